@@ -1,0 +1,478 @@
+"""Text for the language model: from files, a dataset or CPython's own documentation into blocks of token ids.
+
+``load_corpus`` is the way in. What is small is held in memory and shuffled anew every epoch; what is large or comes from a
+hub is streamed. Nothing is left out silently: what could not be used is counted and listed in ``Corpus.notes``.
+"""
+
+import ast
+import hashlib
+import inspect
+import itertools
+import json
+import sysconfig
+import tokenize
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+__all__ = [
+    "Blocks",
+    "Corpus",
+    "DataError",
+    "Documents",
+    "StreamedBlocks",
+    "check_vocabulary",
+    "load_corpus",
+    "load_tokenizer",
+    "read_documents",
+    "train_tokenizer",
+]
+
+TEXT_FIELDS = ("text", "content", "passage")
+END_OF_TEXT = "<|endoftext|>"
+IN_MEMORY_BYTES = 1 << 30  # local text up to this size is held in memory
+SECTION_CHARACTERS = 4096  # a .txt file has no documents of its own: it is cut at line ends into sections of about this size
+TOKENIZER_CHARACTERS = 50_000_000  # a tokenizer is trained on at most this much text
+BASELINE_TOKENS = 2_000_000  # of a stream, the baselines see this much
+HASH_BUCKETS = 10_000
+
+
+class DataError(ValueError):
+    """The text cannot be used as it is; the message says what was expected."""
+
+
+@dataclass
+class Documents:
+    """Where text comes from: calling ``read`` starts a new pass over the documents."""
+
+    name: str
+    read: Callable[[], Iterator[str]]
+    streamed: bool
+    skipped: Counter[str] = field(default_factory=Counter)  # what one pass could not use, by reason
+    first_skipped: dict[str, str] = field(default_factory=dict)  # and where that happened first
+
+    def skip(self, reason: str, where: str) -> None:
+        """Count something that cannot be used."""
+        self.skipped[reason] += 1
+        self.first_skipped.setdefault(reason, where)
+
+    def notes(self) -> list[str]:
+        """One sentence for each reason why something was left out."""
+        return [f"left out {n}: {reason} (first: {self.first_skipped[reason]})" for reason, n in self.skipped.items()]
+
+
+class Blocks(Dataset[Tensor]):
+    """Blocks ``[n, block]`` in memory."""
+
+    def __init__(self, blocks: Tensor) -> None:
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """One block as int64."""
+        return self.blocks[index].long()
+
+
+class StreamedBlocks(IterableDataset[Tensor]):
+    """Blocks of a stream, in its order; every iteration starts it anew."""
+
+    def __init__(self, start: Callable[[], Iterator[Tensor]]) -> None:
+        self.start = start
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Blocks as int64."""
+        return (block.long() for block in self.start())
+
+
+@dataclass
+class Corpus:
+    """Blocks of token ids, ready to train on.
+
+    Attributes:
+        name: where the text came from.
+        train: the training blocks.
+        validation: held-out blocks ``[m, block]``.
+        sample: training tokens in order, all of them or the first :data:`BASELINE_TOKENS` of a stream, for the baselines.
+        bytes_per_token: UTF-8 bytes of the held-out text per token of it.
+        fingerprint: changes when the training text or the tokenizer does (of a stream: its first part).
+        notes: what was left out and why.
+    """
+
+    name: str
+    train: Blocks | StreamedBlocks
+    validation: Tensor
+    sample: Tensor
+    bytes_per_token: float
+    fingerprint: str
+    notes: list[str]
+
+
+def load_corpus(
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    held_out: float = 0.05,
+    validation: Documents | None = None,
+    max_validation_blocks: int = 1024,
+) -> Corpus:
+    """Tokenize, split and pack.
+
+    The split is decided by a hash of each document: the same text is always on the same side, also twice in one corpus.
+    Documents are joined with the tokenizer's end-of-text token and cut into blocks; a last part shorter than a block is
+    left out.
+
+    Args:
+        documents: the text.
+        tokenizer: as :func:`load_tokenizer` or :func:`train_tokenizer` gives it.
+        block_size: tokens in a block.
+        held_out: fraction of the documents that training never sees.
+        validation: other documents to validate on; then nothing is held out.
+        max_validation_blocks: at most so many blocks are validated on.
+
+    Raises:
+        DataError: there is less than one block of text on either side.
+    """
+    train, held = split(documents, held_out if validation is None else 0.0)
+    held_texts = held() if validation is None else validation.read()
+    validation_tokens, n_bytes = _encode_up_to(held_texts, tokenizer, max_validation_blocks * block_size)
+    blocks: Blocks | StreamedBlocks
+    if documents.streamed:
+        sample = _concatenate(_take_tokens(encode(train(), tokenizer), BASELINE_TOKENS))
+        blocks = StreamedBlocks(lambda: pack(encode(train(), tokenizer), block_size))
+    else:
+        sample = _concatenate(encode(train(), tokenizer))
+        blocks = Blocks(_whole_blocks(sample, block_size))
+    for side, n_tokens in (("training", len(sample)), ("held-out", len(validation_tokens))):
+        if n_tokens < block_size:
+            raise DataError(
+                f"the {side} text of {documents.name} has {n_tokens} tokens, less than one block of {block_size}: "
+                "give more text or a smaller --block-size"
+            )
+    return Corpus(
+        name=documents.name,
+        train=blocks,
+        validation=_whole_blocks(validation_tokens, block_size)[:max_validation_blocks].long(),
+        sample=sample,
+        bytes_per_token=n_bytes / len(validation_tokens),
+        fingerprint=hashlib.blake2b(sample.numpy().tobytes(), digest_size=16).hexdigest(),
+        notes=documents.notes() + (validation.notes() if validation else []),
+    )
+
+
+# --- documents ---------------------------------------------------------------------------------------------------------
+
+
+def read_documents(source: str | None = None) -> Documents:
+    """Open a source of text.
+
+    Args:
+        source: None for CPython's own documentation; a ``.txt``, ``.jsonl`` or ``.parquet`` file, or a folder of these;
+            else the name of a Hugging Face dataset, ``owner/name`` or ``owner/name:config``, which is streamed.
+
+    Raises:
+        DataError: nothing is there, or it is not text.
+    """
+    if source is None:
+        return Documents("the documentation inside CPython", python_documentation, streamed=False)
+    path = Path(source)
+    if path.exists():
+        return _local(path)
+    if path.suffix in READERS or path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
+        raise DataError(f"{source}: no such file or folder; expected .txt, .jsonl or .parquet, or a dataset owner/name")
+    return _from_hub(source)
+
+
+def python_documentation() -> Iterator[str]:
+    """Documents of the running Python: the topics of ``help()``, and the docstrings of each module of the standard library.
+
+    Sources are parsed and not imported. They differ a little from one Python release to the next.
+    """
+    library = Path(sysconfig.get_path("stdlib"))
+    topics = ast.parse((library / "pydoc_data" / "topics.py").read_text(encoding="utf-8"))
+    yield from next(ast.literal_eval(node.value) for node in topics.body if isinstance(node, ast.Assign)).values()
+    elsewhere = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
+    for path in sorted(library.rglob("*.py")):
+        if elsewhere.isdisjoint(path.relative_to(library).parts) and (text := _docstrings(path)):
+            yield text
+
+
+def _docstrings(path: Path) -> str:
+    with tokenize.open(path) as file:
+        tree = ast.parse(file.read())
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented))
+    return "\n\n".join(inspect.cleandoc(text) for text in texts if text)
+
+
+def _local(path: Path) -> Documents:
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    usable = [p for p in files if p.suffix in READERS]
+    if not usable:
+        raise DataError(f"{path}: expected .txt, .jsonl or .parquet {'files in it' if path.is_dir() else ''}".rstrip())
+    documents = Documents(str(path), read=lambda: iter(()), streamed=_size(usable) > IN_MEMORY_BYTES)
+
+    def read() -> Iterator[str]:
+        documents.skipped.clear()  # a new pass counts anew
+        for other in files:
+            if other.suffix not in READERS:
+                documents.skip("files that are not .txt, .jsonl or .parquet", str(other))
+        for file in usable:
+            yield from READERS[file.suffix](file, documents)
+
+    documents.read = read
+    for file in usable:
+        if file.stat().st_size == 0:
+            raise DataError(f"{file}: the file is empty; expected text")
+    return documents
+
+
+def _size(files: list[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                if "\0" in line:
+                    raise DataError(f"{path}: the file is binary; expected UTF-8 text")
+                yield line
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: the file is not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def _read_txt(path: Path, documents: Documents) -> Iterator[str]:
+    section: list[str] = []
+    length = 0
+    for line in _lines(path):
+        section.append(line)
+        length += len(line)
+        if length >= SECTION_CHARACTERS:
+            yield "".join(section)
+            section, length = [], 0
+    if "".join(section).strip():
+        yield "".join(section)
+
+
+def _read_jsonl(path: Path, documents: Documents) -> Iterator[str]:
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            documents.skip("lines that are not JSON", f"{path}:{number}")
+            continue
+        yield from _text_of(record, documents, f"{path}:{number}")
+
+
+def _read_parquet(path: Path, documents: Documents) -> Iterator[str]:
+    try:
+        records = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        for number, record in enumerate(records):
+            yield from _text_of(record, documents, f"{path} row {number}")
+    except DataError:
+        raise
+    except Exception as error:  # pyarrow and datasets raise many kinds for one broken file
+        raise DataError(f"{path}: not a readable Parquet file ({_first_line(error)})") from error
+
+
+READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+
+
+def _text_of(record: Any, documents: Documents, where: str) -> Iterator[str]:
+    for name in TEXT_FIELDS:
+        text = record.get(name) if isinstance(record, dict) else None
+        if isinstance(text, str) and text.strip():
+            if _is_unicode(text):
+                yield text
+            else:
+                documents.skip("records that are not valid Unicode", where)
+            return
+    documents.skip(f"records without text in a field {', '.join(TEXT_FIELDS[:-1])} or {TEXT_FIELDS[-1]}", where)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can spell half a surrogate pair
+        return False
+    return True
+
+
+def _from_hub(source: str) -> Documents:
+    name, _, config = source.partition(":")
+    try:
+        records = datasets.load_dataset(name, config or None, split="train", streaming=True)
+    except Exception as error:  # no network, no such name, no permission: one sentence for each
+        raise DataError(
+            f"{source}: neither a file nor a dataset that can be opened ({type(error).__name__}: {_first_line(error)})"
+        ) from error
+    documents = Documents(source, read=lambda: iter(()), streamed=True)
+
+    def read() -> Iterator[str]:
+        documents.skipped.clear()
+        for number, record in enumerate(records):
+            yield from _text_of(record, documents, f"{source} record {number}")
+
+    documents.read = read
+    return documents
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+# --- split -------------------------------------------------------------------------------------------------------------
+
+
+def split(documents: Documents, held_out: float) -> tuple[Callable[[], Iterator[str]], Callable[[], Iterator[str]]]:
+    """Training and held-out documents, decided by a hash of each text.
+
+    A stream is cut at a fixed hash value. A corpus in memory may have few documents: there those with the smallest hashes
+    are held out, so that it is never none and the fraction is met.
+    """
+    if not 0 <= held_out < 1:
+        raise DataError(f"--held-out must be at least 0 and less than 1, got {held_out}")
+    limit = int(held_out * HASH_BUCKETS)
+    if not documents.streamed:
+        texts = list(documents.read())
+        if not texts:
+            notes = "; ".join(documents.notes())
+            raise DataError(f"{documents.name}: no text found" + (f" ({notes})" if notes else ""))
+        hashes = sorted({_hash(text) for text in texts})
+        n_held = max(1, round(held_out * len(hashes))) if held_out else 0
+        border = hashes[n_held] if n_held < len(hashes) else hashes[-1] + 1
+        return (
+            lambda: (text for text in texts if _hash(text) >= border),
+            lambda: (text for text in texts if _hash(text) < border),
+        )
+    return (
+        lambda: (text for text in documents.read() if _hash(text) % HASH_BUCKETS >= limit),
+        lambda: (text for text in documents.read() if _hash(text) % HASH_BUCKETS < limit),
+    )
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+# --- tokens ------------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerBase:
+    """A tokenizer from a folder or the hub, checked against the model's vocabulary.
+
+    Raises:
+        DataError: it cannot be loaded, has no end-of-text token, or has more tokens than the model.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # no network, no such name, no permission, a broken file: one sentence for each
+        raise DataError(
+            f"tokenizer {name!r} cannot be loaded ({type(error).__name__}: {_first_line(error)}): "
+            "expected a folder or the name of one on the hub"
+        ) from error
+    check_vocabulary(tokenizer, vocab_size)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Raise a DataError unless every id of the tokenizer is one of the model, and documents can be told apart."""
+    if len(tokenizer) > vocab_size:
+        raise DataError(
+            f"the tokenizer has {len(tokenizer):,} tokens and the model only {vocab_size:,}: "
+            "vocab_size must be at least as large"
+        )
+    if tokenizer.eos_token_id is None:
+        raise DataError("the tokenizer has no end-of-text token (eos_token), which must stand between documents")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """A byte-level BPE trained on ``texts``: any text can be encoded, nothing is unknown.
+
+    Raises:
+        DataError: the vocabulary cannot even hold the 256 bytes and the end-of-text token.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + 1:
+        raise DataError(f"a byte-level vocabulary needs at least {len(alphabet) + 1} tokens, got {vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    tokenizer.train_from_iterator(_up_to_characters(texts, TOKENIZER_CHARACTERS), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
+    )
+
+
+def _up_to_characters(texts: Iterable[str], limit: int) -> Iterator[str]:
+    for text in texts:
+        yield text
+        limit -= len(text)
+        if limit <= 0:
+            return
+
+
+def encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tensor]:
+    """Token ids of each text, closed by the end-of-text token."""
+    end = tokenizer.eos_token_id
+    iterator = iter(texts)
+    while batch := list(itertools.islice(iterator, 256)):
+        # verbose=False: documents are longer than a context on purpose, they are cut into blocks
+        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+            yield torch.tensor([*ids, end], dtype=torch.int32)
+
+
+def pack(encoded: Iterable[Tensor], block_size: int) -> Iterator[Tensor]:
+    """Blocks of a stream of documents, one after the other without gaps."""
+    rest = torch.empty(0, dtype=torch.int32)
+    for ids in encoded:
+        rest = torch.cat((rest, ids))
+        whole = len(rest) // block_size * block_size
+        yield from rest[:whole].view(-1, block_size).unbind(0)
+        rest = rest[whole:]
+
+
+def _whole_blocks(tokens: Tensor, block_size: int) -> Tensor:
+    return tokens[: len(tokens) // block_size * block_size].view(-1, block_size)
+
+
+def _take_tokens(encoded: Iterable[Tensor], limit: int) -> Iterator[Tensor]:
+    for ids in encoded:
+        yield ids[:limit]
+        limit -= len(ids)
+        if limit <= 0:
+            return
+
+
+def _encode_up_to(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: int) -> tuple[Tensor, int]:
+    """Tokens of whole documents until there are ``limit`` of them, and the bytes of those documents."""
+    parts: list[Tensor] = []
+    n_bytes = n_tokens = 0
+    for text in texts:
+        parts.extend(encode([text], tokenizer))
+        n_bytes += len(text.encode())
+        n_tokens += len(parts[-1])
+        if n_tokens >= limit:
+            break
+    return _concatenate(parts), n_bytes
+
+
+def _concatenate(parts: Iterable[Tensor]) -> Tensor:
+    return torch.cat([torch.empty(0, dtype=torch.int32), *parts])

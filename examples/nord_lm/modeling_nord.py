@@ -1,0 +1,170 @@
+"""NordForCausalLM: the Nord spiking language model, assembled from the parts of nord_snn.
+
+``embedding -> encoder -> input_lif -> blocks -> readout -> norm -> head``. Every token position is a row of neurons that
+starts from rest in every forward pass; positions meet only in the resonance of the blocks.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from nord_snn.layers import MembraneReadout, MultiScaleTemporalEncoder, NordBlock
+from nord_snn.neurons import AssociativeLIFNode, fire_from_rest
+
+try:
+    from .configuration_nord import NordConfig  # shipped beside the weights as remote code
+except ImportError:
+    from configuration_nord import NordConfig  # beside the scripts
+
+__all__ = ["NordForCausalLM"]
+
+
+class NordForCausalLM(PreTrainedModel, GenerationMixin):
+    """The Nord language model with its head, as an ordinary causal language model of transformers.
+
+    Args:
+        config: a :class:`NordConfig`.
+
+    Example::
+
+        model = NordForCausalLM(NordConfig(vocab_size=2048, hidden_size=128, num_hidden_layers=2, intermediate_size=256))
+        loss = model(input_ids=ids, labels=ids).loss            # ids [B, S]
+    """
+
+    config: NordConfig
+    config_class = NordConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    _no_split_modules = ("NordBlock",)
+    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012  # transformers reads it off the class
+
+    def __init__(self, config: NordConfig) -> None:
+        # transformers would read the resonance's top_k as the sampler's and start generate() with it.
+        top_k = config.__dict__.pop("top_k")
+        super().__init__(config)
+        config.top_k = top_k
+        neuron = partial(
+            AssociativeLIFNode,
+            n_clusters=config.n_clusters,
+            cascade_radius=config.cascade_radius,
+            cascade_gain=config.cascade_gain,
+            threshold=config.threshold,
+            beta_mem=config.beta_mem,
+            beta_syn=config.beta_syn,
+            v_reset=config.v_reset,
+            refractory_steps=config.refractory_steps,
+            surrogate=config.surrogate,
+            alpha=config.alpha,
+            backend=config.backend,
+        )
+        width = config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, width)
+        self.encoder = MultiScaleTemporalEncoder(
+            width,
+            t_fast=config.t_fast,
+            t_slow=config.t_slow,
+            fast_scale=config.fast_scale,
+            slow_scale=config.slow_scale,
+        )
+        self.input_lif = neuron(width, step_mode="m")
+        self.blocks = nn.ModuleList(
+            NordBlock(
+                width,
+                config.num_attention_heads,
+                config.intermediate_size,
+                top_k=config.top_k,
+                recency=config.recency,
+                residual_scale=0.1 / config.num_hidden_layers,
+                resonance=config.resonance,
+                clamp_floor=config.clamp_floor,
+                neuron=neuron,
+            )
+            for _ in range(config.num_hidden_layers)
+        )
+        self.readout = MembraneReadout(width, neuron=neuron)
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits for every position, and the loss if there are labels.
+
+        Args:
+            input_ids: token ids ``[B, S]``, S at most ``max_position_embeddings``.
+            attention_mask: ``[B, S]``, 1 for tokens and 0 for padding, which may only follow the tokens.
+            labels: ``[B, S]``, the same ids, -100 where nothing is to be predicted; the shift is done here.
+            logits_to_keep: compute logits for the last that many positions only; 0 for all.
+            kwargs: passed on to the loss (``num_items_in_batch``).
+
+        Raises:
+            ValueError: wrong rank, too long, or padded in front.
+        """
+        self._check(input_ids, attention_mask)
+        x = fire_from_rest(self.input_lif, self.encoder(self.embed_tokens(input_ids)))  # [T, B, S, D]
+        for block in self.blocks:
+            x = block(x)
+        hidden = self.norm(self.readout(x))  # [B, S, D]
+        logits = self.lm_head(hidden[:, -logits_to_keep:])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, logits_to_keep: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The last ``max_position_embeddings`` tokens: the window slides over what is longer."""
+        window = self.config.max_position_embeddings
+        return {
+            "input_ids": input_ids[:, -window:],
+            "attention_mask": None if attention_mask is None else attention_mask[:, -window:],
+            "logits_to_keep": logits_to_keep or 0,
+        }
+
+    def _check(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+        if input_ids.ndim != 2 or input_ids.is_floating_point():
+            raise ValueError(f"input_ids must be integers [B, S], got {list(input_ids.shape)} of {input_ids.dtype}")
+        if input_ids.shape[1] > self.config.max_position_embeddings:
+            raise ValueError(
+                f"input_ids have {input_ids.shape[1]} positions, more than "
+                f"max_position_embeddings = {self.config.max_position_embeddings}"
+            )
+        if attention_mask is None:
+            return
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask must be [B, S] = {list(input_ids.shape)}, got {list(attention_mask.shape)}"
+            )
+        if (attention_mask.diff(dim=1) > 0).any():
+            raise ValueError("padding may only follow the tokens (padding_side='right'), got padding in front of some")
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Embedding kaiming-uniform with a = sqrt(5), everything else as its own ``reset_parameters`` says."""
+        # A module may have got some of its parameters from a checkpoint: those stay.
+        loaded = {
+            parameter: parameter.clone()
+            for parameter in module.parameters(recurse=False)
+            if getattr(parameter, "_is_hf_initialized", False)
+        }
+        if isinstance(module, nn.Embedding):
+            nn.init.kaiming_uniform_(module.weight, a=5**0.5)
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+        for parameter, value in loaded.items():
+            parameter.copy_(value)
+
+
+AutoConfig.register(NordConfig.model_type, NordConfig, exist_ok=True)
+AutoModelForCausalLM.register(NordConfig, NordForCausalLM, exist_ok=True)

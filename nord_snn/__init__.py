@@ -1,0 +1,32 @@
+"""nord-snn: the five mechanisms of the Nord spiking language model as parts for any spiking network.
+
+The parts live one level down and are imported from there: :mod:`nord_snn.neurons`, :mod:`nord_snn.layers`,
+:mod:`nord_snn.learning_rules`, :mod:`nord_snn.monitor`, and the pure functions under them in :mod:`nord_snn.ops`.
+"""
+
+from importlib.metadata import version
+
+from spikingjelly.activation_based import functional
+from torch import nn
+
+__all__ = ["__version__", "reset"]
+
+__version__ = version("nord-snn")
+
+
+def reset(net: nn.Module) -> None:
+    """Put every stateful module in ``net`` (ours and SpikingJelly's) back to rest.
+
+    Args:
+        net: any module; its submodules are searched too.
+
+    Example:
+        >>> import nord_snn, torch
+        >>> from nord_snn.neurons import AssociativeLIFNode
+        >>> node = AssociativeLIFNode(8, n_clusters=4, step_mode="m")
+        >>> _ = node(torch.rand(5, 2, 8)); nord_snn.reset(node); node.v
+        0.0
+    """
+    # The module list that reset_net caches would hide neurons that were swapped in after the first call.
+    functional.invalidate_reset_cache(net)
+    functional.reset_net(net)

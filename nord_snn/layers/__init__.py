@@ -1,0 +1,19 @@
+"""Layers: the mechanisms as modules over sequences ``[T, N, *, D]``. Those that hold neurons take a ``neuron`` factory."""
+
+from nord_snn.layers.block import NordBlock
+from nord_snn.layers.feed_forward import SpikingFeedForward
+from nord_snn.layers.leaky_clamp import LeakyClamp
+from nord_snn.layers.readout import MembraneReadout
+from nord_snn.layers.resonance import CoFiringResonance
+from nord_snn.layers.temporal_encoder import MultiScaleTemporalEncoder
+from nord_snn.neurons import AssociativeCascade
+
+__all__ = [
+    "AssociativeCascade",
+    "CoFiringResonance",
+    "LeakyClamp",
+    "MembraneReadout",
+    "MultiScaleTemporalEncoder",
+    "NordBlock",
+    "SpikingFeedForward",
+]

@@ -1,0 +1,90 @@
+"""NordBlock: resonance between positions, then a spiking feed-forward, then a clamp."""
+
+import torch
+from torch import Tensor, nn
+
+from nord_snn.layers.feed_forward import SpikingFeedForward
+from nord_snn.layers.leaky_clamp import LeakyClamp
+from nord_snn.layers.resonance import CoFiringResonance
+from nord_snn.neurons import NeuronFactory
+from nord_snn.ops.checks import check_features
+
+__all__ = ["NordBlock"]
+
+
+class NordBlock(nn.Module):
+    """One block of the Nord language model.
+
+    ``x = x + g1 * resonance(norm1(x)); x = x + g2 * ffn(norm2(x)); x = leaky_clamp(x)`` with g1, g2 learnable per channel.
+
+    Args:
+        n_features: D.
+        n_heads: heads of the resonance.
+        hidden_features: hidden width of the feed-forward.
+        top_k: keys kept per query.
+        recency: see :class:`CoFiringResonance`.
+        residual_scale: initial g1 and g2; the language model takes ``0.1 / n_layers``.
+        resonance: False leaves the resonance and its norm out, so that positions never meet: the control.
+        clamp_floor: initial floor of the clamp.
+        neuron: factory of all neurons, see :mod:`nord_snn.neurons.factory`.
+
+    Shapes: ``[T, B, S, D]`` -> ``[T, B, S, D]``; every call starts from rest.
+
+    Raises:
+        ValueError: H does not divide D, or the input has another rank or width.
+
+    Source: the Nord spiking language model.
+
+    Example:
+        >>> block = NordBlock(64, n_heads=4, hidden_features=128)
+        >>> block(torch.randn(10, 2, 7, 64)).shape                    # 10 steps, 2 sequences of 7 positions
+        torch.Size([10, 2, 7, 64])
+
+        The same with SpikingJelly's neurons:
+
+        >>> from spikingjelly.activation_based.neuron import LIFNode
+        >>> NordBlock(64, 4, 128, neuron=lambda n: LIFNode())(torch.randn(10, 2, 7, 64)).shape
+        torch.Size([10, 2, 7, 64])
+    """
+
+    def __init__(
+        self,
+        n_features: int,
+        n_heads: int,
+        hidden_features: int,
+        top_k: int = 64,
+        recency: bool = False,
+        residual_scale: float = 0.1,
+        resonance: bool = True,
+        clamp_floor: float = -0.1,
+        neuron: NeuronFactory | None = None,
+    ) -> None:
+        super().__init__()
+        self.n_features, self.residual_scale = n_features, residual_scale
+        if resonance:
+            self.norm1 = nn.LayerNorm(n_features, eps=1e-5)
+            self.resonance: CoFiringResonance | None = CoFiringResonance(
+                n_features, n_heads, top_k, recency=recency, neuron=neuron
+            )
+            self.resonance_gain = nn.Parameter(torch.empty(n_features))
+        else:
+            self.resonance = None
+        self.norm2 = nn.LayerNorm(n_features, eps=1e-5)
+        self.ffn = SpikingFeedForward(n_features, hidden_features, neuron=neuron)
+        self.ffn_gain = nn.Parameter(torch.empty(n_features))
+        self.clamp = LeakyClamp(n_features, floor=clamp_floor)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Put the two gains back to their initial value; the parts have their own."""
+        if self.resonance is not None:
+            nn.init.constant_(self.resonance_gain, self.residual_scale)
+        nn.init.constant_(self.ffn_gain, self.residual_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run ``x [T, B, S, D]`` through the block."""
+        check_features(x, self.n_features, type(self).__name__, "[T, B, S, D]")
+        if self.resonance is not None:
+            x = x + self.resonance_gain * self.resonance(self.norm1(x))
+        x = x + self.ffn_gain * self.ffn(self.norm2(x))
+        return self.clamp(x)

@@ -1,0 +1,51 @@
+"""SpikingFeedForward: two linear maps, each followed by neurons."""
+
+from torch import Tensor, nn
+
+from nord_snn.neurons import NeuronFactory, fire_from_rest, make_neuron
+from nord_snn.ops.checks import check_features
+
+__all__ = ["SpikingFeedForward"]
+
+
+class SpikingFeedForward(nn.Module):
+    """``lif2(down(lif1(up(x))))``, no biases. ``down`` lies between two layers of spikes, which makes it a place for STDP.
+
+    Args:
+        n_features: D.
+        hidden_features: width between the two maps.
+        neuron: factory of both neuron layers, see :mod:`nord_snn.neurons.factory`.
+
+    Shapes: ``[T, N, *, D]`` -> spikes ``[T, N, *, D]``; every call starts from rest.
+
+    Raises:
+        ValueError: the input has another rank or width.
+
+    Source: the Nord spiking language model.
+
+    Example:
+        >>> import torch
+        >>> ffn = SpikingFeedForward(64, 128)
+        >>> ffn(torch.randn(10, 4, 64)).unique().tolist()
+        [0.0, 1.0]
+
+        The same with SpikingJelly's neurons:
+
+        >>> from spikingjelly.activation_based.neuron import LIFNode
+        >>> SpikingFeedForward(64, 128, neuron=lambda n: LIFNode())(torch.randn(10, 4, 64)).shape
+        torch.Size([10, 4, 64])
+    """
+
+    def __init__(self, n_features: int, hidden_features: int, neuron: NeuronFactory | None = None) -> None:
+        super().__init__()
+        self.n_features = n_features
+        self.up = nn.Linear(n_features, hidden_features, bias=False)
+        self.lif1 = make_neuron(neuron, hidden_features)
+        self.down = nn.Linear(hidden_features, n_features, bias=False)
+        self.lif2 = make_neuron(neuron, n_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Spikes for ``x [T, N, *, D]``."""
+        check_features(x, self.n_features, type(self).__name__, "[T, N, *, D]")
+        hidden = fire_from_rest(self.lif1, self.up(x))
+        return fire_from_rest(self.lif2, self.down(hidden))

@@ -1,0 +1,64 @@
+"""LeakyClamp: an activation that keeps a little of what is negative, down to a learnable floor."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from nord_snn.ops.checks import check_features
+
+__all__ = ["LeakyClamp"]
+
+
+class LeakyClamp(nn.Module):
+    """``y = x`` where ``x >= 0``, else ``max(leak * x, floor)``, with ``floor`` and ``leak`` learnable per channel.
+
+    Negative values are how a membrane under its threshold is told from one at rest; ReLU deletes them and their gradient.
+
+    Args:
+        n_features: D, the number of channels.
+        floor: initial lower bound.
+        leak: initial slope of the negative side, in (0, 1); kept as a logit.
+
+    Shapes: ``[*, D]`` -> ``[*, D]``.
+
+    Raises:
+        ValueError: ``leak`` is not in (0, 1), or the input's last dimension is not D.
+
+    Source: the Nord spiking language model; the slope after leaky and parametric ReLU (Maas et al. 2013, He et al. 2015).
+
+    Example:
+        >>> clamp = LeakyClamp(1)
+        >>> x = torch.tensor([[2.0], [-0.5], [-9.0]])
+        >>> clamp(x).flatten().tolist() == [2.0, clamp.leak.item() * -0.5, clamp.floor.item()]
+        True
+    """
+
+    def __init__(self, n_features: int, floor: float = -0.1, leak: float = 0.1) -> None:
+        super().__init__()
+        if not 0 < leak < 1:
+            raise ValueError(f"leak must lie in (0, 1), got {leak}")
+        self.n_features = n_features
+        self._initial = (floor, math.log(leak / (1 - leak)))
+        self.floor = nn.Parameter(torch.empty(n_features))
+        self.leak_logit = nn.Parameter(torch.empty(n_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Put floor and leak back to their initial values."""
+        nn.init.constant_(self.floor, self._initial[0])
+        nn.init.constant_(self.leak_logit, self._initial[1])
+
+    @property
+    def leak(self) -> Tensor:
+        """Slope of the negative side, ``[D]``."""
+        return self.leak_logit.sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Clamp ``[*, D]``."""
+        check_features(x, self.n_features, type(self).__name__, "[*, D]")
+        return torch.where(x >= 0, x, torch.maximum(self.leak * x, self.floor))
+
+    def extra_repr(self) -> str:
+        """The width."""
+        return f"n_features={self.n_features}"

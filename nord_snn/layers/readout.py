@@ -1,0 +1,68 @@
+"""MembraneReadout: from spiking time back to one vector."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nord_snn.neurons import NeuronFactory, fire_from_rest, make_neuron
+from nord_snn.ops.checks import check_features, compute_dtype
+
+__all__ = ["MembraneReadout"]
+
+
+class MembraneReadout(nn.Module):
+    """An exponential mean of the membranes plus the firing rate of one layer of neurons.
+
+    ``e[t] = d * e[t-1] + (1 - d) * v[t]`` from ``e = 0``, with ``d = sigmoid(decay_logit)``; the output is
+    ``e[T] + mean_t s[t]``. Spikes alone are 0 or 1; the membrane carries what lies between.
+
+    Args:
+        n_features: D.
+        decay_logit: initial logit of d.
+        neuron: factory of the neurons; they must offer ``store_v_seq`` and ``v_seq``, as SpikingJelly's do.
+
+    Shapes: current ``[T, N, *, D]`` -> ``[N, *, D]``; every call starts from rest.
+
+    Raises:
+        TypeError: the neurons offer no membranes.
+        ValueError: the input has another rank or width.
+
+    Source: the Nord spiking language model.
+
+    Example:
+        >>> readout = MembraneReadout(64)
+        >>> readout(torch.randn(10, 4, 64)).shape
+        torch.Size([4, 64])
+
+        The same with SpikingJelly's neurons:
+
+        >>> from spikingjelly.activation_based.neuron import LIFNode
+        >>> MembraneReadout(64, neuron=lambda n: LIFNode())(torch.randn(10, 4, 64)).shape
+        torch.Size([4, 64])
+    """
+
+    def __init__(self, n_features: int, decay_logit: float = 1.4, neuron: NeuronFactory | None = None) -> None:
+        super().__init__()
+        self.n_features = n_features
+        self.lif: Any = make_neuron(neuron, n_features, store_v_seq=True)
+        self._initial_decay_logit = decay_logit
+        self.decay_logit = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Put the decay back to its initial value; the neurons have their own."""
+        nn.init.constant_(self.decay_logit, self._initial_decay_logit)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Read ``x [T, N, *, D]`` out."""
+        check_features(x, self.n_features, type(self).__name__, "[T, N, *, D]")
+        spikes = fire_from_rest(self.lif, x)
+        v_seq = self.lif.v_seq
+        self.lif.v_seq = None  # not kept: it would hold the graph of the last batch
+        decay = self.decay_logit.to(compute_dtype(x)).sigmoid()
+        steps_left = torch.arange(x.shape[0] - 1, -1, -1, device=x.device)
+        weights = (1 - decay) * decay**steps_left  # the recursion, written out
+        with torch.autocast(x.device.type, enabled=False):
+            mean = torch.tensordot(weights, v_seq.to(weights.dtype), dims=1)
+        return mean.to(x.dtype) + spikes.mean(0)

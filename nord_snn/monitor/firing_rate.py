@@ -1,0 +1,76 @@
+"""SpikeMonitor: firing rates of every neuron layer, counted from the spikes themselves."""
+
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from spikingjelly.activation_based.neuron import BaseNode
+from torch import Tensor, nn
+
+__all__ = ["SpikeMonitor"]
+
+
+class SpikeMonitor:
+    """Count the spikes of every neuron layer in a network while it runs.
+
+    ``rate = spikes / (steps * neurons * rows)`` over everything since the start or the last :meth:`clear`. Counters are two
+    numbers a layer, on the layer's device: memory is constant, and nothing waits for a GPU before :meth:`rates`.
+
+    Args:
+        net: any module; its ``BaseNode`` submodules (ours and SpikingJelly's) are watched under their names in ``net``,
+            a node that is itself ``net`` under ``""``.
+
+    Raises:
+        ValueError: there are no neuron layers in ``net``.
+
+    Example:
+        >>> from nord_snn.layers import SpikingFeedForward
+        >>> net = SpikingFeedForward(64, 128)
+        >>> with SpikeMonitor(net) as monitor:
+        ...     _ = net(torch.rand(10, 4, 64))
+        >>> sorted(monitor.rates())
+        ['lif1', 'lif2']
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self._layers = {name: module for name, module in net.named_modules() if isinstance(module, BaseNode)}
+        if not self._layers:
+            raise ValueError(
+                f"{type(net).__name__} has no neuron layers (subclasses of SpikingJelly's BaseNode) to watch"
+            )
+        self._hooks = [module.register_forward_hook(self._counter(name)) for name, module in self._layers.items()]
+        self.clear()
+
+    def clear(self) -> None:
+        """Start counting anew."""
+        self._spikes: dict[str, Tensor] = {}
+        self._chances: dict[str, int] = dict.fromkeys(self._layers, 0)
+
+    def rates(self) -> dict[str, float]:
+        """Mean firing rate of each layer that has run."""
+        return {name: spikes.item() / max(self._chances[name], 1) for name, spikes in self._spikes.items()}
+
+    def close(self) -> None:
+        """Take the hooks off; the counts stay readable."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def __enter__(self) -> Self:
+        """Watch until the block ends."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop watching."""
+        self.close()
+
+    def _counter(self, name: str) -> Any:
+        @torch.no_grad()
+        def count(module: nn.Module, inputs: Any, spikes: Tensor) -> None:
+            total = spikes.count_nonzero()  # int64: a sum in half precision would overflow
+            self._spikes[name] = self._spikes[name] + total if name in self._spikes else total
+            self._chances[name] += spikes.numel()
+
+        return count

@@ -1,0 +1,7 @@
+"""Neurons: SpikingJelly nodes around the ops."""
+
+from nord_snn.neurons.associative_lif import AssociativeLIFNode
+from nord_snn.neurons.cascade import AssociativeCascade
+from nord_snn.neurons.factory import NeuronFactory, fire_from_rest, make_neuron
+
+__all__ = ["AssociativeCascade", "AssociativeLIFNode", "NeuronFactory", "fire_from_rest", "make_neuron"]

@@ -1,0 +1,215 @@
+"""The associative LIF neuron as a SpikingJelly node."""
+
+import math
+from typing import Any
+
+import torch
+from spikingjelly.activation_based.neuron import BaseNode
+from torch import Tensor, nn
+
+from nord_snn.neurons.cascade import AssociativeCascade
+from nord_snn.ops import AssociativeLIFState, BackendChoice, associative_lif, which_backend
+from nord_snn.ops.checks import check_features, compute_dtype
+from nord_snn.ops.surrogate import SurrogateLike, resolve_surrogate
+
+__all__ = ["AssociativeLIFNode"]
+
+_States = tuple[object, ...]
+_Tensors = tuple[Tensor, ...]
+
+
+class AssociativeLIFNode(BaseNode):
+    """Current-based LIF neurons with learnable thresholds, a refractory period and an associative cascade.
+
+    The equations are those of :func:`nord_snn.ops.associative_lif`. Learnable are the threshold of every neuron, both
+    decays (kept as logits, so that they stay in (0, 1)) and the cascade's weight and gain.
+
+    It is an ordinary SpikingJelly node: ``step_mode``, ``functional.reset_net``, ``set_step_mode``, ``detach_net`` and
+    monitors work on it, its memories are ``v``, ``i_syn`` and ``refractory``. Two things differ on purpose. The membrane
+    rests at 0 and not at ``v_reset``, which is where it is held while refractory. And a batch shape that changes while
+    state is held raises, where SpikingJelly starts anew without a word.
+
+    Args:
+        n_features: D, the number of neurons.
+        n_clusters: C of the cascade; D must be a multiple of it. None switches the cascade off.
+        cascade_radius: neighbours on each side that the cascade starts with.
+        cascade_gain: initial gain of the cascade.
+        threshold: initial threshold of every neuron.
+        beta_mem: initial membrane decay, in (0, 1).
+        beta_syn: initial synaptic decay, in (0, 1).
+        v_reset: membrane while refractory.
+        refractory_steps: steps of rest after a spike.
+        surrogate: a name from :data:`nord_snn.ops.SURROGATES` or a SpikingJelly surrogate module.
+        alpha: sharpness of a named surrogate.
+        step_mode: ``"s"`` for one step ``[N, *, D]`` a call, ``"m"`` for sequences ``[T, N, *, D]``.
+        backend: see :func:`nord_snn.ops.associative_lif`.
+        store_v_seq: keep the membranes of the last call in ``v_seq``, ``[T, N, *, D]``.
+
+    Raises:
+        ValueError: D is not a multiple of C, a decay is not in (0, 1), an input has the wrong rank or width, or its batch
+            shape changed while state is held.
+
+    Source: the Nord spiking language model.
+
+    Example:
+        >>> node = AssociativeLIFNode(512, n_clusters=64, step_mode="m")
+        >>> spikes = node(torch.rand(10, 4, 512))
+        >>> spikes.shape, spikes.unique().tolist()
+        (torch.Size([10, 4, 512]), [0.0, 1.0])
+    """
+
+    def __init__(
+        self,
+        n_features: int,
+        n_clusters: int | None = 64,
+        *,
+        cascade_radius: int = 3,
+        cascade_gain: float = 0.8,
+        threshold: float = 0.25,
+        beta_mem: float = 0.9,
+        beta_syn: float = 0.5,
+        v_reset: float = -0.1,
+        refractory_steps: int = 2,
+        surrogate: SurrogateLike = "nord_atan",
+        alpha: float = 4.0,
+        step_mode: str = "s",
+        backend: str = "auto",
+        store_v_seq: bool = False,
+    ) -> None:
+        resolve_surrogate(surrogate, alpha)
+        # BaseNode wants floats here and takes a number for v_reset as the resting membrane; ours rests at 0.
+        super().__init__(
+            v_threshold=float(threshold),
+            v_reset=None,
+            surrogate_function=surrogate,
+            step_mode=step_mode,
+            store_v_seq=store_v_seq,
+        )
+        self.register_memory("i_syn", 0.0)
+        self.register_memory("refractory", 0)
+        self.n_features, self.alpha, self.backend = n_features, alpha, backend
+        self.v_reset, self.refractory_steps = v_reset, refractory_steps
+        self.v_seq: Tensor | None
+        self._initial = (float(threshold), _logit(beta_mem, "beta_mem"), _logit(beta_syn, "beta_syn"))
+        self.v_threshold = nn.Parameter(torch.empty(n_features))
+        self.beta_mem_logit = nn.Parameter(torch.empty(1))
+        self.beta_syn_logit = nn.Parameter(torch.empty(1))
+        self.cascade = (
+            None
+            if n_clusters is None
+            else AssociativeCascade(n_features, n_clusters, radius=cascade_radius, gain=cascade_gain)
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Put thresholds and decays back to their initial values; the cascade has its own, ``reset`` is for the state."""
+        threshold, beta_mem_logit, beta_syn_logit = self._initial
+        nn.init.constant_(self.v_threshold, threshold)
+        nn.init.constant_(self.beta_mem_logit, beta_mem_logit)
+        nn.init.constant_(self.beta_syn_logit, beta_syn_logit)
+
+    @property
+    def beta_mem(self) -> Tensor:
+        """Membrane decay, ``[1]``, in (0, 1)."""
+        return self.beta_mem_logit.sigmoid()
+
+    @property
+    def beta_syn(self) -> Tensor:
+        """Synaptic decay, ``[1]``, in (0, 1)."""
+        return self.beta_syn_logit.sigmoid()
+
+    def which_backend(self, x: Tensor) -> BackendChoice:
+        """What would run on input ``x``, and why not the others."""
+        return which_backend(x, self.backend)
+
+    def forward(self, x: Tensor, *, stateless: bool = False) -> Tensor:
+        """Spikes for input current ``x``.
+
+        Args:
+            x: ``[N, *, D]`` in step mode ``"s"``, ``[T, N, *, D]`` in ``"m"``.
+            stateless: start from rest and leave the memories as they are, as layers do that see whole sequences.
+
+        Returns:
+            0 or 1 in the shape and dtype of ``x``.
+        """
+        multi = self.step_mode == "m"
+        check_features(x, self.n_features, type(self).__name__, "[T, N, *, D]" if multi else "[N, *, D]")
+        x_seq = x if multi else x.unsqueeze(0)
+        held: _States = (0.0, 0.0, 0) if stateless else tuple(self._memories.values())
+        spikes, v_seq, state = self._run(x_seq, self.materialize_states((x_seq,), held, "m"), self.store_v_seq)
+        if not stateless:
+            self.v, self.i_syn, self.refractory = state
+        if v_seq is not None:
+            self._keep_v_seq(v_seq, append=not (multi or stateless))
+        return spikes if multi else spikes.squeeze(0)
+
+    def single_step_functional_forward(
+        self, inputs: _Tensors, states: _States, **kwargs: object
+    ) -> tuple[_Tensors, _States]:
+        """One step from explicit states ``(v, i_syn, refractory)``; the memories stay untouched."""
+        spikes, _, state = self._run(inputs[0].unsqueeze(0), states)
+        return (spikes.squeeze(0),), tuple(state)
+
+    def multi_step_functional_forward(
+        self, inputs: _Tensors, states: _States, **kwargs: object
+    ) -> tuple[_Tensors, _States]:
+        """A sequence from explicit states ``(v, i_syn, refractory)``; the memories stay untouched."""
+        spikes, _, state = self._run(inputs[0], states)
+        return (spikes,), tuple(state)
+
+    def materialize_states(self, inputs: _Tensors, states: _States, step_mode: str) -> _States:
+        """Turn memories at rest (numbers) into tensors for this input; refuse those of another batch shape."""
+        x = inputs[0][0] if step_mode == "m" else inputs[0]
+        dtypes = (compute_dtype(x), compute_dtype(x), torch.int32)
+        return tuple(self._state_for(x, s, d) for s, d in zip(states, dtypes, strict=True))
+
+    def _state_for(self, x: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+        if not isinstance(state, Tensor):
+            return torch.full_like(x, state, dtype=dtype, requires_grad=False)
+        if state.shape != x.shape:
+            raise ValueError(
+                f"{type(self).__name__} holds state of shape {list(state.shape)} and got input of shape {list(x.shape)} "
+                "a step: call reset() (or functional.reset_net) before a batch of another shape"
+            )
+        return state.to(device=x.device, dtype=dtype)
+
+    def _run(
+        self, x_seq: Tensor, states: _States, return_v_seq: bool = False
+    ) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
+        rows = x_seq.flatten(1, -2)  # the op sees [T, rows, D] whatever stands between
+        v, i_syn, refractory = (s.flatten(0, -2) for s in states if isinstance(s, Tensor))
+        spikes, v_seq, state = associative_lif(
+            rows,
+            AssociativeLIFState(v, i_syn, refractory),
+            threshold=self.v_threshold,
+            beta_mem=self.beta_mem,
+            beta_syn=self.beta_syn,
+            cascade_weight=None if self.cascade is None else self.cascade.weight.sigmoid(),
+            cascade_gain=None if self.cascade is None else self.cascade.gain,
+            v_reset=self.v_reset,
+            refractory_steps=self.refractory_steps,
+            surrogate=self.surrogate_function,
+            alpha=self.alpha,
+            return_v_seq=return_v_seq,
+            backend=self.backend,
+        )
+        step = x_seq.shape[1:]
+        last = AssociativeLIFState(*(part.reshape(step) for part in state))
+        return spikes.reshape(x_seq.shape), None if v_seq is None else v_seq.reshape(x_seq.shape), last
+
+    def _keep_v_seq(self, v_seq: Tensor, append: bool) -> None:
+        self.v_seq = torch.cat((self.v_seq, v_seq)) if append and self.v_seq is not None else v_seq
+
+    def extra_repr(self) -> str:
+        """The sizes and what is not learnable."""
+        return (
+            f"n_features={self.n_features}, v_reset={self.v_reset}, refractory_steps={self.refractory_steps}, "
+            f"surrogate={self.surrogate_function!r}, alpha={self.alpha}, "
+            f"step_mode={self.step_mode!r}, backend={self.backend!r}"
+        )
+
+
+def _logit(beta: float, name: str) -> float:
+    if not 0 < beta < 1:
+        raise ValueError(f"{name} must lie in (0, 1), got {beta}")
+    return math.log(beta / (1 - beta))

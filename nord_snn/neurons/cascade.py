@@ -1,0 +1,60 @@
+"""The associative cascade as a module: learnable coupling between clusters of neurons."""
+
+import torch
+from torch import Tensor, nn
+
+from nord_snn.ops.cascade import associative_cascade, check_clusters, ring_weight
+from nord_snn.ops.checks import check_features
+
+__all__ = ["AssociativeCascade"]
+
+
+class AssociativeCascade(nn.Module):
+    r"""Clusters that fire raise the synaptic current of associated clusters.
+
+    ``current[d] = gain[c] * sum_k sigmoid(weight[c, k]) * f[k]`` with ``c = d mod C`` and ``f[k]`` the fraction of cluster
+    ``k`` that fires. ``weight [C, C]`` starts as a ring (nearest clusters strongest), ``gain [C]`` at 0.8; both learn.
+
+    Args:
+        n_features: D, a multiple of C.
+        n_clusters: C.
+        radius: neighbours on each side that the ring favours.
+        gain: initial gain of every cluster.
+
+    Shapes: spikes ``[*, D]`` -> current ``[*, D]``.
+
+    Raises:
+        ValueError: D is not a multiple of C, or the input's last dimension is not D.
+
+    Source: the Nord spiking language model.
+
+    Example:
+        >>> cascade = AssociativeCascade(8, n_clusters=4)
+        >>> spikes = torch.zeros(1, 8); spikes[0, 0] = 1.0            # one of the two neurons of cluster 0 fires
+        >>> (cascade(spikes) > 0).all().item()
+        True
+    """
+
+    def __init__(self, n_features: int, n_clusters: int = 64, radius: int = 3, gain: float = 0.8) -> None:
+        super().__init__()
+        check_clusters(n_features, n_clusters)
+        self.n_features, self.n_clusters, self.radius = n_features, n_clusters, radius
+        self._initial_gain = gain
+        self.weight = nn.Parameter(torch.empty(n_clusters, n_clusters))
+        self.gain = nn.Parameter(torch.empty(n_clusters))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start anew from the ring and the initial gain."""
+        self.weight.copy_(ring_weight(self.n_clusters, self.radius))
+        nn.init.constant_(self.gain, self._initial_gain)
+
+    def forward(self, spikes: Tensor) -> Tensor:
+        """Current for spikes ``[*, D]``."""
+        check_features(spikes, self.n_features, type(self).__name__, "[*, D]")
+        return associative_cascade(spikes, self.weight.sigmoid(), self.gain)
+
+    def extra_repr(self) -> str:
+        """The sizes."""
+        return f"n_features={self.n_features}, n_clusters={self.n_clusters}, radius={self.radius}"

@@ -1,0 +1,60 @@
+"""How layers take neurons: a factory makes them, and they run from rest on whole sequences.
+
+A factory is any callable ``neuron(n_features) -> nn.Module``, so ``AssociativeLIFNode`` itself is one, and so is
+``lambda n: LIFNode(step_mode="m")`` around SpikingJelly's node, which does not need the width.
+"""
+
+from collections.abc import Callable
+
+from spikingjelly.activation_based import base
+from torch import Tensor, nn
+
+from nord_snn.neurons.associative_lif import AssociativeLIFNode
+
+__all__ = ["NeuronFactory", "fire_from_rest", "make_neuron"]
+
+NeuronFactory = Callable[[int], nn.Module]
+
+
+def make_neuron(neuron: NeuronFactory | None, n_features: int, *, store_v_seq: bool = False) -> nn.Module:
+    """Make the neurons of a layer, in step mode ``"m"``.
+
+    Args:
+        neuron: the factory; None for ``AssociativeLIFNode`` with its defaults.
+        n_features: width to make them for.
+        store_v_seq: whether the layer will read their membranes.
+
+    Raises:
+        TypeError: the factory returned no module, or membranes are needed and the module offers no ``store_v_seq``.
+    """
+    made = (neuron or AssociativeLIFNode)(n_features)
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"neuron(n_features) must return a torch.nn.Module, got {type(made).__name__}")
+    if hasattr(made, "step_mode"):
+        made.step_mode = "m"
+    if store_v_seq:
+        if not hasattr(made, "store_v_seq"):
+            raise TypeError(f"this layer reads membranes: {type(made).__name__} must offer store_v_seq and v_seq")
+        made.store_v_seq = True
+    return made
+
+
+def fire_from_rest(neuron: nn.Module, x_seq: Tensor) -> Tensor:
+    """Spikes of ``neuron`` over the sequence ``x_seq [T, N, *, D]``, started from rest.
+
+    The module is called as a module, so hooks and monitors see it, and memories that it holds are left as they were.
+    A neuron that is neither ours nor SpikingJelly's is simply called.
+    """
+    if isinstance(neuron, AssociativeLIFNode):
+        return neuron(x_seq, stateless=True)
+    if not isinstance(neuron, base.MemoryModule):
+        return neuron(x_seq)
+    held = base.extract_memories(neuron)
+    rest = [
+        m.get_reset_value(name) for m in neuron.modules() if isinstance(m, base.MemoryModule) for name in m._memories
+    ]
+    base.load_memories(neuron, rest)
+    try:
+        return neuron(x_seq)
+    finally:
+        base.load_memories(neuron, held)

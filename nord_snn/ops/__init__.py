@@ -1,0 +1,43 @@
+"""The mathematics as pure functions on tensors: explicit state in and out, no modules, nothing kept."""
+
+from torch import Tensor
+
+from nord_snn.ops.associative_lif import AssociativeLIFState, associative_lif, associative_lif_backend
+from nord_snn.ops.cascade import associative_cascade
+from nord_snn.ops.dispatch import BackendChoice
+from nord_snn.ops.resonance import resonance
+from nord_snn.ops.stdp import STDPState, reward_from_loss, stdp
+from nord_snn.ops.surrogate import SURROGATES, spike
+
+__all__ = [
+    "SURROGATES",
+    "AssociativeLIFState",
+    "BackendChoice",
+    "STDPState",
+    "associative_cascade",
+    "associative_lif",
+    "resonance",
+    "reward_from_loss",
+    "spike",
+    "stdp",
+    "which_backend",
+]
+
+
+def which_backend(x_seq: Tensor, backend: str = "auto") -> BackendChoice:
+    """What :func:`associative_lif` would run on this input, and why not the others.
+
+    Args:
+        x_seq: an input ``[T, N, D]``; only its device and dtype matter.
+        backend: as given to the op.
+
+    Raises:
+        ValueError: the backend is unknown.
+        RuntimeError: the backend asked for cannot run this input.
+
+    Example:
+        >>> import torch
+        >>> which_backend(torch.zeros(4, 1, 8)).name
+        'torch'
+    """
+    return associative_lif_backend(x_seq, backend)

@@ -1,0 +1,72 @@
+"""The associative cascade: a cluster that fires raises the synaptic current of its neighbours one step later."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["associative_cascade", "check_clusters", "ring_weight"]
+
+
+def check_clusters(n_features: int, n_clusters: int) -> None:
+    """Raise a ValueError unless ``n_features`` neurons divide evenly into ``n_clusters`` clusters."""
+    if n_clusters < 1 or n_features % n_clusters:
+        raise ValueError(
+            f"the number of neurons D must be a multiple of the number of clusters C, got D = {n_features} and C = {n_clusters}"
+        )
+
+
+def ring_weight(n_clusters: int, radius: int) -> Tensor:
+    """Initial cluster weights before the sigmoid: ``1 - |o| / (radius + 1)`` at circular distance o in 1..radius, else 0.
+
+    Args:
+        n_clusters: C.
+        radius: how many neighbours on each side are favoured.
+
+    Returns:
+        ``[C, C]`` float32.
+
+    Example:
+        >>> ring_weight(5, radius=1)[0]
+        tensor([0.0000, 0.5000, 0.0000, 0.0000, 0.5000])
+    """
+    if radius < 0:
+        raise ValueError(f"the cascade radius must not be negative, got {radius}")
+    position = torch.arange(n_clusters)
+    distance = (position[:, None] - position[None, :]).abs()
+    distance = torch.minimum(distance, n_clusters - distance)
+    inside = (distance >= 1) & (distance <= radius)
+    return torch.where(inside, 1 - distance / (radius + 1), 0.0)
+
+
+def associative_cascade(spikes: Tensor, weight: Tensor, gain: Tensor) -> Tensor:
+    """Current that firing clusters send to every neuron.
+
+    Neuron ``d`` belongs to cluster ``d mod C``. With ``f[k]`` the fraction of cluster ``k`` that fires, each neuron of
+    cluster ``c`` receives ``gain[c] * sum_k weight[c, k] * f[k]``.
+
+    Args:
+        spikes: ``[*, D]``.
+        weight: ``[C, C]``, already through the sigmoid.
+        gain: ``[C]``.
+
+    Returns:
+        ``[*, D]``, the current to add to the synaptic current of the next step.
+
+    Raises:
+        ValueError: D is not a multiple of C, or ``weight`` and ``gain`` disagree.
+
+    Source: the Nord spiking language model's associative cascade.
+
+    Example:
+        >>> spikes = torch.tensor([0.0, 1.0, 0.0, 1.0])     # D = 4 in C = 2 clusters: all of cluster 1 fires
+        >>> associative_cascade(spikes, weight=torch.tensor([[0.0, 1.0], [0.5, 0.0]]), gain=torch.ones(2))
+        tensor([1., 0., 1., 0.])
+    """
+    n_features, n_clusters = spikes.shape[-1], gain.shape[0]
+    if weight.shape != (n_clusters, n_clusters):
+        raise ValueError(
+            f"cascade weight must be [C, C] with C = {n_clusters} as the gain has, got {list(weight.shape)}"
+        )
+    check_clusters(n_features, n_clusters)
+    members = spikes.unflatten(-1, (n_features // n_clusters, n_clusters))
+    current = gain * (members.mean(-2) @ weight.T)
+    return current.unsqueeze(-2).expand(members.shape).flatten(-2)

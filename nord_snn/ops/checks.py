@@ -1,0 +1,35 @@
+"""Argument checks that many ops and layers share, so that the same mistake always reads the same."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_features", "compute_dtype"]
+
+
+def check_features(x: Tensor, n_features: int, owner: str, layout: str = "[T, N, *, D]") -> None:
+    """Raise unless ``x`` is a floating tensor of the layout's rank whose last dimension is ``n_features``.
+
+    Args:
+        x: the input to check.
+        n_features: D, the width expected.
+        owner: who is asking, for the message.
+        layout: dimensions as the docstrings write them; ``*`` stands for any number of further ones.
+
+    Raises:
+        TypeError: not a tensor, or not a floating one.
+        ValueError: wrong rank or width.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{owner} expects a tensor of shape {layout}, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{owner} expects a floating-point tensor of shape {layout}, got dtype {x.dtype}")
+    names = [name.strip() for name in layout.strip("[]").split(",")]
+    fixed = len(names) - ("*" in names)
+    wrong_rank = x.ndim < fixed if "*" in names else x.ndim != fixed
+    if wrong_rank or x.shape[-1] != n_features:
+        raise ValueError(f"{owner} expects shape {layout} with {names[-1]} = {n_features}, got {list(x.shape)}")
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Float64 for float64 input, float32 for everything else: the precision that states and sums are kept in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

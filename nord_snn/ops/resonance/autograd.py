@@ -1,0 +1,87 @@
+"""The public op: argument checks and precision."""
+
+import torch
+from torch import Tensor
+
+from nord_snn.ops.checks import compute_dtype
+from nord_snn.ops.resonance.reference import reference
+
+__all__ = ["check_heads", "resonance"]
+
+
+def check_heads(n_features: int, n_heads: int) -> None:
+    """Raise a ValueError unless ``n_heads`` divide ``n_features``."""
+    if n_heads < 1 or n_features % n_heads:
+        raise ValueError(
+            f"the width D must be a multiple of the number of heads H, got D = {n_features} and H = {n_heads}"
+        )
+
+
+def resonance(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    n_heads: int,
+    top_k: int,
+    temperature: float | Tensor,
+    recency: Tensor | None = None,
+    causal: bool = True,
+) -> Tensor:
+    """Bind positions by counting coincident spikes.
+
+    For query position a, key position b and head h::
+
+        count[a, b] = number of (step, neuron) pairs of the head that fire in q at a and in k at b
+        score[a, b] = temperature * count[a, b] - recency[h] * |a - b|
+        context[a]  = sum_b softmax_b(score[a, b]) * v[b]         over the top_k best b (b <= a if causal)
+
+    Among equal scores the most recent (highest) position wins. With a negative temperature the least coincident keys are
+    best. Sums are float32 (float64 for float64 values), also under autocast.
+
+    Args:
+        q: query spikes ``[T, B, S, D]``, floating (with gradient) or bool.
+        k: key spikes ``[T, B, S, D]``.
+        v: values ``[B, S, D]``, in the model the time-mean of a projection.
+        n_heads: H; D must be a multiple of it.
+        top_k: keys kept per query, at least 1.
+        temperature: a float, or a tensor of one element.
+        recency: slope per head ``[H]`` and position, or None.
+        causal: whether a query sees only itself and what came before.
+
+    Returns:
+        ``[B, S, D]`` in the dtype of ``v``.
+
+    Raises:
+        ValueError: a shape does not fit, H does not divide D, or ``top_k`` is not positive.
+
+    Source: the Nord spiking language model's temporal co-firing resonance; recency after ALiBi (Press et al. 2022).
+
+    Example:
+        >>> import torch
+        >>> q = k = torch.eye(3).reshape(1, 1, 3, 3)  # position i fires neuron i
+        >>> resonance(q, k, torch.eye(3)[None], n_heads=1, top_k=1, temperature=1.0)[0].argmax(-1)
+        tensor([0, 1, 2])
+    """
+    _check(q, k, v, n_heads, top_k, recency)
+    dtype = compute_dtype(v)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(dtype)
+    recency = None if recency is None else recency.to(dtype)
+    with torch.autocast(v.device.type, enabled=False):
+        context = reference(q.to(dtype), k.to(dtype), v.to(dtype), n_heads, top_k, temperature, recency, causal)
+    return context.to(v.dtype)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, n_heads: int, top_k: int, recency: Tensor | None) -> None:
+    if q.ndim != 4 or q.shape != k.shape:
+        raise ValueError(
+            f"resonance expects q and k of one shape [T, B, S, D], got {list(q.shape)} and {list(k.shape)}"
+        )
+    if v.shape != q.shape[1:]:
+        raise ValueError(f"resonance expects v of shape [B, S, D] = {list(q.shape[1:])}, got {list(v.shape)}")
+    check_heads(q.shape[-1], n_heads)
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if recency is not None and recency.shape != (n_heads,):
+        raise ValueError(f"recency must have shape [H] = [{n_heads}], got {list(recency.shape)}")

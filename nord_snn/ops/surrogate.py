@@ -1,0 +1,94 @@
+"""The surrogate derivatives of the spike, in one table that every backend reads.
+
+A spike is the step function ``s = 1 where x >= 0 else 0`` of ``x = membrane - threshold``. Its true derivative is zero
+almost everywhere, so the backward pass uses the derivative of a smooth function, the *primitive*, instead
+(Neftci, Mostafa and Zenke 2019).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["SURROGATES", "Surrogate", "SurrogateLike", "resolve_surrogate", "spike"]
+
+
+class Surrogate(NamedTuple):
+    """One row of the table: a smooth function of ``(x, alpha)`` and its derivative by ``x``."""
+
+    primitive: Callable[[Tensor, float], Tensor]
+    derivative: Callable[[Tensor, float], Tensor]
+
+
+SURROGATES: dict[str, Surrogate] = {
+    # Nord: a / (2 pi (1 + (a x)^2)). Half of SpikingJelly's ATan at alpha = 2 a / pi.
+    "nord_atan": Surrogate(
+        lambda x, a: torch.atan(a * x) / (2 * math.pi) + 0.5,
+        lambda x, a: a / (2 * math.pi * (1 + (a * x).square())),
+    ),
+    # Fang et al. 2021 (PLIF), as SpikingJelly's ATan.
+    "atan": Surrogate(
+        lambda x, a: torch.atan(math.pi / 2 * a * x) / math.pi + 0.5,
+        lambda x, a: a / 2 / (1 + (math.pi / 2 * a * x).square()),
+    ),
+    # SpikingJelly's and snnTorch's Sigmoid.
+    "sigmoid": Surrogate(
+        lambda x, a: torch.sigmoid(a * x),
+        lambda x, a: a * torch.sigmoid(a * x) * torch.sigmoid(-a * x),
+    ),
+    # Zenke and Ganguli 2018 (SuperSpike), as snnTorch's fast_sigmoid.
+    "fast_sigmoid": Surrogate(
+        lambda x, a: x / (1 + a * x.abs()),
+        lambda x, a: 1 / (1 + a * x.abs()).square(),
+    ),
+}
+
+#: A name from the table, or a function of ``membrane - threshold`` such as SpikingJelly's surrogate modules.
+SurrogateLike = str | Callable[[Tensor], Tensor]
+
+
+class _Spike(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, derivative: Callable[[Tensor, float], Tensor], alpha: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.derivative, ctx.alpha = derivative, alpha
+        return (x >= 0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        return grad_outputs[0] * ctx.derivative(x, ctx.alpha), None, None
+
+
+def spike(x: Tensor, surrogate: SurrogateLike = "nord_atan", alpha: float = 4.0) -> Tensor:
+    """Fire where ``x >= 0``; backpropagate through the surrogate.
+
+    Args:
+        x: membrane minus threshold, any shape.
+        surrogate: a name from :data:`SURROGATES`, or a callable of ``x`` that brings its own backward.
+        alpha: sharpness of a named surrogate; a callable has its own.
+
+    Returns:
+        0 or 1 in the shape and dtype of ``x``.
+
+    Raises:
+        ValueError: the name is not in the table.
+
+    Example:
+        >>> import torch
+        >>> spike(torch.tensor([-0.1, 0.0, 0.1]))
+        tensor([0., 1., 1.])
+    """
+    return resolve_surrogate(surrogate, alpha)(x)
+
+
+def resolve_surrogate(surrogate: SurrogateLike, alpha: float) -> Callable[[Tensor], Tensor]:
+    """The firing function for a name or a callable; a ValueError names the table if the name is unknown."""
+    if callable(surrogate):
+        return surrogate
+    if surrogate not in SURROGATES:
+        raise ValueError(f"unknown surrogate {surrogate!r}: expected one of {sorted(SURROGATES)} or a callable")
+    derivative = SURROGATES[surrogate].derivative
+    return lambda x: _Spike.apply(x, derivative, alpha)
