@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["bigram_loss", "unigram_loss", "uniform_loss"]
+__all__ = ["bigram_loss", "uniform_loss", "unigram_loss"]
 
 
 def uniform_loss(vocab_size: int) -> float:
@@ -44,7 +44,9 @@ def bigram_loss(train: Tensor, validation: Tensor, vocab_size: int) -> float:
     position = torch.searchsorted(pairs, wanted).clamp(max=len(pairs) - 1)
     seen = torch.where(pairs[position] == wanted, counts[position], 0).double()
     unigram = _unigram(train, vocab_size)[target]
-    backed_off = torch.where(types[given] > 0, types[given], 1.0)  # a token never seen before another: the unigram alone
+    backed_off = torch.where(
+        types[given] > 0, types[given], 1.0
+    )  # a token never seen before another: the unigram alone
     probability = (seen + backed_off * unigram) / (occurrences[given] + backed_off)
     return -probability.log().mean().item()
 

@@ -40,7 +40,9 @@ __all__ = [
 TEXT_FIELDS = ("text", "content", "passage")
 END_OF_TEXT = "<|endoftext|>"
 IN_MEMORY_BYTES = 1 << 30  # local text up to this size is held in memory
-SECTION_CHARACTERS = 4096  # a .txt file has no documents of its own: it is cut at line ends into sections of about this size
+SECTION_CHARACTERS = (
+    4096  # a .txt file has no documents of its own: it is cut at line ends into sections of about this size
+)
 TOKENIZER_CHARACTERS = 50_000_000  # a tokenizer is trained on at most this much text
 BASELINE_TOKENS = 2_000_000  # of a stream, the baselines see this much
 HASH_BUCKETS = 10_000

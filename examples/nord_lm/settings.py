@@ -1,0 +1,205 @@
+"""What a run is: the model's configuration and how it is trained, from YAML and the command line."""
+
+import argparse
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from configuration_nord import NordConfig
+from huggingface_hub.errors import StrictDataclassError
+
+__all__ = ["Settings", "SettingsError", "TrainingSettings", "parse_arguments"]
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+class SettingsError(ValueError):
+    """The settings cannot be used; the message says what was expected."""
+
+
+def _setting(default: Any, description: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": description, **more})
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a run trains. Every field is an option of ``train.py``; the learning-rate defaults are those of the published run."""
+
+    data: str | None = _setting(None, "text file, folder or dataset name; default: the documentation inside CPython")
+    validation_data: str | None = _setting(None, "other text to validate on; default: part of the data, by hash")
+    held_out: float = _setting(0.05, "fraction of the documents held out for validation")
+    tokenizer: str | None = _setting(
+        None, "folder or hub name of a tokenizer; default: train a byte-level BPE on the text"
+    )
+    block_size: int | None = _setting(None, "tokens in a block; default: the model's max_position_embeddings")
+    steps: int = _setting(1000, "optimizer steps")
+    batch_size: int = _setting(4, "blocks in a micro-batch, on each process")
+    grad_accum: int = _setting(12, "micro-batches in a step")
+    lr: float = _setting(6e-4, "peak learning rate")
+    min_lr_ratio: float = _setting(0.1, "the cosine ends at this part of the peak")
+    warmup_steps: int = _setting(100, "steps of linear warm-up")
+    weight_decay: float = _setting(0.05, "of AdamW, on matrices only")
+    beta1: float = _setting(0.9, "of AdamW")
+    beta2: float = _setting(0.95, "of AdamW")
+    max_grad_norm: float = _setting(1.0, "gradients are clipped to this norm")
+    mixed_precision: str = _setting("no", "precision of matrix products", choices=("no", "bf16", "fp16"))
+    eval_every: int = _setting(500, "steps between two evaluations")
+    eval_blocks: int = _setting(64, "held-out blocks in an evaluation on the way; the last one takes up to 1024")
+    save_every: int = _setting(500, "steps between two checkpoints")
+    log_every: int = _setting(10, "steps between two lines of progress")
+    seed: int = _setting(0, "of initial weights and data order")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "grad_accum", "eval_every", "eval_blocks", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.block_size is not None and self.block_size < 2:
+            raise SettingsError(f"block_size must be at least 2, got {self.block_size}")
+        if self.lr <= 0 or self.max_grad_norm <= 0:
+            raise SettingsError(f"lr and max_grad_norm must be positive, got {self.lr} and {self.max_grad_norm}")
+        if not 0 <= self.held_out < 1:
+            raise SettingsError(f"held_out must be at least 0 and less than 1, got {self.held_out}")
+        if self.mixed_precision not in ("no", "bf16", "fp16"):
+            raise SettingsError(f"mixed_precision must be no, bf16 or fp16, got {self.mixed_precision!r}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A whole run: its name, ``NordConfig`` fields that differ from the defaults, and the training."""
+
+    name: str
+    model: dict[str, Any]
+    training: TrainingSettings
+
+    @classmethod
+    def read(cls, path: Path) -> "Settings":
+        """Read a YAML file with the sections ``model`` and ``training``.
+
+        Raises:
+            SettingsError: it is missing, no such YAML, or names a field that does not exist.
+        """
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SettingsError(f"{path}: cannot be read ({error.strerror})") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise SettingsError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
+        if not isinstance(content, dict) or not set(content) <= {"name", "model", "training"}:
+            raise SettingsError(f"{path}: expected the sections model and training")
+        model, training = content.get("model") or {}, content.get("training") or {}
+        known = {f.name: f.type for f in dataclasses.fields(TrainingSettings)}
+        _check_names(path, "training", training, set(known))
+        _check_names(path, "model", model, set(NordConfig().to_dict()))
+        _check_types(path, training)
+        return cls(content.get("name") or path.stem, model, TrainingSettings(**training))
+
+    def write(self, path: Path) -> None:
+        """Write the YAML that :meth:`read` reads."""
+        content = {"name": self.name, "model": self.model, "training": dataclasses.asdict(self.training)}
+        path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+
+    def model_config(self, **changes: Any) -> NordConfig:
+        """The model's configuration.
+
+        Raises:
+            SettingsError: sizes do not fit together, or a value has the wrong type.
+        """
+        try:
+            return NordConfig(**{**self.model, **changes})
+        except (StrictDataclassError, ValueError, TypeError) as error:
+            raise SettingsError(f"model: {' '.join(str(error).split())}") from error
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block."""
+        longest = self.model_config().max_position_embeddings
+        size = self.training.block_size or longest
+        if size > longest:
+            raise SettingsError(f"block_size {size} is longer than the model's max_position_embeddings of {longest}")
+        return size
+
+
+def _check_names(path: Path, section: str, content: Any, known: set[str]) -> None:
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path}: expected fields in the section {section}")
+    if unknown := sorted(set(content) - known):
+        raise SettingsError(f"{path}: {section} has no field {', '.join(unknown)}")
+
+
+def _check_types(path: Path, training: dict[str, Any]) -> None:
+    for f in dataclasses.fields(TrainingSettings):
+        value = training.get(f.name, f.default)
+        kind = type(f.default) if f.default is not None else (int if f.name == "block_size" else str)
+        fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+        if not fits and not (value is None and f.default is None):
+            raise SettingsError(f"{path}: training.{f.name} must be {kind.__name__}, got {value!r}")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Arguments of ``train.py``. Only training fields that were given are in ``changes``."""
+    parser = argparse.ArgumentParser(
+        description="Train a Nord spiking language model. Without arguments: a tiny one, on text that every Python has.",
+        argument_default=argparse.SUPPRESS,
+    )
+    names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+    parser.add_argument("--config", help=f"{names}, or a YAML file (default: tiny)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs"), help="a numbered folder is made in here (default: runs)"
+    )
+    parser.add_argument("--resume", type=Path, default=None, metavar="RUN", help="go on with the run in this folder")
+    parser.add_argument("--no-resonance", action="store_true", help="the control: positions never meet")
+    group = parser.add_argument_group("training (override the config)")
+    for f in dataclasses.fields(TrainingSettings):
+        kind = type(f.default) if f.default is not None else (int if f.name == "block_size" else str)
+        group.add_argument(
+            "--" + f.name.replace("_", "-"), type=kind, choices=f.metadata.get("choices"), help=f.metadata["help"]
+        )
+    options = parser.parse_args(arguments)
+    fields = {f.name for f in dataclasses.fields(TrainingSettings)}
+    options.changes = {name: value for name, value in vars(options).items() if name in fields}
+    return options
+
+
+def settings_from(options: argparse.Namespace) -> Settings:
+    """Settings of a new run, or of the run to resume, which continues as it began.
+
+    Raises:
+        SettingsError: the config does not exist or is not one, or an option contradicts the run to resume.
+    """
+    if options.resume is not None:
+        return _resumed(options)
+    settings = Settings.read(_config_path(getattr(options, "config", "tiny")))
+    model = settings.model | ({"resonance": False} if hasattr(options, "no_resonance") else {})
+    name = settings.name + ("-no-resonance" if hasattr(options, "no_resonance") else "")
+    return Settings(name, model, dataclasses.replace(settings.training, **options.changes))
+
+
+def _config_path(name: str) -> Path:
+    path = CONFIGS / f"{name}.yaml"
+    if path.exists():
+        return path
+    if not Path(name).is_file():
+        known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
+        raise SettingsError(f"--config {name}: neither one of {known} nor a file")
+    return Path(name)
+
+
+def _resumed(options: argparse.Namespace) -> Settings:
+    run = options.resume
+    if not (run / "settings.yaml").is_file():
+        raise SettingsError(f"--resume {run}: no run of train.py (settings.yaml is missing)")
+    settings = Settings.read(run / "settings.yaml")
+    for name, value in options.changes.items():
+        if value != (was := getattr(settings.training, name)):
+            raise SettingsError(f"--resume {run}: the run was begun with {name} = {was}, it cannot go on with {value}")
+    if hasattr(options, "no_resonance") and settings.model.get("resonance", True):
+        raise SettingsError(f"--resume {run}: the run was begun with resonance, it cannot go on without")
+    if hasattr(options, "config"):
+        other = Settings.read(_config_path(options.config)).model_config().to_dict()
+        mine = settings.model_config().to_dict()
+        differing = [f"{k} = {mine[k]} and not {other[k]}" for k in mine if mine[k] != other[k] and k != "resonance"]
+        if differing:
+            raise SettingsError(f"--resume {run}: holds another model's run ({', '.join(differing[:3])})")
+    return settings
