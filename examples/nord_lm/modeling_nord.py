@@ -16,7 +16,7 @@ from nord_snn.layers import MembraneReadout, MultiScaleTemporalEncoder, NordBloc
 from nord_snn.neurons import AssociativeLIFNode, fire_from_rest
 
 try:
-    from .configuration_nord import NordConfig  # shipped beside the weights as remote code
+    from .configuration_nord import NordConfig  # type: ignore[import-not-found]  # shipped beside the weights as remote code
 except ImportError:
     from configuration_nord import NordConfig  # beside the scripts
 
@@ -161,7 +161,7 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(module, nn.Embedding):
             nn.init.kaiming_uniform_(module.weight, a=5**0.5)
         elif hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+            module.reset_parameters()  # type: ignore[operator]
         for parameter, value in loaded.items():
             parameter.copy_(value)
 

@@ -94,10 +94,13 @@ def train(settings: Settings, out: Path, resume: Path | None) -> int:
         scheduler = get_cosine_with_min_lr_schedule_with_warmup(
             optimizer, options.warmup_steps, options.steps, min_lr_rate=options.min_lr_ratio
         )
-        in_memory = isinstance(corpus.train, Blocks)
-        loader = DataLoader(corpus.train, options.batch_size, shuffle=in_memory, drop_last=True)
-        if in_memory and len(loader) == 0:
-            raise DataError(f"{corpus.name}: {len(corpus.train)} blocks of text are less than one batch_size")
+        if isinstance(corpus.train, Blocks) and len(corpus.train) < options.batch_size:
+            raise DataError(
+                f"{corpus.name}: {len(corpus.train)} blocks of text are less than one batch of {options.batch_size}: "
+                "give more text, a smaller --batch-size or a smaller --block-size"
+            )
+        shuffle = isinstance(corpus.train, Blocks)  # a stream keeps its order
+        loader = DataLoader(corpus.train, options.batch_size, shuffle=shuffle, drop_last=True)
         validation_loader = DataLoader(Blocks(corpus.validation), options.batch_size)
         model, optimizer, scheduler, loader, validation_loader = accelerator.prepare(
             model, optimizer, scheduler, loader, validation_loader

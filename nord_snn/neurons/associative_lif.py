@@ -143,6 +143,14 @@ class AssociativeLIFNode(BaseNode):
             self._keep_v_seq(v_seq, append=not (multi or stateless))
         return spikes if multi else spikes.squeeze(0)
 
+    def detach(self) -> None:
+        """Cut the graph behind the memories, for truncated backpropagation through time."""
+        for name, value in self._memories.items():  # not in place, as BaseNode does: the memories may be views
+            if isinstance(value, Tensor):
+                self._memories[name] = value.detach()
+        if self.v_seq is not None:
+            self.v_seq = self.v_seq.detach()
+
     def single_step_functional_forward(
         self, inputs: _Tensors, states: _States, **kwargs: object
     ) -> tuple[_Tensors, _States]:

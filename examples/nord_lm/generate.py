@@ -1,0 +1,137 @@
+"""Continue a prompt with a trained model.
+
+python examples/nord_lm/generate.py "The list type"
+python examples/nord_lm/generate.py --model runs/tiny-0001/model --temperature 0.7 --top-p 0.9 "import os"
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from data import DataError, check_vocabulary
+from modeling_nord import NordForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers.utils import logging
+
+__all__ = ["ModelError", "newest_model", "open_model", "sampling"]
+
+
+class ModelError(ValueError):
+    """There is no usable model; the message says what was expected."""
+
+
+def newest_model(runs: Path = Path("runs")) -> Path:
+    """The model of the run that finished last."""
+    finished = sorted(runs.glob("*/results.json"), key=lambda path: path.stat().st_mtime)
+    if not finished:
+        raise ModelError(
+            f"no finished run in {runs}/: train one with examples/nord_lm/train.py, or give --model FOLDER"
+        )
+    return finished[-1].parent / "model"
+
+
+def open_model(folder: Path) -> tuple[NordForCausalLM, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a folder that ``train.py`` wrote.
+
+    Raises:
+        ModelError: something is missing or does not fit.
+    """
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder}: no model here; expected a folder with config.json, model.safetensors and a tokenizer"
+        )
+    try:
+        model, loading = NordForCausalLM.from_pretrained(folder, output_loading_info=True)
+    except Exception as error:  # a wrong, truncated or foreign file fails in many ways
+        raise ModelError(f"{folder}: the model cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+    if wrong := {kind: sorted(map(str, names)) for kind, names in loading.items() if names}:
+        kind, names = next(iter(wrong.items()))
+        raise ModelError(
+            f"{folder}: the weights do not fit the configuration ({kind.replace('_', ' ')}: {', '.join(names[:3])})"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise ModelError(
+            f"{folder}: no usable tokenizer beside the model ({' '.join(str(error).split())[:300]})"
+        ) from error
+    check_vocabulary(tokenizer, model.config.vocab_size)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval(), tokenizer
+
+
+def sampling(temperature: float, top_k: int, top_p: float, repetition_penalty: float) -> dict[str, Any]:
+    """Arguments for ``generate``; temperature 0 takes the best token each time."""
+    if temperature == 0:
+        return {"do_sample": False, "repetition_penalty": repetition_penalty}
+    return {
+        "do_sample": True,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+    }
+
+
+def number(low: float, high: float = float("inf"), kind: type = float) -> Any:
+    """An argparse type: a number in ``[low, high]``."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that ``generate.py`` and ``chat.py`` share."""
+    parser.add_argument(
+        "--model", type=Path, help="folder with model and tokenizer (default: of the newest run in runs/)"
+    )
+    parser.add_argument("--max-new-tokens", type=number(1, kind=int), default=100)
+    parser.add_argument("--temperature", type=number(0), default=0.8, help="0 takes the best token each time")
+    parser.add_argument("--top-k", type=number(0, kind=int), default=50, help="sample from that many tokens; 0: all")
+    parser.add_argument(
+        "--top-p", type=number(0, 1), default=0.95, help="sample from the best tokens of this probability"
+    )
+    parser.add_argument("--repetition-penalty", type=number(0.01), default=1.1, help="1: none")
+    parser.add_argument("--seed", type=int, help="for the same text again")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("prompt", nargs="?", default="", help="text to go on from; '-' reads it from standard input")
+    sampling_arguments(parser)
+    options = parser.parse_args(arguments)
+    logging.disable_progress_bar()
+    try:
+        model, tokenizer = open_model(options.model or newest_model())
+    except (ModelError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+    if len(ids) > model.config.max_position_embeddings:
+        print(
+            f"note: only the last {model.config.max_position_embeddings} tokens of the prompt are seen", file=sys.stderr
+        )
+    if options.seed is not None:
+        set_seed(options.seed)
+    model.generate(
+        torch.tensor([ids], device=model.device),
+        max_new_tokens=options.max_new_tokens,
+        pad_token_id=tokenizer.eos_token_id,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        **sampling(options.temperature, options.top_k, options.top_p, options.repetition_penalty),
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,249 @@
+"""STDP learners: direction in time, reward, life cycle, and what they leave untouched."""
+
+import pytest
+import torch
+from spikingjelly.activation_based.learning import STDPLearner
+from spikingjelly.activation_based.neuron import LIFNode
+from torch import nn
+
+from nord_snn.learning_rules import STDP, RewardModulatedSTDP
+from nord_snn.neurons import AssociativeLIFNode
+from nord_snn.ops import stdp
+
+
+class Scripted(nn.Module):
+    """A neuron that fires what it is told to."""
+
+    def __init__(self, spikes):
+        super().__init__()
+        self.spikes = spikes
+
+    def forward(self, x):
+        """Ignore the input."""
+        return self.spikes
+
+
+def wire(pre, post, rule=STDP, **more):
+    """One synapse whose two sides fire as given, ``[T]`` each; returns (run once, synapse, learner)."""
+    synapse, sn = nn.Linear(1, 1, bias=False), Scripted(post.reshape(-1, 1, 1))
+    learner = rule(step_mode="m", synapse=synapse, sn=sn, **more)
+    return lambda: sn(synapse(pre.reshape(-1, 1, 1))), synapse, learner
+
+
+EARLY, LATE = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 1.0])
+
+
+@pytest.mark.parametrize(("pre", "post", "sign"), [(EARLY, LATE, 1), (LATE, EARLY, -1)])
+def test_order_decides_the_sign_and_the_reward_turns_it_round(pre, post, sign):
+    run, _, learner = wire(pre, post)
+    run()
+    assert learner.step(on_grad=False).sign().item() == sign
+    run, _, learner = wire(pre, post, RewardModulatedSTDP)
+    for reward in (1.0, -1.0, 0.0):
+        run()
+        assert learner.step(reward=reward, on_grad=False).sign().item() == sign * reward
+        learner.reset()
+
+
+def network(n_in=6, n_out=4, rule=STDP, step_mode="m", **more):
+    """A layer of neurons, its synapse and a learner."""
+    net = nn.Sequential(nn.Linear(n_in, n_out), AssociativeLIFNode(n_out, n_clusters=2, step_mode=step_mode))
+    with torch.no_grad():
+        net[0].weight.abs_()
+    return net, rule(step_mode=step_mode, synapse=net[0], sn=net[1], **more)
+
+
+def test_it_is_the_op_over_all_rows():
+    net, rule = network()
+    x = (torch.rand(7, 2, 3, 6) < 0.4).float()
+    spikes = net(x)
+    assert spikes.sum() > 0
+    expected, _ = stdp(x.flatten(1, 2), spikes.detach().flatten(1, 2))
+    assert torch.allclose(rule.step(on_grad=False), expected, atol=1e-7)
+    _, mean = network(reduction="mean")
+    mean._pre, mean._post = [x], [spikes.detach()]
+    assert torch.allclose(mean.step(on_grad=False), expected / 6, atol=1e-7)
+
+
+def test_single_steps_are_the_sequence_and_traces_go_on_between_steps():
+    x = (torch.rand(7, 2, 6) < 0.4).float()
+    net, rule = network()
+    net(x)
+    whole = rule.step(on_grad=False)
+    other, single = network(step_mode="s")
+    other.load_state_dict(net.state_dict())
+    parts = []
+    for x_t in x:
+        other(x_t)
+        parts.append(single.step(on_grad=False))
+    assert torch.allclose(sum(parts), whole, atol=1e-7)
+
+
+def test_against_spikingjellys_learner_where_both_are_defined():
+    """Traces match at tau_sj = 1 / (1 - exp(-1 / tau)); ours is scaled by a_plus = a_minus = 0.005."""
+    synapse, sn = nn.Linear(5, 3, bias=False), LIFNode(step_mode="m")
+    with torch.no_grad():
+        synapse.weight.abs_().add_(0.5)
+    tau_sj = 1 / (1 - torch.tensor(-1 / 20.0, dtype=torch.float64).exp().item())
+    theirs = STDPLearner(
+        step_mode="m",
+        synapse=synapse,
+        sn=sn,
+        tau_pre=tau_sj,
+        tau_post=tau_sj,
+        f_pre=lambda w: 0.005,
+        f_post=lambda w: 0.005,
+    )
+    ours = STDP(step_mode="m", synapse=synapse, sn=sn)
+    spikes = sn(synapse((torch.rand(9, 1, 5) < 0.6).float()))
+    assert spikes.sum() > 0
+    assert torch.allclose(ours.step(on_grad=False), theirs.step(on_grad=False), atol=1e-6)
+
+
+def test_on_grad_makes_a_gradient_step_add_the_change():
+    net, rule = network()
+    x = (torch.rand(7, 2, 6) < 0.6).float()
+    net(x)
+    before = net[0].weight.detach().clone()
+    record = (list(rule._pre), list(rule._post))
+    delta = rule.step(on_grad=False, scale=2.0)
+    rule.reset()
+    rule._pre, rule._post = record
+    net[0].weight.grad = torch.ones_like(before)
+    assert rule.step(scale=2.0) is None
+    torch.optim.SGD(net.parameters(), lr=1.0).step()
+    assert torch.allclose(net[0].weight, before - 1 + delta, atol=1e-6)
+
+
+def test_reward_from_the_loss_follows_a_baseline_that_outlives_reset():
+    net, rule = network(rule=RewardModulatedSTDP, baseline=3.0, baseline_decay=0.9)
+    x = (torch.rand(7, 2, 6) < 0.6).float()
+    net(x)
+    good = rule.step(loss=torch.tensor(2.0), on_grad=False)
+    assert rule.baseline == pytest.approx(0.9 * 3.0 + 0.1 * 2.0)
+    rule.reset()
+    net[1].reset()
+    net(x)
+    bad = rule.step(loss=5.0, on_grad=False)
+    assert rule.baseline == pytest.approx(0.9 * 2.9 + 0.5)
+    assert (good * bad <= 0).all()
+    assert (good != 0).any()
+    _, other = network(rule=RewardModulatedSTDP)
+    other.load_state_dict(rule.state_dict())
+    assert other.baseline == rule.baseline
+
+
+def test_apply_stays_within_bounds_and_revert_takes_everything_back():
+    net, rule = network(bounds=(-0.3, 1.0))
+    with torch.no_grad():
+        net[0].weight[0] = torch.tensor([0.99, -0.29, 0.5, 1.5, -2.0, 0.0])  # two trained weights already outside
+    before = net[0].weight.detach().clone()
+    rule.apply(torch.full((4, 6), 0.1))
+    assert torch.allclose(net[0].weight[0], torch.tensor([1.0, -0.19, 0.6, 1.5, -1.9, 0.1]))
+    rule.apply(torch.full((4, 6), -0.5))
+    assert net[0].weight[0, 3].item() == pytest.approx(1.0)
+    assert net[0].weight[0, 4].item() == pytest.approx(-1.9)
+    assert net[0].weight[0, 1].item() == pytest.approx(-0.3)
+    rule.revert()
+    assert torch.equal(net[0].weight, before)
+    rule.revert()
+    assert torch.equal(net[0].weight, before)
+    _, free = network(bounds=None)
+    free.apply(torch.full((4, 6), 9.0))
+    assert free.synapse.weight.max() > 8
+
+
+def test_revert_leaves_what_an_optimizer_did_in_between():
+    net, rule = network(bounds=None)
+    before = net[0].weight.detach().clone()
+    rule.apply(torch.full((4, 6), 0.125))
+    with torch.no_grad():
+        net[0].weight.add_(1.0)
+    rule.revert()
+    assert torch.allclose(net[0].weight, before + 1.0, atol=1e-6)
+
+
+def test_life_cycle():
+    net, rule = network()
+    x = (torch.rand(4, 2, 6) < 0.5).float()
+    assert rule.step(on_grad=False) is None  # nothing recorded
+    rule.disable()
+    net(x)
+    assert rule.step(on_grad=False) is None
+    rule.enable()
+    net(x)
+    assert rule.step(on_grad=False) is not None
+    assert rule.trace_pre is not None
+    rule.reset()
+    assert rule.trace_pre is None
+    rule.close()
+    net(x)
+    assert rule.step(on_grad=False) is None
+    with pytest.raises(RuntimeError, match="closed"):
+        rule.enable()
+
+
+def test_the_learner_owns_no_parameters_of_the_synapse():
+    _, rule = network()
+    assert list(rule.parameters()) == []
+    assert "trace" not in str(rule)
+    assert "tau_plus=20.0" in str(rule)
+
+
+def test_misuse_is_named():
+    net, rule = network(rule=RewardModulatedSTDP)
+    x = (torch.rand(4, 2, 6) < 0.5).float()
+    net(x)
+    with pytest.raises(ValueError, match="either a loss or a reward"):
+        rule.step()
+    with pytest.raises(ValueError, match="either a loss or a reward"):
+        rule.step(loss=1.0, reward=1.0)
+    with pytest.raises(ValueError, match="loss must be finite"):
+        rule.step(loss=float("nan"))
+    assert rule.step(reward=1.0, on_grad=False) is not None  # the record was not lost over the mistakes
+    net[0](x)
+    with pytest.raises(RuntimeError, match="called 1 times and its neurons 0 times"):
+        rule.step(reward=1.0)
+    rule.reset()
+    net[1].reset()
+    net(x[:, :1])
+    rule.step(reward=1.0)
+    net[1].reset()
+    net(x)
+    with pytest.raises(ValueError, match="reset them when the batch shape changes"):
+        rule.step(reward=1.0)
+    with pytest.raises(ValueError, match=r"\[n_out, n_in\] = \[4, 6\], got \[6, 4\]"):
+        rule.apply(torch.zeros(6, 4))
+    with pytest.raises(ValueError, match="got NoneType"):
+        rule.apply(None)
+    assert rule.extra_repr()
+
+
+def test_two_batch_shapes_in_one_record_are_named():
+    net, rule = network()
+    for n in (1, 2):
+        net[1].reset()
+        net((torch.rand(4, n, 6) < 0.5).float())
+    with pytest.raises(ValueError, match=r"batch shape changed between two steps"):
+        rule.step()
+    net, rule = network()
+    rule._pre, rule._post = [torch.zeros(4, 6)], [torch.zeros(4, 4)]
+    with pytest.raises(ValueError, match=r"step_mode 'm' the rule expects \[T, N, \*, D\]"):
+        rule.step()
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"synapse": nn.Conv2d(1, 1, 1)}, TypeError, "must be a torch.nn.Linear, got Conv2d"),
+        ({"reduction": "max"}, ValueError, "reduction must be"),
+        ({"bounds": (1.0, 0.0)}, ValueError, "lower < upper"),
+        ({"tau_plus": -1.0}, ValueError, "time constants must be positive"),
+        ({"step_mode": "x"}, ValueError, "step_mode"),
+        ({"baseline_decay": 1.0}, ValueError, "baseline_decay"),
+    ],
+)
+def test_bad_constructions_are_named(change, kind, message):
+    arguments = {"step_mode": "m", "synapse": nn.Linear(2, 2), "sn": nn.ReLU()} | change
+    with pytest.raises(kind, match=message):
+        RewardModulatedSTDP(**arguments)

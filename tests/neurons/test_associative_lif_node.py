@@ -1,0 +1,214 @@
+"""AssociativeLIFNode: a SpikingJelly node around the op."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from spikingjelly.activation_based import base, functional, monitor, neuron, surrogate
+from torch import nn
+
+import nord_snn
+from nord_snn.neurons import AssociativeCascade, AssociativeLIFNode, fire_from_rest, make_neuron
+from nord_snn.ops import associative_lif
+
+
+def node(**more):
+    """A small node in step mode m."""
+    return AssociativeLIFNode(8, **{"n_clusters": 4, "step_mode": "m"} | more)
+
+
+X = 2 * torch.rand(6, 3, 8, generator=torch.Generator().manual_seed(1))
+
+
+def test_it_is_the_op():
+    n = node(store_v_seq=True)
+    spikes, v_seq, state = associative_lif(
+        X,
+        threshold=torch.full((8,), 0.25),
+        beta_mem=0.9,
+        beta_syn=0.5,
+        cascade_weight=n.cascade.weight.sigmoid(),
+        cascade_gain=n.cascade.gain,
+        return_v_seq=True,
+    )
+    assert torch.equal(n(X), spikes)
+    assert torch.allclose(n.v_seq, v_seq, atol=1e-6)
+    assert torch.equal(n.refractory, state.refractory)
+    assert 0 < spikes.mean() < 0.4
+
+
+def test_single_steps_are_the_sequence():
+    multi, single = node(store_v_seq=True), node(step_mode="s", store_v_seq=True)
+    spikes = torch.stack([single(x) for x in X])
+    assert torch.equal(multi(X), spikes)
+    assert torch.equal(multi.v_seq, single.v_seq)
+    assert torch.equal(multi.v, single.v)
+
+
+def test_dimensions_between_rows_and_features_are_rows():
+    x = X.unsqueeze(2).repeat(1, 1, 5, 1)  # [T, N, 5, D]
+    n = node()
+    assert torch.equal(n(x)[:, :, 3], node()(X))
+    assert n.v.shape == (3, 5, 8)
+
+
+def test_state_is_carried_until_reset_and_stateless_leaves_it():
+    n = node()
+    first, held = n(X), n.v.clone()
+    assert torch.equal(n(X, stateless=True), first)
+    assert torch.equal(n.v, held)
+    assert not torch.equal(n(X), first)
+    for reset in (functional.reset_net, nord_snn.reset):
+        reset(n)
+        assert n.v == 0.0
+        assert torch.equal(n(X), first)
+
+
+def test_a_batch_shape_that_changes_while_state_is_held_raises():
+    n = node()
+    n(X)
+    with pytest.raises(ValueError, match=r"holds state of shape \[3, 8\] and got input of shape \[2, 8\].*reset"):
+        n(X[:, :2])
+    functional.reset_net(n)
+    assert n(X[:, :2]).shape == (6, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("shape", "step_mode", "message"),
+    [
+        ((6, 3, 7), "m", r"expects shape \[T, N, \*, D\] with D = 8, got \[6, 3, 7\]"),
+        ((6, 8), "m", r"expects shape \[T, N, \*, D\] with D = 8, got \[6, 8\]"),
+        ((8,), "s", r"expects shape \[N, \*, D\] with D = 8, got \[8\]"),
+    ],
+)
+def test_wrong_rank_or_width_is_named(shape, step_mode, message):
+    with pytest.raises(ValueError, match=message):
+        node(step_mode=step_mode)(torch.zeros(shape))
+
+
+def test_bad_constructions_are_named():
+    with pytest.raises(ValueError, match="D = 8 and C = 3"):
+        AssociativeLIFNode(8, n_clusters=3)
+    with pytest.raises(ValueError, match="unknown surrogate"):
+        AssociativeLIFNode(8, n_clusters=None, surrogate="tanh")
+    with pytest.raises(ValueError, match="beta_mem must lie in"):
+        AssociativeLIFNode(8, n_clusters=None, beta_mem=1.5)
+    with pytest.raises(ValueError, match="radius must not be negative"):
+        AssociativeLIFNode(8, n_clusters=4, cascade_radius=-1)
+
+
+def test_spikingjellys_tools_work_on_it():
+    net = nn.Sequential(nn.Linear(8, 8), node(step_mode="s"))
+    functional.set_step_mode(net, "m")
+    with monitor.OutputMonitor(net, neuron.BaseNode) as spikes:
+        net(X)
+    assert spikes.records[0].shape == (6, 3, 8)
+    assert net[1].v.grad_fn is not None
+    functional.detach_net(net)
+    assert net[1].v.grad_fn is None
+    assert isinstance(net[1], neuron.BaseNode)
+
+
+def test_functional_forward_takes_and_gives_states():
+    n = node()
+    forward = base.to_functional_forward(n)
+    (whole,), states = forward((X,), (0.0, 0.0, 0))
+    (first,), middle = forward((X[:2],), (0.0, 0.0, 0))
+    (second,), end = forward((X[2:],), middle)
+    assert torch.equal(torch.cat((first, second)), whole)
+    assert all(torch.equal(a, b) for a, b in zip(states, end, strict=True))
+    assert n.v == 0.0
+
+
+def test_copies_and_pickles():
+    n = node()
+    n(X.requires_grad_(False))
+    functional.detach_net(n)
+    for other in (copy.deepcopy(n), pickle.loads(pickle.dumps(n))):
+        assert torch.equal(other(X), copy.deepcopy(n)(X))
+
+
+def test_parameters_for_the_optimizer_have_a_dimension():
+    for name, parameter in node().named_parameters():
+        assert parameter.ndim >= 1, name
+    assert [name for name, _ in node(n_clusters=None).named_parameters()] == [
+        "v_threshold",
+        "beta_mem_logit",
+        "beta_syn_logit",
+    ]
+
+
+def test_everything_that_learns_gets_a_gradient():
+    n = node(store_v_seq=True)
+    (n(X).sum() + n.v_seq.sum()).backward()
+    for name, parameter in n.named_parameters():
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_a_spikingjelly_surrogate_can_be_given_and_swapped_in():
+    n = node(surrogate=surrogate.ATan())
+    spikes = n(X)
+    assert torch.equal(spikes, node()(X))
+    spikes.sum().backward()
+    atan = n.v_threshold.grad.clone()
+    n.zero_grad()
+    functional.reset_net(n)
+    n.surrogate_function = surrogate.Sigmoid()
+    n(X).sum().backward()
+    assert not torch.allclose(n.v_threshold.grad, atan)
+
+
+def test_the_backend_can_be_asked_for():
+    assert node().which_backend(X).name == "torch"
+    with pytest.raises(RuntimeError, match="cupy"):
+        node(backend="cupy")(X)
+
+
+def test_half_precision_modules_keep_their_state_in_float32():
+    n = node().to(torch.bfloat16)
+    assert n(X.bfloat16()).dtype == torch.bfloat16
+    assert n.v.dtype == torch.float32
+
+
+def test_reset_parameters_start_anew():
+    n = node(threshold=0.5)
+    before = copy.deepcopy(n.state_dict())
+    with torch.no_grad():
+        for parameter in n.parameters():
+            parameter.add_(1)
+    n.reset_parameters()
+    n.cascade.reset_parameters()
+    assert all(torch.equal(value, before[name]) for name, value in n.state_dict().items())
+
+
+def test_cascade_module_starts_as_a_ring():
+    cascade = AssociativeCascade(12, n_clusters=6, radius=2)
+    assert torch.allclose(cascade.weight[0], torch.tensor([0, 2 / 3, 1 / 3, 0, 1 / 3, 2 / 3]))
+    assert torch.equal(cascade.weight, cascade.weight.T)
+    spikes = torch.zeros(1, 12)
+    spikes[0, [0, 6]] = 1  # all of cluster 0
+    current = cascade(spikes)[0]
+    assert torch.allclose(current[1], 0.8 * torch.tensor(2 / 3).sigmoid())
+    assert torch.equal(current[:6], current[6:])
+    assert current[1] > current[2] > current[3]  # nearest clusters strongest
+    with pytest.raises(ValueError, match=r"\[\*, D\] with D = 12"):
+        cascade(torch.zeros(2, 10))
+
+
+def test_foreign_neurons_run_from_rest_and_keep_their_memory():
+    lif = neuron.LIFNode(step_mode="m")
+    first = lif(X)
+    held = lif.v.clone()
+    assert torch.equal(fire_from_rest(lif, X), first)
+    assert torch.equal(lif.v, held)
+    stateless = nn.ReLU()
+    assert torch.equal(fire_from_rest(stateless, X), X)
+
+
+def test_factories_are_checked():
+    assert make_neuron(lambda n: neuron.LIFNode(), 8).step_mode == "m"
+    with pytest.raises(TypeError, match=r"must return a torch.nn.Module, got str"):
+        make_neuron(lambda n: "LIF", 8)
+    with pytest.raises(TypeError, match="ReLU must offer store_v_seq"):
+        make_neuron(lambda n: nn.ReLU(), 8, store_v_seq=True)

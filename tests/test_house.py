@@ -1,0 +1,79 @@
+"""The house rules: imports run one way, and the public names are the ones that are promised."""
+
+import ast
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ALLOWED = {
+    "ops": set(),
+    "neurons": {"ops"},
+    "layers": {"ops", "neurons"},
+    "learning_rules": {"ops"},
+    "monitor": {"ops", "neurons"},
+    "integrations": {"ops", "neurons", "layers", "learning_rules", "monitor"},
+}
+PUBLIC = {
+    "nord_snn": {"__version__", "reset"},
+    "nord_snn.ops": {"AssociativeLIFState", "associative_lif", "resonance", "stdp", "which_backend"},
+    "nord_snn.neurons": {"AssociativeLIFNode", "AssociativeCascade"},
+    "nord_snn.layers": {
+        "AssociativeCascade",
+        "CoFiringResonance",
+        "LeakyClamp",
+        "MembraneReadout",
+        "MultiScaleTemporalEncoder",
+        "NordBlock",
+        "SpikingFeedForward",
+    },
+    "nord_snn.learning_rules": {"STDP", "RewardModulatedSTDP"},
+    "nord_snn.monitor": {"SpikeMonitor"},
+}
+SOURCES = sorted((ROOT / "nord_snn").rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file imports, wherever in the file it does."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the direction"
+            names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    parts = path.relative_to(ROOT / "nord_snn").parts
+    names = imported(path)
+    assert not any(name.split(".")[0] == "examples" for name in names)
+    if len(parts) == 1:
+        return
+    inside = {name.split(".")[1] for name in names if name.startswith("nord_snn.")}
+    assert inside - {parts[0]} <= ALLOWED[parts[0]]
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_public_names_are_there_and_documented(package):
+    module = importlib.import_module(package)
+    assert PUBLIC[package] <= set(module.__all__)
+    for name in module.__all__:
+        thing = getattr(module, name)
+        if inspect.isclass(thing) or inspect.isfunction(thing):
+            assert thing.__doc__, f"{package}.{name} has no docstring"
+
+
+def test_the_core_imports_nothing_that_the_core_does_not_ask_for():
+    outside = set().union(*(imported(path) for path in SOURCES))
+    allowed = {"nord_snn", "torch", "spikingjelly", "math", "collections", "typing", "types", "importlib"}
+    assert {name.split(".")[0] for name in outside} <= allowed
+
+
+def test_readme_commands_are_in_the_readme_once():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.count("<!-- command: train -->") == readme.count("<!-- command: test -->") == 1
