@@ -1,17 +1,12 @@
-"""What many tests share."""
+"""Fixtures for all tests."""
 
-from pathlib import Path
-from typing import Any
+import os
+
+# Before any library reads them: no test may need a network, nor wait for one that is not there.
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest
 import torch
-
-DATA = Path(__file__).parent / "data"
-
-
-def load_reference(name: str) -> Any:
-    """Expected values, computed in float64 by an independent implementation of the equations."""
-    return torch.load(DATA / f"{name}.pt", weights_only=True)
 
 
 @pytest.fixture(autouse=True)
@@ -22,8 +17,3 @@ def _seed() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _two_cores() -> None:
     torch.set_num_threads(2)
-
-
-def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the difference by the norm of what was expected."""
-    return ((got - expected).norm() / expected.norm().clamp(min=1e-12)).item()

@@ -91,6 +91,7 @@ class Plasticity:
         for rule in self.rules:
             rule.revert()
 
+    @torch.no_grad()
     def change(self) -> float:
         """Norm of what was learned, relative to the weights."""
         pairs = list(zip(self.rules, self._before, strict=True))

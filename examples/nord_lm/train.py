@@ -73,15 +73,7 @@ def train(settings: Settings, out: Path, resume: Path | None) -> int:
     """Run from start to finish; returns the exit status."""
     options = settings.training
     run = resume or new_run_folder(out, settings.name)
-    accelerator = Accelerator(
-        mixed_precision=options.mixed_precision,
-        # An accumulation may reach across the end of an epoch, so that a step is always grad_accum micro-batches.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(options.grad_accum, sync_with_dataloader=False),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=options.seed),
-        step_scheduler_with_optimizer=False,
-        log_with="tensorboard",
-        project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run)),
-    )
+    accelerator = accelerate(settings, run)
     set_seed(options.seed)
     with Progress(options.steps, visible=accelerator.is_local_main_process) as progress:
         progress.say(f"run {run}")
@@ -183,6 +175,23 @@ def train(settings: Settings, out: Path, resume: Path | None) -> int:
         report(progress, accelerator.unwrap_model(model), tokenizer, corpus, run, results)
     accelerator.end_training()
     return 0
+
+
+def accelerate(settings: Settings, run: Path) -> Accelerator:
+    """Device, precision, accumulation and logging."""
+    options = settings.training
+    try:
+        return Accelerator(
+            mixed_precision=options.mixed_precision,
+            # An accumulation may reach across the end of an epoch, so that a step is always grad_accum micro-batches.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(options.grad_accum, sync_with_dataloader=False),
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=options.seed),
+            step_scheduler_with_optimizer=False,
+            log_with="tensorboard",
+            project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run)),
+        )
+    except ValueError as error:  # a precision that this device does not have
+        raise SettingsError(f"mixed_precision {options.mixed_precision}: {error}") from error
 
 
 def prepare_text(settings: Settings, run: Path, resumed: bool) -> tuple[PreTrainedTokenizerBase, Corpus]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import load_reference, relative_error
+from helpers import load_reference, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import load_reference
+from helpers import load_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

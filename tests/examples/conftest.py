@@ -1,0 +1,18 @@
+"""A small run of the language model, trained once and looked at by many tests."""
+
+from pathlib import Path
+
+import pytest
+import train as train_script
+from helpers import make_text, write_config
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.txt").write_text(make_text())
+    config = write_config(folder)
+    arguments = ["--config", str(config), "--data", str(folder / "text.txt"), "--out", str(folder / "runs")]
+    assert train_script.main(arguments) == 0
+    return folder / "runs" / "test-0001"

@@ -1,0 +1,249 @@
+"""Text in, blocks out, and nothing lost on the way without a word."""
+
+import json
+
+import datasets
+import pytest
+import torch
+from baselines import bigram_loss, uniform_loss, unigram_loss
+from data import (
+    Blocks,
+    DataError,
+    Documents,
+    StreamedBlocks,
+    load_corpus,
+    load_tokenizer,
+    pack,
+    python_documentation,
+    read_documents,
+    split,
+    train_tokenizer,
+)
+from helpers import make_text
+from hypothesis import given
+from hypothesis import strategies as st
+
+TEXTS = [f"document {i} says {i * i} and rests" for i in range(60)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(TEXTS, 300)
+
+
+# --- sources
+
+
+def test_text_files_are_read_whole(tmp_path):
+    text = make_text() + "Ünïcode ✓ without a last line end"
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    assert "".join(read_documents(str(tmp_path / "a.txt")).read()) == text
+
+
+def test_jsonl_lines_that_cannot_be_used_are_counted_and_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [
+        '{"text": "one"}',
+        '{"content": "two"}',
+        '{"passage": "three"}',
+        "{broken",
+        '{"title": "no text"}',
+        '{"text": 5}',
+        "[1]",
+        "",
+        '{"text": "\\ud800"}',
+        '{"text": "four"}',
+    ]
+    path.write_text("\n".join(lines))
+    documents = read_documents(str(path))
+    assert list(documents.read()) == ["one", "two", "three", "four"]
+    assert documents.notes() == [
+        f"left out 1: lines that are not JSON (first: {path}:4)",
+        f"left out 3: records without text in a field text, content or passage (first: {path}:5)",
+        f"left out 1: records that are not valid Unicode (first: {path}:9)",
+    ]
+    list(documents.read())
+    assert sum(documents.skipped.values()) == 5  # a second pass does not count twice
+
+
+def test_parquet_and_folders(tmp_path):
+    datasets.Dataset.from_dict({"content": ["from parquet", "too"]}).to_parquet(str(tmp_path / "b.parquet"))
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "a.txt").write_text("from text\n")
+    (tmp_path / "c.jsonl").write_text(json.dumps({"text": "from jsonl"}))
+    (tmp_path / "d.md").write_text("not read")
+    documents = read_documents(str(tmp_path))
+    assert list(documents.read()) == ["from parquet", "too", "from jsonl", "from text\n"]
+    assert "left out 1: files that are not .txt, .jsonl or .parquet" in documents.notes()[0]
+
+
+def test_the_documentation_inside_python_is_english_and_there():
+    documents = list(python_documentation())
+    assert sum(map(len, documents)) > 1_000_000
+    assert any("yield expression" in text for text in documents)
+    assert len(documents) > 300
+
+
+def test_a_hub_dataset_is_streamed(monkeypatch, tokenizer):
+    asked = []
+
+    def load_dataset(name, config, **more):
+        asked.append((name, config, more))
+        return datasets.Dataset.from_dict({"text": TEXTS, "id": list(range(60))}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    documents = read_documents("owner/name:config")
+    assert asked == [("owner/name", "config", {"split": "train", "streaming": True})]
+    corpus = load_corpus(documents, tokenizer, block_size=8, held_out=0.2)
+    assert isinstance(corpus.train, StreamedBlocks)
+    streamed = torch.stack(list(corpus.train))
+    assert torch.equal(streamed, torch.stack(list(corpus.train)))  # again from the start
+    assert torch.equal(streamed.flatten(), corpus.sample[: streamed.numel()].long())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.txt", None, "no such file or folder; expected .txt, .jsonl or .parquet"),
+        ("empty.txt", b"", "the file is empty"),
+        ("binary.txt", b"PK\x03\x04\x00\x00", "binary; expected UTF-8 text"),
+        ("latin.txt", "caf\xe9 au lait".encode("latin-1"), "not UTF-8 text .* at byte 3"),
+        ("a.pdf", b"%PDF", "expected .txt, .jsonl or .parquet"),
+        ("bad.parquet", b"PAR1 but no more", "not a readable Parquet file"),
+        ("all_bad.jsonl", b"{\n{\n", "no text found .left out 2: lines that are not JSON"),
+        ("blank.txt", b"\n\n  \n", "no text found"),
+    ],
+)
+def test_bad_sources_get_one_sentence(tmp_path, tokenizer, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load_corpus(read_documents(str(tmp_path / name)), tokenizer, 8)
+
+
+def test_names_that_are_neither_files_nor_datasets(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match="neither a file nor a dataset that can be opened"):
+        read_documents("no-such-owner/no-such-dataset")
+    with pytest.raises(DataError, match="no such file or folder"):
+        read_documents("nothing")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match=r"expected .txt, .jsonl or .parquet files in it"):
+        read_documents(str(tmp_path / "folder"))
+
+
+# --- split
+
+
+@given(st.lists(st.text(min_size=1), min_size=2, max_size=30), st.floats(0.01, 0.9))
+def test_the_split_is_decided_by_the_text_alone(texts, held_out):
+    for streamed in (False, True):
+        documents = Documents("test", lambda: iter(texts), streamed=streamed)
+        train, held = split(documents, held_out)
+        assert sorted([*train(), *held()]) == sorted(texts)
+        assert set(train()).isdisjoint(held())
+        turned = Documents("test", lambda: iter(texts[::-1]), streamed=streamed)
+        assert sorted(split(turned, held_out)[1]()) == sorted(held())
+
+
+def test_few_documents_still_leave_one_held_out():
+    train, held = split(Documents("test", lambda: iter(TEXTS[:3]), streamed=False), 0.05)
+    assert len(list(train())) == 2
+    assert len(list(held())) == 1
+
+
+# --- tokens
+
+
+def test_any_text_survives_the_trained_tokenizer(tokenizer):
+    for text in ("plain", "Ünïcode ✓ 日本語", "tabs\tand\n\nlines  ", "\x00\x7f"):
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+    assert len(train_tokenizer(TEXTS, 300)) == 300
+
+
+@given(st.lists(st.integers(0, 9), max_size=12), st.integers(1, 7))
+def test_packing_loses_only_the_last_part(lengths, block_size):
+    encoded, start = [], 0
+    for n in lengths:
+        encoded.append(torch.arange(start, start + n, dtype=torch.int32))
+        start += n
+    blocks = list(pack(encoded, block_size))
+    assert torch.equal(torch.cat([torch.empty(0).int(), *blocks]), torch.arange(start // block_size * block_size).int())
+    assert all(len(block) == block_size for block in blocks)
+
+
+def test_corpus_counts_every_byte_and_ends_every_document(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in TEXTS))
+    corpus = load_corpus(read_documents(str(tmp_path / "a.jsonl")), tokenizer, 8, held_out=0.25)
+    assert isinstance(corpus.train, Blocks)
+    assert (corpus.sample == tokenizer.eos_token_id).sum() == 45
+    held = tokenizer.decode(corpus.validation.flatten()).split(tokenizer.eos_token)[:-1]
+    assert set(held) <= set(TEXTS)
+    assert 1 < corpus.bytes_per_token < 8
+    again = load_corpus(read_documents(str(tmp_path / "a.jsonl")), tokenizer, 8, held_out=0.25)
+    assert again.fingerprint == corpus.fingerprint
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t + "!"}) for t in TEXTS))
+    assert load_corpus(read_documents(str(tmp_path / "a.jsonl")), tokenizer, 8).fingerprint != corpus.fingerprint
+
+
+def test_other_text_can_be_validated_on(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text(make_text())
+    (tmp_path / "b.txt").write_text("only this " * 40)
+    corpus = load_corpus(
+        read_documents(str(tmp_path / "a.txt")), tokenizer, 8, validation=read_documents(str(tmp_path / "b.txt"))
+    )
+    assert set(tokenizer.decode(corpus.validation.flatten()).split()) <= {
+        "only",
+        "this",
+        "o",
+        "on",
+        "onl",
+        "t",
+        "th",
+        "thi",
+    }
+    assert len(tokenizer.decode(corpus.sample)) >= len(make_text())
+
+
+def test_too_little_text_is_named(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("short")
+    with pytest.raises(DataError, match="less than one block of 64: give more text or a smaller --block-size"):
+        load_corpus(read_documents(str(tmp_path / "a.txt")), tokenizer, 64)
+
+
+def test_tokenizers_that_do_not_fit_are_named(tmp_path, tokenizer):
+    with pytest.raises(DataError, match="cannot be loaded"):
+        load_tokenizer(str(tmp_path / "none"), 300)
+    tokenizer.save_pretrained(tmp_path / "t")
+    assert len(load_tokenizer(str(tmp_path / "t"), 300)) == 300
+    with pytest.raises(DataError, match="the tokenizer has 300 tokens and the model only 200"):
+        load_tokenizer(str(tmp_path / "t"), 200)
+    with pytest.raises(DataError, match="at least 257 tokens, got 100"):
+        train_tokenizer(TEXTS, 100)
+
+
+# --- baselines
+
+
+def test_baselines_by_hand():
+    train = torch.tensor([0, 1, 0, 1, 0, 2], dtype=torch.int32)
+    validation = torch.tensor([[0, 1, 0]])
+    log = torch.log
+    unigram = (torch.tensor([3.0, 2.0, 1.0]) + 1) / 9  # counts and one added, of 6 + 3
+    assert uniform_loss(3) == pytest.approx(log(torch.tensor(3.0)).item())
+    assert unigram_loss(train, validation, 3) == pytest.approx(-log(unigram[[1, 0]]).mean().item())
+    # after 0: twice 1, once 2, so two types in three; after 1: twice 0, one type in two
+    p1 = (2 + 2 * unigram[1]) / (3 + 2)
+    p0 = (2 + 1 * unigram[0]) / (2 + 1)
+    assert bigram_loss(train, validation, 3) == pytest.approx(-log(torch.stack((p1, p0))).mean().item())
+
+
+def test_the_bigram_is_a_distribution_and_falls_back_to_the_unigram():
+    train = torch.randint(5, (200,)).int()
+    for before in range(6):  # 5 was never seen
+        total = sum(
+            torch.tensor(-bigram_loss(train, torch.tensor([[before, after]]), 6), dtype=torch.float64).exp()
+            for after in range(6)
+        )
+        assert total.item() == pytest.approx(1.0)
+    never = torch.tensor([[5, 2]])
+    assert bigram_loss(train, never, 6) == pytest.approx(unigram_loss(train, never, 6))

@@ -1,0 +1,212 @@
+"""NordForCausalLM: against published-format checkpoints, and as a citizen of transformers."""
+
+import copy
+import re
+
+import pytest
+import torch
+from configuration_nord import NordConfig
+from convert_original import NAMES, load_original, main
+from helpers import DATA, load_reference, relative_error
+from modeling_nord import NordForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nord_snn.monitor import SpikeMonitor
+
+SMALL = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 12,
+    "n_clusters": 4,
+}
+
+
+@pytest.mark.parametrize("name", ["tiny", "persistent"])
+def test_published_checkpoints_give_the_expected_numbers(name):
+    expected = load_reference(f"{name}_expected")
+    model = load_original(DATA / f"{name}_checkpoint.pt")
+    assert model.num_parameters() == expected["n_params"]
+    with SpikeMonitor(model) as monitor:
+        out = model(input_ids=expected["ids"], labels=expected["ids"])
+    out.loss.backward()
+    assert torch.allclose(out.logits, expected["logits"], atol=1e-5, rtol=0)
+    assert out.loss.item() == pytest.approx(expected["loss"], abs=1e-5)
+    rates = {name.replace("readout.lif", "readout_lif"): rate for name, rate in monitor.rates().items()}
+    assert rates == pytest.approx(expected["lif_rates"], abs=1e-9)
+    parameters = dict(model.named_parameters())
+    assert len(parameters) == len(expected["grads"])
+    for published, gradient in expected["grads"].items():
+        ours = published
+        for pattern, replacement in NAMES:
+            ours = re.sub(pattern, replacement, ours)
+        assert relative_error(parameters[ours].grad.reshape(gradient.shape), gradient) < 5e-4, published
+
+
+def test_the_published_size_to_the_parameter():
+    with torch.device("meta"):
+        model = NordForCausalLM(NordConfig())
+    assert model.num_parameters() == 144_334_525
+
+
+def test_converted_folder_opens_with_auto_classes(tmp_path, capsys):
+    main([str(DATA / "tiny_checkpoint.pt"), str(tmp_path / "out")])
+    assert "25,577 parameters" in capsys.readouterr().out
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert not list((tmp_path / "out").glob("*.bin"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert isinstance(model, NordForCausalLM)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path / "out"), NordConfig)
+    expected = load_reference("tiny_expected")
+    assert torch.allclose(model(input_ids=expected["ids"]).logits, expected["logits"], atol=1e-5, rtol=0)
+    with pytest.raises(SystemExit, match="not an empty folder"):
+        main([str(DATA / "tiny_checkpoint.pt"), str(tmp_path / "out")])
+
+
+class Hostile:
+    """Would run code if it were unpickled."""
+
+    def __reduce__(self):
+        """Raise from inside the unpickler."""
+        return (exec, ("raise SystemError('executed')",))
+
+
+def test_bad_checkpoints_get_one_sentence_and_execute_nothing(tmp_path):
+    good = load_reference("tiny_checkpoint")
+    bad = tmp_path / "bad.pt"
+
+    def sentence(content) -> str:
+        if isinstance(content, bytes):
+            bad.write_bytes(content)
+        else:
+            torch.save(content, bad)
+        with pytest.raises(ValueError, match=r"bad\.pt") as caught:
+            load_original(bad)
+        return str(caught.value)
+
+    assert "nothing in it was executed" in sentence({"config": Hostile(), "model_state_dict": {}})
+    assert "not a checkpoint" in sentence(b"")
+    assert "not a checkpoint" in sentence(b"hello")
+    assert "not a checkpoint" in sentence((DATA / "tiny_checkpoint.pt").read_bytes()[:5000])
+    assert "expected a dictionary with 'config'" in sentence([1, 2])
+    missing = copy.deepcopy(good)
+    del missing["model_state_dict"]["lm_head.weight"]
+    assert "lm_head.weight" in sentence(missing)
+    other = copy.deepcopy(good)
+    other["config"]["d_model"] = 64
+    assert "do not fit the configuration" in sentence(other)
+    shuffled = copy.deepcopy(good)
+    shuffled["model_state_dict"]["input_lif.cluster_ids"] += 1
+    assert "modulo 8" in sentence(shuffled)
+    with pytest.raises(ValueError, match="no such file"):
+        load_original(tmp_path / "none.pt")
+    with pytest.raises(SystemExit, match=r"error: .*no such file"):
+        main([str(tmp_path / "none.pt"), str(tmp_path / "out2")])
+
+
+def test_save_and_load_are_exact(tmp_path):
+    model = NordForCausalLM(NordConfig(**SMALL, recency=True)).eval()
+    model.save_pretrained(tmp_path)
+    again, info = NordForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert again.config.top_k == 64
+    assert again.generation_config.top_k != 64  # the resonance's top_k is not the sampler's
+
+
+def test_tied_embeddings(tmp_path):
+    model = NordForCausalLM(NordConfig(**SMALL, tie_word_embeddings=True))
+    assert model.lm_head.weight is model.embed_tokens.weight
+    model.save_pretrained(tmp_path)
+    again = NordForCausalLM.from_pretrained(tmp_path)
+    assert again.lm_head.weight is again.embed_tokens.weight
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+def test_initial_values_are_those_of_the_design():
+    torch.manual_seed(0)
+    model = NordForCausalLM(NordConfig(**SMALL))
+    block = model.blocks[0]
+    assert block.resonance_gain.tolist() == pytest.approx([0.05] * 16)  # 0.1 / n_layers
+    assert block.clamp.floor.tolist() == pytest.approx([-0.1] * 16)
+    assert model.readout.decay_logit.item() == pytest.approx(1.4)
+    assert model.input_lif.v_threshold.tolist() == [0.25] * 16
+    assert (
+        model.embed_tokens.weight.abs().max() <= (1 / 16) ** 0.5
+    )  # kaiming-uniform with a = sqrt(5): 1 / sqrt(fan in)
+    assert model.lm_head.weight.abs().max() <= (1 / 16) ** 0.5
+    assert all(p.ndim >= 1 for p in model.parameters())
+
+
+def test_the_model_is_causal_and_rows_start_from_rest():
+    model = NordForCausalLM(NordConfig(**SMALL, recency=True)).eval()
+    ids = torch.randint(50, (2, 10))
+    before = model(input_ids=ids).logits
+    assert torch.equal(model(input_ids=ids).logits, before)  # no state is kept
+    assert torch.allclose(model(input_ids=ids[:1]).logits, before[:1], atol=1e-5)  # rows do not meet
+    changed = ids.clone()
+    changed[:, 7:] = (ids[:, 7:] + 1) % 50
+    after = model(input_ids=changed).logits
+    assert torch.equal(before[:, :7], after[:, :7])
+    assert torch.allclose(model(input_ids=ids, logits_to_keep=1).logits, before[:, -1:], atol=1e-5)
+
+
+def test_without_resonance_only_the_last_token_counts():
+    model = NordForCausalLM(NordConfig(**SMALL, resonance=False)).eval()
+    ids = torch.randint(50, (1, 8))
+    assert torch.allclose(model(input_ids=ids).logits[:, -1], model(input_ids=ids[:, -1:]).logits[:, -1], atol=1e-5)
+
+
+def test_padding_behind_the_tokens_changes_nothing_and_in_front_is_refused():
+    model = NordForCausalLM(NordConfig(**SMALL)).eval()
+    ids = torch.randint(50, (1, 6))
+    padded = torch.cat((ids, torch.zeros(1, 3, dtype=torch.long)), dim=1)
+    mask = torch.tensor([[1] * 6 + [0] * 3])
+    unpadded = model(input_ids=ids).logits
+    assert torch.allclose(model(input_ids=padded, attention_mask=mask).logits[:, :6], unpadded, atol=1e-5)
+    with pytest.raises(ValueError, match="padding may only follow the tokens"):
+        model(input_ids=padded, attention_mask=mask.flip(1))
+    with pytest.raises(ValueError, match=r"attention_mask must be \[B, S\] = \[1, 9\]"):
+        model(input_ids=padded, attention_mask=mask[:, :4])
+
+
+def test_generate_is_the_arg_max_of_the_logits_and_slides_past_the_context():
+    model = NordForCausalLM(NordConfig(**SMALL)).eval()
+    ids = torch.randint(1, 50, (1, 10))  # generate() takes a pad token in the prompt for padding
+    out = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    expected = ids
+    for _ in range(6):
+        logits = model(input_ids=expected[:, -12:]).logits[:, -1]
+        expected = torch.cat((expected, logits.argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(out, expected)
+
+
+def test_bad_input_is_named():
+    model = NordForCausalLM(NordConfig(**SMALL))
+    with pytest.raises(ValueError, match="13 positions, more than max_position_embeddings = 12"):
+        model(input_ids=torch.zeros(1, 13, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"integers \[B, S\]"):
+        model(input_ids=torch.zeros(5, dtype=torch.long))
+    with pytest.raises(ValueError, match="3 heads for a width of 16"):
+        NordConfig(**{**SMALL, "num_attention_heads": 3})
+    with pytest.raises(ValueError, match="intermediate_size must be a multiple of n_clusters, got 18 and 4"):
+        NordConfig(**{**SMALL, "intermediate_size": 18})
+    with pytest.raises(ValueError, match="block must be 'nord'"):
+        NordConfig(**SMALL, block="transformer")
+
+
+def test_the_configs_are_the_ones_promised():
+    from settings import CONFIGS, Settings
+
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"tiny", "small", "nord-144m"}
+    published = Settings.read(CONFIGS / "nord-144m.yaml")
+    assert published.model_config().to_dict() == NordConfig().to_dict()
+    training = published.training
+    assert (training.lr, training.weight_decay, training.beta1, training.beta2) == (6e-4, 0.05, 0.9, 0.95)
+    assert (training.batch_size, training.grad_accum, published.block_size) == (4, 12, 512)
+    assert training.tokenizer == "meta-llama/Llama-3.2-1B"
+    for name in ("tiny", "small"):
+        assert Settings.read(CONFIGS / f"{name}.yaml").model_config().recency

@@ -1,0 +1,216 @@
+"""generate.py, chat.py and the progress panel: what a person types and sees."""
+
+import io
+import shutil
+
+import chat as chat_script
+import generate
+import pytest
+import torch
+from chat import Chat, Plasticity
+from generate import ModelError, newest_model, open_model, sampling
+from progress import Progress, duration
+from rich.console import Console
+from transformers import GPT2Config, GPT2LMHeadModel
+
+
+@pytest.fixture
+def model_folder(trained):
+    """Folder with a trained model."""
+    return trained / "model"
+
+
+def test_generate_continues_a_prompt_and_a_seed_repeats_it(model_folder, capsys):
+    arguments = ["--model", str(model_folder), "--max-new-tokens", "12", "--seed", "3", "the neuron"]
+    assert generate.main(arguments) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("the neuron")
+    assert len(first) > len("the neuron\n")
+    assert generate.main(arguments) == 0
+    assert capsys.readouterr().out == first
+    assert generate.main([*arguments[:-1], "--temperature", "0", ""]) == 0  # no prompt at all
+
+
+def test_generate_reads_standard_input_and_says_when_a_prompt_is_too_long(model_folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("the neuron fires " * 40))
+    assert generate.main(["--model", str(model_folder), "--max-new-tokens", "2", "-"]) == 0
+    assert "only the last 24 tokens of the prompt are seen" in capsys.readouterr().err
+
+
+def test_sampling_options_are_transformers_own():
+    assert sampling(0, 5, 0.9, 1.2) == {"do_sample": False, "repetition_penalty": 1.2}
+    assert sampling(0.5, 5, 0.9, 1.2)["temperature"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "option", [["--temperature", "-1"], ["--top-p", "1.5"], ["--max-new-tokens", "0"], ["--top-k", "x"]]
+)
+def test_options_out_of_range_are_refused(option, capsys):
+    with pytest.raises(SystemExit):
+        generate.main(option)
+    assert option[0] in capsys.readouterr().err
+
+
+def test_models_that_cannot_be_used_get_one_sentence(model_folder, tmp_path, capsys, monkeypatch):
+    def sentence(folder) -> str:
+        assert generate.main(["--model", str(folder), "x"]) == 1
+        assert chat_script.main(["--model", str(folder)]) == 1
+        lines = capsys.readouterr().err.splitlines()
+        errors = [line for line in lines if line.startswith("error: ")]
+        assert len(errors) == 2
+        return errors[0]
+
+    assert "no model here" in sentence(tmp_path)
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=20)).save_pretrained(tmp_path / "gpt2")
+    assert "gpt2" in sentence(tmp_path / "gpt2")
+    broken = shutil.copytree(model_folder, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"short")
+    assert "the model cannot be loaded" in sentence(broken)
+    other = shutil.copytree(model_folder, tmp_path / "other")
+    config = (other / "config.json").read_text()
+    (other / "config.json").write_text(config.replace('"hidden_size": 16', '"hidden_size": 32'))
+    assert "other" in sentence(other)
+    deeper = shutil.copytree(model_folder, tmp_path / "deeper")
+    (deeper / "config.json").write_text(config.replace('"num_hidden_layers": 1', '"num_hidden_layers": 2'))
+    assert "the weights do not fit the configuration (missing keys: blocks.1" in sentence(deeper)
+    mute = shutil.copytree(model_folder, tmp_path / "mute")
+    for path in mute.glob("*token*"):
+        path.unlink()
+    assert "no usable tokenizer" in sentence(mute)
+    monkeypatch.chdir(tmp_path)
+    assert generate.main(["x"]) == 1
+    assert "no finished run in runs/" in capsys.readouterr().err
+
+
+def test_the_newest_finished_run_is_the_default(trained):
+    assert newest_model(trained.parent) == trained / "model"
+    with pytest.raises(ModelError):
+        newest_model(trained / "nowhere")
+
+
+# --- chat
+
+
+@pytest.fixture
+def talk(model_folder):
+    """A chat and what it printed."""
+    model, tokenizer = open_model(model_folder)
+    console = Console(file=io.StringIO(), width=120)
+    options = chat_script.argparse.Namespace(
+        temperature=0.8, max_new_tokens=4, top_k=10, top_p=1.0, repetition_penalty=1.1
+    )
+    return Chat(model, tokenizer, options, console), console.file
+
+
+def test_it_answers_and_remembers_until_reset(talk, capsys):
+    chat, printed = talk
+    assert chat.handle("the neuron fires")
+    assert len(chat.text) > 4
+    assert chat.handle("/stats")
+    assert "blocks.0.ffn.lif1" in printed.getvalue()
+    assert "tokens of context" in printed.getvalue()
+    chat.handle("/reset")
+    assert chat.text == []
+    for _ in range(8):  # longer than the context of 24 tokens
+        chat.handle("and rests while a spike")
+    assert capsys.readouterr().out
+
+
+def test_commands_set_what_they_say(talk):
+    chat, printed = talk
+    for line in ("/temp 0.5", "/tokens 7", "/rep 1.3", "/help"):
+        assert chat.handle(line)
+    assert (chat.options.temperature, chat.options.max_new_tokens, chat.options.repetition_penalty) == (0.5, 7, 1.3)
+    assert "/forget" in printed.getvalue()
+    for line in ("/temp hot", "/tokens 0", "/rep nan", "/stdp maybe", "/dance"):
+        assert chat.handle(line)
+    out = printed.getvalue()
+    assert "expected a number of at least 0.0, got 'hot'; it stays at 0.5" in out
+    assert "got 'nan'" in out
+    assert "there is no /dance" in out
+    assert "expected /stdp on or /stdp off" in out
+    assert chat.options.max_new_tokens == 7
+    assert not chat.handle("/quit")
+
+
+def test_stdp_learns_from_what_was_typed_and_forget_takes_it_back(talk):
+    chat, printed = talk
+    before = {name: value.clone() for name, value in chat.model.state_dict().items()}
+    chat.handle("the neuron fires and rests")
+    assert all(torch.equal(value, before[name]) for name, value in chat.model.state_dict().items())
+    chat.handle("/stdp on")
+    for line in ("while a spike wakes", "xq zzv kk jj qqq", "the neuron fires and rests"):
+        chat.handle(line)
+    assert "[loss on your text" in printed.getvalue()
+    changed = {name for name, value in chat.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"blocks.0.ffn.down.weight"}
+    assert chat.plasticity.change() > 0
+    chat.handle("/stdp off")
+    after = chat.model.state_dict()["blocks.0.ffn.down.weight"].clone()
+    chat.handle("some slow current of time")
+    assert torch.equal(chat.model.state_dict()["blocks.0.ffn.down.weight"], after)
+    chat.handle("/forget")
+    assert all(torch.equal(value, before[name]) for name, value in chat.model.state_dict().items())
+    assert chat.plasticity.change() == 0
+
+
+def test_the_reward_is_better_than_expected_or_worse(model_folder):
+    model, tokenizer = open_model(model_folder)
+    plasticity = Plasticity(model)
+
+    def learn(text):
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        return plasticity.learn(ids, ids.shape[1])
+
+    assert plasticity.learn(torch.tensor([[5]]), 1) is None  # one token predicts nothing
+    usual = learn("the neuron fires and rests while")
+    assert plasticity.reward == 0  # the first text sets what is expected
+    surprising = learn("zq jx qz kv")
+    assert surprising > usual
+    assert plasticity.reward < 0
+    learn("the neuron fires and rests while")
+    assert plasticity.reward > 0
+
+
+def test_the_loop_ends_with_the_input(model_folder, monkeypatch, capsys):
+    lines = iter(["the neuron", "", "/temp 0", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    assert chat_script.main(["--model", str(model_folder), "--max-new-tokens", "2", "--seed", "1"]) == 0
+
+    def end(_):
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", end)
+    assert chat_script.main(["--model", str(model_folder)]) == 0
+    assert "/help lists the commands" in capsys.readouterr().out
+
+
+# --- progress
+
+
+def test_a_terminal_shows_a_panel_with_a_bar_for_every_layer():
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with Progress(total=10, console=console) as progress:
+        progress.update(5, 4.2, 1e-3, 1234.0, {"input_lif": 0.093, "readout.lif": 0.0001})
+        progress.say("[not markup]")
+    out = console.file.getvalue()
+    for part in ("step 5/10", "loss 4.200", "1,234 tokens/s", "input_lif", "9.30%", "[not markup]"):
+        assert part in out
+
+
+def test_without_a_terminal_there_are_plain_lines():
+    console = Console(file=io.StringIO(), width=300)
+    with Progress(total=10, console=console) as progress:
+        progress.update(5, 4.2, 1e-3, 1234.0, {"input_lif": 0.093, "readout.lif": 0.0001})
+    out = console.file.getvalue()
+    assert "\x1b" not in out
+    assert "firing 0.0% (readout.lif) to 9.3% (input_lif)" in out
+    hidden = Console(file=io.StringIO())
+    with Progress(total=10, console=hidden, visible=False) as progress:
+        progress.update(5, 4.2, 1e-3, 1234.0, {"input_lif": 0.1})
+        progress.say("quiet")
+    assert hidden.file.getvalue() == ""
+
+
+def test_durations():
+    assert [duration(s) for s in (0, 65, 3700)] == ["0m 00s", "1m 05s", "1h 01m"]

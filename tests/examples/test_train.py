@@ -1,0 +1,332 @@
+"""train.py: what a run leaves behind, that resuming is exact, and what bad input says."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import checkpoints
+import pytest
+import torch
+import train as train_script
+import yaml
+from accelerate.state import AcceleratorState
+from checkpoints import CheckpointError, latest_checkpoint, new_run_folder, write_folder, write_json
+from helpers import make_text, write_config
+from safetensors.torch import load_file
+from settings import Settings, SettingsError
+
+TRAIN = Path(train_script.__file__)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    """Accelerate keeps one state for the whole process, which would hold every test to the first one's precision."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    """A file to train on."""
+    path = tmp_path / "text.txt"
+    path.write_text(make_text())
+    return path
+
+
+def run(tmp_path, text, *arguments, config=None, out="runs") -> int:
+    """Train on the text; returns the exit status."""
+    config = config or write_config(tmp_path)
+    return train_script.main(["--config", str(config), "--data", str(text), "--out", str(tmp_path / out), *arguments])
+
+
+# --- a finished run
+
+
+def test_results_have_the_promised_keys_and_the_model_beats_unigram(trained):
+    results = json.loads((trained / "results.json").read_text())
+    assert {
+        "validation_loss",
+        "unigram_loss",
+        "bigram_loss",
+        "bits_per_byte",
+        "firing_rates",
+        "tokens_per_second",
+        "seconds",
+        "peak_memory_mb",
+    } <= results.keys()
+    assert results["tokens"] == 12 * 4 * 2 * 24
+    assert len(results["firing_rates"]) == 6
+    assert results["validation_loss"] < results["uniform_loss"]
+    assert results["steps"] == 12
+
+
+def test_the_run_folder_holds_what_is_needed_and_nothing_half_written(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert {"settings.yaml", "tokenizer", "model", "results.json", "corpus.json", "tensorboard"} <= names
+    assert {name for name in names if name.startswith("checkpoint")} == {"checkpoint-000008", "checkpoint-000012"}
+    assert not [name for name in names if name.startswith(".")]
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= {p.name for p in (trained / "model").iterdir()}
+    assert list((trained / "tensorboard").rglob("events.*"))
+
+
+def test_running_twice_never_collides(tmp_path, text):
+    assert run(tmp_path, text, "--steps", "1") == 0
+    assert run(tmp_path, text, "--steps", "1") == 0
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["test-0001", "test-0002"]
+
+
+def test_the_control_has_no_resonance(tmp_path, text, capsys):
+    assert run(tmp_path, text, "--no-resonance", "--steps", "2") == 0
+    results = json.loads((tmp_path / "runs" / "test-no-resonance-0001" / "results.json").read_text())
+    assert results["resonance"] is False
+    assert not any("resonance" in name for name in results["firing_rates"])
+    out = capsys.readouterr().out
+    assert "the model goes on:" in out
+    for row in ("uniform", "unigram", "bigram, interpolated", "this model"):
+        assert row in out
+
+
+def test_bf16_trains(tmp_path, text):
+    assert run(tmp_path, text, "--mixed-precision", "bf16", "--steps", "2") == 0
+
+
+# --- resuming
+
+
+def weights(run_folder: Path) -> dict[str, torch.Tensor]:
+    """Of the finished model."""
+    return load_file(run_folder / "model" / "model.safetensors")
+
+
+def test_a_resumed_run_reaches_the_same_weights_bit_for_bit(tmp_path, text, monkeypatch):
+    """Stopped by a signal in the middle of an accumulation over an epoch's end, then resumed."""
+    config = write_config(tmp_path, steps=40, batch_size=8)
+    assert run(tmp_path, text, config=config, out="whole") == 0
+    update = train_script.Progress.update
+
+    def interrupt(self, step, *rest):
+        update(self, step, *rest)
+        if step == 27:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_script.Progress, "update", interrupt)
+        assert run(tmp_path, text, config=config, out="parts") == train_script.INTERRUPTED
+    part = tmp_path / "parts" / "test-0001"
+    assert latest_checkpoint(part).name == "checkpoint-000027"
+    position = json.loads((part / "checkpoint-000027" / "position.json").read_text())
+    assert position["epoch"] > 0  # the data order has to be right across epochs
+    assert position["batches"] > 0
+    assert train_script.main(["--resume", str(part)]) == 0
+    whole, resumed = weights(tmp_path / "whole" / "test-0001"), weights(part)
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+    results = [json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "whole" / "test-0001", part)]
+    assert results[0]["validation_loss"] == results[1]["validation_loss"]
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, text):
+    """Killed hard while it writes checkpoints all the time; what is there can be resumed."""
+    config = write_config(tmp_path, steps=100_000, save_every=1, eval_every=100_000)
+    command = [
+        sys.executable,
+        str(TRAIN),
+        "--config",
+        str(config),
+        "--data",
+        str(text),
+        "--out",
+        str(tmp_path / "runs"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    part = tmp_path / "runs" / "test-0001"
+    deadline = time.monotonic() + 120
+    while len(list(part.glob("checkpoint-*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for checkpoint in part.glob("checkpoint-*"):
+        assert {"model.safetensors", "optimizer.bin", "scheduler.bin", "position.json"} <= {
+            p.name for p in checkpoint.iterdir()
+        }
+        load_file(checkpoint / "model.safetensors")
+    step = int(latest_checkpoint(part).name[11:])
+    content = yaml.safe_load((part / "settings.yaml").read_text())
+    content["training"]["steps"] = step + 1
+    (part / "settings.yaml").write_text(yaml.safe_dump(content))
+    assert train_script.main(["--resume", str(part)]) == 0
+    assert json.loads((part / "results.json").read_text())["steps"] == step + 1
+
+
+def test_a_stopped_run_says_how_to_go_on(tmp_path, text, monkeypatch, capsys):
+    monkeypatch.setattr(train_script.Progress, "update", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert run(tmp_path, text) == train_script.INTERRUPTED
+    assert f"--resume {tmp_path / 'runs' / 'test-0001'}" in capsys.readouterr().out
+
+
+# --- refusals
+
+
+def refused(capsys, status: int) -> str:
+    """The one sentence on standard error."""
+    assert status == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def test_resuming_another_models_run_is_refused(tmp_path, text, trained, capsys):
+    other = write_config(tmp_path, "other", hidden_size=32)
+    error = refused(capsys, train_script.main(["--resume", str(trained), "--config", str(other)]))
+    assert "holds another model's run (hidden_size = 16 and not 32)" in error
+    assert "begun with lr = 0.01" in refused(capsys, train_script.main(["--resume", str(trained), "--lr", "0.5"]))
+    assert "begun with resonance" in refused(capsys, train_script.main(["--resume", str(trained), "--no-resonance"]))
+    assert "no run of train.py" in refused(capsys, train_script.main(["--resume", str(tmp_path)]))
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path, text, capsys):
+    run(tmp_path, text, "--steps", "4")
+    part = tmp_path / "runs" / "test-0001"
+    content = yaml.safe_load((part / "settings.yaml").read_text())
+    content["model"]["hidden_size"] = 32
+    (part / "settings.yaml").write_text(yaml.safe_dump(content))
+    assert "does not fit this model" in refused(capsys, train_script.main(["--resume", str(part)]))
+
+
+def test_resuming_on_changed_text_is_refused(tmp_path, text, capsys):
+    run(tmp_path, text, "--steps", "4")
+    text.write_text(make_text(seed=1))
+    error = refused(capsys, train_script.main(["--resume", str(tmp_path / "runs" / "test-0001")]))
+    assert "the text is no longer the one that the run was begun with" in error
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path, text, capsys):
+    run(tmp_path, text, "--steps", "4")
+    part = tmp_path / "runs" / "test-0001"
+    weights_file = latest_checkpoint(part) / "model.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes()[:100])
+    assert "does not fit this model" in refused(capsys, train_script.main(["--resume", str(part)]))
+    for folder in part.glob("checkpoint-*"):
+        folder.rename(part / f"gone-{folder.name}")
+    assert "no checkpoint to resume from" in refused(capsys, train_script.main(["--resume", str(part)]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "huge"], "neither one of nord-144m, small, tiny nor a file"),
+        (["--block-size", "100"], "block_size 100 is longer than the model's max_position_embeddings of 24"),
+        (["--steps", "0"], "steps must be at least 1, got 0"),
+        (["--lr", "-1"], "lr and max_grad_norm must be positive"),
+        (["--held-out", "1.0"], "held_out must be at least 0 and less than 1"),
+        (["--tokenizer", "nowhere"], "tokenizer 'nowhere' cannot be loaded"),
+        (["--data", "nowhere.txt"], "nowhere.txt: no such file or folder"),
+        (["--batch-size", "10000"], "less than one batch of 10000"),
+    ],
+)
+def test_bad_arguments_get_one_sentence(tmp_path, text, capsys, arguments, message):
+    assert message in refused(capsys, run(tmp_path, text, *arguments))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("model: {hidden_size: 18}", "hidden_size"),
+        ("model: {hidden: 16}", "model has no field hidden"),
+        ("training: {learning_rate: 1}", "training has no field learning_rate"),
+        ("training: {lr: fast}", "training.lr must be float, got 'fast'"),
+        ("training: {steps: 1.5}", "training.steps must be int, got 1.5"),
+        ("model: [1]", "expected fields in the section model"),
+        ("other: {}", "expected the sections model and training"),
+        ("{", "not YAML"),
+    ],
+)
+def test_bad_configs_get_one_sentence(tmp_path, text, capsys, content, message):
+    (tmp_path / "bad.yaml").write_text(content)
+    assert message in refused(capsys, run(tmp_path, text, config=tmp_path / "bad.yaml"))
+
+
+def test_a_vocabulary_that_does_not_fit_the_tokenizer_is_named(tmp_path, text, trained, capsys):
+    small = write_config(tmp_path, vocab_size=260)
+    error = refused(capsys, run(tmp_path, text, "--tokenizer", str(trained / "tokenizer"), config=small))
+    assert "the tokenizer has 300 tokens and the model only 260" in error
+
+
+def test_a_loss_that_is_not_a_number_stops_with_a_sentence(tmp_path, text, capsys, monkeypatch):
+    monkeypatch.setattr(train_script.math, "isfinite", lambda x: False)
+    assert "the loss became" in refused(capsys, run(tmp_path, text))
+
+
+# --- files
+
+
+def test_a_full_disk_is_named_and_training_goes_on(tmp_path, text, capsys, monkeypatch):
+    """The second checkpoint meets a full disk; the first stays whole and the run ends as if nothing had been."""
+    save_state = train_script.Accelerator.save_state
+    calls = []
+
+    def full(self, folder, **more):
+        calls.append(folder)
+        save_state(self, folder, **more)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train_script.Accelerator, "save_state", full)
+    assert run(tmp_path, text) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "warning: " in out
+    assert "No space left on device); what was written before it is whole; training goes on" in out
+    assert len(calls) == 3
+    names = {p.name for p in (tmp_path / "runs" / "test-0001").iterdir()}
+    assert {"checkpoint-000004", "checkpoint-000012"} <= names
+    assert not any("unfinished" in name for name in names)
+
+
+def test_a_disk_that_is_full_at_the_end_fails_with_one_sentence(tmp_path, text, capsys, monkeypatch):
+    def full(self, folder, **more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train_script.Accelerator, "save_state", full)
+    assert "No space left on device" in refused(capsys, run(tmp_path, text, "--steps", "2"))
+
+
+def test_write_folder_leaves_the_old_or_the_new_whole(tmp_path):
+    def write(folder):
+        (folder / "a").write_text("new")
+
+    def fail(folder):
+        (folder / "a").write_text("half")
+        raise RuntimeError("disk on fire")
+
+    with pytest.raises(CheckpointError, match=r"could not be written \(disk on fire\)"):
+        write_folder(tmp_path / "x", fail)
+    assert list(tmp_path.iterdir()) == []
+    write_folder(tmp_path / "x", write)
+    write_folder(tmp_path / "x", fail)  # whole already: left alone
+    assert (tmp_path / "x" / "a").read_text() == "new"
+
+
+def test_json_is_written_in_one_move(tmp_path, monkeypatch):
+    write_json(tmp_path / "a.json", {"x": 1})
+    monkeypatch.setattr(checkpoints.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+    with pytest.raises(OSError, match="killed"):
+        write_json(tmp_path / "a.json", {"x": 2})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+
+
+def test_run_folders_that_cannot_be_made_are_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be made"):
+        new_run_folder(tmp_path / "file", "run")
+
+
+def test_settings_survive_being_written(tmp_path):
+    settings = Settings.read(write_config(tmp_path))
+    settings.write(tmp_path / "again.yaml")
+    assert Settings.read(tmp_path / "again.yaml") == settings
+    with pytest.raises(SettingsError, match="cannot be read"):
+        Settings.read(tmp_path / "none.yaml")

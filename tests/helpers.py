@@ -1,0 +1,72 @@
+"""What many tests share: expected values, how far from them is near enough, and small text."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+DATA = Path(__file__).parent / "data"
+TEXT = "the neuron fires and rests while a spike wakes its neighbours under some slow current of time"
+WORDS = TEXT.split()
+
+CONFIG: dict[str, dict[str, Any]] = {
+    "model": {
+        "vocab_size": 300,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "max_position_embeddings": 24,
+        "n_clusters": 4,
+        "t_fast": 3,
+        "t_slow": 1,
+        "recency": True,
+    },
+    "training": {
+        "steps": 12,
+        "batch_size": 4,
+        "grad_accum": 2,
+        "lr": 0.01,
+        "warmup_steps": 2,
+        "eval_every": 5,
+        "save_every": 4,
+        "log_every": 3,
+        "eval_blocks": 4,
+        "held_out": 0.2,
+    },
+}
+
+
+def load_reference(name: str) -> Any:
+    """Expected values, computed in float64 by an independent implementation of the equations."""
+    return torch.load(DATA / f"{name}.pt", weights_only=True)
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference by the norm of what was expected."""
+    return ((got - expected).norm() / expected.norm().clamp(min=1e-12)).item()
+
+
+def make_text(n_words: int = 4000, seed: int = 0) -> str:
+    """Lines of ten words in which each word is likely to be followed by the next of the list."""
+    generator = random.Random(seed)
+    lines, at = [], 0
+    for _ in range(n_words // 10):
+        line = []
+        for _ in range(10):
+            at = (at + generator.choice((1, 1, 1, 2))) % len(WORDS)
+            line.append(WORDS[at])
+        lines.append(" ".join(line))
+    return "\n".join(lines) + "\n"
+
+
+def write_config(folder: Path, name: str = "test", **changes: Any) -> Path:
+    """A YAML config for a run of seconds, with changed model or training fields."""
+    content = {section: dict(fields) for section, fields in CONFIG.items()}
+    for field, value in changes.items():
+        content["model" if field in content["model"] else "training"][field] = value
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
