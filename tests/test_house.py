@@ -72,8 +72,3 @@ def test_the_core_imports_nothing_that_the_core_does_not_ask_for():
     outside = set().union(*(imported(path) for path in SOURCES))
     allowed = {"nord_snn", "torch", "spikingjelly", "math", "collections", "typing", "types", "importlib"}
     assert {name.split(".")[0] for name in outside} <= allowed
-
-
-def test_readme_commands_are_in_the_readme_once():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.count("<!-- command: train -->") == readme.count("<!-- command: test -->") == 1

@@ -340,6 +340,7 @@ def measure(
         "tokens_per_second": position.tokens / position.seconds,
         "seconds": position.seconds,
         "peak_memory_mb": peak / (1 << 20 if sys.platform == "darwin" else 1 << 10),
+        "peak_gpu_memory_mb": torch.cuda.max_memory_allocated() / (1 << 20) if torch.cuda.is_available() else 0.0,
         "steps": position.step,
         "parameters": accelerator.unwrap_model(model).num_parameters(),
         "resonance": accelerator.unwrap_model(model).config.resonance,
