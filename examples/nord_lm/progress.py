@@ -25,15 +25,14 @@ class Progress:
 
     Args:
         total: steps in the whole run.
-        start: steps already done.
         console: where to print; with a terminal the panel is live, else each update is a line.
         visible: False prints nothing, for all processes but the first.
     """
 
-    def __init__(self, total: int, start: int = 0, console: Console | None = None, visible: bool = True) -> None:
-        self.total, self.start, self.visible = total, start, visible
+    def __init__(self, total: int, console: Console | None = None, visible: bool = True) -> None:
+        self.total, self.visible = total, visible
         self.console = console or Console()
-        self._began = time.monotonic()
+        self.begin(0)
         self._live = Live(console=self.console, refresh_per_second=4) if visible and self.console.is_terminal else None
 
     def __enter__(self) -> Self:
@@ -49,6 +48,10 @@ class Progress:
         if self._live:
             self._live.stop()
 
+    def begin(self, step: int) -> None:
+        """Training starts now, at ``step``: the time left is reckoned from here."""
+        self._start, self._began = step, time.monotonic()
+
     def say(self, message: str) -> None:
         """Print a line above the panel."""
         if self.visible:
@@ -58,7 +61,7 @@ class Progress:
         """Show where training is."""
         if not self.visible:
             return
-        per_step = (time.monotonic() - self._began) / max(step - self.start, 1)
+        per_step = (time.monotonic() - self._began) / max(step - self._start, 1)
         left = duration(per_step * (self.total - step))
         if self._live:
             self._live.update(_panel(step, self.total, loss, lr, tokens_per_second, left, rates))

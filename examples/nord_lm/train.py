@@ -51,6 +51,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, get_cosine_with_min_lr_schedule_with_warmup
+from transformers.utils import logging
 
 from nord_snn.monitor import SpikeMonitor
 
@@ -106,7 +107,7 @@ def train(settings: Settings, out: Path, resume: Path | None) -> int:
         accelerator.init_trackers("tensorboard", config={k: v for k, v in asdict(options).items() if v is not None})
 
         stop = StopRequest()
-        progress.start = position.step
+        progress.begin(position.step)
         monitor = SpikeMonitor(accelerator.unwrap_model(model))
         batches = endless(loader, position)
         while position.step < options.steps and not stop.requested:
@@ -411,10 +412,11 @@ def main(arguments: list[str] | None = None) -> int:
         "TOKENIZERS_PARALLELISM", "true"
     )  # its warning about forks is not for a loader without workers
     warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator is found.*")
+    logging.disable_progress_bar()  # of transformers; the panel shows what there is to see
     options = parse_arguments(arguments)
     try:
         return train(settings_from(options), options.out, options.resume)
-    except (SettingsError, DataError, CheckpointError, FloatingPointError) as error:
+    except (SettingsError, DataError, CheckpointError, FloatingPointError, OSError) as error:  # OSError: a full disk
         print(f"error: {error}", file=sys.stderr)
         return 1
 
