@@ -15,7 +15,7 @@ from typing import cast
 
 import torch
 from data import DataError
-from generate import ModelError, newest_model, open_model, sampling, sampling_arguments
+from generate import ModelError, as_text, newest_model, number, open_model, sampling, sampling_arguments, temperature
 from modeling_nord import NordForCausalLM
 from rich.console import Console
 from rich.markup import escape
@@ -43,47 +43,51 @@ class Plasticity:
 
     Args:
         model: the model that learns.
-
-    Attributes:
-        reward: of the last text learned from, or None.
     """
 
     def __init__(self, model: NordForCausalLM) -> None:
         self.model = model
-        self.reward: float | None = None
         self.rules = [
             RewardModulatedSTDP(step_mode="m", synapse=ffn.down, sn=ffn.lif2, reduction="mean")
             for ffn in (cast(NordBlock, block).ffn for block in model.blocks)
         ]
         self._before = [rule.synapse.weight.detach().clone() for rule in self.rules]
-        self._expected: float | None = None
+        self._first = True
         for rule in self.rules:
             rule.disable()
+
+    @property
+    def reward(self) -> float | None:
+        """Of the last text learned from, or None."""
+        return self.rules[0].last_reward
 
     @torch.no_grad()
     def learn(self, context: Tensor, n_new: int) -> float | None:
         """Learn from the last ``n_new`` tokens of ``context [1, S]``; returns their loss in nats per token.
 
-        The first text sets what is expected; a text of one token without context predicts nothing.
+        What came before is context and takes no part in the change. The first text sets what is expected; a text of one
+        token without context predicts nothing.
         """
+        n_before = context.shape[1] - n_new
         labels = context.clone()
-        labels[:, : context.shape[1] - n_new] = -100
+        labels[:, :n_before] = -100
         if (labels[:, 1:] == -100).all():
             return None
-        for rule in self.rules:
-            rule.enable()
-        loss = self.model(input_ids=context, labels=labels).loss.item()
-        for rule in self.rules:
-            if self._expected is None:
-                rule.baseline = loss
-            before = rule.baseline
-            delta = rule.step(loss=loss, on_grad=False)
-            if delta is not None:
-                rule.apply(delta)
-            rule.reset()
-            rule.disable()
-        self._expected = self.rules[0].baseline
-        self.reward = torch.tensor(0.5 * (before - loss)).tanh().item()
+        try:
+            for rule in self.rules:
+                rule.enable()
+            loss = self.model(input_ids=context, labels=labels).loss.item()
+            for rule in self.rules:
+                if self._first:
+                    rule.baseline = loss
+                delta = rule.step(loss=loss, on_grad=False, positions=slice(n_before, None))
+                if delta is not None:
+                    rule.apply(delta)
+        finally:  # also after Ctrl-C: generation must not be recorded, nor half a pass kept
+            for rule in self.rules:
+                rule.reset()
+                rule.disable()
+        self._first = False
         return loss
 
     def forget(self) -> None:
@@ -133,9 +137,9 @@ class Chat:
         if name in ("quit", "exit"):
             return False
         commands: dict[str, Callable[[str], None]] = {
-            "temp": lambda value: self._set("temperature", value, float, 0.0),
-            "tokens": lambda value: self._set("max_new_tokens", value, int, 1),
-            "rep": lambda value: self._set("repetition_penalty", value, float, 0.01),
+            "temp": lambda text: self._set("temperature", text, temperature),
+            "tokens": lambda text: self._set("max_new_tokens", text, number(1, kind=int)),
+            "rep": lambda text: self._set("repetition_penalty", text, number(0.01, 100)),
             "stdp": self._switch,
             "forget": self._forget,
             "stats": self._stats,
@@ -147,7 +151,7 @@ class Chat:
 
     def answer(self, line: str) -> None:
         """Read a line of the user, learn from it if switched on, and go on with the text."""
-        typed = self.tokenizer(line + "\n", add_special_tokens=False)["input_ids"]
+        typed = self.tokenizer(line + "\n", add_special_tokens=False, split_special_tokens=True)["input_ids"]
         self.text = (self.text + typed)[-self.model.config.max_position_embeddings :]
         ids = torch.tensor([self.text], device=self.model.device)
         if self.learning and (loss := self.plasticity.learn(ids, min(len(typed), len(self.text)))) is not None:
@@ -171,16 +175,13 @@ class Chat:
         """Print a message that is not the model's."""
         self.console.print(escape(message), style=style, highlight=False, soft_wrap=True)
 
-    def _set(self, name: str, text: str, kind: type, low: float) -> None:
+    def _set(self, name: str, text: str, parse: Callable[[str], float]) -> None:
         try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value < float("inf"):
-            self.say(f"expected a number of at least {low}, got {text!r}; it stays at {getattr(self.options, name)}")
+            setattr(self.options, name, parse(text))
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            self.say(f"{error}; it stays at {getattr(self.options, name)}")
             return
-        setattr(self.options, name, value)
-        self.say(f"{name.replace('_', ' ')} {value}")
+        self.say(f"{name.replace('_', ' ')} {getattr(self.options, name)}")
 
     def _switch(self, argument: str) -> None:
         if argument not in ("on", "off"):
@@ -213,6 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
     sampling_arguments(parser)
     options = parser.parse_args(arguments)
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # it warns where text grows past the context, over which this model slides
     try:
         model, tokenizer = open_model(options.model or newest_model())
     except (ModelError, DataError) as error:
@@ -224,13 +226,15 @@ def main(arguments: list[str] | None = None) -> int:
     chat.say("/help lists the commands, /quit leaves")
     while True:
         try:
-            line = input("> ")
+            line = as_text(input("> "))
             if line.strip() and not chat.handle(line.strip()):
                 return 0
         except KeyboardInterrupt:  # stops an answer, not the conversation
             print()
         except EOFError:
             return 0
+        except (ValueError, RuntimeError) as error:  # weights that give no probabilities, say; the conversation goes on
+            chat.say(f"that did not work: {' '.join(str(error).split())[:300]}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Run folders and checkpoints: written so that a kill at any moment leaves the last one whole.
 
-A run folder holds ``settings.yaml``, ``tokenizer/``, the newest ``checkpoint-*`` folders, ``tensorboard/`` and, once it is
-done, ``model/`` and ``results.json``. Nothing that is read back executes anything: weights are safetensors, the rest is
-JSON or loaded with ``weights_only``.
+A run folder holds ``settings.yaml``, ``run.json``, ``tokenizer/``, the newest ``checkpoint-*`` folders, ``tensorboard/``
+and, once it is done, ``model/`` and ``results.json``. Nothing that is read back executes anything: weights are safetensors,
+the rest is JSON or loaded with ``weights_only``.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -13,7 +14,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CheckpointError", "latest_checkpoint", "new_run_folder", "write_folder", "write_json"]
+__all__ = [
+    "CheckpointError",
+    "check_digests",
+    "checkpoint_step",
+    "digests",
+    "latest_checkpoint",
+    "new_run_folder",
+    "read_json",
+    "remove_old_checkpoints",
+    "unfinished",
+    "write_folder",
+    "write_json",
+    "write_text",
+]
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 KEPT = 2
@@ -37,25 +51,30 @@ def new_run_folder(parent: Path, name: str) -> Path:
     raise CheckpointError(f"{parent}: all numbers for runs named {name} are taken")
 
 
+def unfinished(folder: Path) -> Path:
+    """Where a folder is filled before it is put in place."""
+    return folder.with_name(f".{folder.name}.unfinished")
+
+
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Have ``write`` fill a folder beside ``folder``, then put it in place in one move.
-
-    A folder that is there already is whole, and of the same step of the same run: it stays.
 
     Raises:
         CheckpointError: it could not be written; what was there before is untouched.
     """
-    if folder.exists():
-        return
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    beside, old = unfinished(folder), folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(beside, ignore_errors=True)
     try:
-        unfinished.mkdir(parents=True)
-        write(unfinished)
-        os.replace(unfinished, folder)
+        beside.mkdir(parents=True)
+        write(beside)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(beside, folder)
+        shutil.rmtree(old, ignore_errors=True)
     except Exception as error:  # a full disk surfaces as OSError, RuntimeError or SafetensorError, by who writes
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        reason += f"; {shutil.disk_usage(folder.parent).free >> 20:,} MB are free there"
         raise CheckpointError(
             f"{folder} could not be written ({reason}); what was written before it is whole"
         ) from error
@@ -63,9 +82,17 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON in one move."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a text file in one move."""
+    beside = unfinished(path)
+    try:
+        beside.write_text(content, encoding="utf-8")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:
@@ -88,6 +115,34 @@ def latest_checkpoint(run: Path) -> Path:
     return found[-1]
 
 
+def digests(folder: Path) -> dict[str, str]:
+    """A digest of every file in a folder, by name."""
+    found = {}
+    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "blake2b").hexdigest()
+    return found
+
+
+def check_digests(checkpoint: Path, expected: Any) -> None:
+    """Raise a CheckpointError unless every file is the one that was written; it names the checkpoint before, if there is one."""
+    there = digests(checkpoint)
+    damaged = (
+        [name for name, digest in expected.items() if there.get(name) != digest]
+        if isinstance(expected, dict)
+        else ["all"]
+    )
+    if damaged:
+        earlier = [c.name for c in _checkpoints(checkpoint.parent) if checkpoint_step(c) < checkpoint_step(checkpoint)]
+        advice = f"; remove the folder to go on from {earlier[-1]}" if earlier else ""
+        raise CheckpointError(f"{checkpoint}: damaged or incomplete ({', '.join(damaged)}){advice}")
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
 def remove_old_checkpoints(run: Path) -> None:
     """Keep the newest :data:`KEPT`."""
     for old in _checkpoints(run)[:-KEPT]:
@@ -95,4 +150,4 @@ def remove_old_checkpoints(run: Path) -> None:
 
 
 def _checkpoints(run: Path) -> list[Path]:
-    return sorted((p for p in run.glob("checkpoint-*") if CHECKPOINT.fullmatch(p.name)), key=lambda p: int(p.name[11:]))
+    return sorted((p for p in run.glob("checkpoint-*") if CHECKPOINT.fullmatch(p.name)), key=checkpoint_step)

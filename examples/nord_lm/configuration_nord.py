@@ -5,7 +5,22 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from nord_snn.ops.cascade import check_clusters
+from nord_snn.ops.dispatch import BACKENDS
+from nord_snn.ops.resonance import check_heads
+from nord_snn.ops.surrogate import resolve_surrogate
+
 __all__ = ["NordConfig"]
+
+POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "intermediate_size",
+    "max_position_embeddings",
+    "t_fast",
+    "top_k",
+)
 
 
 @strict
@@ -19,7 +34,7 @@ class NordConfig(PreTrainedConfig):
         t_slow: slow time steps of the encoder.
         fast_scale: initial strength of the fast path.
         slow_scale: initial strength of the slow path.
-        n_clusters: clusters of every neuron layer; must divide ``hidden_size`` and ``intermediate_size``.
+        n_clusters: clusters of every neuron layer; must divide ``hidden_size`` and ``intermediate_size``; None for no cascade.
         cascade_radius: neighbours on each side that a cascade starts with.
         cascade_gain: initial gain of the cascades.
         threshold: initial threshold of every neuron.
@@ -59,7 +74,7 @@ class NordConfig(PreTrainedConfig):
     t_slow: int = 2
     fast_scale: float = 15.0
     slow_scale: float = 5.0
-    n_clusters: int = 64
+    n_clusters: int | None = 64
     cascade_radius: int = 3
     cascade_gain: float = 0.8
     threshold: float = 0.25
@@ -81,13 +96,19 @@ class NordConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.block != "nord":
             raise ValueError(f"block must be 'nord', got {self.block!r}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"num_attention_heads must divide hidden_size, got {self.num_attention_heads} heads "
-                f"for a width of {self.hidden_size}"
-            )
-        for field in ("hidden_size", "intermediate_size"):
-            if getattr(self, field) % self.n_clusters:
-                raise ValueError(
-                    f"{field} must be a multiple of n_clusters, got {getattr(self, field)} and {self.n_clusters}"
-                )
+        for field in POSITIVE:
+            if not 1 <= getattr(self, field) < 2**31:
+                raise ValueError(f"{field} must be at least 1 and less than 2^31, got {getattr(self, field)}")
+        for field in ("t_slow", "cascade_radius", "refractory_steps"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field} must be at least 0, got {getattr(self, field)}")
+        for field in ("beta_mem", "beta_syn"):
+            if not 0 < getattr(self, field) < 1:
+                raise ValueError(f"{field} must lie in (0, 1), got {getattr(self, field)}")
+        resolve_surrogate(self.surrogate, self.alpha)
+        if self.backend != "auto" and self.backend not in BACKENDS:
+            raise ValueError(f"backend must be 'auto' or one of {list(BACKENDS)}, got {self.backend!r}")
+        check_heads(self.hidden_size, self.num_attention_heads)
+        if self.n_clusters is not None:
+            check_clusters(self.hidden_size, self.n_clusters)
+            check_clusters(self.intermediate_size, self.n_clusters)

@@ -73,13 +73,12 @@ def load_original(path: str | Path) -> NordForCausalLM:
         ValueError: the file is missing, no checkpoint, or its tensors do not fit its configuration.
     """
     checkpoint = _read(Path(path))
-    config = config_from_original(checkpoint["config"])
     try:
-        weights = weights_from_original(checkpoint["model_state_dict"])
-        model = NordForCausalLM(config)
-        model.load_state_dict(weights)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{path}: the tensors do not fit the configuration in the file: {error}") from error
+        model = NordForCausalLM(config_from_original(checkpoint["config"]))
+        model.load_state_dict(weights_from_original(checkpoint["model_state_dict"]))
+    except Exception as error:  # values and tensors of any kind may stand in the file
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path}: its tensors and its configuration do not fit together ({reason})") from error
     return model
 
 
@@ -139,7 +138,10 @@ def main(arguments: list[str] | None = None) -> None:
         model = load_original(options.checkpoint)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    model.save_pretrained(options.out)
+    try:
+        model.save_pretrained(options.out)
+    except Exception as error:  # a full or read-only disk, by whoever writes
+        sys.exit(f"error: {options.out} could not be written ({' '.join(str(error).split())[:200]})")
     print(f"{options.out}: {model.num_parameters():,} parameters")
 
 

@@ -31,9 +31,11 @@ __all__ = [
     "Documents",
     "StreamedBlocks",
     "check_vocabulary",
+    "encode",
     "load_corpus",
     "load_tokenizer",
     "read_documents",
+    "split",
     "train_tokenizer",
 ]
 
@@ -108,8 +110,8 @@ class Corpus:
         validation: held-out blocks ``[m, block]``.
         sample: training tokens in order, all of them or the first :data:`BASELINE_TOKENS` of a stream, for the baselines.
         bytes_per_token: UTF-8 bytes of the held-out text per token of it.
-        fingerprint: changes when the training text or the tokenizer does (of a stream: its first part).
-        notes: what was left out and why.
+        fingerprint: changes when the text on either side or the tokenizer does (of a stream: its first part).
+        sources: the documents behind it.
     """
 
     name: str
@@ -118,7 +120,11 @@ class Corpus:
     sample: Tensor
     bytes_per_token: float
     fingerprint: str
-    notes: list[str]
+    sources: tuple[Documents, ...]
+
+    def notes(self) -> list[str]:
+        """What has been left out so far and why; of a stream, more may follow."""
+        return [note for source in self.sources for note in source.notes()]
 
 
 def load_corpus(
@@ -131,9 +137,9 @@ def load_corpus(
 ) -> Corpus:
     """Tokenize, split and pack.
 
-    The split is decided by a hash of each document: the same text is always on the same side, also twice in one corpus.
-    Documents are joined with the tokenizer's end-of-text token and cut into blocks; a last part shorter than a block is
-    left out.
+    The split is decided by a hash of each document: a text that stands twice in a corpus is on one side only, and the
+    order of the documents does not matter. Documents are joined with the tokenizer's end-of-text token and cut into
+    blocks; a last part shorter than a block is left out.
 
     Args:
         documents: the text.
@@ -144,8 +150,10 @@ def load_corpus(
         max_validation_blocks: at most so many blocks are validated on.
 
     Raises:
-        DataError: there is less than one block of text on either side.
+        DataError: there is less than one block of text on either side, or nothing to validate on.
     """
+    if validation is None and held_out == 0:
+        raise DataError("nothing is held out to validate on: give --validation-data, or --held-out above 0")
     train, held = split(documents, held_out if validation is None else 0.0)
     held_texts = held() if validation is None else validation.read()
     validation_tokens, n_bytes = _encode_up_to(held_texts, tokenizer, max_validation_blocks * block_size)
@@ -156,10 +164,13 @@ def load_corpus(
     else:
         sample = _concatenate(encode(train(), tokenizer))
         blocks = Blocks(_whole_blocks(sample, block_size))
-    for side, n_tokens in (("training", len(sample)), ("held-out", len(validation_tokens))):
+    for side, name, n_tokens in (
+        ("training", documents.name, len(sample)),
+        ("held-out", documents.name if validation is None else validation.name, len(validation_tokens)),
+    ):
         if n_tokens < block_size:
             raise DataError(
-                f"the {side} text of {documents.name} has {n_tokens} tokens, less than one block of {block_size}: "
+                f"the {side} text of {name} has {n_tokens} tokens, less than one block of {block_size}: "
                 "give more text or a smaller --block-size"
             )
     return Corpus(
@@ -168,8 +179,8 @@ def load_corpus(
         validation=_whole_blocks(validation_tokens, block_size)[:max_validation_blocks].long(),
         sample=sample,
         bytes_per_token=n_bytes / len(validation_tokens),
-        fingerprint=hashlib.blake2b(sample.numpy().tobytes(), digest_size=16).hexdigest(),
-        notes=documents.notes() + (validation.notes() if validation else []),
+        fingerprint=_fingerprint(sample, validation_tokens),
+        sources=(documents,) if validation is None else (documents, validation),
     )
 
 
@@ -187,7 +198,9 @@ def read_documents(source: str | None = None) -> Documents:
         DataError: nothing is there, or it is not text.
     """
     if source is None:
-        return Documents("the documentation inside CPython", python_documentation, streamed=False)
+        return _in_memory(Documents("the documentation inside CPython", python_documentation, streamed=False))
+    if not source:
+        raise DataError("the name of the text is empty; expected a file, a folder or a dataset owner/name")
     path = Path(source)
     if path.exists():
         return _local(path)
@@ -237,6 +250,16 @@ def _local(path: Path) -> Documents:
     for file in usable:
         if file.stat().st_size == 0:
             raise DataError(f"{file}: the file is empty; expected text")
+    return documents if documents.streamed else _in_memory(documents)
+
+
+def _in_memory(documents: Documents) -> Documents:
+    """Read once what is read several times: for the tokenizer, for training and for the held-out side."""
+    texts = list(documents.read())
+    if not texts:
+        notes = "; ".join(documents.notes())
+        raise DataError(f"{documents.name}: no text found" + (f" ({notes})" if notes else ""))
+    documents.read = lambda: iter(texts)
     return documents
 
 
@@ -246,24 +269,26 @@ def _size(files: list[Path]) -> int:
 
 def _lines(path: Path) -> Iterator[str]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # as it is, but for a byte order mark
             for line in file:
                 if "\0" in line:
                     raise DataError(f"{path}: the file is binary; expected UTF-8 text")
                 yield line
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: the file is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise DataError(f"{path}: the file is not UTF-8 text ({error.reason})") from error
 
 
 def _read_txt(path: Path, documents: Documents) -> Iterator[str]:
     section: list[str] = []
     length = 0
     for line in _lines(path):
-        section.append(line)
-        length += len(line)
-        if length >= SECTION_CHARACTERS:
-            yield "".join(section)
-            section, length = [], 0
+        # a line without end, as whole books are sometimes stored, is cut too
+        for start in range(0, len(line), SECTION_CHARACTERS):
+            section.append(line[start : start + SECTION_CHARACTERS])
+            length += len(section[-1])
+            if length >= SECTION_CHARACTERS:
+                yield "".join(section)
+                section, length = [], 0
     if "".join(section).strip():
         yield "".join(section)
 
@@ -274,7 +299,7 @@ def _read_jsonl(path: Path, documents: Documents) -> Iterator[str]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # also numbers and nestings beyond what Python reads
             documents.skip("lines that are not JSON", f"{path}:{number}")
             continue
         yield from _text_of(record, documents, f"{path}:{number}")
@@ -326,8 +351,11 @@ def _from_hub(source: str) -> Documents:
 
     def read() -> Iterator[str]:
         documents.skipped.clear()
-        for number, record in enumerate(records):
-            yield from _text_of(record, documents, f"{source} record {number}")
+        try:
+            for number, record in enumerate(records):
+                yield from _text_of(record, documents, f"{source} record {number}")
+        except Exception as error:  # whatever the network does in the middle of a stream
+            raise DataError(f"{source}: the stream broke off ({type(error).__name__}: {_first_line(error)})") from error
 
     documents.read = read
     return documents
@@ -344,22 +372,22 @@ def split(documents: Documents, held_out: float) -> tuple[Callable[[], Iterator[
     """Training and held-out documents, decided by a hash of each text.
 
     A stream is cut at a fixed hash value. A corpus in memory may have few documents: there those with the smallest hashes
-    are held out, so that it is never none and the fraction is met.
+    are held out, so that it is never none and the fraction is met; other documents can therefore move the border.
     """
     if not 0 <= held_out < 1:
         raise DataError(f"--held-out must be at least 0 and less than 1, got {held_out}")
     limit = int(held_out * HASH_BUCKETS)
     if not documents.streamed:
-        texts = list(documents.read())
-        if not texts:
-            notes = "; ".join(documents.notes())
-            raise DataError(f"{documents.name}: no text found" + (f" ({notes})" if notes else ""))
-        hashes = sorted({_hash(text) for text in texts})
+        hashes = sorted({_hash(text) for text in documents.read()})
+        if held_out and len(hashes) < 2:
+            raise DataError(
+                f"{documents.name} is a single document, of which none can be held out: give more text or --validation-data"
+            )
         n_held = max(1, round(held_out * len(hashes))) if held_out else 0
-        border = hashes[n_held] if n_held < len(hashes) else hashes[-1] + 1
+        border = hashes[min(n_held, len(hashes) - 1)]
         return (
-            lambda: (text for text in texts if _hash(text) >= border),
-            lambda: (text for text in texts if _hash(text) < border),
+            lambda: (text for text in documents.read() if _hash(text) >= border),
+            lambda: (text for text in documents.read() if _hash(text) < border),
         )
     return (
         lambda: (text for text in documents.read() if _hash(text) % HASH_BUCKETS >= limit),
@@ -436,8 +464,8 @@ def encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator
     end = tokenizer.eos_token_id
     iterator = iter(texts)
     while batch := list(itertools.islice(iterator, 256)):
-        # verbose=False: documents are longer than a context on purpose, they are cut into blocks
-        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+        # Text that spells a special token is text. verbose=False: documents are longer than a context, they are cut.
+        for ids in tokenizer(batch, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]:
             yield torch.tensor([*ids, end], dtype=torch.int32)
 
 
@@ -474,6 +502,13 @@ def _encode_up_to(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, limi
         if n_tokens >= limit:
             break
     return _concatenate(parts), n_bytes
+
+
+def _fingerprint(*tokens: Tensor) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in tokens:
+        digest.update(part.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _concatenate(parts: Iterable[Tensor]) -> Tensor:

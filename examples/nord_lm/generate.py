@@ -15,7 +15,7 @@ from modeling_nord import NordForCausalLM
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer, set_seed
 from transformers.utils import logging
 
-__all__ = ["ModelError", "newest_model", "open_model", "sampling"]
+__all__ = ["ModelError", "as_text", "newest_model", "open_model", "sampling", "sampling_arguments", "temperature"]
 
 
 class ModelError(ValueError):
@@ -88,19 +88,32 @@ def number(low: float, high: float = float("inf"), kind: type = float) -> Any:
     return parse
 
 
+def temperature(text: str) -> float:
+    """An argparse type: 0, or no less than what softmax in float32 can bear."""
+    value = float(text)
+    if value != 0 and not 1e-3 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected 0, or a number of at least 0.001, got {text}")
+    return value
+
+
+def as_text(typed: str) -> str:
+    """What was typed, with bytes that are no UTF-8 replaced: Python hides them in surrogates that no tokenizer takes."""
+    return typed.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that ``generate.py`` and ``chat.py`` share."""
     parser.add_argument(
         "--model", type=Path, help="folder with model and tokenizer (default: of the newest run in runs/)"
     )
     parser.add_argument("--max-new-tokens", type=number(1, kind=int), default=100)
-    parser.add_argument("--temperature", type=number(0), default=0.8, help="0 takes the best token each time")
+    parser.add_argument("--temperature", type=temperature, default=0.8, help="0 takes the best token each time")
     parser.add_argument("--top-k", type=number(0, kind=int), default=50, help="sample from that many tokens; 0: all")
     parser.add_argument(
         "--top-p", type=number(0, 1), default=0.95, help="sample from the best tokens of this probability"
     )
     parser.add_argument("--repetition-penalty", type=number(0.01), default=1.1, help="1: none")
-    parser.add_argument("--seed", type=int, help="for the same text again")
+    parser.add_argument("--seed", type=number(0, 2**32 - 1, int), help="for the same text again")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -110,13 +123,16 @@ def main(arguments: list[str] | None = None) -> int:
     sampling_arguments(parser)
     options = parser.parse_args(arguments)
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # it warns where text grows past the context, over which this model slides
     try:
         model, tokenizer = open_model(options.model or newest_model())
     except (ModelError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+    prompt = sys.stdin.buffer.read().decode("utf-8", "replace") if options.prompt == "-" else as_text(options.prompt)
+    ids = tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"] or [
+        tokenizer.eos_token_id
+    ]
     if len(ids) > model.config.max_position_embeddings:
         print(
             f"note: only the last {model.config.max_position_embeddings} tokens of the prompt are seen", file=sys.stderr

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from nord_snn.layers import MembraneReadout, MultiScaleTemporalEncoder, NordBlock
 from nord_snn.neurons import AssociativeLIFNode, fire_from_rest
@@ -21,6 +22,8 @@ except ImportError:
     from configuration_nord import NordConfig  # beside the scripts
 
 __all__ = ["NordForCausalLM"]
+
+NOT_OFFERED = ("past_key_values", "inputs_embeds", "output_hidden_states", "output_attentions")
 
 
 class NordForCausalLM(PreTrainedModel, GenerationMixin):
@@ -45,8 +48,10 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: NordConfig) -> None:
         # transformers would read the resonance's top_k as the sampler's and start generate() with it.
         top_k = config.__dict__.pop("top_k")
-        super().__init__(config)
-        config.top_k = top_k
+        try:
+            super().__init__(config)
+        finally:
+            config.top_k = top_k
         neuron = partial(
             AssociativeLIFNode,
             n_clusters=config.n_clusters,
@@ -81,6 +86,7 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
                 residual_scale=0.1 / config.num_hidden_layers,
                 resonance=config.resonance,
                 clamp_floor=config.clamp_floor,
+                norm_eps=config.layer_norm_eps,
                 neuron=neuron,
             )
             for _ in range(config.num_hidden_layers)
@@ -90,6 +96,7 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor,
@@ -108,9 +115,9 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
             kwargs: passed on to the loss (``num_items_in_batch``).
 
         Raises:
-            ValueError: wrong rank, too long, or padded in front.
+            ValueError: wrong rank, too long, padded in front, or something is asked for that the model does not have.
         """
-        self._check(input_ids, attention_mask)
+        self._check(input_ids, attention_mask, kwargs)
         x = fire_from_rest(self.input_lif, self.encoder(self.embed_tokens(input_ids)))  # [T, B, S, D]
         for block in self.blocks:
             x = block(x)
@@ -125,14 +132,18 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, logits_to_keep: int | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """The last ``max_position_embeddings`` tokens: the window slides over what is longer."""
-        window = self.config.max_position_embeddings
+        if attention_mask is not None and not attention_mask.all():
+            raise ValueError(
+                "generate() takes prompts of one length: padding would stand between prompt and continuation"
+            )
         return {
-            "input_ids": input_ids[:, -window:],
-            "attention_mask": None if attention_mask is None else attention_mask[:, -window:],
+            "input_ids": input_ids[:, -self.config.max_position_embeddings :],
             "logits_to_keep": logits_to_keep or 0,
         }
 
-    def _check(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    def _check(self, input_ids: Tensor, attention_mask: Tensor | None, others: dict[str, Any]) -> None:
+        if refused := [name for name in NOT_OFFERED if others.get(name) is not None and others[name] is not False]:
+            raise ValueError(f"NordForCausalLM does not offer {', '.join(refused)}")
         if input_ids.ndim != 2 or input_ids.is_floating_point():
             raise ValueError(f"input_ids must be integers [B, S], got {list(input_ids.shape)} of {input_ids.dtype}")
         if input_ids.shape[1] > self.config.max_position_embeddings:

@@ -2,15 +2,20 @@
 
 import argparse
 import dataclasses
+import hashlib
+import json
+import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from checkpoints import CheckpointError, read_json, write_text
 from configuration_nord import NordConfig
 from huggingface_hub.errors import StrictDataclassError
 
-__all__ = ["Settings", "SettingsError", "TrainingSettings", "parse_arguments"]
+__all__ = ["Settings", "SettingsError", "TrainingSettings", "parse_arguments", "read_run", "settings_from"]
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -57,10 +62,17 @@ class TrainingSettings:
                 raise SettingsError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.block_size is not None and self.block_size < 2:
             raise SettingsError(f"block_size must be at least 2, got {self.block_size}")
-        if self.lr <= 0 or self.max_grad_norm <= 0:
-            raise SettingsError(f"lr and max_grad_norm must be positive, got {self.lr} and {self.max_grad_norm}")
-        if not 0 <= self.held_out < 1:
-            raise SettingsError(f"held_out must be at least 0 and less than 1, got {self.held_out}")
+        for name in ("lr", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise SettingsError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("weight_decay", "warmup_steps", "seed"):
+            if not 0 <= getattr(self, name) < 2**32:
+                raise SettingsError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("held_out", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SettingsError(f"{name} must be at least 0 and less than 1, got {getattr(self, name)}")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise SettingsError(f"min_lr_ratio must be from 0 to 1, got {self.min_lr_ratio}")
         if self.mixed_precision not in ("no", "bf16", "fp16"):
             raise SettingsError(f"mixed_precision must be no, bf16 or fp16, got {self.mixed_precision!r}")
 
@@ -88,17 +100,19 @@ class Settings:
             raise SettingsError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
         if not isinstance(content, dict) or not set(content) <= {"name", "model", "training"}:
             raise SettingsError(f"{path}: expected the sections model and training")
+        name = content.get("name", path.stem)
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name):
+            raise SettingsError(f"{path}: name must be made of letters, digits, '-', '_' and '.', got {name!r}")
         model, training = content.get("model") or {}, content.get("training") or {}
-        known = {f.name: f.type for f in dataclasses.fields(TrainingSettings)}
-        _check_names(path, "training", training, set(known))
+        _check_names(path, "training", training, {f.name for f in dataclasses.fields(TrainingSettings)})
         _check_names(path, "model", model, set(NordConfig().to_dict()))
         _check_types(path, training)
-        return cls(content.get("name") or path.stem, model, TrainingSettings(**training))
+        return cls(name, model, TrainingSettings(**training))
 
     def write(self, path: Path) -> None:
         """Write the YAML that :meth:`read` reads."""
         content = {"name": self.name, "model": self.model, "training": dataclasses.asdict(self.training)}
-        path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        write_text(path, yaml.safe_dump(content, sort_keys=False))
 
     def model_config(self, **changes: Any) -> NordConfig:
         """The model's configuration.
@@ -110,6 +124,10 @@ class Settings:
             return NordConfig(**{**self.model, **changes})
         except (StrictDataclassError, ValueError, TypeError) as error:
             raise SettingsError(f"model: {' '.join(str(error).split())}") from error
+
+    def digest(self) -> str:
+        """Changes when any setting does."""
+        return hashlib.blake2b(json.dumps(dataclasses.asdict(self)).encode(), digest_size=16).hexdigest()
 
     @property
     def block_size(self) -> int:
@@ -124,17 +142,24 @@ class Settings:
 def _check_names(path: Path, section: str, content: Any, known: set[str]) -> None:
     if not isinstance(content, dict):
         raise SettingsError(f"{path}: expected fields in the section {section}")
-    if unknown := sorted(set(content) - known):
+    if unknown := sorted(str(name) for name in set(content) - known):
         raise SettingsError(f"{path}: {section} has no field {', '.join(unknown)}")
 
 
 def _check_types(path: Path, training: dict[str, Any]) -> None:
     for f in dataclasses.fields(TrainingSettings):
         value = training.get(f.name, f.default)
-        kind = type(f.default) if f.default is not None else (int if f.name == "block_size" else str)
+        kind = _kind(f)
         fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
         if not fits and not (value is None and f.default is None):
             raise SettingsError(f"{path}: training.{f.name} must be {kind.__name__}, got {value!r}")
+
+
+def _kind(setting: "dataclasses.Field[Any]") -> type:
+    """The type of a setting; of those that may be None, all but block_size are text."""
+    if setting.default is not None:
+        return type(setting.default)
+    return int if setting.name == "block_size" else str
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -152,14 +177,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-resonance", action="store_true", help="the control: positions never meet")
     group = parser.add_argument_group("training (override the config)")
     for f in dataclasses.fields(TrainingSettings):
-        kind = type(f.default) if f.default is not None else (int if f.name == "block_size" else str)
         group.add_argument(
-            "--" + f.name.replace("_", "-"), type=kind, choices=f.metadata.get("choices"), help=f.metadata["help"]
+            "--" + f.name.replace("_", "-"), type=_kind(f), choices=f.metadata.get("choices"), help=f.metadata["help"]
         )
     options = parser.parse_args(arguments)
     fields = {f.name for f in dataclasses.fields(TrainingSettings)}
-    options.changes = {name: value for name, value in vars(options).items() if name in fields}
+    options.changes = {name: _absolute(name, value) for name, value in vars(options).items() if name in fields}
     return options
+
+
+def _absolute(name: str, value: Any) -> Any:
+    """Paths that exist are kept absolute, so that a run can be resumed from anywhere."""
+    is_path = name in ("data", "validation_data", "tokenizer") and Path(value).exists()
+    return str(Path(value).resolve()) if is_path else value
 
 
 def settings_from(options: argparse.Namespace) -> Settings:
@@ -186,11 +216,21 @@ def _config_path(name: str) -> Path:
     return Path(name)
 
 
+def read_run(run: Path) -> dict[str, str]:
+    """What ``run.json`` says of a run: the name and fingerprint of its text, and the digest of its settings."""
+    content = read_json(run / "run.json")
+    if not isinstance(content, dict) or not {"text", "fingerprint", "settings"} <= content.keys():
+        raise CheckpointError(f"{run / 'run.json'}: not written by train.py, or damaged")
+    return content
+
+
 def _resumed(options: argparse.Namespace) -> Settings:
     run = options.resume
     if not (run / "settings.yaml").is_file():
         raise SettingsError(f"--resume {run}: no run of train.py (settings.yaml is missing)")
     settings = Settings.read(run / "settings.yaml")
+    if settings.digest() != read_run(run)["settings"]:
+        raise SettingsError(f"{run / 'settings.yaml'}: was changed since the run was begun, or is damaged")
     for name, value in options.changes.items():
         if value != (was := getattr(settings.training, name)):
             raise SettingsError(f"--resume {run}: the run was begun with {name} = {was}, it cannot go on with {value}")

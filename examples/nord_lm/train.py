@@ -13,44 +13,50 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, set_seed
 from baselines import bigram_loss, uniform_loss, unigram_loss
 from checkpoints import (
     CheckpointError,
+    check_digests,
+    checkpoint_step,
+    digests,
     latest_checkpoint,
     new_run_folder,
     read_json,
     remove_old_checkpoints,
+    unfinished,
     write_folder,
     write_json,
 )
 from data import (
+    BASELINE_TOKENS,
     Blocks,
     Corpus,
     DataError,
-    check_vocabulary,
+    StreamedBlocks,
     load_corpus,
     load_tokenizer,
     read_documents,
+    split,
     train_tokenizer,
 )
-from data import split as split_documents
 from modeling_nord import NordForCausalLM
 from progress import Progress, duration, print_table
-from settings import Settings, SettingsError, parse_arguments, settings_from
+from settings import Settings, SettingsError, TrainingSettings, parse_arguments, read_run, settings_from
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, get_cosine_with_min_lr_schedule_with_warmup
+from transformers import PreTrainedTokenizerBase, get_cosine_with_min_lr_schedule_with_warmup
 from transformers.utils import logging
 
 from nord_snn.monitor import SpikeMonitor
@@ -73,77 +79,68 @@ class Position:
 def train(settings: Settings, out: Path, resume: Path | None) -> int:
     """Run from start to finish; returns the exit status."""
     options = settings.training
-    run = resume or new_run_folder(out, settings.name)
-    accelerator = accelerate(settings, run)
+    accelerator = accelerate(settings, out)
     set_seed(options.seed)
     with Progress(options.steps, visible=accelerator.is_local_main_process) as progress:
-        progress.say(f"run {run}")
-        tokenizer, corpus = prepare_text(settings, run, resumed=resume is not None)
+        tokenizer, corpus = prepare_text(accelerator, settings, resume)
         model = NordForCausalLM(model_config(settings, tokenizer))
-        describe(progress, model, tokenizer, corpus)
+        describe(progress, settings, model, tokenizer, corpus)
         optimizer = torch.optim.AdamW(
             parameter_groups(model, options.weight_decay), lr=options.lr, betas=(options.beta1, options.beta2)
         )
         scheduler = get_cosine_with_min_lr_schedule_with_warmup(
             optimizer, options.warmup_steps, options.steps, min_lr_rate=options.min_lr_ratio
         )
-        if isinstance(corpus.train, Blocks) and len(corpus.train) < options.batch_size:
-            raise DataError(
-                f"{corpus.name}: {len(corpus.train)} blocks of text are less than one batch of {options.batch_size}: "
-                "give more text, a smaller --batch-size or a smaller --block-size"
-            )
         shuffle = isinstance(corpus.train, Blocks)  # a stream keeps its order
         loader = DataLoader(corpus.train, options.batch_size, shuffle=shuffle, drop_last=True)
         validation_loader = DataLoader(Blocks(corpus.validation), options.batch_size)
         model, optimizer, scheduler, loader, validation_loader = accelerator.prepare(
             model, optimizer, scheduler, loader, validation_loader
         )
-        position = Position()
-        if resume is None:
-            settings.write(run / "settings.yaml")
-            write_json(run / "corpus.json", {"name": corpus.name, "fingerprint": corpus.fingerprint})
-        else:
-            position = restore(accelerator, run, corpus, progress)
-        accelerator.init_trackers("tensorboard", config={k: v for k, v in asdict(options).items() if v is not None})
+        run = resume or begin(accelerator, settings, tokenizer, corpus, out)
+        progress.say(f"run {run}")
+        position = restore(accelerator, run, corpus, progress) if resume else Position()
+        log = Log(accelerator, run, options, progress)
 
         stop = StopRequest()
         progress.begin(position.step)
         monitor = SpikeMonitor(accelerator.unwrap_model(model))
         batches = endless(loader, position)
-        while position.step < options.steps and not stop.requested:
-            began = time.monotonic()
-            loss = 0.0
-            for _ in range(options.grad_accum):
-                batch = next(batches)
-                with accelerator.accumulate(model):
-                    micro_loss = model(input_ids=batch, labels=batch).loss
-                    accelerator.backward(micro_loss)
-                    if accelerator.sync_gradients:
-                        grad_norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                loss += micro_loss.item() / options.grad_accum
-                position.tokens += batch.numel() * accelerator.num_processes
+        step_tokens = options.grad_accum * options.batch_size * settings.block_size * accelerator.num_processes
+        while position.step < options.steps and not stop.agreed(accelerator):
+            began, before = time.monotonic(), replace(position)
+            loss = torch.zeros((), device=accelerator.device)
+            try:
+                for _ in range(options.grad_accum):
+                    batch = next(batches)
+                    with accelerator.accumulate(model):
+                        micro_loss = model(input_ids=batch, labels=batch).loss
+                        accelerator.backward(micro_loss)
+                        if accelerator.sync_gradients:
+                            grad_norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm)
+                        optimizer.step()
+                        optimizer.zero_grad()
+                    loss += micro_loss.detach() / options.grad_accum
+            except DataError:  # a stream broke off, or something in it is no text: nothing that was learned is lost
+                save(accelerator, run, before)
+                raise
             scheduler.step()
-            position.step += 1
+            mean_loss = accelerator.reduce(loss, "mean").item()
             seconds = time.monotonic() - began
+            position.step, position.tokens = position.step + 1, position.tokens + step_tokens
             position.seconds += seconds
 
             last = position.step == options.steps
             if position.step % options.log_every == 0 or position.step == 1 or last:
-                step_tokens = options.grad_accum * batch.numel() * accelerator.num_processes
-                lr, rates = scheduler.get_last_lr()[0], monitor.rates()
-                progress.update(position.step, loss, lr, step_tokens / seconds, rates)
-                log = {
-                    "loss": loss,
-                    "lr": lr,
-                    "grad_norm": float(grad_norm),
-                    "tokens_per_second": step_tokens / seconds,
-                }
-                accelerator.log(log | {f"rate/{name}": rate for name, rate in rates.items()}, step=position.step)
+                lr, rates, speed = scheduler.get_last_lr()[0], monitor.rates(), step_tokens / seconds
+                progress.update(position.step, mean_loss, lr, speed, rates)
+                log(position.step, loss=mean_loss, lr=lr, grad_norm=float(grad_norm), tokens_per_second=speed)
+                log(position.step, **{f"rate/{name}": rate for name, rate in rates.items()})
                 monitor.clear()
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss became {loss} at step {position.step}: lower --lr and start again")
+            if not math.isfinite(mean_loss):
+                raise FloatingPointError(
+                    f"the loss became {mean_loss} at step {position.step}: lower --lr and start again"
+                )
             if position.step % options.eval_every == 0 and not last:
                 monitor.close()
                 held_out = evaluate(accelerator, model, validation_loader, options.eval_blocks)
@@ -151,10 +148,8 @@ def train(settings: Settings, out: Path, resume: Path | None) -> int:
                 progress.say(
                     f"step {position.step}: held-out loss {held_out:.4f}, {bits(held_out, corpus):.3f} bits per byte"
                 )
-                accelerator.log(
-                    {"held_out_loss": held_out, "bits_per_byte": bits(held_out, corpus)}, step=position.step
-                )
-            if position.step % options.save_every == 0 and not last and not stop.requested:
+                log(position.step, held_out_loss=held_out, bits_per_byte=bits(held_out, corpus))
+            if position.step % options.save_every == 0 and not last:
                 try:
                     save(accelerator, run, position)
                 except CheckpointError as error:  # the disk may have room again by the next one
@@ -163,7 +158,7 @@ def train(settings: Settings, out: Path, resume: Path | None) -> int:
         save(accelerator, run, position)
         if position.step < options.steps:
             progress.say(f"stopped at step {position.step}; go on with: python {sys.argv[0]} --resume {run}")
-            accelerator.end_training()
+            log.close()
             return INTERRUPTED
         stop.give_back()
         progress.say("evaluating on the held-out text")
@@ -174,11 +169,12 @@ def train(settings: Settings, out: Path, resume: Path | None) -> int:
     if accelerator.is_main_process:
         finish(accelerator.unwrap_model(model), tokenizer, run, results)
         report(progress, accelerator.unwrap_model(model), tokenizer, corpus, run, results)
-    accelerator.end_training()
+    accelerator.wait_for_everyone()  # the first process has been writing; leaving before it would break the group off
+    log.close()
     return 0
 
 
-def accelerate(settings: Settings, run: Path) -> Accelerator:
+def accelerate(settings: Settings, out: Path) -> Accelerator:
     """Device, precision, accumulation and logging."""
     options = settings.training
     try:
@@ -189,29 +185,53 @@ def accelerate(settings: Settings, run: Path) -> Accelerator:
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=options.seed),
             step_scheduler_with_optimizer=False,
             log_with="tensorboard",
-            project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run)),
+            project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out)),
         )
     except ValueError as error:  # a precision that this device does not have
         raise SettingsError(f"mixed_precision {options.mixed_precision}: {error}") from error
 
 
-def prepare_text(settings: Settings, run: Path, resumed: bool) -> tuple[PreTrainedTokenizerBase, Corpus]:
-    """The tokenizer, which is kept in the run folder, and the corpus."""
-    options = settings.training
-    config = settings.model_config()
+def prepare_text(
+    accelerator: Accelerator, settings: Settings, resume: Path | None
+) -> tuple[PreTrainedTokenizerBase, Corpus]:
+    """The tokenizer and the corpus; nothing is written yet."""
+    options, vocab_size = settings.training, settings.model_config().vocab_size
     documents = read_documents(options.data)
-    if resumed:
-        tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer")
-    elif options.tokenizer is not None:
-        tokenizer = load_tokenizer(options.tokenizer, config.vocab_size)
-    else:
-        texts, _ = split_documents(documents, 0.0 if options.validation_data else options.held_out)
-        tokenizer = train_tokenizer(texts(), config.vocab_size)
-    check_vocabulary(tokenizer, config.vocab_size)
-    if not resumed:
-        tokenizer.save_pretrained(run / "tokenizer")
     validation = None if options.validation_data is None else read_documents(options.validation_data)
-    return tokenizer, load_corpus(documents, tokenizer, settings.block_size, options.held_out, validation)
+    if resume is not None:
+        tokenizer = load_tokenizer(str(resume / "tokenizer"), vocab_size)
+    elif options.tokenizer is not None:
+        tokenizer = load_tokenizer(options.tokenizer, vocab_size)
+    else:
+        held = [None]
+        if accelerator.is_main_process:
+            texts, _ = split(documents, 0.0 if validation else options.held_out)
+            held = [train_tokenizer(texts(), vocab_size)]
+        tokenizer = broadcast_object_list(held)[0]
+    corpus = load_corpus(documents, tokenizer, settings.block_size, options.held_out, validation)
+    blocks = len(corpus.sample) // settings.block_size
+    batch = options.batch_size * accelerator.num_processes
+    if blocks < batch and len(corpus.sample) < BASELINE_TOKENS:
+        raise DataError(
+            f"{corpus.name}: {blocks} blocks of text are less than one batch of {batch}: "
+            "give more text, a smaller --batch-size or a smaller --block-size"
+        )
+    return tokenizer, corpus
+
+
+def begin(
+    accelerator: Accelerator, settings: Settings, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, out: Path
+) -> Path:
+    """Make the folder of a new run, the same on every process."""
+    made: list[Path | None] = [None]
+    if accelerator.is_main_process:
+        run = new_run_folder(out, settings.name)
+        settings.write(run / "settings.yaml")
+        write_folder(run / "tokenizer", lambda folder: tokenizer.save_pretrained(folder))
+        about = {"text": corpus.name, "fingerprint": corpus.fingerprint, "settings": settings.digest()}
+        write_json(run / "run.json", about)
+        made = [run]
+    return broadcast_object_list(made)[0]
 
 
 def model_config(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -222,9 +242,13 @@ def model_config(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Any:
     )
 
 
-def describe(progress: Progress, model: NordForCausalLM, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> None:
+def describe(
+    progress: Progress, settings: Settings, model: NordForCausalLM, tokenizer: PreTrainedTokenizerBase, corpus: Corpus
+) -> None:
     """Say what is about to be trained on what."""
-    for note in corpus.notes:
+    if settings.training.warmup_steps > settings.training.steps:
+        progress.say("note: the warm-up is longer than the run, so the peak learning rate is not reached")
+    for note in corpus.notes():
         progress.say(f"note: {note}")
     blocks = f"{len(corpus.train):,} blocks" if isinstance(corpus.train, Blocks) else "a stream"
     progress.say(
@@ -274,31 +298,75 @@ def bits(loss: float, corpus: Corpus) -> float:
 
 
 def save(accelerator: Accelerator, run: Path, position: Position) -> None:
-    """Write a checkpoint and drop the oldest."""
+    """Write a checkpoint and drop the oldest. Every process has its part in it; the first one puts it in place."""
 
     def write(folder: Path) -> None:
+        accelerator.wait_for_everyone()
         accelerator.save_state(str(folder))
-        write_json(folder / "position.json", asdict(position))
+        accelerator.wait_for_everyone()
+        write_json(folder / "position.json", asdict(position) | {"digests": digests(folder)})
 
-    write_folder(run / f"checkpoint-{position.step:06d}", write)
-    remove_old_checkpoints(run)
+    folder = run / f"checkpoint-{position.step:06d}"
+    if accelerator.is_main_process:
+        write_folder(folder, write)
+        remove_old_checkpoints(run)
+    else:
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(unfinished(folder)))
+        accelerator.wait_for_everyone()
 
 
 def restore(accelerator: Accelerator, run: Path, corpus: Corpus, progress: Progress) -> Position:
-    """Load the newest checkpoint of a run, after a look at whether it belongs to this text and model."""
-    checkpoint = latest_checkpoint(run)
-    if read_json(run / "corpus.json")["fingerprint"] != corpus.fingerprint:
+    """Load the newest checkpoint of a run, after a look at whether it is whole and belongs to this text and model."""
+    if read_run(run)["fingerprint"] != corpus.fingerprint:
         raise CheckpointError(f"{run}: the text is no longer the one that the run was begun with ({corpus.name})")
+    checkpoint = latest_checkpoint(run)
+    about = read_json(checkpoint / "position.json")
+    if not isinstance(about, dict) or about.get("step") != checkpoint_step(checkpoint):
+        raise CheckpointError(f"{checkpoint / 'position.json'}: not written by train.py, or damaged")
+    check_digests(checkpoint, about.pop("digests", None))
     try:
         accelerator.load_state(str(checkpoint))
-        position = Position(**read_json(checkpoint / "position.json"))
-    except CheckpointError:
-        raise
+        accelerator.step = 0  # its count of micro-batches: a checkpoint may be from the middle of a step that broke off
+        position = Position(**about)
     except Exception as error:  # every part has its own way of not fitting
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{checkpoint}: does not fit this model ({reason})") from error
     progress.say(f"going on from {checkpoint}")
     return position
+
+
+class Log:
+    """TensorBoard, through accelerate. A log that cannot be written (a full disk) is given up, and the training is not."""
+
+    def __init__(self, accelerator: Accelerator, run: Path, options: TrainingSettings, progress: Progress) -> None:
+        self.accelerator, self.progress, self.works = accelerator, progress, True
+        accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(run)
+        # The writer thread has no other way to say that the disk is full than a traceback; __call__ will meet the same error.
+        threading.excepthook = lambda failure: (
+            None if failure.exc_type is OSError else threading.__excepthook__(failure)
+        )
+        config = {k: v for k, v in asdict(options).items() if v is not None}
+        self._try(lambda: accelerator.init_trackers("tensorboard", config=config))
+
+    def __call__(self, step: int, **values: float) -> None:
+        """Log values of a step."""
+        self._try(lambda: self.accelerator.log(values, step=step))
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._try(self.accelerator.end_training)
+
+    def _try(self, write: Callable[[], None]) -> None:
+        if not self.works:
+            return
+        try:
+            write()
+        except OSError as error:
+            self.works = False
+            self.progress.say(
+                f"warning: the TensorBoard log cannot be written ({error.strerror}); training goes on without"
+            )
 
 
 class StopRequest:
@@ -307,6 +375,12 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = False
         self._before = {kind: signal.signal(kind, self._ask) for kind in (signal.SIGINT, signal.SIGTERM)}
+
+    def agreed(self, accelerator: Accelerator) -> bool:
+        """Whether any process was asked: all of them stop at the same step."""
+        if accelerator.num_processes == 1:
+            return self.requested
+        return accelerator.reduce(torch.tensor(float(self.requested), device=accelerator.device)).item() > 0
 
     def _ask(self, *_: Any) -> None:
         self.requested = True
@@ -347,6 +421,7 @@ def measure(
         "resonance": accelerator.unwrap_model(model).config.resonance,
         "seed": settings.training.seed,
         "text": corpus.name,
+        "left_out": corpus.notes(),
     }
 
 
@@ -395,6 +470,8 @@ def report(
     print_table(progress.console, f"{results['steps']} steps, {results['tokens']:,} tokens", columns, rows)
     rates = [[name, f"{rate:.2%}"] for name, rate in results["firing_rates"].items()]
     print_table(progress.console, "firing rates on the held-out text", ["neuron layer", "rate"], rates)
+    for note in corpus.notes() if isinstance(corpus.train, StreamedBlocks) else []:  # the others were told at the start
+        progress.say(f"note: {note}")
     progress.say(
         f"{duration(results['seconds'])} of training at {results['tokens_per_second']:,.0f} tokens/s, "
         f"peak memory {results['peak_memory_mb']:,.0f} MB\n"
@@ -413,12 +490,16 @@ def main(arguments: list[str] | None = None) -> int:
     )  # its warning about forks is not for a loader without workers
     warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator is found.*")
     logging.disable_progress_bar()  # of transformers; the panel shows what there is to see
+    logging.set_verbosity_error()  # it warns where text grows past the context, over which this model slides
     options = parse_arguments(arguments)
     try:
         return train(settings_from(options), options.out, options.resume)
     except (SettingsError, DataError, CheckpointError, FloatingPointError, OSError) as error:  # OSError: a full disk
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # before training has begun, after it has ended, or asked for twice
+        print("interrupted; what was saved before is whole", file=sys.stderr)
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

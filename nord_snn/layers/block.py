@@ -26,6 +26,7 @@ class NordBlock(nn.Module):
         residual_scale: initial g1 and g2; the language model takes ``0.1 / n_layers``.
         resonance: False leaves the resonance and its norm out, so that positions never meet: the control.
         clamp_floor: initial floor of the clamp.
+        norm_eps: of both layer norms.
         neuron: factory of all neurons, see :mod:`nord_snn.neurons.factory`.
 
     Shapes: ``[T, B, S, D]`` -> ``[T, B, S, D]``; every call starts from rest.
@@ -57,19 +58,20 @@ class NordBlock(nn.Module):
         residual_scale: float = 0.1,
         resonance: bool = True,
         clamp_floor: float = -0.1,
+        norm_eps: float = 1e-5,
         neuron: NeuronFactory | None = None,
     ) -> None:
         super().__init__()
         self.n_features, self.residual_scale = n_features, residual_scale
         if resonance:
-            self.norm1 = nn.LayerNorm(n_features, eps=1e-5)
+            self.norm1 = nn.LayerNorm(n_features, eps=norm_eps)
             self.resonance: CoFiringResonance | None = CoFiringResonance(
                 n_features, n_heads, top_k, recency=recency, neuron=neuron
             )
             self.resonance_gain = nn.Parameter(torch.empty(n_features))
         else:
             self.resonance = None
-        self.norm2 = nn.LayerNorm(n_features, eps=1e-5)
+        self.norm2 = nn.LayerNorm(n_features, eps=norm_eps)
         self.ffn = SpikingFeedForward(n_features, hidden_features, neuron=neuron)
         self.ffn_gain = nn.Parameter(torch.empty(n_features))
         self.clamp = LeakyClamp(n_features, floor=clamp_floor)

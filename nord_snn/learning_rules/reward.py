@@ -33,6 +33,10 @@ class RewardModulatedSTDP(STDP):
         baseline: loss that is expected at first.
         baseline_decay: of the running mean, in [0, 1).
 
+    Attributes:
+        baseline: the running mean of the loss.
+        last_reward: what the last step was multiplied with, or None.
+
     Raises:
         ValueError: an argument is out of its range.
 
@@ -65,6 +69,7 @@ class RewardModulatedSTDP(STDP):
         if not 0 <= baseline_decay < 1:
             raise ValueError(f"baseline_decay must lie in [0, 1), got {baseline_decay}")
         self.reward_scale, self.baseline, self.baseline_decay = reward_scale, baseline, baseline_decay
+        self.last_reward: float | None = None
 
     def step(  # type: ignore[override]  # the reward comes first, as the outcome of the pass
         self,
@@ -72,6 +77,7 @@ class RewardModulatedSTDP(STDP):
         reward: float | Tensor | None = None,
         on_grad: bool = True,
         scale: float = 1.0,
+        positions: slice | None = None,
     ) -> Tensor | None:
         """Turn what was recorded into ``reward * scale * dW``, and forget the record.
 
@@ -80,6 +86,7 @@ class RewardModulatedSTDP(STDP):
             reward: the reward itself; give this or ``loss``.
             on_grad: see :meth:`STDP.step`.
             scale: factor on the change.
+            positions: see :meth:`STDP.step`.
 
         Returns:
             ``[n_out, n_in]``, or None with ``on_grad`` or if nothing was recorded.
@@ -93,10 +100,10 @@ class RewardModulatedSTDP(STDP):
         if not math.isfinite(outcome):
             raise ValueError(f"the {'reward' if loss is None else 'loss'} must be finite, got {outcome}")
         if reward is None:
-            strength = reward_from_loss(outcome, self.baseline, self.reward_scale)
+            self.last_reward = reward_from_loss(outcome, self.baseline, self.reward_scale)
         else:
-            strength = outcome
-        changed = super().step(on_grad=on_grad, scale=scale * strength)
+            self.last_reward = outcome
+        changed = super().step(on_grad=on_grad, scale=scale * self.last_reward, positions=positions)
         if loss is not None:
             self.baseline = self.baseline_decay * self.baseline + (1 - self.baseline_decay) * outcome
         return changed

@@ -63,7 +63,7 @@ class STDP(base.MemoryModule):
             raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
         if bounds is not None and not bounds[0] < bounds[1]:
             raise ValueError(f"bounds must be (lower, upper) with lower < upper, got {bounds}")
-        if tau_plus <= 0 or tau_minus <= 0:
+        if not (tau_plus > 0 and tau_minus > 0):
             raise ValueError(f"time constants must be positive, got tau_plus = {tau_plus} and tau_minus = {tau_minus}")
         self.step_mode = step_mode
         # Past nn.Module's registration: the learner watches the synapse, its parameters are not the learner's.
@@ -84,13 +84,14 @@ class STDP(base.MemoryModule):
             sn.register_forward_hook(lambda module, inputs, output: self._record(self._post, output)),
         ]
 
-    def step(self, on_grad: bool = True, scale: float = 1.0) -> Tensor | None:
+    def step(self, on_grad: bool = True, scale: float = 1.0, positions: slice | None = None) -> Tensor | None:
         """Turn what was recorded into a weight change, and forget the record.
 
         Args:
             on_grad: True subtracts the change from ``synapse.weight.grad``, so that a step of gradient descent adds it;
                 False returns it.
             scale: factor on the change.
+            positions: of sequences ``[T, B, S, D]``, the positions in S that take part; None for all.
 
         Returns:
             ``[n_out, n_in]``, or None with ``on_grad`` or if nothing was recorded.
@@ -99,7 +100,7 @@ class STDP(base.MemoryModule):
             RuntimeError: the synapse and the neurons were not called equally often.
             ValueError: the batch shape changed since the last reset.
         """
-        delta = self._consume(scale)
+        delta = self._consume(scale, positions)
         if delta is None or not on_grad:
             return delta
         weight = self.synapse.weight
@@ -113,8 +114,16 @@ class STDP(base.MemoryModule):
         if not isinstance(delta, Tensor) or delta.shape != weight.shape:
             got = list(delta.shape) if isinstance(delta, Tensor) else type(delta).__name__
             raise ValueError(f"apply expects a weight change of shape [n_out, n_in] = {list(weight.shape)}, got {got}")
-        if self._trained is None:
+        if not delta.isfinite().all():
+            raise ValueError(
+                "apply expects a finite weight change, got one with NaN or infinity; the weights are untouched"
+            )
+        if self._trained is None or self._plastic is None:
             self._trained = weight.detach().clone()
+        elif not torch.equal(
+            weight, self._plastic
+        ):  # an optimizer ran since: what it did belongs to the trained weights
+            self._trained += weight - self._plastic
         weight.copy_(self._within_bounds(weight, weight + delta.to(weight.dtype)))
         self._plastic = weight.detach().clone()
 
@@ -168,7 +177,7 @@ class STDP(base.MemoryModule):
             record.append(spikes.detach())
 
     @torch.no_grad()
-    def _consume(self, scale: float) -> Tensor | None:
+    def _consume(self, scale: float, positions: slice | None) -> Tensor | None:
         if len(self._pre) != len(self._post):
             raise RuntimeError(
                 f"the synapse was called {len(self._pre)} times and its neurons {len(self._post)} times since the last step: "
@@ -176,7 +185,7 @@ class STDP(base.MemoryModule):
             )
         if not self._pre:
             return None
-        pre, post = self._sequence(self._pre), self._sequence(self._post)
+        pre, post = self._sequence(self._pre, positions), self._sequence(self._post, positions)
         held = None
         if self.trace_pre is not None and self.trace_post is not None:
             held = STDPState(self.trace_pre, self.trace_post)
@@ -195,7 +204,7 @@ class STDP(base.MemoryModule):
         rows = pre.shape[1] if self.reduction == "mean" else 1
         return (delta * (scale / max(rows, 1))).to(self.synapse.weight.dtype)
 
-    def _sequence(self, record: list[Tensor]) -> Tensor:
+    def _sequence(self, record: list[Tensor], positions: slice | None) -> Tensor:
         """All records as one sequence ``[T, rows, n]``."""
         try:
             x = torch.cat(record) if self.step_mode == "m" else torch.stack(record)
@@ -209,7 +218,7 @@ class STDP(base.MemoryModule):
             raise ValueError(
                 f"with step_mode {self.step_mode!r} the rule expects {layout}, got {list(record[0].shape)}"
             )
-        return x.flatten(1, -2)
+        return (x if positions is None else x[..., positions, :]).flatten(1, -2)
 
     def _within_bounds(self, old: Tensor, new: Tensor) -> Tensor:
         if self.bounds is None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nord_snn.neurons.cascade import AssociativeCascade
 from nord_snn.ops import AssociativeLIFState, BackendChoice, associative_lif, which_backend
 from nord_snn.ops.checks import check_features, compute_dtype
+from nord_snn.ops.dispatch import BACKENDS
 from nord_snn.ops.surrogate import SurrogateLike, resolve_surrogate
 
 __all__ = ["AssociativeLIFNode"]
@@ -77,6 +78,10 @@ class AssociativeLIFNode(BaseNode):
         store_v_seq: bool = False,
     ) -> None:
         resolve_surrogate(surrogate, alpha)
+        if refractory_steps < 0:
+            raise ValueError(f"refractory_steps must be 0 or more, got {refractory_steps}")
+        if backend != "auto" and backend not in BACKENDS:
+            raise ValueError(f"backend must be 'auto' or one of {list(BACKENDS)}, got {backend!r}")
         # BaseNode wants floats here and takes a number for v_reset as the resting membrane; ours rests at 0.
         super().__init__(
             v_threshold=float(threshold),
@@ -140,7 +145,8 @@ class AssociativeLIFNode(BaseNode):
         if not stateless:
             self.v, self.i_syn, self.refractory = state
         if v_seq is not None:
-            self._keep_v_seq(v_seq, append=not (multi or stateless))
+            earlier = None if multi or stateless else self.v_seq
+            self.v_seq = v_seq if earlier is None else torch.cat((earlier, v_seq))
         return spikes if multi else spikes.squeeze(0)
 
     def detach(self) -> None:
@@ -155,21 +161,21 @@ class AssociativeLIFNode(BaseNode):
         self, inputs: _Tensors, states: _States, **kwargs: object
     ) -> tuple[_Tensors, _States]:
         """One step from explicit states ``(v, i_syn, refractory)``; the memories stay untouched."""
-        spikes, _, state = self._run(inputs[0].unsqueeze(0), states)
+        spikes, _, state = self._run(inputs[0].unsqueeze(0), self.materialize_states(inputs, states, "s"))
         return (spikes.squeeze(0),), tuple(state)
 
     def multi_step_functional_forward(
         self, inputs: _Tensors, states: _States, **kwargs: object
     ) -> tuple[_Tensors, _States]:
         """A sequence from explicit states ``(v, i_syn, refractory)``; the memories stay untouched."""
-        spikes, _, state = self._run(inputs[0], states)
+        spikes, _, state = self._run(inputs[0], self.materialize_states(inputs, states, "m"))
         return (spikes,), tuple(state)
 
-    def materialize_states(self, inputs: _Tensors, states: _States, step_mode: str) -> _States:
+    def materialize_states(self, inputs: _Tensors, states: _States, step_mode: str) -> AssociativeLIFState:
         """Turn memories at rest (numbers) into tensors for this input; refuse those of another batch shape."""
         x = inputs[0][0] if step_mode == "m" else inputs[0]
         dtypes = (compute_dtype(x), compute_dtype(x), torch.int32)
-        return tuple(self._state_for(x, s, d) for s, d in zip(states, dtypes, strict=True))
+        return AssociativeLIFState(*(self._state_for(x, s, d) for s, d in zip(states, dtypes, strict=True)))
 
     def _state_for(self, x: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
         if not isinstance(state, Tensor):
@@ -182,13 +188,12 @@ class AssociativeLIFNode(BaseNode):
         return state.to(device=x.device, dtype=dtype)
 
     def _run(
-        self, x_seq: Tensor, states: _States, return_v_seq: bool = False
+        self, x_seq: Tensor, states: AssociativeLIFState, return_v_seq: bool = False
     ) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
         rows = x_seq.flatten(1, -2)  # the op sees [T, rows, D] whatever stands between
-        v, i_syn, refractory = (s.flatten(0, -2) for s in states if isinstance(s, Tensor))
         spikes, v_seq, state = associative_lif(
             rows,
-            AssociativeLIFState(v, i_syn, refractory),
+            AssociativeLIFState(*(part.flatten(0, -2) for part in states)),
             threshold=self.v_threshold,
             beta_mem=self.beta_mem,
             beta_syn=self.beta_syn,
@@ -204,9 +209,6 @@ class AssociativeLIFNode(BaseNode):
         step = x_seq.shape[1:]
         last = AssociativeLIFState(*(part.reshape(step) for part in state))
         return spikes.reshape(x_seq.shape), None if v_seq is None else v_seq.reshape(x_seq.shape), last
-
-    def _keep_v_seq(self, v_seq: Tensor, append: bool) -> None:
-        self.v_seq = torch.cat((self.v_seq, v_seq)) if append and self.v_seq is not None else v_seq
 
     def extra_repr(self) -> str:
         """The sizes and what is not learnable."""

@@ -6,7 +6,7 @@ A factory is any callable ``neuron(n_features) -> nn.Module``, so ``AssociativeL
 
 from collections.abc import Callable
 
-from spikingjelly.activation_based import base
+from spikingjelly.activation_based import base, functional
 from torch import Tensor, nn
 
 from nord_snn.neurons.associative_lif import AssociativeLIFNode
@@ -30,8 +30,7 @@ def make_neuron(neuron: NeuronFactory | None, n_features: int, *, store_v_seq: b
     made = (neuron or AssociativeLIFNode)(n_features)
     if not isinstance(made, nn.Module):
         raise TypeError(f"neuron(n_features) must return a torch.nn.Module, got {type(made).__name__}")
-    if hasattr(made, "step_mode"):
-        made.step_mode = "m"
+    functional.set_step_mode(made, "m")
     if store_v_seq:
         if not hasattr(made, "store_v_seq"):
             raise TypeError(f"this layer reads membranes: {type(made).__name__} must offer store_v_seq and v_seq")
@@ -42,19 +41,17 @@ def make_neuron(neuron: NeuronFactory | None, n_features: int, *, store_v_seq: b
 def fire_from_rest(neuron: nn.Module, x_seq: Tensor) -> Tensor:
     """Spikes of ``neuron`` over the sequence ``x_seq [T, N, *, D]``, started from rest.
 
-    The module is called as a module, so hooks and monitors see it, and memories that it holds are left as they were.
-    A neuron that is neither ours nor SpikingJelly's is simply called.
+    The module is called as a module, so hooks and monitors see it, and memories that it or its children hold are left as
+    they were. A neuron that is neither ours nor SpikingJelly's is simply called: its state is its owner's affair.
     """
     if isinstance(neuron, AssociativeLIFNode):
         return neuron(x_seq, stateless=True)
-    if not isinstance(neuron, base.MemoryModule):
-        return neuron(x_seq)
-    held = base.extract_memories(neuron)
-    rest = [
-        m.get_reset_value(name) for m in neuron.modules() if isinstance(m, base.MemoryModule) for name in m._memories
-    ]
-    base.load_memories(neuron, rest)
+    stateful = [module for module in neuron.modules() if isinstance(module, base.MemoryModule)]
+    held = [(module, name, value) for module in stateful for name, value in module.named_memories()]
+    for module, name, _ in held:
+        setattr(module, name, module.get_reset_value(name))
     try:
         return neuron(x_seq)
     finally:
-        base.load_memories(neuron, held)
+        for module, name, value in held:
+            setattr(module, name, value)

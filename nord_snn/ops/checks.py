@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["check_features", "compute_dtype"]
+__all__ = ["check_features", "check_scalar", "compute_dtype"]
 
 
 def check_features(x: Tensor, n_features: int, owner: str, layout: str = "[T, N, *, D]") -> None:
@@ -28,6 +28,14 @@ def check_features(x: Tensor, n_features: int, owner: str, layout: str = "[T, N,
     wrong_rank = x.ndim < fixed if "*" in names else x.ndim != fixed
     if wrong_rank or x.shape[-1] != n_features:
         raise ValueError(f"{owner} expects shape {layout} with {names[-1]} = {n_features}, got {list(x.shape)}")
+    if names[0] == "T" and x.shape[0] == 0:
+        raise ValueError(f"{owner} expects shape {layout} with at least one time step, got T = 0")
+
+
+def check_scalar(value: float | Tensor, name: str) -> None:
+    """Raise a ValueError if ``value`` is a tensor of more or less than one element."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name} must have one element, got shape {list(value.shape)}")
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -96,7 +96,12 @@ def test_bad_checkpoints_get_one_sentence_and_execute_nothing(tmp_path):
     assert "lm_head.weight" in sentence(missing)
     other = copy.deepcopy(good)
     other["config"]["d_model"] = 64
-    assert "do not fit the configuration" in sentence(other)
+    assert "do not fit together" in sentence(other)
+    for field, value in (("tau_mem", 1), ("n_heads", 0), ("d_model", "64")):
+        wrong = copy.deepcopy(good)
+        wrong["config"][field] = value
+        assert "do not fit together" in sentence(wrong)
+    assert "do not fit together" in sentence({"config": None, "model_state_dict": {}})
     shuffled = copy.deepcopy(good)
     shuffled["model_state_dict"]["input_lif.cluster_ids"] += 1
     assert "modulo 8" in sentence(shuffled)
@@ -115,6 +120,13 @@ def test_save_and_load_are_exact(tmp_path):
         assert torch.equal(a, b), name
     assert again.config.top_k == 64
     assert again.generation_config.top_k != 64  # the resonance's top_k is not the sampler's
+
+
+def test_the_cascade_can_be_switched_off_and_outputs_be_a_tuple():
+    model = NordForCausalLM(NordConfig(**{**SMALL, "n_clusters": None}))
+    assert not any("cascade" in name for name, _ in model.named_parameters())
+    (logits,) = model(input_ids=torch.zeros(1, 3, dtype=torch.long), return_dict=False)
+    assert logits.shape == (1, 3, 50)
 
 
 def test_tied_embeddings(tmp_path):
@@ -190,10 +202,28 @@ def test_bad_input_is_named():
         model(input_ids=torch.zeros(1, 13, dtype=torch.long))
     with pytest.raises(ValueError, match=r"integers \[B, S\]"):
         model(input_ids=torch.zeros(5, dtype=torch.long))
-    with pytest.raises(ValueError, match="3 heads for a width of 16"):
+    with pytest.raises(ValueError, match="D = 16 and H = 3"):
         NordConfig(**{**SMALL, "num_attention_heads": 3})
-    with pytest.raises(ValueError, match="intermediate_size must be a multiple of n_clusters, got 18 and 4"):
+    with pytest.raises(ValueError, match="D = 18 and C = 4"):
         NordConfig(**{**SMALL, "intermediate_size": 18})
+    for field, value in (
+        ("n_clusters", 0),
+        ("num_attention_heads", 0),
+        ("num_hidden_layers", 0),
+        ("t_fast", 0),
+        ("t_slow", -1),
+        ("top_k", 0),
+        ("beta_mem", 1.0),
+        ("surrogate", "relu"),
+        ("backend", "cuda"),
+        ("vocab_size", 10**12),
+    ):
+        with pytest.raises(ValueError, match=str(value).replace(".", r"\.")):
+            NordConfig(**{**SMALL, field: value})
+    with pytest.raises(ValueError, match="does not offer output_hidden_states"):
+        model(input_ids=torch.zeros(1, 3, dtype=torch.long), output_hidden_states=True)
+    with pytest.raises(ValueError, match="prompts of one length"):
+        model.generate(torch.ones(1, 3, dtype=torch.long), attention_mask=torch.tensor([[1, 1, 0]]), pad_token_id=0)
     with pytest.raises(ValueError, match="block must be 'nord'"):
         NordConfig(**SMALL, block="transformer")
 

@@ -32,7 +32,7 @@ def test_generate_continues_a_prompt_and_a_seed_repeats_it(model_folder, capsys)
 
 
 def test_generate_reads_standard_input_and_says_when_a_prompt_is_too_long(model_folder, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("the neuron fires " * 40))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"the neuron fires \xff" * 40)))
     assert generate.main(["--model", str(model_folder), "--max-new-tokens", "2", "-"]) == 0
     assert "only the last 24 tokens of the prompt are seen" in capsys.readouterr().err
 
@@ -125,8 +125,8 @@ def test_commands_set_what_they_say(talk):
     for line in ("/temp hot", "/tokens 0", "/rep nan", "/stdp maybe", "/dance"):
         assert chat.handle(line)
     out = printed.getvalue()
-    assert "expected a number of at least 0.0, got 'hot'; it stays at 0.5" in out
-    assert "got 'nan'" in out
+    assert "could not convert string to float: 'hot'; it stays at 0.5" in out
+    assert "expected a number from 0.01 to 100, got nan; it stays at 1.3" in out
     assert "there is no /dance" in out
     assert "expected /stdp on or /stdp off" in out
     assert chat.options.max_new_tokens == 7
@@ -152,6 +152,34 @@ def test_stdp_learns_from_what_was_typed_and_forget_takes_it_back(talk):
     chat.handle("/forget")
     assert all(torch.equal(value, before[name]) for name, value in chat.model.state_dict().items())
     assert chat.plasticity.change() == 0
+
+
+def test_ctrl_c_while_learning_keeps_no_half_a_record(talk, monkeypatch):
+    chat, _ = talk
+    chat.handle("/stdp on")
+    step = chat_script.RewardModulatedSTDP.step
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat_script.RewardModulatedSTDP, "step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        chat.handle("the neuron fires and rests")
+    monkeypatch.setattr(chat_script.RewardModulatedSTDP, "step", step)
+    chat.handle("while a spike")
+    assert not any(rule._pre for rule in chat.plasticity.rules)
+
+
+def test_only_the_new_text_takes_part_in_the_change(model_folder):
+    """What came before is context: silence in its place changes the loss, but rows of its own it has none."""
+    model, tokenizer = open_model(model_folder)
+    plasticity = Plasticity(model)
+    context = torch.tensor([tokenizer("the neuron fires and rests while")["input_ids"]])
+    recorded = []
+    step = chat_script.RewardModulatedSTDP.step
+    plasticity.rules[0].step = lambda **more: (recorded.append(more["positions"]), step(plasticity.rules[0], **more))[1]
+    plasticity.learn(context, 3)
+    assert recorded == [slice(context.shape[1] - 3, None)]
 
 
 def test_the_reward_is_better_than_expected_or_worse(model_folder):

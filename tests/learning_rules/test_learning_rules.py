@@ -163,6 +163,33 @@ def test_revert_leaves_what_an_optimizer_did_in_between():
     assert torch.allclose(net[0].weight, before + 1.0, atol=1e-6)
 
 
+def test_revert_keeps_what_an_optimizer_did_between_two_applies():
+    net, rule = network(bounds=None)
+    before = net[0].weight.detach().clone()
+    rule.apply(torch.full((4, 6), 0.125))
+    with torch.no_grad():
+        net[0].weight.add_(1.0)
+    rule.apply(torch.full((4, 6), 0.25))
+    rule.revert()
+    assert torch.allclose(net[0].weight, before + 1.0, atol=1e-6)
+
+
+def test_a_change_that_is_not_finite_is_refused_and_the_weights_are_untouched():
+    net, rule = network()
+    before = net[0].weight.detach().clone()
+    with pytest.raises(ValueError, match="finite weight change"):
+        rule.apply(torch.full((4, 6), float("nan")))
+    assert torch.equal(net[0].weight, before)
+
+
+def test_only_some_positions_take_part():
+    net, rule = network()
+    x = (torch.rand(7, 2, 3, 6) < 0.4).float()
+    spikes = net(x).detach()
+    expected, _ = stdp(x[:, :, 1:].flatten(1, 2), spikes[:, :, 1:].flatten(1, 2))
+    assert torch.allclose(rule.step(on_grad=False, positions=slice(1, None)), expected, atol=1e-7)
+
+
 def test_life_cycle():
     net, rule = network()
     x = (torch.rand(4, 2, 6) < 0.5).float()

@@ -79,6 +79,7 @@ def test_a_batch_shape_that_changes_while_state_is_held_raises():
     [
         ((6, 3, 7), "m", r"expects shape \[T, N, \*, D\] with D = 8, got \[6, 3, 7\]"),
         ((6, 8), "m", r"expects shape \[T, N, \*, D\] with D = 8, got \[6, 8\]"),
+        ((0, 3, 8), "m", r"\[T, N, \*, D\] with at least one time step, got T = 0"),
         ((8,), "s", r"expects shape \[N, \*, D\] with D = 8, got \[8\]"),
     ],
 )
@@ -94,6 +95,10 @@ def test_bad_constructions_are_named():
         AssociativeLIFNode(8, n_clusters=None, surrogate="tanh")
     with pytest.raises(ValueError, match="beta_mem must lie in"):
         AssociativeLIFNode(8, n_clusters=None, beta_mem=1.5)
+    with pytest.raises(ValueError, match="refractory_steps must be 0 or more"):
+        AssociativeLIFNode(8, n_clusters=None, refractory_steps=-1)
+    with pytest.raises(ValueError, match="backend must be 'auto' or one of"):
+        AssociativeLIFNode(8, n_clusters=None, backend="cuda")
     with pytest.raises(ValueError, match="radius must not be negative"):
         AssociativeLIFNode(8, n_clusters=4, cascade_radius=-1)
 
@@ -202,6 +207,11 @@ def test_foreign_neurons_run_from_rest_and_keep_their_memory():
     held = lif.v.clone()
     assert torch.equal(fire_from_rest(lif, X), first)
     assert torch.equal(lif.v, held)
+    chain = make_neuron(lambda n: nn.Sequential(nn.Linear(8, 8), neuron.LIFNode(v_threshold=0.2)), 8)
+    for rows in (3, 2):  # a container of neurons starts from rest too, whatever the batch
+        out = fire_from_rest(chain, X[:, :rows])
+        assert torch.equal(fire_from_rest(chain, X[:, :rows]), out)
+    assert chain[1].v == 0.0
     stateless = nn.ReLU()
     assert torch.equal(fire_from_rest(stateless, X), X)
 

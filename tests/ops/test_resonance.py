@@ -117,6 +117,8 @@ def test_counts_are_exact_under_autocast():
         (((2, 1, 3, 4), (2, 1, 2, 4), (1, 3, 4)), {}, r"one shape \[T, B, S, D\]"),
         (((2, 1, 3, 4), (2, 1, 3, 4), (1, 3, 5)), {}, r"v of shape \[B, S, D\] = \[1, 3, 4\]"),
         (((2, 1, 3, 4), (2, 1, 3, 4), (1, 3, 4)), {"n_heads": 3}, "D = 4 and H = 3"),
+        (((0, 1, 3, 4), (0, 1, 3, 4), (1, 3, 4)), {}, "at least one time step"),
+        (((2, 1, 3, 4), (2, 1, 3, 4), (1, 3, 4)), {"temperature": torch.ones(3)}, "temperature must have one element"),
         (((2, 1, 3, 4), (2, 1, 3, 4), (1, 3, 4)), {"top_k": 0}, "top_k must be at least 1"),
         (((2, 1, 3, 4), (2, 1, 3, 4), (1, 3, 4)), {"recency": torch.ones(3)}, r"recency must have shape \[H\] = \[2\]"),
     ],

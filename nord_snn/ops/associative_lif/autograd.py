@@ -5,7 +5,7 @@ from torch import Tensor
 
 from nord_snn.ops.associative_lif.reference import AssociativeLIFState, reference
 from nord_snn.ops.cascade import check_clusters
-from nord_snn.ops.checks import check_features, compute_dtype
+from nord_snn.ops.checks import check_features, check_scalar, compute_dtype
 from nord_snn.ops.dispatch import Backend, BackendChoice, choose_backend
 from nord_snn.ops.surrogate import SurrogateLike, resolve_surrogate
 
@@ -48,13 +48,16 @@ def associative_lif(
         refractory = refractory_steps where s[t] else max(refractory - 1, 0)
 
     States and arithmetic are float32 (float64 for float64 input), also under autocast; outputs have the dtype of
-    ``x_seq``. Rows never influence each other. A neuron whose threshold is at or below ``v_reset`` fires while refractory.
+    ``x_seq``. For float16 and bfloat16 input, spikes and states are exactly those of the same values in float32, and
+    only ``v_seq`` is rounded, once. Rows never influence each other. A neuron whose threshold is at or below
+    ``v_reset`` fires while refractory.
 
     Args:
         x_seq: input current ``[T, N, D]``, T >= 1; N may be 0.
         state: where to start, each part ``[N, D]``; None for rest.
         threshold: ``[D]``.
-        beta_mem: membrane decay in (0, 1), a float or a tensor of one element.
+        beta_mem: membrane decay in (0, 1), a float or a tensor of one element. The value of a tensor is not checked,
+            since a GPU would have to be waited for.
         beta_syn: synaptic decay in (0, 1), likewise.
         cascade_weight: ``[C, C]``, already through the sigmoid, or None for no cascade.
         cascade_gain: ``[C]``, or None.
@@ -109,12 +112,11 @@ def _check(
     cascade_gain: Tensor | None,
     refractory_steps: int,
 ) -> None:
-    if threshold.ndim != 1:
-        raise ValueError(f"associative_lif expects threshold of shape [D], got {list(threshold.shape)}")
+    if not isinstance(threshold, Tensor) or threshold.ndim != 1:
+        got = list(threshold.shape) if isinstance(threshold, Tensor) else repr(threshold)
+        raise ValueError(f"associative_lif expects threshold of shape [D], got {got}")
     n_features = threshold.shape[0]
     check_features(x_seq, n_features, "associative_lif", "[T, N, D]")
-    if x_seq.shape[0] == 0:
-        raise ValueError("associative_lif expects [T, N, D] with at least one time step, got T = 0")
     if refractory_steps < 0:
         raise ValueError(f"refractory_steps must be 0 or more, got {refractory_steps}")
     if (cascade_weight is None) != (cascade_gain is None):
@@ -138,10 +140,9 @@ def _state_in(dtype: torch.dtype, x_seq: Tensor, state: AssociativeLIFState | No
 
 
 def _scalar(beta: float | Tensor, dtype: torch.dtype, name: str) -> float | Tensor:
-    if not isinstance(beta, Tensor):
-        if not 0 < beta < 1:
-            raise ValueError(f"{name} must lie in (0, 1), got {beta}")
-        return beta
-    if beta.numel() != 1:
-        raise ValueError(f"{name} must have one element, got shape {list(beta.shape)}")
-    return beta.to(dtype)
+    check_scalar(beta, name)
+    if isinstance(beta, Tensor):
+        return beta.to(dtype)
+    if not 0 < beta < 1:
+        raise ValueError(f"{name} must lie in (0, 1), got {beta}")
+    return beta

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nord_snn.ops.checks import compute_dtype
+from nord_snn.ops.checks import check_scalar, compute_dtype
 from nord_snn.ops.resonance.reference import reference
 
 __all__ = ["check_heads", "resonance"]
@@ -37,7 +37,8 @@ def resonance(
         context[a]  = sum_b softmax_b(score[a, b]) * v[b]         over the top_k best b (b <= a if causal)
 
     Among equal scores the most recent (highest) position wins. With a negative temperature the least coincident keys are
-    best. Sums are float32 (float64 for float64 values), also under autocast.
+    best. Sums are float32 (float64 for float64 values), also under autocast, so counts are exact; the
+    context is rounded once to the dtype of ``v``.
 
     Args:
         q: query spikes ``[T, B, S, D]``, floating (with gradient) or bool.
@@ -53,6 +54,7 @@ def resonance(
         ``[B, S, D]`` in the dtype of ``v``.
 
     Raises:
+        TypeError: an argument is no tensor, or ``v`` is not floating.
         ValueError: a shape does not fit, H does not divide D, or ``top_k`` is not positive.
 
     Source: the Nord spiking language model's temporal co-firing resonance; recency after ALiBi (Press et al. 2022).
@@ -64,6 +66,7 @@ def resonance(
         tensor([0, 1, 2])
     """
     _check(q, k, v, n_heads, top_k, recency)
+    check_scalar(temperature, "temperature")
     dtype = compute_dtype(v)
     if isinstance(temperature, Tensor):
         temperature = temperature.to(dtype)
@@ -74,12 +77,16 @@ def resonance(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, n_heads: int, top_k: int, recency: Tensor | None) -> None:
+    if not all(isinstance(x, Tensor) for x in (q, k, v)) or not v.is_floating_point():
+        raise TypeError("resonance expects tensors, and v of a floating dtype")
     if q.ndim != 4 or q.shape != k.shape:
         raise ValueError(
             f"resonance expects q and k of one shape [T, B, S, D], got {list(q.shape)} and {list(k.shape)}"
         )
     if v.shape != q.shape[1:]:
         raise ValueError(f"resonance expects v of shape [B, S, D] = {list(q.shape[1:])}, got {list(v.shape)}")
+    if q.shape[0] == 0:
+        raise ValueError("resonance expects q and k [T, B, S, D] with at least one time step, got T = 0")
     check_heads(q.shape[-1], n_heads)
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")

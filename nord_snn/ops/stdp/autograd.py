@@ -61,7 +61,7 @@ def stdp(
         )
     if pre.shape[0] == 0:
         raise ValueError("stdp expects at least one time step, got T = 0")
-    if tau_plus <= 0 or tau_minus <= 0:
+    if not (tau_plus > 0 and tau_minus > 0):
         raise ValueError(f"time constants must be positive, got tau_plus = {tau_plus} and tau_minus = {tau_minus}")
     dtype = compute_dtype(pre)
     if state is None:
