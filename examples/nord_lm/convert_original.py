@@ -2,8 +2,10 @@
 
     python examples/nord_lm/convert_original.py nord_final.pt converted/
 
-Checkpoints are read with ``weights_only=True``: nothing in them is executed. The folder holds safetensors and a
-``config.json``; the tokenizer (``meta-llama/Llama-3.2-1B`` for the published weights) is not part of a checkpoint.
+The model opens there with ``trust_remote_code=True`` where nord_snn is installed, since the modelling files lie beside
+the weights, or without it once ``modeling_nord`` has been imported. Checkpoints are read with ``weights_only=True``:
+nothing in them is executed. The folder holds safetensors and a ``config.json``; the tokenizer (``meta-
+llama/Llama-3.2-1B`` for the published weights) is not part of a checkpoint.
 """
 
 import argparse

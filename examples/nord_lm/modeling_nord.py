@@ -179,3 +179,6 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
 
 AutoConfig.register(NordConfig.model_type, NordConfig, exist_ok=True)
 AutoModelForCausalLM.register(NordConfig, NordForCausalLM, exist_ok=True)
+# save_pretrained puts these two files beside the weights, for trust_remote_code=True where nord_snn is installed.
+NordConfig.register_for_auto_class()
+NordForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,7 +1,10 @@
 """NordForCausalLM: against published-format checkpoints, and as a citizen of transformers."""
 
 import copy
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -63,6 +66,18 @@ def test_converted_folder_opens_with_auto_classes(tmp_path, capsys):
     assert torch.allclose(model(input_ids=expected["ids"]).logits, expected["logits"], atol=1e-5, rtol=0)
     with pytest.raises(SystemExit, match="not an empty folder"):
         main([str(DATA / "tiny_checkpoint.pt"), str(tmp_path / "out")])
+
+
+def test_a_saved_folder_opens_where_only_the_library_is_installed(tmp_path):
+    """In a process that knows nothing of the recipe: the modelling files lie beside the weights."""
+    NordForCausalLM(NordConfig(**SMALL)).save_pretrained(tmp_path / "model")
+    code = (
+        "from transformers import AutoModelForCausalLM as Auto; "
+        f"print(Auto.from_pretrained({str(tmp_path / 'model')!r}, trust_remote_code=True).num_parameters())"
+    )
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == str(NordForCausalLM(NordConfig(**SMALL)).num_parameters()), done.stderr
 
 
 class Hostile:
