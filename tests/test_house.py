@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,14 @@ def test_the_core_imports_nothing_that_the_core_does_not_ask_for():
     outside = set().union(*(imported(path) for path in SOURCES))
     allowed = {"nord_snn", "torch", "spikingjelly", "math", "collections", "typing", "types", "importlib"}
     assert {name.split(".")[0] for name in outside} <= allowed
+
+
+def test_every_extra_that_leads_to_transformers_caps_torch_itself():
+    """Behind a reference alone the cap comes too late for older resolvers; the core is not capped, and no extra has both CUDA ones."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert all("<" not in requirement for requirement in project["dependencies"])
+    extras = project["optional-dependencies"]
+    assert {"cpu", "cuda12", "cuda13", "snntorch", "lm", "test", "dev", "all"} <= extras.keys()
+    for name in ("lm", "all", "test", "dev"):
+        assert "torch>=2.11,<2.12" in extras[name], name
+    assert not any("cupy" in requirement or "cuda" in requirement for requirement in extras["all"])
