@@ -76,7 +76,7 @@ def test_the_core_imports_nothing_that_the_core_does_not_ask_for():
 
 
 def test_every_extra_that_leads_to_transformers_caps_torch_itself():
-    """Behind a reference alone the cap comes too late for older resolvers; the core is not capped, and no extra has both CUDA ones."""
+    """Behind a reference alone the cap comes too late for older resolvers. The core is not capped, and `all` has no CUDA."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert all("<" not in requirement for requirement in project["dependencies"])
     extras = project["optional-dependencies"]

@@ -15,13 +15,12 @@ from typing import cast
 
 import torch
 from data import DataError
-from generate import ModelError, as_text, newest_model, number, open_model, sampling, sampling_arguments, temperature
+from generate import ModelError, as_text, number, open_for, sampling, sampling_arguments, temperature
 from modeling_nord import NordForCausalLM
 from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
-from transformers.utils import logging
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from nord_snn.layers import NordBlock
 from nord_snn.learning_rules import RewardModulatedSTDP
@@ -213,15 +212,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     sampling_arguments(parser)
     options = parser.parse_args(arguments)
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # it warns where text grows past the context, over which this model slides
     try:
-        model, tokenizer = open_model(options.model or newest_model())
+        model, tokenizer = open_for(options)
     except (ModelError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if options.seed is not None:
-        set_seed(options.seed)
     chat = Chat(model, tokenizer, options)
     chat.say("/help lists the commands, /quit leaves")
     while True:

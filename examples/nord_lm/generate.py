@@ -15,7 +15,16 @@ from modeling_nord import NordForCausalLM
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer, set_seed
 from transformers.utils import logging
 
-__all__ = ["ModelError", "as_text", "newest_model", "open_model", "sampling", "sampling_arguments", "temperature"]
+__all__ = [
+    "ModelError",
+    "as_text",
+    "newest_model",
+    "open_for",
+    "open_model",
+    "sampling",
+    "sampling_arguments",
+    "temperature",
+]
 
 
 class ModelError(ValueError):
@@ -60,6 +69,15 @@ def open_model(folder: Path) -> tuple[NordForCausalLM, PreTrainedTokenizerBase]:
     check_vocabulary(tokenizer, model.config.vocab_size)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval(), tokenizer
+
+
+def open_for(options: argparse.Namespace) -> tuple[NordForCausalLM, PreTrainedTokenizerBase]:
+    """Model and tokenizer for the command line, seeded and without transformers' own messages."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # it warns where text grows past the context, over which this model slides
+    if options.seed is not None:
+        set_seed(options.seed)
+    return open_model(options.model or newest_model())
 
 
 def sampling(temperature: float, top_k: int, top_p: float, repetition_penalty: float) -> dict[str, Any]:
@@ -122,10 +140,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("prompt", nargs="?", default="", help="text to go on from; '-' reads it from standard input")
     sampling_arguments(parser)
     options = parser.parse_args(arguments)
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # it warns where text grows past the context, over which this model slides
     try:
-        model, tokenizer = open_model(options.model or newest_model())
+        model, tokenizer = open_for(options)
     except (ModelError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -137,8 +153,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(
             f"note: only the last {model.config.max_position_embeddings} tokens of the prompt are seen", file=sys.stderr
         )
-    if options.seed is not None:
-        set_seed(options.seed)
     model.generate(
         torch.tensor([ids], device=model.device),
         max_new_tokens=options.max_new_tokens,
