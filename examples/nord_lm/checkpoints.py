@@ -74,7 +74,8 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     except Exception as error:  # a full disk surfaces as OSError, RuntimeError or SafetensorError, by who writes
         shutil.rmtree(beside, ignore_errors=True)
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        reason += f"; {shutil.disk_usage(folder.parent).free >> 20:,} MB are free there"
+        if shutil.disk_usage(folder.parent).free < 1 << 20:
+            reason = f"the disk is full: {reason}"
         raise CheckpointError(
             f"{folder} could not be written ({reason}); what was written before it is whole"
         ) from error

@@ -330,8 +330,7 @@ def test_a_full_disk_is_named_and_training_goes_on(tmp_path, text, capsys, monke
     assert run(tmp_path, text) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "warning: " in out
-    assert "No space left on device; " in out
-    assert "what was written before it is whole; training goes on" in out
+    assert "No space left on device); what was written before it is whole; training goes on" in out
     assert len(calls) == 3
     names = {p.name for p in (tmp_path / "runs" / "test-0001").iterdir()}
     assert {"checkpoint-000004", "checkpoint-000012"} <= names
@@ -354,7 +353,7 @@ def test_write_folder_leaves_the_old_or_the_new_whole(tmp_path):
         (folder / "a").write_text("half")
         raise RuntimeError("disk on fire")
 
-    with pytest.raises(CheckpointError, match=r"could not be written \(disk on fire; .* MB are free there\)"):
+    with pytest.raises(CheckpointError, match=r"could not be written \(disk on fire\)"):
         write_folder(tmp_path / "x", fail)
     assert list(tmp_path.iterdir()) == []
     write_folder(tmp_path / "x", write)
