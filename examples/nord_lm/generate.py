@@ -19,6 +19,7 @@ __all__ = [
     "ModelError",
     "as_text",
     "newest_model",
+    "number",
     "open_for",
     "open_model",
     "sampling",
@@ -130,7 +131,7 @@ def sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top-p", type=number(0, 1), default=0.95, help="sample from the best tokens of this probability"
     )
-    parser.add_argument("--repetition-penalty", type=number(0.01), default=1.1, help="1: none")
+    parser.add_argument("--repetition-penalty", type=number(0.01, 100), default=1.1, help="1: none")
     parser.add_argument("--seed", type=number(0, 2**32 - 1, int), help="for the same text again")
 
 
@@ -153,13 +154,20 @@ def main(arguments: list[str] | None = None) -> int:
         print(
             f"note: only the last {model.config.max_position_embeddings} tokens of the prompt are seen", file=sys.stderr
         )
-    model.generate(
-        torch.tensor([ids], device=model.device),
-        max_new_tokens=options.max_new_tokens,
-        pad_token_id=tokenizer.eos_token_id,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-        **sampling(options.temperature, options.top_k, options.top_p, options.repetition_penalty),
-    )
+    try:
+        model.generate(
+            torch.tensor([ids], device=model.device),
+            max_new_tokens=options.max_new_tokens,
+            pad_token_id=tokenizer.eos_token_id,
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+            **sampling(options.temperature, options.top_k, options.top_p, options.repetition_penalty),
+        )
+    except KeyboardInterrupt:
+        print()
+        return 130
+    except (ValueError, RuntimeError) as error:  # weights that give no probabilities, say
+        print(f"error: {' '.join(str(error).split())[:300]}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -23,7 +23,7 @@ except ImportError:
 
 __all__ = ["NordForCausalLM"]
 
-NOT_OFFERED = ("past_key_values", "inputs_embeds", "output_hidden_states", "output_attentions")
+NOT_OFFERED = ("past_key_values", "output_hidden_states", "output_attentions")
 
 
 class NordForCausalLM(PreTrainedModel, GenerationMixin):
@@ -146,6 +146,8 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"NordForCausalLM does not offer {', '.join(refused)}")
         if input_ids.ndim != 2 or input_ids.is_floating_point():
             raise ValueError(f"input_ids must be integers [B, S], got {list(input_ids.shape)} of {input_ids.dtype}")
+        if input_ids.shape[1] == 0:
+            raise ValueError("input_ids [B, S] must have at least one position")
         if input_ids.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
                 f"input_ids have {input_ids.shape[1]} positions, more than "

@@ -27,12 +27,14 @@ class NordBlock(nn.Module):
         resonance: False leaves the resonance and its norm out, so that positions never meet: the control.
         clamp_floor: initial floor of the clamp.
         norm_eps: of both layer norms.
-        neuron: factory of all neurons, see :mod:`nord_snn.neurons.factory`.
+        neuron: factory of all neurons, see :mod:`nord_snn.neurons.factory`; None for
+            ``AssociativeLIFNode`` with its 64 clusters.
 
     Shapes: ``[T, B, S, D]`` -> ``[T, B, S, D]``; every call starts from rest.
 
     Raises:
-        ValueError: H does not divide D, or the input has another rank or width.
+        ValueError: H does not divide D, the input has another rank or width, or 64 does not divide a width and no ``neuron``
+            is given.
 
     Source: the Nord spiking language model.
 

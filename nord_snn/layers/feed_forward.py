@@ -14,12 +14,13 @@ class SpikingFeedForward(nn.Module):
     Args:
         n_features: D.
         hidden_features: width between the two maps.
-        neuron: factory of both neuron layers, see :mod:`nord_snn.neurons.factory`.
+        neuron: factory of both neuron layers, see :mod:`nord_snn.neurons.factory`; None for
+            ``AssociativeLIFNode`` with its 64 clusters.
 
     Shapes: ``[T, N, *, D]`` -> spikes ``[T, N, *, D]``; every call starts from rest.
 
     Raises:
-        ValueError: the input has another rank or width.
+        ValueError: the input has another rank or width, or 64 does not divide a width and no ``neuron`` is given.
 
     Source: the Nord spiking language model.
 

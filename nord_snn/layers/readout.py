@@ -26,7 +26,7 @@ class MembraneReadout(nn.Module):
 
     Raises:
         TypeError: the neurons offer no membranes.
-        ValueError: the input has another rank or width.
+        ValueError: the input has another rank or width, or 64 does not divide a width and no ``neuron`` is given.
 
     Source: the Nord spiking language model.
 

@@ -27,12 +27,14 @@ class CoFiringResonance(nn.Module):
         recency: give every head a learnable positive slope that lowers the score with distance, starting at
             ``2^-(1 + 2h)`` for head h. Without it the layer knows no order of the positions before a query.
         causal: whether a position sees only itself and earlier ones.
-        neuron: factory of the query and key neurons, see :mod:`nord_snn.neurons.factory`.
+        neuron: factory of the query and key neurons, see :mod:`nord_snn.neurons.factory`; None for
+            ``AssociativeLIFNode`` with its 64 clusters.
 
     Shapes: ``[T, B, S, D]`` -> ``[T, B, S, D]``, the same context at every step (a view without memory of its own).
 
     Raises:
-        ValueError: H does not divide D, or the input has another rank or width.
+        ValueError: H does not divide D, the input has another rank or width, or 64 does not divide a width and no ``neuron``
+            is given.
 
     Source: the Nord spiking language model; recency after ALiBi (Press et al. 2022).
 

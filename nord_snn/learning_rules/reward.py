@@ -96,7 +96,8 @@ class RewardModulatedSTDP(STDP):
         """
         if (loss is None) == (reward is None):
             raise ValueError("give step() either a loss or a reward")
-        outcome = float(loss if loss is not None else reward)  # type: ignore[arg-type]  # one of them is there
+        given = loss if loss is not None else reward
+        outcome = float(given.detach() if isinstance(given, Tensor) else given)  # type: ignore[arg-type]  # one is there
         if not math.isfinite(outcome):
             raise ValueError(f"the {'reward' if loss is None else 'loss'} must be finite, got {outcome}")
         if reward is None:

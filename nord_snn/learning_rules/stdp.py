@@ -16,7 +16,7 @@ class STDP(base.MemoryModule):
 
     The equations are those of :func:`nord_snn.ops.stdp`. While enabled, the learner records the spikes that enter ``synapse``
     and those that leave ``sn``; :meth:`step` turns the record into a weight change and forgets it. Traces go on from one step
-    to the next until :meth:`reset`, so reset between independent sequences.
+    to the next until :meth:`reset`, so reset between independent sequences. A copy of the network needs a learner of its own.
 
     Args:
         step_mode: ``"m"`` if the network is called with sequences ``[T, N, *, D]``, ``"s"`` if step by step.
@@ -66,8 +66,8 @@ class STDP(base.MemoryModule):
         if not (tau_plus > 0 and tau_minus > 0):
             raise ValueError(f"time constants must be positive, got tau_plus = {tau_plus} and tau_minus = {tau_minus}")
         self.step_mode = step_mode
-        # Past nn.Module's registration: the learner watches the synapse, its parameters are not the learner's.
-        self.__dict__["synapse"] = synapse
+        # Past nn.Module's registration: the learner watches the two, their parameters are not the learner's.
+        self.__dict__["synapse"], self.__dict__["sn"] = synapse, sn
         self.tau_plus, self.tau_minus, self.a_plus, self.a_minus = tau_plus, tau_minus, a_plus, a_minus
         self.reduction, self.bounds = reduction, bounds
         self.trace_pre: Tensor | None
@@ -80,8 +80,8 @@ class STDP(base.MemoryModule):
         self._trained: Tensor | None = None  # the weight before the first apply
         self._plastic: Tensor | None = None  # the weight after the last apply
         self._hooks = [
-            synapse.register_forward_pre_hook(lambda module, inputs: self._record(self._pre, inputs[0])),
-            sn.register_forward_hook(lambda module, inputs, output: self._record(self._post, output)),
+            synapse.register_forward_pre_hook(self._record_pre),
+            sn.register_forward_hook(self._record_post),
         ]
 
     def step(self, on_grad: bool = True, scale: float = 1.0, positions: slice | None = None) -> Tensor | None:
@@ -172,9 +172,14 @@ class STDP(base.MemoryModule):
             f"a_plus={self.a_plus}, a_minus={self.a_minus}, reduction={self.reduction!r}, bounds={self.bounds}"
         )
 
-    def _record(self, record: list[Tensor], spikes: Any) -> None:
-        if self._enabled:
-            record.append(spikes.detach())
+    def _record_pre(self, module: nn.Module, inputs: Any) -> None:
+        # A deep copy of the network takes the hooks along: what the copy does is none of this learner's business.
+        if self._enabled and module is self.synapse:
+            self._pre.append(inputs[0].detach())
+
+    def _record_post(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if self._enabled and module is self.sn:
+            self._post.append(output.detach())
 
     @torch.no_grad()
     def _consume(self, scale: float, positions: slice | None) -> Tensor | None:

@@ -69,6 +69,8 @@ class SpikeMonitor:
     def _counter(self, name: str) -> Any:
         @torch.no_grad()
         def count(module: nn.Module, inputs: Any, spikes: Tensor) -> None:
+            if module is not self._layers[name]:  # of a deep copy of the network, which took the hook along
+                return
             total = spikes.count_nonzero()  # int64: a sum in half precision would overflow
             self._spikes[name] = self._spikes[name] + total if name in self._spikes else total
             self._chances[name] += spikes.numel()

@@ -44,7 +44,8 @@ class AssociativeLIFNode(BaseNode):
         alpha: sharpness of a named surrogate.
         step_mode: ``"s"`` for one step ``[N, *, D]`` a call, ``"m"`` for sequences ``[T, N, *, D]``.
         backend: see :func:`nord_snn.ops.associative_lif`.
-        store_v_seq: keep the membranes of the last call in ``v_seq``, ``[T, N, *, D]``.
+        store_v_seq: keep membranes in ``v_seq``, ``[T, N, *, D]``: of the last call in step mode ``"m"``, of all calls since
+            the last reset in ``"s"``.
 
     Raises:
         ValueError: D is not a multiple of C, a decay is not in (0, 1), an input has the wrong rank or width, or its batch
@@ -191,13 +192,14 @@ class AssociativeLIFNode(BaseNode):
         self, x_seq: Tensor, states: AssociativeLIFState, return_v_seq: bool = False
     ) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
         rows = x_seq.flatten(1, -2)  # the op sees [T, rows, D] whatever stands between
+        dtype = compute_dtype(x_seq)  # before the sigmoid: 1 - beta_mem would be 2 % off in bfloat16
         spikes, v_seq, state = associative_lif(
             rows,
             AssociativeLIFState(*(part.flatten(0, -2) for part in states)),
             threshold=self.v_threshold,
-            beta_mem=self.beta_mem,
-            beta_syn=self.beta_syn,
-            cascade_weight=None if self.cascade is None else self.cascade.weight.sigmoid(),
+            beta_mem=self.beta_mem_logit.to(dtype).sigmoid(),
+            beta_syn=self.beta_syn_logit.to(dtype).sigmoid(),
+            cascade_weight=None if self.cascade is None else self.cascade.weight.to(dtype).sigmoid(),
             cascade_gain=None if self.cascade is None else self.cascade.gain,
             v_reset=self.v_reset,
             refractory_steps=self.refractory_steps,

@@ -1,7 +1,12 @@
 """How layers take neurons: a factory makes them, and they run from rest on whole sequences.
 
 A factory is any callable ``neuron(n_features) -> nn.Module``, so ``AssociativeLIFNode`` itself is one, and so is
-``lambda n: LIFNode(step_mode="m")`` around SpikingJelly's node, which does not need the width.
+``lambda n: LIFNode(step_mode="m")`` around SpikingJelly's node, which does not need the width. Any other module must take
+and return a whole sequence ``[T, N, *, D]`` as one tensor, and start it from rest; snnTorch's neurons, which take single
+steps and return tuples, do not.
+
+``AssociativeLIFNode`` itself has 64 clusters, which must divide the width. For other widths say how many:
+``neuron=lambda n: AssociativeLIFNode(n, n_clusters=8)``.
 """
 
 from collections.abc import Callable

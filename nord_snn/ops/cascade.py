@@ -10,7 +10,8 @@ def check_clusters(n_features: int, n_clusters: int) -> None:
     """Raise a ValueError unless ``n_features`` neurons divide evenly into ``n_clusters`` clusters."""
     if n_clusters < 1 or n_features % n_clusters:
         raise ValueError(
-            f"the number of neurons D must be a multiple of the number of clusters C, got D = {n_features} and C = {n_clusters}"
+            f"the number of neurons D must be a multiple of the number of clusters C, got D = {n_features} and C = {n_clusters}: "
+            "choose another n_clusters, or None for no cascade"
         )
 
 

@@ -215,6 +215,8 @@ def test_bad_input_is_named():
     model = NordForCausalLM(NordConfig(**SMALL))
     with pytest.raises(ValueError, match="13 positions, more than max_position_embeddings = 12"):
         model(input_ids=torch.zeros(1, 13, dtype=torch.long))
+    with pytest.raises(ValueError, match="at least one position"):
+        model(input_ids=torch.zeros(1, 0, dtype=torch.long))
     with pytest.raises(ValueError, match=r"integers \[B, S\]"):
         model(input_ids=torch.zeros(5, dtype=torch.long))
     with pytest.raises(ValueError, match="D = 16 and H = 3"):

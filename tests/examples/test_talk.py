@@ -37,6 +37,17 @@ def test_generate_reads_standard_input_and_says_when_a_prompt_is_too_long(model_
     assert "only the last 24 tokens of the prompt are seen" in capsys.readouterr().err
 
 
+def test_what_stops_a_generation_gives_no_traceback(model_folder, capsys, monkeypatch):
+    for error, status in ((KeyboardInterrupt(), 130), (RuntimeError("probability tensor contains nan"), 1)):
+
+        def fail(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(generate.NordForCausalLM, "generate", fail)
+        assert generate.main(["--model", str(model_folder), "x"]) == status
+    assert "error: probability tensor contains nan" in capsys.readouterr().err
+
+
 def test_sampling_options_are_transformers_own():
     assert sampling(0, 5, 0.9, 1.2) == {"do_sample": False, "repetition_penalty": 1.2}
     assert sampling(0.5, 5, 0.9, 1.2)["temperature"] == 0.5

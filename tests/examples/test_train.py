@@ -407,16 +407,8 @@ def test_a_stream_is_resumed_bit_for_bit_and_breaks_off_without_loss(tmp_path, t
 
 def test_two_processes_share_one_run_and_it_can_be_resumed(tmp_path, text):
     config = write_config(tmp_path, steps=4, save_every=2)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        "29511",
-        str(TRAIN),
-    ]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launch, str(TRAIN)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     first = [*command, "--config", str(config), "--data", str(text), "--out", str(tmp_path / "runs")]
     subprocess.run(first, env=environment, check=True, capture_output=True, timeout=240)

@@ -1,5 +1,8 @@
 """STDP learners: direction in time, reward, life cycle, and what they leave untouched."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 from spikingjelly.activation_based.learning import STDPLearner
@@ -188,6 +191,24 @@ def test_only_some_positions_take_part():
     spikes = net(x).detach()
     expected, _ = stdp(x[:, :, 1:].flatten(1, 2), spikes[:, :, 1:].flatten(1, 2))
     assert torch.allclose(rule.step(on_grad=False, positions=slice(1, None)), expected, atol=1e-7)
+
+
+def test_what_a_copy_of_the_network_does_is_not_recorded():
+    net, rule = network()
+    x = (torch.rand(4, 2, 6) < 0.5).float()
+    copy.deepcopy(net)(x)
+    assert rule.step(on_grad=False) is None
+    net(x)
+    assert rule.step(on_grad=False) is not None
+
+
+def test_the_loss_of_a_training_step_can_be_given_as_it_is():
+    net, rule = network(rule=RewardModulatedSTDP)
+    loss = net((torch.rand(4, 2, 6) < 0.5).float()).mean()
+    loss.backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rule.step(loss=loss)
 
 
 def test_life_cycle():

@@ -1,5 +1,7 @@
 """SpikeMonitor counts true spikes."""
 
+import copy
+
 import pytest
 import torch
 from spikingjelly.activation_based.neuron import LIFNode
@@ -24,6 +26,13 @@ def test_rates_are_the_means_of_the_outputs_over_all_calls():
     net[0](x, stateless=True)
     assert monitor.rates() == rates  # closed: counts no more
     monitor.clear()
+    assert monitor.rates() == {}
+
+
+def test_what_a_copy_of_the_network_does_is_not_counted():
+    net = nn.Sequential(AssociativeLIFNode(8, n_clusters=4, step_mode="m"))
+    with SpikeMonitor(net) as monitor:
+        copy.deepcopy(net)(torch.rand(6, 3, 8))
     assert monitor.rates() == {}
 
 

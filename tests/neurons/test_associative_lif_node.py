@@ -174,6 +174,10 @@ def test_half_precision_modules_keep_their_state_in_float32():
     n = node().to(torch.bfloat16)
     assert n(X.bfloat16()).dtype == torch.bfloat16
     assert n.v.dtype == torch.float32
+    kept = torch.tensor(0.9).logit().bfloat16().float().sigmoid()  # only the parameter is rounded, not what it becomes
+    silent = node(n_clusters=None, threshold=99.0).to(torch.bfloat16)
+    silent(torch.ones(1, 1, 8, dtype=torch.bfloat16))
+    assert torch.allclose(silent.v, 1 - kept, atol=1e-6)
 
 
 def test_reset_parameters_start_anew():
