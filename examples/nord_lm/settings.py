@@ -182,14 +182,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         )
     options = parser.parse_args(arguments)
     fields = {f.name for f in dataclasses.fields(TrainingSettings)}
-    options.changes = {name: _absolute(name, value) for name, value in vars(options).items() if name in fields}
+    changes = {name: value for name, value in vars(options).items() if name in fields}
+    options.changes = changes | _absolute_paths(changes)
     return options
 
 
-def _absolute(name: str, value: Any) -> Any:
-    """Paths that exist are kept absolute, so that a run can be resumed from anywhere."""
-    is_path = name in ("data", "validation_data", "tokenizer") and Path(value).exists()
-    return str(Path(value).resolve()) if is_path else value
+def _absolute_paths(training: dict[str, Any]) -> dict[str, Any]:
+    """Those settings that name a file or folder which exists, absolute, so that a run can be resumed from anywhere."""
+    given = {name: training.get(name) for name in ("data", "validation_data", "tokenizer")}
+    return {name: str(Path(value).resolve()) for name, value in given.items() if value and Path(value).exists()}
 
 
 def settings_from(options: argparse.Namespace) -> Settings:
@@ -203,7 +204,8 @@ def settings_from(options: argparse.Namespace) -> Settings:
     settings = Settings.read(_config_path(getattr(options, "config", "tiny")))
     model = settings.model | ({"resonance": False} if hasattr(options, "no_resonance") else {})
     name = settings.name + ("-no-resonance" if hasattr(options, "no_resonance") else "")
-    return Settings(name, model, dataclasses.replace(settings.training, **options.changes))
+    training = dataclasses.replace(settings.training, **options.changes)
+    return Settings(name, model, dataclasses.replace(training, **_absolute_paths(dataclasses.asdict(training))))
 
 
 def _config_path(name: str) -> Path:

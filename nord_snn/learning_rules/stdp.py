@@ -104,7 +104,10 @@ class STDP(base.MemoryModule):
         if delta is None or not on_grad:
             return delta
         weight = self.synapse.weight
-        weight.grad = -delta if weight.grad is None else weight.grad - delta
+        if weight.grad is None:
+            weight.grad = -delta
+        else:
+            weight.grad.sub_(delta)  # in place: the gradient may be a view into a bucket of DDP
         return None
 
     @torch.no_grad()
@@ -120,9 +123,8 @@ class STDP(base.MemoryModule):
             )
         if self._trained is None or self._plastic is None:
             self._trained = weight.detach().clone()
-        elif not torch.equal(
-            weight, self._plastic
-        ):  # an optimizer ran since: what it did belongs to the trained weights
+        elif not torch.equal(weight, self._plastic):
+            # An optimizer ran since: what it did belongs to the trained weights.
             self._trained += weight - self._plastic
         weight.copy_(self._within_bounds(weight, weight + delta.to(weight.dtype)))
         self._plastic = weight.detach().clone()

@@ -162,6 +162,14 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, text):
     assert json.loads((part / "results.json").read_text())["steps"] == 150
 
 
+def test_relative_paths_of_a_config_are_kept_absolute(tmp_path, text, monkeypatch):
+    config = write_config(tmp_path, steps=2, data="text.txt")
+    monkeypatch.chdir(tmp_path)
+    assert train_script.main(["--config", str(config), "--out", "runs"]) == 0
+    monkeypatch.chdir(tmp_path / "runs")
+    assert train_script.main(["--resume", "test-0001"]) == 0
+
+
 def test_a_stopped_run_says_how_to_go_on(tmp_path, text, monkeypatch, capsys):
     monkeypatch.setattr(train_script.Progress, "update", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert run(tmp_path, text) == train_script.INTERRUPTED
@@ -269,6 +277,8 @@ def test_a_run_without_checkpoints_cannot_be_resumed(tmp_path, text, capsys):
         (["--min-lr-ratio", "2"], "min_lr_ratio must be from 0 to 1"),
         (["--held-out", "1.0"], "held_out must be at least 0 and less than 1"),
         (["--tokenizer", "nowhere"], "tokenizer 'nowhere' cannot be loaded"),
+        (["--data", ""], "the name of the text is empty"),
+        (["--validation-data", ""], "the name of the text is empty"),
         (["--data", "nowhere.txt"], "nowhere.txt: no such file or folder"),
         (["--batch-size", "10000"], "less than one batch of 10000"),
     ],
