@@ -81,8 +81,6 @@ class AssociativeLIFNode(BaseNode):
         resolve_surrogate(surrogate, alpha)
         if refractory_steps < 0:
             raise ValueError(f"refractory_steps must be 0 or more, got {refractory_steps}")
-        if backend != "auto" and backend not in BACKENDS:
-            raise ValueError(f"backend must be 'auto' or one of {list(BACKENDS)}, got {backend!r}")
         # BaseNode wants floats here and takes a number for v_reset as the resting membrane; ours rests at 0.
         super().__init__(
             v_threshold=float(threshold),
@@ -124,9 +122,26 @@ class AssociativeLIFNode(BaseNode):
         """Synaptic decay, ``[1]``, in (0, 1)."""
         return self.beta_syn_logit.sigmoid()
 
+    @property
+    def supported_backends(self) -> tuple[str, ...]:
+        """Every name that ``backend`` takes, as SpikingJelly 0.0.0.0.14 and its ``functional.set_backend`` ask for it."""
+        return ("auto", *BACKENDS)
+
+    @property
+    def backend(self) -> str:
+        """The backend asked for. Assigning a name that is not supported raises; whether it can run shows in the call."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, value: str) -> None:
+        if value not in self.supported_backends:
+            raise ValueError(f"backend must be 'auto' or one of {list(BACKENDS)}, got {value!r}")
+        self._backend = value
+
     def which_backend(self, x: Tensor) -> BackendChoice:
         """What would run on input ``x``, and why not the others."""
-        return which_backend(x, self.backend)
+        clusters = None if self.cascade is None else self.cascade.n_clusters
+        return which_backend(x, self.backend, self.surrogate_function, clusters)
 
     def forward(self, x: Tensor, *, stateless: bool = False) -> Tensor:
         """Spikes for input current ``x``.
@@ -142,7 +157,9 @@ class AssociativeLIFNode(BaseNode):
         check_features(x, self.n_features, type(self).__name__, "[T, N, *, D]" if multi else "[N, *, D]")
         x_seq = x if multi else x.unsqueeze(0)
         held: _States = (0.0, 0.0, 0) if stateless else tuple(self._memories.values())
-        spikes, v_seq, state = self._run(x_seq, self.materialize_states((x_seq,), held, "m"), self.store_v_seq)
+        at_rest = not any(isinstance(part, Tensor) or part for part in held)  # then there is no state to read
+        start = None if at_rest else self.materialize_states((x_seq,), held, "m")
+        spikes, v_seq, state = self._run(x_seq, start, self.store_v_seq)
         if not stateless:
             self.v, self.i_syn, self.refractory = state
         if v_seq is not None:
@@ -189,13 +206,13 @@ class AssociativeLIFNode(BaseNode):
         return state.to(device=x.device, dtype=dtype)
 
     def _run(
-        self, x_seq: Tensor, states: AssociativeLIFState, return_v_seq: bool = False
+        self, x_seq: Tensor, states: AssociativeLIFState | None, return_v_seq: bool = False
     ) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
         rows = x_seq.flatten(1, -2)  # the op sees [T, rows, D] whatever stands between
         dtype = compute_dtype(x_seq)  # before the sigmoid: 1 - beta_mem would be 2 % off in bfloat16
         spikes, v_seq, state = associative_lif(
             rows,
-            AssociativeLIFState(*(part.flatten(0, -2) for part in states)),
+            None if states is None else AssociativeLIFState(*(part.flatten(0, -2) for part in states)),
             threshold=self.v_threshold,
             beta_mem=self.beta_mem_logit.to(dtype).sigmoid(),
             beta_syn=self.beta_syn_logit.to(dtype).sigmoid(),

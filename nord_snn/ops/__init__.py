@@ -7,7 +7,7 @@ from nord_snn.ops.cascade import associative_cascade
 from nord_snn.ops.dispatch import BackendChoice
 from nord_snn.ops.resonance import resonance
 from nord_snn.ops.stdp import STDPState, reward_from_loss, stdp
-from nord_snn.ops.surrogate import SURROGATES, spike
+from nord_snn.ops.surrogate import SURROGATES, SurrogateLike, spike
 
 __all__ = [
     "SURROGATES",
@@ -24,12 +24,16 @@ __all__ = [
 ]
 
 
-def which_backend(x_seq: Tensor, backend: str = "auto") -> BackendChoice:
+def which_backend(
+    x_seq: Tensor, backend: str = "auto", surrogate: SurrogateLike = "nord_atan", n_clusters: int | None = None
+) -> BackendChoice:
     """What :func:`associative_lif` would run on this input, and why not the others.
 
     Args:
-        x_seq: an input ``[T, N, D]``; only its device and dtype matter.
+        x_seq: an input ``[T, N, D]``; only its device, dtype and D matter.
         backend: as given to the op.
+        surrogate: as given to the op.
+        n_clusters: C of the cascade, or None.
 
     Raises:
         ValueError: the backend is unknown.
@@ -37,7 +41,7 @@ def which_backend(x_seq: Tensor, backend: str = "auto") -> BackendChoice:
 
     Example:
         >>> import torch
-        >>> which_backend(torch.zeros(4, 1, 8)).name
+        >>> which_backend(torch.zeros(4, 1, 8), backend="torch").name
         'torch'
     """
-    return associative_lif_backend(x_seq, backend)
+    return associative_lif_backend(x_seq, backend, surrogate, n_clusters)

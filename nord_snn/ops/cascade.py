@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["associative_cascade", "check_clusters", "ring_weight"]
+__all__ = ["associative_cascade", "check_cascade", "check_clusters", "ring_weight"]
 
 
 def check_clusters(n_features: int, n_clusters: int) -> None:
@@ -13,6 +13,15 @@ def check_clusters(n_features: int, n_clusters: int) -> None:
             f"the number of neurons D must be a multiple of the number of clusters C, got D = {n_features} and C = {n_clusters}: "
             "choose another n_clusters, or None for no cascade"
         )
+
+
+def check_cascade(n_features: int, weight: Tensor, gain: Tensor) -> None:
+    """Raise a ValueError unless ``weight [C, C]`` and ``gain [C]`` agree and C divides ``n_features``."""
+    if gain.ndim != 1 or weight.shape != (gain.shape[0], gain.shape[0]):
+        raise ValueError(
+            f"cascade weight must be [C, C] and gain [C] with one C, got {list(weight.shape)} and {list(gain.shape)}"
+        )
+    check_clusters(n_features, gain.shape[0])
 
 
 def ring_weight(n_clusters: int, radius: int) -> Tensor:
@@ -62,12 +71,8 @@ def associative_cascade(spikes: Tensor, weight: Tensor, gain: Tensor) -> Tensor:
         >>> associative_cascade(spikes, weight=torch.tensor([[0.0, 1.0], [0.5, 0.0]]), gain=torch.ones(2))
         tensor([1., 0., 1., 0.])
     """
+    check_cascade(spikes.shape[-1], weight, gain)
     n_features, n_clusters = spikes.shape[-1], gain.shape[0]
-    if weight.shape != (n_clusters, n_clusters):
-        raise ValueError(
-            f"cascade weight must be [C, C] with C = {n_clusters} as the gain has, got {list(weight.shape)}"
-        )
-    check_clusters(n_features, n_clusters)
     members = spikes.unflatten(-1, (n_features // n_clusters, n_clusters))
     current = gain * (members.mean(-2) @ weight.T)
     return current.unsqueeze(-2).expand(members.shape).flatten(-2)

@@ -165,9 +165,24 @@ def test_a_spikingjelly_surrogate_can_be_given_and_swapped_in():
 
 
 def test_the_backend_can_be_asked_for():
-    assert node().which_backend(X).name == "torch"
-    with pytest.raises(RuntimeError, match="cupy"):
-        node(backend="cupy")(X)
+    n = node(backend="torch")
+    assert n.which_backend(X).name == "torch"
+    n.backend = "cupy"
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="cupy"):
+            n(X)
+    with pytest.raises(ValueError, match="backend must be 'auto' or one of"):
+        n.backend = "lava"
+    assert n.backend == "cupy"
+
+
+def test_spikingjellys_way_of_setting_a_backend_works():
+    """What SpikingJelly 0.0.0.0.14's ``functional.set_backend`` does with every module of a network."""
+    net = nn.Sequential(nn.Linear(8, 8), node())
+    for module in net.modules():
+        if hasattr(module, "backend") and "torch" in module.supported_backends:
+            module.backend = "torch"
+    assert net[1].which_backend(X).name == "torch"
 
 
 def test_half_precision_modules_keep_their_state_in_float32():

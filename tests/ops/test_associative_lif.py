@@ -6,20 +6,29 @@ from helpers import load_reference, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nord_snn.ops import SURROGATES, AssociativeLIFState, associative_lif, which_backend
+from nord_snn.ops import SURROGATES, AssociativeLIFState, associative_lif, dispatch, which_backend
+from nord_snn.ops.__main__ import table as backend_table
 
 CASES = load_reference("neuron")
 EPSILON = 1e-5  # spikes must agree wherever |u - threshold| is larger
 
 
-def run_case(case, dtype=torch.float32):
+@pytest.fixture(params=["torch", "numba"])
+def backend(request):
+    """The reference and, where it is installed, the CPU kernel."""
+    if request.param == "numba":
+        pytest.importorskip("numba", reason="the CPU kernels need Numba")
+    return request.param
+
+
+def run_case(case, backend, dtype=torch.float32):
     """The op on a reference case: leaves that carry gradients, and what came out."""
-    leaves = {name: value.to(dtype).requires_grad_() for name, value in case["params"].items()}
-    leaves["x"] = case["x"].to(dtype).requires_grad_()
+    leaves = {name: value.to(dtype, copy=True).requires_grad_() for name, value in case["params"].items()}
+    leaves["x"] = case["x"].to(dtype, copy=True).requires_grad_()
     state = None
     if "initial_v" in case:
-        leaves["initial_v"] = case["initial_v"].to(dtype).requires_grad_()
-        leaves["initial_i_syn"] = case["initial_i_syn"].to(dtype).requires_grad_()
+        leaves["initial_v"] = case["initial_v"].to(dtype, copy=True).requires_grad_()
+        leaves["initial_i_syn"] = case["initial_i_syn"].to(dtype, copy=True).requires_grad_()
         state = AssociativeLIFState(leaves["initial_v"], leaves["initial_i_syn"], case["initial_refractory"])
     cascade = {}
     if case["hyper"]["n_clusters"] is not None:
@@ -37,15 +46,16 @@ def run_case(case, dtype=torch.float32):
         refractory_steps=case["hyper"]["refractory_steps"],
         alpha=case["hyper"]["surrogate_alpha"],
         return_v_seq=True,
+        backend=backend,
         **cascade,
     )
     return leaves, out
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_spikes_membranes_and_states_are_the_expected_ones(case):
+def test_spikes_membranes_and_states_are_the_expected_ones(case, backend):
     assert case["margin"] > EPSILON
-    _, (spikes, v_seq, state) = run_case(case)
+    _, (spikes, v_seq, state) = run_case(case, backend)
     assert torch.equal(spikes, case["spikes"])
     assert torch.allclose(v_seq, case["v"], atol=1e-5, rtol=0)
     assert torch.allclose(state.v, case["final_v"], atol=1e-5, rtol=0)
@@ -54,8 +64,8 @@ def test_spikes_membranes_and_states_are_the_expected_ones(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_are_the_expected_ones(case):
-    leaves, (spikes, v_seq, _) = run_case(case)
+def test_gradients_are_the_expected_ones(case, backend):
+    leaves, (spikes, v_seq, _) = run_case(case, backend)
     ((spikes * case["grad_spikes"]).sum() + (v_seq * case["grad_v"]).sum()).backward()
     expected = dict(case["grads"], x=case["grad_x"])
     if "initial_v" in case:
@@ -238,10 +248,42 @@ def test_non_contiguous_input():
 
 
 def test_which_backend_says_what_runs_and_why_not_the_others():
-    choice = which_backend(torch.zeros(1, 1, 1))
+    choice = which_backend(torch.zeros(1, 1, 1), backend="torch")
     assert choice.name == "torch"
     assert set(choice.others) == {"numba", "triton", "cupy"}
     assert "torch: runs" in str(choice)
+
+
+def test_a_backend_that_cannot_run_names_the_cure(monkeypatch):
+    x, arguments = torch.zeros(1, 1, 1), {"threshold": torch.ones(1), "beta_mem": 0.9, "beta_syn": 0.5}
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    dispatch.numba_available.cache_clear()
+    try:
+        assert which_backend(x).name == "torch"
+        with pytest.raises(RuntimeError, match=r"Numba is not installed: pip install 'nord-snn\[cpu\]'"):
+            associative_lif(x, **arguments, backend="numba")
+    finally:
+        dispatch.numba_available.cache_clear()
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="it needs a CUDA GPU"):
+            associative_lif(x, **arguments, backend="cupy")
+    with pytest.raises(ValueError, match="unknown backend 'cuda'"):
+        associative_lif(x, **arguments, backend="cuda")
+
+
+def test_the_environment_variable_stands_in_for_auto(monkeypatch):
+    x = torch.zeros(1, 1, 1)
+    monkeypatch.setattr(dispatch, "_DEFAULT", "torch")
+    assert which_backend(x).name == "torch"
+    monkeypatch.setattr(dispatch, "_DEFAULT", "fast")
+    with pytest.raises(ValueError, match="unknown NORD_SNN_BACKEND=fast"):
+        which_backend(x)
+
+
+def test_the_table_of_backends_names_each_with_its_reason():
+    lines = {line.split()[0]: line for line in backend_table().splitlines()}
+    assert set(lines) == {"backend", "torch", "numba", "cupy", "triton"}
+    assert "plain PyTorch" in lines["torch"]
 
 
 GOOD = {"threshold": torch.ones(6), "beta_mem": 0.9, "beta_syn": 0.5}
@@ -266,7 +308,7 @@ GOOD = {"threshold": torch.ones(6), "beta_mem": 0.9, "beta_syn": 0.5}
         (
             torch.zeros(2, 3, 6),
             {"cascade_gain": torch.ones(3), "cascade_weight": torch.ones(2, 2)},
-            r"cascade weight must be \[C, C\] with C = 3",
+            r"cascade weight must be \[C, C\] and gain \[C\] with one C",
         ),
         (
             torch.zeros(2, 3, 6),

@@ -1,22 +1,78 @@
-"""The public op: argument checks, precision, and the choice of a backend."""
+"""The public op: argument checks, precision, the choice of a backend, and the kernels as ops that torch.compile knows."""
+
+import importlib
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nord_snn.ops.associative_lif.reference import AssociativeLIFState, reference
-from nord_snn.ops.cascade import check_clusters
+from nord_snn.ops.cascade import check_cascade
 from nord_snn.ops.checks import check_features, check_scalar, compute_dtype
-from nord_snn.ops.dispatch import Backend, BackendChoice, choose_backend
+from nord_snn.ops.dispatch import (
+    Backend,
+    BackendChoice,
+    Call,
+    always,
+    choose_backend,
+    cupy_available,
+    numba_available,
+    triton_available,
+    triton_interprets,
+)
 from nord_snn.ops.surrogate import SurrogateLike, resolve_surrogate
 
-__all__ = ["associative_lif", "associative_lif_backend"]
+__all__ = ["IMPLEMENTATIONS", "associative_lif", "associative_lif_backend"]
 
-_IMPLEMENTATIONS = {"torch": Backend(verify=lambda x_seq: (True, "always there"), run=reference)}
+_KERNELS = {"numba": "cpu", "triton": "triton", "cupy": "cupy"}
 
 
-def associative_lif_backend(x_seq: Tensor, backend: str = "auto") -> BackendChoice:
+def _kernel(backend: str) -> ModuleType:
+    """The file with the kernels of a backend; imported only when it is wanted, and can be."""
+    return importlib.import_module(f"nord_snn.ops.associative_lif.{_KERNELS[backend]}")
+
+
+def _accepts(backend: str, call: Call) -> tuple[bool, str]:
+    device = "cpu" if backend == "numba" or (backend == "triton" and triton_interprets()) else "cuda"
+    if call.device != device:
+        return False, f"it runs on {device} tensors, and these are on {call.device}"
+    if device == "cuda" and call.dtype == torch.float64:
+        return False, "it computes in float32, and these are float64"
+    if call.n_features == 0:
+        return False, "there are no neurons"
+    kernel = _kernel(backend)
+    if call.surrogate not in kernel.SURROGATE_IDS:
+        surrogate = "a callable" if call.surrogate is None else repr(call.surrogate)
+        return False, f"it does not know the surrogate ({surrogate}): it has {sorted(kernel.SURROGATE_IDS)}"
+    if hasattr(kernel, "accepts"):
+        return kernel.accepts(call.n_features, call.n_clusters)
+    return True, "runs"
+
+
+IMPLEMENTATIONS = {
+    "torch": Backend("any", always, lambda call: (True, "plain PyTorch")),
+    "numba": Backend("cpu", numba_available, lambda call: _accepts("numba", call)),
+    "cupy": Backend("cuda", cupy_available, lambda call: _accepts("cupy", call)),
+    "triton": Backend("cuda", triton_available, lambda call: _accepts("triton", call)),
+}
+
+
+def associative_lif_backend(
+    x_seq: Tensor, backend: str = "auto", surrogate: SurrogateLike = "nord_atan", n_clusters: int | None = None
+) -> BackendChoice:
     """What :func:`associative_lif` would run on ``x_seq``, and why not the others."""
-    return choose_backend("associative_lif", _IMPLEMENTATIONS, backend, x_seq)
+    return choose_backend("associative_lif", IMPLEMENTATIONS, backend, _call(x_seq, surrogate, n_clusters))
+
+
+def _call(x_seq: Tensor, surrogate: SurrogateLike, n_clusters: int | None) -> Call:
+    name = surrogate if isinstance(surrogate, str) else None
+    return Call(x_seq.device.type, x_seq.dtype, name, x_seq.shape[-1], n_clusters or 0)
+
+
+@torch.compiler.assume_constant_result
+def _choose(backend: str, *call: Any) -> str:
+    return choose_backend("associative_lif", IMPLEMENTATIONS, backend, Call(*call)).name
 
 
 def associative_lif(
@@ -66,7 +122,8 @@ def associative_lif(
         surrogate: name from :data:`nord_snn.ops.surrogate.SURROGATES` or a callable of ``u - threshold``.
         alpha: sharpness of a named surrogate.
         return_v_seq: also return the membranes after reset.
-        backend: ``"auto"``, ``"torch"``, ``"numba"``, ``"triton"`` or ``"cupy"``.
+        backend: ``"auto"``, ``"torch"``, ``"numba"``, ``"triton"`` or ``"cupy"``; see :mod:`nord_snn.ops.dispatch`. The
+            kernels are differentiable once; a second derivative needs ``"torch"``.
 
     Returns:
         ``(spikes [T, N, D], v_seq [T, N, D] or None, last state)``.
@@ -86,22 +143,50 @@ def associative_lif(
         tensor([1., 0., 0., 0., 0.])
     """
     _check(x_seq, state, threshold, cascade_weight, cascade_gain, refractory_steps)
-    run = _IMPLEMENTATIONS[associative_lif_backend(x_seq, backend).name].run
+    resolve_surrogate(surrogate, alpha)
+    n_clusters = None if cascade_gain is None else cascade_gain.shape[0]
+    name = _choose(backend, *_call(x_seq, surrogate, n_clusters))
     dtype = compute_dtype(x_seq)
     with torch.autocast(x_seq.device.type, enabled=False):
-        spikes, v_seq, last = run(
-            x_seq.to(dtype),
-            _state_in(dtype, x_seq, state),
-            threshold.to(dtype),
-            _scalar(beta_mem, dtype, "beta_mem"),
-            _scalar(beta_syn, dtype, "beta_syn"),
-            None if cascade_weight is None else cascade_weight.to(dtype),
-            None if cascade_gain is None else cascade_gain.to(dtype),
+        state = None if state is None else _state_in(dtype, state)
+        threshold = threshold.to(dtype)
+        betas = _scalar(beta_mem, x_seq, "beta_mem"), _scalar(beta_syn, x_seq, "beta_syn")
+        weight = None if cascade_weight is None else cascade_weight.to(dtype)
+        gain = None if cascade_gain is None else cascade_gain.to(dtype)
+        if name == "torch":
+            spikes, v_seq, last = reference(
+                x_seq.to(dtype),
+                _rest(x_seq, dtype) if state is None else state,
+                threshold,
+                *betas,
+                weight,
+                gain,
+                v_reset,
+                refractory_steps,
+                resolve_surrogate(surrogate, alpha),
+            )
+            return spikes.to(x_seq.dtype), v_seq.to(x_seq.dtype) if return_v_seq else None, last
+        spikes, v_seq, *parts = _associative_lif(
+            x_seq,
+            *(state or (None, None, None)),
+            threshold,
+            *betas,
+            _coupling(weight, gain, threshold.shape[0]),
             v_reset,
             refractory_steps,
-            resolve_surrogate(surrogate, alpha),
+            str(surrogate),
+            alpha,
+            return_v_seq,
+            name,
         )
-    return spikes.to(x_seq.dtype), v_seq.to(x_seq.dtype) if return_v_seq else None, last
+        return spikes, v_seq if return_v_seq else None, AssociativeLIFState(*parts)
+
+
+def _coupling(weight: Tensor | None, gain: Tensor | None, n_features: int) -> Tensor | None:
+    """``gain[c] * weight[c, k] / members``: what the kernels need of the cascade. Autograd takes it apart again."""
+    if weight is None or gain is None:
+        return None
+    return gain[:, None] * weight / (n_features // gain.shape[0])
 
 
 def _check(
@@ -121,8 +206,8 @@ def _check(
         raise ValueError(f"refractory_steps must be 0 or more, got {refractory_steps}")
     if (cascade_weight is None) != (cascade_gain is None):
         raise ValueError("cascade_weight and cascade_gain belong together: give both, or neither for no cascade")
-    if cascade_gain is not None:
-        check_clusters(n_features, cascade_gain.shape[0])
+    if cascade_weight is not None and cascade_gain is not None:
+        check_cascade(n_features, cascade_weight, cascade_gain)
     if state is None:
         return
     for name, part in zip(AssociativeLIFState._fields, state, strict=True):
@@ -132,17 +217,158 @@ def _check(
             )
 
 
-def _state_in(dtype: torch.dtype, x_seq: Tensor, state: AssociativeLIFState | None) -> AssociativeLIFState:
-    if state is not None:
-        return AssociativeLIFState(state.v.to(dtype), state.i_syn.to(dtype), state.refractory.to(torch.int32))
+def _state_in(dtype: torch.dtype, state: AssociativeLIFState) -> AssociativeLIFState:
+    return AssociativeLIFState(state.v.to(dtype), state.i_syn.to(dtype), state.refractory.to(torch.int32))
+
+
+def _rest(x_seq: Tensor, dtype: torch.dtype) -> AssociativeLIFState:
     rest = x_seq.new_zeros(x_seq.shape[1:], dtype=dtype)
     return AssociativeLIFState(rest, rest, torch.zeros_like(rest, dtype=torch.int32))
 
 
-def _scalar(beta: float | Tensor, dtype: torch.dtype, name: str) -> float | Tensor:
+def _scalar(beta: float | Tensor, x_seq: Tensor, name: str) -> Tensor:
     check_scalar(beta, name)
+    dtype = compute_dtype(x_seq)
     if isinstance(beta, Tensor):
-        return beta.to(dtype)
+        return beta.to(dtype).reshape(1)
     if not 0 < beta < 1:
         raise ValueError(f"{name} must lie in (0, 1), got {beta}")
-    return beta
+    return torch.full((1,), beta, dtype=dtype, device=x_seq.device)
+
+
+@torch.library.custom_op("nord_snn::associative_lif", mutates_args=())
+def _associative_lif(
+    x: Tensor,
+    v: Tensor | None,
+    i_syn: Tensor | None,
+    refractory: Tensor | None,
+    threshold: Tensor,
+    beta_mem: Tensor,
+    beta_syn: Tensor,
+    coupling: Tensor | None,
+    v_reset: float,
+    refractory_steps: int,
+    surrogate: str,
+    alpha: float,
+    keep_v: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _kernel(backend).forward(
+        x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps, keep_v
+    )
+
+
+@_associative_lif.register_fake
+def _(
+    x: Tensor,
+    v: Tensor | None,
+    i_syn: Tensor | None,
+    refractory: Tensor | None,
+    threshold: Tensor,
+    beta_mem: Tensor,
+    beta_syn: Tensor,
+    coupling: Tensor | None,
+    v_reset: float,
+    refractory_steps: int,
+    surrogate: str,
+    alpha: float,
+    keep_v: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    T, N, D = x.shape
+    v_last, i_last = (x.new_empty(N, D, dtype=compute_dtype(x)) for _ in range(2))
+    v_seq, refractory_last = x.new_empty(T if keep_v else 0, N, D), x.new_empty(N, D, dtype=torch.int32)
+    return x.new_empty(x.shape), v_seq, v_last, i_last, refractory_last
+
+
+@torch.library.custom_op("nord_snn::associative_lif_backward", mutates_args=())
+def _associative_lif_backward(
+    grad_spikes: Tensor,
+    grad_v_seq: Tensor | None,
+    grad_v_last: Tensor | None,
+    grad_i_last: Tensor | None,
+    x: Tensor,
+    v: Tensor | None,
+    i_syn: Tensor | None,
+    refractory: Tensor | None,
+    threshold: Tensor,
+    beta_mem: Tensor,
+    beta_syn: Tensor,
+    coupling: Tensor | None,
+    v_reset: float,
+    refractory_steps: int,
+    surrogate: str,
+    alpha: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _kernel(backend).backward(
+        grad_spikes, grad_v_seq, grad_v_last, grad_i_last, x, v, i_syn, refractory, threshold, beta_mem, beta_syn,
+        coupling, v_reset, refractory_steps, surrogate, alpha,
+    )  # fmt: skip
+
+
+@_associative_lif_backward.register_fake
+def _(
+    grad_spikes: Tensor,
+    grad_v_seq: Tensor | None,
+    grad_v_last: Tensor | None,
+    grad_i_last: Tensor | None,
+    x: Tensor,
+    v: Tensor | None,
+    i_syn: Tensor | None,
+    refractory: Tensor | None,
+    threshold: Tensor,
+    beta_mem: Tensor,
+    beta_syn: Tensor,
+    coupling: Tensor | None,
+    v_reset: float,
+    refractory_steps: int,
+    surrogate: str,
+    alpha: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    C = 0 if coupling is None else coupling.shape[0]
+    grad_v, grad_i = (threshold.new_empty(0 if v is None else x.shape[1], x.shape[2]) for _ in range(2))
+    return (
+        x.new_empty(x.shape),
+        grad_v,
+        grad_i,
+        torch.empty_like(threshold),
+        torch.empty_like(beta_mem),
+        torch.empty_like(beta_syn),
+        threshold.new_empty(C, C),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:8])
+    *ctx.constants, _, ctx.backend = inputs[8:]
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_spikes, grad_v_seq, grad_v_last, grad_i_last, _ = grads
+    x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling = ctx.saved_tensors
+    x_grad, v_grad, i_grad, threshold_grad, mem_grad, syn_grad, coupling_grad = _associative_lif_backward(
+        torch.zeros_like(x) if grad_spikes is None else grad_spikes,
+        grad_v_seq,
+        grad_v_last,
+        grad_i_last,
+        x,
+        v,
+        i_syn,
+        refractory,
+        threshold,
+        beta_mem,
+        beta_syn,
+        coupling,
+        *ctx.constants,
+        ctx.backend,
+    )
+    at_rest = v is None
+    state_grads = (None, None) if at_rest else (v_grad, i_grad)
+    coupling_or_none = None if coupling is None else coupling_grad
+    return (x_grad, *state_grads, None, threshold_grad, mem_grad, syn_grad, coupling_or_none, *[None] * 6)
+
+
+_associative_lif.register_autograd(_gradients, setup_context=_setup_context)
