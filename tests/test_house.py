@@ -34,7 +34,7 @@ PUBLIC = {
     "nord_snn.learning_rules": {"STDP", "RewardModulatedSTDP"},
     "nord_snn.monitor": {"SpikeMonitor"},
 }
-KERNELS = {"cpu.py": {"numba", "numpy"}, "triton.py": {"triton"}, "cupy.py": {"cupy"}}
+KERNELS = {"threads.py": {"numba"}, "cpu.py": {"numba", "numpy"}, "triton.py": {"triton"}, "cupy.py": {"cupy"}}
 SOURCES = sorted((ROOT / "nord_snn").rglob("*.py"))
 
 
@@ -75,14 +75,14 @@ def test_the_core_imports_nothing_that_the_core_does_not_ask_for():
     """Kernel files alone ask for more, and they are imported only when their library is there."""
     allowed = {"nord_snn", "torch", "spikingjelly"} | sys.stdlib_module_names
     for path in SOURCES:
-        more = KERNELS.get(path.name, set()) if path.parts[-3] == "ops" else set()
+        more = KERNELS.get(path.name, set())
         assert {name.split(".")[0] for name in imported(path)} <= allowed | more, path
 
 
 def test_kernel_files_are_imported_by_name_and_only_when_they_can_run():
     names = {
         f"nord_snn.ops.{op}.{Path(kernel).stem}"
-        for op in ("associative_lif", "resonance", "stdp")
+        for op in ("associative_lif", "leaky_clamp", "resonance", "stdp")
         for kernel in KERNELS
     }
     for path in SOURCES:

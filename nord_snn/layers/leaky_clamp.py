@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from nord_snn.ops import leaky_clamp
 from nord_snn.ops.checks import check_features
 
 __all__ = ["LeakyClamp"]
@@ -19,6 +20,7 @@ class LeakyClamp(nn.Module):
         n_features: D, the number of channels.
         floor: initial lower bound.
         leak: initial slope of the negative side, in (0, 1); kept as a logit.
+        backend: see :func:`nord_snn.ops.leaky_clamp`.
 
     Shapes: ``[*, D]`` -> ``[*, D]``.
 
@@ -34,11 +36,11 @@ class LeakyClamp(nn.Module):
         True
     """
 
-    def __init__(self, n_features: int, floor: float = -0.1, leak: float = 0.1) -> None:
+    def __init__(self, n_features: int, floor: float = -0.1, leak: float = 0.1, backend: str = "auto") -> None:
         super().__init__()
         if not 0 < leak < 1:
             raise ValueError(f"leak must lie in (0, 1), got {leak}")
-        self.n_features = n_features
+        self.n_features, self.backend = n_features, backend
         self._initial = (floor, math.log(leak / (1 - leak)))
         self.floor = nn.Parameter(torch.empty(n_features))
         self.leak_logit = nn.Parameter(torch.empty(n_features))
@@ -57,7 +59,7 @@ class LeakyClamp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Clamp ``[*, D]``."""
         check_features(x, self.n_features, type(self).__name__, "[*, D]")
-        return torch.where(x >= 0, x, torch.maximum(self.leak * x, self.floor))
+        return leaky_clamp(x, leak=self.leak, floor=self.floor, backend=self.backend)
 
     def extra_repr(self) -> str:
         """The width."""

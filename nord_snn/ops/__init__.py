@@ -5,6 +5,7 @@ from torch import Tensor
 from nord_snn.ops.associative_lif import AssociativeLIFState, associative_lif, associative_lif_backend
 from nord_snn.ops.cascade import associative_cascade
 from nord_snn.ops.dispatch import BackendChoice
+from nord_snn.ops.leaky_clamp import leaky_clamp
 from nord_snn.ops.resonance import resonance
 from nord_snn.ops.stdp import STDPState, reward_from_loss, stdp
 from nord_snn.ops.surrogate import SURROGATES, SurrogateLike, spike
@@ -16,6 +17,7 @@ __all__ = [
     "STDPState",
     "associative_cascade",
     "associative_lif",
+    "leaky_clamp",
     "resonance",
     "reward_from_loss",
     "spike",

@@ -14,12 +14,12 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["BACKENDS", "Backend", "BackendChoice", "Call", "cupy_available", "numba_available", "triton_available"]
-__all__ += ["always", "choose_backend", "triton_interprets"]
+__all__ = ["BACKENDS", "Backend", "BackendChoice", "Call", "choose_backend", "implementations_of"]
 
 #: Every name that ``backend=`` takes, besides ``"auto"``, slowest first.
 BACKENDS = ("torch", "numba", "cupy", "triton")
@@ -34,13 +34,21 @@ Verdict = tuple[bool, str]
 
 
 class Call(NamedTuple):
-    """What a backend looks at before it takes a call: plain values, so that the choice is a constant to torch.compile."""
+    """What a backend looks at before it takes a call: plain values, so that the choice is a constant to torch.compile.
+
+    Attributes:
+        device: type of the device, such as ``"cuda"``.
+        dtype: of the input.
+        n_features: D.
+        n_clusters: C of the cascade, 0 for none.
+        surrogate: its name; ``"callable"`` for one of the caller's own, empty where spikes play no part.
+    """
 
     device: str
     dtype: torch.dtype
-    surrogate: str | None = "nord_atan"  # None: a callable
-    n_features: int = 1
+    n_features: int
     n_clusters: int = 0
+    surrogate: str = ""
 
 
 class Backend(NamedTuple):
@@ -50,11 +58,13 @@ class Backend(NamedTuple):
         device: the type of device that ``"auto"`` takes it for, or ``"any"``.
         available: can it run here at all? ``(answer, reason)``.
         accepts: can it run this call? ``(answer, reason)``.
+        kernel: imports the file with its functions ``forward`` and ``backward``.
     """
 
     device: str
     available: Callable[[], Verdict]
     accepts: Callable[[Call], Verdict]
+    kernel: Callable[[], Any] | None = None
 
 
 class BackendChoice(NamedTuple):
@@ -121,33 +131,61 @@ def _log_once(op: str, choice: BackendChoice) -> None:
         _logger.info(line)
 
 
-def always() -> Verdict:
-    """Plain PyTorch is there."""
-    return True, "plain PyTorch"
+def implementations_of(op: str, *kernels: str) -> dict[str, Backend]:
+    """The reference and these kernels of an op, whose files lie in the folder of its name."""
+
+    def kernel(name: str) -> Callable[[], ModuleType]:
+        return lambda: importlib.import_module(f"nord_snn.ops.{op}.{_FILES[name]}")
+
+    made = {"torch": Backend("any", lambda: (True, "plain PyTorch"), lambda call: (True, "plain PyTorch"))}
+    for name in kernels:
+        load = kernel(name)
+        accepts = functools.partial(_accepts, name, load)
+        made[name] = Backend(_DEVICES[name], _AVAILABLE[name], accepts, load)
+    return made
+
+
+def _accepts(name: str, load: Callable[[], ModuleType], call: Call) -> Verdict:
+    device = "cpu" if name == "triton" and _triton_interprets() else _DEVICES[name]
+    if call.device != device:
+        return False, f"it runs on {device} tensors, and these are on {call.device}"
+    if device == "cuda" and call.dtype == torch.float64:
+        return False, "it computes in float32, and these are float64"
+    if call.n_features == 0:
+        return False, "there is nothing to compute"
+    try:
+        kernel = load()
+    except Exception as error:  # say it: Numba, for one, wants a folder to keep what it compiles, see NUMBA_CACHE_DIR
+        return False, f"its kernels do not load ({type(error).__name__}: {error})"
+    if call.surrogate and call.surrogate not in kernel.SURROGATE_IDS:
+        return False, f"it does not know the surrogate {call.surrogate!r}: it has {sorted(kernel.SURROGATE_IDS)}"
+    if hasattr(kernel, "accepts"):
+        return kernel.accepts(call.n_features, call.n_clusters)
+    return True, "runs"
 
 
 @functools.cache
-def numba_available() -> Verdict:
+def _numba_available() -> Verdict:
     """Is Numba installed, and does it import?"""
     return _imports("numba", "Numba", "pip install 'nord-snn[cpu]'")
 
 
 @functools.cache
-def triton_available() -> Verdict:
+def _triton_available() -> Verdict:
     """Is Triton there, and a GPU that it compiles for (or its interpreter switched on, for tests)?"""
-    runs, reason = (True, "") if triton_interprets() else _has_gpu()
+    runs, reason = (True, "") if _triton_interprets() else _has_gpu()
     return _imports("triton", "Triton", "it comes with PyTorch's CUDA builds for Linux") if runs else (runs, reason)
 
 
 @functools.cache
-def cupy_available() -> Verdict:
+def _cupy_available() -> Verdict:
     """Is CuPy installed for the CUDA version of this PyTorch, and is there a GPU?"""
     runs, reason = _has_gpu()
     major = (torch.version.cuda or "").split(".")[0]
     return _imports("cupy", "CuPy", f"pip install 'nord-snn[cuda{major}]'") if runs else (runs, reason)
 
 
-def triton_interprets() -> bool:
+def _triton_interprets() -> bool:
     """Whether Triton runs kernels on the CPU in its interpreter; it decides when a kernel is defined."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -168,3 +206,8 @@ def _has_gpu() -> Verdict:
             "this PyTorch was built without CUDA" if torch.version.cuda is None else "PyTorch sees none"
         )
     return True, torch.cuda.get_device_name()
+
+
+_FILES = {"numba": "cpu", "cupy": "cupy", "triton": "triton"}
+_DEVICES = {"numba": "cpu", "cupy": "cuda", "triton": "cuda"}
+_AVAILABLE = {"numba": _numba_available, "cupy": _cupy_available, "triton": _triton_available}

@@ -1,7 +1,5 @@
 """The public op: argument checks, precision, the choice of a backend, and the kernels as ops that torch.compile knows."""
 
-import importlib
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -10,52 +8,12 @@ from torch import Tensor
 from nord_snn.ops.associative_lif.reference import AssociativeLIFState, reference
 from nord_snn.ops.cascade import check_cascade
 from nord_snn.ops.checks import check_features, check_scalar, compute_dtype
-from nord_snn.ops.dispatch import (
-    Backend,
-    BackendChoice,
-    Call,
-    always,
-    choose_backend,
-    cupy_available,
-    numba_available,
-    triton_available,
-    triton_interprets,
-)
+from nord_snn.ops.dispatch import BackendChoice, Call, choose_backend, implementations_of
 from nord_snn.ops.surrogate import SurrogateLike, resolve_surrogate
 
 __all__ = ["IMPLEMENTATIONS", "associative_lif", "associative_lif_backend"]
 
-_KERNELS = {"numba": "cpu", "triton": "triton", "cupy": "cupy"}
-
-
-def _kernel(backend: str) -> ModuleType:
-    """The file with the kernels of a backend; imported only when it is wanted, and can be."""
-    return importlib.import_module(f"nord_snn.ops.associative_lif.{_KERNELS[backend]}")
-
-
-def _accepts(backend: str, call: Call) -> tuple[bool, str]:
-    device = "cpu" if backend == "numba" or (backend == "triton" and triton_interprets()) else "cuda"
-    if call.device != device:
-        return False, f"it runs on {device} tensors, and these are on {call.device}"
-    if device == "cuda" and call.dtype == torch.float64:
-        return False, "it computes in float32, and these are float64"
-    if call.n_features == 0:
-        return False, "there are no neurons"
-    kernel = _kernel(backend)
-    if call.surrogate not in kernel.SURROGATE_IDS:
-        surrogate = "a callable" if call.surrogate is None else repr(call.surrogate)
-        return False, f"it does not know the surrogate ({surrogate}): it has {sorted(kernel.SURROGATE_IDS)}"
-    if hasattr(kernel, "accepts"):
-        return kernel.accepts(call.n_features, call.n_clusters)
-    return True, "runs"
-
-
-IMPLEMENTATIONS = {
-    "torch": Backend("any", always, lambda call: (True, "plain PyTorch")),
-    "numba": Backend("cpu", numba_available, lambda call: _accepts("numba", call)),
-    "cupy": Backend("cuda", cupy_available, lambda call: _accepts("cupy", call)),
-    "triton": Backend("cuda", triton_available, lambda call: _accepts("triton", call)),
-}
+IMPLEMENTATIONS = implementations_of("associative_lif", "numba", "cupy", "triton")
 
 
 def associative_lif_backend(
@@ -66,8 +24,8 @@ def associative_lif_backend(
 
 
 def _call(x_seq: Tensor, surrogate: SurrogateLike, n_clusters: int | None) -> Call:
-    name = surrogate if isinstance(surrogate, str) else None
-    return Call(x_seq.device.type, x_seq.dtype, name, x_seq.shape[-1], n_clusters or 0)
+    name = surrogate if isinstance(surrogate, str) else "callable"
+    return Call(x_seq.device.type, x_seq.dtype, x_seq.shape[-1], n_clusters or 0, name)
 
 
 @torch.compiler.assume_constant_result
@@ -253,8 +211,10 @@ def _associative_lif(
     keep_v: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _kernel(backend).forward(
-        x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps, keep_v
+    return (
+        IMPLEMENTATIONS[backend]
+        .kernel()
+        .forward(x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps, keep_v)
     )
 
 
@@ -301,7 +261,7 @@ def _associative_lif_backward(
     alpha: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _kernel(backend).backward(
+    return IMPLEMENTATIONS[backend].kernel().backward(
         grad_spikes, grad_v_seq, grad_v_last, grad_i_last, x, v, i_syn, refractory, threshold, beta_mem, beta_syn,
         coupling, v_reset, refractory_steps, surrogate, alpha,
     )  # fmt: skip

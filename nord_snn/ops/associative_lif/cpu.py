@@ -6,16 +6,15 @@ over many arrays only where it sees that they do not overlap, so what belongs to
 constant distances; and what has more than one dimension is indexed so, because a computed index might be negative.
 """
 
-import threading
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from numba import njit, prange
 from torch import Tensor
 
 from nord_snn.ops.checks import compute_dtype
+from nord_snn.ops.threads import as_many_threads_as_torch
 
 __all__ = ["SURROGATE_IDS", "backward", "forward"]
 
@@ -319,16 +318,11 @@ def _backward(
         )  # fmt: skip
 
 
-#: Numba's thread pools take one caller at a time.
-_one_caller = threading.Lock()
-
-
-def _deal(n_rows: int, n_features: int) -> tuple[int, int, int]:
-    """Rows of a block, a tile or more; the blocks that this makes; and the chunks of blocks, two for each of torch's threads."""
+def _deal(n_rows: int, n_features: int, threads: int) -> tuple[int, int, int]:
+    """Rows of a block, a tile or more; the blocks that this makes; and the chunks of blocks, two for each thread."""
     rows = max(1, _TILE // n_features)
     blocks = -(-n_rows // rows)
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-    return rows, blocks, min(blocks, 2 * numba.get_num_threads())
+    return rows, blocks, min(blocks, 2 * threads)
 
 
 def _array(x: Tensor | None, like: Tensor, *shape: int) -> Any:
@@ -360,8 +354,8 @@ def forward(
     spikes, v_seq = torch.empty(T, N, D, dtype=dtype), torch.empty(T if keep_v else 0, N, D, dtype=dtype)
     v_last, i_last = torch.empty(N, D, dtype=dtype), torch.empty(N, D, dtype=dtype)
     refractory_last = torch.empty(N, D, dtype=torch.int32)
-    with _one_caller:
-        rows, blocks, chunks = _deal(N, D)
+    with as_many_threads_as_torch() as threads:
+        rows, blocks, chunks = _deal(N, D, threads)
         _forward(
             chunks,
             blocks,
@@ -413,8 +407,8 @@ def backward(
     grad_x = torch.empty(T, N, D, dtype=dtype)
     grad_v, grad_i = (torch.empty(0 if v is None else N, D, dtype=dtype) for _ in range(2))
     sums, grad_sums = torch.empty(T, N, C, dtype=dtype), torch.empty(T, N, C, dtype=dtype)
-    with _one_caller:
-        rows, blocks, chunks = _deal(N, D)
+    with as_many_threads_as_torch() as threads:
+        rows, blocks, chunks = _deal(N, D, threads)
         record = torch.empty(chunks, T, -(-rows * D // _TILE) * _RECORD, dtype=dtype)
         grad_threshold, grad_betas = torch.zeros(chunks, D, dtype=dtype), torch.zeros(chunks, 2, dtype=dtype)
         _backward(
