@@ -49,6 +49,11 @@ class TrainingSettings:
     beta1: float = _setting(0.9, "of AdamW")
     beta2: float = _setting(0.95, "of AdamW")
     max_grad_norm: float = _setting(1.0, "gradients are clipped to this norm")
+    matmul_precision: str = _setting(
+        "medium",
+        "of float32 matrix products: highest, or what the device does faster (TF32 on GPUs, oneDNN's kernels on CPUs)",
+        choices=("highest", "high", "medium"),
+    )
     mixed_precision: str = _setting("no", "precision of matrix products", choices=("no", "bf16", "fp16"))
     eval_every: int = _setting(500, "steps between two evaluations")
     eval_blocks: int = _setting(64, "held-out blocks in an evaluation on the way; the last one takes up to 1024")
@@ -73,6 +78,8 @@ class TrainingSettings:
                 raise SettingsError(f"{name} must be at least 0 and less than 1, got {getattr(self, name)}")
         if not 0 <= self.min_lr_ratio <= 1:
             raise SettingsError(f"min_lr_ratio must be from 0 to 1, got {self.min_lr_ratio}")
+        if self.matmul_precision not in ("highest", "high", "medium"):
+            raise SettingsError(f"matmul_precision must be highest, high or medium, got {self.matmul_precision!r}")
         if self.mixed_precision not in ("no", "bf16", "fp16"):
             raise SettingsError(f"mixed_precision must be no, bf16 or fp16, got {self.mixed_precision!r}")
 

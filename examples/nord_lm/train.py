@@ -81,12 +81,16 @@ def train(settings: Settings, out: Path, resume: Path | None) -> int:
     options = settings.training
     accelerator = accelerate(settings, out)
     set_seed(options.seed)
+    torch.set_float32_matmul_precision(options.matmul_precision)
     with Progress(options.steps, visible=accelerator.is_local_main_process) as progress:
         tokenizer, corpus = prepare_text(accelerator, settings, resume)
         model = NordForCausalLM(model_config(settings, tokenizer))
         describe(progress, settings, model, tokenizer, corpus)
         optimizer = torch.optim.AdamW(
-            parameter_groups(model, options.weight_decay), lr=options.lr, betas=(options.beta1, options.beta2)
+            parameter_groups(model, options.weight_decay),
+            lr=options.lr,
+            betas=(options.beta1, options.beta2),
+            fused=accelerator.device.type in ("cpu", "cuda"),  # one pass over the parameters
         )
         scheduler = get_cosine_with_min_lr_schedule_with_warmup(
             optimizer, options.warmup_steps, options.steps, min_lr_rate=options.min_lr_ratio

@@ -51,7 +51,7 @@ def _backward(chunks, grad, x, leak, floor, grad_x, sums):
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Any:
     """``[*, D]`` as Numba's ``[rows, D]``."""
-    return x.detach().to(dtype).contiguous().flatten(0, -2).numpy()
+    return x.detach().to(dtype).contiguous().view(-1, x.shape[-1]).numpy()
 
 
 def forward(x: Tensor, leak: Tensor, floor: Tensor) -> Tensor:
