@@ -58,13 +58,13 @@ class Backend(NamedTuple):
         device: the type of device that ``"auto"`` takes it for, or ``"any"``.
         available: can it run here at all? ``(answer, reason)``.
         accepts: can it run this call? ``(answer, reason)``.
-        kernel: imports the file with its functions ``forward`` and ``backward``.
+        kernel: imports the file with its functions, ``forward`` and ``backward`` of a kernel.
     """
 
     device: str
     available: Callable[[], Verdict]
     accepts: Callable[[Call], Verdict]
-    kernel: Callable[[], Any] | None = None
+    kernel: Callable[[], Any]
 
 
 class BackendChoice(NamedTuple):
@@ -137,7 +137,8 @@ def implementations_of(op: str, *kernels: str) -> dict[str, Backend]:
     def kernel(name: str) -> Callable[[], ModuleType]:
         return lambda: importlib.import_module(f"nord_snn.ops.{op}.{_FILES[name]}")
 
-    made = {"torch": Backend("any", lambda: (True, "plain PyTorch"), lambda call: (True, "plain PyTorch"))}
+    plain = (True, "plain PyTorch")
+    made = {"torch": Backend("any", lambda: plain, lambda call: plain, kernel("torch"))}
     for name in kernels:
         load = kernel(name)
         accepts = functools.partial(_accepts, name, load)
@@ -208,6 +209,6 @@ def _has_gpu() -> Verdict:
     return True, torch.cuda.get_device_name()
 
 
-_FILES = {"numba": "cpu", "cupy": "cupy", "triton": "triton"}
+_FILES = {"torch": "reference", "numba": "cpu", "cupy": "cupy", "triton": "triton"}
 _DEVICES = {"numba": "cpu", "cupy": "cuda", "triton": "cuda"}
 _AVAILABLE = {"numba": _numba_available, "cupy": _cupy_available, "triton": _triton_available}

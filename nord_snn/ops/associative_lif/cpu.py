@@ -449,5 +449,11 @@ def backward(
         grad_threshold.sum(0),
         grad_beta_mem,
         grad_beta_syn,
-        grad_sums.flatten(0, 1).T @ sums.flatten(0, 1),
+        _product(grad_sums, sums),
     )
+
+
+def _product(grad_sums: Tensor, sums: Tensor) -> Tensor:
+    """``[C, C]`` from two ``[T, N, C]``, in their own precision also under autocast."""
+    with torch.autocast("cpu", enabled=False):
+        return grad_sums.flatten(0, 1).T @ sums.flatten(0, 1)

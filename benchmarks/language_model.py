@@ -1,0 +1,192 @@
+"""One training step of the language model: width 128, 4 blocks, 4 heads, FFN 256, vocabulary 2,048, batch 8 x 128."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from spikingjelly.activation_based import neuron, surrogate
+from torch import Tensor, nn
+
+from nord_snn.neurons import AssociativeLIFNode
+from nord_snn.ops.resonance.reference import reference
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "nord_lm"))
+from configuration_nord import NordConfig
+from modeling_nord import NordForCausalLM
+
+__all__ = ["BATCH", "contestants", "gate", "products_alone"]
+
+BATCH, LENGTH = 8, 128
+Factory = Callable[[int], nn.Module]
+
+
+def model() -> NordForCausalLM:
+    """Always the same weights."""
+    torch.manual_seed(0)
+    config = NordConfig(
+        vocab_size=2048, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256,
+        max_position_embeddings=LENGTH, n_clusters=16, recency=True,
+    )  # fmt: skip
+    return NordForCausalLM(config)
+
+
+def on_the_reference(net: NordForCausalLM) -> NordForCausalLM:
+    """The same model without any kernel."""
+    for module in net.modules():
+        if hasattr(module, "backend"):
+            module.backend = "torch"
+    return net
+
+
+def with_neurons(net: NordForCausalLM, factory: Factory) -> NordForCausalLM:
+    """The same model with somebody else's neurons in the place of ours."""
+    for parent in list(net.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, AssociativeLIFNode):
+                made = factory(child.n_features)
+                made.store_v_seq = child.store_v_seq
+                setattr(parent, name, made)
+    return net
+
+
+class Synaptic(nn.Module):
+    """snnTorch's neuron over a whole sequence, from rest."""
+
+    def __init__(self) -> None:
+        import snntorch
+
+        super().__init__()
+        self.neuron = snntorch.Synaptic(alpha=0.5, beta=0.9, spike_grad=snntorch.surrogate.atan())
+        self.v_seq: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Spikes ``[T, *]``."""
+        syn, mem = self.neuron.reset_mem()
+        spikes, membranes = [], []
+        for step in x.unbind(0):
+            spike, syn, mem = self.neuron(step, syn, mem)
+            spikes.append(spike)
+            membranes.append(mem)
+        if self.store_v_seq:
+            self.v_seq = torch.stack(membranes)
+        return torch.stack(spikes)
+
+
+@contextmanager
+def plain_resonance() -> Iterator[None]:
+    """The resonance's reference in the place of the op."""
+
+    def plain(
+        q: Tensor, k: Tensor, v: Tensor, *, n_heads: int, top_k: int, temperature: Any, recency: Any, causal: bool
+    ) -> Tensor:
+        return reference(q, k, v, n_heads, top_k, temperature, recency, causal)
+
+    with mock.patch("nord_snn.layers.resonance.resonance", plain):
+        yield
+
+
+@contextmanager
+def products(precision: str) -> Iterator[None]:
+    """Precision of float32 matrix products."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def step_of(net: NordForCausalLM, fused: bool) -> Callable[[], object]:
+    """One training step as train.py does it."""
+    ids = torch.randint(0, 2048, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=fused)
+
+    def step() -> None:
+        net(input_ids=ids, labels=ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def contestants() -> dict[str, Callable[[], object]]:
+    """The plain loop with PyTorch's defaults first; then what each measure brings, and others' neurons in our model."""
+    compiled = on_the_reference(model())
+    for block in compiled.blocks:
+        block.compile()
+
+    def under(step: Callable[[], object], precision: str, plain: bool = False) -> Callable[[], object]:
+        def run() -> None:
+            with products(precision):
+                if not plain:
+                    step()
+                    return
+                with plain_resonance():
+                    step()
+
+        return run
+
+    made = {
+        "plain PyTorch loop": under(step_of(on_the_reference(model()), False), "highest", plain=True),
+        "torch.compile of its blocks": under(step_of(compiled, False), "highest", plain=True),
+        "plain loop with the recipe's matrix products and optimizer": under(
+            step_of(on_the_reference(model()), True), "medium", plain=True
+        ),
+        "nord-snn's kernels alone": under(step_of(model(), False), "highest"),
+        "**nord-snn**, as `train.py` runs it": under(step_of(model(), True), "medium"),
+        "the same with SpikingJelly's `LIFNode`": under(
+            step_of(
+                with_neurons(model(), lambda n: neuron.LIFNode(surrogate_function=surrogate.ATan(), step_mode="m")),
+                True,
+            ),
+            "medium",
+        ),
+    }
+    with suppress(ImportError):  # snnTorch may not be installed
+        made["the same with snnTorch's `Synaptic`"] = under(
+            step_of(with_neurons(model(), lambda n: Synaptic()), True), "medium"
+        )
+    return made
+
+
+def products_alone() -> Callable[[], object]:
+    """The matrix products of one step, forward and backward, and nothing else: the floor of any implementation."""
+    rows, width, hidden, vocabulary, steps = BATCH * LENGTH, 128, 256, 2048, 10
+    shapes = [(rows * steps, width, width)] * 2 + [(rows, width, width)] * 2
+    shapes += [(rows * steps, width, hidden), (rows * steps, hidden, width)]
+    shapes = shapes * 4 + [(rows, width, width), (rows, width, vocabulary)]
+    operands = [(torch.randn(n, i), torch.randn(o, i), torch.randn(n, o)) for n, i, o in shapes]
+
+    def run() -> None:
+        with products("medium"):
+            for x, weight, grad in operands:
+                x @ weight.T
+                grad @ weight
+                grad.T @ x
+
+    return run
+
+
+def gate() -> str:
+    """Compare loss and gradients of kernels and plain loop; raises if they differ, else says how closely they agree."""
+    ids = torch.randint(0, 2048, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    nets = on_the_reference(model()), model()
+    with plain_resonance():
+        losses = [nets[0](input_ids=ids, labels=ids).loss]
+    losses.append(nets[1](input_ids=ids, labels=ids).loss)
+    for loss in losses:
+        loss.backward()
+    off = float((losses[0] - losses[1]).detach().abs())
+    worst = max(
+        float((a.grad - b.grad).norm() / b.grad.norm().clamp(min=1e-12))
+        for a, b in zip(nets[1].parameters(), nets[0].parameters(), strict=True)
+        if a.grad is not None
+    )
+    if off > 1e-4 or worst > 5e-4:
+        raise SystemExit(f"correctness gate: loss off by {off:.1e}, gradients by {worst:.1e}")
+    return f"loss within {off:.1e} of the plain loop's, gradients within {worst:.1e}"

@@ -1,0 +1,171 @@
+"""Measure the kernels against their references, their peers and the floor: ``python benchmarks/run.py``.
+
+A correctness gate runs before each table: figures of a kernel that computes something else are worth nothing. Tables are
+printed and written to ``docs/benchmarks.md`` with machine and versions. With a CUDA GPU, its tables are added.
+"""
+
+import argparse
+import datetime
+import gc
+import importlib.metadata
+import platform
+from pathlib import Path
+
+import language_model
+import neurons
+import resonance
+import torch
+from timing import Row, copy_bandwidth, peak_bytes, race
+
+OUT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+CPU_NEURONS = (((10, 1024, 128), 16), ((10, 2048, 512), 64))
+GPU_NEURONS = ((10, 65536, 512), 64)
+
+
+class Page:
+    """What is printed goes into the file too, once all of it is there."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def say(self, text: str = "") -> None:
+        """A line or a block."""
+        print(text, flush=True)
+        self.text += text + "\n"
+
+    def table(self, rows: list[Row], baseline: str, floor_ms: float, floor: str) -> None:
+        """Contestants, fastest last, and the floor."""
+        self.say(f"| | ms | times as fast as the {baseline} |\n|---|---|---|")
+        for row in sorted(rows, key=lambda row: -row.milliseconds):
+            self.say(f"| {row.name} | {row.milliseconds:.2f} | {row.speedup:.1f} |")
+        self.say(f"| floor: {floor} | {floor_ms:.2f} | {rows[0].milliseconds / floor_ms:.1f} |\n")
+
+
+def machine() -> str:
+    """Processor, threads, and the versions that matter."""
+    names = ("torch", "numba", "triton", "cupy-cuda12x", "cupy-cuda13x", "spikingjelly", "snntorch", "numpy")
+    versions = []
+    for name in names:
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    processor = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        processor = lines[0].split(":")[1].strip() if lines else processor
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return (
+        f"{processor} ({capability}), {torch.get_num_threads()} threads{gpu}; Python {platform.python_version()}, "
+        f"{', '.join(versions)}; {datetime.date.today().isoformat()}"
+    )
+
+
+def neuron_tables(
+    page: Page, shape: tuple[int, int, int], n_clusters: int, dtype: torch.dtype, device: str, seconds: float
+) -> None:
+    """Forward, then forward and backward, of one shape."""
+    inputs = neurons.case(shape, n_clusters, dtype, device)
+    x = inputs["x"]
+    page.say(f"### Neuron, x {list(shape)}, {n_clusters} clusters, {str(dtype).removeprefix('torch.')}, {device}\n")
+    page.say(f"Gate: {neurons.gate(inputs)}.\n")
+    for backward in (False, True):
+        rows = race(neurons.contestants(inputs, backward), seconds)
+        moved = neurons.floor(x, backward)
+        floor_ms = 1e3 * moved / copy_bandwidth(device, x.numel() * x.element_size())
+        page.say("Forward and backward:\n" if backward else "Forward, no gradient:\n")
+        page.table(rows, "plain loop", floor_ms, f"{moved / 1e6:.0f} MB at the copy bandwidth")
+        torch._dynamo.reset()
+        gc.collect()
+
+
+def resonance_tables(page: Page, seconds: float) -> None:
+    """Time at the language model's shape and at a longer one, and how memory grows."""
+    for T, B, S, D in ((10, 8, 128, 128), (10, 1, 1024, 128)):
+        inputs = resonance.case(T, B, S, D)
+        page.say(f"### Resonance, q and k [{T}, {B}, {S}, {D}], {resonance.HEADS} heads, top {resonance.TOP_K}\n")
+        page.say(f"Gate: {resonance.gate(inputs)}.\n\nForward and backward:\n")
+        moved = resonance.floor(inputs)
+        floor_ms = 1e3 * moved / copy_bandwidth("cpu", inputs["q"].numel() * 4)
+        page.table(
+            race(resonance.contestants(inputs), seconds),
+            "reference",
+            floor_ms,
+            f"{moved / 1e6:.0f} MB at the copy bandwidth",
+        )
+        torch._dynamo.reset()
+    page.say("Most memory alive at once in forward and backward, MB, by context length S, q and k [4, 1, S, 64]:\n")
+    lengths = (512, 1024, 2048, 4096)
+    page.say("| S | " + " | ".join(map(str, lengths)) + " |\n|---|" + "---|" * len(lengths))
+    for name in ("reference", "**nord-snn**"):
+        peaks = [
+            peak_bytes(resonance.contestants(resonance.case(4, 1, S, 64), compiled=False)[name]) / 1e6 for S in lengths
+        ]
+        page.say(f"| {name} | " + " | ".join(f"{peak:.0f}" for peak in peaks) + " |")
+    page.say()
+
+
+def language_model_table(page: Page, seconds: float) -> None:
+    """One training step."""
+    page.say("### Training step of the language model\n")
+    page.say(f"{(language_model.__doc__ or '').strip()} Gate: {language_model.gate()}.\n")
+    rows = race(language_model.contestants(), seconds)
+    alone = race({"alone": language_model.products_alone()}, seconds / 10)[0].milliseconds
+    page.table(rows, "plain loop", alone, "its matrix products alone")
+    tokens = language_model.BATCH * language_model.LENGTH
+    ours = next(row for row in rows if row.name.startswith("**"))
+    page.say(
+        f"{tokens * 1e3 / rows[0].milliseconds:.0f} tokens/s before, {tokens * 1e3 / ours.milliseconds:.0f} after.\n"
+    )
+
+
+def main() -> None:
+    """All tables, in one process."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=15.0, help="how long the contestants of a table take turns")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--only", choices=("neurons", "resonance", "language-model", "gpu"), help="one part; writes nothing"
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch._dynamo.config.cache_size_limit = 64
+    page = Page()
+    page.say("# Benchmarks\n")
+    page.say(
+        "Written by `python benchmarks/run.py`. Contestants take turns in one process; times are medians, ratios are"
+    )
+    page.say(
+        "medians over the turns. SpikingJelly's and snnTorch's neurons do less: no cascade, no refractory period, and"
+    )
+    page.say("`LIFNode` has no synaptic current.\n")
+    page.say(machine() + "\n\n## CPU\n")
+    if arguments.only in (None, "neurons"):
+        for shape, n_clusters in CPU_NEURONS:
+            neuron_tables(page, shape, n_clusters, torch.float32, "cpu", arguments.seconds)
+    if arguments.only in (None, "resonance"):
+        resonance_tables(page, arguments.seconds)
+    if arguments.only in (None, "language-model"):
+        language_model_table(page, 3 * arguments.seconds)
+    page.say("## GPU\n")
+    if torch.cuda.is_available():
+        for dtype in (torch.bfloat16, torch.float32):
+            neuron_tables(page, *GPU_NEURONS, dtype, "cuda", arguments.seconds)
+    else:
+        page.say(
+            "**Not measured.** No CUDA GPU was available when this page was written: the Triton and CuPy kernels are"
+        )
+        page.say(
+            "tested for their results (Triton's interpreter, the CUDA source compiled for the GPU and run on the CPU), and"
+        )
+        page.say("nothing is known about their speed. On a machine with a GPU the same command adds its tables here.")
+    if arguments.only is None:
+        OUT.parent.mkdir(exist_ok=True)
+        OUT.write_text(page.text, encoding="utf-8")
+        print(f"\nwritten to {OUT}")
+
+
+if __name__ == "__main__":
+    main()

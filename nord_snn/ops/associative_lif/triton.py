@@ -1,0 +1,564 @@
+"""The associative LIF neuron on a GPU: Triton kernels that pass over memory once.
+
+A program holds whole rows of neurons, because the cascade couples all neurons of a row, and carries them through time in
+registers. Nothing of the forward pass is kept for the backward pass, which walks through time again: a segment of up to 12
+steps forwards, with v and i_syn before each step (and one bit, held or not) kept in registers, and then back. A sequence
+that fits into one segment costs the floor, x and grad_spikes read and grad_x written: 12 bytes per neuron and step in
+float32, 6 in bfloat16; x is loaded twice, the second time from the cache. A longer sequence is first passed over once more
+to note the state at each segment's start, in a scratch that each program of the bounded grid reuses for all its rows: x
+again, and 24 bytes per neuron and segment that mostly stay in the L2 cache. A cascade's sums per cluster also go to memory,
+16 / members bytes per neuron and step with the reading: their product is the gradient of the coupling.
+"""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["SURROGATE_IDS", "accepts", "backward", "forward"]
+
+#: The rows of :data:`nord_snn.ops.SURROGATES` that ``_surrogate`` knows.
+SURROGATE_IDS = {"nord_atan": 0, "atan": 1, "sigmoid": 2, "fast_sigmoid": 3}
+
+_TILE = 512  # neurons of a program: four a thread, so that what a segment keeps still fits into the registers
+_LARGEST_TILE = 16384  # of a cascade, whose rows cannot be cut: beyond this, programs live on spilled registers
+_LONGEST_SEGMENT = 12
+_WIDEST_MATRIX = 64  # clusters up to which the coupling stays in registers
+
+_NEVER = tl.constexpr(1e15)  # threshold of padding; finite, since zero times infinity would spoil the sums
+_PI = tl.constexpr(math.pi)
+
+
+@triton.jit
+def _neurons(D: tl.constexpr, C: tl.constexpr, M_PAD: tl.constexpr, C_PAD: tl.constexpr):
+    """Which neurons a tile holds, ``[1, M_PAD, C_PAD]``, and which of them exist; member m of cluster c is ``m * C + c``."""
+    member = tl.arange(0, M_PAD)[None, :, None]
+    cluster = tl.program_id(1) * C_PAD + tl.arange(0, C_PAD)[None, None, :]
+    return member * C + cluster, (member < D // C) & (cluster < C)
+
+
+@triton.jit
+def _load(ptr, at, here, mask, dtype: tl.constexpr):
+    """What ``ptr`` holds, zero outside ``mask`` and everywhere if there is no ``ptr``."""
+    if ptr is None:
+        out = tl.zeros(mask.shape, dtype)
+    else:
+        out = tl.load(ptr + at + here, mask=mask, other=0).to(dtype)
+    return out
+
+
+@triton.jit
+def _matrix(ptr, C: tl.constexpr, C_PAD: tl.constexpr, WIDE: tl.constexpr):
+    """The matrix for ``_couple``: ``[C_PAD, C_PAD]`` in registers, or where it is if it is too wide for them."""
+    if ptr is None or WIDE:
+        out = ptr
+    else:
+        k, c = tl.arange(0, C_PAD)[:, None], tl.arange(0, C_PAD)[None, :]
+        out = tl.load(ptr + k * C + c, mask=(k < C) & (c < C), other=0.0)
+    return out
+
+
+@triton.jit
+def _couple(sums, matrix, exchange_ptr, C: tl.constexpr, R: tl.constexpr, C_PAD: tl.constexpr, WIDE: tl.constexpr):
+    """``out[r, 0, c] = sum over k of sums[r, k] * matrix[k, c]``.
+
+    Threads own clusters c, so the sum over k mostly stays within a thread. A wide matrix is read in blocks of K rows, and
+    ``sums`` with it, which for that goes through memory: registers cannot be indexed.
+    """
+    if WIDE:
+        K: tl.constexpr = max(1, min(16, C_PAD, 8192 // (R * C_PAD)))
+        c = tl.arange(0, C_PAD)[None, :]
+        row = (tl.program_id(0) * R + tl.arange(0, R)[:, None]) * C_PAD
+        tl.debug_barrier()  # the readers of the call before
+        tl.store(exchange_ptr + row + c, sums)
+        tl.debug_barrier()
+        out = tl.zeros([R, C_PAD], tl.float32)
+        first = 0
+        while first < C:
+            k = first + tl.arange(0, K)
+            part = tl.load(exchange_ptr + row + k[None, :])
+            rows = tl.load(matrix + k[:, None] * C + c, mask=(k[:, None] < C) & (c < C), other=0.0)
+            out += tl.sum(part[:, :, None] * rows[None, :, :], 1)
+            first += K
+    else:
+        out = tl.sum(sums[:, :, None] * matrix[None, :, :], 1)
+    return out[:, None, :]
+
+
+@triton.jit
+def _surrogate(x, alpha, SURROGATE: tl.constexpr):
+    """The derivatives of ``nord_snn.ops.SURROGATES`` at ``x``, membrane minus threshold."""
+    if SURROGATE == 0:
+        z = alpha * x
+        out = tl.div_rn(alpha, (1 + z * z) * (2 * _PI))
+    elif SURROGATE == 1:
+        z = alpha * x * (_PI / 2)
+        out = tl.div_rn(alpha, (1 + z * z) * 2)
+    elif SURROGATE == 2:
+        z = tl.exp(-tl.abs(alpha * x))  # an even function: the side that cannot overflow
+        out = tl.div_rn(alpha * z, (1 + z) * (1 + z))
+    else:
+        z = 1 + alpha * tl.abs(x)
+        out = tl.div_rn(1.0, z * z)
+    return out
+
+
+@triton.jit
+def _load_steps(ptr, here, inside, stride, first, T, LENGTH: tl.constexpr):
+    """Steps ``first`` to ``first + LENGTH``, zero from T on.
+
+    No load passes a store, so whoever stores at every step should have loaded before: one latency instead of LENGTH.
+    """
+    out = ()
+    for k in tl.static_range(LENGTH):
+        out += (tl.load(ptr + k * stride + here, mask=inside & (first + k < T), other=0),)  # type: ignore[assignment]
+    return out
+
+
+@triton.jit
+def _step(v, i, refractory, x, threshold, beta_mem, beta_syn, v_reset, refractory_steps):
+    """One time step of ``reference.py`` up to the cascade; returns the next state and the spikes."""
+    i = beta_syn * i + x.to(tl.float32)
+    u = tl.where(refractory > 0, v_reset, beta_mem * v + (1 - beta_mem) * i)
+    fires = u - threshold >= 0
+    s = fires.to(tl.float32)
+    return u - s * threshold, i, tl.where(fires, refractory_steps, tl.maximum(refractory - 1, 0)), s
+
+
+@triton.jit
+def _step_back(
+    grad_v, grad_i, grad_s, v, i, free, x, threshold, beta_mem, beta_syn, v_reset, alpha, SURROGATE: tl.constexpr
+):
+    """The same step backwards: gradients of its outputs and the state before it.
+
+    Returns the gradients of v and i before it and of x, and what it adds to those of threshold, beta_mem and beta_syn.
+    """
+    current = beta_syn * i + x.to(tl.float32)
+    u = tl.where(free, beta_mem * v + (1 - beta_mem) * current, v_reset)
+    through = (grad_s - threshold * grad_v) * _surrogate(u - threshold, alpha, SURROGATE)
+    grad_u = tl.where(free, grad_v + through, 0.0)
+    grad_x = grad_i + (1 - beta_mem) * grad_u
+    return beta_mem * grad_u, beta_syn * grad_x, grad_x, -through, grad_u * (v - current), grad_x * i
+
+
+@triton.jit
+def _forward(
+    x_ptr, v_ptr, i_ptr, refractory_ptr, threshold_ptr, beta_mem_ptr, beta_syn_ptr, coupling_t_ptr, exchange_ptr,
+    spikes_ptr, v_seq_ptr, v_last_ptr, i_last_ptr, refractory_last_ptr, T, N, blocks, v_reset, refractory_steps,
+    D: tl.constexpr, C: tl.constexpr, R: tl.constexpr, M_PAD: tl.constexpr, C_PAD: tl.constexpr, WIDE: tl.constexpr,
+    LENGTH: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Blocks of R rows, ``program_id(0)`` and every ``num_programs(0)``-th after it, through all time steps.
+
+    Segments have LENGTH steps, the last of them fewer if PADDED.
+    """
+    neuron, exists = _neurons(D, C, M_PAD, C_PAD)
+    row = tl.arange(0, R)[:, None, None]
+    here = row * D + neuron
+    stride = tl.cast(N, tl.int64) * D
+    v_reset = tl.cast(v_reset, tl.float32)
+    beta_mem, beta_syn = tl.load(beta_mem_ptr), tl.load(beta_syn_ptr)
+    threshold = tl.load(threshold_ptr + neuron, mask=exists, other=_NEVER)
+    matrix = _matrix(coupling_t_ptr, C, C_PAD, WIDE)
+    block = tl.program_id(0).to(tl.int64)
+    while block < blocks:
+        at = block * R * D
+        inside = exists & (block * R + row < N)
+        v = _load(v_ptr, at, here, inside, tl.float32)
+        i = _load(i_ptr, at, here, inside, tl.float32)
+        refractory = _load(refractory_ptr, at, here, inside, tl.int32)
+        first = 0
+        while first < T:
+            now = at + first * stride
+            inputs = _load_steps(x_ptr + now, here, inside, stride, first, T, LENGTH)
+            for k in tl.static_range(LENGTH):
+                if PADDED:
+                    live = first + k < T
+                else:
+                    live = True
+                if live:
+                    v, i, refractory, s = _step(
+                        v, i, refractory, inputs[k], threshold, beta_mem, beta_syn, v_reset, refractory_steps
+                    )
+                    tl.store(spikes_ptr + now + k * stride + here, s, mask=inside)
+                    if v_seq_ptr is not None:
+                        tl.store(v_seq_ptr + now + k * stride + here, v, mask=inside)
+                    if matrix is not None:
+                        i += _couple(tl.sum(s, 1), matrix, exchange_ptr, C, R, C_PAD, WIDE)
+            first += LENGTH
+        tl.store(v_last_ptr + at + here, v, mask=inside)
+        tl.store(i_last_ptr + at + here, i, mask=inside)
+        tl.store(refractory_last_ptr + at + here, refractory, mask=inside)
+        block += tl.num_programs(0)
+
+
+@triton.jit
+def _note(ptr, segment, tile, v, i, refractory, SIZE: tl.constexpr):
+    """Note the state at the start of a segment; ``_recall`` has it back."""
+    ptr += segment * (3 * SIZE)
+    tl.store(ptr + tile, v)
+    tl.store(ptr + SIZE + tile, i)
+    tl.store(ptr + 2 * SIZE + tile, refractory.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _recall(ptr, segment, tile, SIZE: tl.constexpr):
+    ptr += segment * (3 * SIZE)
+    return tl.load(ptr + tile), tl.load(ptr + SIZE + tile), tl.load(ptr + 2 * SIZE + tile).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _backward(
+    grad_spikes_ptr, grad_v_seq_ptr, grad_v_last_ptr, grad_i_last_ptr, x_ptr, v_ptr, i_ptr, refractory_ptr,
+    threshold_ptr, beta_mem_ptr, beta_syn_ptr, coupling_ptr, coupling_t_ptr, exchange_ptr, starts_ptr,
+    grad_x_ptr, grad_v_ptr, grad_i_ptr, grad_threshold_ptr, grad_betas_ptr, sums_ptr, grad_sums_ptr,
+    T, N, blocks, segments, v_reset, refractory_steps, alpha,
+    D: tl.constexpr, C: tl.constexpr, R: tl.constexpr, M_PAD: tl.constexpr, C_PAD: tl.constexpr, WIDE: tl.constexpr,
+    LENGTH: tl.constexpr, PADDED: tl.constexpr, SURROGATE: tl.constexpr,
+):  # fmt: skip
+    """Blocks and segments as in ``_forward``.
+
+    Gradients of what all rows share are summed over this program's blocks, then written to its own place.
+    """
+    SIZE: tl.constexpr = R * M_PAD * C_PAD
+    neuron, exists = _neurons(D, C, M_PAD, C_PAD)
+    row = tl.arange(0, R)[:, None, None]
+    here = row * D + neuron
+    stride = tl.cast(N, tl.int64) * D
+    v_reset, alpha = tl.cast(v_reset, tl.float32), tl.cast(alpha, tl.float32)
+    beta_mem, beta_syn = tl.load(beta_mem_ptr), tl.load(beta_syn_ptr)
+    threshold = tl.load(threshold_ptr + neuron, mask=exists, other=_NEVER)
+    program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    if starts_ptr is not None:
+        starts_ptr += program * segments * (3 * SIZE)
+    member, cluster = tl.arange(0, M_PAD)[None, :, None], tl.arange(0, C_PAD)[None, None, :]
+    tile = (row * M_PAD + member) * C_PAD + cluster
+    # The same for sums over clusters, [R, C_PAD].
+    row_of_sums, cluster_of_sums = tl.arange(0, R)[:, None], tl.arange(0, C_PAD)[None, :]
+    here_sums = row_of_sums * C + cluster_of_sums
+    stride_sums = tl.cast(N, tl.int64) * C
+    total_threshold = tl.zeros([R, M_PAD, C_PAD], tl.float32)
+    total_beta_mem = tl.zeros([R, M_PAD, C_PAD], tl.float32)
+    total_beta_syn = tl.zeros([R, M_PAD, C_PAD], tl.float32)
+    block = tl.program_id(0).to(tl.int64)
+    while block < blocks:
+        at = block * R * D
+        inside = exists & (block * R + row < N)
+        at_sums = block * R * C
+        inside_sums = (block * R + row_of_sums < N) & (cluster_of_sums < C)
+        v = _load(v_ptr, at, here, inside, tl.float32)
+        i = _load(i_ptr, at, here, inside, tl.float32)
+        refractory = _load(refractory_ptr, at, here, inside, tl.int32)
+        grad_v = _load(grad_v_last_ptr, at, here, inside, tl.float32)
+        grad_i = _load(grad_i_last_ptr, at, here, inside, tl.float32)
+        segment = 0
+        if starts_ptr is not None:
+            matrix = _matrix(coupling_t_ptr, C, C_PAD, WIDE)
+            tl.debug_barrier()  # the readers of the block before
+            while segment < segments - 1:
+                _note(starts_ptr, segment, tile, v, i, refractory, SIZE)
+                first = segment * LENGTH
+                inputs = _load_steps(x_ptr + at + first * stride, here, inside, stride, first, T, LENGTH)
+                for k in tl.static_range(LENGTH):
+                    v, i, refractory, s = _step(
+                        v, i, refractory, inputs[k], threshold, beta_mem, beta_syn, v_reset, refractory_steps
+                    )
+                    if matrix is not None:
+                        i += _couple(tl.sum(s, 1), matrix, exchange_ptr, C, R, C_PAD, WIDE)
+                segment += 1
+            _note(starts_ptr, segment, tile, v, i, refractory, SIZE)
+            tl.debug_barrier()
+        while segment >= 0:
+            if starts_ptr is not None:
+                v, i, refractory = _recall(starts_ptr, segment, tile, SIZE)
+            first = segment * LENGTH
+            now, now_sums = at + first * stride, at_sums + first * stride_sums
+            # Forwards. Beyond T the steps run on in the void: nobody reads what they leave.
+            inputs = _load_steps(x_ptr + now, here, inside, stride, first, T, LENGTH)
+            ahead = _matrix(coupling_t_ptr, C, C_PAD, WIDE)
+            vs, currents = (), ()
+            held = tl.zeros([R, M_PAD, C_PAD], tl.int32)  # bit k: in step k
+            for k in tl.static_range(LENGTH):
+                vs += (v,)  # type: ignore[assignment]
+                currents += (i,)  # type: ignore[assignment]
+                held |= (refractory > 0).to(tl.int32) << k
+                v, i, refractory, s = _step(
+                    v, i, refractory, inputs[k], threshold, beta_mem, beta_syn, v_reset, refractory_steps
+                )
+                if ahead is not None:
+                    sums = tl.sum(s, 1)
+                    tl.store(
+                        sums_ptr + now_sums + k * stride_sums + here_sums, sums, mask=inside_sums & (first + k < T)
+                    )
+                    i += _couple(sums, ahead, exchange_ptr, C, R, C_PAD, WIDE)
+            # And back. Betas are loaded anew, or else the compiler keeps beta * v and beta * i of all steps for here.
+            beta_mem, beta_syn = tl.load(beta_mem_ptr), tl.load(beta_syn_ptr)
+            gradients = _load_steps(grad_spikes_ptr + now, here, inside, stride, first, T, LENGTH)
+            behind = _matrix(coupling_ptr, C, C_PAD, WIDE)
+            for k in tl.static_range(LENGTH - 1, -1, -1):
+                if PADDED:
+                    live = first + k < T
+                else:
+                    live = True
+                if live:
+                    x = tl.load(x_ptr + now + k * stride + here, mask=inside, other=0)
+                    grad_s = gradients[k].to(tl.float32)
+                    if grad_v_seq_ptr is not None:
+                        grad_v += tl.load(grad_v_seq_ptr + now + k * stride + here, mask=inside, other=0).to(tl.float32)
+                    if behind is not None:
+                        sums = tl.sum(grad_i, 1)
+                        tl.store(grad_sums_ptr + now_sums + k * stride_sums + here_sums, sums, mask=inside_sums)
+                        grad_s += _couple(sums, behind, exchange_ptr, C, R, C_PAD, WIDE)
+                    free = (held >> k) & 1 == 0
+                    grad_v, grad_i, grad_x, by_threshold, by_beta_mem, by_beta_syn = _step_back(
+                        grad_v, grad_i, grad_s, vs[k], currents[k], free, x, threshold, beta_mem, beta_syn, v_reset,
+                        alpha, SURROGATE,
+                    )  # fmt: skip
+                    tl.store(grad_x_ptr + now + k * stride + here, grad_x, mask=inside)
+                    total_threshold += by_threshold
+                    total_beta_mem += by_beta_mem
+                    total_beta_syn += by_beta_syn
+            segment -= 1
+        if grad_v_ptr is not None:
+            tl.store(grad_v_ptr + at + here, grad_v, mask=inside)
+            tl.store(grad_i_ptr + at + here, grad_i, mask=inside)
+        block += tl.num_programs(0)
+    grad_threshold_ptr += tl.program_id(0).to(tl.int64) * D
+    tl.store(grad_threshold_ptr + neuron, tl.sum(total_threshold, 0)[None, :, :], mask=exists)
+    tl.store(grad_betas_ptr + 2 * program, tl.sum(total_beta_mem))
+    tl.store(grad_betas_ptr + 2 * program + 1, tl.sum(total_beta_syn))
+
+
+class _Plan(NamedTuple):
+    """How rows become tiles ``[R, M_PAD, C_PAD]``, C_PAD of D neurons wide where no cascade couples them."""
+
+    constants: dict[str, Any]
+    blocks: int  # of R rows
+    columns: int  # tiles side by side
+    tile: int  # neurons of a program
+    warps: int
+
+
+def _plan(n_rows: int, n_features: int, n_clusters: int) -> _Plan:
+    if n_clusters:
+        members, clusters = n_features // n_clusters, n_clusters
+        width = triton.next_power_of_2(clusters)
+    else:
+        members, clusters = 1, n_features
+        width = min(triton.next_power_of_2(clusters), _TILE)
+    wide = n_clusters > 0 and width > _WIDEST_MATRIX
+    row = triton.next_power_of_2(members) * width
+    rows = max(1, min(triton.next_power_of_2(n_rows), _TILE // row))
+    threads = rows * row // 4
+    if n_clusters and not wide:  # what _couple multiplies in one go
+        rows = max(1, min(rows, 8192 // width**2))
+        threads = max(rows * row // 4, width**2 // 32)
+    constants = {
+        "D": n_features,
+        "C": clusters,
+        "R": rows,
+        "M_PAD": triton.next_power_of_2(members),
+        "C_PAD": width,
+        "WIDE": wide,
+    }
+    columns = 1 if n_clusters else triton.cdiv(clusters, width)
+    return _Plan(constants, triton.cdiv(n_rows, rows), columns, rows * row, max(1, min(threads // 32, 16)))
+
+
+def _programs(plan: _Plan, device: torch.device, warps: int) -> int:
+    """How many programs share the blocks if ``warps`` fit on a multiprocessor."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return max(1, min(plan.blocks, processors * warps // (plan.warps * plan.columns)))
+
+
+def _segments(n_steps: int, plan: _Plan) -> tuple[int, int]:
+    """Length and number of segments: as long as registers allow, and of equal length where that is not much shorter."""
+    longest = max(4, min(_LONGEST_SEGMENT, 48 * 32 * plan.warps // plan.tile))
+    segments = triton.cdiv(n_steps, longest)
+    length = triton.cdiv(n_steps, segments)
+    length = next((n for n in range(longest, longest // 2, -1) if n_steps % n == 0), length)
+    return length, triton.cdiv(n_steps, length)
+
+
+def accepts(n_features: int, n_clusters: int) -> tuple[bool, str]:
+    """Whether the kernels can run rows of ``n_features`` neurons in ``n_clusters`` clusters (0: no cascade), and if not, why."""
+    if n_clusters:
+        tile = triton.next_power_of_2(n_features // n_clusters) * triton.next_power_of_2(n_clusters)
+        if tile > _LARGEST_TILE:
+            return False, (
+                f"a program holds the whole row that a cascade couples, {_LARGEST_TILE} neurons at most, and D = {n_features} "
+                f"in C = {n_clusters} clusters takes {tile} once members and clusters are padded to powers of two"
+            )
+    return True, "runs"
+
+
+def _float(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().to(torch.float32).contiguous()
+
+
+def _exchange(plan: _Plan, programs: int, like: Tensor) -> Tensor | None:
+    """Where programs put sums for ``_couple`` with a wide matrix."""
+    if not plan.constants["WIDE"]:
+        return None
+    return like.new_empty(programs, plan.constants["R"], plan.constants["C_PAD"], dtype=torch.float32)
+
+
+def _device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be that of ``x``."""
+    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
+
+
+def forward(
+    x: Tensor,
+    v: Tensor | None,
+    i_syn: Tensor | None,
+    refractory: Tensor | None,
+    threshold: Tensor,
+    beta_mem: Tensor,
+    beta_syn: Tensor,
+    coupling: Tensor | None,
+    v_reset: float,
+    refractory_steps: int,
+    keep_v: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Spikes, membranes (empty unless ``keep_v``) and the last state; the arguments are those of the op in ``autograd.py``."""
+    T, N, D = x.shape
+    x = x.contiguous()
+    spikes, v_seq = torch.empty_like(x), x.new_empty(T if keep_v else 0, N, D)
+    v_last, i_last = (x.new_empty(N, D, dtype=torch.float32) for _ in range(2))
+    refractory_last = x.new_empty(N, D, dtype=torch.int32)
+    if spikes.numel():
+        plan = _plan(N, D, 0 if coupling is None else coupling.shape[0])
+        programs = _programs(plan, x.device, 64)
+        length, segments = _segments(T, plan)
+        with _device_of(x):
+            _forward[(programs, plan.columns)](
+                x,
+                _float(v),
+                _float(i_syn),
+                None if refractory is None else refractory.contiguous(),
+                _float(threshold),
+                _float(beta_mem),
+                _float(beta_syn),
+                None if coupling is None else _float(coupling.t()),
+                _exchange(plan, programs, x),
+                spikes,
+                v_seq if keep_v else None,
+                v_last,
+                i_last,
+                refractory_last,
+                T,
+                N,
+                plan.blocks,
+                float(v_reset),
+                refractory_steps,
+                LENGTH=length,
+                PADDED=length * segments > T,
+                num_warps=plan.warps,
+                maxnreg=128,
+                enable_fp_fusion=False,
+                **plan.constants,
+            )
+    return spikes, v_seq, v_last, i_last, refractory_last
+
+
+def backward(
+    grad_spikes: Tensor,
+    grad_v_seq: Tensor | None,
+    grad_v_last: Tensor | None,
+    grad_i_last: Tensor | None,
+    x: Tensor,
+    v: Tensor | None,
+    i_syn: Tensor | None,
+    refractory: Tensor | None,
+    threshold: Tensor,
+    beta_mem: Tensor,
+    beta_syn: Tensor,
+    coupling: Tensor | None,
+    v_reset: float,
+    refractory_steps: int,
+    surrogate: str,
+    alpha: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, v, i_syn (empty without a state), threshold, both betas and coupling (empty without one)."""
+    T, N, D = x.shape
+    C = 0 if coupling is None else coupling.shape[0]
+    x = x.contiguous()
+    floats: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
+    grad_x = torch.empty_like(x)
+    grad_v, grad_i = (torch.empty(0 if v is None else N, D, **floats) for _ in range(2))
+    if not x.numel():
+        grad_beta_mem, grad_beta_syn = torch.zeros_like(beta_mem), torch.zeros_like(beta_syn)
+        return (
+            grad_x,
+            grad_v,
+            grad_i,
+            torch.zeros(D, **floats),
+            grad_beta_mem,
+            grad_beta_syn,
+            torch.zeros(C, C, **floats),
+        )
+    plan = _plan(N, D, C)
+    programs = _programs(plan, x.device, 12)
+    length, segments = _segments(T, plan)
+    starts = None
+    if segments > 1:
+        starts = torch.empty(programs * plan.columns, segments, 3, plan.tile, **floats)
+    grad_threshold = torch.empty(programs, D, **floats)
+    grad_betas = torch.empty(programs * plan.columns, 2, **floats)
+    sums, grad_sums = torch.empty(T, N, C, **floats), torch.empty(T, N, C, **floats)
+    with _device_of(x):
+        _backward[(programs, plan.columns)](
+            grad_spikes.contiguous(),
+            None if grad_v_seq is None else grad_v_seq.contiguous(),
+            _float(grad_v_last),
+            _float(grad_i_last),
+            x,
+            _float(v),
+            _float(i_syn),
+            None if refractory is None else refractory.contiguous(),
+            _float(threshold),
+            _float(beta_mem),
+            _float(beta_syn),
+            _float(coupling),
+            None if coupling is None else _float(coupling.t()),
+            _exchange(plan, programs, x),
+            starts,
+            grad_x,
+            None if v is None else grad_v,
+            None if v is None else grad_i,
+            grad_threshold,
+            grad_betas,
+            sums,
+            grad_sums,
+            T,
+            N,
+            plan.blocks,
+            segments,
+            float(v_reset),
+            refractory_steps,
+            float(alpha),
+            LENGTH=length,
+            PADDED=length * segments > T,
+            SURROGATE=SURROGATE_IDS[surrogate],
+            num_warps=plan.warps,
+            maxnreg=168 if plan.warps <= 4 else 128,
+            enable_fp_fusion=False,
+            **plan.constants,
+        )
+    grad_beta_mem, grad_beta_syn = grad_betas.sum(0)
+    with torch.autocast(x.device.type, enabled=False):
+        grad_coupling = grad_sums.flatten(0, 1).T @ sums.flatten(0, 1)
+    return (
+        grad_x,
+        grad_v,
+        grad_i,
+        grad_threshold.sum(0),
+        grad_beta_mem.view_as(beta_mem),
+        grad_beta_syn.view_as(beta_syn),
+        grad_coupling,
+    )
