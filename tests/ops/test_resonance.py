@@ -1,13 +1,17 @@
-"""Temporal co-firing resonance: independent values, ties, causality, recency, gradients."""
+"""Temporal co-firing resonance: independent values, ties, causality, recency, gradients, blocks, memory."""
+
+import weakref
 
 import pytest
 import torch
 from helpers import load_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nord_snn.ops import resonance
-from nord_snn.ops.resonance.reference import coincidences, keep_best, resonance_scores
+from nord_snn.ops.resonance import blockwise
+from nord_snn.ops.resonance.reference import coincidences, keep_best, reference, resonance_scores
 
 CASES = load_reference("resonance")
 
@@ -97,6 +101,202 @@ def test_gradients_of_what_is_smooth():
         return resonance(q, k, v, n_heads=2, top_k=4, temperature=temperature, recency=recency)
 
     assert torch.autograd.gradcheck(run, (q, k, v, temperature, recency))
+
+
+def test_gradients_where_keys_are_dropped(monkeypatch):
+    """With real numbers for spikes no two scores are equal, and no small step changes which keys are kept."""
+    monkeypatch.setattr(blockwise, "BLOCK", 2)
+    shapes = ((2, 1, 5, 2), (2, 1, 5, 2), (1, 5, 2), (1,), (2,))
+    inputs = [torch.rand(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+    for causal in (True, False):
+
+        def run(q, k, v, temperature, recency, causal=causal):
+            return resonance(q, k, v, n_heads=2, top_k=2, temperature=temperature, recency=recency, causal=causal)
+
+        assert torch.autograd.gradcheck(run, inputs)
+
+
+def output_and_gradients(run, inputs, grad):
+    inputs = [None if x is None else x.detach().clone().requires_grad_() for x in inputs]
+    context = run(*inputs)
+    context.backward(grad)
+    return [context.detach(), *(x.grad for x in inputs if x is not None)]
+
+
+def assert_close(results, expected, tolerance):
+    """The context number by number, gradients by their norms."""
+    assert (results[0] - expected[0]).abs().max() <= tolerance
+    for result, reference_result in zip(results[1:], expected[1:], strict=True):
+        assert result.dtype == reference_result.dtype
+        assert (result - reference_result).norm() <= 10 * tolerance * (reference_result.norm() + 0.1)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    T=st.integers(1, 3),
+    B=st.integers(1, 3),
+    S=st.integers(1, 13),
+    n_heads=st.integers(1, 3),
+    width=st.integers(1, 3),
+    top_k=st.integers(1, 14),
+    temperature=st.sampled_from([0.5, -0.25, 0.0]),
+    recency=st.sampled_from([None, 0.0, 0.25, 0.3]),
+    causal=st.booleans(),
+    block=st.integers(1, 6),
+    scores=st.sampled_from([1, 60, 2**16]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 999),
+)
+def test_blocks_give_what_the_whole_gives(
+    T, B, S, n_heads, width, top_k, temperature, recency, causal, block, scores, dtype, seed
+):
+    """Few distinct counts, and slopes of a quarter beside temperatures of a quarter or a half: ties are the rule."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k = ((torch.rand(T, B, S, n_heads * width, generator=generator) < 0.5).to(dtype) for _ in range(2))
+    v, grad = (torch.randn(B, S, n_heads * width, generator=generator, dtype=dtype) for _ in range(2))
+    slopes = None if recency is None else recency * torch.arange(n_heads, dtype=dtype)
+    inputs = (q, k, v, torch.tensor([temperature], dtype=dtype), slopes)
+    before = [None if x is None else x.clone() for x in inputs]
+
+    def whole(q, k, v, temperature, recency):
+        return reference(q, k, v, n_heads, top_k, temperature, recency, causal)
+
+    def blocks(q, k, v, temperature, recency):
+        return resonance(q, k, v, n_heads=n_heads, top_k=top_k, temperature=temperature, recency=recency, causal=causal)
+
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blockwise, "BLOCK", block)
+        patch.setattr(blockwise, "SCORES", {"cpu": scores})
+        assert_close(output_and_gradients(blocks, inputs, grad), output_and_gradients(whole, inputs, grad), tolerance)
+        without_gradients = blocks(*inputs)
+    assert (without_gradients - whole(*inputs)).abs().max() <= tolerance
+    assert all(x is None or torch.equal(x, y) for x, y in zip(inputs, before, strict=True))  # nothing was written into
+
+
+@pytest.mark.parametrize(
+    ("T", "recency"), [(10, True), (10, False), (1, True), (1, False)]
+)  # with and without weights kept
+def test_at_full_size_the_results_are_those_of_the_reference(T, recency):
+    q, k = spikes(T, 2, 200, 64, rate=0.1), spikes(T, 2, 200, 64, rate=0.1)
+    slopes = torch.tensor([0.5, 0.125]) if recency else None
+    inputs = (q, k, torch.randn(2, 200, 64), torch.tensor([32**-0.5]), slopes)
+    grad = torch.randn(2, 200, 64)
+    expected = output_and_gradients(lambda q, k, v, t, r: reference(q, k, v, 2, 64, t, r, True), inputs, grad)
+    results = output_and_gradients(
+        lambda q, k, v, t, r: resonance(q, k, v, n_heads=2, top_k=64, temperature=t, recency=r), inputs, grad
+    )
+    assert_close(results, expected, 1e-5)
+
+
+def test_a_plain_number_as_temperature_keeps_its_digits():
+    q, k, v = spikes(3, 1, 6, 4).double(), spikes(3, 1, 6, 4).double(), torch.randn(1, 6, 4, dtype=torch.float64)
+    expected = reference(q, k, v, 2, 3, 0.1, None, True)
+    assert torch.allclose(resonance(q, k, v, n_heads=2, top_k=3, temperature=0.1), expected, rtol=0, atol=1e-14)
+
+
+def test_spikes_of_any_dtype_and_layout_are_the_same_spikes():
+    q, k, v = spikes(3, 2, 5, 4) > 0, spikes(3, 2, 5, 4) > 0, torch.randn(2, 5, 4).requires_grad_()
+    arguments = {"n_heads": 2, "top_k": 2, "temperature": torch.tensor([0.5]).requires_grad_()}
+    expected = output_and_gradients(lambda v: resonance(q.float(), k.float(), v, **arguments), [v], torch.ones(2, 5, 4))
+    for dtype in (torch.bool, torch.uint8, torch.bfloat16):
+        like = q.to(dtype), k.to(dtype)
+        results = output_and_gradients(lambda v, like=like: resonance(*like, v, **arguments), [v], torch.ones(2, 5, 4))
+        assert all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))
+    strided = [x.mT.contiguous().mT for x in (q.float(), k.float(), v)]
+    assert torch.equal(resonance(*strided, **arguments), resonance(q, k, v, **arguments))
+    low = [x.detach().to(torch.bfloat16).requires_grad_() for x in (q, k, v)]
+    resonance(*low, **arguments).sum().backward()
+    assert all(x.grad.dtype == torch.bfloat16 for x in low)
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 3, 4), (2, 3, 0, 4)])
+def test_nothing_in_nothing_out(shape):
+    q, k, v = (torch.zeros(s).requires_grad_() for s in (shape, shape, shape[1:]))
+    context = resonance(q, k, v, n_heads=2, top_k=2, temperature=1.0, recency=torch.ones(2))
+    context.sum().backward()
+    assert context.shape == shape[1:]
+    assert k.grad.shape == shape
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes that tensors made under this mode held at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(result):
+            if isinstance(x, torch.Tensor) and (storage := x.untyped_storage())._cdata not in self.live:
+                key, size = storage._cdata, storage.nbytes()
+                self.live[key] = weakref.ref(storage, lambda _, key=key, size=size: self.forget(key, size))
+                self.now += size
+                self.peak = max(self.peak, self.now)
+        return result
+
+    def forget(self, key, size):
+        del self.live[key]
+        self.now -= size
+
+
+@pytest.mark.parametrize("top_k", [16, 10_000])
+def test_memory_grows_with_the_length_and_not_with_its_square(top_k):
+    def whole(q, k, v, temperature, recency):
+        reference(q, k, v, 2, top_k, temperature, recency, True).sum().backward()
+
+    def blocks(q, k, v, temperature, recency):
+        with torch.no_grad():  # the two passes as autograd calls them; below the op itself no mode sees anything
+            context, *kept = blockwise.forward(q, k, v, temperature, recency, 2, top_k, True, True)
+            blockwise.backward(context, q, k, v, temperature, recency, *kept, 2, top_k, True, True)
+
+    def peak(run, S):
+        shapes = ((3, 1, S, 8), (3, 1, S, 8), (1, S, 8), (), (2,))
+        inputs = [torch.rand(shape).requires_grad_() for shape in shapes]
+        with PeakBytes() as mode:
+            run(*inputs)
+        return mode.peak
+
+    assert peak(blocks, 1024) <= 2.1 * peak(blocks, 512)
+    assert peak(whole, 1024) >= 3.5 * peak(whole, 512)
+
+
+def test_remembered_weights_take_no_more_room_than_the_queries():
+    for S in (12, 13):
+        q = torch.zeros(3, 5, S, 8)
+        kept = torch.Size(blockwise.weights_shape(q, 2, True)).numel()
+        assert kept <= q.numel()
+        assert (kept > 0) == (S == 12)
+
+
+def test_torch_knows_the_op_and_compiles_it_without_a_break(monkeypatch):
+    monkeypatch.setattr(blockwise, "BLOCK", 4)
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.temperature = torch.nn.Parameter(torch.tensor([0.5]))
+            self.recency = torch.nn.Parameter(torch.tensor([0.25, 0.1]))
+
+        def forward(self, q, k, v):
+            scale = {"temperature": self.temperature, "recency": self.recency}
+            return resonance(q, k, v * 2, n_heads=2, top_k=3, **scale) + resonance(
+                q, k, v, n_heads=2, top_k=3, temperature=0.7, causal=False
+            )
+
+    layer = Layer()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for S in (9, 5, 7):  # remembered weights and recomputed ones, and a length that changes
+        inputs, grad = (spikes(2, 2, S, 6), spikes(2, 2, S, 6), torch.randn(2, S, 6)), torch.randn(2, S, 6)
+        results = []
+        for run in (layer, compiled):
+            layer.zero_grad()
+            result = output_and_gradients(run, inputs, grad)
+            results.append([*result, *(parameter.grad for parameter in layer.parameters())])
+        assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(*results, strict=True))
+        arguments = (*(x.requires_grad_() for x in inputs), layer.temperature.reshape(()).detach(), layer.recency)
+        torch.library.opcheck(torch.ops.nord_snn.resonance.default, (*arguments, 2, 3, True, True))
 
 
 def test_counts_are_exact_under_autocast():

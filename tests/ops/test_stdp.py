@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nord_snn.ops import STDPState, reward_from_loss, stdp
+from nord_snn.ops.stdp import chunked
+from nord_snn.ops.stdp.reference import reference
 
 CASES = load_reference("stdp")
 
@@ -55,6 +57,74 @@ def test_against_all_pairs_and_cut_anywhere(T, N, tau_plus, tau_minus, cut, seed
         first, state = stdp(pre[:cut], post[:cut], **constants)
         second, _ = stdp(pre[cut:], post[cut:], state, **constants)
         assert torch.allclose(first + second, expected, atol=1e-12)
+
+
+def step_by_step(pre, post, state, tau_plus, tau_minus, a_plus, a_minus):
+    return reference(pre, post, state, math.exp(-1 / tau_plus), math.exp(-1 / tau_minus), a_plus, a_minus)
+
+
+def close(one, other, tolerance):
+    return (one - other).norm() <= tolerance * other.norm()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    T=st.integers(1, 40),
+    N=st.integers(0, 7),
+    n_in=st.integers(1, 6),
+    n_out=st.integers(1, 6),
+    chunk=st.integers(1, 9),
+    summands=st.integers(9, 30),
+    tau_plus=st.floats(0.001, 1000),
+    tau_minus=st.floats(0.001, 1000),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 999),
+)
+def test_chunks_of_time_and_rows_are_the_step_by_step_rule(
+    T, N, n_in, n_out, chunk, summands, tau_plus, tau_minus, dtype, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    pre, post = ((torch.rand(T, N, n, generator=generator) < 0.3).to(dtype) for n in (n_in, n_out))
+    state = STDPState(*(torch.rand(N, n, generator=generator, dtype=dtype) for n in (n_in, n_out)))
+    before = [x.clone() for x in (pre, post, *state)]
+    constants = {"tau_plus": tau_plus, "tau_minus": tau_minus, "a_plus": 0.005, "a_minus": 0.003}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunked, "CHUNK", chunk)
+        patch.setattr(chunked, "SUMMANDS", summands)
+        delta, last = stdp(pre, post, state, **constants)
+    exact = step_by_step(pre.double(), post.double(), STDPState(*(x.double() for x in state)), **constants)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-13
+    assert delta.dtype == last.pre.dtype == last.post.dtype == dtype
+    assert close(delta, exact[0], tolerance)
+    assert close(last.pre, exact[1].pre, tolerance)
+    assert close(last.post, exact[1].post, tolerance)
+    assert all(torch.equal(x, y) for x, y in zip(before, (pre, post, *state), strict=True))  # nothing was written into
+
+
+@pytest.mark.parametrize("tau", [0.001, 20.0, 5000.0])
+def test_a_long_time_neither_overflows_nor_loses_digits(tau):
+    pre, post = ((torch.rand(1000, 2, n) < 0.2).float() for n in (5, 3))
+    constants = {"tau_plus": tau, "tau_minus": tau, "a_plus": 0.005, "a_minus": 0.003}
+    rest = STDPState(torch.zeros(2, 5, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64))
+    exact, exact_last = step_by_step(pre.double(), post.double(), rest, **constants)
+    delta, last = stdp(pre, post, **constants)
+    assert close(delta, exact, 1e-6)
+    assert close(last.pre, exact_last.pre, 1e-6)
+    for cut in (1, 63, 64, 65, 999):
+        first, state = stdp(pre[:cut], post[:cut], **constants)
+        second, end = stdp(pre[cut:], post[cut:], state, **constants)
+        assert close(first + second, exact, 1e-6)
+        assert close(end.post, last.post, 1e-6)
+
+
+def test_low_precision_and_bool_spikes_are_summed_in_float32():
+    pre, post = torch.rand(300, 4, 5) < 0.4, torch.rand(300, 4, 3) < 0.4
+    expected, _ = stdp(pre.float(), post.float())
+    for dtype in (torch.bool, torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            delta, state = stdp(pre.to(dtype), post.to(dtype))
+        assert torch.equal(delta, expected)
+        assert state.pre.dtype == torch.float32
 
 
 def test_pre_before_post_strengthens_and_the_reverse_weakens():

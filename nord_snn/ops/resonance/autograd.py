@@ -1,10 +1,12 @@
-"""The public op: argument checks and precision."""
+"""The public op: argument checks, precision, and the blockwise passes as ops that torch.compile knows."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nord_snn.ops.checks import check_scalar, compute_dtype
-from nord_snn.ops.resonance.reference import reference
+from nord_snn.ops.resonance import blockwise
 
 __all__ = ["check_heads", "resonance"]
 
@@ -40,6 +42,9 @@ def resonance(
     best. Sums are float32 (float64 for float64 values), also under autocast, so counts are exact; the
     context is rounded once to the dtype of ``v``.
 
+    Peak memory grows linearly with S, forward and backward. Differentiable once; for a second derivative take
+    ``reference.py`` of this folder.
+
     Args:
         q: query spikes ``[T, B, S, D]``, floating (with gradient) or bool.
         k: key spikes ``[T, B, S, D]``.
@@ -68,12 +73,13 @@ def resonance(
     _check(q, k, v, n_heads, top_k, recency)
     check_scalar(temperature, "temperature")
     dtype = compute_dtype(v)
-    if isinstance(temperature, Tensor):
-        temperature = temperature.to(dtype)
+    if not isinstance(temperature, Tensor):
+        temperature = torch.full((), temperature, dtype=dtype, device=v.device)
+    temperature = temperature.to(dtype).reshape(())
     recency = None if recency is None else recency.to(dtype)
-    with torch.autocast(v.device.type, enabled=False):
-        context = reference(q.to(dtype), k.to(dtype), v.to(dtype), n_heads, top_k, temperature, recency, causal)
-    return context.to(v.dtype)
+    inputs = (q, k, v, temperature, recency)
+    remember = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    return _resonance(*inputs, n_heads, top_k, causal, remember)[0]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, n_heads: int, top_k: int, recency: Tensor | None) -> None:
@@ -92,3 +98,105 @@ def _check(q: Tensor, k: Tensor, v: Tensor, n_heads: int, top_k: int, recency: T
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     if recency is not None and recency.shape != (n_heads,):
         raise ValueError(f"recency must have shape [H] = [{n_heads}], got {list(recency.shape)}")
+
+
+@torch.library.custom_op("nord_snn::resonance", mutates_args=())
+def _resonance(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    temperature: Tensor,
+    recency: Tensor | None,
+    n_heads: int,
+    top_k: int,
+    causal: bool,
+    remember: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(v.device.type, enabled=False):
+        return blockwise.forward(q, k, v, temperature, recency, n_heads, top_k, causal, remember)
+
+
+@_resonance.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    temperature: Tensor,
+    recency: Tensor | None,
+    n_heads: int,
+    top_k: int,
+    causal: bool,
+    remember: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, S, _ = v.shape
+    worst = temperature.new_empty(B * n_heads, S, 1)
+    weights = temperature.new_empty(blockwise.weights_shape(q, n_heads, remember))
+    return v.new_empty(v.shape), worst, torch.empty_like(worst, dtype=torch.int32), weights
+
+
+@torch.library.custom_op("nord_snn::resonance_backward", mutates_args=())
+def _resonance_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    temperature: Tensor,
+    recency: Tensor | None,
+    worst: Tensor,
+    oldest: Tensor,
+    remembered: Tensor,
+    n_heads: int,
+    top_k: int,
+    causal: bool,
+    spikes_too: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(v.device.type, enabled=False):
+        return blockwise.backward(
+            grad, q, k, v, temperature, recency, worst, oldest, remembered, n_heads, top_k, causal, spikes_too
+        )
+
+
+@_resonance_backward.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    temperature: Tensor,
+    recency: Tensor | None,
+    worst: Tensor,
+    oldest: Tensor,
+    remembered: Tensor,
+    n_heads: int,
+    top_k: int,
+    causal: bool,
+    spikes_too: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_q, grad_k = (x.new_empty(x.shape if spikes_too else 0) for x in (q, k))
+    return (
+        grad_q,
+        grad_k,
+        v.new_empty(v.shape),
+        torch.empty_like(temperature),
+        temperature.new_empty(0 if recency is None else n_heads),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.n_heads, ctx.top_k, ctx.causal, _ = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 9
+    needed = ctx.needs_input_grad
+    gradients = _resonance_backward(
+        grad, *ctx.saved_tensors, ctx.n_heads, ctx.top_k, ctx.causal, needed[0] or needed[1]
+    )
+    return *(gradient if need else None for gradient, need in zip(gradients, needed[:5], strict=True)), *[None] * 4
+
+
+_resonance.register_autograd(_gradients, setup_context=_setup_context)

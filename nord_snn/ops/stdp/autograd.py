@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from nord_snn.ops.checks import compute_dtype
-from nord_snn.ops.stdp.reference import STDPState, reference, rest
+from nord_snn.ops.stdp.chunked import chunked
+from nord_snn.ops.stdp.reference import STDPState, rest
 
 __all__ = ["stdp"]
 
@@ -72,6 +73,4 @@ def stdp(
             f"got {list(state.pre.shape)} and {list(state.post.shape)}: reset them when the batch shape changes"
         )
     with torch.autocast(pre.device.type, enabled=False):
-        return reference(
-            pre.to(dtype), post.to(dtype), state, math.exp(-1 / tau_plus), math.exp(-1 / tau_minus), a_plus, a_minus
-        )
+        return chunked(pre, post, state, math.exp(-1 / tau_plus), math.exp(-1 / tau_minus), a_plus, a_minus)
