@@ -17,6 +17,7 @@ from nord_snn.ops.resonance.reference import reference
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "nord_lm"))
 from configuration_nord import NordConfig
 from modeling_nord import NordForCausalLM
+from train import keep_freed_memory
 
 __all__ = ["BATCH", "contestants", "gate", "products_alone"]
 
@@ -116,6 +117,7 @@ def step_of(net: NordForCausalLM, fused: bool) -> Callable[[], object]:
 
 def contestants() -> dict[str, Callable[[], object]]:
     """The plain loop with PyTorch's defaults first; then what each measure brings, and others' neurons in our model."""
+    keep_freed_memory()  # for all of them
     compiled = on_the_reference(model())
     for block in compiled.blocks:
         block.compile()

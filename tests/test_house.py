@@ -34,7 +34,12 @@ PUBLIC = {
     "nord_snn.learning_rules": {"STDP", "RewardModulatedSTDP"},
     "nord_snn.monitor": {"SpikeMonitor"},
 }
-KERNELS = {"threads.py": {"numba"}, "cpu.py": {"numba", "numpy"}, "triton.py": {"triton"}, "cupy.py": {"cupy"}}
+KERNELS = {
+    "threads.py": {"numba"},
+    "cpu.py": {"llvmlite", "numba", "numpy"},
+    "triton.py": {"triton"},
+    "cupy.py": {"cupy"},
+}
 SOURCES = sorted((ROOT / "nord_snn").rglob("*.py"))
 
 

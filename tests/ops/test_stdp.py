@@ -92,10 +92,13 @@ def test_chunks_of_time_and_rows_are_the_step_by_step_rule(
         patch.setattr(chunked, "CHUNK", chunk)
         patch.setattr(chunked, "SUMMANDS", summands)
         delta, last = stdp(pre, post, state, **constants)
-    exact = step_by_step(pre.double(), post.double(), STDPState(*(x.double() for x in state)), **constants)
+    wide = pre.double(), post.double(), STDPState(*(x.double() for x in state))
+    exact = step_by_step(*wide, **constants)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-13
     assert delta.dtype == last.pre.dtype == last.post.dtype == dtype
-    assert close(delta, exact[0], tolerance)
+    # Strengthening and weakening may nearly cancel: what is exact is each of them.
+    parts = [step_by_step(*wide, **{**constants, name: 0.0})[0].norm() for name in ("a_plus", "a_minus")]
+    assert (delta - exact[0]).norm() <= tolerance * sum(parts)
     assert close(last.pre, exact[1].pre, tolerance)
     assert close(last.post, exact[1].post, tolerance)
     assert all(torch.equal(x, y) for x, y in zip(before, (pre, post, *state), strict=True))  # nothing was written into

@@ -10,7 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import njit, prange
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+from numba.np.arrayobj import make_array
 from torch import Tensor
 
 from nord_snn.ops.checks import compute_dtype
@@ -32,6 +36,30 @@ _V, _CURRENT, _REFRACTORY, _THRESHOLD, _GRAD_V, _GRAD_THRESHOLD, _GRAD_BETA_MEM,
 _STATE = 8 * _ROW
 _SLOPE, _FREE, _PULL, _CURRENT_BEFORE = range(0, 4 * _ROW, _ROW)
 _RECORD = 4 * _ROW
+
+
+@intrinsic
+def _prefetch(context, array, t, i):
+    """``llvm.prefetch`` of the cache line of ``array[t, i]``: read, keep in all caches, data."""
+
+    def generate(context, builder, signature, arguments):
+        view = make_array(signature.args[0])(context, builder, arguments[0])
+        row, column = cgutils.unpack_tuple(builder, view.strides)
+        offset = builder.add(builder.mul(row, arguments[1]), builder.mul(column, arguments[2]))
+        byte, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+        ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(ask, [builder.gep(builder.bitcast(view.data, byte), [offset]), i32(0), i32(3), i32(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.intp), generate
+
+
+@njit(**_COMPILE)
+def _ask_for(array, t, base, n):
+    """Fetch ``array[t, base : base + n]`` while something else is computed: every step lies elsewhere, which no cache guesses."""
+    for d in range(0, n, 16):
+        _prefetch(array, t, base + d)
 
 
 @njit(**_COMPILE)
@@ -195,6 +223,8 @@ def _forward_rows(
             for tile in range(tiles):
                 lo, s = tile * _TILE, tile * _STATE
                 n = min(_TILE, length - lo)
+                _ask_for(x, min(t + 1, x.shape[0] - 1), start + lo, n)
+                _ask_for(spikes, t, start + lo, n)
                 _step(
                     x, t, start + lo, n, state, s, felt, fired, lo, record, 0, 0, False,
                     v_reset, refractory_steps, beta_mem, beta_syn,
@@ -250,6 +280,7 @@ def _backward_rows(
             for tile in range(tiles):
                 lo, s, q = tile * _TILE, tile * _STATE, tile * _RECORD
                 n = min(_TILE, length - lo)
+                _ask_for(x, min(t + 1, T - 1), start + lo, n)
                 _step(
                     x, t, start + lo, n, state, s, felt, fired, lo, record, t, q, True,
                     v_reset, refractory_steps, beta_mem, beta_syn,
@@ -274,6 +305,8 @@ def _backward_rows(
                 if grad_v_seq.shape[0]:
                     for d in range(n):
                         state[s + _GRAD_V + d] += grad_v_seq[t, start + lo + d]
+                _ask_for(grad_spikes, max(t - 1, 0), start + lo, n)
+                _ask_for(grad_x, t, start + lo, n)
                 _step_back(
                     grad_spikes, t, start + lo, n, state, s, grad_fired, grad_current, lo, record, q, grad_x,
                     beta_mem, beta_syn,
@@ -319,8 +352,8 @@ def _backward(
 
 
 def _deal(n_rows: int, n_features: int, threads: int) -> tuple[int, int, int]:
-    """Rows of a block, a tile or more; the blocks that this makes; and the chunks of blocks, two for each thread."""
-    rows = max(1, _TILE // n_features)
+    """Rows of a block, two tiles or more; the blocks that this makes; and the chunks of blocks, two for each thread."""
+    rows = max(1, 2 * _TILE // n_features)
     blocks = -(-n_rows // rows)
     return rows, blocks, min(blocks, 2 * threads)
 
