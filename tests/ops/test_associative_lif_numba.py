@@ -86,7 +86,11 @@ def assert_equal(leaves, refractory, **more):
     for name, got, expected in zip(leaves, grads["numba"], grads["torch"], strict=True):
         expected = torch.zeros_like(got) if expected is None else expected
         assert got.dtype == expected.dtype, name
-        assert relative_error(got.float(), expected.float()) < 1e-4, name
+        # The gradient of a decay is one sum over everything, and may nearly cancel: it is as exact as its terms, which are
+        # of the size of the gradient of x.
+        scale = grads["torch"][0].float().norm() if name.startswith("beta") else torch.zeros(())
+        off = (got.float() - expected.float()).norm()
+        assert off <= 1e-4 * torch.maximum(expected.float().norm(), scale), name
 
 
 @settings(deadline=None, max_examples=60)

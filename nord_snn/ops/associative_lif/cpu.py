@@ -443,7 +443,8 @@ def backward(
     with as_many_threads_as_torch() as threads:
         rows, blocks, chunks = _deal(N, D, threads)
         record = torch.empty(chunks, T, -(-rows * D // _TILE) * _RECORD, dtype=dtype)
-        grad_threshold, grad_betas = torch.zeros(chunks, D, dtype=dtype), torch.zeros(chunks, 2, dtype=dtype)
+        # What all rows share is a long sum that may nearly cancel: its last part is added up in float64.
+        grad_threshold, grad_betas = (torch.zeros(chunks, n, dtype=torch.float64) for n in (D, 2))
         _backward(
             chunks,
             blocks,
@@ -474,12 +475,12 @@ def backward(
             sums.numpy(),
             grad_sums.numpy(),
         )
-    grad_beta_mem, grad_beta_syn = (grad_betas[:, i].sum().reshape(1) for i in range(2))
+    grad_beta_mem, grad_beta_syn = (grad_betas[:, i].sum().to(dtype).reshape(1) for i in range(2))
     return (
         grad_x.to(x.dtype),
         grad_v,
         grad_i,
-        grad_threshold.sum(0),
+        grad_threshold.sum(0).to(dtype),
         grad_beta_mem,
         grad_beta_syn,
         _product(grad_sums, sums),
