@@ -19,7 +19,7 @@ from configuration_nord import NordConfig
 from modeling_nord import NordForCausalLM
 from train import keep_freed_memory
 
-__all__ = ["BATCH", "contestants", "gate", "products_alone"]
+__all__ = ["BATCH", "LENGTH", "contestants", "gate", "keep_freed_memory", "products_alone"]
 
 BATCH, LENGTH = 8, 128
 Factory = Callable[[int], nn.Module]
@@ -117,7 +117,6 @@ def step_of(net: NordForCausalLM, fused: bool) -> Callable[[], object]:
 
 def contestants() -> dict[str, Callable[[], object]]:
     """The plain loop with PyTorch's defaults first; then what each measure brings, and others' neurons in our model."""
-    keep_freed_memory()  # for all of them
     compiled = on_the_reference(model())
     for block in compiled.blocks:
         block.compile()

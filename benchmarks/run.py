@@ -15,6 +15,7 @@ import language_model
 import neurons
 import resonance
 import torch
+from language_model import keep_freed_memory
 from timing import Row, copy_bandwidth, peak_bytes, race
 
 OUT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -132,6 +133,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch._dynamo.config.cache_size_limit = 64
+    keep_freed_memory()  # else glibc's giving back and fetching of pages is what many of these times are made of
     page = Page()
     page.say("# Benchmarks\n")
     page.say(
@@ -140,7 +142,10 @@ def main() -> None:
     page.say(
         "medians over the turns. SpikingJelly's and snnTorch's neurons do less: no cascade, no refractory period, and"
     )
-    page.say("`LIFNode` has no synaptic current.\n")
+    page.say(
+        "`LIFNode` has no synaptic current. Freed memory is kept for the next call (`keep_freed_memory` in `train.py`), for"
+    )
+    page.say("all of them alike.\n")
     page.say(machine() + "\n\n## CPU\n")
     if arguments.only in (None, "neurons"):
         for shape, n_clusters in CPU_NEURONS:
