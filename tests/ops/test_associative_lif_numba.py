@@ -48,18 +48,23 @@ def run(leaves, refractory, backend, **more):
     return associative_lif(leaves.pop("x"), state, **leaves, backend=backend, **{"return_v_seq": True, **more})
 
 
-def margin(leaves, refractory, **more):
-    """How near any membrane comes to its threshold: u is v, with the threshold put back where it fired."""
+def away_from_threshold(leaves, refractory, **more):
+    """The rows of which no membrane ever comes near its threshold, where one rounding decides: rows are independent."""
     with torch.no_grad():
         spikes, v_seq, _ = run(leaves, refractory, "torch", **more)
-        return (v_seq + spikes * leaves["threshold"] - leaves["threshold"]).abs()
+        u = v_seq + spikes * leaves["threshold"]  # the membrane, with the threshold put back where it fired
+        far = ((u - leaves["threshold"]).abs() > EPSILON).all(-1).all(0)
+    rows = {"x": lambda x: x[:, far], "v": lambda x: x[far], "i_syn": lambda x: x[far]}
+    kept = {name: rows.get(name, lambda x: x)(leaf.detach()).requires_grad_() for name, leaf in leaves.items()}
+    assert far.sum() >= 0.4 * len(far)
+    return kept, refractory[far]
 
 
 def assert_equal(leaves, refractory, **more):
     """Outputs, last state and gradients of the kernel are those of the reference."""
     torch.manual_seed(1)
-    results = {}
-    near = bool((margin(leaves, refractory, **more) <= EPSILON).any())
+    leaves, refractory = away_from_threshold(leaves, refractory, **more)
+    results, grads = {}, {}
     for backend in ("torch", "numba"):
         spikes, v_seq, state = run(leaves, refractory, backend, **more)
         results[backend] = (spikes, v_seq, *state)
@@ -69,28 +74,20 @@ def assert_equal(leaves, refractory, **more):
     ):
         assert got.dtype == expected.dtype, name
         assert got.shape == expected.shape, name
-        if near:
-            continue  # one flipped spike changes all that follows it
         if name in ("spikes", "refractory"):
             assert torch.equal(got, expected), name
         else:
-            assert torch.allclose(
-                got.float(), expected.float(), atol=1e-5 if got.dtype == torch.float32 else 1e-2, rtol=1e-5
-            ), name
-    if near:
-        return
-    grads = {}
+            assert torch.allclose(got, expected, atol=1e-5, rtol=1e-5), name
     for backend, parts in results.items():
-        loss = sum((w * part.float()).sum() for w, part in zip(weights, parts[:4], strict=True))
+        loss = sum((w * part).sum() for w, part in zip(weights, parts[:4], strict=True))
         grads[backend] = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     for name, got, expected in zip(leaves, grads["numba"], grads["torch"], strict=True):
         expected = torch.zeros_like(got) if expected is None else expected
         assert got.dtype == expected.dtype, name
         # The gradient of a decay is one sum over everything, and may nearly cancel: it is as exact as its terms, which are
         # of the size of the gradient of x.
-        scale = grads["torch"][0].float().norm() if name.startswith("beta") else torch.zeros(())
-        off = (got.float() - expected.float()).norm()
-        assert off <= 1e-4 * torch.maximum(expected.float().norm(), scale), name
+        scale = grads["torch"][0].norm() if name.startswith("beta") else torch.zeros(())
+        assert (got - expected).norm() <= 1e-4 * torch.maximum(expected.norm(), scale), name
 
 
 @settings(deadline=None, max_examples=60)

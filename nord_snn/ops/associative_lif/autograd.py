@@ -219,22 +219,8 @@ def _associative_lif(
 
 
 @_associative_lif.register_fake
-def _(
-    x: Tensor,
-    v: Tensor | None,
-    i_syn: Tensor | None,
-    refractory: Tensor | None,
-    threshold: Tensor,
-    beta_mem: Tensor,
-    beta_syn: Tensor,
-    coupling: Tensor | None,
-    v_reset: float,
-    refractory_steps: int,
-    surrogate: str,
-    alpha: float,
-    keep_v: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *_, keep_v, _ = arguments
     T, N, D = x.shape
     v_last, i_last = (x.new_empty(N, D, dtype=compute_dtype(x)) for _ in range(2))
     v_seq, refractory_last = x.new_empty(T if keep_v else 0, N, D), x.new_empty(N, D, dtype=torch.int32)
@@ -268,25 +254,8 @@ def _associative_lif_backward(
 
 
 @_associative_lif_backward.register_fake
-def _(
-    grad_spikes: Tensor,
-    grad_v_seq: Tensor | None,
-    grad_v_last: Tensor | None,
-    grad_i_last: Tensor | None,
-    x: Tensor,
-    v: Tensor | None,
-    i_syn: Tensor | None,
-    refractory: Tensor | None,
-    threshold: Tensor,
-    beta_mem: Tensor,
-    beta_syn: Tensor,
-    coupling: Tensor | None,
-    v_reset: float,
-    refractory_steps: int,
-    surrogate: str,
-    alpha: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x, v, _, _, threshold, beta_mem, beta_syn, coupling = arguments[4:12]
     C = 0 if coupling is None else coupling.shape[0]
     grad_v, grad_i = (threshold.new_empty(0 if v is None else x.shape[1], x.shape[2]) for _ in range(2))
     return (
