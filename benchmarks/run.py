@@ -122,6 +122,24 @@ def language_model_table(page: Page, seconds: float) -> None:
     )
 
 
+def gpu_tables(page: Page, seconds: float) -> None:
+    """The neuron on a GPU, or that there is none."""
+    page.say("## GPU\n")
+    if not torch.cuda.is_available():
+        page.say(
+            "**Not measured.** No CUDA GPU was available when this page was written: the Triton and CuPy kernels are"
+        )
+        page.say(
+            "tested for their results (Triton's interpreter, the CUDA source compiled for the GPU and run on the CPU),"
+        )
+        page.say(
+            "and nothing is known about their speed. On a machine with a GPU the same command adds its tables here."
+        )
+        return
+    for dtype in (torch.bfloat16, torch.float32):
+        neuron_tables(page, *GPU_NEURONS, dtype, "cuda", seconds)
+
+
 def main() -> None:
     """All tables, in one process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -154,18 +172,8 @@ def main() -> None:
         resonance_tables(page, arguments.seconds)
     if arguments.only in (None, "language-model"):
         language_model_table(page, 3 * arguments.seconds)
-    page.say("## GPU\n")
-    if torch.cuda.is_available():
-        for dtype in (torch.bfloat16, torch.float32):
-            neuron_tables(page, *GPU_NEURONS, dtype, "cuda", arguments.seconds)
-    else:
-        page.say(
-            "**Not measured.** No CUDA GPU was available when this page was written: the Triton and CuPy kernels are"
-        )
-        page.say(
-            "tested for their results (Triton's interpreter, the CUDA source compiled for the GPU and run on the CPU), and"
-        )
-        page.say("nothing is known about their speed. On a machine with a GPU the same command adds its tables here.")
+    if arguments.only in (None, "gpu"):
+        gpu_tables(page, arguments.seconds)
     if arguments.only is None:
         OUT.parent.mkdir(exist_ok=True)
         OUT.write_text(page.text, encoding="utf-8")
