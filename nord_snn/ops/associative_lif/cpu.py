@@ -1,23 +1,31 @@
 """The associative LIF neuron on the CPU: Numba kernels that pass over memory once, rows in parallel.
 
 A block of rows walks through all time steps while its state stays in the cache; the backward pass walks there again and
-then back. How the loops are written follows from measurements that the README of this folder gives: LLVM vectorises a loop
-over many arrays only where it sees that they do not overlap, so what belongs to a tile of neurons lies in one array at
-constant distances; and what has more than one dimension is indexed so, because a computed index might be negative.
+then back. Why the loops are written sixteen neurons at a time, and with pointers, the README of this folder says.
 """
 
 from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
 from numba import njit, prange
-from numba.core import cgutils, types
-from numba.extending import intrinsic
-from numba.np.arrayobj import make_array
 from torch import Tensor
 
 from nord_snn.ops.checks import compute_dtype
+from nord_snn.ops.lanes import (
+    WIDTH,
+    fused,
+    larger,
+    load,
+    load_first,
+    pointer,
+    prefetch,
+    splat,
+    store,
+    store_first,
+    total,
+    where_at_least,
+)
 from nord_snn.ops.threads import as_many_threads_as_torch
 
 __all__ = ["SURROGATE_IDS", "backward", "forward"]
@@ -30,213 +38,186 @@ _COMPILE: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"
 _TILE = 512  # neurons that one loop handles: their state fits into the first-level cache
 _ROW = _TILE + 16  # a little off the powers of two, whose multiples share the same few sets of the cache
 # What a tile carries from step to step, and what the way there records for the way back.
-_V, _CURRENT, _REFRACTORY, _THRESHOLD, _GRAD_V, _GRAD_THRESHOLD, _GRAD_BETA_MEM, _GRAD_BETA_SYN = range(
-    0, 8 * _ROW, _ROW
-)
-_STATE = 8 * _ROW
+_V, _CURRENT, _REFRACTORY, _THRESHOLD, _GRAD_V, _GRAD_THRESHOLD = range(0, 6 * _ROW, _ROW)
+_STATE = 6 * _ROW
 _SLOPE, _FREE, _PULL, _CURRENT_BEFORE = range(0, 4 * _ROW, _ROW)
 _RECORD = 4 * _ROW
 
 
-@intrinsic
-def _prefetch(context, array, t, i):
-    """``llvm.prefetch`` of the cache line of ``array[t, i]``: read, keep in all caches, data."""
-
-    def generate(context, builder, signature, arguments):
-        view = make_array(signature.args[0])(context, builder, arguments[0])
-        row, column = cgutils.unpack_tuple(builder, view.strides)
-        offset = builder.add(builder.mul(row, arguments[1]), builder.mul(column, arguments[2]))
-        byte, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
-        ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(ask, [builder.gep(builder.bitcast(view.data, byte), [offset]), i32(0), i32(3), i32(1)])
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, types.intp), generate
+@njit(**_COMPILE)
+def _ask_for(source, at, n):
+    """Fetch n numbers while something else is computed: every time step lies elsewhere, which no cache guesses."""
+    for d in range(0, n, WIDTH):
+        prefetch(source, at + d)
 
 
 @njit(**_COMPILE)
-def _ask_for(array, t, base, n):
-    """Fetch ``array[t, base : base + n]`` while something else is computed: every step lies elsewhere, which no cache guesses."""
-    for d in range(0, n, 16):
-        _prefetch(array, t, base + d)
+def _read(given, source, at, n, target, offset):
+    """``target[offset:] = source[at:]``, or zeros where nothing is given; zeros also up to the end of the last vector."""
+    zero = splat(target, 0)
+    for d in range(0, n, WIDTH):
+        store(target, offset + d, load_first(source, at + d, n - d) if given else zero)
 
 
 @njit(**_COMPILE)
-def _load(source, base, n, target, offset):
-    """``target[offset:] = source[base:]``, or zeros where there is no source."""
-    if base < 0 or offset < 0:  # never; but only so LLVM knows
-        return
-    if source.shape[0] == 0:
-        for d in range(n):
-            target[offset + d] = 0
-    else:
-        for d in range(n):
-            target[offset + d] = source[base + d]
-
-
-@njit(**_COMPILE)
-def _store(source, offset, n, target, t, base):
-    if base < 0 or offset < 0:
-        return
-    for d in range(n):
-        target[t, base + d] = source[offset + d]
-
-
-@njit(**_COMPILE)
-def _step(x, t, base, n, state, s, felt, fired, lo, record, r, q, keep, v_reset, refractory_steps, beta_mem, beta_syn):
+def _step(
+    x, spikes, v_seq, at, n, state, s, felt, fired, lo, record, q, keep_v, keep, v_reset, refractory_steps,
+    beta_mem, beta_syn,
+):  # fmt: skip
     """One time step of one tile: the equations of ``reference.py``, the cascade of the step before in ``felt``."""
-    one, zero = state.dtype.type(1), state.dtype.type(0)
-    if base < 0 or s < 0 or lo < 0 or q < 0:
-        return
-    for d in range(n):
-        before = state[s + _CURRENT + d] + felt[lo + d]
-        current = beta_syn * before + x[t, base + d]
-        v = state[s + _V + d]
-        refractory = state[s + _REFRACTORY + d]
-        threshold = state[s + _THRESHOLD + d]
-        free = beta_mem * v + (one - beta_mem) * current
-        u = v_reset if refractory > 0 else free
-        fires = u - threshold >= 0
-        spike = one if fires else zero
-        state[s + _V + d] = u - spike * threshold
-        state[s + _CURRENT + d] = current
-        state[s + _REFRACTORY + d] = refractory_steps if fires else max(refractory - one, zero)
-        fired[lo + d] = spike
+    one, zero, held, rest = splat(x, 1), splat(x, 0), splat(x, v_reset), splat(x, refractory_steps)
+    keeps_v, keeps_i = splat(x, beta_mem), splat(x, beta_syn)
+    lets_in = one - keeps_v
+    for d in range(0, n, WIDTH):
+        before = load(state, s + _CURRENT + d) + load(felt, lo + d)
+        current = keeps_i * before + load_first(x, at + d, n - d)
+        v = load(state, s + _V + d)
+        refractory = load(state, s + _REFRACTORY + d)
+        threshold = load(state, s + _THRESHOLD + d)
+        u = where_at_least(refractory, one, held, keeps_v * v + lets_in * current)
+        distance = u - threshold
+        spike = where_at_least(distance, zero, one, zero)
+        after = u - spike * threshold
+        store(state, s + _V + d, after)
+        store(state, s + _CURRENT + d, current)
+        store(state, s + _REFRACTORY + d, where_at_least(distance, zero, rest, larger(refractory - one, zero)))
+        store(fired, lo + d, spike)
         if keep:
-            record[r, q + _SLOPE + d] = u - threshold
-            record[r, q + _FREE + d] = zero if refractory > 0 else one
-            record[r, q + _PULL + d] = v - current
-            record[r, q + _CURRENT_BEFORE + d] = before
+            store(record, q + _SLOPE + d, distance)
+            store(record, q + _FREE + d, where_at_least(refractory, one, zero, one))
+            store(record, q + _PULL + d, v - current)
+            store(record, q + _CURRENT_BEFORE + d, before)
+        else:
+            store_first(spikes, at + d, n - d, spike)
+            if keep_v:
+                store_first(v_seq, at + d, n - d, after)
 
 
 @njit(**_COMPILE)
-def _step_back(grad_spikes, t, base, n, state, s, grad_fired, grad_current, lo, record, q, grad_x, beta_mem, beta_syn):
+def _step_back(
+    grad_spikes, given_v_seq, grad_v_seq, grad_x, at, n, state, s, grad_fired, grad_current, lo, record, q,
+    beta_sums, beta_mem, beta_syn,
+):  # fmt: skip
     """The same step backwards; the cascade's part comes in as ``grad_fired``."""
-    one = state.dtype.type(1)
-    if base < 0 or s < 0 or lo < 0 or q < 0:
-        return
-    for d in range(n):
-        grad_v = state[s + _GRAD_V + d]
-        grad_spike = grad_spikes[t, base + d] + grad_fired[lo + d] - state[s + _THRESHOLD + d] * grad_v
-        through = grad_spike * record[t, q + _SLOPE + d]
-        grad_u = (grad_v + through) * record[t, q + _FREE + d]
-        grad_i = grad_current[lo + d] + (one - beta_mem) * grad_u
-        state[s + _GRAD_THRESHOLD + d] -= through
-        state[s + _GRAD_BETA_MEM + d] += grad_u * record[t, q + _PULL + d]
-        state[s + _GRAD_BETA_SYN + d] += grad_i * record[t, q + _CURRENT_BEFORE + d]
-        state[s + _GRAD_V + d] = beta_mem * grad_u
-        grad_current[lo + d] = beta_syn * grad_i
-        grad_x[t, base + d] = grad_i
+    keeps_v, keeps_i = splat(record, beta_mem), splat(record, beta_syn)
+    lets_in = splat(record, 1) - keeps_v
+    grad_beta_mem, grad_beta_syn = load(beta_sums, 0), load(beta_sums, WIDTH)
+    for d in range(0, n, WIDTH):
+        grad_v = load(state, s + _GRAD_V + d)
+        if given_v_seq:
+            grad_v = grad_v + load_first(grad_v_seq, at + d, n - d)
+        from_above = load_first(grad_spikes, at + d, n - d) + load(grad_fired, lo + d)
+        grad_spike = from_above - load(state, s + _THRESHOLD + d) * grad_v
+        through = grad_spike * load(record, q + _SLOPE + d)
+        grad_u = (grad_v + through) * load(record, q + _FREE + d)
+        grad_i = load(grad_current, lo + d) + lets_in * grad_u
+        grad_beta_mem = grad_beta_mem + grad_u * load(record, q + _PULL + d)
+        grad_beta_syn = grad_beta_syn + grad_i * load(record, q + _CURRENT_BEFORE + d)
+        store(state, s + _GRAD_THRESHOLD + d, load(state, s + _GRAD_THRESHOLD + d) - through)
+        store(state, s + _GRAD_V + d, keeps_v * grad_u)
+        store(grad_current, lo + d, keeps_i * grad_i)
+        store_first(grad_x, at + d, n - d, grad_i)
+    store(beta_sums, 0, grad_beta_mem)
+    store(beta_sums, WIDTH, grad_beta_syn)
 
 
 @njit(**_COMPILE)
-def _slopes(surrogate, alpha, record, t, q, n):
-    """Surrogate derivative in place of membrane minus threshold; constants typed, else everything becomes float64."""
-    one, two = record.dtype.type(1), record.dtype.type(2)
-    pi = record.dtype.type(np.pi)
-    if q < 0:
-        return
+def _slopes(surrogate, alpha, record, q, n):
+    """Surrogate derivative in place of membrane minus threshold."""
+    one, zero = splat(record, 1), splat(record, 0)
     if surrogate == 0:
-        for d in range(n):
-            z = alpha * record[t, q + d]
-            record[t, q + d] = alpha / (two * pi * (one + z * z))
+        scale, peak = splat(record, alpha), splat(record, alpha / (2 * np.pi))
+        for d in range(0, n, WIDTH):
+            z = scale * load(record, q + d)
+            store(record, q + d, peak / (one + z * z))
     elif surrogate == 1:
-        for d in range(n):
-            z = pi / two * alpha * record[t, q + d]
-            record[t, q + d] = alpha / (two * (one + z * z))
+        scale, peak = splat(record, alpha * np.pi / 2), splat(record, alpha / 2)
+        for d in range(0, n, WIDTH):
+            z = scale * load(record, q + d)
+            store(record, q + d, peak / (one + z * z))
     elif surrogate == 2:
         for d in range(n):
-            z = np.exp(-abs(alpha * record[t, q + d]))  # an even function: the side that cannot overflow
-            record[t, q + d] = alpha * z / ((one + z) * (one + z))
+            record[q + d] = np.exp(-abs(alpha * record[q + d]))  # an even function: the side that cannot overflow
+        for d in range(0, n, WIDTH):
+            z = load(record, q + d)
+            store(record, q + d, splat(record, alpha) * z / ((one + z) * (one + z)))
     else:
-        for d in range(n):
-            z = one + alpha * abs(record[t, q + d])
-            record[t, q + d] = one / (z * z)
+        scale = splat(record, alpha)
+        for d in range(0, n, WIDTH):
+            distance = load(record, q + d)
+            z = one + scale * larger(distance, zero - distance)
+            store(record, q + d, one / (z * z))
 
 
 @njit(**_COMPILE)
-def _sum_members(source, row, sums, t, n):
-    """``sums[t, n, c]``: sum over the members m of each cluster of ``source[row, m, c]``."""
-    members, clusters = source.shape[1:]
-    eights = members - members % 8
-    for c in range(clusters):
-        sums[t, n, c] = 0
-    for m in range(0, eights, 8):  # a short loop costs more for its start than for its turns
-        for c in range(clusters):
-            sums[t, n, c] += (
-                (source[row, m, c] + source[row, m + 1, c])
-                + (source[row, m + 2, c] + source[row, m + 3, c])
-                + (source[row, m + 4, c] + source[row, m + 5, c])
-                + (source[row, m + 6, c] + source[row, m + 7, c])
-            )
-    for m in range(eights, members):
-        for c in range(clusters):
-            sums[t, n, c] += source[row, m, c]
+def _feel(source, rows, members, clusters, coupling, width, sums, at, current, target):
+    """Per row: the sums over the members of each cluster, ``sums @ coupling``, and that to every member of each cluster.
 
-
-@njit(**{**_COMPILE, "fastmath": {"reassoc", "contract"}})
-def _couple(coupling, sums, t, n, out):
-    """``out = coupling @ sums[t, n]``; a sum in any order, which is what makes it fast."""
-    for c in range(coupling.shape[0]):
-        total = out.dtype.type(0)
-        for k in range(coupling.shape[1]):
-            total += coupling[c, k] * sums[t, n, k]
-        out[c] = total
-
-
-@njit(**_COMPILE)
-def _spread(per_cluster, target, row):
-    members, clusters = target.shape[1:]
-    for m in range(members):
-        for c in range(clusters):
-            target[row, m, c] = per_cluster[c]
+    ``coupling [clusters, width]`` and ``sums [rows, width]`` are padded to whole vectors. What a vector writes beyond a
+    cluster's end is overwritten by the next, and what the last one leaves is cleared.
+    """
+    for row in range(rows):
+        begin, out = row * members * clusters, at + row * width
+        for c in range(0, width, WIDTH):
+            even, odd = splat(sums, 0), splat(sums, 0)
+            for m in range(0, members - 1, 2):
+                even = even + load(source, begin + m * clusters + c)
+                odd = odd + load(source, begin + (m + 1) * clusters + c)
+            if members % 2:
+                even = even + load(source, begin + (members - 1) * clusters + c)
+            store(sums, out + c, even + odd)
+        for c in range(0, width, WIDTH):
+            even, odd = splat(sums, 0), splat(sums, 0)
+            for k in range(0, clusters - 1, 2):
+                even = fused(splat(sums, sums[out + k]), load(coupling, k * width + c), even)
+                odd = fused(splat(sums, sums[out + k + 1]), load(coupling, (k + 1) * width + c), odd)
+            if clusters % 2:
+                even = fused(splat(sums, sums[out + clusters - 1]), load(coupling, (clusters - 1) * width + c), even)
+            store(current, c, even + odd)
+        for m in range(members):
+            for c in range(0, width, WIDTH):
+                store(target, begin + m * clusters + c, load(current, c))
+    store(target, rows * members * clusters, splat(target, 0))
 
 
 @njit(**_COMPILE)
 def _forward_rows(
     first, last, rows, x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps,
-    keep_v, spikes, v_seq, v_last, i_last, refractory_last,
+    keep_v, spikes, v_seq, v_last, i_last, refractory_last, scratch,
 ):  # fmt: skip
     """Blocks ``first`` to ``last`` of ``rows`` rows each."""
-    D, C = threshold.shape[0], coupling.shape[0]
-    clusters = C if C else D
-    tiles = (rows * D + _TILE - 1) // _TILE
-    state = np.empty(tiles * _STATE, x.dtype)
-    record = np.empty((1, 1), x.dtype)
-    fired, felt = np.empty(rows * D, x.dtype), np.empty(rows * D, x.dtype)
-    fired3, felt3 = fired.reshape((rows, D // clusters, clusters)), felt.reshape((rows, D // clusters, clusters))
-    sums, current = np.empty((1, 1, C), x.dtype), np.empty(C, x.dtype)
+    T, N, D, (clusters, width) = x.shape[0], x.shape[1], threshold.shape[0], coupling.shape
+    members, tiles, size = D // max(clusters, 1), _tiles(rows, D), _tiles(rows, D) * _TILE + WIDTH
+    state, felt, fired = pointer(scratch), pointer(scratch[tiles * _STATE :]), pointer(scratch[tiles * _STATE + size :])
+    sums = pointer(scratch[tiles * _STATE + 2 * size :])
+    current = pointer(scratch[tiles * _STATE + 2 * size + rows * width :])
+    x_, v_, i_, refractory_, coupling_ = pointer(x), pointer(v), pointer(i_syn), pointer(refractory), pointer(coupling)
+    spikes_, v_seq_ = pointer(spikes), pointer(v_seq)
+    for d in range(rows * D):
+        state[d // _TILE * _STATE + _THRESHOLD + d % _TILE] = threshold[d % D]
     for block in range(first, last):
         start = block * rows * D
-        length = min(rows * D, x.shape[1] - start)
-        felt[:] = 0
+        length = min(rows * D, N - start)
+        for d in range(0, size, WIDTH):
+            store(felt, d, splat(felt, 0))
         for tile in range(tiles):
             lo, s = tile * _TILE, tile * _STATE
             n = min(_TILE, length - lo)
-            _load(v, start + lo, n, state, s + _V)
-            _load(i_syn, start + lo, n, state, s + _CURRENT)
-            _load(refractory, start + lo, n, state, s + _REFRACTORY)
-            for d in range(n):
-                state[s + _THRESHOLD + d] = threshold[(lo + d) % D]
-        for t in range(x.shape[0]):
+            _read(len(v) > 0, v_, start + lo, n, state, s + _V)
+            _read(len(i_syn) > 0, i_, start + lo, n, state, s + _CURRENT)
+            _read(len(refractory) > 0, refractory_, start + lo, n, state, s + _REFRACTORY)
+        for t in range(T):
             for tile in range(tiles):
-                lo, s = tile * _TILE, tile * _STATE
+                lo = tile * _TILE
                 n = min(_TILE, length - lo)
-                _ask_for(x, min(t + 1, x.shape[0] - 1), start + lo, n)
-                _ask_for(spikes, t, start + lo, n)
+                _ask_for(x_, min(t + 1, T - 1) * N + start + lo, n)
+                _ask_for(spikes_, t * N + start + lo, n)
                 _step(
-                    x, t, start + lo, n, state, s, felt, fired, lo, record, 0, 0, False,
-                    v_reset, refractory_steps, beta_mem, beta_syn,
+                    x_, spikes_, v_seq_, t * N + start + lo, n, state, tile * _STATE, felt, fired, lo, state, 0,
+                    keep_v, False, v_reset, refractory_steps, beta_mem, beta_syn,
                 )  # fmt: skip
-                if keep_v:
-                    _store(state, s + _V, n, v_seq, t, start + lo)
-            _store(fired, 0, length, spikes, t, start)
-            if C:
-                for row in range(length // D):
-                    _sum_members(fired3, row, sums, 0, 0)
-                    _couple(coupling, sums, 0, 0, current)
-                    _spread(current, felt3, row)
+            if clusters:
+                _feel(fired, length // D, members, clusters, coupling_, width, sums, 0, current, felt)
         for tile in range(tiles):
             lo, s = tile * _TILE, tile * _STATE
             for d in range(min(_TILE, length - lo)):
@@ -248,106 +229,111 @@ def _forward_rows(
 @njit(**_COMPILE)
 def _backward_rows(
     first, last, rows, grad_spikes, grad_v_seq, grad_v_last, grad_i_last, x, v, i_syn, refractory, threshold,
-    beta_mem, beta_syn, coupling, coupling_t, v_reset, refractory_steps, surrogate, alpha, record,
+    beta_mem, beta_syn, coupling, coupling_back, v_reset, refractory_steps, surrogate, alpha, record, scratch,
     grad_x, grad_v, grad_i, grad_threshold, grad_betas, sums, grad_sums,
 ):  # fmt: skip
     """Blocks ``first`` to ``last``; gradients of what all rows share are summed into this chunk's own part."""
-    T, D, C = x.shape[0], threshold.shape[0], coupling.shape[0]
-    clusters = C if C else D
-    tiles = (rows * D + _TILE - 1) // _TILE
-    state = np.zeros(tiles * _STATE, x.dtype)
-    fired, felt = np.empty(rows * D, x.dtype), np.empty(rows * D, x.dtype)
-    grad_fired, grad_current = np.zeros(rows * D, x.dtype), np.empty(rows * D, x.dtype)
-    shape = (rows, D // clusters, clusters)
-    fired3, felt3 = fired.reshape(shape), felt.reshape(shape)
-    grad_fired3, grad_current3 = grad_fired.reshape(shape), grad_current.reshape(shape)
-    current = np.empty(C, x.dtype)
+    T, N, D, (clusters, width) = x.shape[0], x.shape[1], threshold.shape[0], coupling.shape
+    members, tiles, size = D // max(clusters, 1), _tiles(rows, D), _tiles(rows, D) * _TILE + WIDTH
+    state, felt, fired = pointer(scratch), pointer(scratch[tiles * _STATE :]), pointer(scratch[tiles * _STATE + size :])
+    grad_fired = pointer(scratch[tiles * _STATE + 2 * size :])
+    grad_current = pointer(scratch[tiles * _STATE + 3 * size :])
+    beta_sums = pointer(scratch[tiles * _STATE + 4 * size :])
+    current = pointer(scratch[tiles * _STATE + 4 * size + 2 * WIDTH :])
+    x_, v_, i_, refractory_ = pointer(x), pointer(v), pointer(i_syn), pointer(refractory)
+    coupling_, coupling_back_, sums_, grad_sums_ = (
+        pointer(coupling), pointer(coupling_back), pointer(sums), pointer(grad_sums)
+    )  # fmt: skip
+    grad_spikes_, grad_v_seq_, grad_x_ = pointer(grad_spikes), pointer(grad_v_seq), pointer(grad_x)
+    grad_v_last_, grad_i_last_, record_ = pointer(grad_v_last), pointer(grad_i_last), pointer(record)
+    for d in range(rows * D):
+        state[d // _TILE * _STATE + _THRESHOLD + d % _TILE] = threshold[d % D]
     for block in range(first, last):
         start = block * rows * D
-        length = min(rows * D, x.shape[1] - start)
-        felt[:] = 0
+        length = min(rows * D, N - start)
+        for d in range(0, size, WIDTH):
+            store(felt, d, splat(felt, 0))
         for tile in range(tiles):
             lo, s = tile * _TILE, tile * _STATE
             n = min(_TILE, length - lo)
-            _load(v, start + lo, n, state, s + _V)
-            _load(i_syn, start + lo, n, state, s + _CURRENT)
-            _load(refractory, start + lo, n, state, s + _REFRACTORY)
-            _load(grad_v_last, start + lo, n, state, s + _GRAD_V)
-            _load(grad_i_last, start + lo, n, grad_current, lo)
-            for d in range(n):
-                state[s + _THRESHOLD + d] = threshold[(lo + d) % D]
+            _read(len(v) > 0, v_, start + lo, n, state, s + _V)
+            _read(len(i_syn) > 0, i_, start + lo, n, state, s + _CURRENT)
+            _read(len(refractory) > 0, refractory_, start + lo, n, state, s + _REFRACTORY)
+            _read(len(grad_v_last) > 0, grad_v_last_, start + lo, n, state, s + _GRAD_V)
+            _read(len(grad_i_last) > 0, grad_i_last_, start + lo, n, grad_current, lo)
         for t in range(T):
             for tile in range(tiles):
-                lo, s, q = tile * _TILE, tile * _STATE, tile * _RECORD
+                lo, q = tile * _TILE, (t * tiles + tile) * _RECORD
                 n = min(_TILE, length - lo)
-                _ask_for(x, min(t + 1, T - 1), start + lo, n)
+                _ask_for(x_, min(t + 1, T - 1) * N + start + lo, n)
                 _step(
-                    x, t, start + lo, n, state, s, felt, fired, lo, record, t, q, True,
-                    v_reset, refractory_steps, beta_mem, beta_syn,
+                    x_, x_, x_, t * N + start + lo, n, state, tile * _STATE, felt, fired, lo, record_, q,
+                    False, True, v_reset, refractory_steps, beta_mem, beta_syn,
                 )  # fmt: skip
-                _slopes(surrogate, alpha, record, t, q + _SLOPE, n)
-            if C:
-                for row in range(length // D):
-                    n = block * rows + row
-                    _sum_members(fired3, row, sums, t, n)
-                    _couple(coupling, sums, t, n, current)
-                    _spread(current, felt3, row)
+                _slopes(surrogate, alpha, record_, q + _SLOPE, n)
+            if clusters:
+                at = (t * (N // D) + block * rows) * width
+                _feel(fired, length // D, members, clusters, coupling_, width, sums_, at, current, felt)
         for t in range(T - 1, -1, -1):
-            if C:
-                for row in range(length // D):
-                    n = block * rows + row
-                    _sum_members(grad_current3, row, grad_sums, t, n)
-                    _couple(coupling_t, grad_sums, t, n, current)
-                    _spread(current, grad_fired3, row)
+            if clusters:
+                at = (t * (N // D) + block * rows) * width
+                _feel(
+                    grad_current, length // D, members, clusters, coupling_back_, width, grad_sums_, at, current,
+                    grad_fired,
+                )  # fmt: skip
             for tile in range(tiles):
-                lo, s, q = tile * _TILE, tile * _STATE, tile * _RECORD
+                lo = tile * _TILE
                 n = min(_TILE, length - lo)
-                if grad_v_seq.shape[0]:
-                    for d in range(n):
-                        state[s + _GRAD_V + d] += grad_v_seq[t, start + lo + d]
-                _ask_for(grad_spikes, max(t - 1, 0), start + lo, n)
-                _ask_for(grad_x, t, start + lo, n)
+                _ask_for(grad_spikes_, max(t - 1, 0) * N + start + lo, n)
+                _ask_for(grad_x_, t * N + start + lo, n)
                 _step_back(
-                    grad_spikes, t, start + lo, n, state, s, grad_fired, grad_current, lo, record, q, grad_x,
-                    beta_mem, beta_syn,
+                    grad_spikes_, len(grad_v_seq) > 0, grad_v_seq_, grad_x_, t * N + start + lo, n, state,
+                    tile * _STATE, grad_fired, grad_current, lo, record_, (t * tiles + tile) * _RECORD,
+                    beta_sums, beta_mem, beta_syn,
                 )  # fmt: skip
         for tile in range(tiles):
             lo, s = tile * _TILE, tile * _STATE
-            for d in range(min(_TILE, length - lo) if grad_v.shape[0] else 0):
+            for d in range(min(_TILE, length - lo) if len(grad_v) else 0):
                 grad_v[start + lo + d] = state[s + _GRAD_V + d]
                 grad_i[start + lo + d] = grad_current[lo + d]
+        for kind in range(2):
+            grad_betas[kind] += total(load(beta_sums, kind * WIDTH))
+            store(beta_sums, kind * WIDTH, splat(beta_sums, 0))
     for tile in range(tiles):
         lo, s = tile * _TILE, tile * _STATE
         for d in range(min(_TILE, rows * D - lo)):
             grad_threshold[(lo + d) % D] += state[s + _GRAD_THRESHOLD + d]
-            grad_betas[0] += state[s + _GRAD_BETA_MEM + d]
-            grad_betas[1] += state[s + _GRAD_BETA_SYN + d]
+
+
+@njit(**_COMPILE)
+def _tiles(rows, n_features):
+    return (rows * n_features + _TILE - 1) // _TILE
 
 
 @njit(parallel=True, **_COMPILE)
 def _forward(
     chunks, blocks, rows, x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps,
-    keep_v, spikes, v_seq, v_last, i_last, refractory_last,
+    keep_v, spikes, v_seq, v_last, i_last, refractory_last, scratch,
 ):  # fmt: skip
     for c in prange(chunks):
         _forward_rows(
             c * blocks // chunks, (c + 1) * blocks // chunks, rows, x, v, i_syn, refractory, threshold,
             beta_mem, beta_syn, coupling, v_reset, refractory_steps, keep_v, spikes, v_seq, v_last, i_last,
-            refractory_last,
+            refractory_last, scratch[c],
         )  # fmt: skip
 
 
 @njit(parallel=True, **_COMPILE)
 def _backward(
     chunks, blocks, rows, grad_spikes, grad_v_seq, grad_v_last, grad_i_last, x, v, i_syn, refractory, threshold,
-    beta_mem, beta_syn, coupling, coupling_t, v_reset, refractory_steps, surrogate, alpha, record,
+    beta_mem, beta_syn, coupling, coupling_back, v_reset, refractory_steps, surrogate, alpha, record, scratch,
     grad_x, grad_v, grad_i, grad_threshold, grad_betas, sums, grad_sums,
 ):  # fmt: skip
     for c in prange(chunks):
         _backward_rows(
             c * blocks // chunks, (c + 1) * blocks // chunks, rows, grad_spikes, grad_v_seq, grad_v_last, grad_i_last,
-            x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, coupling_t, v_reset, refractory_steps,
-            surrogate, alpha, record[c], grad_x, grad_v, grad_i, grad_threshold[c], grad_betas[c], sums, grad_sums,
+            x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, coupling_back, v_reset, refractory_steps,
+            surrogate, alpha, record[c], scratch[c], grad_x, grad_v, grad_i, grad_threshold[c], grad_betas[c], sums, grad_sums,
         )  # fmt: skip
 
 
@@ -363,6 +349,29 @@ def _array(x: Tensor | None, like: Tensor, *shape: int) -> Any:
     if x is None:
         return np.empty([0] * len(shape), like.numpy().dtype)
     return x.detach().to(like.dtype).contiguous().view(shape).numpy()
+
+
+def _width(coupling: Tensor | None) -> int:
+    """Clusters, rounded up to whole vectors."""
+    return 0 if coupling is None else -(-coupling.shape[0] // WIDTH) * WIDTH
+
+
+def _coupling(coupling: Tensor | None, like: Tensor) -> Any:
+    """``[C, width]``, filled up with zeros."""
+    if coupling is None:
+        return _array(None, like, 0, 0)
+    return _array(
+        torch.nn.functional.pad(coupling, (0, _width(coupling) - coupling.shape[0])), like, -1, _width(coupling)
+    )
+
+
+def _scratch(chunks: int, rows: int, n_features: int, width: int, parts: int, dtype: torch.dtype) -> Any:
+    """A block's state, ``parts`` buffers of its size, and what its clusters need: allocated here, since a thread would pay
+    for fresh pages in every call.
+    """
+    tiles = _tiles.py_func(rows, n_features)
+    size = tiles * _STATE + parts * (tiles * _TILE + WIDTH) + (rows + 1) * width + 2 * WIDTH
+    return torch.zeros(chunks, size, dtype=dtype).numpy()
 
 
 def forward(
@@ -383,7 +392,7 @@ def forward(
     dtype = compute_dtype(x)
     like = torch.empty(0, dtype=dtype)
     scalar = like.numpy().dtype.type
-    C = 0 if coupling is None else coupling.shape[0]
+    width = _width(coupling)
     spikes, v_seq = torch.empty(T, N, D, dtype=dtype), torch.empty(T if keep_v else 0, N, D, dtype=dtype)
     v_last, i_last = torch.empty(N, D, dtype=dtype), torch.empty(N, D, dtype=dtype)
     refractory_last = torch.empty(N, D, dtype=torch.int32)
@@ -400,7 +409,7 @@ def forward(
             _array(threshold, like, D),
             scalar(beta_mem.item()),
             scalar(beta_syn.item()),
-            _array(coupling, like, C, C),
+            _coupling(None if coupling is None else coupling.T, like),
             scalar(v_reset),
             scalar(refractory_steps),
             keep_v,
@@ -409,6 +418,7 @@ def forward(
             v_last.flatten().numpy(),
             i_last.flatten().numpy(),
             refractory_last.flatten().numpy(),
+            _scratch(chunks, rows, D, width, 2, dtype),
         )
     return spikes.to(x.dtype), v_seq.to(x.dtype), v_last, i_last, refractory_last
 
@@ -436,13 +446,13 @@ def backward(
     dtype = compute_dtype(x)
     like = torch.empty(0, dtype=dtype)
     scalar = like.numpy().dtype.type
-    C = 0 if coupling is None else coupling.shape[0]
+    C, width = 0 if coupling is None else coupling.shape[0], _width(coupling)
     grad_x = torch.empty(T, N, D, dtype=dtype)
     grad_v, grad_i = (torch.empty(0 if v is None else N, D, dtype=dtype) for _ in range(2))
-    sums, grad_sums = torch.empty(T, N, C, dtype=dtype), torch.empty(T, N, C, dtype=dtype)
+    sums, grad_sums = torch.empty(T, N, width, dtype=dtype), torch.empty(T, N, width, dtype=dtype)
     with as_many_threads_as_torch() as threads:
         rows, blocks, chunks = _deal(N, D, threads)
-        record = torch.empty(chunks, T, -(-rows * D // _TILE) * _RECORD, dtype=dtype)
+        record = torch.empty(chunks, T, _tiles.py_func(rows, D) * _RECORD, dtype=dtype)
         # What all rows share is a long sum that may nearly cancel: its last part is added up in float64.
         grad_threshold, grad_betas = (torch.zeros(chunks, n, dtype=torch.float64) for n in (D, 2))
         _backward(
@@ -460,13 +470,14 @@ def backward(
             _array(threshold, like, D),
             scalar(beta_mem.item()),
             scalar(beta_syn.item()),
-            _array(coupling, like, C, C),
-            _array(None if coupling is None else coupling.T, like, C, C),
+            _coupling(None if coupling is None else coupling.T, like),
+            _coupling(coupling, like),
             scalar(v_reset),
             scalar(refractory_steps),
             SURROGATE_IDS[surrogate],
             scalar(alpha),
             record.numpy(),
+            _scratch(chunks, rows, D, width, 4, dtype),
             grad_x.flatten(1).numpy(),
             grad_v.flatten().numpy(),
             grad_i.flatten().numpy(),
@@ -483,7 +494,7 @@ def backward(
         grad_threshold.sum(0).to(dtype),
         grad_beta_mem,
         grad_beta_syn,
-        _product(grad_sums, sums),
+        _product(grad_sums[..., :C], sums[..., :C]),
     )
 
 

@@ -1,0 +1,249 @@
+"""Sixteen numbers at a time in Numba kernels: vectors that LLVM keeps in registers, and pointers that cost nothing to pass.
+
+Numba leaves it to LLVM to find what can be done sixteen at a time, and LLVM gives up where arrays might overlap or a loop is
+short. And an array that is passed to another compiled function has its reference count raised and lowered, by atomic
+instructions that all threads contend for: in a function called for every row these cost more than the row's arithmetic.
+With :func:`pointer`, :func:`load` and :func:`store` neither happens.
+
+Nothing here is checked: an index must lie inside, and the array must outlive its pointer. Arithmetic is as written, without
+fused multiply-adds, but in :func:`fused`.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, overload, register_model
+from numba.np.arrayobj import make_array
+
+__all__ = [
+    "WIDTH",
+    "fused",
+    "larger",
+    "load",
+    "load_first",
+    "pointer",
+    "prefetch",
+    "splat",
+    "store",
+    "store_first",
+    "total",
+    "where_at_least",
+]
+
+#: Numbers in one vector: a whole cache line of float32. Where registers are shorter, LLVM takes several.
+WIDTH = 16
+
+_I32 = ir.IntType(32)
+
+
+class Lanes(types.Type):  # type: ignore[misc]
+    """``WIDTH`` numbers of one dtype, a value like a number."""
+
+    def __init__(self, dtype: types.Type) -> None:
+        self.dtype = dtype
+        super().__init__(name=f"Lanes({dtype})")
+
+
+@register_model(Lanes)
+class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, lanes: Lanes) -> None:
+        super().__init__(manager, lanes, ir.VectorType(manager.lookup(lanes.dtype).get_value_type(), WIDTH))
+
+
+def _vector(context: Any, dtype: types.Type) -> ir.VectorType:
+    return ir.VectorType(context.get_value_type(dtype), WIDTH)
+
+
+def _all(builder: Any, number: Any) -> Any:
+    """The vector of ``WIDTH`` times the same number."""
+    nothing = ir.Constant(ir.VectorType(number.type, WIDTH), ir.Undefined)
+    first = builder.insert_element(nothing, number, _I32(0))
+    return builder.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(_I32, WIDTH), [0] * WIDTH))
+
+
+def _first(builder: Any, count: Any) -> Any:
+    """Which lanes are among the first ``count``."""
+    numbers = ir.Constant(ir.VectorType(_I32, WIDTH), list(range(WIDTH)))
+    return builder.icmp_signed("<", numbers, _all(builder, builder.trunc(count, _I32)))
+
+
+def _masked(builder: Any, name: str, vector: ir.VectorType, result: Any, *operands: Any) -> Any:
+    """Call LLVM's masked load or store."""
+    kind = ir.FunctionType(result, [operand.type for operand in operands])
+    bits = {"float": 32, "double": 64}[str(vector.element)]
+    return builder.call(
+        cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.{name}.v{WIDTH}f{bits}.p0"), operands
+    )
+
+
+@intrinsic
+def pointer(typing, array):
+    """Where the elements of a contiguous array begin."""
+
+    def generate(context, builder, signature, arguments):
+        return make_array(signature.args[0])(context, builder, arguments[0]).data
+
+    return types.CPointer(array.dtype)(array), generate
+
+
+@intrinsic
+def prefetch(typing, source, index):
+    """Fetch the cache line of ``source[index]`` while something else is computed."""
+
+    def generate(context, builder, signature, arguments):
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+        ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(ask, [builder.bitcast(builder.gep(arguments[0], arguments[1:]), byte), _I32(0), _I32(3), _I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp), generate
+
+
+def _at(context: Any, builder: Any, dtype: types.Type, begin: Any, index: Any) -> tuple[Any, ir.VectorType, int]:
+    """Where a vector begins, its type, and its alignment: that of a single number."""
+    vector = _vector(context, dtype)
+    return builder.bitcast(builder.gep(begin, [index]), vector.as_pointer()), vector, dtype.bitwidth // 8
+
+
+@intrinsic
+def load(typing, source, index):
+    """``source[index : index + WIDTH]``."""
+
+    def generate(context, builder, signature, arguments):
+        where, _, align = _at(context, builder, source.dtype, *arguments)
+        return builder.load(where, align=align)
+
+    return Lanes(source.dtype)(source, types.intp), generate
+
+
+@intrinsic
+def load_first(typing, source, index, count):
+    """The same, but only the first ``count`` are read, where there are fewer than ``WIDTH``; the others are 0."""
+
+    def generate(context, builder, signature, arguments):
+        where, vector, align = _at(context, builder, source.dtype, *arguments[:2])
+        count = arguments[2]
+        loaded = cgutils.alloca_once(builder, vector)
+        with builder.if_else(builder.icmp_signed(">=", count, count.type(WIDTH)), likely=True) as (whole, part):
+            with whole:
+                builder.store(builder.load(where, align=align), loaded)
+            with part:
+                zeros = ir.Constant(vector, [0.0] * WIDTH)
+                some = _masked(builder, "load", vector, vector, where, _I32(align), _first(builder, count), zeros)
+                builder.store(some, loaded)
+        return builder.load(loaded)
+
+    return Lanes(source.dtype)(source, types.intp, types.intp), generate
+
+
+@intrinsic
+def store(typing, target, index, lanes):
+    """``target[index : index + WIDTH] = lanes``."""
+
+    def generate(context, builder, signature, arguments):
+        where, _, align = _at(context, builder, target.dtype, *arguments[:2])
+        builder.store(arguments[2], where, align=align)
+        return context.get_dummy_value()
+
+    return types.void(target, types.intp, lanes), generate
+
+
+@intrinsic
+def store_first(typing, target, index, count, lanes):
+    """The same, but only the first ``count`` are written, where there are fewer than ``WIDTH``."""
+
+    def generate(context, builder, signature, arguments):
+        where, vector, align = _at(context, builder, target.dtype, *arguments[:2])
+        count, value = arguments[2:]
+        with builder.if_else(builder.icmp_signed(">=", count, count.type(WIDTH)), likely=True) as (whole, part):
+            with whole:
+                builder.store(value, where, align=align)
+            with part:
+                _masked(builder, "store", vector, ir.VoidType(), value, where, _I32(align), _first(builder, count))
+        return context.get_dummy_value()
+
+    return types.void(target, types.intp, types.intp, lanes), generate
+
+
+@intrinsic
+def splat(typing, like, number):
+    """``WIDTH`` times the same number, in the dtype that the pointer ``like`` points to."""
+
+    def generate(context, builder, signature, arguments):
+        return _all(builder, context.cast(builder, arguments[1], signature.args[1], like.dtype))
+
+    return Lanes(like.dtype)(like, number), generate
+
+
+@intrinsic
+def total(typing, lanes):
+    """The sum of all lanes, as a number."""
+
+    def generate(context, builder, signature, arguments):
+        result = builder.extract_element(arguments[0], _I32(0))
+        for lane in range(1, WIDTH):
+            result = builder.fadd(result, builder.extract_element(arguments[0], _I32(lane)))
+        return result
+
+    return lanes.dtype(lanes), generate
+
+
+@intrinsic
+def where_at_least(typing, a, b, yes, no):
+    """``yes`` in the lanes where ``a >= b``, and ``no`` in the others, NaN included."""
+
+    def generate(context, builder, signature, arguments):
+        a, b, yes, no = arguments
+        return builder.select(builder.fcmp_ordered(">=", a, b), yes, no)
+
+    return a(a, b, yes, no), generate
+
+
+@intrinsic
+def larger(typing, a, b):
+    """The larger of each two; ``b`` where one is NaN."""
+
+    def generate(context, builder, signature, arguments):
+        a, b = arguments
+        return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+    return a(a, b), generate
+
+
+@intrinsic
+def fused(typing, a, b, c):
+    """``a * b + c``, rounded once where the machine can."""
+
+    def generate(context, builder, signature, arguments):
+        vector = _vector(context, a.dtype)
+        kind = ir.FunctionType(vector, [vector] * 3)
+        name = f"llvm.fmuladd.v{WIDTH}f{a.dtype.bitwidth}"
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
+
+    return a(a, b, c), generate
+
+
+def _lane_by_lane(symbol: Callable[..., Any], instruction: str) -> None:
+    """Let an operator of Python work on lanes."""
+
+    @intrinsic
+    def both(typing, a, b):
+        def generate(context, builder, signature, arguments):
+            return getattr(builder, instruction)(*arguments)
+
+        return a(a, b), generate
+
+    @overload(symbol)
+    def operation(a, b):
+        return (lambda a, b: both(a, b)) if isinstance(a, Lanes) and isinstance(b, Lanes) else None
+
+
+_lane_by_lane(operator.add, "fadd")
+_lane_by_lane(operator.sub, "fsub")
+_lane_by_lane(operator.mul, "fmul")
+_lane_by_lane(operator.truediv, "fdiv")
