@@ -131,11 +131,11 @@ def _log_once(op: str, choice: BackendChoice) -> None:
         _logger.info(line)
 
 
-def implementations_of(op: str, *kernels: str) -> dict[str, Backend]:
-    """The reference and these kernels of an op, whose files lie in the folder of its name."""
+def implementations_of(op: str, *kernels: str, torch: str = "reference") -> dict[str, Backend]:
+    """The backend ``torch``, in a file of that name, and these kernels of an op, all in the folder of its name."""
 
     def kernel(name: str) -> Callable[[], ModuleType]:
-        return lambda: importlib.import_module(f"nord_snn.ops.{op}.{_FILES[name]}")
+        return lambda: importlib.import_module(f"nord_snn.ops.{op}.{_FILES.get(name, torch)}")
 
     plain = (True, "plain PyTorch")
     made = {"torch": Backend("any", lambda: plain, lambda call: plain, kernel("torch"))}
@@ -209,6 +209,6 @@ def _has_gpu() -> Verdict:
     return True, torch.cuda.get_device_name()
 
 
-_FILES = {"torch": "reference", "numba": "cpu", "cupy": "cupy", "triton": "triton"}
+_FILES = {"numba": "cpu", "cupy": "cupy", "triton": "triton"}
 _DEVICES = {"numba": "cpu", "cupy": "cuda", "triton": "cuda"}
 _AVAILABLE = {"numba": _numba_available, "cupy": _cupy_available, "triton": _triton_available}

@@ -21,6 +21,10 @@ from numba.np.arrayobj import make_array
 
 __all__ = [
     "WIDTH",
+    "as_integers",
+    "beyond",
+    "count_bits",
+    "differing",
     "fused",
     "larger",
     "load",
@@ -28,6 +32,7 @@ __all__ = [
     "pointer",
     "prefetch",
     "splat",
+    "steps",
     "store",
     "store_first",
     "total",
@@ -88,6 +93,16 @@ def pointer(typing, array):
         return make_array(signature.args[0])(context, builder, arguments[0]).data
 
     return types.CPointer(array.dtype)(array), generate
+
+
+@intrinsic
+def beyond(typing, source, index):
+    """A pointer to ``source[index:]``."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.gep(arguments[0], arguments[1:])
+
+    return source(source, types.intp), generate
 
 
 @intrinsic
@@ -185,10 +200,17 @@ def total(typing, lanes):
     """The sum of all lanes, as a number."""
 
     def generate(context, builder, signature, arguments):
-        result = builder.extract_element(arguments[0], _I32(0))
-        for lane in range(1, WIDTH):
-            result = builder.fadd(result, builder.extract_element(arguments[0], _I32(lane)))
-        return result
+        result, lanes_left = arguments[0], WIDTH
+        while lanes_left > 1:  # halves upon each other
+            lanes_left //= 2
+            first, second = (
+                ir.Constant(ir.VectorType(_I32, lanes_left), list(range(start, start + lanes_left)))
+                for start in (0, lanes_left)
+            )
+            result = builder.fadd(
+                builder.shuffle_vector(result, result, first), builder.shuffle_vector(result, result, second)
+            )
+        return builder.extract_element(result, _I32(0))
 
     return lanes.dtype(lanes), generate
 
@@ -226,6 +248,48 @@ def fused(typing, a, b, c):
         return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
     return a(a, b, c), generate
+
+
+@intrinsic
+def steps(typing, like):
+    """``0, 1, 2, ...`` in the dtype that the pointer ``like`` points to."""
+
+    def generate(context, builder, signature, arguments):
+        return ir.Constant(_vector(context, like.dtype), [float(lane) for lane in range(WIDTH)])
+
+    return Lanes(like.dtype)(like), generate
+
+
+@intrinsic
+def differing(typing, a, b):
+    """An integer with one bit for each lane, set where a and b differ or one is NaN."""
+
+    def generate(context, builder, signature, arguments):
+        bits = builder.bitcast(builder.fcmp_unordered("!=", *arguments), ir.IntType(WIDTH))
+        return builder.zext(bits, ir.IntType(64))
+
+    return types.int64(a, b), generate
+
+
+@intrinsic
+def count_bits(typing, integer):
+    """How many bits of an int64 are set."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.ctpop(arguments[0])
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def as_integers(typing, source):
+    """A pointer to the same bits, read as integers of the same length."""
+    kind = types.CPointer({32: types.int32, 64: types.int64}[source.dtype.bitwidth])
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], context.get_value_type(kind))
+
+    return kind(source), generate
 
 
 def _lane_by_lane(symbol: Callable[..., Any], instruction: str) -> None:

@@ -1,4 +1,4 @@
-"""The public op: argument checks, precision, and the blockwise passes as ops that torch.compile knows."""
+"""The public op: argument checks, precision, the choice of a backend, and its passes as ops that torch.compile knows."""
 
 from typing import Any
 
@@ -6,9 +6,16 @@ import torch
 from torch import Tensor
 
 from nord_snn.ops.checks import check_scalar, compute_dtype
-from nord_snn.ops.resonance import blockwise
+from nord_snn.ops.dispatch import Call, choose_backend, implementations_of
 
-__all__ = ["check_heads", "resonance"]
+__all__ = ["IMPLEMENTATIONS", "check_heads", "resonance"]
+
+IMPLEMENTATIONS = implementations_of("resonance", "numba", torch="blockwise")
+
+
+@torch.compiler.assume_constant_result
+def _choose(backend: str, *call: Any) -> str:
+    return choose_backend("resonance", IMPLEMENTATIONS, backend, Call(*call)).name
 
 
 def check_heads(n_features: int, n_heads: int) -> None:
@@ -29,6 +36,7 @@ def resonance(
     temperature: float | Tensor,
     recency: Tensor | None = None,
     causal: bool = True,
+    backend: str = "auto",
 ) -> Tensor:
     """Bind positions by counting coincident spikes.
 
@@ -54,6 +62,8 @@ def resonance(
         temperature: a float, or a tensor of one element.
         recency: slope per head ``[H]`` and position, or None.
         causal: whether a query sees only itself and what came before.
+        backend: ``"auto"``, ``"torch"`` (block by block in PyTorch, on any device) or ``"numba"``; see
+            :mod:`nord_snn.ops.dispatch`.
 
     Returns:
         ``[B, S, D]`` in the dtype of ``v``.
@@ -61,6 +71,7 @@ def resonance(
     Raises:
         TypeError: an argument is no tensor, or ``v`` is not floating.
         ValueError: a shape does not fit, H does not divide D, or ``top_k`` is not positive.
+        RuntimeError: the backend asked for cannot run.
 
     Source: the Nord spiking language model's temporal co-firing resonance; recency after ALiBi (Press et al. 2022).
 
@@ -79,7 +90,8 @@ def resonance(
     recency = None if recency is None else recency.to(dtype)
     inputs = (q, k, v, temperature, recency)
     remember = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    return _resonance(*inputs, n_heads, top_k, causal, remember)[0]
+    name = _choose(backend, v.device.type, v.dtype, v.shape[-1])
+    return _resonance(*inputs, n_heads, top_k, causal, remember, name)[0]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, n_heads: int, top_k: int, recency: Tensor | None) -> None:
@@ -111,9 +123,11 @@ def _resonance(
     top_k: int,
     causal: bool,
     remember: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kernel = IMPLEMENTATIONS[backend].kernel()
     with torch.autocast(v.device.type, enabled=False):
-        return blockwise.forward(q, k, v, temperature, recency, n_heads, top_k, causal, remember)
+        return kernel.forward(q, k, v, temperature, recency, n_heads, top_k, causal, remember)
 
 
 @_resonance.register_fake
@@ -127,11 +141,15 @@ def _(
     top_k: int,
     causal: bool,
     remember: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    B, S, _ = v.shape
-    worst = temperature.new_empty(B * n_heads, S, 1)
-    weights = temperature.new_empty(blockwise.weights_shape(q, n_heads, remember))
-    return v.new_empty(v.shape), worst, torch.empty_like(worst, dtype=torch.int32), weights
+    keys, worst, weights = IMPLEMENTATIONS[backend].kernel().saved_shapes(q, n_heads, top_k, remember)
+    return (
+        v.new_empty(v.shape),
+        q.new_empty(keys, dtype=torch.int32),
+        temperature.new_empty(worst),
+        temperature.new_empty(weights),
+    )
 
 
 @torch.library.custom_op("nord_snn::resonance_backward", mutates_args=())
@@ -142,36 +160,25 @@ def _resonance_backward(
     v: Tensor,
     temperature: Tensor,
     recency: Tensor | None,
+    keys: Tensor,
     worst: Tensor,
-    oldest: Tensor,
-    remembered: Tensor,
+    weights: Tensor,
     n_heads: int,
     top_k: int,
     causal: bool,
     spikes_too: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    kernel = IMPLEMENTATIONS[backend].kernel()
     with torch.autocast(v.device.type, enabled=False):
-        return blockwise.backward(
-            grad, q, k, v, temperature, recency, worst, oldest, remembered, n_heads, top_k, causal, spikes_too
+        return kernel.backward(
+            grad, q, k, v, temperature, recency, keys, worst, weights, n_heads, top_k, causal, spikes_too
         )
 
 
 @_resonance_backward.register_fake
-def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    temperature: Tensor,
-    recency: Tensor | None,
-    worst: Tensor,
-    oldest: Tensor,
-    remembered: Tensor,
-    n_heads: int,
-    top_k: int,
-    causal: bool,
-    spikes_too: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _, q, k, v, temperature, recency, *_, n_heads, _, _, spikes_too, _ = arguments
     grad_q, grad_k = (x.new_empty(x.shape if spikes_too else 0) for x in (q, k))
     return (
         grad_q,
@@ -183,7 +190,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.n_heads, ctx.top_k, ctx.causal, _ = inputs
+    *tensors, ctx.n_heads, ctx.top_k, ctx.causal, _, ctx.backend = inputs
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -191,12 +198,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 9
+        return (None,) * 10
     needed = ctx.needs_input_grad
     gradients = _resonance_backward(
-        grad, *ctx.saved_tensors, ctx.n_heads, ctx.top_k, ctx.causal, needed[0] or needed[1]
+        grad, *ctx.saved_tensors, ctx.n_heads, ctx.top_k, ctx.causal, needed[0] or needed[1], ctx.backend
     )
-    return *(gradient if need else None for gradient, need in zip(gradients, needed[:5], strict=True)), *[None] * 4
+    return *(gradient if need else None for gradient, need in zip(gradients, needed[:5], strict=True)), *[None] * 5
 
 
 _resonance.register_autograd(_gradients, setup_context=_setup_context)

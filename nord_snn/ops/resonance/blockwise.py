@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nord_snn.ops.checks import compute_dtype
 
-__all__ = ["backward", "forward", "weights_shape"]
+__all__ = ["backward", "forward", "saved_shapes"]
 
 #: Queries of a block.
 BLOCK = 64
@@ -34,8 +34,8 @@ def forward(
     causal: bool,
     remember: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``q, k [T, B, S, D]``, ``v [B, S, D]`` -> context ``[B, S, D]``, and for ``backward``: the worst score kept and the
-    oldest position kept at that score, ``[B * H, S, 1]`` each, and the weights if they are to be remembered.
+    """``q, k [T, B, S, D]``, ``v [B, S, D]`` -> context ``[B, S, D]``, and for ``backward``: the oldest position kept at the
+    worst score and that score, ``[B * H, S, 1]`` each, and the weights if they are to be remembered.
 
     ``temperature`` and ``recency`` come in the dtype of the sums, the others in any.
     """
@@ -43,7 +43,7 @@ def forward(
     context = torch.empty_like(v, memory_format=torch.contiguous_format)
     worst = temperature.new_full((B * n_heads, S, 1), -torch.inf)
     oldest = torch.zeros_like(worst, dtype=torch.int32)
-    remembered = temperature.new_zeros(weights_shape(q, n_heads, remember))
+    remembered = temperature.new_zeros(saved_shapes(q, n_heads, top_k, remember)[2])
     _, penalty = _tables(S, recency, causal, v)
     for batch, rows in _batches(v, n_heads):
         q_heads, k_heads = _split(q[:, batch], n_heads, v), _split(k[:, batch], n_heads, v)
@@ -57,7 +57,7 @@ def forward(
             _merge(weights @ values[:, keys], context[None, batch, queries], n_heads)
             if len(remembered):
                 remembered[rows, queries, keys] = weights
-    return context, worst, oldest, remembered
+    return context, oldest, worst, remembered
 
 
 def backward(
@@ -67,8 +67,8 @@ def backward(
     v: Tensor,
     temperature: Tensor,
     recency: Tensor | None,
-    worst: Tensor,
     oldest: Tensor,
+    worst: Tensor,
     remembered: Tensor,
     n_heads: int,
     top_k: int,
@@ -115,12 +115,15 @@ def backward(
     return grad_q, grad_k, grad_v, grad_temperature, grad_recency
 
 
-def weights_shape(q: Tensor, n_heads: int, remember: bool) -> tuple[int, int, int]:
-    """``[B * H, S, S]`` for short sequences, whose weights take no more room than the queries and spare the backward pass
-    the counting; otherwise ``[0, 0, 0]``.
+def saved_shapes(q: Tensor, n_heads: int, top_k: int, remember: bool) -> tuple[tuple[int, ...], ...]:
+    """Shapes of what ``forward`` returns for ``backward``.
+
+    The weights are ``[B * H, S, S]`` for short sequences, where they take no more room than the queries and spare the
+    backward pass the counting, and otherwise ``[0, 0, 0]``.
     """
     T, B, S, D = q.shape
-    return (B * n_heads, S, S) if remember and T * D // n_heads >= S else (0, 0, 0)
+    short = remember and T * D // n_heads >= S
+    return (B * n_heads, S, 1), (B * n_heads, S, 1), (B * n_heads, S, S) if short else (0, 0, 0)
 
 
 def _batches(v: Tensor, n_heads: int) -> Iterator[tuple[slice, slice]]:

@@ -1,0 +1,506 @@
+"""Temporal co-firing resonance on the CPU: Numba kernels that count coincidences bit by bit, one head at a time.
+
+Spikes are bits: a head's neurons over all steps fit into a few machine words, and the coincidences of two positions are the
+bits that both have. A query's best keys are found by bisection over the scores' bit patterns, which are ordered as the
+scores are. What remains is a short list per query, of keys and weights; the backward pass walks over these lists, step by
+step, so that a step's keys and their gradients stay in the first-level cache. Where q or k is not made of zeros and ones,
+products are summed instead of bits.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit, prange
+from torch import Tensor
+
+from nord_snn.ops.checks import compute_dtype
+from nord_snn.ops.lanes import (
+    WIDTH,
+    as_integers,
+    beyond,
+    count_bits,
+    differing,
+    fused,
+    larger,
+    load,
+    load_first,
+    pointer,
+    prefetch,
+    splat,
+    steps,
+    store,
+    store_first,
+    total,
+)
+from nord_snn.ops.threads import as_many_threads_as_torch
+
+__all__ = ["backward", "forward", "saved_shapes"]
+
+_COMPILE: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
+_BLOCK = 64  # queries whose lists are walked over together, step by step
+_AHEAD = 8  # positions to fetch ahead: a head's neurons are short pieces of memory far apart, which no cache guesses
+
+
+@njit(**_COMPILE)
+def _pack(x, shape, b, h, width, bits, across, along):
+    """Spikes of one head as words, word w of position s at ``bits[w * across + s * along]``; true if all are 0 or 1."""
+    T, B, S, D = shape
+    zero, one = splat(x, 0), splat(x, 1)
+    strange = 0
+    for s in range(S):
+        word, filled, w = 0, 0, 0
+        for t in range(T):
+            at = ((t * B + b) * S + s) * D + h * width
+            for c in range(0, width, WIDTH):
+                prefetch(x, at + _AHEAD * D + c)
+                spikes = load_first(x, at + c, width - c)
+                fired = differing(spikes, zero)
+                strange |= fired & differing(spikes, one)
+                word |= fired << filled
+                filled += WIDTH
+                if filled == 64:
+                    bits[w * across + s * along] = word
+                    word, filled, w = 0, 0, w + 1
+        if filled:
+            bits[w * across + s * along] = word
+    return strange == 0
+
+
+@njit(**_COMPILE)
+def _count(q_bits, k_bits, i, keys, words, S, counts, scores):
+    """``scores[j]``: coincidences of query i with each of the first keys, from their words."""
+    for j in range(keys):
+        counts[j] = 0
+    for w in range(words):
+        word = q_bits[i * words + w]
+        if word != 0:  # firing is sparse
+            for j in range(keys):
+                counts[j] += count_bits(word & k_bits[w * S + j])
+    for j in range(keys):
+        scores[j] = counts[j]
+
+
+@njit(**_COMPILE)
+def _multiply(q, k, shape, b, h, width, i, keys, scores):
+    """The same for real numbers in the place of spikes."""
+    T, B, S, D = shape
+    for j in range(keys):
+        products = splat(scores, 0)
+        for t in range(T):
+            at = (t * B + b) * S * D + h * width
+            for c in range(0, width, WIDTH):
+                spikes = load_first(q, at + i * D + c, width - c)
+                products = fused(spikes, load_first(k, at + j * D + c, width - c), products)
+        scores[j] = total(products)
+
+
+@njit(**_COMPILE)
+def _penalise(scores, i, keys, temperature, slope):
+    """From counts to scores, to the bit as the reference has them."""
+    per_count, per_step, zero = splat(scores, temperature), splat(scores, slope), splat(scores, 0)
+    for j in range(0, keys, WIDTH):
+        before = splat(scores, i - j) - steps(scores)
+        penalty = per_step * larger(before, zero - before)
+        store(scores, j, load(scores, j) * per_count - penalty)
+
+
+@njit(**_COMPILE)
+def _select(scores, keys, top_k, most, order, kept):
+    """Write the positions of the best ``top_k`` of ``keys`` scores, ascending; among equals the most recent. How many."""
+    if keys <= top_k:
+        for j in range(keys):
+            kept[j] = j
+        return keys
+    patterns = as_integers(scores)
+    for j in range(keys):
+        pattern = np.int64(patterns[j])
+        order[j] = pattern if pattern >= 0 else -(pattern & most)  # as the floats are ordered; -0 equals 0
+    low = high = order[0]
+    for j in range(keys):
+        low, high = min(low, order[j]), max(high, order[j])
+    while low < high:  # at least top_k are as good as low, fewer are better than high
+        middle = (low | high) - ((low ^ high) >> 1)
+        better = 0
+        for j in range(keys):
+            better += order[j] >= middle
+        if better >= top_k:
+            low = middle
+        else:
+            high = middle - 1
+        if better == top_k:
+            break
+    above = 0
+    for j in range(keys):
+        above += order[j] > low
+    # Where the bisection ended early, exactly top_k are as good as ``low`` and none of them is to be left out.
+    oldest, room = keys, top_k - above
+    while room > 0:
+        oldest -= 1
+        room -= order[oldest] == low
+    n = 0
+    for j in range(keys):
+        kept[n] = j
+        n += (order[j] > low) | ((order[j] == low) & (j >= oldest))
+    return top_k
+
+
+@njit(**_COMPILE)
+def _weigh(scores, kept, n, weights):
+    """Softmax over the kept scores."""
+    best = scores[kept[0]]
+    for m in range(1, n):
+        best = max(best, scores[kept[m]])
+    for m in range(n):
+        weights[m] = np.exp(scores[kept[m]] - best)
+    sums = splat(weights, 0)
+    for m in range(0, n, WIDTH):
+        sums = sums + load_first(weights, m, n - m)
+    share = splat(weights, 1) / splat(weights, total(sums))
+    for m in range(0, n, WIDTH):
+        store_first(weights, m, n - m, load_first(weights, m, n - m) * share)
+
+
+@njit(**_COMPILE)
+def _list_keys(
+    i, binary, q, k, shape, b, h, width, q_bits, k_bits, words, temperature, slope, top_k, causal, most,
+    counts, scores, kept, weights,
+):  # fmt: skip
+    """Keys and weights of query i; how many."""
+    S = shape[2]
+    keys = i + 1 if causal else S
+    if binary:
+        _count(q_bits, k_bits, i, keys, words, S, counts, scores)
+    else:
+        _multiply(q, k, shape, b, h, width, i, keys, scores)
+    _penalise(scores, i, keys, temperature, slope)
+    n = _select(scores, keys, top_k, most, counts, kept)
+    _weigh(scores, kept, n, weights)
+    return n
+
+
+@njit(**_COMPILE)
+def _pull(rows, at, stride, count, kept, weights, n):
+    """The weighted sum of the kept rows, of WIDTH columns; four sums, since one would wait for itself."""
+    a, b, c, d = splat(rows, 0), splat(rows, 0), splat(rows, 0), splat(rows, 0)
+    fours = n - n % 4
+    for m in range(0, fours, 4):
+        a = fused(splat(rows, weights[m]), load_first(rows, at + kept[m] * stride, count), a)
+        b = fused(splat(rows, weights[m + 1]), load_first(rows, at + kept[m + 1] * stride, count), b)
+        c = fused(splat(rows, weights[m + 2]), load_first(rows, at + kept[m + 2] * stride, count), c)
+        d = fused(splat(rows, weights[m + 3]), load_first(rows, at + kept[m + 3] * stride, count), d)
+    for m in range(fours, n):
+        a = fused(splat(rows, weights[m]), load_first(rows, at + kept[m] * stride, count), a)
+    return (a + b) + (c + d)
+
+
+@njit(**_COMPILE)
+def _mix(v, at, n_features, width, kept, weights, n, context, to):
+    """The weighted sum of the kept values of one head."""
+    for c in range(0, width, WIDTH):
+        mixed = _pull(v, at + c, n_features, width - c, kept, weights, n)
+        store_first(context, to + c, width - c, mixed)
+
+
+@njit(**_COMPILE)
+def _forward_heads(
+    first, last, q, k, v, temperature, recency, n_heads, top_k, causal, most, words, bits, counts, scores, kept,
+    weights, remember, context,
+):  # fmt: skip
+    """Heads ``first`` to ``last`` of all ``B * H``; with a row for every query in ``kept`` and ``weights``, they stay there."""
+    shape, (_, S, D) = q.shape, v.shape
+    width = D // n_heads
+    kept_, weights_, stride = pointer(kept), pointer(weights), kept.shape[1]
+    q_, k_, v_, context_ = pointer(q), pointer(k), pointer(v), pointer(context)
+    q_bits, k_bits, counts_, scores_ = pointer(bits[0]), pointer(bits[1]), pointer(counts), pointer(scores)
+    for head in range(first, last):
+        b, h = head // n_heads, head % n_heads
+        binary = _pack(q_, shape, b, h, width, q_bits, 1, words)
+        binary &= _pack(k_, shape, b, h, width, k_bits, S, 1)
+        at, slope = b * S * D + h * width, recency[h] if len(recency) else temperature * 0
+        for i in range(S):
+            row = (head * S + i) * stride if remember else 0
+            n = _list_keys(
+                i, binary, q_, k_, shape, b, h, width, q_bits, k_bits, words, temperature, slope, top_k, causal, most,
+                counts_, scores_, beyond(kept_, row), beyond(weights_, row),
+            )  # fmt: skip
+            _mix(v_, at, D, width, beyond(kept_, row), beyond(weights_, row), n, context_, at + i * D)
+
+
+@njit(**_COMPILE)
+def _back_to_scores(grad, v, grad_v, at, n_features, width, i, kept, weights, n, grad_scores):
+    """Of one query: the scores' gradients ``w * (g - sum(w * g))``, where ``g = grad . v``; adds to the values' gradients.
+
+    Returns the sum of distance times gradient, which is what the slope gets, turned around.
+    """
+    mean = splat(v, 0)
+    for m in range(n):
+        product = splat(v, 0)
+        for c in range(0, width, WIDTH):
+            from_above = load_first(grad, at + i * n_features + c, width - c)
+            value = at + kept[m] * n_features + c
+            product = fused(from_above, load_first(v, value, width - c), product)
+            share = fused(splat(v, weights[m]), from_above, load_first(grad_v, value, width - c))
+            store_first(grad_v, value, width - c, share)
+        grad_scores[m] = total(product)
+    for m in range(0, n, WIDTH):
+        mean = fused(load_first(weights, m, n - m), load_first(grad_scores, m, n - m), mean)
+    middle = splat(v, total(mean))
+    for m in range(0, n, WIDTH):
+        off = load_first(grad_scores, m, n - m) - middle
+        store_first(grad_scores, m, n - m, load_first(weights, m, n - m) * off)
+    by_distance = 0.0
+    for m in range(n):
+        by_distance += grad_scores[m] * abs(i - kept[m])
+    return by_distance
+
+
+@njit(**_COMPILE)
+def _back_to_spikes(q, k, grad_q, grad_k, at, n_features, width, i, kept, grad_scores, n, temperature, spikes_too):
+    """Of one query and one step: the gradients of its spikes and of its keys' spikes.
+
+    Returns ``q . (sum of scores' gradients times k)``, what the temperature gets: its gradient is the sum of gradient
+    times count, and the counts are ``q . k``.
+    """
+    scale, counted = splat(q, temperature), splat(q, 0)
+    for c in range(0, width, WIDTH):
+        query = load_first(q, at + i * n_features + c, width - c)
+        fired = differing(query, splat(q, 0)) != 0
+        if not fired and not spikes_too:
+            continue
+        pulled = _pull(k, at + c, n_features, width - c, kept, grad_scores, n)
+        if spikes_too:
+            store_first(grad_q, at + i * n_features + c, width - c, scale * pulled)
+        counted = fused(query, pulled, counted)
+        if fired and spikes_too:  # a silent query leaves its keys alone
+            pushed = scale * query
+            for m in range(n):
+                key = at + kept[m] * n_features + c
+                share = fused(splat(q, grad_scores[m]), pushed, load_first(grad_k, key, width - c))
+                store_first(grad_k, key, width - c, share)
+    return total(counted)
+
+
+@njit(**_COMPILE)
+def _ask_for(rows, at, first, last, n_features, width):
+    """Fetch these rows of a head for the next step while this one is worked on."""
+    for i in range(first, last):
+        for c in range(0, width, WIDTH):
+            prefetch(rows, at + i * n_features + c)
+
+
+@njit(**_COMPILE)
+def _backward_heads(
+    first, last, grad, q, k, v, temperature, recency, n_heads, top_k, causal, spikes_too, most, words, bits, counts,
+    scores, kept, weights, remembered, grad_scores, grad_q, grad_k, grad_v, grad_temperature, grad_recency,
+):  # fmt: skip
+    """Heads ``first`` to ``last``; lists that were not kept, too few rows for that, are made again block by block."""
+    shape, (B, S, D) = q.shape, v.shape
+    T, width = shape[0], D // n_heads
+    q_, k_, v_, grad_ = pointer(q), pointer(k), pointer(v), pointer(grad)
+    grad_q_, grad_k_, grad_v_, grad_scores_ = pointer(grad_q), pointer(grad_k), pointer(grad_v), pointer(grad_scores)
+    q_bits, k_bits, counts_, scores_ = pointer(bits[0]), pointer(bits[1]), pointer(counts), pointer(scores)
+    kept_, weights_, stride = pointer(kept), pointer(weights), kept.shape[1]
+    for head in range(first, last):
+        b, h = head // n_heads, head % n_heads
+        at = b * S * D + h * width
+        slope = recency[h] if len(recency) else temperature * 0
+        binary = True
+        if not remembered:
+            binary = _pack(q_, shape, b, h, width, q_bits, 1, words)
+            binary &= _pack(k_, shape, b, h, width, k_bits, S, 1)
+        for start in range(0, S, _BLOCK):
+            stop = min(start + _BLOCK, S)
+            for i in range(start, stop):
+                row = (head * S + i if remembered else i - start) * stride
+                n = min(i + 1 if causal else S, top_k)
+                if not remembered:
+                    _list_keys(
+                        i, binary, q_, k_, shape, b, h, width, q_bits, k_bits, words, temperature, slope, top_k, causal,
+                        most, counts_, scores_, beyond(kept_, row), beyond(weights_, row),
+                    )  # fmt: skip
+                grad_recency[head] -= _back_to_scores(
+                    grad_, v_, grad_v_, at, D, width, i, beyond(kept_, row), beyond(weights_, row), n,
+                    beyond(grad_scores_, (i - start) * stride),
+                )  # fmt: skip
+            for t in range(T):
+                after = min(t + 1, T - 1) * B * S * D + at
+                _ask_for(q_, after, start, stop, D, width)
+                _ask_for(k_, after, 0, stop if causal else S, D, width)
+                if spikes_too:
+                    _ask_for(grad_q_, after, start, stop, D, width)
+                    _ask_for(grad_k_, after, 0, stop if causal else S, D, width)
+                for i in range(start, stop):
+                    row = (head * S + i if remembered else i - start) * stride
+                    grad_temperature[head] += _back_to_spikes(
+                        q_, k_, grad_q_, grad_k_, t * B * S * D + at, D, width, i, beyond(kept_, row),
+                        beyond(grad_scores_, (i - start) * stride), min(i + 1 if causal else S, top_k), temperature,
+                        spikes_too,
+                    )  # fmt: skip
+
+
+@njit(parallel=True, **_COMPILE)
+def _forward(
+    chunks, q, k, v, temperature, recency, n_heads, top_k, causal, most, words, bits, counts, scores, kept, weights,
+    remember, context,
+):  # fmt: skip
+    heads = q.shape[1] * n_heads
+    for c in prange(chunks):
+        lists = slice(0, kept.shape[0]) if remember else slice(c, c + 1)
+        _forward_heads(
+            c * heads // chunks, (c + 1) * heads // chunks, q, k, v, temperature, recency, n_heads, top_k, causal, most,
+            words, bits[c], counts[c], scores[c], kept[lists], weights[lists], remember, context,
+        )  # fmt: skip
+
+
+@njit(parallel=True, **_COMPILE)
+def _backward(
+    chunks, grad, q, k, v, temperature, recency, n_heads, top_k, causal, spikes_too, most, words, bits, counts, scores,
+    kept, weights, remembered, grad_scores, grad_q, grad_k, grad_v, grad_temperature, grad_recency,
+):  # fmt: skip
+    heads = q.shape[1] * n_heads
+    for c in prange(chunks):
+        lists = slice(0, kept.shape[0]) if remembered else slice(c * _BLOCK, (c + 1) * _BLOCK)
+        _backward_heads(
+            c * heads // chunks, (c + 1) * heads // chunks, grad, q, k, v, temperature, recency, n_heads, top_k, causal,
+            spikes_too, most, words, bits[c], counts[c], scores[c], kept[lists], weights[lists], remembered,
+            grad_scores[c], grad_q, grad_k, grad_v, grad_temperature, grad_recency,
+        )  # fmt: skip
+
+
+class _Sizes:
+    """What both passes have to know of a call."""
+
+    def __init__(self, q: Tensor, v: Tensor, n_heads: int, top_k: int, threads: int) -> None:
+        T, B, self.length, D = q.shape
+        self.heads = B * n_heads
+        self.chunks = max(1, min(self.heads, 2 * threads))
+        self.words = -(-T * -(-D // n_heads // WIDTH) * WIDTH // 64)
+        self.top_k = min(top_k, self.length)
+        self.stride = self.top_k + 1  # the key that is looked at last is written before it is known to be kept
+
+    def scratch(self, like: Tensor) -> tuple[Any, Any, Any]:
+        """Bits of queries and keys, counts, and scores, for each chunk."""
+        bits = np.empty((self.chunks, 2, self.words * self.length), np.int64)
+        counts = np.empty((self.chunks, self.length), np.int64)
+        return bits, counts, np.empty((self.chunks, self.length + WIDTH), like.numpy().dtype)
+
+
+def saved_shapes(q: Tensor, n_heads: int, top_k: int, remember: bool) -> tuple[tuple[int, ...], ...]:
+    """Shapes of what ``forward`` returns for ``backward``: kept keys, nothing, and weights.
+
+    Keys and weights are ``[B * H * S, top_k + 1]`` where they take no more room than the queries, and otherwise
+    ``[0, 0]``: then the backward pass counts again.
+    """
+    T, B, S, D = q.shape
+    kept = min(top_k, S) + 1
+    lists = (B * n_heads * S, kept) if remember and 2 * kept * n_heads <= T * D else (0, 0)
+    return lists, (0,), lists
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    temperature: Tensor,
+    recency: Tensor | None,
+    n_heads: int,
+    top_k: int,
+    causal: bool,
+    remember: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Context ``[B, S, D]``, and for ``backward`` the kept keys and their weights; the arguments are the op's."""
+    dtype = compute_dtype(v)
+    like = torch.empty(0, dtype=dtype)
+    context = torch.empty(v.shape, dtype=dtype)
+    shape, *_ = saved_shapes(q, n_heads, top_k, remember)
+    kept, weights = torch.empty(shape, dtype=torch.int32), torch.empty(shape, dtype=dtype)
+    if not context.numel():
+        return context.to(v.dtype), kept, like, weights
+    with as_many_threads_as_torch() as threads:
+        sizes = _Sizes(q, v, n_heads, top_k, threads)
+        lists = kept, weights
+        if not len(kept):
+            lists = kept.new_empty(sizes.chunks, sizes.stride), weights.new_empty(sizes.chunks, sizes.stride)
+        _forward(
+            sizes.chunks,
+            *(_array(x, like) for x in (q, k, v)),
+            like.numpy().dtype.type(temperature.item()),
+            _array(like if recency is None else recency, like),
+            n_heads,
+            sizes.top_k,
+            causal,
+            np.int64(torch.iinfo(_INTEGERS[dtype]).max),
+            sizes.words,
+            *sizes.scratch(like),
+            *(x.numpy() for x in lists),
+            len(kept) > 0,
+            context.numpy(),
+        )
+    return context.to(v.dtype), kept, like, weights
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    temperature: Tensor,
+    recency: Tensor | None,
+    kept: Tensor,
+    _: Tensor,
+    weights: Tensor,
+    n_heads: int,
+    top_k: int,
+    causal: bool,
+    spikes_too: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q and k (empty unless ``spikes_too``), v, temperature and recency (empty without one)."""
+    dtype = compute_dtype(v)
+    like = torch.empty(0, dtype=dtype)
+    shape = q.shape if spikes_too else (0,) * 4
+    grad_q, grad_k = torch.empty(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+    grad_v = torch.zeros(v.shape, dtype=dtype)
+    by_head = torch.zeros(2, v.shape[0] * n_heads, dtype=torch.float64)
+    if v.numel():
+        with as_many_threads_as_torch() as threads:
+            sizes = _Sizes(q, v, n_heads, top_k, threads)
+            lists = kept, weights
+            if not len(kept):
+                rows = sizes.chunks * _BLOCK
+                lists = kept.new_empty(rows, sizes.stride), weights.new_empty(rows, sizes.stride)
+            _backward(
+                sizes.chunks,
+                *(_array(x, like) for x in (grad, q, k, v)),
+                like.numpy().dtype.type(temperature.item()),
+                _array(like if recency is None else recency, like),
+                n_heads,
+                sizes.top_k,
+                causal,
+                spikes_too,
+                np.int64(torch.iinfo(_INTEGERS[dtype]).max),
+                sizes.words,
+                *sizes.scratch(like),
+                *(x.numpy() for x in lists),
+                len(kept) > 0,
+                torch.empty(sizes.chunks, _BLOCK * sizes.stride, dtype=dtype).numpy(),
+                grad_q.numpy(),
+                grad_k.numpy(),
+                grad_v.numpy(),
+                *by_head.numpy(),
+            )
+    grad_temperature, grad_recency = by_head[0].sum().to(dtype), by_head[1].view(-1, n_heads).sum(0).to(dtype)
+    return (
+        *(x.to(q.dtype) if spikes_too else q.new_empty(0) for x in (grad_q, grad_k)),
+        grad_v.to(v.dtype),
+        grad_temperature,
+        grad_recency if recency is not None else like,
+    )
+
+
+_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+def _array(x: Tensor, like: Tensor) -> Any:
+    """What Numba sees of a tensor: a contiguous array in the dtype of ``like``."""
+    return x.detach().to(like.dtype).contiguous().numpy()
