@@ -89,6 +89,6 @@ class NordBlock(nn.Module):
         """Run ``x [T, B, S, D]`` through the block."""
         check_features(x, self.n_features, type(self).__name__, "[T, B, S, D]")
         if self.resonance is not None:
-            x = torch.addcmul(x, self.resonance_gain, self.resonance(self.norm1(x)))
+            x = x + self.resonance_gain * self.resonance(self.norm1(x), expand=False)  # the same at every step
         x = torch.addcmul(x, self.ffn_gain, self.ffn(self.norm2(x)))  # x + gain * y without a table for the product
         return self.clamp(x)

@@ -85,8 +85,8 @@ class CoFiringResonance(nn.Module):
         """Slope per head ``[H]``, positive, or None."""
         return None if self.recency_log is None else self.recency_log.exp()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Context for ``x [T, B, S, D]``."""
+    def forward(self, x: Tensor, expand: bool = True) -> Tensor:
+        """Context for ``x [T, B, S, D]``; with ``expand=False`` once, as ``[B, S, D]``."""
         check_features(x, self.n_features, type(self).__name__, "[T, B, S, D]")
         context = resonance(
             fire_from_rest(self.lif_q, self.q_proj(x)),
@@ -98,7 +98,8 @@ class CoFiringResonance(nn.Module):
             recency=self.recency,
             causal=self.causal,
         )
-        return self.o_proj(context).expand(x.shape)
+        context = self.o_proj(context)
+        return context.expand(x.shape) if expand else context
 
     def extra_repr(self) -> str:
         """What the submodules do not show."""
