@@ -82,8 +82,9 @@ def plain_resonance() -> Iterator[None]:
     """The resonance's reference in the place of the op."""
 
     def plain(
-        q: Tensor, k: Tensor, v: Tensor, *, n_heads: int, top_k: int, temperature: Any, recency: Any, causal: bool
-    ) -> Tensor:
+        q: Tensor, k: Tensor, v: Tensor, *, n_heads: int, top_k: int, temperature: Any, recency: Any, causal: bool,
+        backend: str,
+    ) -> Tensor:  # fmt: skip
         return reference(q, k, v, n_heads, top_k, temperature, recency, causal)
 
     with mock.patch("nord_snn.layers.resonance.resonance", plain):

@@ -1,4 +1,4 @@
-"""The resonance: blockwise against its reference, in time and in memory."""
+"""The resonance: its kernel and its blockwise form against the reference, in time and in memory."""
 
 from collections.abc import Callable
 
@@ -26,9 +26,9 @@ def case(T: int, B: int, S: int, D: int) -> dict[str, Tensor]:
     return {name: value.requires_grad_() for name, value in made.items()}
 
 
-def ours(inputs: dict[str, Tensor]) -> Tensor:
+def ours(inputs: dict[str, Tensor], backend: str = "auto") -> Tensor:
     """Our op."""
-    return resonance(**inputs, n_heads=HEADS, top_k=TOP_K)
+    return resonance(**inputs, n_heads=HEADS, top_k=TOP_K, backend=backend)
 
 
 def plain(inputs: dict[str, Tensor]) -> Tensor:
@@ -49,7 +49,11 @@ def contestants(inputs: dict[str, Tensor], compiled: bool = True) -> dict[str, C
 
         return run
 
-    made = {"reference": timed(plain), "**nord-snn**": timed(ours)}
+    made = {
+        "reference": timed(plain),
+        "nord-snn, `torch`": timed(lambda inputs: ours(inputs, "torch")),
+        "**nord-snn**": timed(ours),
+    }
     if compiled:
         made["torch.compile of the reference"] = timed(torch.compile(plain))
     return made

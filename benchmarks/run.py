@@ -100,7 +100,7 @@ def resonance_tables(page: Page, seconds: float) -> None:
     page.say("Most memory alive at once in forward and backward, MB, by context length S, q and k [4, 1, S, 64]:\n")
     lengths = (512, 1024, 2048, 4096)
     page.say("| S | " + " | ".join(map(str, lengths)) + " |\n|---|" + "---|" * len(lengths))
-    for name in ("reference", "**nord-snn**"):
+    for name in ("reference", "nord-snn, `torch`", "**nord-snn**"):
         peaks = [
             peak_bytes(resonance.contestants(resonance.case(4, 1, S, 64), compiled=False)[name]) / 1e6 for S in lengths
         ]
@@ -155,10 +155,10 @@ def main() -> None:
     page = Page()
     page.say("# Benchmarks\n")
     page.say(
-        "Written by `python benchmarks/run.py`. Contestants take turns in one process; times are medians, ratios are"
+        "Written by `python benchmarks/run.py`. Contestants take turns of a few calls in one process; times are medians,"
     )
     page.say(
-        "medians over the turns. SpikingJelly's and snnTorch's neurons do less: no cascade, no refractory period, and"
+        "ratios are medians over the turns. SpikingJelly's and snnTorch's neurons do less: no cascade, no refractory period, and"
     )
     page.say(
         "`LIFNode` has no synaptic current. Freed memory is kept for the next call (`keep_freed_memory` in `train.py`), for"

@@ -36,7 +36,8 @@ PUBLIC = {
 }
 KERNELS = {
     "threads.py": {"numba"},
-    "cpu.py": {"llvmlite", "numba", "numpy"},
+    "lanes.py": {"llvmlite", "numba"},
+    "cpu.py": {"numba", "numpy"},
     "triton.py": {"triton"},
     "cupy.py": {"cupy"},
 }

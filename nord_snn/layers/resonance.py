@@ -29,6 +29,7 @@ class CoFiringResonance(nn.Module):
         causal: whether a position sees only itself and earlier ones.
         neuron: factory of the query and key neurons, see :mod:`nord_snn.neurons.factory`; None for
             ``AssociativeLIFNode`` with its 64 clusters.
+        backend: of the resonance itself, see :func:`nord_snn.ops.resonance`; the neurons have their own.
 
     Shapes: ``[T, B, S, D]`` -> ``[T, B, S, D]``, the same context at every step (a view without memory of its own).
 
@@ -59,10 +60,12 @@ class CoFiringResonance(nn.Module):
         recency: bool = False,
         causal: bool = True,
         neuron: NeuronFactory | None = None,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         check_heads(n_features, n_heads)
         self.n_features, self.n_heads, self.top_k, self.causal = n_features, n_heads, top_k, causal
+        self.backend = backend
         self.q_proj = nn.Linear(n_features, n_features, bias=False)
         self.k_proj = nn.Linear(n_features, n_features, bias=False)
         self.v_proj = nn.Linear(n_features, n_features, bias=False)
@@ -97,6 +100,7 @@ class CoFiringResonance(nn.Module):
             temperature=self.temperature,
             recency=self.recency,
             causal=self.causal,
+            backend=self.backend,
         )
         context = self.o_proj(context)
         return context.expand(x.shape) if expand else context

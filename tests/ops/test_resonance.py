@@ -5,15 +5,25 @@ import weakref
 import pytest
 import torch
 from helpers import load_reference
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nord_snn.ops import resonance
+from nord_snn.ops import dispatch, resonance
 from nord_snn.ops.resonance import blockwise
+from nord_snn.ops.resonance.autograd import IMPLEMENTATIONS
 from nord_snn.ops.resonance.reference import coincidences, keep_best, reference, resonance_scores
 
 CASES = load_reference("resonance")
+
+
+@pytest.fixture(params=["torch", "numba"], autouse=True)
+def backend(request, monkeypatch):
+    """Everything here holds for each of them."""
+    if request.param == "numba":
+        pytest.importorskip("numba", reason="the CPU kernels need Numba: pip install 'nord-snn[cpu]'")
+    monkeypatch.setattr(dispatch, "_DEFAULT", request.param)
+    return request.param
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -32,7 +42,7 @@ def spikes(*shape, rate=0.3):
     return (torch.rand(*shape) < rate).float()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(n=st.integers(1, 9), top_k=st.integers(1, 9), values=st.integers(1, 4), seed=st.integers(0, 999))
 def test_among_equals_the_most_recent_wins(n, top_k, values, seed):
     """Against sorting by (score, position), for rows full of ties."""
@@ -124,20 +134,20 @@ def output_and_gradients(run, inputs, grad):
 
 
 def assert_close(results, expected, tolerance):
-    """The context number by number, gradients by their norms."""
+    """The context number by number, gradients by their norms, sums of about 1 that may cancel."""
     assert (results[0] - expected[0]).abs().max() <= tolerance
     for result, reference_result in zip(results[1:], expected[1:], strict=True):
         assert result.dtype == reference_result.dtype
-        assert (result - reference_result).norm() <= 10 * tolerance * (reference_result.norm() + 0.1)
+        assert (result - reference_result).norm() <= 10 * tolerance * (reference_result.norm() + 1)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     T=st.integers(1, 3),
     B=st.integers(1, 3),
     S=st.integers(1, 13),
     n_heads=st.integers(1, 3),
-    width=st.integers(1, 3),
+    width=st.sampled_from([1, 2, 3, 17, 32]),
     top_k=st.integers(1, 14),
     temperature=st.sampled_from([0.5, -0.25, 0.0]),
     recency=st.sampled_from([None, 0.0, 0.25, 0.3]),
@@ -147,7 +157,7 @@ def assert_close(results, expected, tolerance):
     dtype=st.sampled_from([torch.float32, torch.float64]),
     seed=st.integers(0, 999),
 )
-def test_blocks_give_what_the_whole_gives(
+def test_every_backend_gives_what_the_reference_gives(
     T, B, S, n_heads, width, top_k, temperature, recency, causal, block, scores, dtype, seed
 ):
     """Few distinct counts, and slopes of a quarter beside temperatures of a quarter or a half: ties are the rule."""
@@ -161,15 +171,15 @@ def test_blocks_give_what_the_whole_gives(
     def whole(q, k, v, temperature, recency):
         return reference(q, k, v, n_heads, top_k, temperature, recency, causal)
 
-    def blocks(q, k, v, temperature, recency):
+    def ours(q, k, v, temperature, recency):
         return resonance(q, k, v, n_heads=n_heads, top_k=top_k, temperature=temperature, recency=recency, causal=causal)
 
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blockwise, "BLOCK", block)
         patch.setattr(blockwise, "SCORES", {"cpu": scores})
-        assert_close(output_and_gradients(blocks, inputs, grad), output_and_gradients(whole, inputs, grad), tolerance)
-        without_gradients = blocks(*inputs)
+        assert_close(output_and_gradients(ours, inputs, grad), output_and_gradients(whole, inputs, grad), tolerance)
+        without_gradients = ours(*inputs)
     assert (without_gradients - whole(*inputs)).abs().max() <= tolerance
     assert all(x is None or torch.equal(x, y) for x, y in zip(inputs, before, strict=True))  # nothing was written into
 
@@ -242,14 +252,16 @@ class PeakBytes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("top_k", [16, 10_000])
-def test_memory_grows_with_the_length_and_not_with_its_square(top_k):
+def test_memory_grows_with_the_length_and_not_with_its_square(top_k, backend):
+    kernel = IMPLEMENTATIONS[backend].kernel()
+
     def whole(q, k, v, temperature, recency):
         reference(q, k, v, 2, top_k, temperature, recency, True).sum().backward()
 
-    def blocks(q, k, v, temperature, recency):
+    def ours(q, k, v, temperature, recency):
         with torch.no_grad():  # the two passes as autograd calls them; below the op itself no mode sees anything
-            context, *kept = blockwise.forward(q, k, v, temperature, recency, 2, top_k, True, True)
-            blockwise.backward(context, q, k, v, temperature, recency, *kept, 2, top_k, True, True)
+            context, *kept = kernel.forward(q, k, v, temperature, recency, 2, top_k, True, True)
+            kernel.backward(context, q, k, v, temperature, recency, *kept, 2, top_k, True, True)
 
     def peak(run, S):
         shapes = ((3, 1, S, 8), (3, 1, S, 8), (1, S, 8), (), (2,))
@@ -258,19 +270,43 @@ def test_memory_grows_with_the_length_and_not_with_its_square(top_k):
             run(*inputs)
         return mode.peak
 
-    assert peak(blocks, 1024) <= 2.1 * peak(blocks, 512)
+    assert peak(ours, 1024) <= 2.1 * peak(ours, 512)
     assert peak(whole, 1024) >= 3.5 * peak(whole, 512)
 
 
-def test_remembered_weights_take_no_more_room_than_the_queries():
-    for S in (12, 13):
+def test_what_is_remembered_takes_no_more_room_than_the_queries(backend):
+    """All weights of [12, 12] fit into T * D / H = 12, or two lists of five keys and one more; those of 13, or of six, do not."""
+    for fits, S, top_k in ((True, 12, 5), (False, 13, 6)):
         q = torch.zeros(3, 5, S, 8)
-        kept = torch.Size(blockwise.saved_shapes(q, 2, 8, True)[2]).numel()
-        assert kept <= q.numel()
-        assert (kept > 0) == (S == 12)
+        keys, _, weights = (torch.Size(shape).numel() for shape in saved_shapes(backend, q, top_k))
+        assert (keys + weights if backend == "numba" else weights) <= q.numel()
+        assert (weights > 0) == fits
 
 
-def test_torch_knows_the_op_and_compiles_it_without_a_break(monkeypatch):
+def saved_shapes(backend, q, top_k):
+    return IMPLEMENTATIONS[backend].kernel().saved_shapes(q, 2, top_k, True)
+
+
+def test_a_query_keeps_its_best_keys_over_several_blocks_with_and_without_memory_of_them():
+    """Odd sizes on both sides of a block of 64 queries, words of 64 bits not full, and groups of four not full."""
+    for T, S, width, top_k in ((1, 67, 5, 66), (7, 131, 17, 9), (5, 66, 33, 64)):
+        q, k = spikes(T, 2, S, 3 * width), spikes(T, 2, S, 3 * width)
+        inputs = (q, k, torch.randn(2, S, 3 * width), torch.tensor([0.3]), torch.tensor([0.25, 0.0, 0.5]))
+        grad = torch.randn(2, S, 3 * width)
+        for causal in (True, False):
+            sizes = {"n_heads": 3, "top_k": top_k, "causal": causal}
+
+            def whole(q, k, v, temperature, recency, sizes=sizes):
+                return reference(q, k, v, temperature=temperature, recency=recency, **sizes)
+
+            def ours(q, k, v, temperature, recency, sizes=sizes):
+                return resonance(q, k, v, temperature=temperature, recency=recency, **sizes)
+
+            expected, results = (output_and_gradients(run, inputs, grad) for run in (whole, ours))
+            assert_close(results, expected, 1e-5)
+
+
+def test_torch_knows_the_op_and_compiles_it_without_a_break(monkeypatch, backend):
     monkeypatch.setattr(blockwise, "BLOCK", 4)
 
     class Layer(torch.nn.Module):
@@ -296,7 +332,7 @@ def test_torch_knows_the_op_and_compiles_it_without_a_break(monkeypatch):
             results.append([*result, *(parameter.grad for parameter in layer.parameters())])
         assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(*results, strict=True))
         arguments = (*(x.requires_grad_() for x in inputs), layer.temperature.reshape(()).detach(), layer.recency)
-        torch.library.opcheck(torch.ops.nord_snn.resonance.default, (*arguments, 2, 3, True, True, "torch"))
+        torch.library.opcheck(torch.ops.nord_snn.resonance.default, (*arguments, 2, 3, True, True, backend))
 
 
 def test_counts_are_exact_under_autocast():

@@ -181,6 +181,18 @@ def _feel(source, rows, members, clusters, coupling, width, sums, at, current, t
 
 
 @njit(**_COMPILE)
+def _multiply(grad_sums, sums, at, rows, clusters, width, grad_coupling):
+    """``grad_coupling [clusters, width] += grad_sums.T @ sums[at:]``."""
+    for c in range(clusters):
+        for k in range(0, width, WIDTH):
+            product = load(grad_coupling, c * width + k)
+            for row in range(rows):
+                share = splat(sums, grad_sums[row * width + c])
+                product = fused(share, load(sums, at + row * width + k), product)
+            store(grad_coupling, c * width + k, product)
+
+
+@njit(**_COMPILE)
 def _forward_rows(
     first, last, rows, x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps,
     keep_v, spikes, v_seq, v_last, i_last, refractory_last, scratch,
@@ -230,7 +242,7 @@ def _forward_rows(
 def _backward_rows(
     first, last, rows, grad_spikes, grad_v_seq, grad_v_last, grad_i_last, x, v, i_syn, refractory, threshold,
     beta_mem, beta_syn, coupling, coupling_back, v_reset, refractory_steps, surrogate, alpha, record, scratch,
-    grad_x, grad_v, grad_i, grad_threshold, grad_betas, sums, grad_sums,
+    sums, grad_x, grad_v, grad_i, grad_threshold, grad_betas, grad_coupling,
 ):  # fmt: skip
     """Blocks ``first`` to ``last``; gradients of what all rows share are summed into this chunk's own part."""
     T, N, D, (clusters, width) = x.shape[0], x.shape[1], threshold.shape[0], coupling.shape
@@ -241,9 +253,8 @@ def _backward_rows(
     beta_sums = pointer(scratch[tiles * _STATE + 4 * size :])
     current = pointer(scratch[tiles * _STATE + 4 * size + 2 * WIDTH :])
     x_, v_, i_, refractory_ = pointer(x), pointer(v), pointer(i_syn), pointer(refractory)
-    coupling_, coupling_back_, sums_, grad_sums_ = (
-        pointer(coupling), pointer(coupling_back), pointer(sums), pointer(grad_sums)
-    )  # fmt: skip
+    coupling_, coupling_back_, grad_coupling_ = pointer(coupling), pointer(coupling_back), pointer(grad_coupling)
+    sums_, grad_sums_ = pointer(sums), pointer(sums[T * rows * width :])
     grad_spikes_, grad_v_seq_, grad_x_ = pointer(grad_spikes), pointer(grad_v_seq), pointer(grad_x)
     grad_v_last_, grad_i_last_, record_ = pointer(grad_v_last), pointer(grad_i_last), pointer(record)
     for d in range(rows * D):
@@ -272,15 +283,16 @@ def _backward_rows(
                 )  # fmt: skip
                 _slopes(surrogate, alpha, record_, q + _SLOPE, n)
             if clusters:
-                at = (t * (N // D) + block * rows) * width
-                _feel(fired, length // D, members, clusters, coupling_, width, sums_, at, current, felt)
+                _feel(
+                    fired, length // D, members, clusters, coupling_, width, sums_, t * rows * width, current, felt
+                )  # fmt: skip
         for t in range(T - 1, -1, -1):
             if clusters:
-                at = (t * (N // D) + block * rows) * width
                 _feel(
-                    grad_current, length // D, members, clusters, coupling_back_, width, grad_sums_, at, current,
+                    grad_current, length // D, members, clusters, coupling_back_, width, grad_sums_, 0, current,
                     grad_fired,
                 )  # fmt: skip
+                _multiply(grad_sums_, sums_, t * rows * width, length // D, clusters, width, grad_coupling_)
             for tile in range(tiles):
                 lo = tile * _TILE
                 n = min(_TILE, length - lo)
@@ -327,13 +339,14 @@ def _forward(
 def _backward(
     chunks, blocks, rows, grad_spikes, grad_v_seq, grad_v_last, grad_i_last, x, v, i_syn, refractory, threshold,
     beta_mem, beta_syn, coupling, coupling_back, v_reset, refractory_steps, surrogate, alpha, record, scratch,
-    grad_x, grad_v, grad_i, grad_threshold, grad_betas, sums, grad_sums,
+    sums, grad_x, grad_v, grad_i, grad_threshold, grad_betas, grad_coupling,
 ):  # fmt: skip
     for c in prange(chunks):
         _backward_rows(
             c * blocks // chunks, (c + 1) * blocks // chunks, rows, grad_spikes, grad_v_seq, grad_v_last, grad_i_last,
             x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, coupling_back, v_reset, refractory_steps,
-            surrogate, alpha, record[c], scratch[c], grad_x, grad_v, grad_i, grad_threshold[c], grad_betas[c], sums, grad_sums,
+            surrogate, alpha, record[c], scratch[c], sums[c], grad_x, grad_v, grad_i, grad_threshold[c], grad_betas[c],
+            grad_coupling[c],
         )  # fmt: skip
 
 
@@ -449,12 +462,12 @@ def backward(
     C, width = 0 if coupling is None else coupling.shape[0], _width(coupling)
     grad_x = torch.empty(T, N, D, dtype=dtype)
     grad_v, grad_i = (torch.empty(0 if v is None else N, D, dtype=dtype) for _ in range(2))
-    sums, grad_sums = torch.empty(T, N, width, dtype=dtype), torch.empty(T, N, width, dtype=dtype)
     with as_many_threads_as_torch() as threads:
         rows, blocks, chunks = _deal(N, D, threads)
         record = torch.empty(chunks, T, _tiles.py_func(rows, D) * _RECORD, dtype=dtype)
         # What all rows share is a long sum that may nearly cancel: its last part is added up in float64.
         grad_threshold, grad_betas = (torch.zeros(chunks, n, dtype=torch.float64) for n in (D, 2))
+        grad_coupling = torch.zeros(chunks, C * width, dtype=dtype)
         _backward(
             chunks,
             blocks,
@@ -478,13 +491,13 @@ def backward(
             scalar(alpha),
             record.numpy(),
             _scratch(chunks, rows, D, width, 4, dtype),
+            torch.empty(chunks, (T + 1) * rows * width, dtype=dtype).numpy(),
             grad_x.flatten(1).numpy(),
             grad_v.flatten().numpy(),
             grad_i.flatten().numpy(),
             grad_threshold.numpy(),
             grad_betas.numpy(),
-            sums.numpy(),
-            grad_sums.numpy(),
+            grad_coupling.numpy(),
         )
     grad_beta_mem, grad_beta_syn = (grad_betas[:, i].sum().to(dtype).reshape(1) for i in range(2))
     return (
@@ -494,11 +507,5 @@ def backward(
         grad_threshold.sum(0).to(dtype),
         grad_beta_mem,
         grad_beta_syn,
-        _product(grad_sums[..., :C], sums[..., :C]),
+        grad_coupling.sum(0).view(C, width)[:, :C].contiguous(),
     )
-
-
-def _product(grad_sums: Tensor, sums: Tensor) -> Tensor:
-    """``[C, C]`` from two ``[T, N, C]``, in their own precision also under autocast."""
-    with torch.autocast("cpu", enabled=False):
-        return grad_sums.flatten(0, 1).T @ sums.flatten(0, 1)

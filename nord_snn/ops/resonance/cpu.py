@@ -256,28 +256,62 @@ def _back_to_scores(grad, v, grad_v, at, n_features, width, i, kept, weights, n,
 
 
 @njit(**_COMPILE)
-def _back_to_spikes(q, k, grad_q, grad_k, at, n_features, width, i, kept, grad_scores, n, temperature, spikes_too):
-    """Of one query and one step: the gradients of its spikes and of its keys' spikes.
-
-    Returns ``q . (sum of scores' gradients times k)``, what the temperature gets: its gradient is the sum of gradient
-    times count, and the counts are ``q . k``.
+def _gather(kept, grad_scores, stride, i, last, S, top_k, causal, place, keys, shares):
+    """One list for the queries i to ``last``, at most four: every key that one of them keeps, with the four scores'
+    gradients (0 where it is not kept). How many keys.
     """
-    scale, counted = splat(q, temperature), splat(q, 0)
-    for c in range(0, width, WIDTH):
-        query = load_first(q, at + i * n_features + c, width - c)
-        fired = differing(query, splat(q, 0)) != 0
-        if not fired and not spikes_too:
+    found = 0
+    for r in range(last - i):
+        for m in range(r * stride, r * stride + min(i + r + 1 if causal else S, top_k)):
+            key = kept[m]
+            if place[key] < 0:
+                place[key] = found
+                keys[found] = key
+                for other in range(4):
+                    shares[4 * found + other] = 0
+                found += 1
+            shares[4 * place[key] + r] = grad_scores[m]
+    for m in range(found):
+        place[keys[m]] = -1
+    return found
+
+
+@njit(**_COMPILE)
+def _back_to_spikes(q, k, grad_q, grad_k, at, n_features, width, i, last, keys, shares, n, temperature, spikes_too):
+    """Of one step and the queries i to ``last``, at most four: the gradients of their spikes and of their keys' spikes.
+
+    Four queries share what is read and written of a key. Returns ``q . (sum of scores' gradients times k)``, what the
+    temperature gets: its gradient is the sum of gradient times count, and the counts are ``q . k``.
+    """
+    scale, zero, counted = splat(q, temperature), splat(q, 0), splat(q, 0)
+    a, b, c, d = at + i * n_features, at + (i + 1) * n_features, at + (i + 2) * n_features, at + (i + 3) * n_features
+    for w in range(0, width, WIDTH):
+        # Where there are fewer than four queries, nothing is read, and nothing written, of the others.
+        of_a, of_b, of_c, of_d = (
+            width - w, width - w if last > i + 1 else 0, width - w if last > i + 2 else 0, width - w if last > i + 3 else 0
+        )  # fmt: skip
+        q_a, q_b = load_first(q, a + w, of_a), load_first(q, b + w, of_b)
+        q_c, q_d = load_first(q, c + w, of_c), load_first(q, d + w, of_d)
+        fired = differing(q_a, zero) | differing(q_b, zero) | differing(q_c, zero) | differing(q_d, zero)
+        if fired == 0 and not spikes_too:
             continue
-        pulled = _pull(k, at + c, n_features, width - c, kept, grad_scores, n)
+        sum_a, sum_b, sum_c, sum_d = zero, zero, zero, zero
+        for m in range(n):
+            share_a, share_b = splat(q, shares[4 * m]), splat(q, shares[4 * m + 1])
+            share_c, share_d = splat(q, shares[4 * m + 2]), splat(q, shares[4 * m + 3])
+            key = at + keys[m] * n_features + w
+            spikes = load_first(k, key, width - w)
+            sum_a, sum_b = fused(share_a, spikes, sum_a), fused(share_b, spikes, sum_b)
+            sum_c, sum_d = fused(share_c, spikes, sum_c), fused(share_d, spikes, sum_d)
+            if spikes_too and fired != 0:  # silent queries leave their keys alone
+                pushed = fused(share_a, q_a, share_b * q_b) + fused(share_c, q_c, share_d * q_d)
+                store_first(grad_k, key, width - w, fused(scale, pushed, load_first(grad_k, key, width - w)))
         if spikes_too:
-            store_first(grad_q, at + i * n_features + c, width - c, scale * pulled)
-        counted = fused(query, pulled, counted)
-        if fired and spikes_too:  # a silent query leaves its keys alone
-            pushed = scale * query
-            for m in range(n):
-                key = at + kept[m] * n_features + c
-                share = fused(splat(q, grad_scores[m]), pushed, load_first(grad_k, key, width - c))
-                store_first(grad_k, key, width - c, share)
+            store_first(grad_q, a + w, of_a, scale * sum_a)
+            store_first(grad_q, b + w, of_b, scale * sum_b)
+            store_first(grad_q, c + w, of_c, scale * sum_c)
+            store_first(grad_q, d + w, of_d, scale * sum_d)
+        counted = fused(q_a, sum_a, fused(q_b, sum_b, fused(q_c, sum_c, fused(q_d, sum_d, counted))))
     return total(counted)
 
 
@@ -292,7 +326,8 @@ def _ask_for(rows, at, first, last, n_features, width):
 @njit(**_COMPILE)
 def _backward_heads(
     first, last, grad, q, k, v, temperature, recency, n_heads, top_k, causal, spikes_too, most, words, bits, counts,
-    scores, kept, weights, remembered, grad_scores, grad_q, grad_k, grad_v, grad_temperature, grad_recency,
+    scores, kept, weights, remembered, grad_scores, gathered, shares, grad_q, grad_k, grad_v, grad_temperature,
+    grad_recency,
 ):  # fmt: skip
     """Heads ``first`` to ``last``; lists that were not kept, too few rows for that, are made again block by block."""
     shape, (B, S, D) = q.shape, v.shape
@@ -301,6 +336,8 @@ def _backward_heads(
     grad_q_, grad_k_, grad_v_, grad_scores_ = pointer(grad_q), pointer(grad_k), pointer(grad_v), pointer(grad_scores)
     q_bits, k_bits, counts_, scores_ = pointer(bits[0]), pointer(bits[1]), pointer(counts), pointer(scores)
     kept_, weights_, stride = pointer(kept), pointer(weights), kept.shape[1]
+    place_, found_, keys_ = pointer(gathered), pointer(gathered[S:]), pointer(gathered[S + _BLOCK // 4 :])
+    shares_, reach = pointer(shares), min(4 * top_k, S)
     for head in range(first, last):
         b, h = head // n_heads, head % n_heads
         at = b * S * D + h * width
@@ -323,6 +360,12 @@ def _backward_heads(
                     grad_, v_, grad_v_, at, D, width, i, beyond(kept_, row), beyond(weights_, row), n,
                     beyond(grad_scores_, (i - start) * stride),
                 )  # fmt: skip
+            for i in range(start, stop, 4):
+                row, group = (head * S + i if remembered else i - start) * stride, (i - start) // 4
+                found_[group] = _gather(
+                    beyond(kept_, row), beyond(grad_scores_, (i - start) * stride), stride, i, min(i + 4, stop), S, top_k,
+                    causal, place_, beyond(keys_, group * reach), beyond(shares_, 4 * group * reach),
+                )  # fmt: skip
             for t in range(T):
                 after = min(t + 1, T - 1) * B * S * D + at
                 _ask_for(q_, after, start, stop, D, width)
@@ -330,11 +373,11 @@ def _backward_heads(
                 if spikes_too:
                     _ask_for(grad_q_, after, start, stop, D, width)
                     _ask_for(grad_k_, after, 0, stop if causal else S, D, width)
-                for i in range(start, stop):
-                    row = (head * S + i if remembered else i - start) * stride
+                for i in range(start, stop, 4):
+                    group = (i - start) // 4
                     grad_temperature[head] += _back_to_spikes(
-                        q_, k_, grad_q_, grad_k_, t * B * S * D + at, D, width, i, beyond(kept_, row),
-                        beyond(grad_scores_, (i - start) * stride), min(i + 1 if causal else S, top_k), temperature,
+                        q_, k_, grad_q_, grad_k_, t * B * S * D + at, D, width, i, min(i + 4, stop),
+                        beyond(keys_, group * reach), beyond(shares_, 4 * group * reach), found_[group], temperature,
                         spikes_too,
                     )  # fmt: skip
 
@@ -356,7 +399,7 @@ def _forward(
 @njit(parallel=True, **_COMPILE)
 def _backward(
     chunks, grad, q, k, v, temperature, recency, n_heads, top_k, causal, spikes_too, most, words, bits, counts, scores,
-    kept, weights, remembered, grad_scores, grad_q, grad_k, grad_v, grad_temperature, grad_recency,
+    kept, weights, remembered, grad_scores, gathered, shares, grad_q, grad_k, grad_v, grad_temperature, grad_recency,
 ):  # fmt: skip
     heads = q.shape[1] * n_heads
     for c in prange(chunks):
@@ -364,7 +407,7 @@ def _backward(
         _backward_heads(
             c * heads // chunks, (c + 1) * heads // chunks, grad, q, k, v, temperature, recency, n_heads, top_k, causal,
             spikes_too, most, words, bits[c], counts[c], scores[c], kept[lists], weights[lists], remembered,
-            grad_scores[c], grad_q, grad_k, grad_v, grad_temperature, grad_recency,
+            grad_scores[c], gathered[c], shares[c], grad_q, grad_k, grad_v, grad_temperature, grad_recency,
         )  # fmt: skip
 
 
@@ -379,11 +422,23 @@ class _Sizes:
         self.top_k = min(top_k, self.length)
         self.stride = self.top_k + 1  # the key that is looked at last is written before it is known to be kept
 
-    def scratch(self, like: Tensor) -> tuple[Any, Any, Any]:
+    def scratch(self, dtype: torch.dtype) -> tuple[Any, Any, Any]:
         """Bits of queries and keys, counts, and scores, for each chunk."""
-        bits = np.empty((self.chunks, 2, self.words * self.length), np.int64)
-        counts = np.empty((self.chunks, self.length), np.int64)
-        return bits, counts, np.empty((self.chunks, self.length + WIDTH), like.numpy().dtype)
+        return (
+            torch.empty(self.chunks, 2, self.words * self.length, dtype=torch.int64).numpy(),
+            torch.empty(self.chunks, self.length, dtype=torch.int64).numpy(),
+            torch.empty(self.chunks, self.length + WIDTH, dtype=dtype).numpy(),
+        )
+
+    def lists_of_four(self, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+        """For a block of queries: gradients of scores; a mark for each key, and what ``_gather`` finds."""
+        reach = min(4 * self.top_k, self.length)
+        marks = self.length + _BLOCK // 4 * (1 + reach)
+        return (
+            torch.empty(self.chunks, _BLOCK * self.stride, dtype=dtype).numpy(),
+            torch.full((self.chunks, marks), -1, dtype=torch.int32).numpy(),
+            torch.empty(self.chunks, _BLOCK * reach, dtype=dtype).numpy(),
+        )
 
 
 def saved_shapes(q: Tensor, n_heads: int, top_k: int, remember: bool) -> tuple[tuple[int, ...], ...]:
@@ -432,7 +487,7 @@ def forward(
             causal,
             np.int64(torch.iinfo(_INTEGERS[dtype]).max),
             sizes.words,
-            *sizes.scratch(like),
+            *sizes.scratch(dtype),
             *(x.numpy() for x in lists),
             len(kept) > 0,
             context.numpy(),
@@ -480,10 +535,10 @@ def backward(
                 spikes_too,
                 np.int64(torch.iinfo(_INTEGERS[dtype]).max),
                 sizes.words,
-                *sizes.scratch(like),
+                *sizes.scratch(dtype),
                 *(x.numpy() for x in lists),
                 len(kept) > 0,
-                torch.empty(sizes.chunks, _BLOCK * sizes.stride, dtype=dtype).numpy(),
+                *sizes.lists_of_four(dtype),
                 grad_q.numpy(),
                 grad_k.numpy(),
                 grad_v.numpy(),

@@ -1,0 +1,60 @@
+"""Vectors in Numba kernels: what each function says it does, for both precisions, and nothing beyond the end."""
+
+import numpy as np
+import pytest
+from numba import njit
+
+from nord_snn.ops import lanes
+from nord_snn.ops.lanes import WIDTH
+
+pytestmark = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+
+
+@njit
+def _copy(source, target, index, count):
+    x, y = lanes.pointer(source), lanes.pointer(target)
+    lanes.prefetch(x, index)
+    lanes.store_first(y, index, count, lanes.load_first(x, index, count) + lanes.splat(x, 1))
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, WIDTH - 1, WIDTH, WIDTH + 3])
+def test_only_the_first_are_read_and_written(dtype, count):
+    source, target = np.arange(40, dtype=dtype), np.full(40, -1, dtype)
+    _copy(source, target, 3, count)
+    written = min(count, WIDTH)
+    assert (target[3 : 3 + written] == source[3 : 3 + written] + 1).all()
+    assert (np.delete(target, slice(3, 3 + written)) == -1).all()
+
+
+@njit
+def _arithmetic(a, b, result):
+    x, y, out = lanes.pointer(a), lanes.pointer(b), lanes.pointer(result)
+    p, q = lanes.load(x, 0), lanes.load(lanes.beyond(y, WIDTH), -WIDTH)
+    lanes.store(out, 0, p + q)
+    lanes.store(out, WIDTH, p - q)
+    lanes.store(out, 2 * WIDTH, p * q)
+    lanes.store(out, 3 * WIDTH, p / q)
+    lanes.store(out, 4 * WIDTH, lanes.larger(p, q))
+    lanes.store(out, 5 * WIDTH, lanes.where_at_least(p, q, p, lanes.splat(x, 7)))
+    lanes.store(out, 6 * WIDTH, lanes.fused(p, q, lanes.steps(x)))
+    return lanes.total(p), lanes.differing(p, q), lanes.count_bits(lanes.differing(p, q)), lanes.as_integers(x)[0]
+
+
+def test_every_lane_is_computed_by_itself(dtype):
+    generator = np.random.default_rng(0)
+    a, b = (generator.standard_normal(WIDTH).astype(dtype) for _ in range(2))
+    a[3], a[5] = b[3], np.nan  # one equal pair, one without an order
+    result = np.empty(7 * WIDTH, dtype)
+    total, differing, count, bits = _arithmetic(a, b, result)
+    rows = result.reshape(7, WIDTH)
+    for row, expected in zip(rows, (a + b, a - b, a * b, a / b), strict=False):
+        assert np.array_equal(row, expected, equal_nan=True)
+    assert np.array_equal(rows[4], np.where(a > b, a, b), equal_nan=True)
+    assert np.array_equal(rows[5], np.where(a >= b, a, dtype(7)), equal_nan=True)
+    assert np.allclose(rows[6], a * b + np.arange(WIDTH), rtol=1e-6, equal_nan=True)
+    assert np.isnan(total)
+    assert differing == sum(1 << lane for lane in range(WIDTH) if a[lane] != b[lane])
+    assert count == WIDTH - 1
+    assert bits == a.view(np.int32 if dtype == np.float32 else np.int64)[0]
+    a[5] = 0
+    assert np.isclose(_arithmetic(a, b, result)[0], a.sum(), rtol=1e-5)
