@@ -546,7 +546,8 @@ def backward(
             )
     grad_temperature, grad_recency = by_head[0].sum().to(dtype), by_head[1].view(-1, n_heads).sum(0).to(dtype)
     return (
-        *(x.to(q.dtype) if spikes_too else q.new_empty(0) for x in (grad_q, grad_k)),
+        grad_q.to(q.dtype) if spikes_too else q.new_empty(0),
+        grad_k.to(k.dtype) if spikes_too else k.new_empty(0),
         grad_v.to(v.dtype),
         grad_temperature,
         grad_recency if recency is not None else like,
