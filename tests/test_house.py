@@ -1,6 +1,7 @@
 """The house rules: imports run one way, and the public names are the ones that are promised."""
 
 import ast
+import hashlib
 import importlib
 import inspect
 import sys
@@ -93,6 +94,14 @@ def test_kernel_files_are_imported_by_name_and_only_when_they_can_run():
     }
     for path in SOURCES:
         assert not imported(path) & names, path
+
+
+def test_kernels_are_compiled_again_when_their_vectors_change():
+    """A kernel in Numba's cache is taken for current as long as its own file is; so that file names the other's content."""
+    digest = hashlib.sha256((ROOT / "nord_snn" / "ops" / "lanes.py").read_bytes()).hexdigest()[:12]
+    for path in (ROOT / "nord_snn" / "ops").rglob("cpu.py"):
+        source = path.read_text(encoding="utf-8")
+        assert "nord_snn.ops.lanes" not in source or f'_LANES = "{digest}"' in source, f"{path}: _LANES is {digest} now"
 
 
 def test_every_extra_that_leads_to_transformers_caps_torch_itself():

@@ -1,11 +1,11 @@
 """Which implementation of an op runs.
 
-Every op has a reference in plain PyTorch, the backend ``"torch"``, and may have fused kernels beside it. ``"auto"`` takes
-the fastest that can run the call at hand and logs, once, why the others cannot (logger ``nord_snn``, level INFO); a backend
-asked for by name either runs or raises and says why it cannot.
+Every op runs in plain PyTorch, the backend ``"torch"``: its reference, and the resonance block by block. It may have fused
+kernels beside it. ``"auto"`` takes the fastest that can run the call at hand and logs, once, why the others cannot (logger
+``nord_snn``, level INFO); a backend asked for by name either runs or raises and says why it cannot.
 
 The environment variable ``NORD_SNN_BACKEND``, read when nord_snn is imported, stands in for ``"auto"``:
-``NORD_SNN_BACKEND=torch`` runs everything on the reference.
+``NORD_SNN_BACKEND=torch`` runs everything in plain PyTorch.
 """
 
 import functools
@@ -131,14 +131,14 @@ def _log_once(op: str, choice: BackendChoice) -> None:
         _logger.info(line)
 
 
-def implementations_of(op: str, *kernels: str, torch: str = "reference") -> dict[str, Backend]:
-    """The backend ``torch``, in a file of that name, and these kernels of an op, all in the folder of its name."""
+def implementations_of(op: str, *kernels: str, plain: str = "reference") -> dict[str, Backend]:
+    """The backend ``torch``, whose file is ``plain``, and these kernels of an op, all in the folder of its name."""
 
     def kernel(name: str) -> Callable[[], ModuleType]:
-        return lambda: importlib.import_module(f"nord_snn.ops.{op}.{_FILES.get(name, torch)}")
+        return lambda: importlib.import_module(f"nord_snn.ops.{op}.{_FILES.get(name, plain)}")
 
-    plain = (True, "plain PyTorch")
-    made = {"torch": Backend("any", lambda: plain, lambda call: plain, kernel("torch"))}
+    runs = (True, "plain PyTorch")
+    made = {"torch": Backend("any", lambda: runs, lambda call: runs, kernel("torch"))}
     for name in kernels:
         load = kernel(name)
         accepts = functools.partial(_accepts, name, load)

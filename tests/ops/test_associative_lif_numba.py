@@ -113,6 +113,16 @@ def test_every_surrogate_of_the_table(surrogate, dtype):
     assert_equal(leaves, refractory, surrogate=surrogate, alpha=2.5)
 
 
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_what_fills_the_last_vector_up_adds_nothing(surrogate):
+    """Six neurons in a vector of sixteen; at a distance of exactly -1 a mistake there would divide by zero."""
+    leaves, refractory = leaves_for(5, 1, 6, 0, False)
+    leaves["threshold"] = torch.ones(6).requires_grad_()
+    assert_equal(leaves, refractory, surrogate=surrogate, v_reset=-1.0)
+    leaves, refractory = leaves_for(5, 1, 600, 0, False)
+    assert_equal(leaves, refractory, surrogate=surrogate, v_reset=-1.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_in_and_out_and_float32_inside(dtype):
     leaves, refractory = leaves_for(6, 9, 24, 4, True, dtype)

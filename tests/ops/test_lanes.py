@@ -11,17 +11,19 @@ pytestmark = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 
 
 @njit
-def _copy(source, target, index, count):
+def _copy(source, target, loaded, index, count):
     x, y = lanes.pointer(source), lanes.pointer(target)
     lanes.prefetch(x, index)
-    lanes.store_first(y, index, count, lanes.load_first(x, index, count) + lanes.splat(x, 1))
+    lanes.store(lanes.pointer(loaded), 0, lanes.load_first(x, index, count))
+    lanes.store_first(y, index, count, lanes.load(x, index) + lanes.splat(x, 1))
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, WIDTH - 1, WIDTH, WIDTH + 3])
 def test_only_the_first_are_read_and_written(dtype, count):
-    source, target = np.arange(40, dtype=dtype), np.full(40, -1, dtype)
-    _copy(source, target, 3, count)
+    source, target, loaded = np.arange(40, dtype=dtype), np.full(40, -1, dtype), np.full(WIDTH, -1, dtype)
+    _copy(source, target, loaded, 3, count)
     written = min(count, WIDTH)
+    assert (loaded == np.where(np.arange(WIDTH) < count, source[3 : 3 + WIDTH], 0)).all()
     assert (target[3 : 3 + written] == source[3 : 3 + written] + 1).all()
     assert (np.delete(target, slice(3, 3 + written)) == -1).all()
 

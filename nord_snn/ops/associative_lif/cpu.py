@@ -34,6 +34,7 @@ __all__ = ["SURROGATE_IDS", "backward", "forward"]
 SURROGATE_IDS = {"nord_atan": 0, "atan": 1, "sigmoid": 2, "fast_sigmoid": 3}
 
 _COMPILE: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
+_LANES = "9f57d91b561a"  # how the SHA-256 of lanes.py begins: Numba's cache notices a change of this file alone
 
 _TILE = 512  # neurons that one loop handles: their state fits into the first-level cache
 _ROW = _TILE + 16  # a little off the powers of two, whose multiples share the same few sets of the cache
@@ -136,7 +137,7 @@ def _slopes(surrogate, alpha, record, q, n):
             z = scale * load(record, q + d)
             store(record, q + d, peak / (one + z * z))
     elif surrogate == 2:
-        for d in range(n):
+        for d in range(-(-n // WIDTH) * WIDTH):  # to the end of the last vector, whose rest must be finite
             record[q + d] = np.exp(-abs(alpha * record[q + d]))  # an even function: the side that cannot overflow
         for d in range(0, n, WIDTH):
             z = load(record, q + d)
@@ -150,11 +151,11 @@ def _slopes(surrogate, alpha, record, q, n):
 
 
 @njit(**_COMPILE)
-def _feel(source, rows, members, clusters, coupling, width, sums, at, current, target):
+def _couple(source, rows, members, clusters, coupling, width, sums, at, current, target):
     """Per row: the sums over the members of each cluster, ``sums @ coupling``, and that to every member of each cluster.
 
     ``coupling [clusters, width]`` and ``sums [rows, width]`` are padded to whole vectors. What a vector writes beyond a
-    cluster's end is overwritten by the next, and what the last one leaves is cleared.
+    member's clusters is overwritten by the next, and what the last one leaves is cleared.
     """
     for row in range(rows):
         begin, out = row * members * clusters, at + row * width
@@ -195,14 +196,14 @@ def _multiply(grad_sums, sums, at, rows, clusters, width, grad_coupling):
 @njit(**_COMPILE)
 def _forward_rows(
     first, last, rows, x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps,
-    keep_v, spikes, v_seq, v_last, i_last, refractory_last, scratch,
+    keep_v, spikes, v_seq, v_last, i_last, refractory_last, state, buffers, sums, current,
 ):  # fmt: skip
     """Blocks ``first`` to ``last`` of ``rows`` rows each."""
     T, N, D, (clusters, width) = x.shape[0], x.shape[1], threshold.shape[0], coupling.shape
-    members, tiles, size = D // max(clusters, 1), _tiles(rows, D), _tiles(rows, D) * _TILE + WIDTH
-    state, felt, fired = pointer(scratch), pointer(scratch[tiles * _STATE :]), pointer(scratch[tiles * _STATE + size :])
-    sums = pointer(scratch[tiles * _STATE + 2 * size :])
-    current = pointer(scratch[tiles * _STATE + 2 * size + rows * width :])
+    members, tiles = D // max(clusters, 1), len(state) // _STATE
+    state, felt, fired, sums, current = (
+        pointer(state), pointer(buffers[0]), pointer(buffers[1]), pointer(sums), pointer(current)
+    )  # fmt: skip
     x_, v_, i_, refractory_, coupling_ = pointer(x), pointer(v), pointer(i_syn), pointer(refractory), pointer(coupling)
     spikes_, v_seq_ = pointer(spikes), pointer(v_seq)
     for d in range(rows * D):
@@ -210,8 +211,7 @@ def _forward_rows(
     for block in range(first, last):
         start = block * rows * D
         length = min(rows * D, N - start)
-        for d in range(0, size, WIDTH):
-            store(felt, d, splat(felt, 0))
+        buffers[0, :] = 0
         for tile in range(tiles):
             lo, s = tile * _TILE, tile * _STATE
             n = min(_TILE, length - lo)
@@ -229,7 +229,7 @@ def _forward_rows(
                     keep_v, False, v_reset, refractory_steps, beta_mem, beta_syn,
                 )  # fmt: skip
             if clusters:
-                _feel(fired, length // D, members, clusters, coupling_, width, sums, 0, current, felt)
+                _couple(fired, length // D, members, clusters, coupling_, width, sums, 0, current, felt)
         for tile in range(tiles):
             lo, s = tile * _TILE, tile * _STATE
             for d in range(min(_TILE, length - lo)):
@@ -241,20 +241,22 @@ def _forward_rows(
 @njit(**_COMPILE)
 def _backward_rows(
     first, last, rows, grad_spikes, grad_v_seq, grad_v_last, grad_i_last, x, v, i_syn, refractory, threshold,
-    beta_mem, beta_syn, coupling, coupling_back, v_reset, refractory_steps, surrogate, alpha, record, scratch,
-    sums, grad_x, grad_v, grad_i, grad_threshold, grad_betas, grad_coupling,
+    beta_mem, beta_syn, coupling, coupling_back, v_reset, refractory_steps, surrogate, alpha, record, state,
+    buffers, sums, grad_sums, current, beta_sums, coupling_sums, grad_x, grad_v, grad_i, grad_threshold, grad_betas,
+    grad_coupling,
 ):  # fmt: skip
-    """Blocks ``first`` to ``last``; gradients of what all rows share are summed into this chunk's own part."""
+    """Blocks ``first`` to ``last``; gradients of what all rows share are summed into this chunk's own part.
+
+    Such a sum is long and may nearly cancel: a block's share of it is added up in float64.
+    """
     T, N, D, (clusters, width) = x.shape[0], x.shape[1], threshold.shape[0], coupling.shape
-    members, tiles, size = D // max(clusters, 1), _tiles(rows, D), _tiles(rows, D) * _TILE + WIDTH
-    state, felt, fired = pointer(scratch), pointer(scratch[tiles * _STATE :]), pointer(scratch[tiles * _STATE + size :])
-    grad_fired = pointer(scratch[tiles * _STATE + 2 * size :])
-    grad_current = pointer(scratch[tiles * _STATE + 3 * size :])
-    beta_sums = pointer(scratch[tiles * _STATE + 4 * size :])
-    current = pointer(scratch[tiles * _STATE + 4 * size + 2 * WIDTH :])
+    members, tiles = D // max(clusters, 1), len(state) // _STATE
+    state, felt, fired = pointer(state), pointer(buffers[0]), pointer(buffers[1])
+    grad_fired, grad_current = pointer(buffers[2]), pointer(buffers[3])
+    sums_, grad_sums_, current = pointer(sums), pointer(grad_sums), pointer(current)
+    beta_sums_, coupling_sums_ = pointer(beta_sums), pointer(coupling_sums)
     x_, v_, i_, refractory_ = pointer(x), pointer(v), pointer(i_syn), pointer(refractory)
-    coupling_, coupling_back_, grad_coupling_ = pointer(coupling), pointer(coupling_back), pointer(grad_coupling)
-    sums_, grad_sums_ = pointer(sums), pointer(sums[T * rows * width :])
+    coupling_, coupling_back_ = pointer(coupling), pointer(coupling_back)
     grad_spikes_, grad_v_seq_, grad_x_ = pointer(grad_spikes), pointer(grad_v_seq), pointer(grad_x)
     grad_v_last_, grad_i_last_, record_ = pointer(grad_v_last), pointer(grad_i_last), pointer(record)
     for d in range(rows * D):
@@ -262,8 +264,7 @@ def _backward_rows(
     for block in range(first, last):
         start = block * rows * D
         length = min(rows * D, N - start)
-        for d in range(0, size, WIDTH):
-            store(felt, d, splat(felt, 0))
+        buffers[0, :] = 0
         for tile in range(tiles):
             lo, s = tile * _TILE, tile * _STATE
             n = min(_TILE, length - lo)
@@ -283,16 +284,16 @@ def _backward_rows(
                 )  # fmt: skip
                 _slopes(surrogate, alpha, record_, q + _SLOPE, n)
             if clusters:
-                _feel(
+                _couple(
                     fired, length // D, members, clusters, coupling_, width, sums_, t * rows * width, current, felt
                 )  # fmt: skip
         for t in range(T - 1, -1, -1):
             if clusters:
-                _feel(
+                _couple(
                     grad_current, length // D, members, clusters, coupling_back_, width, grad_sums_, 0, current,
                     grad_fired,
                 )  # fmt: skip
-                _multiply(grad_sums_, sums_, t * rows * width, length // D, clusters, width, grad_coupling_)
+                _multiply(grad_sums_, sums_, t * rows * width, length // D, clusters, width, coupling_sums_)
             for tile in range(tiles):
                 lo = tile * _TILE
                 n = min(_TILE, length - lo)
@@ -301,7 +302,7 @@ def _backward_rows(
                 _step_back(
                     grad_spikes_, len(grad_v_seq) > 0, grad_v_seq_, grad_x_, t * N + start + lo, n, state,
                     tile * _STATE, grad_fired, grad_current, lo, record_, (t * tiles + tile) * _RECORD,
-                    beta_sums, beta_mem, beta_syn,
+                    beta_sums_, beta_mem, beta_syn,
                 )  # fmt: skip
         for tile in range(tiles):
             lo, s = tile * _TILE, tile * _STATE
@@ -309,52 +310,53 @@ def _backward_rows(
                 grad_v[start + lo + d] = state[s + _GRAD_V + d]
                 grad_i[start + lo + d] = grad_current[lo + d]
         for kind in range(2):
-            grad_betas[kind] += total(load(beta_sums, kind * WIDTH))
-            store(beta_sums, kind * WIDTH, splat(beta_sums, 0))
+            grad_betas[kind] += total(load(beta_sums_, kind * WIDTH))
+        beta_sums[:] = 0
+        for c in range(len(coupling_sums)):
+            grad_coupling[c] += coupling_sums[c]
+            coupling_sums[c] = 0
     for tile in range(tiles):
         lo, s = tile * _TILE, tile * _STATE
         for d in range(min(_TILE, rows * D - lo)):
             grad_threshold[(lo + d) % D] += state[s + _GRAD_THRESHOLD + d]
 
 
-@njit(**_COMPILE)
-def _tiles(rows, n_features):
-    return (rows * n_features + _TILE - 1) // _TILE
-
-
 @njit(parallel=True, **_COMPILE)
 def _forward(
     chunks, blocks, rows, x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps,
-    keep_v, spikes, v_seq, v_last, i_last, refractory_last, scratch,
+    keep_v, spikes, v_seq, v_last, i_last, refractory_last, state, buffers, sums, current,
 ):  # fmt: skip
     for c in prange(chunks):
         _forward_rows(
             c * blocks // chunks, (c + 1) * blocks // chunks, rows, x, v, i_syn, refractory, threshold,
             beta_mem, beta_syn, coupling, v_reset, refractory_steps, keep_v, spikes, v_seq, v_last, i_last,
-            refractory_last, scratch[c],
+            refractory_last, state[c], buffers[c], sums[c], current[c],
         )  # fmt: skip
 
 
 @njit(parallel=True, **_COMPILE)
 def _backward(
     chunks, blocks, rows, grad_spikes, grad_v_seq, grad_v_last, grad_i_last, x, v, i_syn, refractory, threshold,
-    beta_mem, beta_syn, coupling, coupling_back, v_reset, refractory_steps, surrogate, alpha, record, scratch,
-    sums, grad_x, grad_v, grad_i, grad_threshold, grad_betas, grad_coupling,
+    beta_mem, beta_syn, coupling, coupling_back, v_reset, refractory_steps, surrogate, alpha, record, state,
+    buffers, sums, grad_sums, current, beta_sums, coupling_sums, grad_x, grad_v, grad_i, grad_threshold, grad_betas,
+    grad_coupling,
 ):  # fmt: skip
     for c in prange(chunks):
         _backward_rows(
             c * blocks // chunks, (c + 1) * blocks // chunks, rows, grad_spikes, grad_v_seq, grad_v_last, grad_i_last,
             x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, coupling_back, v_reset, refractory_steps,
-            surrogate, alpha, record[c], scratch[c], sums[c], grad_x, grad_v, grad_i, grad_threshold[c], grad_betas[c],
-            grad_coupling[c],
+            surrogate, alpha, record[c], state[c], buffers[c], sums[c], grad_sums[c], current[c], beta_sums[c],
+            coupling_sums[c], grad_x, grad_v, grad_i, grad_threshold[c], grad_betas[c], grad_coupling[c],
         )  # fmt: skip
 
 
-def _deal(n_rows: int, n_features: int, threads: int) -> tuple[int, int, int]:
-    """Rows of a block, two tiles or more; the blocks that this makes; and the chunks of blocks, two for each thread."""
+def _deal(n_rows: int, n_features: int, threads: int) -> tuple[int, int, int, int]:
+    """Rows of a block, two tiles or more; the blocks that this makes; the chunks of blocks, two for each thread; and the
+    tiles of a block.
+    """
     rows = max(1, 2 * _TILE // n_features)
     blocks = -(-n_rows // rows)
-    return rows, blocks, min(blocks, 2 * threads)
+    return rows, blocks, min(blocks, 2 * threads), -(-rows * n_features // _TILE)
 
 
 def _array(x: Tensor | None, like: Tensor, *shape: int) -> Any:
@@ -378,13 +380,9 @@ def _coupling(coupling: Tensor | None, like: Tensor) -> Any:
     )
 
 
-def _scratch(chunks: int, rows: int, n_features: int, width: int, parts: int, dtype: torch.dtype) -> Any:
-    """A block's state, ``parts`` buffers of its size, and what its clusters need: allocated here, since a thread would pay
-    for fresh pages in every call.
-    """
-    tiles = _tiles.py_func(rows, n_features)
-    size = tiles * _STATE + parts * (tiles * _TILE + WIDTH) + (rows + 1) * width + 2 * WIDTH
-    return torch.zeros(chunks, size, dtype=dtype).numpy()
+def _scratch(chunks: int, *shapes: tuple[int, ...], dtype: torch.dtype) -> list[Any]:
+    """Zeros for every chunk: allocated here, since a thread would pay for fresh pages in every call."""
+    return [torch.zeros(chunks, *shape, dtype=dtype).numpy() for shape in shapes]
 
 
 def forward(
@@ -410,7 +408,7 @@ def forward(
     v_last, i_last = torch.empty(N, D, dtype=dtype), torch.empty(N, D, dtype=dtype)
     refractory_last = torch.empty(N, D, dtype=torch.int32)
     with as_many_threads_as_torch() as threads:
-        rows, blocks, chunks = _deal(N, D, threads)
+        rows, blocks, chunks, tiles = _deal(N, D, threads)
         _forward(
             chunks,
             blocks,
@@ -431,7 +429,7 @@ def forward(
             v_last.flatten().numpy(),
             i_last.flatten().numpy(),
             refractory_last.flatten().numpy(),
-            _scratch(chunks, rows, D, width, 2, dtype),
+            *_scratch(chunks, (tiles * _STATE,), (2, tiles * _TILE + WIDTH), (rows * width,), (width,), dtype=dtype),
         )
     return spikes.to(x.dtype), v_seq.to(x.dtype), v_last, i_last, refractory_last
 
@@ -463,11 +461,11 @@ def backward(
     grad_x = torch.empty(T, N, D, dtype=dtype)
     grad_v, grad_i = (torch.empty(0 if v is None else N, D, dtype=dtype) for _ in range(2))
     with as_many_threads_as_torch() as threads:
-        rows, blocks, chunks = _deal(N, D, threads)
-        record = torch.empty(chunks, T, _tiles.py_func(rows, D) * _RECORD, dtype=dtype)
-        # What all rows share is a long sum that may nearly cancel: its last part is added up in float64.
-        grad_threshold, grad_betas = (torch.zeros(chunks, n, dtype=torch.float64) for n in (D, 2))
-        grad_coupling = torch.zeros(chunks, C * width, dtype=dtype)
+        rows, blocks, chunks, tiles = _deal(N, D, threads)
+        record = torch.empty(chunks, T, tiles * _RECORD, dtype=dtype)
+        shared = grad_threshold, grad_betas, grad_coupling = [
+            torch.zeros(chunks, n, dtype=torch.float64) for n in (D, 2, C * width)
+        ]
         _backward(
             chunks,
             blocks,
@@ -490,14 +488,21 @@ def backward(
             SURROGATE_IDS[surrogate],
             scalar(alpha),
             record.numpy(),
-            _scratch(chunks, rows, D, width, 4, dtype),
-            torch.empty(chunks, (T + 1) * rows * width, dtype=dtype).numpy(),
+            *_scratch(
+                chunks,
+                (tiles * _STATE,),
+                (4, tiles * _TILE + WIDTH),
+                (T * rows * width,),
+                (rows * width,),
+                (width,),
+                (2 * WIDTH,),
+                (C * width,),
+                dtype=dtype,
+            ),
             grad_x.flatten(1).numpy(),
             grad_v.flatten().numpy(),
             grad_i.flatten().numpy(),
-            grad_threshold.numpy(),
-            grad_betas.numpy(),
-            grad_coupling.numpy(),
+            *(x.numpy() for x in shared),
         )
     grad_beta_mem, grad_beta_syn = (grad_betas[:, i].sum().to(dtype).reshape(1) for i in range(2))
     return (
@@ -507,5 +512,5 @@ def backward(
         grad_threshold.sum(0).to(dtype),
         grad_beta_mem,
         grad_beta_syn,
-        grad_coupling.sum(0).view(C, width)[:, :C].contiguous(),
+        grad_coupling.sum(0).to(dtype).view(C, width)[:, :C].contiguous(),
     )

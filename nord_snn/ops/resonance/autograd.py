@@ -10,7 +10,7 @@ from nord_snn.ops.dispatch import Call, choose_backend, implementations_of
 
 __all__ = ["IMPLEMENTATIONS", "check_heads", "resonance"]
 
-IMPLEMENTATIONS = implementations_of("resonance", "numba", torch="blockwise")
+IMPLEMENTATIONS = implementations_of("resonance", "numba", plain="blockwise")
 
 
 @torch.compiler.assume_constant_result

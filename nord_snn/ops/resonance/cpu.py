@@ -3,7 +3,7 @@
 Spikes are bits: a head's neurons over all steps fit into a few machine words, and the coincidences of two positions are the
 bits that both have. A query's best keys are found by bisection over the scores' bit patterns, which are ordered as the
 scores are. What remains is a short list per query, of keys and weights; the backward pass walks over these lists, step by
-step, so that a step's keys and their gradients stay in the first-level cache. Where q or k is not made of zeros and ones,
+step, so that a step's keys and their gradients stay in the cache. Where q or k is not made of zeros and ones,
 products are summed instead of bits.
 """
 
@@ -38,7 +38,9 @@ from nord_snn.ops.threads import as_many_threads_as_torch
 __all__ = ["backward", "forward", "saved_shapes"]
 
 _COMPILE: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
+_LANES = "9f57d91b561a"  # how the SHA-256 of lanes.py begins: Numba's cache notices a change of this file alone
 _BLOCK = 64  # queries whose lists are walked over together, step by step
+_NEAR = 256  # the most recent keys, which are fetched a step ahead
 _AHEAD = 8  # positions to fetch ahead: a head's neurons are short pieces of memory far apart, which no cache guesses
 
 
@@ -85,14 +87,20 @@ def _count(q_bits, k_bits, i, keys, words, S, counts, scores):
 def _multiply(q, k, shape, b, h, width, i, keys, scores):
     """The same for real numbers in the place of spikes."""
     T, B, S, D = shape
-    for j in range(keys):
-        products = splat(scores, 0)
+    last = keys - 1
+    for j in range(0, keys, 4):  # four sums, since one would wait for itself
+        a, b_, c_, d = splat(scores, 0), splat(scores, 0), splat(scores, 0), splat(scores, 0)
         for t in range(T):
             at = (t * B + b) * S * D + h * width
-            for c in range(0, width, WIDTH):
-                spikes = load_first(q, at + i * D + c, width - c)
-                products = fused(spikes, load_first(k, at + j * D + c, width - c), products)
-        scores[j] = total(products)
+            for w in range(0, width, WIDTH):
+                spikes = load_first(q, at + i * D + w, width - w)
+                a = fused(spikes, load_first(k, at + j * D + w, width - w), a)
+                b_ = fused(spikes, load_first(k, at + min(j + 1, last) * D + w, width - w), b_)
+                c_ = fused(spikes, load_first(k, at + min(j + 2, last) * D + w, width - w), c_)
+                d = fused(spikes, load_first(k, at + min(j + 3, last) * D + w, width - w), d)
+        # Beyond the last key it is the last one again.
+        scores[j], scores[min(j + 1, last)] = total(a), total(b_)
+        scores[min(j + 2, last)], scores[min(j + 3, last)] = total(c_), total(d)
 
 
 @njit(**_COMPILE)
@@ -115,7 +123,8 @@ def _select(scores, keys, top_k, most, order, kept):
     patterns = as_integers(scores)
     for j in range(keys):
         pattern = np.int64(patterns[j])
-        order[j] = pattern if pattern >= 0 else -(pattern & most)  # as the floats are ordered; -0 equals 0
+        ordered = pattern if pattern >= 0 else -(pattern & most)  # as the floats are ordered; -0 equals 0
+        order[j] = ordered if scores[j] == scores[j] else most  # NaN is best, as to torch.topk
     low = high = order[0]
     for j in range(keys):
         low, high = min(low, order[j]), max(high, order[j])
@@ -326,8 +335,8 @@ def _ask_for(rows, at, first, last, n_features, width):
 @njit(**_COMPILE)
 def _backward_heads(
     first, last, grad, q, k, v, temperature, recency, n_heads, top_k, causal, spikes_too, most, words, bits, counts,
-    scores, kept, weights, remembered, grad_scores, gathered, shares, grad_q, grad_k, grad_v, grad_temperature,
-    grad_recency,
+    scores, kept, weights, remembered, grad_scores, place, found, keys, shares, grad_q, grad_k, grad_v,
+    grad_temperature, grad_recency,
 ):  # fmt: skip
     """Heads ``first`` to ``last``; lists that were not kept, too few rows for that, are made again block by block."""
     shape, (B, S, D) = q.shape, v.shape
@@ -336,8 +345,13 @@ def _backward_heads(
     grad_q_, grad_k_, grad_v_, grad_scores_ = pointer(grad_q), pointer(grad_k), pointer(grad_v), pointer(grad_scores)
     q_bits, k_bits, counts_, scores_ = pointer(bits[0]), pointer(bits[1]), pointer(counts), pointer(scores)
     kept_, weights_, stride = pointer(kept), pointer(weights), kept.shape[1]
-    place_, found_, keys_ = pointer(gathered), pointer(gathered[S:]), pointer(gathered[S + _BLOCK // 4 :])
-    shares_, reach = pointer(shares), min(4 * top_k, S)
+    place_, found_, keys_, shares_, reach = (
+        pointer(place),
+        pointer(found),
+        pointer(keys),
+        pointer(shares),
+        keys.shape[1],
+    )
     for head in range(first, last):
         b, h = head // n_heads, head % n_heads
         at = b * S * D + h * width
@@ -368,11 +382,12 @@ def _backward_heads(
                 )  # fmt: skip
             for t in range(T):
                 after = min(t + 1, T - 1) * B * S * D + at
+                near = max(0, stop - _NEAR)
                 _ask_for(q_, after, start, stop, D, width)
-                _ask_for(k_, after, 0, stop if causal else S, D, width)
+                _ask_for(k_, after, near, stop, D, width)
                 if spikes_too:
                     _ask_for(grad_q_, after, start, stop, D, width)
-                    _ask_for(grad_k_, after, 0, stop if causal else S, D, width)
+                    _ask_for(grad_k_, after, near, stop, D, width)
                 for i in range(start, stop, 4):
                     group = (i - start) // 4
                     grad_temperature[head] += _back_to_spikes(
@@ -399,7 +414,8 @@ def _forward(
 @njit(parallel=True, **_COMPILE)
 def _backward(
     chunks, grad, q, k, v, temperature, recency, n_heads, top_k, causal, spikes_too, most, words, bits, counts, scores,
-    kept, weights, remembered, grad_scores, gathered, shares, grad_q, grad_k, grad_v, grad_temperature, grad_recency,
+    kept, weights, remembered, grad_scores, place, found, keys, shares, grad_q, grad_k, grad_v, grad_temperature,
+    grad_recency,
 ):  # fmt: skip
     heads = q.shape[1] * n_heads
     for c in prange(chunks):
@@ -407,7 +423,7 @@ def _backward(
         _backward_heads(
             c * heads // chunks, (c + 1) * heads // chunks, grad, q, k, v, temperature, recency, n_heads, top_k, causal,
             spikes_too, most, words, bits[c], counts[c], scores[c], kept[lists], weights[lists], remembered,
-            grad_scores[c], gathered[c], shares[c], grad_q, grad_k, grad_v, grad_temperature, grad_recency,
+            grad_scores[c], place[c], found[c], keys[c], shares[c], grad_q, grad_k, grad_v, grad_temperature, grad_recency,
         )  # fmt: skip
 
 
@@ -430,22 +446,23 @@ class _Sizes:
             torch.empty(self.chunks, self.length + WIDTH, dtype=dtype).numpy(),
         )
 
-    def lists_of_four(self, dtype: torch.dtype) -> tuple[Any, Any, Any]:
-        """For a block of queries: gradients of scores; a mark for each key, and what ``_gather`` finds."""
-        reach = min(4 * self.top_k, self.length)
-        marks = self.length + _BLOCK // 4 * (1 + reach)
+    def lists_of_four(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        """For a block of queries: gradients of scores; a mark for each key; and what ``_gather`` finds."""
+        groups, reach = _BLOCK // 4, min(4 * self.top_k, self.length)
         return (
             torch.empty(self.chunks, _BLOCK * self.stride, dtype=dtype).numpy(),
-            torch.full((self.chunks, marks), -1, dtype=torch.int32).numpy(),
-            torch.empty(self.chunks, _BLOCK * reach, dtype=dtype).numpy(),
+            torch.full((self.chunks, self.length), -1, dtype=torch.int32).numpy(),
+            torch.empty(self.chunks, groups, dtype=torch.int32).numpy(),
+            torch.empty(self.chunks, groups, reach, dtype=torch.int32).numpy(),
+            torch.empty(self.chunks, groups, 4 * reach, dtype=dtype).numpy(),
         )
 
 
 def saved_shapes(q: Tensor, n_heads: int, top_k: int, remember: bool) -> tuple[tuple[int, ...], ...]:
     """Shapes of what ``forward`` returns for ``backward``: kept keys, nothing, and weights.
 
-    Keys and weights are ``[B * H * S, top_k + 1]`` where they take no more room than the queries, and otherwise
-    ``[0, 0]``: then the backward pass counts again.
+    Keys and weights are ``[B * H * S, top_k + 1]`` where together they are no more numbers than the queries, and
+    otherwise ``[0, 0]``: then the backward pass counts again.
     """
     T, B, S, D = q.shape
     kept = min(top_k, S) + 1
@@ -469,7 +486,7 @@ def forward(
     like = torch.empty(0, dtype=dtype)
     context = torch.empty(v.shape, dtype=dtype)
     shape, *_ = saved_shapes(q, n_heads, top_k, remember)
-    kept, weights = torch.empty(shape, dtype=torch.int32), torch.empty(shape, dtype=dtype)
+    kept, weights = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape, dtype=dtype)
     if not context.numel():
         return context.to(v.dtype), kept, like, weights
     with as_many_threads_as_torch() as threads:
