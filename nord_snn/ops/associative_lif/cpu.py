@@ -206,6 +206,7 @@ def _forward_rows(
     )  # fmt: skip
     x_, v_, i_, refractory_, coupling_ = pointer(x), pointer(v), pointer(i_syn), pointer(refractory), pointer(coupling)
     spikes_, v_seq_ = pointer(spikes), pointer(v_seq)
+    v_last_, i_last_, refractory_last_ = pointer(v_last), pointer(i_last), pointer(refractory_last)
     for d in range(rows * D):
         state[d // _TILE * _STATE + _THRESHOLD + d % _TILE] = threshold[d % D]
     for block in range(first, last):
@@ -232,10 +233,12 @@ def _forward_rows(
                 _couple(fired, length // D, members, clusters, coupling_, width, sums, 0, current, felt)
         for tile in range(tiles):
             lo, s = tile * _TILE, tile * _STATE
-            for d in range(min(_TILE, length - lo)):
-                v_last[start + lo + d] = state[s + _V + d]
-                i_last[start + lo + d] = state[s + _CURRENT + d] + felt[lo + d]
-                refractory_last[start + lo + d] = state[s + _REFRACTORY + d]
+            n = min(_TILE, length - lo)
+            for d in range(0, n, WIDTH):
+                store_first(v_last_, start + lo + d, n - d, load(state, s + _V + d))
+                store_first(i_last_, start + lo + d, n - d, load(state, s + _CURRENT + d) + load(felt, lo + d))
+            for d in range(n):
+                refractory_last_[start + lo + d] = state[s + _REFRACTORY + d]
 
 
 @njit(**_COMPILE)
