@@ -8,6 +8,7 @@ from torch import Tensor
 from nord_snn.ops.associative_lif.reference import AssociativeLIFState, reference
 from nord_snn.ops.cascade import check_cascade
 from nord_snn.ops.checks import check_features, check_scalar, compute_dtype
+from nord_snn.ops.differentiable import differentiable
 from nord_snn.ops.dispatch import BackendChoice, Call, choose_backend, implementations_of
 from nord_snn.ops.surrogate import SurrogateLike, resolve_surrogate
 
@@ -124,7 +125,7 @@ def associative_lif(
                 resolve_surrogate(surrogate, alpha),
             )
             return spikes.to(x_seq.dtype), v_seq.to(x_seq.dtype) if return_v_seq else None, last
-        spikes, v_seq, *parts = _associative_lif(
+        spikes, v_seq, *parts = _run(
             x_seq,
             *(state or (None, None, None)),
             threshold,
@@ -275,10 +276,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, *grads: Tensor | None, run: Any) -> tuple[Tensor | None, ...]:
     grad_spikes, grad_v_seq, grad_v_last, grad_i_last, _ = grads
     x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling = ctx.saved_tensors
-    x_grad, v_grad, i_grad, threshold_grad, mem_grad, syn_grad, coupling_grad = _associative_lif_backward(
+    x_grad, v_grad, i_grad, threshold_grad, mem_grad, syn_grad, coupling_grad = run(
         torch.zeros_like(x) if grad_spikes is None else grad_spikes,
         grad_v_seq,
         grad_v_last,
@@ -300,4 +301,4 @@ def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return (x_grad, *state_grads, None, threshold_grad, mem_grad, syn_grad, coupling_or_none, *[None] * 6)
 
 
-_associative_lif.register_autograd(_gradients, setup_context=_setup_context)
+_run = differentiable(_associative_lif, _associative_lif_backward, _setup_context, _gradients)

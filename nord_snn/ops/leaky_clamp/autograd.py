@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nord_snn.ops.checks import check_features, compute_dtype
+from nord_snn.ops.differentiable import differentiable
 from nord_snn.ops.dispatch import Call, choose_backend, implementations_of
 from nord_snn.ops.leaky_clamp.reference import reference
 
@@ -55,7 +56,7 @@ def leaky_clamp(x: Tensor, *, leak: Tensor, floor: Tensor, backend: str = "auto"
     leak, floor = leak.to(dtype), floor.to(dtype)
     if name == "torch":
         return reference(x.to(dtype), leak, floor).to(x.dtype)
-    return _leaky_clamp(x, leak, floor, name)
+    return _run(x, leak, floor, name)
 
 
 @torch.library.custom_op("nord_snn::leaky_clamp", mutates_args=())
@@ -85,8 +86,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_leaky_clamp_backward(grad, *ctx.saved_tensors, ctx.backend), None)
+def _gradients(ctx: Any, grad: Tensor, run: Any) -> tuple[Tensor | None, ...]:
+    return (*run(grad, *ctx.saved_tensors, ctx.backend), None)
 
 
-_leaky_clamp.register_autograd(_gradients, setup_context=_setup_context)
+_run = differentiable(_leaky_clamp, _leaky_clamp_backward, _setup_context, _gradients)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nord_snn.ops.checks import check_scalar, compute_dtype
+from nord_snn.ops.differentiable import differentiable
 from nord_snn.ops.dispatch import Call, choose_backend, implementations_of
 
 __all__ = ["IMPLEMENTATIONS", "check_heads", "resonance"]
@@ -91,7 +92,7 @@ def resonance(
     inputs = (q, k, v, temperature, recency)
     remember = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     name = _choose(backend, v.device.type, v.dtype, v.shape[-1])
-    return _resonance(*inputs, n_heads, top_k, causal, remember, name)[0]
+    return _run(*inputs, n_heads, top_k, causal, remember, name)[0]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, n_heads: int, top_k: int, recency: Tensor | None) -> None:
@@ -196,14 +197,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor | None, *_: None, run: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 10
     needed = ctx.needs_input_grad
-    gradients = _resonance_backward(
-        grad, *ctx.saved_tensors, ctx.n_heads, ctx.top_k, ctx.causal, needed[0] or needed[1], ctx.backend
-    )
+    gradients = run(grad, *ctx.saved_tensors, ctx.n_heads, ctx.top_k, ctx.causal, needed[0] or needed[1], ctx.backend)
     return *(gradient if need else None for gradient, need in zip(gradients, needed[:5], strict=True)), *[None] * 5
 
 
-_resonance.register_autograd(_gradients, setup_context=_setup_context)
+_run = differentiable(_resonance, _resonance_backward, _setup_context, _gradients)
