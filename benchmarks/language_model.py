@@ -1,8 +1,9 @@
 """One training step of the language model: width 128, 4 blocks, 4 heads, FFN 256, vocabulary 2,048, batch 8 x 128."""
 
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,9 +20,10 @@ from configuration_nord import NordConfig
 from modeling_nord import NordForCausalLM
 from train import keep_freed_memory
 
-__all__ = ["BATCH", "LENGTH", "contestants", "gate", "keep_freed_memory", "products_alone"]
+__all__ = ["BATCH", "FLOOR", "LENGTH", "contestants", "gate", "keep_freed_memory"]
 
 BATCH, LENGTH = 8, 128
+FLOOR = "its matrix products alone"
 Factory = Callable[[int], nn.Module]
 
 
@@ -91,21 +93,11 @@ def plain_resonance() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def products(precision: str) -> Iterator[None]:
-    """Precision of float32 matrix products."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def step_of(net: NordForCausalLM, fused: bool) -> Callable[[], object]:
-    """One training step as train.py does it."""
+def step_of(net: NordForCausalLM, fused: bool = True, precision: str = "medium") -> Callable[[], object]:
+    """One training step as train.py does it; or with PyTorch's defaults for the optimizer and for matrix products."""
     ids = torch.randint(0, 2048, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=fused)
+    torch.set_float32_matmul_precision(precision)
 
     def step() -> None:
         net(input_ids=ids, labels=ids).loss.backward()
@@ -116,48 +108,65 @@ def step_of(net: NordForCausalLM, fused: bool) -> Callable[[], object]:
     return step
 
 
-def contestants() -> dict[str, Callable[[], object]]:
-    """The plain loop with PyTorch's defaults first; then what each measure brings, and others' neurons in our model."""
-    compiled = on_the_reference(model())
-    for block in compiled.blocks:
+def without_kernels(step: Callable[[], object]) -> Callable[[], object]:
+    """The step with the resonance's reference; the neurons' is chosen by their backend."""
+
+    def run() -> None:
+        with plain_resonance():
+            step()
+
+    return run
+
+
+# Each of these is called in a process of its own.
+
+
+def plain_loop() -> Callable[[], object]:
+    """Nothing but PyTorch and its defaults."""
+    return without_kernels(step_of(on_the_reference(model()), fused=False, precision="highest"))
+
+
+def compiled_loop() -> Callable[[], object]:
+    """The same through torch.compile, block by block."""
+    net = on_the_reference(model())
+    for block in net.blocks:
         block.compile()
+    return without_kernels(step_of(net, fused=False, precision="highest"))
 
-    def under(step: Callable[[], object], precision: str, plain: bool = False) -> Callable[[], object]:
-        def run() -> None:
-            with products(precision):
-                if not plain:
-                    step()
-                    return
-                with plain_resonance():
-                    step()
 
-        return run
+def plain_loop_tuned() -> Callable[[], object]:
+    """The plain loop with everything that train.py does besides the kernels."""
+    keep_freed_memory()
+    return without_kernels(step_of(on_the_reference(model())))
 
-    made = {
-        "plain PyTorch loop": under(step_of(on_the_reference(model()), False), "highest", plain=True),
-        "torch.compile of its blocks": under(step_of(compiled, False), "highest", plain=True),
-        "plain loop with the recipe's matrix products and optimizer": under(
-            step_of(on_the_reference(model()), True), "medium", plain=True
-        ),
-        "nord-snn's kernels alone": under(step_of(model(), False), "highest"),
-        "**nord-snn**, as `train.py` runs it": under(step_of(model(), True), "medium"),
-        "the same with SpikingJelly's `LIFNode`": under(
-            step_of(
-                with_neurons(model(), lambda n: neuron.LIFNode(surrogate_function=surrogate.ATan(), step_mode="m")),
-                True,
-            ),
-            "medium",
-        ),
-    }
-    with suppress(ImportError):  # snnTorch may not be installed
-        made["the same with snnTorch's `Synaptic`"] = under(
-            step_of(with_neurons(model(), lambda n: Synaptic()), True), "medium"
-        )
-    return made
+
+def kernels_alone() -> Callable[[], object]:
+    """The kernels, and PyTorch's defaults for everything else."""
+    return step_of(model(), fused=False, precision="highest")
+
+
+def ours() -> Callable[[], object]:
+    """As train.py runs it."""
+    keep_freed_memory()
+    return step_of(model())
+
+
+def with_lif_nodes() -> Callable[[], object]:
+    """SpikingJelly's neurons in the place of ours."""
+    keep_freed_memory()
+    return step_of(with_neurons(model(), lambda n: neuron.LIFNode(surrogate_function=surrogate.ATan(), step_mode="m")))
+
+
+def with_synaptic() -> Callable[[], object]:
+    """Neurons of snnTorch in the place of ours."""
+    keep_freed_memory()
+    return step_of(with_neurons(model(), lambda n: Synaptic()))
 
 
 def products_alone() -> Callable[[], object]:
     """The matrix products of one step, forward and backward, and nothing else: the floor of any implementation."""
+    keep_freed_memory()
+    torch.set_float32_matmul_precision("medium")
     rows, width, hidden, vocabulary, steps = BATCH * LENGTH, 128, 256, 2048, 10
     shapes = [(rows * steps, width, width)] * 2 + [(rows, width, width)] * 2
     shapes += [(rows * steps, width, hidden), (rows * steps, hidden, width)]
@@ -165,13 +174,27 @@ def products_alone() -> Callable[[], object]:
     operands = [(torch.randn(n, i), torch.randn(o, i), torch.randn(n, o)) for n, i, o in shapes]
 
     def run() -> None:
-        with products("medium"):
-            for x, weight, grad in operands:
-                x @ weight.T
-                grad @ weight
-                grad.T @ x
+        for x, weight, grad in operands:
+            x @ weight.T
+            grad @ weight
+            grad.T @ x
 
     return run
+
+
+def contestants() -> dict[str, Callable[[], Callable[[], object]]]:
+    """What builds each of them, the plain loop first, the floor last."""
+    made = {
+        "plain PyTorch loop": plain_loop,
+        "torch.compile of its blocks": compiled_loop,
+        "plain loop with the recipe's memory, matrix products and optimizer": plain_loop_tuned,
+        "nord-snn's kernels alone": kernels_alone,
+        "**nord-snn**, as `train.py` runs it": ours,
+        "the same with SpikingJelly's `LIFNode`": with_lif_nodes,
+    }
+    if importlib.util.find_spec("snntorch"):
+        made["the same with snnTorch's `Synaptic`"] = with_synaptic
+    return made | {FLOOR: products_alone}
 
 
 def gate() -> str:

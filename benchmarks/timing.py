@@ -4,14 +4,16 @@ A turn is four calls, of which the first is not counted: it finds the caches as 
 an accident of their order.
 """
 
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-__all__ = ["Row", "copy_bandwidth", "peak_bytes", "race"]
+__all__ = ["Row", "copy_bandwidth", "peak_bytes", "race", "race_apart"]
 
 
 @dataclass
@@ -23,16 +25,55 @@ class Row:
     speedup: float
 
 
-def race(contestants: dict[str, Callable[[], object]], seconds: float, min_rounds: int = 5) -> list[Row]:
+def race(contestants: dict[str, Callable[[], object]], seconds: float) -> list[Row]:
     """Let the contestants run in turns for about that long; the first one is what the others are compared with."""
     for run in contestants.values():  # compile and allocate
         run()
-    times: dict[str, list[float]] = {name: [] for name in contestants}
+    return _take_turns({name: lambda run=run: _turn(run) for name, run in contestants.items()}, seconds)
+
+
+def race_apart(builders: dict[str, Callable[[], Callable[[], object]]], seconds: float) -> list[Row]:
+    """The same, but each contestant is built and run in a process of its own, with its own settings and its own memory."""
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = {}, []
+    for name, build in builders.items():
+        pipes[name], end = context.Pipe()
+        processes.append(context.Process(target=_work, args=(end, build, torch.get_num_threads()), daemon=True))
+        processes[-1].start()
+        pipes[name].recv()  # one after another: while one gets ready, nobody else runs
+
+    def turn(name: str) -> float:
+        pipes[name].send(True)
+        return pipes[name].recv()
+
+    try:
+        return _take_turns({name: lambda name=name: turn(name) for name in builders}, seconds)
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def _work(pipe: Any, build: Callable[[], Callable[[], object]], threads: int) -> None:
+    torch.set_num_threads(threads)
+    run = build()
+    for _ in range(8):  # until memory that is freed and taken again has found its place
+        run()
+    pipe.send(None)
+    while pipe.recv():
+        pipe.send(_turn(run))
+
+
+def _turn(run: Callable[[], object]) -> float:
+    run()
+    return statistics.median(_clock(run) for _ in range(3))
+
+
+def _take_turns(turns: dict[str, Callable[[], float]], seconds: float, min_rounds: int = 5) -> list[Row]:
+    times: dict[str, list[float]] = {name: [] for name in turns}
     began = time.perf_counter()
     while time.perf_counter() - began < seconds or len(times[next(iter(times))]) < min_rounds:
-        for name, run in contestants.items():
-            run()
-            times[name].append(statistics.median(_clock(run) for _ in range(3)))
+        for name, turn in turns.items():
+            times[name].append(turn())
     first = next(iter(times.values()))
     return [
         Row(
