@@ -43,6 +43,9 @@ _V, _CURRENT, _REFRACTORY, _THRESHOLD, _GRAD_V, _GRAD_THRESHOLD = range(0, 6 * _
 _STATE = 6 * _ROW
 _SLOPE, _FREE, _PULL, _CURRENT_BEFORE = range(0, 4 * _ROW, _ROW)
 _RECORD = 4 * _ROW
+_TOGETHER = (
+    16  # blocks whose share of the coupling's gradient, which may be large, is added up in the kernel's own dtype
+)
 
 
 @njit(**_COMPILE)
@@ -151,6 +154,21 @@ def _slopes(surrogate, alpha, record, q, n):
 
 
 @njit(**_COMPILE)
+def _product(sums, at, coupling, c, clusters, width):
+    """``sums[at:] @ coupling[:, c:]`` for WIDTH columns; four sums, since one would wait for itself."""
+    first, second, third, fourth = splat(sums, 0), splat(sums, 0), splat(sums, 0), splat(sums, 0)
+    fours = clusters - clusters % 4
+    for k in range(0, fours, 4):
+        first = fused(splat(sums, sums[at + k]), load(coupling, k * width + c), first)
+        second = fused(splat(sums, sums[at + k + 1]), load(coupling, (k + 1) * width + c), second)
+        third = fused(splat(sums, sums[at + k + 2]), load(coupling, (k + 2) * width + c), third)
+        fourth = fused(splat(sums, sums[at + k + 3]), load(coupling, (k + 3) * width + c), fourth)
+    for k in range(fours, clusters):
+        first = fused(splat(sums, sums[at + k]), load(coupling, k * width + c), first)
+    return (first + second) + (third + fourth)
+
+
+@njit(**_COMPILE)
 def _couple(source, rows, members, clusters, coupling, width, sums, at, current, target):
     """Per row: the sums over the members of each cluster, ``sums @ coupling``, and that to every member of each cluster.
 
@@ -168,13 +186,7 @@ def _couple(source, rows, members, clusters, coupling, width, sums, at, current,
                 even = even + load(source, begin + (members - 1) * clusters + c)
             store(sums, out + c, even + odd)
         for c in range(0, width, WIDTH):
-            even, odd = splat(sums, 0), splat(sums, 0)
-            for k in range(0, clusters - 1, 2):
-                even = fused(splat(sums, sums[out + k]), load(coupling, k * width + c), even)
-                odd = fused(splat(sums, sums[out + k + 1]), load(coupling, (k + 1) * width + c), odd)
-            if clusters % 2:
-                even = fused(splat(sums, sums[out + clusters - 1]), load(coupling, (clusters - 1) * width + c), even)
-            store(current, c, even + odd)
+            store(current, c, _product(sums, out, coupling, c, clusters, width))
         for m in range(members):
             for c in range(0, width, WIDTH):
                 store(target, begin + m * clusters + c, load(current, c))
@@ -182,14 +194,28 @@ def _couple(source, rows, members, clusters, coupling, width, sums, at, current,
 
 
 @njit(**_COMPILE)
-def _multiply(grad_sums, sums, at, rows, clusters, width, grad_coupling):
-    """``grad_coupling [clusters, width] += grad_sums.T @ sums[at:]``."""
-    for c in range(clusters):
-        for k in range(0, width, WIDTH):
+def _multiply(grad_sums, sums, rows, clusters, width, grad_coupling):
+    """``grad_coupling [clusters, width] += grad_sums.T @ sums``, over ``rows`` rows of each; four clusters at a time."""
+    fours = clusters - clusters % 4
+    for k in range(0, width, WIDTH):
+        for c in range(0, fours, 4):
+            at = c * width + k
+            first, second = load(grad_coupling, at), load(grad_coupling, at + width)
+            third, fourth = load(grad_coupling, at + 2 * width), load(grad_coupling, at + 3 * width)
+            for row in range(0, rows * width, width):
+                sums_of_row = load(sums, row + k)
+                first = fused(splat(sums, grad_sums[row + c]), sums_of_row, first)
+                second = fused(splat(sums, grad_sums[row + c + 1]), sums_of_row, second)
+                third = fused(splat(sums, grad_sums[row + c + 2]), sums_of_row, third)
+                fourth = fused(splat(sums, grad_sums[row + c + 3]), sums_of_row, fourth)
+            store(grad_coupling, at, first)
+            store(grad_coupling, at + width, second)
+            store(grad_coupling, at + 2 * width, third)
+            store(grad_coupling, at + 3 * width, fourth)
+        for c in range(fours, clusters):
             product = load(grad_coupling, c * width + k)
-            for row in range(rows):
-                share = splat(sums, grad_sums[row * width + c])
-                product = fused(share, load(sums, at + row * width + k), product)
+            for row in range(0, rows * width, width):
+                product = fused(splat(sums, grad_sums[row + c]), load(sums, row + k), product)
             store(grad_coupling, c * width + k, product)
 
 
@@ -250,7 +276,7 @@ def _backward_rows(
 ):  # fmt: skip
     """Blocks ``first`` to ``last``; gradients of what all rows share are summed into this chunk's own part.
 
-    Such a sum is long and may nearly cancel: a block's share of it is added up in float64.
+    Such a sum is long and may nearly cancel: the shares of a block, or of a few, are added up in float64.
     """
     T, N, D, (clusters, width) = x.shape[0], x.shape[1], threshold.shape[0], coupling.shape
     members, tiles = D // max(clusters, 1), len(state) // _STATE
@@ -267,6 +293,7 @@ def _backward_rows(
     for block in range(first, last):
         start = block * rows * D
         length = min(rows * D, N - start)
+        count = length // D
         buffers[0, :] = 0
         for tile in range(tiles):
             lo, s = tile * _TILE, tile * _STATE
@@ -287,16 +314,13 @@ def _backward_rows(
                 )  # fmt: skip
                 _slopes(surrogate, alpha, record_, q + _SLOPE, n)
             if clusters:
-                _couple(
-                    fired, length // D, members, clusters, coupling_, width, sums_, t * rows * width, current, felt
-                )  # fmt: skip
+                _couple(fired, count, members, clusters, coupling_, width, sums_, t * count * width, current, felt)
         for t in range(T - 1, -1, -1):
             if clusters:
                 _couple(
-                    grad_current, length // D, members, clusters, coupling_back_, width, grad_sums_, 0, current,
-                    grad_fired,
+                    grad_current, count, members, clusters, coupling_back_, width, grad_sums_, t * count * width,
+                    current, grad_fired,
                 )  # fmt: skip
-                _multiply(grad_sums_, sums_, t * rows * width, length // D, clusters, width, coupling_sums_)
             for tile in range(tiles):
                 lo = tile * _TILE
                 n = min(_TILE, length - lo)
@@ -315,9 +339,11 @@ def _backward_rows(
         for kind in range(2):
             grad_betas[kind] += total(load(beta_sums_, kind * WIDTH))
         beta_sums[:] = 0
-        for c in range(len(coupling_sums)):
-            grad_coupling[c] += coupling_sums[c]
-            coupling_sums[c] = 0
+        _multiply(grad_sums_, sums_, T * count, clusters, width, coupling_sums_)
+        if (block - first) % _TOGETHER == 0 or block == last - 1:
+            for c in range(len(coupling_sums)):
+                grad_coupling[c] += coupling_sums[c]
+                coupling_sums[c] = 0
     for tile in range(tiles):
         lo, s = tile * _TILE, tile * _STATE
         for d in range(min(_TILE, rows * D - lo)):
@@ -496,7 +522,7 @@ def backward(
                 (tiles * _STATE,),
                 (4, tiles * _TILE + WIDTH),
                 (T * rows * width,),
-                (rows * width,),
+                (T * rows * width,),
                 (width,),
                 (2 * WIDTH,),
                 (C * width,),
