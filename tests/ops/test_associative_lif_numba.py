@@ -1,5 +1,6 @@
 """The Numba kernels against the reference: outputs, last state and every gradient."""
 
+import contextlib
 import logging
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from helpers import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nord_snn.layers import NordBlock
 from nord_snn.neurons import AssociativeLIFNode
@@ -182,6 +184,30 @@ def test_every_element_of_every_buffer_is_written(monkeypatch):
     leaves, refractory = leaves_for(5, 7, 12, 3, False)
     monkeypatch.setattr(torch, "empty", filled)
     assert_equal(leaves, refractory)
+
+
+def test_whoever_watches_ops_sees_the_op_and_gets_the_same():
+    """Unwatched, the kernel is called without the dispatcher; a counter of operations must still find it."""
+
+    class Names(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    leaves, refractory = leaves_for(4, 5, 12, 3, True)
+    results = []
+    for watch in (Names(), contextlib.nullcontext()):
+        with watch:
+            spikes, v_seq, _ = run(leaves, refractory, "numba")
+            results.append(torch.autograd.grad((spikes + v_seq).sum(), list(leaves.values())))
+        if isinstance(watch, Names):
+            assert "nord_snn.associative_lif.default" in watch.seen
+            assert "nord_snn.associative_lif_backward.default" in watch.seen
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
 def test_fewer_threads_change_nothing_but_the_order_of_sums():
