@@ -36,21 +36,29 @@ def race_apart(builders: dict[str, Callable[[], Callable[[], object]]], seconds:
     """The same, but each contestant is built and run in a process of its own, with its own settings and its own memory."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
-    for name, build in builders.items():
-        pipes[name], end = context.Pipe()
-        processes.append(context.Process(target=_work, args=(end, build, torch.get_num_threads()), daemon=True))
-        processes[-1].start()
-        pipes[name].recv()  # one after another: while one gets ready, nobody else runs
 
     def turn(name: str) -> float:
         pipes[name].send(True)
-        return pipes[name].recv()
+        return _answer(pipes[name], name)
 
     try:
+        for name, build in builders.items():
+            pipes[name], end = context.Pipe()
+            processes.append(context.Process(target=_work, args=(end, build, torch.get_num_threads()), daemon=True))
+            processes[-1].start()
+            end.close()  # the other side alone holds it now, so its death is noticed
+            _answer(pipes[name], name)  # one after another: while one gets ready, nobody else runs
         return _take_turns({name: lambda name=name: turn(name) for name in builders}, seconds)
     finally:
         for process in processes:
             process.kill()
+
+
+def _answer(pipe: Any, name: str) -> Any:
+    try:
+        return pipe.recv()
+    except EOFError:
+        raise SystemExit(f"the process of {name!r} ended before its turn; what it said stands above") from None
 
 
 def _work(pipe: Any, build: Callable[[], Callable[[], object]], threads: int) -> None:

@@ -202,7 +202,7 @@ def accelerate(settings: Settings, out: Path) -> Accelerator:
 def keep_freed_memory() -> None:
     """Let the C library keep what a step has freed for the next one, where it is glibc, and take large pages, where it is Linux.
 
-    By default it gives large blocks back and fetches them anew, page by page: 90,000 pages a step of the benchmark's model.
+    By default it gives large blocks back and fetches them anew in every step, page by page.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read when torch allocates for the first time
     trim_threshold, mmap_threshold = -1, -3  # the names of these in malloc.h

@@ -22,9 +22,8 @@ def differentiable(
     """
     op.register_autograd(functools.partial(gradients, run=backward_op), setup_context=setup_context)
 
-    def forward(
-        ctx: Any, *arguments: Any
-    ) -> Any:  # one function: of two, torch would inspect the signature on every call
+    # One function that also fills the context: of two, torch would inspect the signature on every call.
+    def forward(ctx: Any, *arguments: Any) -> Any:
         output = op._init_fn(*arguments)
         setup_context(ctx, arguments, output)
         return output

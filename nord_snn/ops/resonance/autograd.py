@@ -144,6 +144,7 @@ def _(
     remember: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # ``worst``, the worst score kept, is empty where the backend remembers keys instead.
     keys, worst, weights = IMPLEMENTATIONS[backend].kernel().saved_shapes(q, n_heads, top_k, remember)
     return (
         v.new_empty(v.shape),

@@ -432,8 +432,7 @@ class _Sizes:
 
     def __init__(self, q: Tensor, v: Tensor, n_heads: int, top_k: int, threads: int) -> None:
         T, B, self.length, D = q.shape
-        self.heads = B * n_heads
-        self.chunks = max(1, min(self.heads, 2 * threads))
+        self.chunks = max(1, min(B * n_heads, 2 * threads))
         self.words = -(-T * -(-D // n_heads // WIDTH) * WIDTH // 64)
         self.top_k = min(top_k, self.length)
         self.stride = self.top_k + 1  # the key that is looked at last is written before it is known to be kept
