@@ -90,5 +90,4 @@ class NordBlock(nn.Module):
         check_features(x, self.n_features, type(self).__name__, "[T, B, S, D]")
         if self.resonance is not None:
             x = x + self.resonance_gain * self.resonance(self.norm1(x), expand=False)  # the same at every step
-        x = torch.addcmul(x, self.ffn_gain, self.ffn(self.norm2(x)))  # x + gain * y without a table for the product
-        return self.clamp(x)
+        return self.clamp(x, self.ffn(self.norm2(x)), self.ffn_gain)

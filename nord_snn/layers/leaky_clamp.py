@@ -56,10 +56,10 @@ class LeakyClamp(nn.Module):
         """Slope of the negative side, ``[D]``."""
         return self.leak_logit.sigmoid()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Clamp ``[*, D]``."""
+    def forward(self, x: Tensor, branch: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
+        """Clamp ``x [*, D]``, or ``x + gain * branch`` with ``branch [*, D]`` and ``gain [D]`` in the same pass."""
         check_features(x, self.n_features, type(self).__name__, "[*, D]")
-        return leaky_clamp(x, leak=self.leak, floor=self.floor, backend=self.backend)
+        return leaky_clamp(x, branch, gain, leak=self.leak, floor=self.floor, backend=self.backend)
 
     def extra_repr(self) -> str:
         """The width."""

@@ -1,9 +1,11 @@
 """Argument checks that many ops and layers share, so that the same mistake always reads the same."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
-__all__ = ["check_features", "check_scalar", "compute_dtype"]
+__all__ = ["check_features", "check_scalar", "compute_dtype", "without_autocast"]
 
 
 def check_features(x: Tensor, n_features: int, owner: str, layout: str = "[T, N, *, D]") -> None:
@@ -41,3 +43,9 @@ def check_scalar(value: float | Tensor, name: str) -> None:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Float64 for float64 input, float32 for everything else: the precision that states and sums are kept in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Where autocast leaves alone what is computed on the device of ``x``; costs nothing where it is off."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

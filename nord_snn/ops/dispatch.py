@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["BACKENDS", "Backend", "BackendChoice", "Call", "choose_backend", "implementations_of"]
+__all__ = ["BACKENDS", "Backend", "BackendChoice", "Call", "choose_backend", "chooser", "implementations_of"]
 
 #: Every name that ``backend=`` takes, besides ``"auto"``, slowest first.
 BACKENDS = ("torch", "numba", "cupy", "triton")
@@ -29,6 +29,7 @@ _DEFAULT = os.environ.get(_ENVIRONMENT, "auto")
 
 _logger = logging.getLogger("nord_snn")
 _logged: set[tuple[str, str]] = set()
+_remembered: dict[tuple[Any, ...], str] = {}
 
 Verdict = tuple[bool, str]
 
@@ -114,6 +115,19 @@ def choose_backend(op: str, implementations: Mapping[str, Backend], requested: s
     if requested == "auto":
         _log_once(op, choice)
     return choice
+
+
+def chooser(op: str, implementations: Mapping[str, Backend]) -> Callable[..., str]:
+    """What an op asks in every call: the name that :func:`choose_backend` gives for ``(requested, *call)``, remembered."""
+
+    @torch.compiler.assume_constant_result
+    def choose(requested: str, *call: Any) -> str:
+        key = (op, requested, _DEFAULT, _triton_interprets(), call)
+        if key not in _remembered:
+            _remembered[key] = choose_backend(op, implementations, requested, Call(*call)).name
+        return _remembered[key]
+
+    return choose
 
 
 def _verdict(op: str, implementations: Mapping[str, Backend], name: str, call: Call) -> Verdict:

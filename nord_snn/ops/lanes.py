@@ -21,6 +21,7 @@ from numba.np.arrayobj import make_array
 
 __all__ = [
     "WIDTH",
+    "at_address",
     "as_integers",
     "beyond",
     "count_bits",
@@ -93,6 +94,16 @@ def pointer(typing, array):
         return make_array(signature.args[0])(context, builder, arguments[0]).data
 
     return types.CPointer(array.dtype)(array), generate
+
+
+@intrinsic
+def at_address(typing, address, like):
+    """A pointer to numbers of the type of ``like`` that begin at this address."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like)(types.intp, like), generate
 
 
 @intrinsic

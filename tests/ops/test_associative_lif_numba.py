@@ -244,20 +244,21 @@ def test_compiled_without_a_graph_break_a_block_gives_the_same():
 def test_the_op_is_one_that_torch_can_trust():
     """Schema, fake implementation and autograd registration, by torch's own examination."""
     leaves, refractory = leaves_for(3, 2, 6, 3, True)
-    coupling = torch.rand(3, 3, requires_grad=True)
+    weight, gain = torch.rand(3, 3, requires_grad=True), torch.rand(3, requires_grad=True)
     arguments = (
         leaves["x"], leaves["v"], leaves["i_syn"], refractory, leaves["threshold"], leaves["beta_mem"], leaves["beta_syn"],
-        coupling, -0.1, 2, "nord_atan", 4.0, True, "numba",
+        weight, gain, -0.1, 2, "nord_atan", 4.0, True, "numba",
     )  # fmt: skip
     torch.library.opcheck(torch.ops.nord_snn.associative_lif.default, arguments)
     torch.library.opcheck(
         torch.ops.nord_snn.associative_lif.default,
-        (leaves["x"], None, None, None, *arguments[4:7], None, *arguments[8:]),
+        (leaves["x"], None, None, None, *arguments[4:7], None, None, *arguments[9:]),
     )
 
 
 def test_a_surrogate_of_ones_own_runs_on_the_reference_and_the_log_says_why(caplog, monkeypatch):
     monkeypatch.setattr(dispatch, "_logged", set())
+    monkeypatch.setattr(dispatch, "_remembered", {})
     x = torch.randn(3, 2, 6)
     own = SURROGATES["atan"].primitive
     with caplog.at_level(logging.INFO, logger="nord_snn"):

@@ -9,15 +9,17 @@ from hypothesis import strategies as st
 from nord_snn.ops import leaky_clamp
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=80)
 @given(
     shape=st.sampled_from([(1,), (5,), (0, 3), (1, 7), (6, 1, 17), (3, 41, 130)]),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
     coarse=st.booleans(),
+    adds=st.booleans(),
+    branch_dtype=st.sampled_from([None, torch.bfloat16]),
     seed=st.integers(0, 99),
 )
-def test_the_kernel_is_the_reference(shape, dtype, coarse, seed):
-    """Also where leak * x meets the floor: there torch shares the gradient between the two."""
+def test_the_kernel_is_the_reference(shape, dtype, coarse, adds, branch_dtype, seed):
+    """Also where leak * z meets the floor: there torch shares the gradient between the two."""
     pytest.importorskip("numba", reason="the CPU kernels need Numba")
     generator = torch.Generator().manual_seed(seed)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -29,15 +31,24 @@ def test_the_kernel_is_the_reference(shape, dtype, coarse, seed):
         .to(wide)
         .requires_grad_(),
     ]
+    if adds:
+        branch = torch.randn(shape, generator=generator)
+        leaves += [
+            (branch.round() / 2 if coarse else branch).to(branch_dtype or dtype).requires_grad_(),
+            (torch.full(shape[-1:], -0.5) if coarse else torch.randn(shape[-1:], generator=generator))
+            .to(wide)
+            .requires_grad_(),
+        ]
     weight = torch.randn(shape, generator=generator).to(dtype)
     results = []
     for backend in ("torch", "numba"):
-        y = leaky_clamp(leaves[0], leak=leaves[1], floor=leaves[2], backend=backend)
+        x_, leak, floor, *added = leaves
+        y = leaky_clamp(x_, *added, leak=leak, floor=floor, backend=backend)
         results.append((y, *torch.autograd.grad(y, leaves, weight)))
-    for name, expected, got in zip(("y", "x", "leak", "floor"), *results, strict=True):
+    for name, expected, got in zip(("y", "x", "leak", "floor", "branch", "gain"), *results, strict=False):
         assert got.dtype == expected.dtype, name
         assert got.shape == expected.shape, name
-        if name in ("y", "x"):
+        if name in ("y", "x", "branch"):
             assert torch.equal(got, expected), name
         else:
             assert relative_error(got, expected) < 1e-5, name
@@ -47,19 +58,35 @@ def test_non_contiguous_input_and_fresh_memory_full_of_nan(monkeypatch):
     pytest.importorskip("numba", reason="the CPU kernels need Numba")
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(torch.nan))
-    x = torch.randn(6, 5, 4).transpose(0, 2).requires_grad_()
-    arguments = {"leak": torch.full((6,), 0.1), "floor": torch.full((6,), -0.1)}
-    results = [leaky_clamp(x, **arguments, backend=backend) for backend in ("torch", "numba")]
+    x, branch = (torch.randn(6, 5, 4).transpose(0, 2).requires_grad_() for _ in range(2))
+    arguments = {"leak": torch.full((6,), 0.1), "floor": torch.full((6,), -0.1), "gain": torch.full((12,), 0.3)[::2]}
+    results = [leaky_clamp(x, branch, **arguments, backend=backend) for backend in ("torch", "numba")]
     assert torch.equal(*results)
-    assert torch.equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in results))
+    grads = [torch.autograd.grad(y.square().sum(), (x, branch)) for y in results]
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
 
 
-def test_torch_can_trust_the_op():
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_passes_as_in_the_reference(value):
     pytest.importorskip("numba", reason="the CPU kernels need Numba")
-    leaves = [torch.randn(3, 4), torch.rand(4), -torch.rand(4)]
-    torch.library.opcheck(
-        torch.ops.nord_snn.leaky_clamp.default, (*(leaf.requires_grad_() for leaf in leaves), "numba")
+    x = torch.full((3, 20), value)
+    for arguments in ({}, {"branch": torch.full((3, 20), -value), "gain": torch.ones(20)}):
+        results = [
+            leaky_clamp(x, **arguments, leak=torch.full((20,), 0.1), floor=torch.full((20,), -0.1), backend=backend)
+            for backend in ("torch", "numba")
+        ]
+        assert torch.equal(*(y.nan_to_num(99.0) for y in results))
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_torch_can_trust_the_op(adds):
+    pytest.importorskip("numba", reason="the CPU kernels need Numba")
+    x, branch, gain, leak, floor = (
+        leaf.requires_grad_()
+        for leaf in (torch.randn(3, 4), torch.randn(3, 4), torch.rand(4), torch.rand(4), -torch.rand(4))
     )
+    arguments = (x, branch if adds else None, gain if adds else None, leak, floor, "numba")
+    torch.library.opcheck(torch.ops.nord_snn.leaky_clamp.default, arguments)
 
 
 @pytest.mark.parametrize(
@@ -74,3 +101,18 @@ def test_bad_input_is_named(x, leak, floor, message):
         leaky_clamp(x, leak=leak, floor=floor)
     with pytest.raises(RuntimeError, match="nord-snn has no triton kernel for leaky_clamp"):
         leaky_clamp(torch.zeros(2, 3), leak=torch.ones(3), floor=torch.ones(3), backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("branch", "gain", "message"),
+    [
+        (torch.zeros(2, 3), None, "belong together"),
+        (None, torch.zeros(3), "belong together"),
+        (torch.zeros(1, 3), torch.zeros(3), r"of the shape of x, \[2, 3\], got \[1, 3\]"),
+        (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(3), "floating"),
+        (torch.zeros(2, 3), torch.zeros(1), r"gain must be \[D\] = \[3\], got \[1\]"),
+    ],
+)
+def test_a_branch_that_does_not_fit_is_named(branch, gain, message):
+    with pytest.raises(ValueError, match=message):
+        leaky_clamp(torch.zeros(2, 3), branch, gain, leak=torch.ones(3), floor=torch.ones(3))

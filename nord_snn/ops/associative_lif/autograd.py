@@ -7,14 +7,15 @@ from torch import Tensor
 
 from nord_snn.ops.associative_lif.reference import AssociativeLIFState, reference
 from nord_snn.ops.cascade import check_cascade
-from nord_snn.ops.checks import check_features, check_scalar, compute_dtype
+from nord_snn.ops.checks import check_features, check_scalar, compute_dtype, without_autocast
 from nord_snn.ops.differentiable import differentiable
-from nord_snn.ops.dispatch import BackendChoice, Call, choose_backend, implementations_of
+from nord_snn.ops.dispatch import BackendChoice, Call, choose_backend, chooser, implementations_of
 from nord_snn.ops.surrogate import SurrogateLike, resolve_surrogate
 
 __all__ = ["IMPLEMENTATIONS", "associative_lif", "associative_lif_backend"]
 
 IMPLEMENTATIONS = implementations_of("associative_lif", "numba", "cupy", "triton")
+_choose = chooser("associative_lif", IMPLEMENTATIONS)
 
 
 def associative_lif_backend(
@@ -27,11 +28,6 @@ def associative_lif_backend(
 def _call(x_seq: Tensor, surrogate: SurrogateLike, n_clusters: int | None) -> Call:
     name = surrogate if isinstance(surrogate, str) else "callable"
     return Call(x_seq.device.type, x_seq.dtype, x_seq.shape[-1], n_clusters or 0, name)
-
-
-@torch.compiler.assume_constant_result
-def _choose(backend: str, *call: Any) -> str:
-    return choose_backend("associative_lif", IMPLEMENTATIONS, backend, Call(*call)).name
 
 
 def associative_lif(
@@ -106,7 +102,7 @@ def associative_lif(
     n_clusters = None if cascade_gain is None else cascade_gain.shape[0]
     name = _choose(backend, *_call(x_seq, surrogate, n_clusters))
     dtype = compute_dtype(x_seq)
-    with torch.autocast(x_seq.device.type, enabled=False):
+    with without_autocast(x_seq):
         state = None if state is None else _state_in(dtype, state)
         threshold = threshold.to(dtype)
         betas = _scalar(beta_mem, x_seq, "beta_mem"), _scalar(beta_syn, x_seq, "beta_syn")
@@ -130,7 +126,8 @@ def associative_lif(
             *(state or (None, None, None)),
             threshold,
             *betas,
-            _coupling(weight, gain, threshold.shape[0]),
+            weight,
+            gain,
             v_reset,
             refractory_steps,
             str(surrogate),
@@ -139,13 +136,6 @@ def associative_lif(
             name,
         )
         return spikes, v_seq if return_v_seq else None, AssociativeLIFState(*parts)
-
-
-def _coupling(weight: Tensor | None, gain: Tensor | None, n_features: int) -> Tensor | None:
-    """``gain[c] * weight[c, k] / members``: what the kernels need of the cascade. Autograd takes it apart again."""
-    if weight is None or gain is None:
-        return None
-    return gain[:, None] * weight / (n_features // gain.shape[0])
 
 
 def _check(
@@ -204,7 +194,8 @@ def _associative_lif(
     threshold: Tensor,
     beta_mem: Tensor,
     beta_syn: Tensor,
-    coupling: Tensor | None,
+    weight: Tensor | None,
+    gain: Tensor | None,
     v_reset: float,
     refractory_steps: int,
     surrogate: str,
@@ -212,11 +203,29 @@ def _associative_lif(
     keep_v: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    coupling = _coupling(weight, gain, x.shape[2])
     return (
         IMPLEMENTATIONS[backend]
         .kernel()
         .forward(x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps, keep_v)
     )
+
+
+def _coupling(weight: Tensor | None, gain: Tensor | None, n_features: int) -> Tensor | None:
+    """``gain[c] * weight[c, k] / members [C, C]``: what kernels need of the cascade."""
+    if weight is None or gain is None:
+        return None
+    return gain[:, None] * weight / (n_features // gain.shape[0])
+
+
+def _of_the_cascade(
+    grad: Tensor, weight: Tensor | None, gain: Tensor | None, n_features: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and gain from that of the coupling; empty without a cascade."""
+    if weight is None or gain is None:
+        return grad, grad.new_empty(0)
+    grad = grad / (n_features // gain.shape[0])
+    return grad * gain[:, None], (grad * weight).sum(1)
 
 
 @_associative_lif.register_fake
@@ -241,23 +250,26 @@ def _associative_lif_backward(
     threshold: Tensor,
     beta_mem: Tensor,
     beta_syn: Tensor,
-    coupling: Tensor | None,
+    weight: Tensor | None,
+    gain: Tensor | None,
     v_reset: float,
     refractory_steps: int,
     surrogate: str,
     alpha: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return IMPLEMENTATIONS[backend].kernel().backward(
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    D = x.shape[2]
+    *grads, grad_coupling = IMPLEMENTATIONS[backend].kernel().backward(
         grad_spikes, grad_v_seq, grad_v_last, grad_i_last, x, v, i_syn, refractory, threshold, beta_mem, beta_syn,
-        coupling, v_reset, refractory_steps, surrogate, alpha,
+        _coupling(weight, gain, D), v_reset, refractory_steps, surrogate, alpha,
     )  # fmt: skip
+    return *grads, *_of_the_cascade(grad_coupling, weight, gain, D)
 
 
 @_associative_lif_backward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x, v, _, _, threshold, beta_mem, beta_syn, coupling = arguments[4:12]
-    C = 0 if coupling is None else coupling.shape[0]
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x, v, _, _, threshold, beta_mem, beta_syn, weight = arguments[4:12]
+    C = 0 if weight is None else weight.shape[0]
     grad_v, grad_i = (threshold.new_empty(0 if v is None else x.shape[1], x.shape[2]) for _ in range(2))
     return (
         x.new_empty(x.shape),
@@ -267,38 +279,33 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, 
         torch.empty_like(beta_mem),
         torch.empty_like(beta_syn),
         threshold.new_empty(C, C),
+        threshold.new_empty(C),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:8])
-    *ctx.constants, _, ctx.backend = inputs[8:]
+    ctx.save_for_backward(*inputs[:9])
+    *ctx.constants, _, ctx.backend = inputs[9:]
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, *grads: Tensor | None, run: Any) -> tuple[Tensor | None, ...]:
     grad_spikes, grad_v_seq, grad_v_last, grad_i_last, _ = grads
-    x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling = ctx.saved_tensors
-    x_grad, v_grad, i_grad, threshold_grad, mem_grad, syn_grad, coupling_grad = run(
+    x, v, *others = ctx.saved_tensors
+    x_grad, v_grad, i_grad, threshold_grad, mem_grad, syn_grad, weight_grad, gain_grad = run(
         torch.zeros_like(x) if grad_spikes is None else grad_spikes,
         grad_v_seq,
         grad_v_last,
         grad_i_last,
         x,
         v,
-        i_syn,
-        refractory,
-        threshold,
-        beta_mem,
-        beta_syn,
-        coupling,
+        *others,
         *ctx.constants,
         ctx.backend,
     )
-    at_rest = v is None
-    state_grads = (None, None) if at_rest else (v_grad, i_grad)
-    coupling_or_none = None if coupling is None else coupling_grad
-    return (x_grad, *state_grads, None, threshold_grad, mem_grad, syn_grad, coupling_or_none, *[None] * 6)
+    state = (None, None) if v is None else (v_grad, i_grad)
+    cascade = (None, None) if others[-1] is None else (weight_grad, gain_grad)
+    return (x_grad, *state, None, threshold_grad, mem_grad, syn_grad, *cascade, *[None] * 6)
 
 
 _run = differentiable(_associative_lif, _associative_lif_backward, _setup_context, _gradients)

@@ -14,11 +14,12 @@ from torch import Tensor
 from nord_snn.ops.checks import compute_dtype
 from nord_snn.ops.lanes import (
     WIDTH,
+    at_address,
+    beyond,
     fused,
     larger,
     load,
     load_first,
-    pointer,
     prefetch,
     splat,
     store,
@@ -26,6 +27,7 @@ from nord_snn.ops.lanes import (
     total,
     where_at_least,
 )
+from nord_snn.ops.memory import address, ready
 from nord_snn.ops.threads import as_many_threads_as_torch
 
 __all__ = ["SURROGATE_IDS", "backward", "forward"]
@@ -34,7 +36,7 @@ __all__ = ["SURROGATE_IDS", "backward", "forward"]
 SURROGATE_IDS = {"nord_atan": 0, "atan": 1, "sigmoid": 2, "fast_sigmoid": 3}
 
 _COMPILE: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
-_LANES = "9f57d91b561a"  # how the SHA-256 of lanes.py begins: Numba's cache notices a change of this file alone
+_LANES = "81d825d18908"  # how the SHA-256 of lanes.py begins: Numba's cache notices a change of this file alone
 
 _TILE = 512  # neurons that one loop handles: their state fits into the first-level cache
 _ROW = _TILE + 16  # a little off the powers of two, whose multiples share the same few sets of the cache
@@ -220,128 +222,131 @@ def _multiply(grad_sums, sums, rows, clusters, width, grad_coupling):
 
 
 @njit(**_COMPILE)
+def _begin(start, length, tiles, given, v, i_syn, refractory, state, felt):
+    """The state that a block of rows starts from: rest, where none is given."""
+    for tile in range(tiles):
+        lo, s = tile * _TILE, tile * _STATE
+        n = min(_TILE, length - lo)
+        _read(given, v, start + lo, n, state, s + _V)
+        _read(given, i_syn, start + lo, n, state, s + _CURRENT)
+        _read(given, refractory, start + lo, n, state, s + _REFRACTORY)
+    for d in range(0, tiles * _TILE + WIDTH, WIDTH):
+        store(felt, d, splat(felt, 0))
+
+
+@njit(**_COMPILE)
 def _forward_rows(
-    first, last, rows, x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps,
-    keep_v, spikes, v_seq, v_last, i_last, refractory_last, state, buffers, sums, current,
+    first, last, rows, tiles, T, N, D, clusters, width, x, given, v, i_syn, refractory, threshold, beta_mem, beta_syn,
+    coupling, v_reset, refractory_steps, keep_v, spikes, v_seq, v_last, i_last, refractory_last, scratch,
 ):  # fmt: skip
     """Blocks ``first`` to ``last`` of ``rows`` rows each."""
-    T, N, D, (clusters, width) = x.shape[0], x.shape[1], threshold.shape[0], coupling.shape
-    members, tiles = D // max(clusters, 1), len(state) // _STATE
-    state, felt, fired, sums, current = (
-        pointer(state), pointer(buffers[0]), pointer(buffers[1]), pointer(sums), pointer(current)
-    )  # fmt: skip
-    x_, v_, i_, refractory_, coupling_ = pointer(x), pointer(v), pointer(i_syn), pointer(refractory), pointer(coupling)
-    spikes_, v_seq_ = pointer(spikes), pointer(v_seq)
-    v_last_, i_last_, refractory_last_ = pointer(v_last), pointer(i_last), pointer(refractory_last)
+    members, reach = D // max(clusters, 1), tiles * _TILE + WIDTH
+    state = scratch
+    felt = beyond(state, tiles * _STATE)
+    fired = beyond(felt, reach)
+    sums = beyond(fired, reach)
+    current = beyond(sums, rows * width)
     for d in range(rows * D):
         state[d // _TILE * _STATE + _THRESHOLD + d % _TILE] = threshold[d % D]
     for block in range(first, last):
         start = block * rows * D
         length = min(rows * D, N - start)
-        buffers[0, :] = 0
-        for tile in range(tiles):
-            lo, s = tile * _TILE, tile * _STATE
-            n = min(_TILE, length - lo)
-            _read(len(v) > 0, v_, start + lo, n, state, s + _V)
-            _read(len(i_syn) > 0, i_, start + lo, n, state, s + _CURRENT)
-            _read(len(refractory) > 0, refractory_, start + lo, n, state, s + _REFRACTORY)
+        _begin(start, length, tiles, given, v, i_syn, refractory, state, felt)
         for t in range(T):
             for tile in range(tiles):
                 lo = tile * _TILE
                 n = min(_TILE, length - lo)
-                _ask_for(x_, min(t + 1, T - 1) * N + start + lo, n)
-                _ask_for(spikes_, t * N + start + lo, n)
+                _ask_for(x, min(t + 1, T - 1) * N + start + lo, n)
+                _ask_for(spikes, t * N + start + lo, n)
                 _step(
-                    x_, spikes_, v_seq_, t * N + start + lo, n, state, tile * _STATE, felt, fired, lo, state, 0,
+                    x, spikes, v_seq, t * N + start + lo, n, state, tile * _STATE, felt, fired, lo, state, 0,
                     keep_v, False, v_reset, refractory_steps, beta_mem, beta_syn,
                 )  # fmt: skip
             if clusters:
-                _couple(fired, length // D, members, clusters, coupling_, width, sums, 0, current, felt)
+                _couple(fired, length // D, members, clusters, coupling, width, sums, 0, current, felt)
         for tile in range(tiles):
             lo, s = tile * _TILE, tile * _STATE
             n = min(_TILE, length - lo)
             for d in range(0, n, WIDTH):
-                store_first(v_last_, start + lo + d, n - d, load(state, s + _V + d))
-                store_first(i_last_, start + lo + d, n - d, load(state, s + _CURRENT + d) + load(felt, lo + d))
+                store_first(v_last, start + lo + d, n - d, load(state, s + _V + d))
+                store_first(i_last, start + lo + d, n - d, load(state, s + _CURRENT + d) + load(felt, lo + d))
             for d in range(n):
-                refractory_last_[start + lo + d] = state[s + _REFRACTORY + d]
+                refractory_last[start + lo + d] = state[s + _REFRACTORY + d]
 
 
 @njit(**_COMPILE)
 def _backward_rows(
-    first, last, rows, grad_spikes, grad_v_seq, grad_v_last, grad_i_last, x, v, i_syn, refractory, threshold,
-    beta_mem, beta_syn, coupling, coupling_back, v_reset, refractory_steps, surrogate, alpha, record, state,
-    buffers, sums, grad_sums, current, beta_sums, coupling_sums, grad_x, grad_v, grad_i, grad_threshold, grad_betas,
-    grad_coupling,
+    first, last, rows, tiles, T, N, D, clusters, width, grad_spikes, given_v_seq, grad_v_seq, given_v_last, grad_v_last,
+    given_i_last, grad_i_last, x, given, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, coupling_back,
+    v_reset, refractory_steps, surrogate, alpha, record, scratch, grad_x, grad_v, grad_i, shared,
 ):  # fmt: skip
     """Blocks ``first`` to ``last``; gradients of what all rows share are summed into this chunk's own part.
 
-    Such a sum is long and may nearly cancel: the shares of a block, or of a few, are added up in float64.
+    ``shared``: of the D thresholds, of both decays, and of the coupling. Such a sum is long and may nearly cancel: the
+    shares of a block, or of a few, are added up in float64.
     """
-    T, N, D, (clusters, width) = x.shape[0], x.shape[1], threshold.shape[0], coupling.shape
-    members, tiles = D // max(clusters, 1), len(state) // _STATE
-    state, felt, fired = pointer(state), pointer(buffers[0]), pointer(buffers[1])
-    grad_fired, grad_current = pointer(buffers[2]), pointer(buffers[3])
-    sums_, grad_sums_, current = pointer(sums), pointer(grad_sums), pointer(current)
-    beta_sums_, coupling_sums_ = pointer(beta_sums), pointer(coupling_sums)
-    x_, v_, i_, refractory_ = pointer(x), pointer(v), pointer(i_syn), pointer(refractory)
-    coupling_, coupling_back_ = pointer(coupling), pointer(coupling_back)
-    grad_spikes_, grad_v_seq_, grad_x_ = pointer(grad_spikes), pointer(grad_v_seq), pointer(grad_x)
-    grad_v_last_, grad_i_last_, record_ = pointer(grad_v_last), pointer(grad_i_last), pointer(record)
+    members, reach = D // max(clusters, 1), tiles * _TILE + WIDTH
+    state = scratch
+    felt = beyond(state, tiles * _STATE)
+    fired = beyond(felt, reach)
+    grad_fired = beyond(fired, reach)
+    grad_current = beyond(grad_fired, reach)
+    sums = beyond(grad_current, reach)
+    grad_sums = beyond(sums, T * rows * width)
+    current = beyond(grad_sums, T * rows * width)
+    beta_sums = beyond(current, width)
+    coupling_sums = beyond(beta_sums, 2 * WIDTH)
+    grad_threshold, grad_betas, grad_coupling = shared, beyond(shared, D), beyond(shared, D + 2)
     for d in range(rows * D):
         state[d // _TILE * _STATE + _THRESHOLD + d % _TILE] = threshold[d % D]
     for block in range(first, last):
         start = block * rows * D
         length = min(rows * D, N - start)
         count = length // D
-        buffers[0, :] = 0
+        _begin(start, length, tiles, given, v, i_syn, refractory, state, felt)
         for tile in range(tiles):
-            lo, s = tile * _TILE, tile * _STATE
+            lo = tile * _TILE
             n = min(_TILE, length - lo)
-            _read(len(v) > 0, v_, start + lo, n, state, s + _V)
-            _read(len(i_syn) > 0, i_, start + lo, n, state, s + _CURRENT)
-            _read(len(refractory) > 0, refractory_, start + lo, n, state, s + _REFRACTORY)
-            _read(len(grad_v_last) > 0, grad_v_last_, start + lo, n, state, s + _GRAD_V)
-            _read(len(grad_i_last) > 0, grad_i_last_, start + lo, n, grad_current, lo)
+            _read(given_v_last, grad_v_last, start + lo, n, state, tile * _STATE + _GRAD_V)
+            _read(given_i_last, grad_i_last, start + lo, n, grad_current, lo)
         for t in range(T):
             for tile in range(tiles):
                 lo, q = tile * _TILE, (t * tiles + tile) * _RECORD
                 n = min(_TILE, length - lo)
-                _ask_for(x_, min(t + 1, T - 1) * N + start + lo, n)
+                _ask_for(x, min(t + 1, T - 1) * N + start + lo, n)
                 _step(
-                    x_, x_, x_, t * N + start + lo, n, state, tile * _STATE, felt, fired, lo, record_, q,
+                    x, x, x, t * N + start + lo, n, state, tile * _STATE, felt, fired, lo, record, q,
                     False, True, v_reset, refractory_steps, beta_mem, beta_syn,
                 )  # fmt: skip
-                _slopes(surrogate, alpha, record_, q + _SLOPE, n)
+                _slopes(surrogate, alpha, record, q + _SLOPE, n)
             if clusters:
-                _couple(fired, count, members, clusters, coupling_, width, sums_, t * count * width, current, felt)
+                _couple(fired, count, members, clusters, coupling, width, sums, t * count * width, current, felt)
         for t in range(T - 1, -1, -1):
             if clusters:
                 _couple(
-                    grad_current, count, members, clusters, coupling_back_, width, grad_sums_, t * count * width,
+                    grad_current, count, members, clusters, coupling_back, width, grad_sums, t * count * width,
                     current, grad_fired,
                 )  # fmt: skip
             for tile in range(tiles):
                 lo = tile * _TILE
                 n = min(_TILE, length - lo)
-                _ask_for(grad_spikes_, max(t - 1, 0) * N + start + lo, n)
-                _ask_for(grad_x_, t * N + start + lo, n)
+                _ask_for(grad_spikes, max(t - 1, 0) * N + start + lo, n)
+                _ask_for(grad_x, t * N + start + lo, n)
                 _step_back(
-                    grad_spikes_, len(grad_v_seq) > 0, grad_v_seq_, grad_x_, t * N + start + lo, n, state,
-                    tile * _STATE, grad_fired, grad_current, lo, record_, (t * tiles + tile) * _RECORD,
-                    beta_sums_, beta_mem, beta_syn,
+                    grad_spikes, given_v_seq, grad_v_seq, grad_x, t * N + start + lo, n, state, tile * _STATE,
+                    grad_fired, grad_current, lo, record, (t * tiles + tile) * _RECORD, beta_sums, beta_mem, beta_syn,
                 )  # fmt: skip
-        for tile in range(tiles):
+        for tile in range(tiles if given else 0):
             lo, s = tile * _TILE, tile * _STATE
-            for d in range(min(_TILE, length - lo) if len(grad_v) else 0):
+            for d in range(min(_TILE, length - lo)):
                 grad_v[start + lo + d] = state[s + _GRAD_V + d]
                 grad_i[start + lo + d] = grad_current[lo + d]
         for kind in range(2):
-            grad_betas[kind] += total(load(beta_sums_, kind * WIDTH))
-        beta_sums[:] = 0
-        _multiply(grad_sums_, sums_, T * count, clusters, width, coupling_sums_)
+            grad_betas[kind] += total(load(beta_sums, kind * WIDTH))
+            store(beta_sums, kind * WIDTH, splat(beta_sums, 0))
+        _multiply(grad_sums, sums, T * count, clusters, width, coupling_sums)
         if (block - first) % _TOGETHER == 0 or block == last - 1:
-            for c in range(len(coupling_sums)):
+            for c in range(clusters * width):
                 grad_coupling[c] += coupling_sums[c]
                 coupling_sums[c] = 0
     for tile in range(tiles):
@@ -352,66 +357,64 @@ def _backward_rows(
 
 @njit(parallel=True, **_COMPILE)
 def _forward(
-    chunks, blocks, rows, x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps,
-    keep_v, spikes, v_seq, v_last, i_last, refractory_last, state, buffers, sums, current,
+    chunks, blocks, rows, tiles, T, N, D, clusters, width, x, v, i_syn, refractory, threshold, beta_mem, beta_syn,
+    coupling, v_reset, refractory_steps, keep_v, spikes, v_seq, v_last, i_last, refractory_last, scratch, own,
 ):  # fmt: skip
+    """Tensors are addresses, 0 where there is none; ``v_reset``, and every other number, is of the type that lies there."""
+    like, integer = v_reset, np.int32(0)
     for c in prange(chunks):
         _forward_rows(
-            c * blocks // chunks, (c + 1) * blocks // chunks, rows, x, v, i_syn, refractory, threshold,
-            beta_mem, beta_syn, coupling, v_reset, refractory_steps, keep_v, spikes, v_seq, v_last, i_last,
-            refractory_last, state[c], buffers[c], sums[c], current[c],
+            c * blocks // chunks, (c + 1) * blocks // chunks, rows, tiles, T, N, D, clusters, width,
+            at_address(x, like), v != 0, at_address(v, like), at_address(i_syn, like), at_address(refractory, like),
+            at_address(threshold, like), beta_mem, beta_syn, at_address(coupling, like), v_reset, refractory_steps,
+            keep_v, at_address(spikes, like), at_address(v_seq, like), at_address(v_last, like),
+            at_address(i_last, like), at_address(refractory_last, integer), beyond(at_address(scratch, like), c * own),
         )  # fmt: skip
 
 
 @njit(parallel=True, **_COMPILE)
 def _backward(
-    chunks, blocks, rows, grad_spikes, grad_v_seq, grad_v_last, grad_i_last, x, v, i_syn, refractory, threshold,
-    beta_mem, beta_syn, coupling, coupling_back, v_reset, refractory_steps, surrogate, alpha, record, state,
-    buffers, sums, grad_sums, current, beta_sums, coupling_sums, grad_x, grad_v, grad_i, grad_threshold, grad_betas,
-    grad_coupling,
+    chunks, blocks, rows, tiles, T, N, D, clusters, width, grad_spikes, grad_v_seq, grad_v_last, grad_i_last, x, v,
+    i_syn, refractory, threshold, beta_mem, beta_syn, coupling, coupling_back, v_reset, refractory_steps, surrogate,
+    alpha, record, scratch, own, grad_x, grad_v, grad_i, shared,
 ):  # fmt: skip
+    like, wide = v_reset, np.float64(0)
+    recorded, summed = T * tiles * _RECORD, D + 2 + clusters * width
     for c in prange(chunks):
         _backward_rows(
-            c * blocks // chunks, (c + 1) * blocks // chunks, rows, grad_spikes, grad_v_seq, grad_v_last, grad_i_last,
-            x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, coupling_back, v_reset, refractory_steps,
-            surrogate, alpha, record[c], state[c], buffers[c], sums[c], grad_sums[c], current[c], beta_sums[c],
-            coupling_sums[c], grad_x, grad_v, grad_i, grad_threshold[c], grad_betas[c], grad_coupling[c],
+            c * blocks // chunks, (c + 1) * blocks // chunks, rows, tiles, T, N, D, clusters, width,
+            at_address(grad_spikes, like), grad_v_seq != 0, at_address(grad_v_seq, like), grad_v_last != 0,
+            at_address(grad_v_last, like), grad_i_last != 0, at_address(grad_i_last, like), at_address(x, like),
+            v != 0, at_address(v, like), at_address(i_syn, like), at_address(refractory, like),
+            at_address(threshold, like), beta_mem, beta_syn, at_address(coupling, like),
+            at_address(coupling_back, like), v_reset, refractory_steps, surrogate, alpha,
+            beyond(at_address(record, like), c * recorded), beyond(at_address(scratch, like), c * own),
+            at_address(grad_x, like), at_address(grad_v, like), at_address(grad_i, like),
+            beyond(at_address(shared, wide), c * summed),
         )  # fmt: skip
 
 
-def _deal(n_rows: int, n_features: int, threads: int) -> tuple[int, int, int, int]:
-    """Rows of a block, two tiles or more; the blocks that this makes; the chunks of blocks, two for each thread; and the
-    tiles of a block.
+def _sizes(x: Tensor, coupling: Tensor | None, threads: int) -> tuple[int, ...]:
+    """Chunks of blocks, two for each thread; blocks of rows; rows of a block, two tiles or more; tiles of a block; steps;
+    neurons; features; clusters, and the same rounded up to whole vectors.
     """
-    rows = max(1, 2 * _TILE // n_features)
-    blocks = -(-n_rows // rows)
-    return rows, blocks, min(blocks, 2 * threads), -(-rows * n_features // _TILE)
+    T, N, D = x.shape
+    rows = max(1, 2 * _TILE // D)
+    blocks = -(-N // rows)
+    C = 0 if coupling is None else coupling.shape[0]
+    return min(blocks, 2 * threads), blocks, rows, -(-rows * D // _TILE), T, N * D, D, C, -(-C // WIDTH) * WIDTH
 
 
-def _array(x: Tensor | None, like: Tensor, *shape: int) -> Any:
-    """What Numba sees of a tensor: an array in the dtype of ``like``, of length 0 along every axis where there is none."""
-    if x is None:
-        return np.empty([0] * len(shape), like.numpy().dtype)
-    return x.detach().to(like.dtype).contiguous().view(shape).numpy()
+def _ready(*tensors: Tensor | None, dtype: torch.dtype) -> list[Tensor | None]:
+    return [None if x is None else ready(x, dtype) for x in tensors]
 
 
-def _width(coupling: Tensor | None) -> int:
-    """Clusters, rounded up to whole vectors."""
-    return 0 if coupling is None else -(-coupling.shape[0] // WIDTH) * WIDTH
-
-
-def _coupling(coupling: Tensor | None, like: Tensor) -> Any:
+def _padded(coupling: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """``[C, width]``, filled up with zeros."""
     if coupling is None:
-        return _array(None, like, 0, 0)
-    return _array(
-        torch.nn.functional.pad(coupling, (0, _width(coupling) - coupling.shape[0])), like, -1, _width(coupling)
-    )
-
-
-def _scratch(chunks: int, *shapes: tuple[int, ...], dtype: torch.dtype) -> list[Any]:
-    """Zeros for every chunk: allocated here, since a thread would pay for fresh pages in every call."""
-    return [torch.zeros(chunks, *shape, dtype=dtype).numpy() for shape in shapes]
+        return None
+    missing = -coupling.shape[0] % WIDTH
+    return ready(torch.nn.functional.pad(coupling, (0, missing)) if missing else coupling, dtype)
 
 
 def forward(
@@ -430,35 +433,27 @@ def forward(
     """Spikes, membranes (empty unless ``keep_v``) and the last state; the arguments are those of the op in ``autograd.py``."""
     T, N, D = x.shape
     dtype = compute_dtype(x)
-    like = torch.empty(0, dtype=dtype)
-    scalar = like.numpy().dtype.type
-    width = _width(coupling)
+    number = _NUMBERS[dtype]
     spikes, v_seq = torch.empty(T, N, D, dtype=dtype), torch.empty(T if keep_v else 0, N, D, dtype=dtype)
     v_last, i_last = torch.empty(N, D, dtype=dtype), torch.empty(N, D, dtype=dtype)
     refractory_last = torch.empty(N, D, dtype=torch.int32)
+    given = _ready(x, v, i_syn, refractory, threshold, dtype=dtype)
+    ahead = None if coupling is None else _padded(coupling.T, dtype)
     with as_many_threads_as_torch() as threads:
-        rows, blocks, chunks, tiles = _deal(N, D, threads)
+        sizes = chunks, _, rows, tiles, *_, width = _sizes(x, coupling, threads)
+        # Allocated here, since a thread would pay for fresh pages in every call.
+        scratch = torch.zeros(chunks, tiles * _STATE + 2 * (tiles * _TILE + WIDTH) + (rows + 1) * width, dtype=dtype)
         _forward(
-            chunks,
-            blocks,
-            rows,
-            _array(x, like, T, N * D),
-            _array(v, like, N * D),
-            _array(i_syn, like, N * D),
-            _array(refractory, like, N * D),
-            _array(threshold, like, D),
-            scalar(beta_mem.item()),
-            scalar(beta_syn.item()),
-            _coupling(None if coupling is None else coupling.T, like),
-            scalar(v_reset),
-            scalar(refractory_steps),
+            *sizes,
+            *map(address, given),
+            number(beta_mem.item()),
+            number(beta_syn.item()),
+            address(ahead),
+            number(v_reset),
+            number(refractory_steps),
             keep_v,
-            spikes.flatten(1).numpy(),
-            v_seq.flatten(1).numpy(),
-            v_last.flatten().numpy(),
-            i_last.flatten().numpy(),
-            refractory_last.flatten().numpy(),
-            *_scratch(chunks, (tiles * _STATE,), (2, tiles * _TILE + WIDTH), (rows * width,), (width,), dtype=dtype),
+            *map(address, (spikes, v_seq, v_last, i_last, refractory_last, scratch)),
+            scratch.shape[1],
         )
     return spikes.to(x.dtype), v_seq.to(x.dtype), v_last, i_last, refractory_last
 
@@ -484,62 +479,47 @@ def backward(
     """Gradients of x, v, i_syn (empty without a state), threshold, both betas and coupling (empty without one)."""
     T, N, D = x.shape
     dtype = compute_dtype(x)
-    like = torch.empty(0, dtype=dtype)
-    scalar = like.numpy().dtype.type
-    C, width = 0 if coupling is None else coupling.shape[0], _width(coupling)
+    number = _NUMBERS[dtype]
     grad_x = torch.empty(T, N, D, dtype=dtype)
     grad_v, grad_i = (torch.empty(0 if v is None else N, D, dtype=dtype) for _ in range(2))
+    given = _ready(
+        grad_spikes, grad_v_seq, grad_v_last, grad_i_last, x, v, i_syn, refractory, threshold, dtype=dtype
+    )
+    ahead, back = None if coupling is None else _padded(coupling.T, dtype), _padded(coupling, dtype)
     with as_many_threads_as_torch() as threads:
-        rows, blocks, chunks, tiles = _deal(N, D, threads)
-        record = torch.empty(chunks, T, tiles * _RECORD, dtype=dtype)
-        shared = grad_threshold, grad_betas, grad_coupling = [
-            torch.zeros(chunks, n, dtype=torch.float64) for n in (D, 2, C * width)
-        ]
+        sizes = chunks, _, rows, tiles, *_, C, width = _sizes(x, coupling, threads)
+        record = torch.empty(chunks, T * tiles * _RECORD, dtype=dtype)
+        of_a_chunk = tiles * _STATE + 4 * (tiles * _TILE + WIDTH) + 2 * T * rows * width + (C + 1) * width + 2 * WIDTH
+        scratch = torch.zeros(chunks, of_a_chunk, dtype=dtype)
+        shared = torch.zeros(chunks, D + 2 + C * width, dtype=torch.float64)
         _backward(
-            chunks,
-            blocks,
-            rows,
-            _array(grad_spikes, like, T, N * D),
-            _array(grad_v_seq, like, T, N * D),
-            _array(grad_v_last, like, N * D),
-            _array(grad_i_last, like, N * D),
-            _array(x, like, T, N * D),
-            _array(v, like, N * D),
-            _array(i_syn, like, N * D),
-            _array(refractory, like, N * D),
-            _array(threshold, like, D),
-            scalar(beta_mem.item()),
-            scalar(beta_syn.item()),
-            _coupling(None if coupling is None else coupling.T, like),
-            _coupling(coupling, like),
-            scalar(v_reset),
-            scalar(refractory_steps),
+            *sizes,
+            *map(address, given),
+            number(beta_mem.item()),
+            number(beta_syn.item()),
+            address(ahead),
+            address(back),
+            number(v_reset),
+            number(refractory_steps),
             SURROGATE_IDS[surrogate],
-            scalar(alpha),
-            record.numpy(),
-            *_scratch(
-                chunks,
-                (tiles * _STATE,),
-                (4, tiles * _TILE + WIDTH),
-                (T * rows * width,),
-                (T * rows * width,),
-                (width,),
-                (2 * WIDTH,),
-                (C * width,),
-                dtype=dtype,
-            ),
-            grad_x.flatten(1).numpy(),
-            grad_v.flatten().numpy(),
-            grad_i.flatten().numpy(),
-            *(x.numpy() for x in shared),
+            number(alpha),
+            *map(address, (record, scratch)),
+            of_a_chunk,
+            *map(address, (grad_x, grad_v, grad_i, shared)),
         )
-    grad_beta_mem, grad_beta_syn = (grad_betas[:, i].sum().to(dtype).reshape(1) for i in range(2))
+    sums = shared.sum(0)
+    grad_threshold, grad_beta_mem, grad_beta_syn, grad_coupling = (
+        part.to(dtype, copy=True) for part in sums.split((D, 1, 1, C * width))
+    )
     return (
         grad_x.to(x.dtype),
         grad_v,
         grad_i,
-        grad_threshold.sum(0).to(dtype),
+        grad_threshold,
         grad_beta_mem,
         grad_beta_syn,
-        grad_coupling.sum(0).to(dtype).view(C, width)[:, :C].contiguous(),
+        grad_coupling.view(C, width)[:, :C].contiguous(),
     )
+
+
+_NUMBERS = {torch.float32: np.float32, torch.float64: np.float64}

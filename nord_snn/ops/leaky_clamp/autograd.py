@@ -7,26 +7,33 @@ from torch import Tensor
 
 from nord_snn.ops.checks import check_features, compute_dtype
 from nord_snn.ops.differentiable import differentiable
-from nord_snn.ops.dispatch import Call, choose_backend, implementations_of
+from nord_snn.ops.dispatch import chooser, implementations_of
 from nord_snn.ops.leaky_clamp.reference import reference
 
 __all__ = ["IMPLEMENTATIONS", "leaky_clamp"]
 
 IMPLEMENTATIONS = implementations_of("leaky_clamp", "numba")
+_choose = chooser("leaky_clamp", IMPLEMENTATIONS)
 
 
-@torch.compiler.assume_constant_result
-def _choose(backend: str, *call: Any) -> str:
-    return choose_backend("leaky_clamp", IMPLEMENTATIONS, backend, Call(*call)).name
+def leaky_clamp(
+    x: Tensor,
+    branch: Tensor | None = None,
+    gain: Tensor | None = None,
+    *,
+    leak: Tensor,
+    floor: Tensor,
+    backend: str = "auto",
+) -> Tensor:
+    """``y = z`` where ``z >= 0``, else ``max(leak * z, floor)``, per channel; ``z = x + gain * branch``, or ``x`` alone.
 
-
-def leaky_clamp(x: Tensor, *, leak: Tensor, floor: Tensor, backend: str = "auto") -> Tensor:
-    """``y = x`` where ``x >= 0``, else ``max(leak * x, floor)``, per channel.
-
+    The residual sum that a clamp often closes is part of the op, since both together take one pass over memory.
     Arithmetic is float32 (float64 for float64 input), also under autocast; the result has the dtype of ``x``.
 
     Args:
         x: ``[*, D]``.
+        branch: what is added, in the shape of ``x``, or None.
+        gain: ``[D]``; given with ``branch``, and only then.
         leak: slope of the negative side, ``[D]``.
         floor: lower bound of the negative side, ``[D]``.
         backend: ``"auto"``, ``"torch"`` or ``"numba"``; see :mod:`nord_snn.ops.dispatch`. The kernel is differentiable once.
@@ -36,7 +43,7 @@ def leaky_clamp(x: Tensor, *, leak: Tensor, floor: Tensor, backend: str = "auto"
 
     Raises:
         TypeError: ``x`` is not a floating tensor.
-        ValueError: a shape does not fit.
+        ValueError: a shape does not fit, or only one of branch and gain is given.
         RuntimeError: the backend asked for cannot run.
 
     Source: the Nord spiking language model; the slope after leaky and parametric ReLU (Maas et al. 2013, He et al. 2015).
@@ -46,39 +53,63 @@ def leaky_clamp(x: Tensor, *, leak: Tensor, floor: Tensor, backend: str = "auto"
         >>> leaky_clamp(x, leak=torch.tensor([0.5]), floor=torch.tensor([-1.0])).flatten()
         tensor([ 2.0000, -0.2500, -1.0000])
     """
+    _check(x, branch, gain, leak, floor)
+    name = _choose(backend, x.device.type, x.dtype, x.shape[-1])
+    dtype = compute_dtype(x)
+    leak, floor = leak.to(dtype), floor.to(dtype)
+    gain = None if gain is None else gain.to(dtype)
+    if name == "torch":
+        added = None if branch is None else branch.to(dtype)
+        return reference(x.to(dtype), added, gain, leak, floor).to(x.dtype)
+    return _run(x, branch, gain, leak, floor, name)
+
+
+def _check(x: Tensor, branch: Tensor | None, gain: Tensor | None, leak: Tensor, floor: Tensor) -> None:
     if leak.ndim != 1 or leak.shape != floor.shape:
         raise ValueError(
             f"leaky_clamp expects leak and floor of one shape [D], got {list(leak.shape)} and {list(floor.shape)}"
         )
     check_features(x, leak.shape[0], "leaky_clamp", "[*, D]")
-    name = _choose(backend, x.device.type, x.dtype, x.shape[-1])
-    dtype = compute_dtype(x)
-    leak, floor = leak.to(dtype), floor.to(dtype)
-    if name == "torch":
-        return reference(x.to(dtype), leak, floor).to(x.dtype)
-    return _run(x, leak, floor, name)
+    if (branch is None) != (gain is None):
+        raise ValueError("branch and gain belong together: give both, or neither for the clamp alone")
+    if branch is None or gain is None:
+        return
+    if branch.shape != x.shape or not branch.is_floating_point():
+        raise ValueError(
+            f"branch must be floating and of the shape of x, {list(x.shape)}, got {list(branch.shape)} of {branch.dtype}"
+        )
+    if gain.shape != leak.shape:
+        raise ValueError(f"gain must be [D] = {list(leak.shape)}, got {list(gain.shape)}")
 
 
 @torch.library.custom_op("nord_snn::leaky_clamp", mutates_args=())
-def _leaky_clamp(x: Tensor, leak: Tensor, floor: Tensor, backend: str) -> Tensor:
-    return IMPLEMENTATIONS[backend].kernel().forward(x, leak, floor)
+def _leaky_clamp(
+    x: Tensor, branch: Tensor | None, gain: Tensor | None, leak: Tensor, floor: Tensor, backend: str
+) -> Tensor:
+    return IMPLEMENTATIONS[backend].kernel().forward(x, branch, gain, leak, floor)
 
 
 @_leaky_clamp.register_fake
-def _(x: Tensor, leak: Tensor, floor: Tensor, backend: str) -> Tensor:
+def _(x: Tensor, *arguments: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("nord_snn::leaky_clamp_backward", mutates_args=())
 def _leaky_clamp_backward(
-    grad: Tensor, x: Tensor, leak: Tensor, floor: Tensor, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return IMPLEMENTATIONS[backend].kernel().backward(grad, x, leak, floor)
+    grad: Tensor, x: Tensor, branch: Tensor | None, gain: Tensor | None, leak: Tensor, floor: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return IMPLEMENTATIONS[backend].kernel().backward(grad, x, branch, gain, leak, floor)
 
 
 @_leaky_clamp_backward.register_fake
-def _(grad: Tensor, x: Tensor, leak: Tensor, floor: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), torch.empty_like(leak), torch.empty_like(floor)
+def _(
+    grad: Tensor, x: Tensor, branch: Tensor | None, gain: Tensor | None, leak: Tensor, floor: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_branch = leak.new_empty(0) if branch is None else branch.new_empty(branch.shape)
+    return (
+        x.new_empty(x.shape), grad_branch, leak.new_empty(0 if gain is None else gain.shape),
+        torch.empty_like(leak), torch.empty_like(floor),
+    )  # fmt: skip
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -87,7 +118,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, grad: Tensor, run: Any) -> tuple[Tensor | None, ...]:
-    return (*run(grad, *ctx.saved_tensors, ctx.backend), None)
+    tensors = ctx.saved_tensors
+    x, branch, gain, leak, floor = run(grad, *tensors, ctx.backend)
+    added = (None, None) if tensors[1] is None else (branch, gain)
+    return x, *added, leak, floor, None
 
 
 _run = differentiable(_leaky_clamp, _leaky_clamp_backward, _setup_context, _gradients)

@@ -2,80 +2,116 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from numba import njit, prange
 from torch import Tensor
 
 from nord_snn.ops.checks import compute_dtype
+from nord_snn.ops.lanes import WIDTH, at_address, beyond, load, load_first, splat, store, store_first, where_at_least
+from nord_snn.ops.memory import address, ready
 from nord_snn.ops.threads import as_many_threads_as_torch
 
 __all__ = ["backward", "forward"]
 
 _COMPILE: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
+_LANES = "81d825d18908"  # how the SHA-256 of lanes.py begins: Numba's cache notices a change of this file alone
 
 
 @njit(**_COMPILE)
-def _forward_rows(first, last, x, leak, floor, y):
-    for n in range(first, last):
-        for d in range(x.shape[1]):
-            low = max(leak[d] * x[n, d], floor[d])
-            y[n, d] = x[n, d] if x[n, d] >= 0 else low
+def _forward_rows(first, last, D, x, branch, gain, leak, floor, y, adds):
+    zero = splat(x, 0)
+    for at in range(first * D, last * D, D):
+        for d in range(0, D, WIDTH):
+            n = D - d
+            z = load_first(x, at + d, n)
+            if adds:
+                z = z + load_first(gain, d, n) * load_first(branch, at + d, n)
+            leaked, low = load_first(leak, d, n) * z, load_first(floor, d, n)
+            low = where_at_least(leaked, low, leaked, where_at_least(low, leaked, low, leaked + low))  # NaN stays NaN
+            store_first(y, at + d, n, where_at_least(z, zero, z, low))
 
 
 @njit(**_COMPILE)
-def _backward_rows(first, last, grad, x, leak, floor, grad_x, sums):
-    """A tie of ``leak * x`` and ``floor`` shares the gradient, as ``torch.maximum`` does."""
-    one, half, zero = x.dtype.type(1), x.dtype.type(0.5), x.dtype.type(0)
-    for n in range(first, last):
-        for d in range(x.shape[1]):
-            leaked = leak[d] * x[n, d]
-            above = one if leaked > floor[d] else (half if leaked == floor[d] else zero)
-            negative = zero if x[n, d] >= 0 else grad[n, d]
-            grad_x[n, d] = grad[n, d] - negative + negative * above * leak[d]
-            sums[0, d] += negative * above * x[n, d]
-            sums[1, d] += negative * (one - above)
+def _backward_rows(first, last, D, grad, x, branch, gain, leak, floor, grad_x, grad_branch, sums, adds):
+    """A tie of ``leak * z`` and ``floor`` shares the gradient, as ``torch.maximum`` does.
+
+    ``sums [3, whole vectors of D]``: gradients of leak, floor and gain, so far.
+    """
+    zero, one, half = splat(x, 0), splat(x, 1), splat(x, 0.5)
+    row = -(-D // WIDTH) * WIDTH
+    of_leak, of_floor, of_gain = sums, beyond(sums, row), beyond(sums, 2 * row)
+    for at in range(first * D, last * D, D):
+        for d in range(0, D, WIDTH):
+            n = D - d
+            z, given = load_first(x, at + d, n), load_first(grad, at + d, n)
+            if adds:
+                added, scale = load_first(branch, at + d, n), load_first(gain, d, n)
+                z = z + scale * added
+            slope, low = load_first(leak, d, n), load_first(floor, d, n)
+            leaked = slope * z
+            below = half * (where_at_least(low, leaked, one, zero) + one - where_at_least(leaked, low, one, zero))
+            negative = where_at_least(z, zero, zero, given)
+            through = negative * (one - below)
+            grad_z = given - negative + through * slope
+            store(of_leak, d, load(of_leak, d) + through * z)
+            store(of_floor, d, load(of_floor, d) + negative * below)
+            store_first(grad_x, at + d, n, grad_z)
+            if adds:
+                store(of_gain, d, load(of_gain, d) + grad_z * added)
+                store_first(grad_branch, at + d, n, grad_z * scale)
 
 
 @njit(parallel=True, **_COMPILE)
-def _forward(chunks, x, leak, floor, y):
+def _forward(like, chunks, N, D, x, branch, gain, leak, floor, y):
+    adds = branch != 0
     for c in prange(chunks):
-        _forward_rows(c * x.shape[0] // chunks, (c + 1) * x.shape[0] // chunks, x, leak, floor, y)
+        _forward_rows(
+            c * N // chunks, (c + 1) * N // chunks, D, at_address(x, like), at_address(branch, like),
+            at_address(gain, like), at_address(leak, like), at_address(floor, like), at_address(y, like), adds,
+        )  # fmt: skip
 
 
 @njit(parallel=True, **_COMPILE)
-def _backward(chunks, grad, x, leak, floor, grad_x, sums):
+def _backward(like, chunks, N, D, grad, x, branch, gain, leak, floor, grad_x, grad_branch, sums):
+    adds, own = branch != 0, 3 * -(-D // WIDTH) * WIDTH
     for c in prange(chunks):
-        first, last = c * x.shape[0] // chunks, (c + 1) * x.shape[0] // chunks
-        _backward_rows(first, last, grad, x, leak, floor, grad_x, sums[c])
+        _backward_rows(
+            c * N // chunks, (c + 1) * N // chunks, D, at_address(grad, like), at_address(x, like),
+            at_address(branch, like), at_address(gain, like), at_address(leak, like), at_address(floor, like),
+            at_address(grad_x, like), at_address(grad_branch, like), beyond(at_address(sums, like), c * own), adds,
+        )  # fmt: skip
 
 
-def _rows(x: Tensor, dtype: torch.dtype) -> Any:
-    """``[*, D]`` as Numba's ``[rows, D]``."""
-    return x.detach().to(dtype).contiguous().view(-1, x.shape[-1]).numpy()
-
-
-def forward(x: Tensor, leak: Tensor, floor: Tensor) -> Tensor:
-    """``x [*, D]`` clamped; the arguments are those of the op in ``autograd.py``."""
-    dtype = compute_dtype(x)
+def forward(x: Tensor, branch: Tensor | None, gain: Tensor | None, leak: Tensor, floor: Tensor) -> Tensor:
+    """``x [*, D]`` plus the branch, clamped; the arguments are those of the op in ``autograd.py``."""
+    dtype, D = compute_dtype(x), x.shape[-1]
     y = torch.empty(x.shape, dtype=dtype)
+    held = [None if part is None else ready(part, dtype) for part in (x, branch, gain, leak, floor)]
     with as_many_threads_as_torch() as threads:
-        _forward(2 * threads, _rows(x, dtype), leak.detach().numpy(), floor.detach().numpy(), _rows(y, dtype))
+        _forward(_like(dtype), 2 * threads, x.numel() // D, D, *map(address, held), address(y))
     return y.to(x.dtype)
 
 
-def backward(grad: Tensor, x: Tensor, leak: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, leak and floor."""
-    dtype = compute_dtype(x)
+def backward(
+    grad: Tensor, x: Tensor, branch: Tensor | None, gain: Tensor | None, leak: Tensor, floor: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, branch and gain (empty where there are none), leak and floor."""
+    dtype, D = compute_dtype(x), x.shape[-1]
     grad_x = torch.empty(x.shape, dtype=dtype)
+    grad_branch = torch.empty(0 if branch is None else x.shape, dtype=dtype)
+    held = [None if part is None else ready(part, dtype) for part in (grad, x, branch, gain, leak, floor)]
     with as_many_threads_as_torch() as threads:
-        sums = torch.zeros(2 * threads, 2, x.shape[-1], dtype=dtype)
+        sums = torch.zeros(2 * threads, 3, -(-D // WIDTH) * WIDTH, dtype=dtype)
         _backward(
-            2 * threads,
-            _rows(grad, dtype),
-            _rows(x, dtype),
-            leak.detach().numpy(),
-            floor.detach().numpy(),
-            _rows(grad_x, dtype),
-            sums.numpy(),
-        )
-    return grad_x.to(x.dtype), sums[:, 0].sum(0), sums[:, 1].sum(0)
+            _like(dtype), 2 * threads, x.numel() // D, D, *map(address, [*held, grad_x, grad_branch, sums])
+        )  # fmt: skip
+    grad_leak, grad_floor, grad_gain = (sums[:, kind, :D].sum(0) for kind in range(3))
+    if branch is None:
+        return grad_x.to(x.dtype), grad_branch, torch.empty(0, dtype=dtype), grad_leak, grad_floor
+    return grad_x.to(x.dtype), grad_branch.to(branch.dtype), grad_gain, grad_leak, grad_floor
+
+
+def _like(dtype: torch.dtype) -> Any:
+    """A number by which Numba knows the type of what lies at the addresses."""
+    return np.float64(0) if dtype is torch.float64 else np.float32(0)

@@ -6,6 +6,7 @@ from torch import Tensor
 __all__ = ["reference"]
 
 
-def reference(x: Tensor, leak: Tensor, floor: Tensor) -> Tensor:
-    """``x [*, D]``, ``leak [D]``, ``floor [D]`` -> ``[*, D]``; see :func:`nord_snn.ops.leaky_clamp`."""
-    return torch.where(x >= 0, x, torch.maximum(leak * x, floor))
+def reference(x: Tensor, branch: Tensor | None, gain: Tensor | None, leak: Tensor, floor: Tensor) -> Tensor:
+    """``x`` and ``branch [*, D]``; ``gain``, ``leak``, ``floor [D]`` -> ``[*, D]``; see :func:`nord_snn.ops.leaky_clamp`."""
+    z = x if branch is None else x + gain * branch
+    return torch.where(z >= 0, z, torch.maximum(leak * z, floor))

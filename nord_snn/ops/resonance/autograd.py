@@ -5,18 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nord_snn.ops.checks import check_scalar, compute_dtype
+from nord_snn.ops.checks import check_scalar, compute_dtype, without_autocast
 from nord_snn.ops.differentiable import differentiable
-from nord_snn.ops.dispatch import Call, choose_backend, implementations_of
+from nord_snn.ops.dispatch import chooser, implementations_of
 
 __all__ = ["IMPLEMENTATIONS", "check_heads", "resonance"]
 
 IMPLEMENTATIONS = implementations_of("resonance", "numba", plain="blockwise")
-
-
-@torch.compiler.assume_constant_result
-def _choose(backend: str, *call: Any) -> str:
-    return choose_backend("resonance", IMPLEMENTATIONS, backend, Call(*call)).name
+_choose = chooser("resonance", IMPLEMENTATIONS)
 
 
 def check_heads(n_features: int, n_heads: int) -> None:
@@ -127,7 +123,7 @@ def _resonance(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernel = IMPLEMENTATIONS[backend].kernel()
-    with torch.autocast(v.device.type, enabled=False):
+    with without_autocast(v):
         return kernel.forward(q, k, v, temperature, recency, n_heads, top_k, causal, remember)
 
 
@@ -172,7 +168,7 @@ def _resonance_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     kernel = IMPLEMENTATIONS[backend].kernel()
-    with torch.autocast(v.device.type, enabled=False):
+    with without_autocast(v):
         return kernel.backward(
             grad, q, k, v, temperature, recency, keys, worst, weights, n_heads, top_k, causal, spikes_too
         )
