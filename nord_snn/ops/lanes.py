@@ -21,8 +21,9 @@ from numba.np.arrayobj import make_array
 
 __all__ = [
     "WIDTH",
-    "at_address",
     "as_integers",
+    "at_address",
+    "at_least",
     "beyond",
     "count_bits",
     "differing",
@@ -37,7 +38,7 @@ __all__ = [
     "store",
     "store_first",
     "total",
-    "where_at_least",
+    "where",
 ]
 
 #: Numbers in one vector: a whole cache line of float32. Where registers are shorter, LLVM takes several.
@@ -227,14 +228,25 @@ def total(typing, lanes):
 
 
 @intrinsic
-def where_at_least(typing, a, b, yes, no):
-    """``yes`` in the lanes where ``a >= b``, and ``no`` in the others, NaN included."""
+def at_least(typing, a, b):
+    """An integer with one bit for each lane, set where ``a >= b``: not where one is NaN."""
 
     def generate(context, builder, signature, arguments):
-        a, b, yes, no = arguments
-        return builder.select(builder.fcmp_ordered(">=", a, b), yes, no)
+        return builder.bitcast(builder.fcmp_ordered(">=", *arguments), ir.IntType(WIDTH))
 
-    return a(a, b, yes, no), generate
+    return types.uint16(a, b), generate
+
+
+@intrinsic
+def where(typing, bits, yes, no):
+    """``yes`` in the lanes whose bit is set, and ``no`` in the others."""
+
+    def generate(context, builder, signature, arguments):
+        bits, yes, no = arguments
+        lanes = builder.bitcast(bits, ir.VectorType(ir.IntType(1), WIDTH))
+        return builder.select(lanes, yes, no)
+
+    return yes(types.uint16, yes, no), generate
 
 
 @intrinsic

@@ -37,9 +37,11 @@ def _arithmetic(a, b, result):
     lanes.store(out, 2 * WIDTH, p * q)
     lanes.store(out, 3 * WIDTH, p / q)
     lanes.store(out, 4 * WIDTH, lanes.larger(p, q))
-    lanes.store(out, 5 * WIDTH, lanes.where_at_least(p, q, p, lanes.splat(x, 7)))
+    reaches = lanes.at_least(p, q)
+    lanes.store(out, 5 * WIDTH, lanes.where(reaches, p, lanes.splat(x, 7)))
     lanes.store(out, 6 * WIDTH, lanes.fused(p, q, lanes.steps(x)))
-    return lanes.total(p), lanes.differing(p, q), lanes.count_bits(lanes.differing(p, q)), lanes.as_integers(x)[0]
+    differing = lanes.differing(p, q)
+    return lanes.total(p), reaches, differing, lanes.count_bits(differing), lanes.as_integers(x)[0]
 
 
 def test_every_lane_is_computed_by_itself(dtype):
@@ -47,7 +49,7 @@ def test_every_lane_is_computed_by_itself(dtype):
     a, b = (generator.standard_normal(WIDTH).astype(dtype) for _ in range(2))
     a[3], a[5] = b[3], np.nan  # one equal pair, one without an order
     result = np.empty(7 * WIDTH, dtype)
-    total, differing, count, bits = _arithmetic(a, b, result)
+    total, reaches, differing, count, bits = _arithmetic(a, b, result)
     rows = result.reshape(7, WIDTH)
     for row, expected in zip(rows, (a + b, a - b, a * b, a / b), strict=False):
         assert np.array_equal(row, expected, equal_nan=True)
@@ -55,8 +57,20 @@ def test_every_lane_is_computed_by_itself(dtype):
     assert np.array_equal(rows[5], np.where(a >= b, a, dtype(7)), equal_nan=True)
     assert np.allclose(rows[6], a * b + np.arange(WIDTH), rtol=1e-6, equal_nan=True)
     assert np.isnan(total)
+    assert reaches == sum(1 << lane for lane in range(WIDTH) if a[lane] >= b[lane])
     assert differing == sum(1 << lane for lane in range(WIDTH) if a[lane] != b[lane])
     assert count == WIDTH - 1
     assert bits == a.view(np.int32 if dtype == np.float32 else np.int64)[0]
     a[5] = 0
     assert np.isclose(_arithmetic(a, b, result)[0], a.sum(), rtol=1e-5)
+
+
+@njit
+def _through_an_address(address, like, n):
+    lanes.store_first(lanes.at_address(address, like), 1, n - 1, lanes.splat(lanes.at_address(address, like), 7))
+
+
+def test_an_address_is_as_good_as_an_array(dtype):
+    x = np.zeros(5, dtype)
+    _through_an_address(x.ctypes.data, dtype(0), 5)
+    assert x.tolist() == [0, 7, 7, 7, 7]

@@ -218,9 +218,7 @@ def _coupling(weight: Tensor | None, gain: Tensor | None, n_features: int) -> Te
     return gain[:, None] * weight / (n_features // gain.shape[0])
 
 
-def _of_the_cascade(
-    grad: Tensor, weight: Tensor | None, gain: Tensor | None, n_features: int
-) -> tuple[Tensor, Tensor]:
+def _of_the_cascade(grad: Tensor, weight: Tensor | None, gain: Tensor | None, n_features: int) -> tuple[Tensor, Tensor]:
     """Gradients of weight and gain from that of the coupling; empty without a cascade."""
     if weight is None or gain is None:
         return grad, grad.new_empty(0)

@@ -15,6 +15,7 @@ from nord_snn.ops.checks import compute_dtype
 from nord_snn.ops.lanes import (
     WIDTH,
     at_address,
+    at_least,
     beyond,
     fused,
     larger,
@@ -25,7 +26,7 @@ from nord_snn.ops.lanes import (
     store,
     store_first,
     total,
-    where_at_least,
+    where,
 )
 from nord_snn.ops.memory import address, ready
 from nord_snn.ops.threads import as_many_threads_as_torch
@@ -36,25 +37,19 @@ __all__ = ["SURROGATE_IDS", "backward", "forward"]
 SURROGATE_IDS = {"nord_atan": 0, "atan": 1, "sigmoid": 2, "fast_sigmoid": 3}
 
 _COMPILE: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
-_LANES = "81d825d18908"  # how the SHA-256 of lanes.py begins: Numba's cache notices a change of this file alone
+_LANES = "2b4b29ff0b24"  # how the SHA-256 of lanes.py begins: Numba's cache notices a change of this file alone
 
 _TILE = 512  # neurons that one loop handles: their state fits into the first-level cache
 _ROW = _TILE + 16  # a little off the powers of two, whose multiples share the same few sets of the cache
 # What a tile carries from step to step, and what the way there records for the way back.
 _V, _CURRENT, _REFRACTORY, _THRESHOLD, _GRAD_V, _GRAD_THRESHOLD = range(0, 6 * _ROW, _ROW)
 _STATE = 6 * _ROW
-_SLOPE, _FREE, _PULL, _CURRENT_BEFORE = range(0, 4 * _ROW, _ROW)
-_RECORD = 4 * _ROW
+_SLOPE, _PULL, _CURRENT_BEFORE = range(0, 3 * _ROW, _ROW)
+_RECORD = 3 * _ROW
+_HELD = _TILE // WIDTH  # and, of each vector, which neurons were held: one bit a neuron
 _TOGETHER = (
     16  # blocks whose share of the coupling's gradient, which may be large, is added up in the kernel's own dtype
 )
-
-
-@njit(**_COMPILE)
-def _ask_for(source, at, n):
-    """Fetch n numbers while something else is computed: every time step lies elsewhere, which no cache guesses."""
-    for d in range(0, n, WIDTH):
-        prefetch(source, at + d)
 
 
 @njit(**_COMPILE)
@@ -67,33 +62,40 @@ def _read(given, source, at, n, target, offset):
 
 @njit(**_COMPILE)
 def _step(
-    x, spikes, v_seq, at, n, state, s, felt, fired, lo, record, q, keep_v, keep, v_reset, refractory_steps,
+    x, spikes, v_seq, at, ahead, n, state, s, felt, fired, lo, record, q, held, keep_v, keep, v_reset, refractory_steps,
     beta_mem, beta_syn,
 ):  # fmt: skip
-    """One time step of one tile: the equations of ``reference.py``, the cascade of the step before in ``felt``."""
-    one, zero, held, rest = splat(x, 1), splat(x, 0), splat(x, v_reset), splat(x, refractory_steps)
+    """One time step of one tile: the equations of ``reference.py``, the cascade of the step before in ``felt``.
+
+    What is needed next, ``ahead`` of this, is fetched meanwhile: every time step lies elsewhere, which no cache guesses.
+    """
+    one, zero, reset, rest = splat(x, 1), splat(x, 0), splat(x, v_reset), splat(x, refractory_steps)
     keeps_v, keeps_i = splat(x, beta_mem), splat(x, beta_syn)
     lets_in = one - keeps_v
     for d in range(0, n, WIDTH):
+        prefetch(x, at + ahead + d)
         before = load(state, s + _CURRENT + d) + load(felt, lo + d)
         current = keeps_i * before + load_first(x, at + d, n - d)
         v = load(state, s + _V + d)
         refractory = load(state, s + _REFRACTORY + d)
+        resting = at_least(refractory, one)
         threshold = load(state, s + _THRESHOLD + d)
-        u = where_at_least(refractory, one, held, keeps_v * v + lets_in * current)
+        u = where(resting, reset, keeps_v * v + lets_in * current)
         distance = u - threshold
-        spike = where_at_least(distance, zero, one, zero)
+        fires = at_least(distance, zero)
+        spike = where(fires, one, zero)
         after = u - spike * threshold
         store(state, s + _V + d, after)
         store(state, s + _CURRENT + d, current)
-        store(state, s + _REFRACTORY + d, where_at_least(distance, zero, rest, larger(refractory - one, zero)))
+        store(state, s + _REFRACTORY + d, where(fires, rest, larger(refractory - one, zero)))
         store(fired, lo + d, spike)
         if keep:
             store(record, q + _SLOPE + d, distance)
-            store(record, q + _FREE + d, where_at_least(refractory, one, zero, one))
             store(record, q + _PULL + d, v - current)
             store(record, q + _CURRENT_BEFORE + d, before)
+            held[(lo + d) // WIDTH] = resting
         else:
+            prefetch(spikes, at + ahead + d)
             store_first(spikes, at + d, n - d, spike)
             if keep_v:
                 store_first(v_seq, at + d, n - d, after)
@@ -101,21 +103,23 @@ def _step(
 
 @njit(**_COMPILE)
 def _step_back(
-    grad_spikes, given_v_seq, grad_v_seq, grad_x, at, n, state, s, grad_fired, grad_current, lo, record, q,
+    grad_spikes, given_v_seq, grad_v_seq, grad_x, at, ahead, n, state, s, grad_fired, grad_current, lo, record, q, held,
     beta_sums, beta_mem, beta_syn,
 ):  # fmt: skip
     """The same step backwards; the cascade's part comes in as ``grad_fired``."""
     keeps_v, keeps_i = splat(record, beta_mem), splat(record, beta_syn)
-    lets_in = splat(record, 1) - keeps_v
+    zero, lets_in = splat(record, 0), splat(record, 1) - keeps_v
     grad_beta_mem, grad_beta_syn = load(beta_sums, 0), load(beta_sums, WIDTH)
     for d in range(0, n, WIDTH):
+        prefetch(grad_spikes, at + ahead + d)
+        prefetch(grad_x, at + ahead + d)
         grad_v = load(state, s + _GRAD_V + d)
         if given_v_seq:
             grad_v = grad_v + load_first(grad_v_seq, at + d, n - d)
         from_above = load_first(grad_spikes, at + d, n - d) + load(grad_fired, lo + d)
         grad_spike = from_above - load(state, s + _THRESHOLD + d) * grad_v
         through = grad_spike * load(record, q + _SLOPE + d)
-        grad_u = (grad_v + through) * load(record, q + _FREE + d)
+        grad_u = where(held[(lo + d) // WIDTH], zero, grad_v + through)
         grad_i = load(grad_current, lo + d) + lets_in * grad_u
         grad_beta_mem = grad_beta_mem + grad_u * load(record, q + _PULL + d)
         grad_beta_syn = grad_beta_syn + grad_i * load(record, q + _CURRENT_BEFORE + d)
@@ -241,6 +245,7 @@ def _forward_rows(
 ):  # fmt: skip
     """Blocks ``first`` to ``last`` of ``rows`` rows each."""
     members, reach = D // max(clusters, 1), tiles * _TILE + WIDTH
+    nothing = at_address(0, np.uint16(0))
     state = scratch
     felt = beyond(state, tiles * _STATE)
     fired = beyond(felt, reach)
@@ -253,14 +258,13 @@ def _forward_rows(
         length = min(rows * D, N - start)
         _begin(start, length, tiles, given, v, i_syn, refractory, state, felt)
         for t in range(T):
+            ahead = N if t < T - 1 else rows * D - (T - 1) * N  # the next step, or the first of the next block
             for tile in range(tiles):
                 lo = tile * _TILE
                 n = min(_TILE, length - lo)
-                _ask_for(x, min(t + 1, T - 1) * N + start + lo, n)
-                _ask_for(spikes, t * N + start + lo, n)
                 _step(
-                    x, spikes, v_seq, t * N + start + lo, n, state, tile * _STATE, felt, fired, lo, state, 0,
-                    keep_v, False, v_reset, refractory_steps, beta_mem, beta_syn,
+                    x, spikes, v_seq, t * N + start + lo, ahead, n, state, tile * _STATE, felt, fired, lo, state, 0,
+                    nothing, keep_v, False, v_reset, refractory_steps, beta_mem, beta_syn,
                 )  # fmt: skip
             if clusters:
                 _couple(fired, length // D, members, clusters, coupling, width, sums, 0, current, felt)
@@ -278,7 +282,7 @@ def _forward_rows(
 def _backward_rows(
     first, last, rows, tiles, T, N, D, clusters, width, grad_spikes, given_v_seq, grad_v_seq, given_v_last, grad_v_last,
     given_i_last, grad_i_last, x, given, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, coupling_back,
-    v_reset, refractory_steps, surrogate, alpha, record, scratch, grad_x, grad_v, grad_i, shared,
+    v_reset, refractory_steps, surrogate, alpha, record, held, scratch, grad_x, grad_v, grad_i, shared,
 ):  # fmt: skip
     """Blocks ``first`` to ``last``; gradients of what all rows share are summed into this chunk's own part.
 
@@ -310,13 +314,13 @@ def _backward_rows(
             _read(given_v_last, grad_v_last, start + lo, n, state, tile * _STATE + _GRAD_V)
             _read(given_i_last, grad_i_last, start + lo, n, grad_current, lo)
         for t in range(T):
+            ahead = N if t < T - 1 else rows * D - (T - 1) * N
             for tile in range(tiles):
                 lo, q = tile * _TILE, (t * tiles + tile) * _RECORD
                 n = min(_TILE, length - lo)
-                _ask_for(x, min(t + 1, T - 1) * N + start + lo, n)
                 _step(
-                    x, x, x, t * N + start + lo, n, state, tile * _STATE, felt, fired, lo, record, q,
-                    False, True, v_reset, refractory_steps, beta_mem, beta_syn,
+                    x, x, x, t * N + start + lo, ahead, n, state, tile * _STATE, felt, fired, lo, record, q,
+                    beyond(held, t * tiles * _HELD), False, True, v_reset, refractory_steps, beta_mem, beta_syn,
                 )  # fmt: skip
                 _slopes(surrogate, alpha, record, q + _SLOPE, n)
             if clusters:
@@ -330,11 +334,10 @@ def _backward_rows(
             for tile in range(tiles):
                 lo = tile * _TILE
                 n = min(_TILE, length - lo)
-                _ask_for(grad_spikes, max(t - 1, 0) * N + start + lo, n)
-                _ask_for(grad_x, t * N + start + lo, n)
                 _step_back(
-                    grad_spikes, given_v_seq, grad_v_seq, grad_x, t * N + start + lo, n, state, tile * _STATE,
-                    grad_fired, grad_current, lo, record, (t * tiles + tile) * _RECORD, beta_sums, beta_mem, beta_syn,
+                    grad_spikes, given_v_seq, grad_v_seq, grad_x, t * N + start + lo, -N if t else 0, n, state,
+                    tile * _STATE, grad_fired, grad_current, lo, record, (t * tiles + tile) * _RECORD,
+                    beyond(held, t * tiles * _HELD), beta_sums, beta_mem, beta_syn,
                 )  # fmt: skip
         for tile in range(tiles if given else 0):
             lo, s = tile * _TILE, tile * _STATE
@@ -376,10 +379,10 @@ def _forward(
 def _backward(
     chunks, blocks, rows, tiles, T, N, D, clusters, width, grad_spikes, grad_v_seq, grad_v_last, grad_i_last, x, v,
     i_syn, refractory, threshold, beta_mem, beta_syn, coupling, coupling_back, v_reset, refractory_steps, surrogate,
-    alpha, record, scratch, own, grad_x, grad_v, grad_i, shared,
+    alpha, record, held, scratch, own, grad_x, grad_v, grad_i, shared,
 ):  # fmt: skip
-    like, wide = v_reset, np.float64(0)
-    recorded, summed = T * tiles * _RECORD, D + 2 + clusters * width
+    like, bits, wide = v_reset, np.uint16(0), np.float64(0)
+    summed = D + 2 + clusters * width
     for c in prange(chunks):
         _backward_rows(
             c * blocks // chunks, (c + 1) * blocks // chunks, rows, tiles, T, N, D, clusters, width,
@@ -388,18 +391,19 @@ def _backward(
             v != 0, at_address(v, like), at_address(i_syn, like), at_address(refractory, like),
             at_address(threshold, like), beta_mem, beta_syn, at_address(coupling, like),
             at_address(coupling_back, like), v_reset, refractory_steps, surrogate, alpha,
-            beyond(at_address(record, like), c * recorded), beyond(at_address(scratch, like), c * own),
+            beyond(at_address(record, like), c * T * tiles * _RECORD),
+            beyond(at_address(held, bits), c * T * tiles * _HELD), beyond(at_address(scratch, like), c * own),
             at_address(grad_x, like), at_address(grad_v, like), at_address(grad_i, like),
             beyond(at_address(shared, wide), c * summed),
         )  # fmt: skip
 
 
 def _sizes(x: Tensor, coupling: Tensor | None, threads: int) -> tuple[int, ...]:
-    """Chunks of blocks, two for each thread; blocks of rows; rows of a block, two tiles or more; tiles of a block; steps;
+    """Chunks of blocks, two for each thread; blocks of rows; rows of a block, as many as fill a tile; tiles of a block; steps;
     neurons; features; clusters, and the same rounded up to whole vectors.
     """
     T, N, D = x.shape
-    rows = max(1, 2 * _TILE // D)
+    rows = max(1, _TILE // D)
     blocks = -(-N // rows)
     C = 0 if coupling is None else coupling.shape[0]
     return min(blocks, 2 * threads), blocks, rows, -(-rows * D // _TILE), T, N * D, D, C, -(-C // WIDTH) * WIDTH
@@ -482,13 +486,12 @@ def backward(
     number = _NUMBERS[dtype]
     grad_x = torch.empty(T, N, D, dtype=dtype)
     grad_v, grad_i = (torch.empty(0 if v is None else N, D, dtype=dtype) for _ in range(2))
-    given = _ready(
-        grad_spikes, grad_v_seq, grad_v_last, grad_i_last, x, v, i_syn, refractory, threshold, dtype=dtype
-    )
+    given = _ready(grad_spikes, grad_v_seq, grad_v_last, grad_i_last, x, v, i_syn, refractory, threshold, dtype=dtype)
     ahead, back = None if coupling is None else _padded(coupling.T, dtype), _padded(coupling, dtype)
     with as_many_threads_as_torch() as threads:
         sizes = chunks, _, rows, tiles, *_, C, width = _sizes(x, coupling, threads)
         record = torch.empty(chunks, T * tiles * _RECORD, dtype=dtype)
+        held = torch.empty(chunks, T * tiles * _HELD, dtype=torch.int16)
         of_a_chunk = tiles * _STATE + 4 * (tiles * _TILE + WIDTH) + 2 * T * rows * width + (C + 1) * width + 2 * WIDTH
         scratch = torch.zeros(chunks, of_a_chunk, dtype=dtype)
         shared = torch.zeros(chunks, D + 2 + C * width, dtype=torch.float64)
@@ -503,7 +506,7 @@ def backward(
             number(refractory_steps),
             SURROGATE_IDS[surrogate],
             number(alpha),
-            *map(address, (record, scratch)),
+            *map(address, (record, held, scratch)),
             of_a_chunk,
             *map(address, (grad_x, grad_v, grad_i, shared)),
         )

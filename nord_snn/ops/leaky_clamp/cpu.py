@@ -8,14 +8,14 @@ from numba import njit, prange
 from torch import Tensor
 
 from nord_snn.ops.checks import compute_dtype
-from nord_snn.ops.lanes import WIDTH, at_address, beyond, load, load_first, splat, store, store_first, where_at_least
+from nord_snn.ops.lanes import WIDTH, at_address, at_least, beyond, load, load_first, splat, store, store_first, where
 from nord_snn.ops.memory import address, ready
 from nord_snn.ops.threads import as_many_threads_as_torch
 
 __all__ = ["backward", "forward"]
 
 _COMPILE: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
-_LANES = "81d825d18908"  # how the SHA-256 of lanes.py begins: Numba's cache notices a change of this file alone
+_LANES = "2b4b29ff0b24"  # how the SHA-256 of lanes.py begins: Numba's cache notices a change of this file alone
 
 
 @njit(**_COMPILE)
@@ -28,8 +28,8 @@ def _forward_rows(first, last, D, x, branch, gain, leak, floor, y, adds):
             if adds:
                 z = z + load_first(gain, d, n) * load_first(branch, at + d, n)
             leaked, low = load_first(leak, d, n) * z, load_first(floor, d, n)
-            low = where_at_least(leaked, low, leaked, where_at_least(low, leaked, low, leaked + low))  # NaN stays NaN
-            store_first(y, at + d, n, where_at_least(z, zero, z, low))
+            low = where(at_least(leaked, low), leaked, where(at_least(low, leaked), low, leaked + low))  # NaN stays NaN
+            store_first(y, at + d, n, where(at_least(z, zero), z, low))
 
 
 @njit(**_COMPILE)
@@ -50,8 +50,8 @@ def _backward_rows(first, last, D, grad, x, branch, gain, leak, floor, grad_x, g
                 z = z + scale * added
             slope, low = load_first(leak, d, n), load_first(floor, d, n)
             leaked = slope * z
-            below = half * (where_at_least(low, leaked, one, zero) + one - where_at_least(leaked, low, one, zero))
-            negative = where_at_least(z, zero, zero, given)
+            below = half * (where(at_least(low, leaked), one, zero) + one - where(at_least(leaked, low), one, zero))
+            negative = where(at_least(z, zero), zero, given)
             through = negative * (one - below)
             grad_z = given - negative + through * slope
             store(of_leak, d, load(of_leak, d) + through * z)
