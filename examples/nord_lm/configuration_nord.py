@@ -65,7 +65,7 @@ class NordConfig(PreTrainedConfig):
     max_position_embeddings: int = 512
     layer_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
-    use_cache: bool = False
+    use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -90,6 +90,11 @@ class NordConfig(PreTrainedConfig):
     clamp_floor: float = -0.1
     block: str = "nord"
     backend: str = "auto"
+
+    @property
+    def sliding_window(self) -> int:
+        """How many positions a cache holds, under the name that the caches of transformers look for."""
+        return self.max_position_embeddings
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Refuse sizes that do not fit together, before anything is built."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -23,7 +23,7 @@ except ImportError:
 
 __all__ = ["NordForCausalLM"]
 
-NOT_OFFERED = ("past_key_values", "output_hidden_states", "output_attentions")
+NOT_OFFERED = ("inputs_embeds", "position_ids", "output_hidden_states", "output_attentions")
 
 
 class NordForCausalLM(PreTrainedModel, GenerationMixin):
@@ -101,47 +101,68 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
         labels: Tensor | None = None,
+        use_cache: bool | None = None,
         logits_to_keep: int = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits for every position, and the loss if there are labels.
 
+        Tokens meet only in the resonance, so with a cache of key spikes and values the new tokens alone are computed, and
+        the logits are the same. The cache holds ``max_position_embeddings`` positions; beyond, the oldest leave it.
+
         Args:
-            input_ids: token ids ``[B, S]``, S at most ``max_position_embeddings``.
-            attention_mask: ``[B, S]``, 1 for tokens and 0 for padding, which may only follow the tokens.
+            input_ids: token ids ``[B, S]``, S at most ``max_position_embeddings``; with a cache, the new ones.
+            attention_mask: 1 for tokens and 0 for padding, which may stand before or behind the tokens of a row;
+                ``[B, S]``, or with a cache one column for every position since it was begun.
+            past_key_values: keys and values of what came before; is appended to.
             labels: ``[B, S]``, the same ids, -100 where nothing is to be predicted; the shift is done here.
+            use_cache: return a cache; default: as the configuration says, but not while training or where there are labels.
             logits_to_keep: compute logits for the last that many positions only; 0 for all.
             kwargs: passed on to the loss (``num_items_in_batch``).
 
         Raises:
-            ValueError: wrong rank, too long, padded in front, or something is asked for that the model does not have.
+            ValueError: wrong rank, too long, padding between tokens, or something is asked for that the model does not have.
+            RuntimeError: a gradient through earlier positions in a cache; call it under ``torch.no_grad()``.
         """
-        self._check(input_ids, attention_mask, kwargs)
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        self._check(input_ids, kwargs)
+        lengths = self._lengths(input_ids, attention_mask, seen)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and labels is None
+        if past_key_values is None and use_cache:
+            past_key_values = DynamicCache(config=self.config)
         x = fire_from_rest(self.input_lif, self.encoder(self.embed_tokens(input_ids)))  # [T, B, S, D]
-        for block in self.blocks:
-            x = block(x)
+        for index, block in enumerate(self.blocks):
+            remember = None if past_key_values is None else partial(past_key_values.update, layer_idx=index)
+            x = block(x, lengths=lengths, remember=remember, window=self.config.max_position_embeddings)
         hidden = self.norm(self.readout(x))  # [B, S, D]
         logits = self.lm_head(hidden[:, -logits_to_keep:])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, logits_to_keep: int | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """The last ``max_position_embeddings`` tokens: the window slides over what is longer."""
-        if attention_mask is not None and not attention_mask.all():
-            raise ValueError(
-                "generate() takes prompts of one length: padding would stand between prompt and continuation"
-            )
-        return {
-            "input_ids": input_ids[:, -self.config.max_position_embeddings :],
-            "logits_to_keep": logits_to_keep or 0,
-        }
+        """What ``forward`` gets next. Without a cache the window slides over what is longer, and all of it is computed."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
+        )
+        inputs["input_ids"] = inputs["input_ids"][:, -self.config.max_position_embeddings :]
+        if inputs.get("attention_mask") is not None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            inputs["attention_mask"] = inputs["attention_mask"][:, -(seen + inputs["input_ids"].shape[1]) :]
+        inputs.pop("position_ids", None)  # the model has none
+        return inputs
 
-    def _check(self, input_ids: Tensor, attention_mask: Tensor | None, others: dict[str, Any]) -> None:
+    def _check(self, input_ids: Tensor, others: dict[str, Any]) -> None:
         if refused := [name for name in NOT_OFFERED if others.get(name) is not None and others[name] is not False]:
             raise ValueError(f"NordForCausalLM does not offer {', '.join(refused)}")
         if input_ids.ndim != 2 or input_ids.is_floating_point():
@@ -153,14 +174,23 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
                 f"input_ids have {input_ids.shape[1]} positions, more than "
                 f"max_position_embeddings = {self.config.max_position_embeddings}"
             )
-        if attention_mask is None:
-            return
-        if attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask must be [B, S] = {list(input_ids.shape)}, got {list(attention_mask.shape)}"
-            )
-        if (attention_mask.diff(dim=1) > 0).any():
-            raise ValueError("padding may only follow the tokens (padding_side='right'), got padding in front of some")
+
+    def _lengths(self, input_ids: Tensor, attention_mask: Tensor | None, seen: int) -> Tensor | None:
+        """Positions of each row from its first token on, ``[B]``; None if no row has padding in front."""
+        if attention_mask is None or not self.config.resonance:  # without it no position sees another
+            return None
+        expected = [input_ids.shape[0], seen + input_ids.shape[1]]
+        if list(attention_mask.shape) != expected:
+            positions = "S" if not seen else f"{seen} cached + S"
+            raise ValueError(f"attention_mask must be [B, {positions}] = {expected}, got {list(attention_mask.shape)}")
+        tokens = attention_mask != 0
+        if tokens.all():
+            return None
+        begins = tokens[:, 1:] & ~tokens[:, :-1]
+        if (begins.sum(1) + tokens[:, 0] > 1).any():
+            raise ValueError("padding may stand before or behind the tokens of a row, got some between them")
+        first = tokens.int().argmax(1)
+        return tokens.shape[1] - first if first.any() else None
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from nord_snn.layers.feed_forward import SpikingFeedForward
 from nord_snn.layers.leaky_clamp import LeakyClamp
-from nord_snn.layers.resonance import CoFiringResonance
+from nord_snn.layers.resonance import CoFiringResonance, Remember
 from nord_snn.neurons import NeuronFactory
 from nord_snn.ops.checks import check_features
 
@@ -85,9 +85,17 @@ class NordBlock(nn.Module):
             nn.init.constant_(self.resonance_gain, self.residual_scale)
         nn.init.constant_(self.ffn_gain, self.residual_scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Run ``x [T, B, S, D]`` through the block."""
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        remember: Remember | None = None,
+        window: int | None = None,
+    ) -> Tensor:
+        """Run ``x [T, B, S, D]`` through the block; the other arguments are those of :class:`CoFiringResonance`."""
         check_features(x, self.n_features, type(self).__name__, "[T, B, S, D]")
         if self.resonance is not None:
-            x = x + self.resonance_gain * self.resonance(self.norm1(x), expand=False)  # the same at every step
+            context = self.resonance(self.norm1(x), False, lengths=lengths, remember=remember, window=window)
+            x = x + self.resonance_gain * context  # the same at every step
         return self.clamp(x, self.ffn(self.norm2(x)), self.ffn_gain)

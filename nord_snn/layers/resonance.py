@@ -1,16 +1,20 @@
 """CoFiringResonance: positions of a sequence bind by firing together."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from nord_snn.neurons import NeuronFactory, fire_from_rest, make_neuron
-from nord_snn.ops import resonance
+from nord_snn.ops import pack_spikes, resonance, resonance_cached
 from nord_snn.ops.checks import check_features
 from nord_snn.ops.resonance import check_heads
 
-__all__ = ["CoFiringResonance"]
+__all__ = ["CoFiringResonance", "Remember"]
+
+#: Takes keys and values of new positions, and gives those of all positions.
+Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class CoFiringResonance(nn.Module):
@@ -88,13 +92,56 @@ class CoFiringResonance(nn.Module):
         """Slope per head ``[H]``, positive, or None."""
         return None if self.recency_log is None else self.recency_log.exp()
 
-    def forward(self, x: Tensor, expand: bool = True) -> Tensor:
-        """Context for ``x [T, B, S, D]``; with ``expand=False`` once, as ``[B, S, D]``."""
+    def forward(
+        self,
+        x: Tensor,
+        expand: bool = True,
+        *,
+        lengths: Tensor | None = None,
+        remember: Remember | None = None,
+        window: int | None = None,
+    ) -> Tensor:
+        """Context for ``x [T, B, S, D]``.
+
+        Args:
+            x: the input, of the new positions alone where ``remember`` holds earlier ones.
+            expand: False gives the context once, as ``[B, S, D]``.
+            lengths: how many positions of each sequence, counted from the last, are tokens, ``[B]``; what stands before is
+                padding that nobody sees. None for all.
+            remember: keeps keys and values for a sequence that grows: a function that takes those of the new positions,
+                key spikes as bits ``[B, H, S, bytes]`` and values ``[B, H, S, D/H]``, and returns them behind all earlier
+                ones, as the ``update`` of a cache of transformers does. Nothing may be learned then, and q and k must be
+                spikes.
+            window: a query sees itself and so many less one before it; only with ``remember``.
+
+        Raises:
+            ValueError: wrong rank or width, positions to remember that see what comes after them, or, with ``remember``, q
+                or k that are not zeros and ones.
+        """
         check_features(x, self.n_features, type(self).__name__, "[T, B, S, D]")
+        q, k = fire_from_rest(self.lif_q, self.q_proj(x)), fire_from_rest(self.lif_k, self.k_proj(x))
+        v = self.v_proj(x.mean(0))  # a mean and a linear map commute: W_v runs once and not T times
+        if remember is None:
+            context = self._bind(q, k, v, lengths)
+        else:
+            context = self._bind_to_earlier(q, k, v, lengths, remember, window)
+        context = self.o_proj(context)
+        return context.expand(x.shape) if expand else context
+
+    def _bind(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
+        if lengths is not None:  # padding goes behind the tokens, which do not see it there
+            if not self.causal:
+                raise ValueError("padding needs a causal resonance: behind the tokens it must not be seen")
+            S = v.shape[1]
+            row = torch.arange(len(v), device=v.device)[:, None]
+            place = torch.arange(S, device=v.device)
+            padding = (S - lengths)[:, None]
+            to_front, back = (place + padding) % S, (place - padding) % S
+            q, k, v = q[:, row, to_front], k[:, row, to_front], v[row, to_front]
         context = resonance(
-            fire_from_rest(self.lif_q, self.q_proj(x)),
-            fire_from_rest(self.lif_k, self.k_proj(x)),
-            self.v_proj(x.mean(0)),  # a mean and a linear map commute: W_v runs once and not T times
+            q,
+            k,
+            v,
             n_heads=self.n_heads,
             top_k=self.top_k,
             temperature=self.temperature,
@@ -102,8 +149,27 @@ class CoFiringResonance(nn.Module):
             causal=self.causal,
             backend=self.backend,
         )
-        context = self.o_proj(context)
-        return context.expand(x.shape) if expand else context
+        return context if lengths is None else context[row, back] * (place >= padding)[..., None]
+
+    def _bind_to_earlier(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, remember: Remember, window: int | None
+    ) -> Tensor:
+        if not self.causal:
+            raise ValueError("a resonance that is not causal cannot grow: earlier positions would see later ones")
+        keys, values = remember(pack_spikes(k, self.n_heads), v.unflatten(-1, (self.n_heads, -1)).transpose(1, 2))
+        if keys.shape[2] == v.shape[1] <= (window or v.shape[1]):  # these are the first
+            return self._bind(q, k, v, lengths)
+        return resonance_cached(
+            q,
+            keys,
+            values,
+            top_k=self.top_k,
+            temperature=self.temperature,
+            recency=self.recency,
+            lengths=lengths,
+            window=window,
+            backend=self.backend,
+        )
 
     def extra_repr(self) -> str:
         """What the submodules do not show."""

@@ -6,7 +6,7 @@ from nord_snn.ops.associative_lif import AssociativeLIFState, associative_lif, a
 from nord_snn.ops.cascade import associative_cascade
 from nord_snn.ops.dispatch import BackendChoice
 from nord_snn.ops.leaky_clamp import leaky_clamp
-from nord_snn.ops.resonance import resonance
+from nord_snn.ops.resonance import pack_spikes, resonance, resonance_cached
 from nord_snn.ops.stdp import STDPState, reward_from_loss, stdp
 from nord_snn.ops.surrogate import SURROGATES, SurrogateLike, spike
 
@@ -18,7 +18,9 @@ __all__ = [
     "associative_cascade",
     "associative_lif",
     "leaky_clamp",
+    "pack_spikes",
     "resonance",
+    "resonance_cached",
     "reward_from_loss",
     "spike",
     "stdp",

@@ -28,7 +28,7 @@ from nord_snn.ops.lanes import (
     total,
     where,
 )
-from nord_snn.ops.memory import address, ready
+from nord_snn.ops.memory import NUMBERS, address, ready
 from nord_snn.ops.threads import as_many_threads_as_torch
 
 __all__ = ["SURROGATE_IDS", "backward", "forward"]
@@ -437,7 +437,7 @@ def forward(
     """Spikes, membranes (empty unless ``keep_v``) and the last state; the arguments are those of the op in ``autograd.py``."""
     T, N, D = x.shape
     dtype = compute_dtype(x)
-    number = _NUMBERS[dtype]
+    number = NUMBERS[dtype]
     spikes, v_seq = torch.empty(T, N, D, dtype=dtype), torch.empty(T if keep_v else 0, N, D, dtype=dtype)
     v_last, i_last = torch.empty(N, D, dtype=dtype), torch.empty(N, D, dtype=dtype)
     refractory_last = torch.empty(N, D, dtype=torch.int32)
@@ -483,7 +483,7 @@ def backward(
     """Gradients of x, v, i_syn (empty without a state), threshold, both betas and coupling (empty without one)."""
     T, N, D = x.shape
     dtype = compute_dtype(x)
-    number = _NUMBERS[dtype]
+    number = NUMBERS[dtype]
     grad_x = torch.empty(T, N, D, dtype=dtype)
     grad_v, grad_i = (torch.empty(0 if v is None else N, D, dtype=dtype) for _ in range(2))
     given = _ready(grad_spikes, grad_v_seq, grad_v_last, grad_i_last, x, v, i_syn, refractory, threshold, dtype=dtype)
@@ -523,6 +523,3 @@ def backward(
         grad_beta_syn,
         grad_coupling.view(C, width)[:, :C].contiguous(),
     )
-
-
-_NUMBERS = {torch.float32: np.float32, torch.float64: np.float64}

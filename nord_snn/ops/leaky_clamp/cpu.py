@@ -2,14 +2,13 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from numba import njit, prange
 from torch import Tensor
 
 from nord_snn.ops.checks import compute_dtype
 from nord_snn.ops.lanes import WIDTH, at_address, at_least, beyond, load, load_first, splat, store, store_first, where
-from nord_snn.ops.memory import address, ready
+from nord_snn.ops.memory import NUMBERS, address, ready
 from nord_snn.ops.threads import as_many_threads_as_torch
 
 __all__ = ["backward", "forward"]
@@ -89,7 +88,7 @@ def forward(x: Tensor, branch: Tensor | None, gain: Tensor | None, leak: Tensor,
     y = torch.empty(x.shape, dtype=dtype)
     held = [None if part is None else ready(part, dtype) for part in (x, branch, gain, leak, floor)]
     with as_many_threads_as_torch() as threads:
-        _forward(_like(dtype), 2 * threads, x.numel() // D, D, *map(address, held), address(y))
+        _forward(NUMBERS[dtype](0), 2 * threads, x.numel() // D, D, *map(address, held), address(y))
     return y.to(x.dtype)
 
 
@@ -104,14 +103,9 @@ def backward(
     with as_many_threads_as_torch() as threads:
         sums = torch.zeros(2 * threads, 3, -(-D // WIDTH) * WIDTH, dtype=dtype)
         _backward(
-            _like(dtype), 2 * threads, x.numel() // D, D, *map(address, [*held, grad_x, grad_branch, sums])
+            NUMBERS[dtype](0), 2 * threads, x.numel() // D, D, *map(address, [*held, grad_x, grad_branch, sums])
         )  # fmt: skip
     grad_leak, grad_floor, grad_gain = (sums[:, kind, :D].sum(0) for kind in range(3))
     if branch is None:
         return grad_x.to(x.dtype), grad_branch, torch.empty(0, dtype=dtype), grad_leak, grad_floor
     return grad_x.to(x.dtype), grad_branch.to(branch.dtype), grad_gain, grad_leak, grad_floor
-
-
-def _like(dtype: torch.dtype) -> Any:
-    """A number by which Numba knows the type of what lies at the addresses."""
-    return np.float64(0) if dtype is torch.float64 else np.float32(0)

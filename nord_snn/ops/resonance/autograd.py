@@ -9,10 +9,10 @@ from nord_snn.ops.checks import check_scalar, compute_dtype, without_autocast
 from nord_snn.ops.differentiable import differentiable
 from nord_snn.ops.dispatch import chooser, implementations_of
 
-__all__ = ["IMPLEMENTATIONS", "check_heads", "resonance"]
+__all__ = ["IMPLEMENTATIONS", "check_heads", "choose", "resonance"]
 
 IMPLEMENTATIONS = implementations_of("resonance", "numba", plain="blockwise")
-_choose = chooser("resonance", IMPLEMENTATIONS)
+choose = chooser("resonance", IMPLEMENTATIONS)
 
 
 def check_heads(n_features: int, n_heads: int) -> None:
@@ -87,7 +87,7 @@ def resonance(
     recency = None if recency is None else recency.to(dtype)
     inputs = (q, k, v, temperature, recency)
     remember = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    name = _choose(backend, v.device.type, v.dtype, v.shape[-1])
+    name = choose(backend, v.device.type, v.dtype, v.shape[-1])
     return _run(*inputs, n_heads, top_k, causal, remember, name)[0]
 
 

@@ -18,6 +18,7 @@ from nord_snn.ops.checks import compute_dtype
 from nord_snn.ops.lanes import (
     WIDTH,
     as_integers,
+    at_address,
     beyond,
     count_bits,
     differing,
@@ -33,9 +34,10 @@ from nord_snn.ops.lanes import (
     store_first,
     total,
 )
+from nord_snn.ops.memory import NUMBERS, address, ready
 from nord_snn.ops.threads import as_many_threads_as_torch
 
-__all__ = ["backward", "forward", "saved_shapes"]
+__all__ = ["backward", "cached", "forward", "saved_shapes"]
 
 _COMPILE: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
 _LANES = "2b4b29ff0b24"  # how the SHA-256 of lanes.py begins: Numba's cache notices a change of this file alone
@@ -397,6 +399,55 @@ def _backward_heads(
                     )  # fmt: skip
 
 
+@njit(**_COMPILE)
+def _cached_heads(
+    first, last, q, shape, keys, n_all, values, temperature, recency, has_recency, starts, window, n_heads, top_k, most,
+    words, bits, counts, scores, kept, weights, context,
+):  # fmt: skip
+    """Heads ``first`` to ``last`` for the last S positions of ``n_all``; of a sequence nothing before its start is seen."""
+    _, _, S, D = shape
+    width = D // n_heads
+    for head in range(first, last):
+        b, h = head // n_heads, head % n_heads
+        _pack(q, shape, b, h, width, bits, 1, words)
+        slope = recency[h] if has_recency else temperature * 0
+        for row in range(S):
+            i, to = n_all - S + row, (b * S + row) * D + h * width
+            oldest = max(starts[b], i - window + 1)
+            seen = i + 1 - oldest
+            for j in range(seen):
+                counts[j] = 0
+                for w in range(words):
+                    counts[j] += count_bits(bits[row * words + w] & keys[(head * n_all + oldest + j) * words + w])
+                scores[j] = counts[j]
+            if seen > 0:
+                _penalise(scores, i - oldest, seen, temperature, slope)
+                n = _select(scores, seen, top_k, most, counts, kept)
+                _weigh(scores, kept, n, weights)
+                _mix(values, (head * n_all + oldest) * width, width, width, kept, weights, n, context, to)
+            else:
+                for c in range(width):
+                    context[to + c] = 0
+
+
+@njit(parallel=True, **_COMPILE)
+def _cached(
+    like, chunks, q, T, B, S, D, keys, n_all, values, temperature, recency, starts, window, n_heads, top_k, most, words,
+    bits, counts, scores, kept, weights, context,
+):  # fmt: skip
+    """Tensors are addresses; ``recency`` is 0 where there is none."""
+    heads, long, short = B * n_heads, np.int64(0), np.int32(0)
+    for c in prange(chunks):
+        _cached_heads(
+            c * heads // chunks, (c + 1) * heads // chunks, at_address(q, like), (T, B, S, D), at_address(keys, long),
+            n_all, at_address(values, like), temperature, at_address(recency, like), recency != 0,
+            at_address(starts, long), window, n_heads, top_k, most, words, beyond(at_address(bits, long), c * S * words),
+            beyond(at_address(counts, long), c * n_all), beyond(at_address(scores, like), c * (n_all + WIDTH)),
+            beyond(at_address(kept, short), c * (top_k + 1)), beyond(at_address(weights, like), c * (top_k + 1)),
+            at_address(context, like),
+        )  # fmt: skip
+
+
 @njit(parallel=True, **_COMPILE)
 def _forward(
     chunks, q, k, v, temperature, recency, n_heads, top_k, causal, most, words, bits, counts, scores, kept, weights,
@@ -568,6 +619,60 @@ def backward(
         grad_temperature,
         grad_recency if recency is not None else like,
     )
+
+
+def cached(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    top_k: int,
+    temperature: float | Tensor,
+    recency: Tensor | None,
+    lengths: Tensor | None,
+    window: int,
+) -> Tensor:
+    """Context of the last positions from keys that are bits; the arguments are those of ``resonance_cached``."""
+    dtype, wanted = compute_dtype(values), values.dtype
+    number = NUMBERS[dtype]
+    T, B, S, D = q.shape
+    H, n_all, n_bytes = keys.shape[1:]
+    words, top_k = n_bytes // 8, min(top_k, n_all)
+    context = torch.empty(B, S, D, dtype=dtype)
+    starts = torch.zeros(B, dtype=torch.int64) if lengths is None else (n_all - lengths).clamp(min=0).long()
+    q, keys, values = ready(q, dtype), keys.contiguous(), ready(values, dtype)
+    slopes = None if recency is None else ready(recency, dtype)
+    with as_many_threads_as_torch() as threads:
+        chunks = max(1, min(B * H, 2 * threads))
+        scratch = (
+            torch.empty(chunks, S * words, dtype=torch.int64),
+            torch.empty(chunks, n_all, dtype=torch.int64),
+            torch.empty(chunks, n_all + WIDTH, dtype=dtype),
+            torch.empty(chunks, top_k + 1, dtype=torch.int32),
+            torch.empty(chunks, top_k + 1, dtype=dtype),
+        )
+        _cached(
+            number(0),
+            chunks,
+            address(q),
+            T,
+            B,
+            S,
+            D,
+            address(keys),
+            n_all,
+            address(values),
+            number(float(temperature)),
+            address(slopes),
+            address(starts),
+            min(window, n_all),
+            H,
+            top_k,
+            np.int64(torch.iinfo(_INTEGERS[dtype]).max),
+            words,
+            *map(address, scratch),
+            address(context),
+        )
+    return context.to(wanted)
 
 
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}

@@ -19,9 +19,13 @@ def coincidences(q: Tensor, k: Tensor, n_heads: int) -> Tensor:
 
 
 def resonance_scores(counts: Tensor, temperature: float | Tensor, recency: Tensor | None, causal: bool) -> Tensor:
-    """``counts * temperature - recency[h] * |a - b|``, minus infinity where the key is not to be seen."""
-    position = torch.arange(counts.shape[-1], device=counts.device)
-    distance = position[:, None] - position[None, :]
+    """``counts * temperature - recency[h] * |a - b|``, minus infinity where the key is not to be seen.
+
+    Fewer queries than keys are those of the last positions.
+    """
+    queries, keys = counts.shape[-2:]
+    position = torch.arange(keys, device=counts.device)
+    distance = position[keys - queries :, None] - position[None, :]
     scores = counts * temperature
     if recency is not None:
         scores = scores - recency[:, None, None] * distance.abs()

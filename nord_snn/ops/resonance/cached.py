@@ -1,0 +1,179 @@
+"""The resonance of a few new positions with many that were seen before, whose key spikes are kept as bits.
+
+Keys that were counted once never change, so a sequence that grows token by token only counts what is new. Spikes are packed
+eight to a byte: for T = 10 steps and 64 neurons a head, 80 bytes take the place of 2,560.
+"""
+
+import torch
+from torch import Tensor
+
+from nord_snn.ops.checks import check_scalar, compute_dtype, without_autocast
+from nord_snn.ops.dispatch import implementations_of
+from nord_snn.ops.resonance.autograd import check_heads, choose
+from nord_snn.ops.resonance.reference import keep_best, resonance_scores
+
+__all__ = ["pack_spikes", "resonance_cached", "unpack_spikes"]
+
+_BITS, _WORD = 8, 64
+_STEP = 16  # a step's neurons are filled up to whole vectors of the kernels
+
+_KERNELS = implementations_of("resonance", "numba", plain="cached")
+
+
+def pack_spikes(k: Tensor, n_heads: int) -> Tensor:
+    """Spikes as bits, head by head.
+
+    Args:
+        k: ``[T, B, S, D]`` of zeros and ones.
+        n_heads: H; D must be a multiple of it.
+
+    Returns:
+        uint8 ``[B, H, S, bytes]``: neuron n of a head at step t is bit ``16 * ceil(D/H / 16) * t + n``, the lowest bit of a
+        byte first; filled up with zeros to a multiple of 64 bits.
+
+    Raises:
+        ValueError: wrong rank, H does not divide D, or something is neither 0 nor 1.
+
+    Example:
+        >>> pack_spikes(torch.ones(1, 1, 1, 4), n_heads=2)[0, :, 0].tolist()
+        [[3, 0, 0, 0, 0, 0, 0, 0], [3, 0, 0, 0, 0, 0, 0, 0]]
+    """
+    if k.ndim != 4:
+        raise ValueError(f"pack_spikes expects spikes [T, B, S, D], got {list(k.shape)}")
+    check_heads(k.shape[-1], n_heads)
+    fired = k != 0
+    if k.is_floating_point() and not torch.equal(fired.to(k.dtype), k):
+        raise ValueError("pack_spikes expects spikes of zeros and ones: others cannot be kept as bits")
+    heads = fired.unflatten(-1, (n_heads, -1)).permute(1, 3, 2, 0, 4)  # [B, H, S, T, D/H]
+    steps = torch.nn.functional.pad(heads, (0, -heads.shape[-1] % _STEP)).flatten(-2)
+    filled = torch.nn.functional.pad(steps, (0, -steps.shape[-1] % _WORD))
+    worth = 2 ** torch.arange(_BITS, dtype=torch.uint8, device=k.device)
+    return (filled.unflatten(-1, (-1, _BITS)) * worth).sum(-1, dtype=torch.uint8)
+
+
+def unpack_spikes(keys: Tensor, n_steps: int, width: int) -> Tensor:
+    """The bits of :func:`pack_spikes` as bool ``[B, H, S, T * D/H]``, for T steps of D/H neurons each."""
+    worth = torch.arange(_BITS, dtype=torch.uint8, device=keys.device)
+    bits = ((keys.unsqueeze(-1) >> worth) & 1).bool().flatten(-2)
+    padded = width + -width % _STEP
+    return bits[..., : n_steps * padded].unflatten(-1, (n_steps, padded))[..., :width].flatten(-2)
+
+
+def resonance_cached(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    top_k: int,
+    temperature: float | Tensor,
+    recency: Tensor | None = None,
+    lengths: Tensor | None = None,
+    window: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The causal :func:`nord_snn.ops.resonance` for the last positions alone, the keys being bits.
+
+    The same counts, scores and kept keys as without a cache, ties included. It has no gradient.
+
+    Args:
+        q: query spikes ``[T, B, S, D]`` of the last S positions, zeros and ones.
+        keys: key spikes of all ``S_all >= S`` positions, ``[B, H, S_all, bytes]`` as :func:`pack_spikes` gives them.
+        values: ``[B, H, S_all, D/H]``.
+        top_k: keys kept per query, at least 1.
+        temperature: a float, or a tensor of one element.
+        recency: slope per head ``[H]`` and position, or None.
+        lengths: how many positions of each sequence, counted from the last, are tokens, integers ``[B]``; what stands
+            before is padding that nobody sees. None for all.
+        window: a query sees itself and so many less one before it; None for all.
+        backend: ``"auto"``, ``"torch"`` or ``"numba"``; see :mod:`nord_snn.ops.dispatch`.
+
+    Returns:
+        ``[B, S, D]`` in the dtype of ``values``; 0 where a query is padding.
+
+    Raises:
+        ValueError: a shape or dtype does not fit, or ``top_k`` or ``window`` is not positive.
+        RuntimeError: a gradient is asked for, or the backend asked for cannot run.
+
+    Source: the Nord spiking language model; keys and values kept as in transformers' decoders.
+
+    Example:
+        >>> q = k = torch.eye(3).reshape(1, 1, 3, 3)                # position i fires neuron i
+        >>> keys, values = pack_spikes(k, n_heads=1), torch.eye(3)[None, None]
+        >>> resonance_cached(q[:, :, 2:], keys, values, top_k=1, temperature=1.0)
+        tensor([[[0., 0., 1.]]])
+    """
+    _check(q, keys, values, top_k, recency, lengths, window)
+    check_scalar(temperature, "temperature")
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (q, values, temperature)):
+        raise RuntimeError(
+            "resonance_cached has no gradient: call it, or the model with its cache, under torch.no_grad()"
+        )
+    name = choose(backend, values.device.type, values.dtype, values.shape[-1])
+    n_all = keys.shape[2]
+    with without_autocast(values):
+        cached = _KERNELS[name].kernel().cached
+        return cached(q, keys, values, top_k, temperature, recency, lengths, n_all if window is None else window)
+
+
+def _check(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    top_k: int,
+    recency: Tensor | None,
+    lengths: Tensor | None,
+    window: int | None,
+) -> None:
+    if q.ndim != 4 or keys.ndim != 4 or keys.dtype != torch.uint8:
+        raise ValueError(
+            f"resonance_cached expects q [T, B, S, D] and uint8 keys [B, H, S_all, bytes], got {list(q.shape)} and "
+            f"{list(keys.shape)} of {keys.dtype}"
+        )
+    (T, B, S, D), (_, H, n_all, n_bytes) = q.shape, keys.shape
+    check_heads(D, H)
+    width = D // H
+    expected = -(-T * (width + -width % _STEP) // _WORD) * _WORD // _BITS
+    if keys.shape[0] != B or n_bytes != expected or n_all < S:
+        raise ValueError(
+            f"keys must be [B, H, S_all, bytes] = [{B}, {H}, at least {S}, {expected}] for these queries, got "
+            f"{list(keys.shape)}"
+        )
+    if values.shape != (B, H, n_all, width) or not values.is_floating_point():
+        raise ValueError(
+            f"values must be floating [B, H, S_all, D/H] = {[B, H, n_all, width]}, got {list(values.shape)} of "
+            f"{values.dtype}"
+        )
+    for name, number in (("top_k", top_k), ("window", window)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    if recency is not None and recency.shape != (H,):
+        raise ValueError(f"recency must have shape [H] = [{H}], got {list(recency.shape)}")
+    if lengths is not None and (lengths.shape != (B,) or lengths.is_floating_point()):
+        raise ValueError(f"lengths must be integers [B] = [{B}], got {list(lengths.shape)} of {lengths.dtype}")
+
+
+def cached(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    top_k: int,
+    temperature: float | Tensor,
+    recency: Tensor | None,
+    lengths: Tensor | None,
+    window: int,
+) -> Tensor:
+    """The backend ``torch``: the bits unpacked, and then as in ``reference.py``; the arguments are the op's."""
+    dtype = compute_dtype(values)
+    n_steps, _, S, _ = q.shape
+    (H, n_all), width = keys.shape[1:3], values.shape[-1]
+    queries = q.to(dtype).unflatten(-1, (H, width)).permute(1, 3, 2, 0, 4).flatten(-2)  # [B, H, S, T * D/H]
+    counts = queries @ unpack_spikes(keys, n_steps, width).to(dtype).mT
+    scores = resonance_scores(counts, temperature, None if recency is None else recency.to(dtype), causal=True)
+    position = torch.arange(n_all, device=q.device)
+    unseen = position[n_all - S :, None] - position >= window
+    if lengths is not None:
+        unseen = unseen | (position < n_all - lengths[:, None, None, None])
+    scores = scores.masked_fill(unseen, -torch.inf)
+    weights = scores.masked_fill(~keep_best(scores, top_k), -torch.inf).softmax(-1)
+    weights = weights.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)  # padding has nothing to choose from
+    return (weights @ values.to(dtype)).transpose(1, 2).flatten(-2).to(values.dtype)

@@ -1,0 +1,185 @@
+"""Decoding with a cache: the same logits, spikes and tokens as without one."""
+
+import pytest
+import torch
+from configuration_nord import NordConfig
+from modeling_nord import NordForCausalLM
+
+from nord_snn.neurons import AssociativeLIFNode
+
+CONFIGS = [
+    {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "n_clusters": 4, "top_k": 5},
+    {
+        "hidden_size": 36,
+        "num_attention_heads": 3,
+        "intermediate_size": 20,
+        "n_clusters": None,
+        "recency": True,
+        "top_k": 7,
+    },
+    {"hidden_size": 40, "num_attention_heads": 4, "intermediate_size": 48, "n_clusters": 8, "t_fast": 5, "t_slow": 0},
+]  # few neurons and steps: full of ties
+
+
+def make(number: int = 0, layers: int = 3, positions: int = 32, **others) -> NordForCausalLM:
+    """A network whose neurons fire and whose positions matter."""
+    torch.manual_seed(number)
+    settings = {"vocab_size": 50, "num_hidden_layers": layers, "max_position_embeddings": positions, "fast_scale": 40.0}
+    model = NordForCausalLM(NordConfig(**{**settings, **CONFIGS[number], **others})).eval()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.ffn_gain.fill_(0.5)
+            block.ffn.down.weight.mul_(10)
+            if block.resonance is not None:
+                block.resonance_gain.fill_(1.0)
+                block.resonance.q_proj.weight.mul_(2)
+                block.resonance.k_proj.weight.mul_(2)
+    return model
+
+
+class Spikes:
+    """Keeps what every neuron layer fires, position after position."""
+
+    def __init__(self, model: NordForCausalLM) -> None:
+        self.fired: dict[str, list[torch.Tensor]] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, AssociativeLIFNode):
+                module.register_forward_hook(lambda _, __, out, name=name: self.fired.setdefault(name, []).append(out))
+
+    def take(self) -> dict[str, torch.Tensor]:
+        """All so far ``[T, B, S, D]``, and forget them."""
+        whole = {name: torch.cat(parts, 2) for name, parts in self.fired.items()}
+        self.fired.clear()
+        return whole
+
+
+@pytest.mark.parametrize("number", range(len(CONFIGS)))
+@pytest.mark.parametrize("pieces", [[1] * 20, [13, 1, 1, 5], [19, 1]])
+@torch.no_grad()
+def test_logits_and_spikes_are_those_of_a_full_forward(number, pieces):
+    """With padding in front of some rows, at every position, and of every layer."""
+    model = make(number)
+    ids = torch.randint(50, (3, 20))
+    mask = torch.ones(3, 20, dtype=torch.long)
+    mask[1, :4], mask[2, :9] = 0, 0
+    spikes = Spikes(model)
+    whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    expected = spikes.take()
+    assert all(0.01 < fired.mean() < 0.5 for fired in expected.values())
+    past, logits, end = None, [], 0
+    for length in pieces:
+        end += length
+        out = model(
+            input_ids=ids[:, end - length : end], attention_mask=mask[:, :end], past_key_values=past, use_cache=True
+        )
+        past = out.past_key_values
+        logits.append(out.logits)
+    tokens = mask.bool()
+    assert torch.allclose(torch.cat(logits, 1)[tokens], whole[tokens], atol=1e-5)
+    flips = sum(int((fired != expected[name])[:, tokens].sum()) for name, fired in spikes.take().items())
+    assert flips == 0
+    assert all(layer.keys.dtype == torch.uint8 for layer in past.layers)
+    for row, start in ((0, 0), (1, 4), (2, 9)):  # and padding is as good as nothing
+        alone = model(input_ids=ids[row : row + 1, start:], use_cache=False).logits
+        assert torch.allclose(whole[row, start:], alone[0], atol=1e-5)
+
+
+WAYS = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "top_k": 20, "temperature": 1.5},
+    "beams": {"num_beams": 3},
+    "sampled beams": {"num_beams": 2, "do_sample": True, "num_return_sequences": 2},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("number", range(len(CONFIGS)))
+def test_generate_gives_the_same_tokens_with_and_without(way, number):
+    model = make(number)
+    ids = torch.randint(1, 50, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    results = []
+    for use_cache in (True, False):
+        torch.manual_seed(1)
+        results.append(
+            model.generate(
+                ids, attention_mask=mask, max_new_tokens=15, use_cache=use_cache, pad_token_id=0, **WAYS[way]
+            )
+        )
+    assert torch.equal(*results)
+    assert results[0][:, 9:].unique().numel() > 3
+    if way == "greedy":
+        alone = model.generate(ids[1:, 5:], max_new_tokens=15, pad_token_id=0)
+        assert torch.equal(results[0][1, 9:], alone[0, 4:])
+
+
+def test_only_new_tokens_are_computed():
+    model = make()
+    lengths = []
+    model.embed_tokens.register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
+    model.generate(torch.randint(1, 50, (1, 9)), max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert lengths == [9, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("prompt", [5, 12, 30])
+def test_the_window_slides(prompt):
+    """One block, whose keys know only their own token, is exact beyond the window too; more blocks see further back."""
+    for layers in (1, 3):
+        model = make(1, layers=layers, positions=12)
+        ids = torch.randint(1, 50, (1, prompt))
+        cached, recomputed = (
+            model.generate(ids, max_new_tokens=25, do_sample=False, use_cache=use_cache, pad_token_id=0)
+            for use_cache in (True, False)
+        )
+        within = max(13, prompt + 1)  # the token that follows a full window is still the same
+        assert torch.equal(cached[:, :within], recomputed[:, :within])
+        if layers == 1:
+            assert torch.equal(cached, recomputed)
+
+
+@torch.no_grad()
+def test_the_cache_stops_growing():
+    model = make(positions=12)
+    past = model(input_ids=torch.randint(50, (1, 12))).past_key_values
+    for _ in range(5):
+        past = model(input_ids=torch.randint(50, (1, 1)), past_key_values=past).past_key_values
+    assert past.get_seq_length() == 17
+    assert {layer.keys.shape[2] for layer in past.layers} == {11}  # and the new one makes twelve
+    assert past.layers[0].keys.shape == (1, 2, 11, 24)  # 10 steps of 16 bits, in whole words of 64: 24 bytes
+
+
+def test_without_resonance_the_last_token_is_enough():
+    model = make(resonance=False)
+    ids = torch.randint(1, 50, (2, 6))
+    assert torch.equal(
+        *(
+            model.generate(ids, max_new_tokens=8, do_sample=False, use_cache=use, pad_token_id=0)
+            for use in (True, False)
+        )
+    )
+
+
+def test_a_cache_is_made_where_it_is_wanted():
+    model = make()
+    ids = torch.randint(50, (1, 6))
+    assert model(input_ids=ids).past_key_values is not None
+    assert model(input_ids=ids, labels=ids).past_key_values is None
+    assert model(input_ids=ids, use_cache=False).past_key_values is None
+    assert model.train()(input_ids=ids).past_key_values is None
+    past = model(input_ids=ids, use_cache=True).past_key_values
+    with pytest.raises(RuntimeError, match=r"under torch.no_grad\(\)"):
+        model(input_ids=ids[:, :1], past_key_values=past)
+
+
+@torch.no_grad()
+def test_masks_that_do_not_fit_are_named():
+    model = make()
+    ids = torch.randint(50, (1, 6))
+    past = model(input_ids=ids).past_key_values
+    with pytest.raises(ValueError, match=r"\[B, 6 cached \+ S\] = \[1, 7\], got \[1, 1\]"):
+        model(input_ids=ids[:, :1], past_key_values=past, attention_mask=torch.ones(1, 1))
+    with pytest.raises(ValueError, match="got some between them"):
+        model(input_ids=ids, attention_mask=torch.tensor([[1, 1, 0, 1, 1, 1]]))
+    with pytest.raises(ValueError, match="got some between them"):  # behind the prompt, and tokens behind it
+        model.generate(ids, attention_mask=torch.tensor([[1, 1, 1, 1, 0, 0]]), max_new_tokens=3, pad_token_id=0)
