@@ -11,6 +11,7 @@ import importlib.metadata
 import platform
 from pathlib import Path
 
+import decoding
 import language_model
 import neurons
 import resonance
@@ -122,6 +123,30 @@ def language_model_table(page: Page, seconds: float) -> None:
     )
 
 
+def decoding_table(page: Page) -> None:
+    """Tokens a second at a short and at a long context, with the cache and without."""
+    net = decoding.firing_model()
+    page.say("### Decoding\n")
+    page.say(
+        f"{(decoding.__doc__ or '').strip()} New weights, the embedding scaled until 10 % of the input neurons fire."
+    )
+    page.say(f"Gate: {decoding.gate(net)}.\n")
+    page.say("| context | cache | ms to the first token | ms a token | tokens/s |\n|---|---|---|---|---|")
+    cached = {}
+    for length in decoding.CONTEXTS:
+        for use_cache in (False, True):
+            speed = decoding.measure(net, length, use_cache)
+            name = "**yes**" if use_cache else "no"
+            cached[length] = speed.each
+            page.say(f"| {length} | {name} | {speed.first:.0f} | {speed.each:.1f} | {1e3 / speed.each:.2f} |")
+    short, long = decoding.CONTEXTS
+    dense = net.config.num_hidden_layers * net.config.hidden_size * 4 * (net.config.t_fast + net.config.t_slow + 1)
+    page.say(
+        f"\nWith the cache a token at context {long} takes {cached[long] / cached[short]:.2f} times as long as at {short}. "
+        f"A position takes {decoding.cache_bytes(net):,} bytes of cache; with key spikes as floats it would take {dense:,}.\n"
+    )
+
+
 def gpu_tables(page: Page, seconds: float) -> None:
     """The neuron on a GPU, or that there is none."""
     page.say("## GPU\n")
@@ -146,7 +171,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15.0, help="how long the contestants of a table take turns")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
-        "--only", choices=("neurons", "resonance", "language-model", "gpu"), help="one part; writes nothing"
+        "--only", choices=("neurons", "resonance", "language-model", "decoding", "gpu"), help="one part; writes nothing"
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -172,6 +197,8 @@ def main() -> None:
         resonance_tables(page, arguments.seconds)
     if arguments.only in (None, "language-model"):
         language_model_table(page, 3 * arguments.seconds)
+    if arguments.only in (None, "decoding"):
+        decoding_table(page)
     if arguments.only in (None, "gpu"):
         gpu_tables(page, arguments.seconds)
     if arguments.only is None:
