@@ -132,18 +132,16 @@ def decoding_table(page: Page) -> None:
     )
     page.say(f"Gate: {decoding.gate(net)}.\n")
     page.say("| context | cache | ms to the first token | ms a token | tokens/s |\n|---|---|---|---|---|")
-    cached = {}
-    for length in decoding.CONTEXTS:
-        for use_cache in (False, True):
-            speed = decoding.measure(net, length, use_cache)
-            name = "**yes**" if use_cache else "no"
-            cached[length] = speed.each
-            page.say(f"| {length} | {name} | {speed.first:.0f} | {speed.each:.1f} | {1e3 / speed.each:.2f} |")
-    short, long = decoding.CONTEXTS
-    dense = net.config.num_hidden_layers * net.config.hidden_size * 4 * (net.config.t_fast + net.config.t_slow + 1)
+    speeds = decoding.measure(net)
+    for (length, use_cache), speed in speeds.items():
+        name = "**yes**" if use_cache else "no"
+        page.say(f"| {length} | {name} | {speed.first:.0f} | {speed.each:.1f} | {1e3 / speed.each:.2f} |")
+    short, long = (speeds[context, True].each for context in decoding.CONTEXTS)
+    config = net.config
+    dense = config.num_hidden_layers * config.hidden_size * 4 * (config.t_fast + config.t_slow + 1)
     page.say(
-        f"\nWith the cache a token at context {long} takes {cached[long] / cached[short]:.2f} times as long as at {short}. "
-        f"A position takes {decoding.cache_bytes(net):,} bytes of cache; with key spikes as floats it would take {dense:,}.\n"
+        f"\nWith the cache a token takes {long / short:.2f} times as long at the longer context as at the shorter. A position "
+        f"takes {decoding.cache_bytes(net):,} bytes of cache; with key spikes as floats it would take {dense:,}.\n"
     )
 
 

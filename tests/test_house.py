@@ -36,6 +36,7 @@ PUBLIC = {
     "nord_snn.monitor": {"SpikeMonitor"},
 }
 KERNELS = {
+    "memory.py": {"numpy"},
     "threads.py": {"numba"},
     "lanes.py": {"llvmlite", "numba"},
     "cpu.py": {"numba", "numpy"},

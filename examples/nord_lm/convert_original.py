@@ -1,6 +1,7 @@
-"""Turn a published Nord checkpoint into a folder that ``AutoModelForCausalLM.from_pretrained`` opens.
+"""Turn a published Nord checkpoint into a folder that ``AutoModelForCausalLM.from_pretrained`` opens, or back.
 
     python examples/nord_lm/convert_original.py nord_final.pt converted/
+    python examples/nord_lm/convert_original.py --to-original runs/mine-0001/model nord_mine.pt
 
 The model opens there with ``trust_remote_code=True`` where nord_snn is installed, since the modelling files lie beside
 the weights, or without it once ``modeling_nord`` has been imported. Checkpoints are read with ``weights_only=True``:
@@ -12,15 +13,25 @@ import argparse
 import pickle
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from card import model_card
+from checkpoints import unfinished
 from configuration_nord import NordConfig
 from modeling_nord import NordForCausalLM
 from torch import Tensor
 
-__all__ = ["config_from_original", "load_original", "weights_from_original"]
+__all__ = [
+    "config_from_original",
+    "load_original",
+    "our_name",
+    "published_name",
+    "to_original",
+    "weights_from_original",
+]
 
 CONFIG_FIELDS = {
     "vocab_size": "vocab_size",
@@ -44,24 +55,28 @@ CONFIG_FIELDS = {
     "clamp_floor": "clamp_floor",
 }
 
-# Published name -> ours, as whole path segments, applied in this order.
+# Published name and ours, whole segments of a path.
 NAMES = (
-    (r"^encoder\.embed\.", "embed_tokens."),
-    (r"^encoder\.temporal_proj\.", "encoder.projection."),
-    (r"^encoder\.drive_scale$", "encoder.fast_scale"),
-    (r"^readout_lif\.", "readout.lif."),
-    (r"^readout_ema_raw$", "readout.decay_logit"),
-    (r"^readout_norm\.", "norm."),
-    (r"\.gamma_attn$", ".resonance_gain"),
-    (r"\.gamma_ffn$", ".ffn_gain"),
-    (r"\.leak_raw$", ".leak_logit"),
-    (r"\.W_([qkvo])\.", r".\1_proj."),
-    (r"\.resonance_temp$", ".temperature"),
-    (r"\.threshold$", ".v_threshold"),
-    (r"\.beta_(mem|syn)_raw$", r".beta_\1_logit"),
-    (r"\.neighbor_weights$", ".cascade.weight"),
-    (r"\.cluster_gain$", ".cascade.gain"),
+    ("encoder.embed", "embed_tokens"),
+    ("encoder.temporal_proj", "encoder.projection"),
+    ("encoder.drive_scale", "encoder.fast_scale"),
+    ("readout_lif", "readout.lif"),
+    ("readout_ema_raw", "readout.decay_logit"),
+    ("readout_norm", "norm"),
+    ("gamma_attn", "resonance_gain"),
+    ("gamma_ffn", "ffn_gain"),
+    ("leak_raw", "leak_logit"),
+    *((f"W_{letter}", f"{letter}_proj") for letter in "qkvo"),
+    ("resonance_temp", "temperature"),
+    ("threshold", "v_threshold"),
+    ("beta_mem_raw", "beta_mem_logit"),
+    ("beta_syn_raw", "beta_syn_logit"),
+    ("neighbor_weights", "cascade.weight"),
+    ("cluster_gain", "cascade.gain"),
 )
+#: Without dimensions there, of shape [1] here.
+SCALARS = {"drive_scale", "slow_scale", "readout_ema_raw", "resonance_temp", "beta_mem_raw", "beta_syn_raw"}
+PUBLISHED_TOKENIZER = "meta-llama/Llama-3.2-1B"
 MEMBRANES = re.compile(r"\._(v_mem|i_syn)_state$")  # of persistent_mem=True: the state of the last batch, no weights
 
 
@@ -94,6 +109,22 @@ def config_from_original(published: dict[str, Any]) -> NordConfig:
     return NordConfig(**{ours: published[theirs] for theirs, ours in CONFIG_FIELDS.items() if theirs in published})
 
 
+def our_name(published: str) -> str:
+    """The name of a published parameter here."""
+    return _renamed(published, NAMES)
+
+
+def published_name(ours: str) -> str:
+    """The published name of a parameter."""
+    return _renamed(ours, ((here, there) for there, here in NAMES))
+
+
+def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+    for old, new in pairs:
+        name = re.sub(rf"(^|\.){re.escape(old)}(?=\.|$)", rf"\g<1>{new}", name)
+    return name
+
+
 def weights_from_original(published: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our state dict for a published one: other names, scalars of shape [1], no buffers."""
     weights = {}
@@ -103,10 +134,43 @@ def weights_from_original(published: dict[str, Tensor]) -> dict[str, Tensor]:
         if name.endswith(".cluster_ids"):
             _check_clusters(name, tensor, published)
             continue
-        for pattern, replacement in NAMES:
-            name = re.sub(pattern, replacement, name)
-        weights[name] = tensor.reshape(1) if tensor.ndim == 0 else tensor
+        weights[our_name(name)] = tensor.reshape(1) if tensor.ndim == 0 else tensor
     return weights
+
+
+def to_original(model: NordForCausalLM, tokenizer_id: str = PUBLISHED_TOKENIZER) -> dict[str, Any]:
+    """A checkpoint that the published code opens.
+
+    Args:
+        model: the model; without recency, which the published code does not have.
+        tokenizer_id: name or folder of the tokenizer, which the published chat loads by it.
+
+    Raises:
+        ValueError: the model has, or lacks, something that the published code cannot do without, or with.
+    """
+    config = model.config
+    foreign = {
+        "recency": config.recency,
+        "resonance = False": not config.resonance,
+        "n_clusters = None": config.n_clusters is None,
+        "layer_norm_eps other than 1e-5": config.layer_norm_eps != 1e-5,
+        "surrogate other than nord_atan": config.surrogate != "nord_atan",
+    }
+    if found := [name for name, there in foreign.items() if there]:
+        raise ValueError(f"the published code has no {', no '.join(found)}: this model cannot be expressed in it")
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        published = published_name(name)
+        scalar = published.rpartition(".")[2] in SCALARS
+        weights[published] = (
+            tensor.detach().float().cpu().reshape(()) if scalar else tensor.detach().float().cpu().clone()
+        )
+        if published.endswith(".threshold"):
+            ids = torch.arange(tensor.shape[0]) % config.n_clusters
+            weights[published.removesuffix("threshold") + "cluster_ids"] = ids
+    fields = {theirs: getattr(config, ours) for theirs, ours in CONFIG_FIELDS.items()}
+    fields |= {"tokenizer_id": tokenizer_id, "persistent_mem": False}
+    return {"step": 0, "loss": 0.0, "config": fields, "model_state_dict": weights}
 
 
 def _check_clusters(name: str, ids: Tensor, published: dict[str, Tensor]) -> None:
@@ -131,20 +195,55 @@ def _read(path: Path) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("checkpoint", type=Path, help="published .pt file")
-    parser.add_argument("out", type=Path, help="folder to write, which must not exist or be empty")
+    parser.add_argument("source", type=Path, help="published .pt file; with --to-original, a model's folder")
+    parser.add_argument(
+        "out", type=Path, help="folder to write, which must not exist or be empty; with --to-original, a new .pt file"
+    )
+    parser.add_argument("--to-original", action="store_true", help="the way back")
+    parser.add_argument(
+        "--tokenizer",
+        help="with --to-original: name or folder of the tokenizer to write into the checkpoint; default: the model's "
+        f"folder where it has one, else {PUBLISHED_TOKENIZER}",
+    )
     options = parser.parse_args(arguments)
-    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        sys.exit(f"error: {options.out} exists and is not an empty folder")
     try:
-        model = load_original(options.checkpoint)
+        print(_back(options) if options.to_original else _convert(options))
     except ValueError as error:
         sys.exit(f"error: {error}")
+
+
+def _convert(options: argparse.Namespace) -> str:
+    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise ValueError(f"{options.out} exists and is not an empty folder")
+    model = load_original(options.source)
     try:
         model.save_pretrained(options.out)
+        card = model_card(model, f"Converted from {options.source.name}, a checkpoint of the published code, with")
+        (options.out / "README.md").write_text(card, encoding="utf-8")
     except Exception as error:  # a full or read-only disk, by whoever writes
-        sys.exit(f"error: {options.out} could not be written ({' '.join(str(error).split())[:200]})")
-    print(f"{options.out}: {model.num_parameters():,} parameters")
+        raise ValueError(f"{options.out} could not be written ({' '.join(str(error).split())[:200]})") from error
+    return f"{options.out}: {model.num_parameters():,} parameters"
+
+
+def _back(options: argparse.Namespace) -> str:
+    if options.out.exists():
+        raise ValueError(f"{options.out} exists already")
+    if not (options.source / "config.json").is_file():
+        raise ValueError(f"{options.source}: no model here; expected a folder with config.json and model.safetensors")
+    try:
+        model = NordForCausalLM.from_pretrained(options.source)
+    except Exception as error:  # a wrong, truncated or foreign file fails in many ways
+        raise ValueError(f"{options.source}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+    own = str(options.source.resolve()) if (options.source / "tokenizer.json").is_file() else PUBLISHED_TOKENIZER
+    beside = unfinished(options.out)
+    try:
+        torch.save(to_original(model, options.tokenizer or own), beside)
+        beside.replace(options.out)
+    except OSError as error:
+        raise ValueError(f"{options.out} could not be written ({error.strerror})") from error
+    finally:
+        beside.unlink(missing_ok=True)
+    return f"{options.out}: {model.num_parameters():,} parameters, tokenizer {options.tokenizer or own}"
 
 
 if __name__ == "__main__":

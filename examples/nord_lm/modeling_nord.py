@@ -42,6 +42,7 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = NordConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
     _no_split_modules = ("NordBlock",)
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012  # transformers reads it off the class
 
@@ -67,6 +68,7 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
             backend=config.backend,
         )
         width = config.hidden_size
+        self.gradient_checkpointing = False  # transformers switches it on
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
         self.encoder = MultiScaleTemporalEncoder(
             width,
@@ -131,18 +133,25 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
         lengths = self._lengths(input_ids, attention_mask, seen)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
+        if self._recomputes() and (use_cache or past_key_values is not None):
+            raise ValueError("with gradient checkpointing there is no cache: pass use_cache=False")
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache(config=self.config)
         x = fire_from_rest(self.input_lif, self.encoder(self.embed_tokens(input_ids)))  # [T, B, S, D]
         for index, block in enumerate(self.blocks):
             remember = None if past_key_values is None else partial(past_key_values.update, layer_idx=index)
-            x = block(x, lengths=lengths, remember=remember, window=self.config.max_position_embeddings)
+            through = partial(block, lengths=lengths, remember=remember, window=self.config.max_position_embeddings)
+            x = self._gradient_checkpointing_func(through, x) if self._recomputes() else through(x)
         hidden = self.norm(self.readout(x))  # [B, S, D]
         logits = self.lm_head(hidden[:, -logits_to_keep:])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
+
+    def _recomputes(self) -> bool:
+        """Whether blocks are computed again in the backward pass instead of kept."""
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
     def prepare_inputs_for_generation(
         self,

@@ -55,6 +55,10 @@ class TrainingSettings:
         choices=("highest", "high", "medium"),
     )
     mixed_precision: str = _setting("no", "precision of matrix products", choices=("no", "bf16", "fp16"))
+    gradient_checkpointing: bool = _setting(
+        False, "keep only what enters each block and compute the rest again: less memory, more time"
+    )
+    compile: bool = _setting(False, "compile each block with torch.compile")
     eval_every: int = _setting(500, "steps between two evaluations")
     eval_blocks: int = _setting(64, "held-out blocks in an evaluation on the way; the last one takes up to 1024")
     save_every: int = _setting(500, "steps between two checkpoints")
@@ -157,7 +161,7 @@ def _check_types(path: Path, training: dict[str, Any]) -> None:
     for f in dataclasses.fields(TrainingSettings):
         value = training.get(f.name, f.default)
         kind = _kind(f)
-        fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+        fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
         if not fits and not (value is None and f.default is None):
             raise SettingsError(f"{path}: training.{f.name} must be {kind.__name__}, got {value!r}")
 
@@ -184,9 +188,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-resonance", action="store_true", help="the control: positions never meet")
     group = parser.add_argument_group("training (override the config)")
     for f in dataclasses.fields(TrainingSettings):
-        group.add_argument(
-            "--" + f.name.replace("_", "-"), type=_kind(f), choices=f.metadata.get("choices"), help=f.metadata["help"]
-        )
+        option, description = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        if _kind(f) is bool:
+            group.add_argument(option, action=argparse.BooleanOptionalAction, help=description)
+        else:
+            group.add_argument(option, type=_kind(f), choices=f.metadata.get("choices"), help=description)
     options = parser.parse_args(arguments)
     fields = {f.name for f in dataclasses.fields(TrainingSettings)}
     changes = {name: value for name, value in vars(options).items() if name in fields}

@@ -27,6 +27,7 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, set_seed
 from baselines import bigram_loss, uniform_loss, unigram_loss
+from card import model_card, parameter_counts
 from checkpoints import (
     CheckpointError,
     check_digests,
@@ -89,6 +90,11 @@ def train(settings: Settings, out: Path, resume: Path | None) -> int:
     with Progress(options.steps, visible=accelerator.is_local_main_process) as progress:
         tokenizer, corpus = prepare_text(accelerator, settings, resume)
         model = NordForCausalLM(model_config(settings, tokenizer))
+        if options.gradient_checkpointing:
+            model.activation_checkpointing_enable()
+        if options.compile:
+            for block in model.blocks:
+                block.compile()
         describe(progress, settings, model, tokenizer, corpus)
         optimizer = torch.optim.AdamW(
             parameter_groups(model, options.weight_decay),
@@ -175,7 +181,7 @@ def train(settings: Settings, out: Path, resume: Path | None) -> int:
         results = measure(accelerator, settings, model, corpus, position, validation_loss, monitor.rates())
 
     if accelerator.is_main_process:
-        finish(accelerator.unwrap_model(model), tokenizer, run, results)
+        finish(settings, accelerator.unwrap_model(model), tokenizer, run, results)
         report(progress, accelerator.unwrap_model(model), tokenizer, corpus, run, results)
     accelerator.wait_for_everyone()  # the first process has been writing; leaving before it would break the group off
     log.close()
@@ -276,9 +282,8 @@ def describe(
         f"text {corpus.name}: {blocks} to train on, {len(corpus.validation):,} held out, "
         f"{corpus.bytes_per_token:.2f} bytes per token, vocabulary {len(tokenizer):,}"
     )
-    vocabulary = {id(p): p.numel() for p in (model.embed_tokens.weight, model.lm_head.weight)}
-    total = model.num_parameters()
-    progress.say(f"model of {total:,} parameters, {total - sum(vocabulary.values()):,} without embedding and head")
+    total, without = parameter_counts(model)
+    progress.say(f"model of {total:,} parameters, {without:,} without embedding and head")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -446,12 +451,16 @@ def measure(
     }
 
 
-def finish(model: NordForCausalLM, tokenizer: PreTrainedTokenizerBase, run: Path, results: dict[str, Any]) -> None:
-    """Write the model as a folder that ``from_pretrained`` opens, and the results."""
+def finish(
+    settings: Settings, model: NordForCausalLM, tokenizer: PreTrainedTokenizerBase, run: Path, results: dict[str, Any]
+) -> None:
+    """Write the model as a folder that ``from_pretrained`` opens, with a card, and the results."""
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        text = model_card(model, "Trained with", results, asdict(settings.training))
+        (folder / "README.md").write_text(text, encoding="utf-8")
 
     write_folder(run / "model", write)
     write_json(run / "results.json", results)

@@ -2,14 +2,13 @@
 
 import copy
 import os
-import re
 import subprocess
 import sys
 
 import pytest
 import torch
 from configuration_nord import NordConfig
-from convert_original import NAMES, load_original, main
+from convert_original import load_original, main, our_name, to_original
 from helpers import DATA, load_reference, relative_error
 from modeling_nord import NordForCausalLM
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -42,10 +41,7 @@ def test_published_checkpoints_give_the_expected_numbers(name):
     parameters = dict(model.named_parameters())
     assert len(parameters) == len(expected["grads"])
     for published, gradient in expected["grads"].items():
-        ours = published
-        for pattern, replacement in NAMES:
-            ours = re.sub(pattern, replacement, ours)
-        assert relative_error(parameters[ours].grad.reshape(gradient.shape), gradient) < 5e-4, published
+        assert relative_error(parameters[our_name(published)].grad.reshape(gradient.shape), gradient) < 5e-4, published
 
 
 def test_the_published_size_to_the_parameter():
@@ -66,6 +62,41 @@ def test_converted_folder_opens_with_auto_classes(tmp_path, capsys):
     assert torch.allclose(model(input_ids=expected["ids"]).logits, expected["logits"], atol=1e-5, rtol=0)
     with pytest.raises(SystemExit, match="not an empty folder"):
         main([str(DATA / "tiny_checkpoint.pt"), str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("name", ["tiny", "persistent"])
+def test_the_way_back_gives_the_published_checkpoint(name, tmp_path, capsys):
+    main([str(DATA / f"{name}_checkpoint.pt"), str(tmp_path / "folder")])
+    main(["--to-original", str(tmp_path / "folder"), str(tmp_path / "back.pt")])
+    published, back = load_reference(f"{name}_checkpoint"), torch.load(tmp_path / "back.pt", weights_only=True)
+    weights = {key: x for key, x in published["model_state_dict"].items() if not key.endswith("_state")}
+    assert back["model_state_dict"].keys() == weights.keys()
+    for key, expected in weights.items():
+        got = back["model_state_dict"][key]
+        assert got.dtype == expected.dtype, key
+        assert torch.equal(got, expected), key
+    assert back["config"].items() <= (published["config"] | {"persistent_mem": False}).items()
+    assert back["config"]["tokenizer_id"] == "meta-llama/Llama-3.2-1B"  # the folder has none of its own
+    again = load_original(tmp_path / "back.pt")
+    expected = load_reference(f"{name}_expected")
+    assert torch.allclose(again(input_ids=expected["ids"]).logits, expected["logits"], atol=1e-5, rtol=0)
+    with pytest.raises(SystemExit, match="exists already"):
+        main(["--to-original", str(tmp_path / "folder"), str(tmp_path / "back.pt")])
+
+
+def test_what_the_published_code_does_not_have_is_named(tmp_path):
+    for setting, name in (
+        ({"recency": True}, "recency"),
+        ({"resonance": False}, "resonance"),
+        ({"n_clusters": None}, "n_clusters"),
+    ):
+        with pytest.raises(ValueError, match=f"has no {name}"):
+            to_original(NordForCausalLM(NordConfig(**{**SMALL, **setting})))
+    NordForCausalLM(NordConfig(**SMALL, recency=True)).save_pretrained(tmp_path / "model")
+    for source, message in (("model", "has no recency"), ("none", "no model here")):
+        with pytest.raises(SystemExit, match=f"error: .*{message}"):
+            main(["--to-original", str(tmp_path / source), str(tmp_path / "out.pt")])
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_saved_folder_opens_where_only_the_library_is_installed(tmp_path):
@@ -209,6 +240,27 @@ def test_generate_is_the_arg_max_of_the_logits_and_slides_past_the_context():
         logits = model(input_ids=expected[:, -12:]).logits[:, -1]
         expected = torch.cat((expected, logits.argmax(-1, keepdim=True)), dim=1)
     assert torch.equal(out, expected)
+
+
+def test_gradient_checkpointing_keeps_less_and_gives_the_same():
+    ids = torch.randint(50, (2, 10))
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = NordForCausalLM(NordConfig(**SMALL, recency=True)).train()
+        if recompute:
+            model.activation_checkpointing_enable()
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        results.append((sum(kept), loss, [p.grad for p in model.parameters()]))
+    (n_plain, loss, grads), (n_less, again, grads_again) = results
+    assert n_less < 0.6 * n_plain
+    assert torch.equal(loss, again)
+    assert all(torch.equal(a, b) for a, b in zip(grads, grads_again, strict=True))
+    with pytest.raises(ValueError, match="there is no cache"):
+        model(input_ids=ids, use_cache=True)
 
 
 def test_bad_input_is_named():

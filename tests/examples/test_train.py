@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from checkpoints import CheckpointError, latest_checkpoint, new_run_folder, writ
 from helpers import make_text, write_config
 from safetensors.torch import load_file, save_file
 from settings import Settings, SettingsError
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 TRAIN = Path(train_script.__file__)
 
@@ -91,6 +93,34 @@ def test_the_control_has_no_resonance(tmp_path, text, capsys):
         assert row in out
 
 
+def test_the_model_card_says_what_it_is(trained):
+    card = (trained / "model" / "README.md").read_text()
+    results = json.loads((trained / "results.json").read_text())
+    assert card.startswith("---\n")
+    assert "library_name: transformers" in card
+    for fact in (
+        f"| held-out loss, nats per token | {results['validation_loss']:.4f} |",
+        f"| held-out bits per byte | {results['bits_per_byte']:.4f} |",
+        f"| tokens seen | {results['tokens']:,} |",
+        f"| parameters | {results['parameters']:,} |",
+        f"| input_lif | {results['firing_rates']['input_lif']:.2%} |",
+        '"hidden_size": 16',
+        "lr: 0.01",
+    ):
+        assert fact in card
+    assert "without embedding and head" in card
+
+
+def test_switches_of_the_command_line(tmp_path, text):
+    assert run(tmp_path, text, "--steps", "2", "--gradient-checkpointing") == 0
+    settings = yaml.safe_load((tmp_path / "runs" / "test-0001" / "settings.yaml").read_text())
+    assert settings["training"]["gradient_checkpointing"] is True
+    assert settings["training"]["compile"] is False
+    assert run(tmp_path, text, "--steps", "2", "--no-gradient-checkpointing") == 0
+    losses = [json.loads((tmp_path / "runs" / f"test-000{n}" / "results.json").read_text()) for n in (1, 2)]
+    assert losses[0]["validation_loss"] == losses[1]["validation_loss"]
+
+
 def test_bf16_trains(tmp_path, text):
     assert run(tmp_path, text, "--mixed-precision", "bf16", "--steps", "2") == 0
 
@@ -132,34 +162,37 @@ def test_a_resumed_run_reaches_the_same_weights_bit_for_bit(tmp_path, text, monk
     assert results[0]["validation_loss"] == results[1]["validation_loss"]
 
 
-def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, text):
-    """Killed hard while it writes checkpoints all the time; what is there can be resumed."""
-    config = write_config(tmp_path, steps=150, save_every=1, eval_every=1000)
-    command = [
-        sys.executable,
-        str(TRAIN),
-        "--config",
-        str(config),
-        "--data",
-        str(text),
-        "--out",
-        str(tmp_path / "runs"),
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    part = tmp_path / "runs" / "test-0001"
-    deadline = time.monotonic() + 120
-    while len(list(part.glob("checkpoint-*"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    for checkpoint in part.glob("checkpoint-*"):
-        assert {"model.safetensors", "optimizer.bin", "scheduler.bin", "position.json"} <= {
-            p.name for p in checkpoint.iterdir()
-        }
-        load_file(checkpoint / "model.safetensors")
-    assert checkpoints.checkpoint_step(latest_checkpoint(part)) < 150
-    assert train_script.main(["--resume", str(part)]) == 0
-    assert json.loads((part / "results.json").read_text())["steps"] == 150
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(tmp_path, text, kills):
+    """Killed hard at random moments of training and saving, which take turns all the time, it resumes each time."""
+    config = write_config(tmp_path, steps=60 * kills, save_every=1, eval_every=10_000)
+    part, generator = tmp_path / "runs" / "test-0001", random.Random(0)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    start = ["--config", str(config), "--data", str(text), "--out", str(tmp_path / "runs")]
+    for kill in range(kills):
+        arguments = ["--resume", str(part)] if kill else start
+        process = subprocess.Popen(
+            [sys.executable, str(TRAIN), *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        before, deadline = newest_step(part), time.monotonic() + 120
+        while newest_step(part) < before + 2 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(generator.uniform(0, 0.3))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()
+        process.stderr.close()
+        assert before + 2 <= newest_step(part) < 60 * kills
+        checkpoint = latest_checkpoint(part)
+        checkpoints.check_digests(checkpoint, checkpoints.read_json(checkpoint / "position.json")["digests"])
+    for arguments in (["--resume", str(part)], [*start[:-1], str(tmp_path / "whole")]):  # as many threads as before
+        subprocess.run([sys.executable, str(TRAIN), *arguments], env=environment, check=True, capture_output=True)
+    expected = weights(tmp_path / "whole" / "test-0001")
+    assert all(torch.equal(value, expected[name]) for name, value in weights(part).items())
+
+
+def newest_step(run: Path) -> int:
+    """Step of the newest checkpoint, 0 if there is none."""
+    return max((checkpoints.checkpoint_step(path) for path in run.glob("checkpoint-*")), default=0)
 
 
 def test_relative_paths_of_a_config_are_kept_absolute(tmp_path, text, monkeypatch):
@@ -415,8 +448,17 @@ def test_a_stream_is_resumed_bit_for_bit_and_breaks_off_without_loss(tmp_path, t
     assert all(torch.equal(value, weights(part)[name]) for name, value in weights(whole).items())
 
 
+def losses(run: Path) -> list[float]:
+    """The loss of every step that was logged."""
+    log = min((run / "tensorboard").rglob("events.*"), key=lambda path: len(path.parts))  # others hold the settings
+    events = EventAccumulator(str(log))
+    events.Reload()
+    return [event.value for event in events.Scalars("loss")]
+
+
 def test_two_processes_share_one_run_and_it_can_be_resumed(tmp_path, text):
-    config = write_config(tmp_path, steps=4, save_every=2)
+    """And they learn what one process does with batches twice as large."""
+    config = write_config(tmp_path, steps=4, save_every=2, log_every=1)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [sys.executable, *launch, str(TRAIN)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -426,6 +468,12 @@ def test_two_processes_share_one_run_and_it_can_be_resumed(tmp_path, text):
     part = tmp_path / "runs" / "test-0001"
     results = json.loads((part / "results.json").read_text())
     assert results["tokens"] == 2 * 4 * 4 * 2 * 24
+    assert run(tmp_path, text, "--batch-size", "8", config=config, out="one") == 0
+    alone = tmp_path / "one" / "test-0001"
+    assert losses(part) == pytest.approx(losses(alone), rel=1e-4)
+    assert len(losses(part)) == 4
+    expected = json.loads((alone / "results.json").read_text())["validation_loss"]
+    assert results["validation_loss"] == pytest.approx(expected, rel=1e-3)
     before = weights(part)
     shutil.rmtree(part / "checkpoint-000004")
     shutil.rmtree(part / "model")

@@ -133,12 +133,16 @@ def output_and_gradients(run, inputs, grad):
     return [context.detach(), *(x.grad for x in inputs if x is not None)]
 
 
-def assert_close(results, expected, tolerance):
-    """The context number by number, gradients by their norms, sums of about 1 that may cancel."""
+def assert_close(results, expected, tolerance, largest_count=1):
+    """The context number by number, gradients by their norms, sums of about 1 that may cancel.
+
+    That of the temperature, the fourth of them, is a sum of counts times gradients: it may cancel at their size.
+    """
     assert (results[0] - expected[0]).abs().max() <= tolerance
-    for result, reference_result in zip(results[1:], expected[1:], strict=True):
+    for index, (result, reference_result) in enumerate(zip(results[1:], expected[1:], strict=True)):
         assert result.dtype == reference_result.dtype
-        assert (result - reference_result).norm() <= 10 * tolerance * (reference_result.norm() + 1)
+        size = reference_result.norm() + (largest_count if index == 3 else 1)
+        assert (result - reference_result).norm() <= 10 * tolerance * size
 
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -182,7 +186,8 @@ def test_every_backend_gives_what_the_reference_gives(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blockwise, "BLOCK", block)
         patch.setattr(blockwise, "SCORES", {"cpu": scores})
-        assert_close(output_and_gradients(ours, inputs, grad), output_and_gradients(whole, inputs, grad), tolerance)
+        results, expected = (output_and_gradients(run, inputs, grad) for run in (ours, whole))
+        assert_close(results, expected, tolerance, max(1, T * width * most**2 / 10))
         without_gradients = ours(*inputs)
     assert (without_gradients - whole(*inputs)).abs().max() <= tolerance
     assert all(x is None or torch.equal(x, y) for x, y in zip(inputs, before, strict=True))  # nothing was written into

@@ -1,0 +1,81 @@
+"""The model card: what stands beside the weights for whoever finds them, ``README.md`` of a model's folder."""
+
+import json
+from importlib.metadata import version
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCardData
+from modeling_nord import NordForCausalLM
+
+__all__ = ["model_card", "parameter_counts"]
+
+USE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)  # where nord-snn is installed
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+ids = tokenizer("Once", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
+```"""
+
+
+def parameter_counts(model: NordForCausalLM) -> tuple[int, int]:
+    """All parameters, and those that are neither embedding nor head."""
+    vocabulary = {id(p): p.numel() for p in (model.embed_tokens.weight, model.lm_head.weight)}
+    total = model.num_parameters()
+    return total, total - sum(vocabulary.values())
+
+
+def model_card(
+    model: NordForCausalLM,
+    origin: str,
+    results: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
+) -> str:
+    """The text of the card.
+
+    Args:
+        model: what was trained.
+        origin: one sentence on where it comes from.
+        results: as in ``results.json``.
+        training: settings of the run.
+    """
+    data = ModelCardData(
+        library_name="transformers", pipeline_tag="text-generation", tags=["spiking-neural-network", "nord-snn"]
+    )
+    total, without = parameter_counts(model)
+    facts = {"parameters": f"{total:,}", "without embedding and head": f"{without:,}"} | _facts(results)
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n\n# A Nord spiking language model\n\n{origin} nord-snn {version('nord-snn')}.",
+        _table(("", ""), facts),
+        USE,
+    ]
+    if results is not None:
+        rates = {name: f"{rate:.2%}" for name, rate in results["firing_rates"].items()}
+        parts.append(
+            "## Firing rates\n\nMean over the held-out text, from true spikes.\n\n" + _table(("layer", "rate"), rates)
+        )
+    configuration = json.dumps(json.loads(model.config.to_json_string(use_diff=True)), indent=2)
+    parts.append(f"## Configuration\n\nWhat differs from `NordConfig()`:\n\n```json\n{configuration}\n```")
+    if training is not None:
+        parts.append(f"## Training\n\n```yaml\n{yaml.safe_dump(training, sort_keys=False).rstrip()}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def _facts(results: dict[str, Any] | None) -> dict[str, str]:
+    if results is None:
+        return {}
+    return {
+        "text": results["text"],
+        "tokens seen": f"{results['tokens']:,}",
+        "held-out loss, nats per token": f"{results['validation_loss']:.4f}",
+        "held-out bits per byte": f"{results['bits_per_byte']:.4f}",
+        "unigram, bigram on the same text": f"{results['unigram_loss']:.4f}, {results['bigram_loss']:.4f}",
+        "seed": str(results["seed"]),
+    }
+
+
+def _table(columns: tuple[str, str], rows: dict[str, str]) -> str:
+    head = f"| {columns[0]} | {columns[1]} |\n|---|---|\n"
+    return head + "\n".join(f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows.items())

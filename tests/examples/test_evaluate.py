@@ -1,0 +1,86 @@
+"""evaluate.py: every token is scored once, with the context promised, whatever the stride."""
+
+import json
+import math
+
+import evaluate as evaluate_script
+import pytest
+import torch
+from configuration_nord import NordConfig
+from evaluate import score, windows
+from helpers import make_text
+from hypothesis import given
+from hypothesis import strategies as st
+from modeling_nord import NordForCausalLM
+
+SMALL = {
+    "vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
+    "max_position_embeddings": 12, "n_clusters": 4, "recency": True,
+}  # fmt: skip
+
+
+@given(n=st.integers(0, 200), context=st.integers(1, 30), data=st.data())
+def test_windows_cover_everything_once(n, context, data):
+    stride = data.draw(st.integers(1, context))
+    scored = []
+    for window in windows(n, context, stride):
+        assert 0 <= window.begin < window.end <= n
+        assert window.end - window.begin <= context
+        new = range(window.end - window.scored, window.end)
+        if scored:
+            assert new.start - window.begin >= min(context - stride, new.start)  # what stands before a scored token
+        scored.extend(new)
+    assert scored == list(range(n))
+
+
+@pytest.mark.parametrize(("context", "stride"), [(12, 12), (12, 5), (7, 1), (1, 1)])
+@pytest.mark.parametrize("n", [2, 12, 13, 40])
+def test_the_score_is_that_of_each_token_by_itself(context, stride, n):
+    torch.manual_seed(0)
+    model = NordForCausalLM(NordConfig(**SMALL)).eval()
+    tokens = torch.randint(30, (n,))
+    expected, done = 0.0, 0
+    for window in windows(n - 1, context, stride):
+        for target in range(done + 1, window.end + 1):
+            logits = model(input_ids=tokens[None, window.begin : target]).logits[0, -1]
+            expected -= logits.log_softmax(-1)[tokens[target]].item()
+        done = window.end
+    for batch_size in (1, 3):
+        assert score(model, tokens, context, stride, batch_size) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_command(trained, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(make_text(2000, seed=3))
+    arguments = [str(tmp_path / "text.txt"), "--model", str(trained / "model"), "--json", str(tmp_path / "out.json")]
+    assert evaluate_script.main(arguments) == 0
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert results["context"] == 24
+    assert results["stride"] == 12
+    assert results["bytes"] == len(make_text(2000, seed=3))
+    assert results["perplexity"] == pytest.approx(math.exp(results["nats_per_token"]))
+    bits = results["nats_per_token"] * results["tokens"] / results["bytes"] / math.log(2)
+    assert results["bits_per_byte"] == pytest.approx(bits)
+    out = capsys.readouterr().out
+    assert "bits per byte" in out
+    assert "input_lif" in out
+    assert evaluate_script.main([*arguments, "--stride", "24"]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["nats_per_token"] != results["nats_per_token"]
+    assert evaluate_script.main([*arguments, "--max-tokens", "50"]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["tokens"] < results["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--stride", "25"], "expected 1 <= stride <= context <= 24, got stride 25 and context 24"),
+        (["--context", "30"], "got stride 15 and context 30"),
+        (["none.txt"], "no such file or folder"),
+        (["--model", "none"], "no model here"),
+    ],
+)
+def test_bad_input_is_named(trained, tmp_path, capsys, change, message):
+    (tmp_path / "text.txt").write_text(make_text(100))
+    text = [] if change[0] == "none.txt" else [str(tmp_path / "text.txt")]
+    model = [] if change[0] == "--model" else ["--model", str(trained / "model")]
+    assert evaluate_script.main([*text, *model, *change]) == 1
+    assert message in capsys.readouterr().err
