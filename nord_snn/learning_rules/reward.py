@@ -3,8 +3,10 @@
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from nord_snn.learning_rules.ranks import mean_over_ranks
 from nord_snn.learning_rules.stdp import STDP
 from nord_snn.ops import reward_from_loss
 
@@ -81,6 +83,9 @@ class RewardModulatedSTDP(STDP):
     ) -> Tensor | None:
         """Turn what was recorded into ``reward * scale * dW``, and forget the record.
 
+        In several processes (``torch.distributed``) all of them call this: reward and baseline are those of the mean loss,
+        a reward that is given is each process's own, and the change is the mean of theirs.
+
         Args:
             loss: the outcome, compared with the running baseline, which it then updates.
             reward: the reward itself; give this or ``loss``.
@@ -100,6 +105,9 @@ class RewardModulatedSTDP(STDP):
         outcome = float(given.detach() if isinstance(given, Tensor) else given)  # type: ignore[arg-type]  # one is there
         if not math.isfinite(outcome):
             raise ValueError(f"the {'reward' if loss is None else 'loss'} must be finite, got {outcome}")
+        if loss is not None:
+            mean = mean_over_ranks(torch.tensor(outcome, device=self.synapse.weight.device), self.synapse.weight)
+            outcome = float(mean)  # type: ignore[arg-type]  # each process has a loss
         if reward is None:
             self.last_reward = reward_from_loss(outcome, self.baseline, self.reward_scale)
         else:

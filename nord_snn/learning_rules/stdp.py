@@ -6,6 +6,7 @@ import torch
 from spikingjelly.activation_based import base
 from torch import Tensor, nn
 
+from nord_snn.learning_rules.ranks import mean_over_ranks
 from nord_snn.ops import STDPState, stdp
 
 __all__ = ["STDP"]
@@ -87,6 +88,8 @@ class STDP(base.MemoryModule):
     def step(self, on_grad: bool = True, scale: float = 1.0, positions: slice | None = None) -> Tensor | None:
         """Turn what was recorded into a weight change, and forget the record.
 
+        In several processes (``torch.distributed``) all of them call this, and the change is the mean of theirs.
+
         Args:
             on_grad: True subtracts the change from ``synapse.weight.grad``, so that a step of gradient descent adds it;
                 False returns it.
@@ -100,7 +103,7 @@ class STDP(base.MemoryModule):
             RuntimeError: the synapse and the neurons were not called equally often.
             ValueError: the batch shape changed since the last reset.
         """
-        delta = self._consume(scale, positions)
+        delta = mean_over_ranks(self._consume(scale, positions), self.synapse.weight)
         if delta is None or not on_grad:
             return delta
         weight = self.synapse.weight

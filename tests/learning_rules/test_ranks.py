@@ -1,0 +1,61 @@
+"""A rule in several processes: the same change, reward and baseline in each."""
+
+import subprocess
+import sys
+
+import torch
+
+from nord_snn.learning_rules import RewardModulatedSTDP
+from nord_snn.neurons import AssociativeLIFNode
+
+WORK = """
+import sys, torch
+from torch import distributed, nn
+from nord_snn.learning_rules import RewardModulatedSTDP
+from nord_snn.neurons import AssociativeLIFNode
+
+rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+if size > 1:
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+torch.manual_seed(0)
+net = nn.Sequential(nn.Linear(8, 6, bias=False), AssociativeLIFNode(6, n_clusters=2, step_mode="m"))
+net[0].weight.data.abs_()
+rule = RewardModulatedSTDP(step_mode="m", synapse=net[0], sn=net[1], reduction="mean")
+x = (torch.rand(3, 10, 4, 8) < 0.5).float()
+deltas = []
+for step in range(3):
+    if not (step == 2 and rank == 1):  # in the last step one of them sees nothing
+        net(x[step, :, rank::size])
+        rule.sn.reset()
+    losses = [9.0 - step - 0.1 * row for row in range(4) if row % size == rank]
+    deltas.append(rule.step(loss=sum(losses) / len(losses), on_grad=False))
+    rule.reset()
+assert rule.step(reward=1.0, on_grad=False) is None  # nobody saw anything
+torch.save({"deltas": deltas, "baseline": rule.baseline, "reward": rule.last_reward}, f"{folder}/{size}-{rank}.pt")
+"""
+
+
+def test_all_ranks_change_the_same_and_what_one_process_would(tmp_path):
+    started = [
+        subprocess.Popen([sys.executable, "-c", WORK, str(rank), str(size), str(tmp_path)], stderr=subprocess.PIPE)
+        for size, rank in ((2, 0), (2, 1), (1, 0))
+    ]
+    for process in started:
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 0, error.decode()
+    first, second, alone = (torch.load(tmp_path / f"{name}.pt") for name in ("2-0", "2-1", "1-0"))
+    assert first["baseline"] == second["baseline"]
+    assert abs(first["baseline"] - alone["baseline"]) < 1e-6
+    assert first["reward"] == second["reward"] == alone["reward"] == 1.0
+    for step in range(3):
+        assert torch.equal(first["deltas"][step], second["deltas"][step])
+        assert first["deltas"][step].abs().sum() > 0
+    for step in range(2):
+        assert torch.allclose(first["deltas"][step], alone["deltas"][step], atol=1e-8)
+
+
+def test_one_process_is_left_alone():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), AssociativeLIFNode(4, n_clusters=2, step_mode="m"))
+    rule = RewardModulatedSTDP(step_mode="m", synapse=net[0], sn=net[1])
+    assert rule.step(loss=1.0, on_grad=False) is None
+    assert abs(rule.baseline - 9.91) < 1e-9
