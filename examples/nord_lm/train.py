@@ -180,9 +180,11 @@ def train(settings: Settings, out: Path, resume: Path | None) -> int:
             validation_loss = evaluate(accelerator, model, validation_loader)
         results = measure(accelerator, settings, model, corpus, position, validation_loss, monitor.rates())
 
+    weights = accelerator.get_state_dict(model)  # where they are spread over processes, all of them have a part in it
     if accelerator.is_main_process:
-        finish(settings, accelerator.unwrap_model(model), tokenizer, run, results)
-        report(progress, accelerator.unwrap_model(model), tokenizer, corpus, run, results)
+        finish(settings, accelerator.unwrap_model(model), weights, tokenizer, run, results)
+        trained = NordForCausalLM.from_pretrained(run / "model").to(accelerator.device).eval()
+        report(progress, trained, tokenizer, corpus, run, results)
     accelerator.wait_for_everyone()  # the first process has been writing; leaving before it would break the group off
     log.close()
     return 0
@@ -452,12 +454,17 @@ def measure(
 
 
 def finish(
-    settings: Settings, model: NordForCausalLM, tokenizer: PreTrainedTokenizerBase, run: Path, results: dict[str, Any]
+    settings: Settings,
+    model: NordForCausalLM,
+    weights: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    run: Path,
+    results: dict[str, Any],
 ) -> None:
     """Write the model as a folder that ``from_pretrained`` opens, with a card, and the results."""
 
     def write(folder: Path) -> None:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
         text = model_card(model, "Trained with", results, asdict(settings.training))
         (folder / "README.md").write_text(text, encoding="utf-8")

@@ -4,7 +4,9 @@ import copy
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import configuration_nord
 import pytest
 import torch
 from configuration_nord import NordConfig
@@ -14,6 +16,8 @@ from modeling_nord import NordForCausalLM
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nord_snn.monitor import SpikeMonitor
+
+RECIPE = Path(configuration_nord.__file__).parent
 
 SMALL = {
     "vocab_size": 50,
@@ -307,3 +311,50 @@ def test_the_configs_are_the_ones_promised():
     assert training.tokenizer == "meta-llama/Llama-3.2-1B"
     for name in ("tiny", "small"):
         assert Settings.read(CONFIGS / f"{name}.yaml").model_config().recency
+
+
+SHARDED = """
+import sys, torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+sys.path.insert(0, sys.argv[3])
+from configuration_nord import NordConfig
+from modeling_nord import NordForCausalLM
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+settings, ids = torch.load(f"{folder}/case.pt")
+torch.manual_seed(0)
+model = NordForCausalLM(NordConfig(**settings))
+mesh = init_device_mesh("cpu", (2,))
+for block in model.blocks:
+    fully_shard(block, mesh=mesh)
+fully_shard(model, mesh=mesh)
+loss = model(input_ids=ids[rank : rank + 1], labels=ids[rank : rank + 1]).loss
+loss.backward()
+grads = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+torch.save((loss.detach(), grads), f"{folder}/{rank}.pt")
+distributed.destroy_process_group()
+"""
+
+
+def test_parameters_spread_over_processes_learn_the_same(tmp_path):
+    """FSDP, block by block: every parameter can be split, and what comes back is the gradient of the whole batch."""
+    settings, ids = SMALL | {"recency": True}, torch.randint(50, (2, 10))
+    torch.save((settings, ids), tmp_path / "case.pt")
+    started = [
+        subprocess.Popen([sys.executable, "-c", SHARDED, str(rank), str(tmp_path), str(RECIPE)], stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    for process in started:
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 0, error.decode()[-2000:]
+    torch.manual_seed(0)
+    model = NordForCausalLM(NordConfig(**settings))
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert sum(result[0] for result in results).item() / 2 == pytest.approx(loss.item(), abs=1e-5)
+    for name, parameter in model.named_parameters():
+        assert relative_error(results[0][1][name], parameter.grad) < 5e-4, name
