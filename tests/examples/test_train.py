@@ -12,10 +12,12 @@ from pathlib import Path
 
 import checkpoints
 import data
+import modeling_nord
 import pytest
 import torch
 import train as train_script
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
 from checkpoints import CheckpointError, latest_checkpoint, new_run_folder, write_folder, write_json
 from helpers import make_text, write_config
@@ -446,6 +448,33 @@ def test_a_stream_is_resumed_bit_for_bit_and_breaks_off_without_loss(tmp_path, t
     assert position["batches"] == 10  # the 11th of the second epoch was the first half of a step that broke off
     assert train_script.main(["--resume", str(part)]) == 0
     assert all(torch.equal(value, weights(part)[name]) for name, value in weights(whole).items())
+
+
+@pytest.mark.slow
+def test_the_published_size_takes_a_step(tmp_path):
+    """144 M parameters, context 512, in float32 on a CPU: a micro-batch of one block, two of them a step."""
+    (tmp_path / "text.txt").write_text(make_text(12_000))
+    data.train_tokenizer([make_text()], 1000).save_pretrained(tmp_path / "tokenizer")
+    files = ["--data", str(tmp_path / "text.txt"), "--tokenizer", str(tmp_path / "tokenizer"), "--out", str(tmp_path)]
+    shortened = ["--steps", "1", "--batch-size", "1", "--grad-accum", "2", "--mixed-precision", "no"]
+    command = [sys.executable, str(TRAIN), "--config", "nord-144m", *files, *shortened]
+    subprocess.run(command, check=True, capture_output=True, timeout=600)
+    results = json.loads((tmp_path / "nord-144m-0001" / "results.json").read_text())
+    assert results["parameters"] == 144_334_525
+    assert results["tokens"] == 2 * 512
+    assert results["firing_rates"]["blocks.5.ffn.lif1"] > 0
+    assert results["peak_memory_mb"] < 8000
+
+
+def test_the_accelerate_configs_are_ones_that_accelerate_reads():
+    folder = Path(train_script.__file__).parent / "configs" / "accelerate"
+    assert {path.stem for path in folder.glob("*.yaml")} == {"ddp", "fsdp", "deepspeed"}
+    for path in folder.glob("*.yaml"):
+        config = load_config_from_file(str(path))
+        assert config.num_processes == 8
+        assert config.mixed_precision == "bf16"
+    sharded = load_config_from_file(str(folder / "fsdp.yaml")).fsdp_config
+    assert sharded["fsdp_transformer_layer_cls_to_wrap"] == modeling_nord.NordForCausalLM._no_split_modules[0]
 
 
 def losses(run: Path) -> list[float]:
