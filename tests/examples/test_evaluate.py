@@ -6,6 +6,7 @@ import math
 import evaluate as evaluate_script
 import pytest
 import torch
+import yaml
 from configuration_nord import NordConfig
 from evaluate import score, windows
 from helpers import make_text
@@ -84,3 +85,37 @@ def test_bad_input_is_named(trained, tmp_path, capsys, change, message):
     model = [] if change[0] == "--model" else ["--model", str(trained / "model")]
     assert evaluate_script.main([*text, *model, *change]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_lm_evaluation_harness_opens_a_run_and_agrees(trained, tmp_path, monkeypatch):
+    """As the ordinary ``hf`` model, on a task of local text; it scores each document by itself and no end of text."""
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness (pip install lm-eval) is not installed")
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    texts = [make_text(600, seed=seed) for seed in range(2)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    task = {
+        "task": "local_text",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "text.jsonl")}},
+        "test_split": "test",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    }
+    (tmp_path / "local_text.yaml").write_text(yaml.safe_dump(task))
+    done = simple_evaluate(
+        model="hf",
+        model_args=f"pretrained={trained / 'model'},trust_remote_code=True",
+        tasks=["local_text"],
+        device="cpu",
+        batch_size=1,
+        task_manager=TaskManager(include_path=str(tmp_path)),
+    )
+    theirs = done["results"]["local_text"]["bits_per_byte,none"]
+    arguments = ["--model", str(trained / "model"), "--stride", "24", "--json", str(tmp_path / "out.json")]
+    assert evaluate_script.main([str(tmp_path / "text.jsonl"), *arguments]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["bits_per_byte"] == pytest.approx(theirs, rel=0.02)
