@@ -131,7 +131,7 @@ def decoding_table(page: Page) -> None:
         f"{(decoding.__doc__ or '').strip()} New weights, the embedding scaled until 10 % of the input neurons fire."
     )
     page.say(f"Gate: {decoding.gate(net)}.\n")
-    page.say("| context | cache | ms to the first token | ms a token | tokens/s |\n|---|---|---|---|---|")
+    page.say("| prompt, tokens | cache | ms to the first token | ms a token | tokens/s |\n|---|---|---|---|---|")
     speeds = decoding.measure(net)
     for (length, use_cache), speed in speeds.items():
         name = "**yes**" if use_cache else "no"
@@ -140,8 +140,8 @@ def decoding_table(page: Page) -> None:
     config = net.config
     dense = config.num_hidden_layers * config.hidden_size * 4 * (config.t_fast + config.t_slow + 1)
     page.say(
-        f"\nWith the cache a token takes {long / short:.2f} times as long at the longer context as at the shorter. A position "
-        f"takes {decoding.cache_bytes(net):,} bytes of cache; with key spikes as floats it would take {dense:,}.\n"
+        f"\nWith the cache a token takes {long / short:.2f} times as long behind the longer prompt as behind the shorter. "
+        f"A position takes {decoding.cache_bytes(net):,} bytes of cache; with key spikes as floats it would take {dense:,}.\n"
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -23,6 +24,7 @@ except ImportError:
 
 __all__ = ["NordForCausalLM"]
 
+GROWING = (DynamicLayer, DynamicSlidingWindowLayer)
 NOT_OFFERED = ("inputs_embeds", "position_ids", "output_hidden_states", "output_attentions")
 
 
@@ -128,8 +130,8 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: wrong rank, too long, padding between tokens, or something is asked for that the model does not have.
             RuntimeError: a gradient through earlier positions in a cache; call it under ``torch.no_grad()``.
         """
+        self._check(input_ids, past_key_values, kwargs)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        self._check(input_ids, kwargs)
         lengths = self._lengths(input_ids, attention_mask, seen)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
@@ -171,7 +173,7 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
         inputs.pop("position_ids", None)  # the model has none
         return inputs
 
-    def _check(self, input_ids: Tensor, others: dict[str, Any]) -> None:
+    def _check(self, input_ids: Tensor, past: Cache | None, others: dict[str, Any]) -> None:
         if refused := [name for name in NOT_OFFERED if others.get(name) is not None and others[name] is not False]:
             raise ValueError(f"NordForCausalLM does not offer {', '.join(refused)}")
         if input_ids.ndim != 2 or input_ids.is_floating_point():
@@ -182,6 +184,12 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"input_ids have {input_ids.shape[1]} positions, more than "
                 f"max_position_embeddings = {self.config.max_position_embeddings}"
+            )
+
+        if past is not None and not (isinstance(past, Cache) and all(type(layer) in GROWING for layer in past.layers)):
+            kinds = sorted({type(layer).__name__ for layer in getattr(past, "layers", ())}) or [type(past).__name__]
+            raise ValueError(
+                f"past_key_values must be a DynamicCache, whose layers grow and stay exact, got {kinds[0]}"
             )
 
     def _lengths(self, input_ids: Tensor, attention_mask: Tensor | None, seen: int) -> Tensor | None:

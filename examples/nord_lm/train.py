@@ -311,7 +311,7 @@ def evaluate(accelerator: Accelerator, model: nn.Module, loader: Any, max_blocks
     model.eval()
     losses: list[Tensor] = []
     for batch in loader:
-        logits = model(input_ids=batch).logits[:, :-1]
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
         per_token = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
         losses.extend(accelerator.gather_for_metrics(per_token.view(len(batch), -1).mean(1)))
         if max_blocks is not None and len(losses) >= max_blocks:

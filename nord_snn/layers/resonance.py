@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from nord_snn.neurons import NeuronFactory, fire_from_rest, make_neuron
+from nord_snn.neurons import AssociativeLIFNode, NeuronFactory, fire_from_rest, make_neuron
 from nord_snn.ops import pack_spikes, resonance, resonance_cached
 from nord_snn.ops.checks import check_features
 from nord_snn.ops.resonance import check_heads
@@ -156,7 +156,9 @@ class CoFiringResonance(nn.Module):
     ) -> Tensor:
         if not self.causal:
             raise ValueError("a resonance that is not causal cannot grow: earlier positions would see later ones")
-        keys, values = remember(pack_spikes(k, self.n_heads), v.unflatten(-1, (self.n_heads, -1)).transpose(1, 2))
+        ours = isinstance(self.lif_q, AssociativeLIFNode) and isinstance(self.lif_k, AssociativeLIFNode)
+        bits = pack_spikes(k, self.n_heads, trusted=ours)
+        keys, values = remember(bits, v.unflatten(-1, (self.n_heads, -1)).transpose(1, 2))
         if keys.shape[2] == v.shape[1] <= (window or v.shape[1]):  # these are the first
             return self._bind(q, k, v, lengths)
         return resonance_cached(
@@ -169,6 +171,7 @@ class CoFiringResonance(nn.Module):
             lengths=lengths,
             window=window,
             backend=self.backend,
+            trusted=ours,
         )
 
     def extra_repr(self) -> str:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from configuration_nord import NordConfig
 from modeling_nord import NordForCausalLM
+from transformers import DynamicCache
 
 from nord_snn.neurons import AssociativeLIFNode
 
@@ -170,6 +171,26 @@ def test_a_cache_is_made_where_it_is_wanted():
     past = model(input_ids=ids, use_cache=True).past_key_values
     with pytest.raises(RuntimeError, match=r"under torch.no_grad\(\)"):
         model(input_ids=ids[:, :1], past_key_values=past)
+
+
+def test_caches_that_would_change_what_they_hold_are_refused():
+    model = make()
+    ids = torch.randint(1, 50, (1, 6))
+    with pytest.raises(ValueError, match="must be a DynamicCache, whose layers grow and stay exact, got Static"):
+        model.generate(ids, max_new_tokens=3, cache_implementation="static", pad_token_id=0)
+    with pytest.raises(ValueError, match="must be a DynamicCache, whose layers grow and stay exact, got tuple"):
+        model(input_ids=ids, past_key_values=((ids, ids),))
+
+
+def test_a_plain_cache_has_the_same_window():
+    """One that keeps everything, as it is made without a configuration."""
+    model = make(1, positions=12)
+    ids = torch.randint(1, 50, (1, 8))
+    tokens = [
+        model.generate(ids, max_new_tokens=15, do_sample=False, past_key_values=past, pad_token_id=0)
+        for past in (DynamicCache(), None)
+    ]
+    assert torch.equal(*tokens)
 
 
 @torch.no_grad()

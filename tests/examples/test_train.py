@@ -466,6 +466,15 @@ def test_the_published_size_takes_a_step(tmp_path):
     assert results["peak_memory_mb"] < 8000
 
 
+@pytest.mark.slow
+def test_compiled_blocks_learn_the_same(tmp_path, text):
+    results = []
+    for switch in ("--no-compile", "--compile"):
+        assert run(tmp_path, text, "--steps", "3", switch) == 0
+        results.append(json.loads((tmp_path / "runs" / f"test-000{len(results) + 1}" / "results.json").read_text()))
+    assert results[1]["validation_loss"] == pytest.approx(results[0]["validation_loss"], rel=1e-3)
+
+
 def test_the_accelerate_configs_are_ones_that_accelerate_reads():
     folder = Path(train_script.__file__).parent / "configs" / "accelerate"
     assert {path.stem for path in folder.glob("*.yaml")} == {"ddp", "fsdp", "deepspeed"}
@@ -485,11 +494,26 @@ def losses(run: Path) -> list[float]:
     return [event.value for event in events.Scalars("loss")]
 
 
-def test_two_processes_share_one_run_and_it_can_be_resumed(tmp_path, text):
-    """And they learn what one process does with batches twice as large."""
+STREAMED = """
+import sys
+sys.path.insert(0, {folder!r})
+import data, train
+data.IN_MEMORY_BYTES = 0
+sys.exit(train.main())
+"""
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_two_processes_share_one_run_and_it_can_be_resumed(tmp_path, text, streamed, monkeypatch):
+    """And they learn what one process does with batches twice as large, from memory or from a stream that they share."""
     config = write_config(tmp_path, steps=4, save_every=2, log_every=1)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *launch, str(TRAIN)]
+    script = TRAIN
+    if streamed:
+        script = tmp_path / "streamed.py"
+        script.write_text(STREAMED.format(folder=str(TRAIN.parent)))
+        monkeypatch.setattr(data, "IN_MEMORY_BYTES", 0)
+    command = [sys.executable, *launch, str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     first = [*command, "--config", str(config), "--data", str(text), "--out", str(tmp_path / "runs")]
     subprocess.run(first, env=environment, check=True, capture_output=True, timeout=240)

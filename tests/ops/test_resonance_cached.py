@@ -143,3 +143,5 @@ def test_what_cannot_be_packed_or_learned_is_said():
         pack_spikes(torch.zeros(1, 1, 1, 4), 3)
     with pytest.raises(RuntimeError, match="no gradient"):
         resonance_cached(**{**GOOD, "q": torch.zeros(2, 1, 1, 6, requires_grad=True)})
+    with pytest.raises(ValueError, match="zeros and ones"):
+        resonance_cached(**{**GOOD, "q": torch.full((2, 1, 1, 6), 2.0)})

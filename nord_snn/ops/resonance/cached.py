@@ -20,12 +20,13 @@ _STEP = 16  # a step's neurons are filled up to whole vectors of the kernels
 _KERNELS = implementations_of("resonance", "numba", plain="cached")
 
 
-def pack_spikes(k: Tensor, n_heads: int) -> Tensor:
+def pack_spikes(k: Tensor, n_heads: int, *, trusted: bool = False) -> Tensor:
     """Spikes as bits, head by head.
 
     Args:
         k: ``[T, B, S, D]`` of zeros and ones.
         n_heads: H; D must be a multiple of it.
+        trusted: do not look whether there are only zeros and ones, for which a GPU would have to be waited for.
 
     Returns:
         uint8 ``[B, H, S, bytes]``: neuron n of a head at step t is bit ``16 * ceil(D/H / 16) * t + n``, the lowest bit of a
@@ -41,10 +42,9 @@ def pack_spikes(k: Tensor, n_heads: int) -> Tensor:
     if k.ndim != 4:
         raise ValueError(f"pack_spikes expects spikes [T, B, S, D], got {list(k.shape)}")
     check_heads(k.shape[-1], n_heads)
-    fired = k != 0
-    if k.is_floating_point() and not torch.equal(fired.to(k.dtype), k):
-        raise ValueError("pack_spikes expects spikes of zeros and ones: others cannot be kept as bits")
-    heads = fired.unflatten(-1, (n_heads, -1)).permute(1, 3, 2, 0, 4)  # [B, H, S, T, D/H]
+    if not trusted:
+        _check_spikes(k)
+    heads = (k != 0).unflatten(-1, (n_heads, -1)).permute(1, 3, 2, 0, 4)  # [B, H, S, T, D/H]
     steps = torch.nn.functional.pad(heads, (0, -heads.shape[-1] % _STEP)).flatten(-2)
     filled = torch.nn.functional.pad(steps, (0, -steps.shape[-1] % _WORD))
     worth = 2 ** torch.arange(_BITS, dtype=torch.uint8, device=k.device)
@@ -70,6 +70,7 @@ def resonance_cached(
     lengths: Tensor | None = None,
     window: int | None = None,
     backend: str = "auto",
+    trusted: bool = False,
 ) -> Tensor:
     """The causal :func:`nord_snn.ops.resonance` for the last positions alone, the keys being bits.
 
@@ -86,12 +87,13 @@ def resonance_cached(
             before is padding that nobody sees. None for all.
         window: a query sees itself and so many less one before it; None for all.
         backend: ``"auto"``, ``"torch"`` or ``"numba"``; see :mod:`nord_snn.ops.dispatch`.
+        trusted: do not look whether q holds only zeros and ones.
 
     Returns:
         ``[B, S, D]`` in the dtype of ``values``; 0 where a query is padding.
 
     Raises:
-        ValueError: a shape or dtype does not fit, or ``top_k`` or ``window`` is not positive.
+        ValueError: a shape or dtype does not fit, ``top_k`` or ``window`` is not positive, or q is not made of zeros and ones.
         RuntimeError: a gradient is asked for, or the backend asked for cannot run.
 
     Source: the Nord spiking language model; keys and values kept as in transformers' decoders.
@@ -108,11 +110,18 @@ def resonance_cached(
         raise RuntimeError(
             "resonance_cached has no gradient: call it, or the model with its cache, under torch.no_grad()"
         )
+    if not trusted:
+        _check_spikes(q)
     name = choose(backend, values.device.type, values.dtype, values.shape[-1])
     n_all = keys.shape[2]
     with without_autocast(values):
         cached = _KERNELS[name].kernel().cached
         return cached(q, keys, values, top_k, temperature, recency, lengths, n_all if window is None else window)
+
+
+def _check_spikes(x: Tensor) -> None:
+    if x.dtype != torch.bool and not torch.equal((x != 0).to(x.dtype), x):
+        raise ValueError("expected spikes of zeros and ones: others cannot be kept as bits")
 
 
 def _check(

@@ -1,0 +1,60 @@
+"""CoFiringResonance over sequences that grow, or have padding in front."""
+
+import pytest
+import torch
+from spikingjelly.activation_based.neuron import LIFNode
+from torch import nn
+
+from nord_snn.layers import CoFiringResonance
+
+
+class Memory:
+    """The plainest thing that remembers."""
+
+    def __init__(self):
+        self.held = ()
+
+    def __call__(self, *new):
+        self.held = tuple(torch.cat(pair, 2) for pair in zip(self.held, new, strict=True)) if self.held else new
+        return self.held
+
+
+@pytest.mark.parametrize("neuron", [None, lambda n: LIFNode()])
+@torch.no_grad()
+def test_a_sequence_that_grows_is_bound_as_if_it_were_whole(neuron):
+    layer = CoFiringResonance(64, n_heads=4, top_k=3, recency=True, neuron=neuron)
+    x = 4 * torch.randn(6, 2, 9, 64)
+    whole, memory = layer(x), Memory()
+    parts = [layer(part, remember=memory) for part in x.split((4, 1, 3, 1), dim=2)]
+    assert torch.allclose(torch.cat(parts, 2), whole, atol=1e-5)
+    assert memory.held[0].dtype == torch.uint8
+
+
+@torch.no_grad()
+def test_padding_in_front_is_not_seen():
+    layer = CoFiringResonance(64, n_heads=4, top_k=3, recency=True)
+    x = 4 * torch.randn(6, 2, 9, 64)
+    lengths = torch.tensor([9, 5])
+    padded = layer(x, lengths=lengths)
+    assert torch.allclose(padded[:, :1], layer(x[:, :1]), atol=1e-5)
+    assert torch.allclose(padded[:, 1:, 4:], layer(x[:, 1:, 4:]), atol=1e-5)
+    assert not padded[:, 1:, :4].any()
+
+
+class Graded(nn.Module):
+    """Neurons that give real numbers."""
+
+    def forward(self, x):
+        """Half of the input."""
+        return x / 2
+
+
+@torch.no_grad()
+def test_what_cannot_be_remembered_is_named():
+    x = torch.randn(2, 1, 3, 8)
+    with pytest.raises(ValueError, match="zeros and ones"):
+        CoFiringResonance(8, n_heads=2, neuron=lambda n: Graded())(x, remember=Memory())
+    with pytest.raises(ValueError, match="not causal cannot grow"):
+        CoFiringResonance(64, n_heads=2, causal=False)(torch.randn(2, 1, 3, 64), remember=Memory())
+    with pytest.raises(ValueError, match="padding needs a causal resonance"):
+        CoFiringResonance(64, n_heads=2, causal=False)(torch.randn(2, 1, 3, 64), lengths=torch.tensor([2]))
