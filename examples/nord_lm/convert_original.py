@@ -10,10 +10,12 @@ llama/Llama-3.2-1B`` for the published weights) is not part of a checkpoint.
 """
 
 import argparse
+import os
 import pickle
 import re
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import torch
 from card import model_card
 from checkpoints import unfinished
 from configuration_nord import NordConfig
+from generate import load_model
 from modeling_nord import NordForCausalLM
 from torch import Tensor
 
@@ -185,8 +188,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: not a checkpoint of plain tensors, nothing in it was executed ({reason})") from error
+        raise ValueError(
+            f"{path}: not a checkpoint of plain tensors, nothing in it was executed ({type(error).__name__})"
+        ) from error
     if not isinstance(checkpoint, dict) or not {"config", "model_state_dict"} <= checkpoint.keys():
         raise ValueError(f"{path}: expected a dictionary with 'config' and 'model_state_dict'")
     return checkpoint
@@ -206,6 +210,8 @@ def main(arguments: list[str] | None = None) -> None:
         f"folder where it has one, else {PUBLISHED_TOKENIZER}",
     )
     options = parser.parse_args(arguments)
+    if options.tokenizer is not None and not options.to_original:
+        parser.error("--tokenizer goes with --to-original")
     try:
         print(_back(options) if options.to_original else _convert(options))
     except ValueError as error:
@@ -226,23 +232,19 @@ def _convert(options: argparse.Namespace) -> str:
 
 
 def _back(options: argparse.Namespace) -> str:
-    if options.out.exists():
-        raise ValueError(f"{options.out} exists already")
-    if not (options.source / "config.json").is_file():
-        raise ValueError(f"{options.source}: no model here; expected a folder with config.json and model.safetensors")
-    try:
-        model = NordForCausalLM.from_pretrained(options.source)
-    except Exception as error:  # a wrong, truncated or foreign file fails in many ways
-        raise ValueError(f"{options.source}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+    if not options.out.parent.is_dir() or os.path.lexists(options.out):
+        raise ValueError(f"{options.out}: expected a new file in a folder that exists")
+    model = load_model(options.source)
     own = str(options.source.resolve()) if (options.source / "tokenizer.json").is_file() else PUBLISHED_TOKENIZER
-    beside = unfinished(options.out)
+    checkpoint, beside = to_original(model, options.tokenizer or own), unfinished(options.out)
     try:
-        torch.save(to_original(model, options.tokenizer or own), beside)
-        beside.replace(options.out)
-    except OSError as error:
-        raise ValueError(f"{options.out} could not be written ({error.strerror})") from error
+        torch.save(checkpoint, beside)
+        os.replace(beside, options.out)
+    except (OSError, RuntimeError) as error:  # a full or read-only disk; torch has RuntimeErrors for it
+        raise ValueError(f"{options.out} could not be written ({' '.join(str(error).split())[:200]})") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
     return f"{options.out}: {model.num_parameters():,} parameters, tokenizer {options.tokenizer or own}"
 
 

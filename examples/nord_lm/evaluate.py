@@ -101,13 +101,17 @@ def score(
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """Everything that the command line asks for."""
+    if options.json is not None and (options.json.is_dir() or not options.json.parent.is_dir()):
+        raise ModelError(f"--json {options.json}: expected a file in a folder that exists")
     folder = options.model or newest_model()
     model, tokenizer = open_model(folder)
     longest = model.config.max_position_embeddings
     context = longest if options.context is None else options.context
+    if context > longest:
+        raise ModelError(f"--context must be at most {longest}, what the model was made for, got {context}")
     stride = max(1, context // 2) if options.stride is None else options.stride
-    if not 1 <= stride <= context <= longest:
-        raise ModelError(f"expected 1 <= stride <= context <= {longest}, got stride {stride} and context {context}")
+    if stride > context:
+        raise ModelError(f"--stride must be at most the context of {context}, got {stride}")
     text, notes = read_text(options.text, tokenizer, options.max_tokens)
     n_predicted = len(text.tokens) - 1
     with SpikeMonitor(model) as monitor:

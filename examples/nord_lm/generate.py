@@ -18,6 +18,7 @@ from transformers.utils import logging
 __all__ = [
     "ModelError",
     "as_text",
+    "load_model",
     "newest_model",
     "number",
     "open_for",
@@ -42,8 +43,8 @@ def newest_model(runs: Path = Path("runs")) -> Path:
     return finished[-1].parent / "model"
 
 
-def open_model(folder: Path) -> tuple[NordForCausalLM, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a folder that ``train.py`` wrote.
+def load_model(folder: Path) -> NordForCausalLM:
+    """The model of a folder that ``train.py`` wrote, whole.
 
     Raises:
         ModelError: something is missing or does not fit.
@@ -61,6 +62,16 @@ def open_model(folder: Path) -> tuple[NordForCausalLM, PreTrainedTokenizerBase]:
         raise ModelError(
             f"{folder}: the weights do not fit the configuration ({kind.replace('_', ' ')}: {', '.join(names[:3])})"
         )
+    return model
+
+
+def open_model(folder: Path) -> tuple[NordForCausalLM, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a folder that ``train.py`` wrote.
+
+    Raises:
+        ModelError: something is missing or does not fit.
+    """
+    model = load_model(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:

@@ -9,7 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -113,13 +121,14 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Logits for every position, and the loss if there are labels.
 
-        Tokens meet only in the resonance, so with a cache of key spikes and values the new tokens alone are computed, and
-        the logits are the same. The cache holds ``max_position_embeddings`` positions; beyond, the oldest leave it.
+        Tokens meet only in the resonance, so with a cache of key spikes and values the new tokens alone are computed. The
+        logits are the same up to and including the token that follows a full window of ``max_position_embeddings``
+        positions. Beyond, the oldest leave the cache, and blocks behind the first see further back than without one.
 
         Args:
             input_ids: token ids ``[B, S]``, S at most ``max_position_embeddings``; with a cache, the new ones.
             attention_mask: 1 for tokens and 0 for padding, which may stand before or behind the tokens of a row;
-                ``[B, S]``, or with a cache one column for every position since it was begun.
+                ``[B, S]``, or with a cache one column for every position since it was begun. None: all are tokens.
             past_key_values: keys and values of what came before; is appended to.
             labels: ``[B, S]``, the same ids, -100 where nothing is to be predicted; the shift is done here.
             use_cache: return a cache; default: as the configuration says, but not while training or where there are labels.
@@ -150,6 +159,15 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
+
+    def _assisted_decoding(self, *args: Any, generation_config: GenerationConfig, **kwargs: Any) -> Any:
+        """Candidates are tried several at a time, which is exact as long as the window need not slide."""
+        if generation_config.max_length > self.config.max_position_embeddings:
+            raise ValueError(
+                "decoding with an assistant or prompt lookup must end within max_position_embeddings = "
+                f"{self.config.max_position_embeddings}, got max_length {generation_config.max_length}"
+            )
+        return super()._assisted_decoding(*args, generation_config=generation_config, **kwargs)
 
     def _recomputes(self) -> bool:
         """Whether blocks are computed again in the backward pass instead of kept."""
@@ -185,12 +203,19 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
                 f"input_ids have {input_ids.shape[1]} positions, more than "
                 f"max_position_embeddings = {self.config.max_position_embeddings}"
             )
-
-        if past is not None and not (isinstance(past, Cache) and all(type(layer) in GROWING for layer in past.layers)):
-            kinds = sorted({type(layer).__name__ for layer in getattr(past, "layers", ())}) or [type(past).__name__]
-            raise ValueError(
-                f"past_key_values must be a DynamicCache, whose layers grow and stay exact, got {kinds[0]}"
-            )
+        if past is not None:
+            layers = past.layers if isinstance(past, DynamicCache) else [past]
+            if strange := sorted({type(layer).__name__ for layer in layers if type(layer) not in GROWING}):
+                raise ValueError(
+                    f"past_key_values must be a DynamicCache, whose layers grow and stay exact, got {strange[0]}"
+                )
+            for layer in layers:
+                window = getattr(layer, "sliding_window", self.config.max_position_embeddings)
+                if window != self.config.max_position_embeddings:
+                    raise ValueError(
+                        f"past_key_values were made for a window of {window} positions, and max_position_embeddings is "
+                        f"{self.config.max_position_embeddings}: use DynamicCache(config=model.config)"
+                    )
 
     def _lengths(self, input_ids: Tensor, attention_mask: Tensor | None, seen: int) -> Tensor | None:
         """Positions of each row from its first token on, ``[B]``; None if no row has padding in front."""
@@ -205,7 +230,10 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
             return None
         begins = tokens[:, 1:] & ~tokens[:, :-1]
         if (begins.sum(1) + tokens[:, 0] > 1).any():
-            raise ValueError("padding may stand before or behind the tokens of a row, got some between them")
+            raise ValueError(
+                "padding may stand before or behind the tokens of a row, got some between them "
+                "(generate() needs it in front: padding_side='left')"
+            )
         first = tokens.int().argmax(1)
         return tokens.shape[1] - first if first.any() else None
 

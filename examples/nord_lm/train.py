@@ -181,11 +181,13 @@ def train(settings: Settings, out: Path, resume: Path | None) -> int:
         results = measure(accelerator, settings, model, corpus, position, validation_loss, monitor.rates())
 
     weights = accelerator.get_state_dict(model)  # where they are spread over processes, all of them have a part in it
-    if accelerator.is_main_process:
-        finish(settings, accelerator.unwrap_model(model), weights, tokenizer, run, results)
-        trained = NordForCausalLM.from_pretrained(run / "model").to(accelerator.device).eval()
-        report(progress, trained, tokenizer, corpus, run, results)
-    accelerator.wait_for_everyone()  # the first process has been writing; leaving before it would break the group off
+    try:
+        if accelerator.is_main_process:
+            finish(settings, accelerator.unwrap_model(model), weights, tokenizer, run, results)
+            trained = NordForCausalLM.from_pretrained(run / "model").to(accelerator.device).eval()
+            report(progress, trained, tokenizer, corpus, run, results)
+    finally:
+        accelerator.wait_for_everyone()  # the others: leaving before the first is done would break the group off
     log.close()
     return 0
 

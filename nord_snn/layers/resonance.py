@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from nord_snn.neurons import AssociativeLIFNode, NeuronFactory, fire_from_rest, make_neuron
 from nord_snn.ops import pack_spikes, resonance, resonance_cached
 from nord_snn.ops.checks import check_features
-from nord_snn.ops.resonance import check_heads
+from nord_snn.ops.resonance import check_heads, check_spikes
 
 __all__ = ["CoFiringResonance", "Remember"]
 
@@ -135,7 +135,7 @@ class CoFiringResonance(nn.Module):
             S = v.shape[1]
             row = torch.arange(len(v), device=v.device)[:, None]
             place = torch.arange(S, device=v.device)
-            padding = (S - lengths)[:, None]
+            padding = (S - lengths.long()).clamp(min=0)[:, None]
             to_front, back = (place + padding) % S, (place - padding) % S
             q, k, v = q[:, row, to_front], k[:, row, to_front], v[row, to_front]
         context = resonance(
@@ -156,10 +156,14 @@ class CoFiringResonance(nn.Module):
     ) -> Tensor:
         if not self.causal:
             raise ValueError("a resonance that is not causal cannot grow: earlier positions would see later ones")
-        ours = isinstance(self.lif_q, AssociativeLIFNode) and isinstance(self.lif_k, AssociativeLIFNode)
+        if window is not None and window < 1:
+            raise ValueError(f"window must be at least 1, got {window}")
+        ours = type(self.lif_q) is type(self.lif_k) is AssociativeLIFNode  # which fires zeros and ones
+        if not ours:
+            check_spikes(q)
         bits = pack_spikes(k, self.n_heads, trusted=ours)
         keys, values = remember(bits, v.unflatten(-1, (self.n_heads, -1)).transpose(1, 2))
-        if keys.shape[2] == v.shape[1] <= (window or v.shape[1]):  # these are the first
+        if keys.shape[2] == v.shape[1] and (window is None or v.shape[1] <= window):  # these are the first
             return self._bind(q, k, v, lengths)
         return resonance_cached(
             q,
@@ -171,7 +175,7 @@ class CoFiringResonance(nn.Module):
             lengths=lengths,
             window=window,
             backend=self.backend,
-            trusted=ours,
+            trusted=True,  # looked at above
         )
 
     def extra_repr(self) -> str:

@@ -101,13 +101,7 @@ class RewardModulatedSTDP(STDP):
         """
         if (loss is None) == (reward is None):
             raise ValueError("give step() either a loss or a reward")
-        given = loss if loss is not None else reward
-        outcome = float(given.detach() if isinstance(given, Tensor) else given)  # type: ignore[arg-type]  # one is there
-        if not math.isfinite(outcome):
-            raise ValueError(f"the {'reward' if loss is None else 'loss'} must be finite, got {outcome}")
-        if loss is not None:
-            mean = mean_over_ranks(torch.tensor(outcome, device=self.synapse.weight.device), self.synapse.weight)
-            outcome = float(mean)  # type: ignore[arg-type]  # each process has a loss
+        outcome = self._outcome(loss, reward)
         if reward is None:
             self.last_reward = reward_from_loss(outcome, self.baseline, self.reward_scale)
         else:
@@ -116,6 +110,24 @@ class RewardModulatedSTDP(STDP):
         if loss is not None:
             self.baseline = self.baseline_decay * self.baseline + (1 - self.baseline_decay) * outcome
         return changed
+
+    def _outcome(self, loss: float | Tensor | None, reward: float | Tensor | None) -> float:
+        """The reward of this process, or the mean loss of all."""
+        weight = self.synapse.weight
+
+        def check() -> Tensor:
+            given = loss if loss is not None else reward
+            outcome = float(given.detach() if isinstance(given, Tensor) else given)  # type: ignore[arg-type]  # one is there
+            if not math.isfinite(outcome):
+                raise ValueError(f"the {'reward' if loss is None else 'loss'} must be finite, got {outcome}")
+            return torch.tensor(outcome, dtype=torch.float64)
+
+        if loss is None:
+            own: list[float] = []
+            mean_over_ranks(lambda: own.append(check().item()), weight)  # all of them raise if one does
+            return own[0]
+        mean = mean_over_ranks(lambda: check().to(weight.device), torch.zeros((), device=weight.device))
+        return float(mean)  # type: ignore[arg-type]  # each process has a loss
 
     def get_extra_state(self) -> dict[str, float]:
         """The baseline, for ``state_dict()``."""

@@ -103,7 +103,7 @@ class STDP(base.MemoryModule):
             RuntimeError: the synapse and the neurons were not called equally often.
             ValueError: the batch shape changed since the last reset.
         """
-        delta = mean_over_ranks(self._consume(scale, positions), self.synapse.weight)
+        delta = mean_over_ranks(lambda: self._consume(scale, positions), self.synapse.weight)
         if delta is None or not on_grad:
             return delta
         weight = self.synapse.weight

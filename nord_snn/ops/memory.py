@@ -13,7 +13,13 @@ NUMBERS: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.
 
 
 def ready(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` in this dtype and contiguous; itself, where it is. The caller keeps it while a kernel works with its address."""
+    """``x`` in this dtype and contiguous; itself, where it is. The caller keeps it while a kernel works with its address.
+
+    Raises:
+        ValueError: it lies elsewhere than on the CPU, where its address means nothing.
+    """
+    if not x.is_cpu:
+        raise ValueError(f"expected all tensors on the device of the input, the CPU, got one on {x.device}")
     return x if x.dtype is dtype and x.is_contiguous() else x.to(dtype).contiguous()
 
 

@@ -73,8 +73,9 @@ def test_the_command(trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--stride", "25"], "expected 1 <= stride <= context <= 24, got stride 25 and context 24"),
-        (["--context", "30"], "got stride 15 and context 30"),
+        (["--stride", "25"], "--stride must be at most the context of 24, got 25"),
+        (["--context", "30"], "--context must be at most 24"),
+        (["--json", "nowhere/out.json"], "expected a file in a folder that exists"),
         (["none.txt"], "no such file or folder"),
         (["--model", "none"], "no model here"),
     ],

@@ -4,7 +4,7 @@ import pytest
 import torch
 from configuration_nord import NordConfig
 from modeling_nord import NordForCausalLM
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
 
 from nord_snn.neurons import AssociativeLIFNode
 
@@ -173,13 +173,29 @@ def test_a_cache_is_made_where_it_is_wanted():
         model(input_ids=ids[:, :1], past_key_values=past)
 
 
+def test_candidates_from_the_prompt_change_nothing_and_end_within_the_window():
+    model = make(1)
+    ids = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3]])
+    plain, looked_up = (
+        model.generate(ids, max_new_tokens=21, do_sample=False, pad_token_id=0, **way)
+        for way in ({}, {"prompt_lookup_num_tokens": 3})
+    )
+    assert torch.equal(plain, looked_up)
+    with pytest.raises(ValueError, match="within max_position_embeddings = 32, got max_length 33"):
+        model.generate(ids, max_new_tokens=22, do_sample=False, prompt_lookup_num_tokens=3, pad_token_id=0)
+
+
 def test_caches_that_would_change_what_they_hold_are_refused():
     model = make()
     ids = torch.randint(1, 50, (1, 6))
-    with pytest.raises(ValueError, match="must be a DynamicCache, whose layers grow and stay exact, got Static"):
+    with pytest.raises(ValueError, match="must be a DynamicCache, whose layers grow and stay exact, got StaticCache"):
         model.generate(ids, max_new_tokens=3, cache_implementation="static", pad_token_id=0)
     with pytest.raises(ValueError, match="must be a DynamicCache, whose layers grow and stay exact, got tuple"):
         model(input_ids=ids, past_key_values=((ids, ids),))
+    with pytest.raises(ValueError, match="got EncoderDecoderCache"):
+        model(input_ids=ids, past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()))
+    with pytest.raises(ValueError, match="for a window of 7 positions, and max_position_embeddings is 32"):
+        model(input_ids=ids, past_key_values=DynamicCache(config=make(positions=7).config))
 
 
 def test_a_plain_cache_has_the_same_window():

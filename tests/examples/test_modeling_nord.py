@@ -13,6 +13,7 @@ from configuration_nord import NordConfig
 from convert_original import load_original, main, our_name, to_original
 from helpers import DATA, load_reference, relative_error
 from modeling_nord import NordForCausalLM
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nord_snn.monitor import SpikeMonitor
@@ -84,7 +85,7 @@ def test_the_way_back_gives_the_published_checkpoint(name, tmp_path, capsys):
     again = load_original(tmp_path / "back.pt")
     expected = load_reference(f"{name}_expected")
     assert torch.allclose(again(input_ids=expected["ids"]).logits, expected["logits"], atol=1e-5, rtol=0)
-    with pytest.raises(SystemExit, match="exists already"):
+    with pytest.raises(SystemExit, match="expected a new file in a folder that exists"):
         main(["--to-original", str(tmp_path / "folder"), str(tmp_path / "back.pt")])
 
 
@@ -100,6 +101,13 @@ def test_what_the_published_code_does_not_have_is_named(tmp_path):
     for source, message in (("model", "has no recency"), ("none", "no model here")):
         with pytest.raises(SystemExit, match=f"error: .*{message}"):
             main(["--to-original", str(tmp_path / source), str(tmp_path / "out.pt")])
+    with pytest.raises(SystemExit, match="expected a new file in a folder that exists"):
+        main(["--to-original", str(tmp_path / "model"), str(tmp_path / "nowhere" / "out.pt")])
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    del weights["norm.weight"]
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match=r"do not fit the configuration \(missing keys: norm.weight\)"):
+        main(["--to-original", str(tmp_path / "model"), str(tmp_path / "out.pt")])
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -314,7 +322,7 @@ def test_the_configs_are_the_ones_promised():
 
 
 SHARDED = """
-import sys, torch
+import os, sys, torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -335,7 +343,8 @@ loss = model(input_ids=ids[rank : rank + 1], labels=ids[rank : rank + 1]).loss
 loss.backward()
 grads = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
 torch.save((loss.detach(), grads), f"{folder}/{rank}.pt")
-distributed.destroy_process_group()
+distributed.barrier()
+os._exit(0)  # taking the group apart may abort a process that has done its work
 """
 
 

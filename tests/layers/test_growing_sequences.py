@@ -39,6 +39,7 @@ def test_padding_in_front_is_not_seen():
     assert torch.allclose(padded[:, :1], layer(x[:, :1]), atol=1e-5)
     assert torch.allclose(padded[:, 1:, 4:], layer(x[:, 1:, 4:]), atol=1e-5)
     assert not padded[:, 1:, :4].any()
+    assert torch.equal(layer(x, lengths=torch.tensor([9, 20], dtype=torch.uint8)), layer(x))  # more than there are: all
 
 
 class Graded(nn.Module):
@@ -54,6 +55,8 @@ def test_what_cannot_be_remembered_is_named():
     x = torch.randn(2, 1, 3, 8)
     with pytest.raises(ValueError, match="zeros and ones"):
         CoFiringResonance(8, n_heads=2, neuron=lambda n: Graded())(x, remember=Memory())
+    with pytest.raises(ValueError, match="window must be at least 1"):
+        CoFiringResonance(64, n_heads=2)(torch.randn(2, 1, 3, 64), remember=Memory(), window=0)
     with pytest.raises(ValueError, match="not causal cannot grow"):
         CoFiringResonance(64, n_heads=2, causal=False)(torch.randn(2, 1, 3, 64), remember=Memory())
     with pytest.raises(ValueError, match="padding needs a causal resonance"):

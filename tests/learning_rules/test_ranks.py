@@ -9,7 +9,7 @@ from nord_snn.learning_rules import RewardModulatedSTDP
 from nord_snn.neurons import AssociativeLIFNode
 
 WORK = """
-import sys, torch
+import os, sys, torch
 from torch import distributed, nn
 from nord_snn.learning_rules import RewardModulatedSTDP
 from nord_snn.neurons import AssociativeLIFNode
@@ -31,7 +31,18 @@ for step in range(3):
     deltas.append(rule.step(loss=sum(losses) / len(losses), on_grad=False))
     rule.reset()
 assert rule.step(reward=1.0, on_grad=False) is None  # nobody saw anything
+for outcome in ({"loss": float("nan")}, {"reward": float("nan")}):  # of one process: none of them waits for it
+    try:
+        rule.step(**(outcome if rank == 0 else {name: 1.0 for name in outcome}))
+    except (ValueError, RuntimeError) as error:
+        said = "must be finite" if rank == 0 else "failed in another process"
+        assert said in str(error), error
+    else:
+        raise SystemExit("went on")
 torch.save({"deltas": deltas, "baseline": rule.baseline, "reward": rule.last_reward}, f"{folder}/{size}-{rank}.pt")
+if size > 1:
+    distributed.barrier()
+os._exit(0)  # taking the group apart may abort a process that has done its work
 """
 
 

@@ -78,6 +78,27 @@ def test_what_is_not_finite_passes_as_in_the_reference(value):
         assert torch.equal(*(y.nan_to_num(99.0) for y in results))
 
 
+def test_gradients_at_what_is_not_a_number_are_the_references():
+    pytest.importorskip("numba", reason="the CPU kernels need Numba")
+    leaves = [
+        torch.tensor([[torch.nan, torch.inf, -torch.inf, 0.0, -0.0, -2.0]]).requires_grad_(),
+        torch.full((6,), 0.5).requires_grad_(),
+        torch.full((6,), -1.0).requires_grad_(),
+    ]
+    grads = []
+    for backend in ("torch", "numba"):
+        y = leaky_clamp(leaves[0], leak=leaves[1], floor=leaves[2], backend=backend)
+        grads.append(torch.autograd.grad(y, (leaves[0], leaves[2]), torch.full((1, 6), -0.5)))
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+
+
+def test_a_tensor_on_another_device_is_named():
+    pytest.importorskip("numba", reason="the CPU kernels need Numba")
+    x, p = torch.randn(3, 5), torch.rand(5)
+    with pytest.raises(ValueError, match="on the device of the input, the CPU, got one on meta"):
+        leaky_clamp(x, x, torch.ones(5, device="meta"), leak=p, floor=p, backend="numba")
+
+
 @pytest.mark.parametrize("adds", [False, True])
 def test_torch_can_trust_the_op(adds):
     pytest.importorskip("numba", reason="the CPU kernels need Numba")

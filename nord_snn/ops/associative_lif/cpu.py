@@ -286,8 +286,8 @@ def _backward_rows(
 ):  # fmt: skip
     """Blocks ``first`` to ``last``; gradients of what all rows share are summed into this chunk's own part.
 
-    ``shared``: of the D thresholds, of both decays, and of the coupling. Such a sum is long and may nearly cancel: the
-    shares of a block, or of a few, are added up in float64.
+    ``shared``: of the D thresholds, of both decays, and of the coupling. Such a sum is long and may nearly cancel: of the
+    decays and the coupling, the shares of a block, or of a few, are added up in float64; of a threshold, those of a chunk.
     """
     members, reach = D // max(clusters, 1), tiles * _TILE + WIDTH
     state = scratch

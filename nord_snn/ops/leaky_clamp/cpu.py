@@ -49,12 +49,13 @@ def _backward_rows(first, last, D, grad, x, branch, gain, leak, floor, grad_x, g
                 z = z + scale * added
             slope, low = load_first(leak, d, n), load_first(floor, d, n)
             leaked = slope * z
-            below = half * (where(at_least(low, leaked), one, zero) + one - where(at_least(leaked, low), one, zero))
+            least, most = at_least(low, leaked), at_least(leaked, low)
+            of_slope, of_low = where(least, where(most, half, zero), one), where(most, where(least, half, zero), one)
             negative = where(at_least(z, zero), zero, given)
-            through = negative * (one - below)
+            through = negative * of_slope
             grad_z = given - negative + through * slope
             store(of_leak, d, load(of_leak, d) + through * z)
-            store(of_floor, d, load(of_floor, d) + negative * below)
+            store(of_floor, d, load(of_floor, d) + negative * of_low)
             store_first(grad_x, at + d, n, grad_z)
             if adds:
                 store(of_gain, d, load(of_gain, d) + grad_z * added)

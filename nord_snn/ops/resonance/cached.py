@@ -12,7 +12,7 @@ from nord_snn.ops.dispatch import implementations_of
 from nord_snn.ops.resonance.autograd import check_heads, choose
 from nord_snn.ops.resonance.reference import keep_best, resonance_scores
 
-__all__ = ["pack_spikes", "resonance_cached", "unpack_spikes"]
+__all__ = ["check_spikes", "pack_spikes", "resonance_cached", "unpack_spikes"]
 
 _BITS, _WORD = 8, 64
 _STEP = 16  # a step's neurons are filled up to whole vectors of the kernels
@@ -43,7 +43,7 @@ def pack_spikes(k: Tensor, n_heads: int, *, trusted: bool = False) -> Tensor:
         raise ValueError(f"pack_spikes expects spikes [T, B, S, D], got {list(k.shape)}")
     check_heads(k.shape[-1], n_heads)
     if not trusted:
-        _check_spikes(k)
+        check_spikes(k)
     heads = (k != 0).unflatten(-1, (n_heads, -1)).permute(1, 3, 2, 0, 4)  # [B, H, S, T, D/H]
     steps = torch.nn.functional.pad(heads, (0, -heads.shape[-1] % _STEP)).flatten(-2)
     filled = torch.nn.functional.pad(steps, (0, -steps.shape[-1] % _WORD))
@@ -106,12 +106,15 @@ def resonance_cached(
     """
     _check(q, keys, values, top_k, recency, lengths, window)
     check_scalar(temperature, "temperature")
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (q, values, temperature)):
+    if torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in (q, values, temperature, recency)
+    ):
         raise RuntimeError(
             "resonance_cached has no gradient: call it, or the model with its cache, under torch.no_grad()"
         )
     if not trusted:
-        _check_spikes(q)
+        check_spikes(q)
+    lengths = None if lengths is None else lengths.long()
     name = choose(backend, values.device.type, values.dtype, values.shape[-1])
     n_all = keys.shape[2]
     with without_autocast(values):
@@ -119,7 +122,8 @@ def resonance_cached(
         return cached(q, keys, values, top_k, temperature, recency, lengths, n_all if window is None else window)
 
 
-def _check_spikes(x: Tensor) -> None:
+def check_spikes(x: Tensor) -> None:
+    """Raise a ValueError unless everything is 0 or 1."""
     if x.dtype != torch.bool and not torch.equal((x != 0).to(x.dtype), x):
         raise ValueError("expected spikes of zeros and ones: others cannot be kept as bits")
 
@@ -157,7 +161,7 @@ def _check(
             raise ValueError(f"{name} must be at least 1, got {number}")
     if recency is not None and recency.shape != (H,):
         raise ValueError(f"recency must have shape [H] = [{H}], got {list(recency.shape)}")
-    if lengths is not None and (lengths.shape != (B,) or lengths.is_floating_point()):
+    if lengths is not None and (lengths.shape != (B,) or lengths.is_floating_point() or lengths.dtype == torch.bool):
         raise ValueError(f"lengths must be integers [B] = [{B}], got {list(lengths.shape)} of {lengths.dtype}")
 
 

@@ -638,8 +638,13 @@ def cached(
     H, n_all, n_bytes = keys.shape[1:]
     words, top_k = n_bytes // 8, min(top_k, n_all)
     context = torch.empty(B, S, D, dtype=dtype)
-    starts = torch.zeros(B, dtype=torch.int64) if lengths is None else (n_all - lengths).clamp(min=0).long()
-    q, keys, values = ready(q, dtype), keys.contiguous(), ready(values, dtype)
+    starts = torch.zeros(B, dtype=torch.int64) if lengths is None else (n_all - lengths).clamp(min=0)
+    q, keys, values, starts = (
+        ready(q, dtype),
+        ready(keys, torch.uint8),
+        ready(values, dtype),
+        ready(starts, torch.int64),
+    )
     slopes = None if recency is None else ready(recency, dtype)
     with as_many_threads_as_torch() as threads:
         chunks = max(1, min(B * H, 2 * threads))
