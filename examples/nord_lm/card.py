@@ -5,6 +5,7 @@ from importlib.metadata import version
 from typing import Any
 
 import yaml
+from configuration_nord import NordConfig
 from huggingface_hub import ModelCardData
 from modeling_nord import NordForCausalLM
 
@@ -56,7 +57,9 @@ def model_card(
         parts.append(
             "## Firing rates\n\nMean over the held-out text, from true spikes.\n\n" + _table(("layer", "rate"), rates)
         )
-    configuration = json.dumps(json.loads(model.config.to_json_string(use_diff=True)), indent=2)
+    published = NordConfig().to_dict()
+    differing = {name: value for name, value in model.config.to_dict().items() if published.get(name) != value}
+    configuration = json.dumps(differing, indent=2, default=str)
     parts.append(f"## Configuration\n\nWhat differs from `NordConfig()`:\n\n```json\n{configuration}\n```")
     if training is not None:
         parts.append(f"## Training\n\n```yaml\n{yaml.safe_dump(training, sort_keys=False).rstrip()}\n```")

@@ -26,6 +26,7 @@ from configuration_nord import NordConfig
 from generate import load_model
 from modeling_nord import NordForCausalLM
 from torch import Tensor
+from transformers.utils import logging
 
 __all__ = [
     "config_from_original",
@@ -212,6 +213,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.tokenizer is not None and not options.to_original:
         parser.error("--tokenizer goes with --to-original")
+    logging.disable_progress_bar()  # of transformers
     try:
         print(_back(options) if options.to_original else _convert(options))
     except ValueError as error:

@@ -150,8 +150,10 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values = DynamicCache(config=self.config)
         x = fire_from_rest(self.input_lif, self.encoder(self.embed_tokens(input_ids)))  # [T, B, S, D]
         for index, block in enumerate(self.blocks):
-            remember = None if past_key_values is None else partial(past_key_values.update, layer_idx=index)
-            through = partial(block, lengths=lengths, remember=remember, window=self.config.max_position_embeddings)
+            through = partial(block, lengths=lengths)
+            if past_key_values is not None:
+                remember = partial(past_key_values.update, layer_idx=index)
+                through = partial(through, remember=remember, window=self.config.max_position_embeddings)
             x = self._gradient_checkpointing_func(through, x) if self._recomputes() else through(x)
         hidden = self.norm(self.readout(x))  # [B, S, D]
         logits = self.lm_head(hidden[:, -logits_to_keep:])

@@ -115,12 +115,14 @@ class CoFiringResonance(nn.Module):
             window: a query sees itself and so many less one before it; only with ``remember``.
 
         Raises:
-            ValueError: wrong rank or width, positions to remember that see what comes after them, or, with ``remember``, q
-                or k that are not zeros and ones.
+            ValueError: wrong rank or width, a window without ``remember``, positions to remember that see what comes after
+                them, or, with ``remember``, q or k that are not zeros and ones.
         """
         check_features(x, self.n_features, type(self).__name__, "[T, B, S, D]")
         q, k = fire_from_rest(self.lif_q, self.q_proj(x)), fire_from_rest(self.lif_k, self.k_proj(x))
         v = self.v_proj(x.mean(0))  # a mean and a linear map commute: W_v runs once and not T times
+        if remember is None and window is not None:
+            raise ValueError("window goes with remember: without it every position is seen")
         if remember is None:
             context = self._bind(q, k, v, lengths)
         else:

@@ -111,6 +111,7 @@ def test_the_model_card_says_what_it_is(trained):
     ):
         assert fact in card
     assert "without embedding and head" in card
+    assert '"alpha"' not in card  # as in NordConfig()
 
 
 def test_switches_of_the_command_line(tmp_path, text):

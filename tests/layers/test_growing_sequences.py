@@ -57,6 +57,8 @@ def test_what_cannot_be_remembered_is_named():
         CoFiringResonance(8, n_heads=2, neuron=lambda n: Graded())(x, remember=Memory())
     with pytest.raises(ValueError, match="window must be at least 1"):
         CoFiringResonance(64, n_heads=2)(torch.randn(2, 1, 3, 64), remember=Memory(), window=0)
+    with pytest.raises(ValueError, match="window goes with remember"):
+        CoFiringResonance(64, n_heads=2)(torch.randn(2, 1, 3, 64), window=2)
     with pytest.raises(ValueError, match="not causal cannot grow"):
         CoFiringResonance(64, n_heads=2, causal=False)(torch.randn(2, 1, 3, 64), remember=Memory())
     with pytest.raises(ValueError, match="padding needs a causal resonance"):
