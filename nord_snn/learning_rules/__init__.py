@@ -1,6 +1,19 @@
 """Learning rules: thin learners around ``nord_snn.ops.stdp``, with SpikingJelly's life cycle."""
 
+from nord_snn.learning_rules.plastic import PlasticPart, load_plastic, save_plastic
 from nord_snn.learning_rules.reward import RewardModulatedSTDP
+from nord_snn.learning_rules.sources import GivenReward, LossBelowBaseline, RewardSource
 from nord_snn.learning_rules.stdp import STDP
+from nord_snn.learning_rules.triplet import TripletSTDP
 
-__all__ = ["STDP", "RewardModulatedSTDP"]
+__all__ = [
+    "STDP",
+    "GivenReward",
+    "LossBelowBaseline",
+    "PlasticPart",
+    "RewardModulatedSTDP",
+    "RewardSource",
+    "TripletSTDP",
+    "load_plastic",
+    "save_plastic",
+]

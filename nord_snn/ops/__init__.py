@@ -7,14 +7,26 @@ from nord_snn.ops.cascade import associative_cascade
 from nord_snn.ops.dispatch import BackendChoice
 from nord_snn.ops.leaky_clamp import leaky_clamp
 from nord_snn.ops.resonance import pack_spikes, resonance, resonance_cached
-from nord_snn.ops.stdp import STDPState, reward_from_loss, stdp
+from nord_snn.ops.stdp import (
+    ConvGeometry,
+    RewardSTDPState,
+    STDPState,
+    TripletState,
+    reward_from_loss,
+    reward_modulated_stdp,
+    stdp,
+    triplet_stdp,
+)
 from nord_snn.ops.surrogate import SURROGATES, SurrogateLike, spike
 
 __all__ = [
     "SURROGATES",
     "AssociativeLIFState",
     "BackendChoice",
+    "ConvGeometry",
+    "RewardSTDPState",
     "STDPState",
+    "TripletState",
     "associative_cascade",
     "associative_lif",
     "leaky_clamp",
@@ -22,8 +34,10 @@ __all__ = [
     "resonance",
     "resonance_cached",
     "reward_from_loss",
+    "reward_modulated_stdp",
     "spike",
     "stdp",
+    "triplet_stdp",
     "which_backend",
 ]
 

@@ -196,10 +196,11 @@ def test_only_some_positions_take_part():
 def test_what_a_copy_of_the_network_does_is_not_recorded():
     net, rule = network()
     x = (torch.rand(4, 2, 6) < 0.5).float()
-    copy.deepcopy(net)(x)
-    assert rule.step(on_grad=False) is None
+    copied = copy.deepcopy(net)
     net(x)
     assert rule.step(on_grad=False) is not None
+    copied(x)
+    assert rule.step(on_grad=False) is None
 
 
 def test_the_loss_of_a_training_step_can_be_given_as_it_is():
@@ -214,13 +215,15 @@ def test_the_loss_of_a_training_step_can_be_given_as_it_is():
 def test_life_cycle():
     net, rule = network()
     x = (torch.rand(4, 2, 6) < 0.5).float()
-    assert rule.step(on_grad=False) is None  # nothing recorded
+    with pytest.raises(RuntimeError, match="neither Linear\\[4, 6\\] nor its neurons were ever called"):
+        rule.step(on_grad=False)
     rule.disable()
     net(x)
     assert rule.step(on_grad=False) is None
     rule.enable()
     net(x)
     assert rule.step(on_grad=False) is not None
+    assert rule.step(on_grad=False) is None  # nothing new
     assert rule.trace_pre is not None
     rule.reset()
     assert rule.trace_pre is None
@@ -283,7 +286,13 @@ def test_two_batch_shapes_in_one_record_are_named():
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        ({"synapse": nn.Conv2d(1, 1, 1)}, TypeError, "must be a torch.nn.Linear, got Conv2d"),
+        ({"synapse": nn.ConvTranspose2d(1, 1, 1)}, TypeError, "Linear, Conv1d or Conv2d of torch.nn, got ConvTranspose2d"),
+        ({"sn": torch.relu}, TypeError, "sn must be a torch.nn.Module, got builtin"),
+        ({"mu": 1.0, "bounds": None}, ValueError, "bounds be given"),
+        ({"mu": -1.0}, ValueError, "mu must be at least 0"),
+        ({"max_norm": 0.0}, ValueError, "max_norm must be positive"),
+        ({"tau_eligibility": 0.0}, ValueError, "tau_eligibility = 0.0"),
+        ({"per_sample": True}, ValueError, "per_sample is for an eligibility"),
         ({"reduction": "max"}, ValueError, "reduction must be"),
         ({"bounds": (1.0, 0.0)}, ValueError, "lower < upper"),
         ({"tau_plus": -1.0}, ValueError, "time constants must be positive"),

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from nord_snn.ops import STDPState, reward_from_loss, stdp
 from nord_snn.ops.stdp import chunked
-from nord_snn.ops.stdp.reference import reference
+from nord_snn.ops.stdp.correlation import dense
+from nord_snn.ops.stdp.reference import Pairing, Traces, reference
 
 CASES = load_reference("stdp")
 
@@ -60,7 +61,9 @@ def test_against_all_pairs_and_cut_anywhere(T, N, tau_plus, tau_minus, cut, seed
 
 
 def step_by_step(pre, post, state, tau_plus, tau_minus, a_plus, a_minus):
-    return reference(pre, post, state, math.exp(-1 / tau_plus), math.exp(-1 / tau_minus), a_plus, a_minus)
+    pairing = Pairing(math.exp(-1 / tau_plus), math.exp(-1 / tau_minus), a_plus, a_minus)
+    stronger, weaker, last = reference(pre, post, Traces(*state), pairing, dense)
+    return stronger - weaker, last
 
 
 TINY = 1e-37  # below it float32 has fewer digits, or none

@@ -1,4 +1,4 @@
-"""The public op: argument checks and precision. Plasticity is no loss, so nothing here carries gradients."""
+"""The public ops: argument checks and precision. Plasticity is no loss, so nothing here carries gradients."""
 
 import math
 
@@ -7,9 +7,19 @@ from torch import Tensor
 
 from nord_snn.ops.checks import compute_dtype
 from nord_snn.ops.stdp.chunked import chunked
-from nord_snn.ops.stdp.reference import STDPState, rest
+from nord_snn.ops.stdp.correlation import ConvGeometry, dense
+from nord_snn.ops.stdp.reference import (
+    Correlate,
+    Pairing,
+    RewardSTDPState,
+    STDPState,
+    Traces,
+    TripletState,
+    rest,
+    weight_dependence,
+)
 
-__all__ = ["stdp"]
+__all__ = ["reward_modulated_stdp", "stdp", "triplet_stdp"]
 
 
 @torch.no_grad()
@@ -22,6 +32,10 @@ def stdp(
     tau_minus: float = 20.0,
     a_plus: float = 0.005,
     a_minus: float = 0.005,
+    weight: Tensor | None = None,
+    bounds: tuple[float, float] = (-0.3, 1.0),
+    mu: float = 0.0,
+    geometry: ConvGeometry | None = None,
 ) -> tuple[Tensor, STDPState]:
     """Weight change from all pairs of spikes, with exponential traces.
 
@@ -29,25 +43,33 @@ def stdp(
 
         p[t] = p[t-1] * exp(-1 / tau_plus)  + pre[t]
         q[t] = q[t-1] * exp(-1 / tau_minus) + post[t]
-        dW  += a_plus * outer(post[t], p[t]) - a_minus * outer(q[t], pre[t])
+        dW  += a_plus * f_plus(W) * outer(post[t], p[t]) - a_minus * f_minus(W) * outer(q[t], pre[t])
+
+    With ``bounds = (lower, upper)``, ``f_plus(W) = ((upper - W) / (upper - lower))^mu`` and
+    ``f_minus(W) = ((W - lower) / (upper - lower))^mu``, no base below zero: 1 for ``mu = 0`` (additive), vanishing towards
+    the bounds for ``mu = 1`` (multiplicative). W is the weight at the beginning, as in SpikingJelly.
 
     Args:
-        pre: presynaptic spikes ``[T, N, n_in]``.
-        post: postsynaptic spikes ``[T, N, n_out]``.
+        pre: presynaptic spikes ``[T, N, n_in]``; of a convolution ``[T, N, C_in, *]``.
+        post: postsynaptic spikes ``[T, N, n_out]``; of a convolution ``[T, N, C_out, *]``.
         state: traces to start from, or None for rest.
         tau_plus: time constant of the presynaptic trace, in steps.
         tau_minus: time constant of the postsynaptic trace, in steps.
         a_plus: strengthening per pair, pre before post.
         a_minus: weakening per pair, post before pre.
+        weight: the weight, which ``mu`` above 0 needs.
+        bounds: of the dependence on the weight.
+        mu: exponent of the dependence on the weight.
+        geometry: of a convolution; None joins every input to every output.
 
     Returns:
-        ``(dW [n_out, n_in] summed over the N rows, last traces)``.
+        ``(dW, shaped as the weight and summed over the N rows, last traces)``.
 
     Raises:
-        ValueError: ranks, T or N disagree, or a time constant is not positive.
+        ValueError: shapes disagree, or a constant is out of its range.
 
-    Source: Bi and Poo 1998; online traces after Morrison, Diesmann and Gerstner 2008. SpikingJelly decays by
-    ``1 - 1 / tau``: the two agree at ``tau_sj = 1 / (1 - exp(-1 / tau))``.
+    Source: Bi and Poo 1998; online traces after Morrison, Diesmann and Gerstner 2008; ``mu`` after Guetig, Aharonov, Rotter
+    and Sompolinsky 2003. SpikingJelly decays by ``1 - 1 / tau``: the two agree at ``tau_sj = 1 / (1 - exp(-1 / tau))``.
 
     Example:
         >>> pre = torch.tensor([1.0, 0.0]).reshape(2, 1, 1)
@@ -55,22 +77,251 @@ def stdp(
         >>> stdp(pre, post)[0].item() > 0 > stdp(post, pre)[0].item()  # pre before post strengthens
         True
     """
-    if pre.ndim != 3 or post.ndim != 3 or pre.shape[:2] != post.shape[:2]:
+    decays = _decays(tau_plus=tau_plus, tau_minus=tau_minus)
+    pairing = Pairing(decays["tau_plus"], decays["tau_minus"], a_plus, a_minus)
+    before = None if state is None else Traces(*state)
+    delta, last = _change(pre, post, before, pairing, geometry, weight, bounds, mu, slow=False)
+    return delta, STDPState(last.pre, last.post)
+
+
+@torch.no_grad()
+def triplet_stdp(
+    pre: Tensor,
+    post: Tensor,
+    state: TripletState | None = None,
+    *,
+    tau_plus: float = 16.8,
+    tau_minus: float = 33.7,
+    tau_x: float = 101.0,
+    tau_y: float = 125.0,
+    a2_plus: float = 5e-10,
+    a2_minus: float = 7e-3,
+    a3_plus: float = 6.2e-3,
+    a3_minus: float = 2.3e-4,
+    weight: Tensor | None = None,
+    bounds: tuple[float, float] = (-0.3, 1.0),
+    mu: float = 0.0,
+    geometry: ConvGeometry | None = None,
+) -> tuple[Tensor, TripletState]:
+    """Weight change from all pairs and triplets of spikes.
+
+    Per step, with p and q as in :func:`stdp`, and slow traces that are used before the spike of the step enters them::
+
+        x'   = x[t-1] * exp(-1 / tau_x),  y' = y[t-1] * exp(-1 / tau_y)
+        dW  += f_plus(W)  * outer(post[t] * (a2_plus + a3_plus * y'), p[t])
+             - f_minus(W) * outer(q[t], pre[t] * (a2_minus + a3_minus * x'))
+        x[t] = x' + pre[t],  y[t] = y' + post[t]
+
+    So a pair counts for more the more often the neuron that fires last fired before. With ``a3_plus = a3_minus = 0`` it is
+    pair-based STDP. The defaults are those that the paper fitted to visual cortex (all spikes interact), with steps of 1 ms.
+
+    Args:
+        pre: presynaptic spikes ``[T, N, n_in]``; of a convolution ``[T, N, C_in, *]``.
+        post: postsynaptic spikes ``[T, N, n_out]``; of a convolution ``[T, N, C_out, *]``.
+        state: traces to start from, or None for rest.
+        tau_plus: time constant of the fast presynaptic trace, in steps.
+        tau_minus: time constant of the fast postsynaptic trace, in steps.
+        tau_x: time constant of the slow presynaptic trace, in steps.
+        tau_y: time constant of the slow postsynaptic trace, in steps.
+        a2_plus: strengthening per pair.
+        a2_minus: weakening per pair.
+        a3_plus: strengthening per triplet post-pre-post.
+        a3_minus: weakening per triplet pre-post-pre.
+        weight: see :func:`stdp`, as for the rest.
+        bounds: of the dependence on the weight.
+        mu: exponent of the dependence on the weight.
+        geometry: of a convolution; None joins every input to every output.
+
+    Returns:
+        ``(dW, shaped as the weight and summed over the N rows, last traces)``.
+
+    Raises:
+        ValueError: shapes disagree, or a constant is out of its range.
+
+    Source: Pfister and Gerstner 2006, equations 3 and 4, and their table of fits to visual cortex.
+
+    Example:
+        >>> pre, post = torch.zeros(30, 1, 1), torch.zeros(30, 1, 1)
+        >>> pre[[5, 15]], post[[6, 16]] = 1.0, 1.0
+        >>> one, _ = triplet_stdp(pre[:10], post[:10]); two, _ = triplet_stdp(pre, post)
+        >>> bool(two > 2 * one)  # the second pair finds the trace of the first
+        True
+    """
+    decays = _decays(tau_plus=tau_plus, tau_minus=tau_minus, tau_x=tau_x, tau_y=tau_y)
+    pairing = Pairing(decays["tau_plus"], decays["tau_minus"], a2_plus, a2_minus, decays["tau_x"], decays["tau_y"],
+                      a3_plus, a3_minus)  # fmt: skip
+    before = None if state is None else Traces(*state)
+    delta, last = _change(pre, post, before, pairing, geometry, weight, bounds, mu, slow=True)
+    return delta, TripletState(*last)  # type: ignore[arg-type]  # with slow traces none of the four is None
+
+
+@torch.no_grad()
+def reward_modulated_stdp(
+    pre: Tensor,
+    post: Tensor,
+    reward: float | Tensor,
+    state: RewardSTDPState | None = None,
+    *,
+    tau_plus: float = 20.0,
+    tau_minus: float = 20.0,
+    a_plus: float = 0.005,
+    a_minus: float = 0.005,
+    tau_eligibility: float | None = None,
+    weight: Tensor | None = None,
+    bounds: tuple[float, float] = (-0.3, 1.0),
+    mu: float = 0.0,
+    geometry: ConvGeometry | None = None,
+) -> tuple[Tensor, RewardSTDPState]:
+    """Weight change of STDP, multiplied with a reward: at once, or with what is left of it when the reward comes.
+
+    With ``dW[n, t]`` the change of :func:`stdp` by row n at step t, without ``tau_eligibility``::
+
+        dW = sum_n reward[n] * sum_t dW[n, t]
+
+    and with it, where the reward comes at the last step::
+
+        e[t] = e[t-1] * exp(-1 / tau_eligibility) + sum_n dW[n, t]
+        dW   = reward * e[T]
+
+    Args:
+        pre: presynaptic spikes ``[T, N, n_in]``; of a convolution ``[T, N, C_in, *]``.
+        post: postsynaptic spikes ``[T, N, n_out]``; of a convolution ``[T, N, C_out, *]``.
+        reward: a number, or a tensor without dimensions; without ``tau_eligibility`` also one for each row, ``[N]``, or for
+            each row and neuron (channel), ``[N, n_out]``: the third factor of three-factor rules. No memory is needed for
+            each row's own change.
+        state: what to start from, or None for rest.
+        tau_plus: see :func:`stdp`, as for all that is not named here.
+        tau_minus: time constant of the postsynaptic trace, in steps.
+        a_plus: strengthening per pair.
+        a_minus: weakening per pair.
+        tau_eligibility: how long the past waits for a reward, in steps; None: only what happens in ``pre`` and ``post``
+            is rewarded.
+        weight: for the dependence on the weight.
+        bounds: of the dependence on the weight.
+        mu: exponent of the dependence on the weight.
+        geometry: of a convolution; None joins every input to every output.
+
+    Returns:
+        ``(dW, shaped as the weight, last traces and eligibility)``.
+
+    Raises:
+        ValueError: shapes disagree, or a constant is out of its range.
+
+    Source: Izhikevich 2007 for the eligibility, Florian 2007 for both forms (there with a factor 1 / tau_eligibility);
+    Fremaux and Gerstner 2016 for third factors that differ between neurons.
+
+    Example:
+        >>> pre, post = torch.ones(4, 2, 3), torch.ones(4, 2, 5)
+        >>> both, _ = reward_modulated_stdp(pre, post, torch.tensor([1.0, -1.0]), a_minus=0.0)
+        >>> both.abs().max().item()  # what one row gains the other loses
+        0.0
+    """
+    decays = _decays(tau_plus=tau_plus, tau_minus=tau_minus)
+    pairing = Pairing(decays["tau_plus"], decays["tau_minus"], a_plus, a_minus)
+    _check_spikes(pre, post, geometry)
+    dtype = compute_dtype(pre)
+    before = None if state is None else Traces(state.pre, state.post)
+    if tau_eligibility is None:
+        row_factor = _row_factor(reward, post, dtype)
+        delta, last = _change(pre, post, before, pairing, geometry, weight, bounds, mu, False, row_factor)
+        return delta, RewardSTDPState(last.pre, last.post, None)
+    decay = _decays(tau_eligibility=tau_eligibility)["tau_eligibility"]
+    if isinstance(reward, Tensor) and reward.ndim:
         raise ValueError(
-            f"stdp expects pre [T, N, n_in] and post [T, N, n_out] with the same T and N, "
+            f"with an eligibility the reward must be one number, got a tensor of shape {list(reward.shape)}"
+        )
+    left = decay ** torch.arange(len(pre) - 1, -1, -1, dtype=torch.float64, device=pre.device)
+    eligibility, last = _change(pre, post, before, pairing, geometry, weight, bounds, mu, False, None, left)
+    if state is not None and state.eligibility is not None:
+        if state.eligibility.shape != eligibility.shape:
+            raise ValueError(
+                f"the eligibility must be shaped as the weight, {list(eligibility.shape)}, got {list(state.eligibility.shape)}"
+            )
+        eligibility = eligibility + decay ** len(pre) * state.eligibility
+    return reward * eligibility, RewardSTDPState(last.pre, last.post, eligibility)
+
+
+def _change(
+    pre: Tensor,
+    post: Tensor,
+    traces: Traces | None,
+    pairing: Pairing,
+    geometry: ConvGeometry | None,
+    weight: Tensor | None,
+    bounds: tuple[float, float],
+    mu: float,
+    slow: bool,
+    row_factor: Tensor | None = None,
+    step_factor: Tensor | None = None,
+) -> tuple[Tensor, Traces]:
+    """Check, compute in the right precision, and let the weight have its say."""
+    _check_spikes(pre, post, geometry)
+    _check_dependence(weight, bounds, mu)
+    dtype = compute_dtype(pre)
+    if traces is None:
+        traces = rest(pre, post, dtype, slow)
+    _check_traces(traces, pre, post)
+    correlate: Correlate = dense if geometry is None else geometry.correlate
+    with torch.autocast(pre.device.type, enabled=False):
+        stronger, weaker, last = chunked(pre, post, traces, pairing, correlate, row_factor, step_factor)
+        if mu and weight is not None:
+            if weight.shape != stronger.shape:
+                raise ValueError(f"weight must have shape {list(stronger.shape)}, got {list(weight.shape)}")
+            f_plus, f_minus = weight_dependence(weight.to(dtype), *bounds, mu)
+            stronger, weaker = f_plus * stronger, f_minus * weaker
+    return stronger - weaker, last
+
+
+def _decays(**time_constants: float) -> dict[str, float]:
+    wrong = {name: tau for name, tau in time_constants.items() if not tau > 0}
+    if wrong:
+        said = " and ".join(f"{name} = {tau}" for name, tau in wrong.items())
+        raise ValueError(f"time constants must be positive, got {said}")
+    return {name: math.exp(-1 / tau) for name, tau in time_constants.items()}
+
+
+def _check_spikes(pre: Tensor, post: Tensor, geometry: ConvGeometry | None) -> None:
+    n_spatial = 0 if geometry is None else len(geometry.kernel_size)
+    if pre.ndim != 3 + n_spatial or post.ndim != 3 + n_spatial or pre.shape[:2] != post.shape[:2]:
+        into, out = ("n_in", "n_out") if geometry is None else ("C_in" + ", *" * n_spatial, "C_out" + ", *" * n_spatial)
+        raise ValueError(
+            f"STDP expects pre [T, N, {into}] and post [T, N, {out}] with the same T and N, "
             f"got {list(pre.shape)} and {list(post.shape)}"
         )
     if pre.shape[0] == 0:
-        raise ValueError("stdp expects at least one time step, got T = 0")
-    if not (tau_plus > 0 and tau_minus > 0):
-        raise ValueError(f"time constants must be positive, got tau_plus = {tau_plus} and tau_minus = {tau_minus}")
-    dtype = compute_dtype(pre)
-    if state is None:
-        state = rest(pre, post, dtype)
-    elif state.pre.shape != pre.shape[1:] or state.post.shape != post.shape[1:]:
+        raise ValueError("STDP expects at least one time step, got T = 0")
+    if geometry is not None:
+        expected = geometry.output_size(tuple(pre.shape[3:]))
+        if tuple(post.shape[3:]) != expected:
+            raise ValueError(
+                f"the convolution turns {list(pre.shape[3:])} into {list(expected)}, got post {list(post.shape)}"
+            )
+
+
+def _check_traces(traces: Traces, pre: Tensor, post: Tensor) -> None:
+    for trace, spikes in zip(traces, (pre, post, pre, post), strict=True):
+        if trace is not None and trace.shape != spikes.shape[1:]:
+            raise ValueError(
+                f"traces must be {list(pre.shape[1:])} and {list(post.shape[1:])} as the spikes are, "
+                f"got {list(traces.pre.shape)} and {list(traces.post.shape)}: reset them when the batch shape changes"
+            )
+
+
+def _check_dependence(weight: Tensor | None, bounds: tuple[float, float], mu: float) -> None:
+    if mu < 0:
+        raise ValueError(f"mu must not be negative, got {mu}")
+    if mu and weight is None:
+        raise ValueError("a dependence on the weight (mu above 0) needs the weight")
+    if not bounds[0] < bounds[1]:
+        raise ValueError(f"bounds must be (lower, upper) with lower < upper, got {bounds}")
+
+
+def _row_factor(reward: float | Tensor, post: Tensor, dtype: torch.dtype) -> Tensor:
+    """The reward so that it broadcasts to a step of ``post``."""
+    reward = torch.as_tensor(reward, dtype=dtype, device=post.device)
+    if reward.shape not in ((), post.shape[1:2], post.shape[1:3]):
         raise ValueError(
-            f"traces must be {list(pre.shape[1:])} and {list(post.shape[1:])} as the spikes are, "
-            f"got {list(state.pre.shape)} and {list(state.post.shape)}: reset them when the batch shape changes"
+            f"the reward must be one number, one for each of {post.shape[1]} rows, or {list(post.shape[1:3])} for each row "
+            f"and neuron, got {list(reward.shape)}"
         )
-    with torch.autocast(pre.device.type, enabled=False):
-        return chunked(pre, post, state, math.exp(-1 / tau_plus), math.exp(-1 / tau_minus), a_plus, a_minus)
+    return reward.view(*reward.shape, *[1] * (post.ndim - 1 - reward.ndim))

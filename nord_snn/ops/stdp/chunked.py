@@ -1,4 +1,4 @@
-"""Pair-based STDP in chunks of time: what ``reference.py`` computes step by step, here by matrix products.
+"""STDP in chunks of time: what ``reference.py`` computes step by step, here by matrix products and convolutions.
 
 Within a chunk the recursion ``p[t] = p[t-1] * decay + x[t]`` is a product with the lower triangle ``decay^(t-s)``, whose
 powers never grow; from chunk to chunk the last trace is handed on. Rows never influence each other, so a chunk takes
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nord_snn.ops.checks import compute_dtype
-from nord_snn.ops.stdp.reference import STDPState
+from nord_snn.ops.stdp.reference import Correlate, Pairing, Traces
 
 __all__ = ["chunked"]
 
@@ -17,27 +17,50 @@ __all__ = ["chunked"]
 CHUNK = 64
 #: Steps times rows of a chunk: few enough to stay in the cache, and to sum in one go without float32 losing digits.
 SUMMANDS = 1024
+#: Numbers in a chunk of a convolution's input, whose rows are images.
+NUMBERS = 1 << 22
 
 
 def chunked(
-    pre: Tensor, post: Tensor, state: STDPState, decay_plus: float, decay_minus: float, a_plus: float, a_minus: float
-) -> tuple[Tensor, STDPState]:
-    """``pre [T, N, n_in]``, ``post [T, N, n_out]`` -> ``[n_out, n_in]`` summed over N, and the last traces."""
+    pre: Tensor,
+    post: Tensor,
+    traces: Traces,
+    pairing: Pairing,
+    correlate: Correlate,
+    row_factor: Tensor | None = None,
+    step_factor: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Traces]:
+    """As the reference: what strengthens, what weakens, and the last traces."""
     dtype = compute_dtype(pre)
-    T, N, _ = pre.shape
+    T, N = pre.shape[:2]
     steps = min(CHUNK, T)
-    n_rows = SUMMANDS // steps
-    last = STDPState(*(trace.to(dtype, copy=True) for trace in state))
-    plus, minus = (_powers(decay, steps, last.pre) for decay in (decay_plus, decay_minus))
-    delta = last.pre.new_zeros(post.shape[-1], pre.shape[-1])
+    n_rows = max(1, min(SUMMANDS // steps, NUMBERS // (steps * max(1, pre[0, :1].numel()))))
+    own = [None if trace is None else trace.to(dtype, copy=True) for trace in traces]
+    last = Traces(*own)  # type: ignore[arg-type]  # the first two are there
+    plus, minus, slow_x, slow_y = (
+        _powers(decay, steps, last.pre)
+        for decay in (pairing.decay_plus, pairing.decay_minus, pairing.decay_x, pairing.decay_y)
+    )
+    strengthening = weakening = correlate(last.post[:0], last.pre[:0])  # zeros of the right shape
     for row in range(0, N, n_rows):
         rows = slice(row, row + n_rows)
+        factor = row_factor[rows] if row_factor is not None and len(row_factor) == N else row_factor
         for start in range(0, T, steps):
             x, y = (spikes[start : start + steps, rows].to(dtype).contiguous() for spikes in (pre, post))
             p, q = _traces(x, last.pre[rows], plus), _traces(y, last.post[rows], minus)
-            delta += a_plus * (y.flatten(0, 1).mT @ p.flatten(0, 1)) - a_minus * (q.flatten(0, 1).mT @ x.flatten(0, 1))
             last.pre[rows], last.post[rows] = p[-1], q[-1]
-    return delta, last
+            late, early = pairing.a_plus * y, pairing.a_minus * x
+            if last.slow_pre is not None and last.slow_post is not None:
+                late = late + pairing.a3_plus * y * _before(y, last.slow_post[rows], slow_y, pairing.decay_y)
+                early = early + pairing.a3_minus * x * _before(x, last.slow_pre[rows], slow_x, pairing.decay_x)
+            if factor is not None:
+                late, q = late * factor, q * factor
+            if step_factor is not None:
+                by_step = step_factor[start : start + steps].to(dtype).view(-1, *[1] * (y.ndim - 1))
+                late, q = late * by_step, q * by_step
+            strengthening = strengthening + correlate(late.flatten(0, 1), p.flatten(0, 1))
+            weakening = weakening + correlate(q.flatten(0, 1), early.flatten(0, 1))
+    return strengthening, weakening, last
 
 
 def _powers(decay: float, steps: int, like: Tensor) -> Tensor:
@@ -48,7 +71,15 @@ def _powers(decay: float, steps: int, like: Tensor) -> Tensor:
 
 
 def _traces(x: Tensor, before: Tensor, powers: Tensor) -> Tensor:
-    """Traces ``[t, N, n]`` of the inputs ``[t, N, n]`` of a chunk, from the trace before it."""
+    """Traces ``[t, N, *]`` of the inputs ``[t, N, *]`` of a chunk, from the trace before it."""
     steps = len(x)
     from_before = powers[:steps, :1] * before.flatten()
     return torch.addmm(from_before, powers[:steps, 1 : steps + 1], x.flatten(1)).view(x.shape)
+
+
+def _before(x: Tensor, last: Tensor, powers: Tensor, decay: float) -> Tensor:
+    """Traces as the spike of each step finds them; moves ``last`` on to the end of the chunk."""
+    after = _traces(x, last, powers)
+    found = torch.cat((last[None], after[:-1])) * decay
+    last.copy_(after[-1])
+    return found

@@ -1,0 +1,192 @@
+"""The part of a weight that a rule has learned, apart from what was trained, and its file."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+__all__ = ["PlasticPart", "load_plastic", "save_plastic"]
+
+FORMAT = "nord_snn plastic 1"
+
+
+class PlasticPart:
+    """What :meth:`apply` has added to a weight, until :meth:`revert` takes it back.
+
+    Args:
+        weight: the parameter that is written into.
+        bounds: what :meth:`apply` may bring a weight to, or None. They limit only what is added: a weight that already lies
+            outside stays where it is.
+
+    Raises:
+        ValueError: the lower bound is not below the upper one.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.tensor([[0.5, 2.0]]))
+        >>> part = PlasticPart(weight, bounds=(-0.3, 1.0))
+        >>> part.apply(torch.ones(1, 2)); weight.tolist()
+        [[1.0, 2.0]]
+        >>> part.revert(); weight.tolist()
+        [[0.5, 2.0]]
+    """
+
+    def __init__(self, weight: Tensor, bounds: tuple[float, float] | None = None) -> None:
+        if bounds is not None and not bounds[0] < bounds[1]:
+            raise ValueError(f"bounds must be (lower, upper) with lower < upper, got {bounds}")
+        self.weight, self.bounds = weight, bounds
+        self._trained: Tensor | None = None  # the weight before the first apply
+        self._written: Tensor | None = None  # the weight after the last apply
+
+    @property
+    def delta(self) -> Tensor | None:
+        """What was added, in float64, in which trained weight and sum can be told apart exactly; None if nothing was."""
+        if self._trained is None or self._written is None:
+            return None
+        return self._written.double() - self._trained.double()
+
+    @property
+    def trained(self) -> Tensor:
+        """The weight without what was added; an optimizer's part in it included."""
+        weight = self.weight.detach()
+        if self._trained is None or self._written is None:
+            return weight
+        if torch.equal(weight, self._written):
+            return self._trained
+        return weight - (self._written - self._trained)
+
+    @torch.no_grad()
+    def apply(self, delta: Tensor) -> None:
+        """Add ``delta``, shaped as the weight, within the bounds; :meth:`revert` can take it back.
+
+        Raises:
+            ValueError: another shape, or not finite; the weight is untouched.
+        """
+        weight = self.weight
+        if not isinstance(delta, Tensor) or delta.shape != weight.shape:
+            got = list(delta.shape) if isinstance(delta, Tensor) else type(delta).__name__
+            layout = "[n_out, n_in] = " if weight.ndim == 2 else ""
+            raise ValueError(f"apply expects a weight change of shape {layout}{list(weight.shape)}, got {got}")
+        if not delta.isfinite().all():
+            raise ValueError(
+                "apply expects a finite weight change, got one with NaN or infinity; the weights are untouched"
+            )
+        self._trained = self.trained.clone()  # if an optimizer ran since, what it did belongs to it
+        weight.copy_(self._within_bounds(weight, weight + delta.to(weight.dtype)))
+        self._written = weight.detach().clone()
+
+    @torch.no_grad()
+    def revert(self) -> None:
+        """Take back everything that was added.
+
+        Bit for bit if nothing else has changed the weight since; else (an optimizer ran in between) what was added is
+        subtracted from what it is now. Does nothing if nothing was added.
+        """
+        if self._trained is not None:
+            self.weight.copy_(self.trained)
+            self._trained = self._written = None
+
+    @torch.no_grad()
+    def replace(self, delta: Tensor) -> None:
+        """Make ``delta`` all that was ever added; the bounds were for what a rule adds and are not asked."""
+        self.revert()
+        self._trained = self.weight.detach().clone()
+        self.weight.copy_((self.weight.double() + delta.to(self.weight.device).double()).to(self.weight.dtype))
+        self._written = self.weight.detach().clone()
+
+    def _within_bounds(self, old: Tensor, new: Tensor) -> Tensor:
+        if self.bounds is None:
+            return new
+        lower, upper = self.bounds
+        return torch.minimum(torch.maximum(new, old.clamp(max=lower)), old.clamp(min=upper))
+
+
+class HasPlasticPart(Protocol):
+    """A learner."""
+
+    plastic: PlasticPart
+
+
+def save_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart | HasPlasticPart]) -> None:
+    """Write what was learned on top of the trained weights into a small safetensors file, in one move.
+
+    Args:
+        path: the file.
+        learned: plastic parts, or learners that hold one, by the name of their synapse.
+
+    Raises:
+        ValueError: nothing was learned.
+        OSError: the file cannot be written; one that was there before is untouched.
+
+    Example::
+
+        save_plastic("mine.safetensors", {"fc": rule})
+        load_plastic("mine.safetensors", {"fc": rule})      # on the same trained weights, in this process or another
+    """
+    parts = {name: _part(thing) for name, thing in learned.items()}
+    deltas = {name: delta.cpu().contiguous() for name, part in parts.items() if (delta := part.delta) is not None}
+    if not deltas:
+        raise ValueError(f"{os.fspath(path)}: there is nothing to save, since nothing was applied")
+    digests = {name: _digest(parts[name].trained) for name in deltas}
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.unfinished")
+    try:
+        save_file(deltas, beside, metadata={"format": FORMAT, "trained": json.dumps(digests)})
+        os.replace(beside, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written ({error})") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart | HasPlasticPart]) -> None:
+    """Put what :func:`save_plastic` wrote on top of the trained weights, bit for bit, in place of what was learned here.
+
+    Args:
+        path: the file.
+        learned: plastic parts, or learners that hold one, by the name of their synapse.
+
+    Raises:
+        ValueError: it is no such file, or was learned on other synapses or other trained weights; nothing is changed.
+        OSError: it cannot be read.
+    """
+    try:
+        with safe_open(os.fspath(path), "pt") as file:
+            metadata = file.metadata() or {}
+            deltas = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+        if metadata.get("format") != FORMAT:
+            raise ValueError("another format")
+        digests = json.loads(metadata["trained"])
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(f"{os.fspath(path)}: not a file of plastic weights ({error})") from error
+    parts = {name: _part(thing) for name, thing in learned.items()}
+    for name, delta in deltas.items():
+        if name not in parts:
+            raise ValueError(
+                f"{os.fspath(path)}: holds {name}, and what can learn here is {', '.join(parts) or 'nothing'}"
+            )
+        weight = parts[name].weight
+        if delta.shape != weight.shape or digests.get(name) != _digest(parts[name].trained):
+            raise ValueError(f"{os.fspath(path)}: {name} was learned on top of other trained weights")
+        if not delta.isfinite().all():
+            raise ValueError(f"{os.fspath(path)}: {name} holds NaN or infinity")
+    for name, part in parts.items():
+        if name in deltas:
+            part.replace(deltas[name])
+        else:
+            part.revert()
+
+
+def _part(thing: PlasticPart | HasPlasticPart) -> PlasticPart:
+    return thing if isinstance(thing, PlasticPart) else thing.plastic
+
+
+def _digest(weight: Tensor) -> str:
+    numbers = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return f"{weight.dtype} {list(weight.shape)} {hashlib.blake2b(numbers.data, digest_size=16).hexdigest()}"
