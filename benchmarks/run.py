@@ -15,6 +15,7 @@ import decoding
 import language_model
 import neurons
 import resonance
+import stdp
 import torch
 from language_model import keep_freed_memory
 from timing import Row, copy_bandwidth, peak_bytes, race, race_apart
@@ -123,6 +124,34 @@ def language_model_table(page: Page, seconds: float) -> None:
     )
 
 
+def stdp_table(page: Page, seconds: float) -> None:
+    """One step of each learning rule, and what it keeps in memory."""
+    pre, post = stdp.case()
+    page.say(f"### STDP, {list(stdp.SHAPE)} -> {stdp.N_OUT}\n")
+    page.say(f"{(stdp.__doc__ or '').strip()} Gate: {stdp.gate(pre, post)}.\n")
+    n_rows = stdp.SHAPE[1] * stdp.SHAPE[2]
+    page.say(f"SpikingJelly's learner was given {stdp.ROWS} of the {n_rows:,} rows; its times stand for all of them.\n")
+    rows = race(stdp.contestants(pre, post), seconds)
+    factor = n_rows / stdp.ROWS
+    for row in rows:
+        if row.name.startswith("SpikingJelly"):
+            row.milliseconds *= factor
+        else:
+            row.speedup *= factor
+    *rows, floor = rows
+    page.table(rows, "first row", floor.milliseconds, stdp.FLOOR)
+    page.say(
+        "Most memory alive at once, MB, by rows, [10, rows, 1, 512] -> 512 (outer products alone would take 1 MB a row):\n"
+    )
+    counts = (64, 256, 1024, 4096)
+    page.say("| rows | " + " | ".join(map(str, counts)) + " |\n|---|" + "---|" * len(counts))
+    for kind in (stdp.STDP, stdp.TripletSTDP):
+        flat = [x.flatten(1, 2)[:, :, None] for x in (pre, post)]
+        peaks = [peak_bytes(stdp.ours(kind, flat[0][:, :n], flat[1][:, :n])) / 1e6 for n in counts]
+        page.say(f"| `{kind.__name__}` | " + " | ".join(f"{peak:.0f}" for peak in peaks) + " |")
+    page.say()
+
+
 def decoding_table(page: Page) -> None:
     """Tokens a second at a short and at a long context, with the cache and without."""
     net = decoding.firing_model()
@@ -169,7 +198,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15.0, help="how long the contestants of a table take turns")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
-        "--only", choices=("neurons", "resonance", "language-model", "decoding", "gpu"), help="one part; writes nothing"
+        "--only",
+        choices=("neurons", "resonance", "stdp", "language-model", "decoding", "gpu"),
+        help="one part; writes nothing",
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -193,6 +224,8 @@ def main() -> None:
             neuron_tables(page, shape, n_clusters, torch.float32, "cpu", arguments.seconds)
     if arguments.only in (None, "resonance"):
         resonance_tables(page, arguments.seconds)
+    if arguments.only in (None, "stdp"):
+        stdp_table(page, arguments.seconds)
     if arguments.only in (None, "language-model"):
         language_model_table(page, 3 * arguments.seconds)
     if arguments.only in (None, "decoding"):

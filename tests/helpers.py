@@ -49,6 +49,14 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return ((got - expected).norm() / expected.norm().clamp(min=1e-12)).item()
 
 
+def fire_easily(model: torch.nn.Module) -> None:
+    """Lower every threshold: so small a model, trained for so few steps, has layers that are silent."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("v_threshold"):
+                parameter.fill_(0.02)
+
+
 def make_text(n_words: int = 4000, seed: int = 0) -> str:
     """Lines of ten words in which each word is likely to be followed by the next of the list."""
     generator = random.Random(seed)

@@ -32,7 +32,7 @@ PUBLIC = {
         "NordBlock",
         "SpikingFeedForward",
     },
-    "nord_snn.learning_rules": {"STDP", "RewardModulatedSTDP"},
+    "nord_snn.learning_rules": {"STDP", "RewardModulatedSTDP", "TripletSTDP"},
     "nord_snn.monitor": {"SpikeMonitor"},
 }
 KERNELS = {
@@ -81,7 +81,7 @@ def test_public_names_are_there_and_documented(package):
 
 def test_the_core_imports_nothing_that_the_core_does_not_ask_for():
     """Kernel files alone ask for more, and they are imported only when their library is there."""
-    allowed = {"nord_snn", "torch", "spikingjelly"} | sys.stdlib_module_names
+    allowed = {"nord_snn", "torch", "spikingjelly", "safetensors"} | sys.stdlib_module_names
     for path in SOURCES:
         more = KERNELS.get(path.name, set())
         assert {name.split(".")[0] for name in imported(path)} <= allowed | more, path

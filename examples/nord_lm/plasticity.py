@@ -13,12 +13,14 @@ Two kinds of synapses have true spikes on both sides:
     (``"loss"``, one number for all neurons of a token).
 """
 
+import argparse
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
+from generate import number
 from modeling_nord import NordForCausalLM
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,10 +35,10 @@ from nord_snn.learning_rules import (
 )
 from nord_snn.ops import reward_modulated_stdp
 
-__all__ = ["Plasticity", "PlasticityError", "synapse_names"]
+__all__ = ["Plasticity", "PlasticityError", "plasticity_arguments", "synapse_names"]
 
 #: Change per pair of spikes, by synapse, as ``examples/online_learning`` found it.
-RATES = {"lm_head": 2e-4, "ffn.down": 0.005}
+RATES = {"lm_head": 5e-5, "ffn.down": 0.05}
 REWARDS = ("error", "loss")
 
 
@@ -77,8 +79,11 @@ class PlasticSynapse(Protocol):
     def stop(self) -> None:
         """Do not record, and forget what was."""
 
-    def learn(self, reading: Reading, alter: Alter) -> float:
-        """Change the weights; returns the mean reward."""
+    def learn(self, reading: Reading, alter: Alter) -> None:
+        """Change the weights."""
+
+    def close(self) -> None:
+        """Stop watching the model."""
 
 
 class WordSynapse:
@@ -88,8 +93,8 @@ class WordSynapse:
         self.rate = rate
         self.plastic = PlasticPart(model.lm_head.weight)
         self._spikes: Tensor | None = None
-        self._listening = False
-        model.readout.lif.register_forward_hook(self._record)
+        self._listening = self._warned = False
+        self._hook = model.readout.lif.register_forward_hook(self._record)
 
     def listen(self) -> None:
         """Record the next pass."""
@@ -99,13 +104,17 @@ class WordSynapse:
         """Do not record, and forget what was."""
         self._listening, self._spikes = False, None
 
-    def learn(self, reading: Reading, alter: Alter) -> float:
+    def learn(self, reading: Reading, alter: Alter) -> None:
         """Reward the words that came, punish those that were expected."""
         if self._spikes is None:
             raise RuntimeError("nothing was read")
-        pre = F.pad(
-            self._spikes[:, 0, reading.positions], (0, 0, 0, 0, 0, 1)
-        )  # [T + 1, n, D]: the word comes a step later
+        spikes = self._spikes[:, 0, reading.positions]
+        if not self._warned and not spikes.any():
+            self._warned = True
+            warnings.warn(
+                "the readout neurons did not fire in this text: the head learned nothing from it", stacklevel=3
+            )
+        pre = F.pad(spikes, (0, 0, 0, 0, 0, 1))  # [T + 1, n, D]: the word comes a step later
         expected = torch.multinomial(reading.log_probabilities.exp(), 1).flatten()
         events = torch.cat((reading.targets, expected))
         rewards = torch.ones(len(events), device=pre.device)
@@ -119,7 +128,10 @@ class WordSynapse:
         delta = torch.zeros_like(self.plastic.weight)
         delta[words] = change.to(delta.dtype)
         self.plastic.apply(delta)
-        return float((rewards[: len(expected)] * (reading.targets != expected)).mean())
+
+    def close(self) -> None:
+        """Stop watching the model."""
+        self._hook.remove()
 
     def _record(self, module: Any, inputs: Any, spikes: Tensor) -> None:
         if self._listening:
@@ -154,7 +166,7 @@ class BlockSynapse:
         self.rule.reset()
         self.rule.disable()
 
-    def learn(self, reading: Reading, alter: Alter) -> float:
+    def learn(self, reading: Reading, alter: Alter) -> None:
         """Strengthen what fired together where the reward is positive."""
         if self.reward == "error":
             wrong = F.one_hot(reading.targets, reading.log_probabilities.shape[1]) - reading.log_probabilities.exp()
@@ -164,7 +176,10 @@ class BlockSynapse:
             rewards = cast(Tensor, self.rule.source(reading.losses))
         given = reading.approval * alter(rewards)
         self.rule.apply(cast(Tensor, self.rule.step(reward=given[None], on_grad=False, positions=reading.positions)))
-        return float(rewards.mean())
+
+    def close(self) -> None:
+        """Stop watching the model."""
+        self.rule.close()
 
 
 class Plasticity:
@@ -208,7 +223,6 @@ class Plasticity:
             else:
                 index = int(name.split(".")[1])
                 self.synapses[name] = BlockSynapse(model, index, RATES["ffn.down"] if rate is None else rate, reward)
-        self.reward: float | None = None
         self._before = {name: synapse.plastic.weight.detach().clone() for name, synapse in self.synapses.items()}
 
     @torch.no_grad()
@@ -229,17 +243,23 @@ class Plasticity:
             log_probabilities = logits.float().log_softmax(-1)
             losses = -log_probabilities.gather(1, targets[:, None]).flatten()
             reading = Reading(slice(first - 1, -1), targets, log_probabilities, losses, approval)
-            rewards = [synapse.learn(reading, self.alter) for synapse in self.synapses.values()]
+            for synapse in self.synapses.values():
+                synapse.learn(reading, self.alter)
         finally:  # also after Ctrl-C: generation must not be recorded, nor half a pass kept
             for synapse in self.synapses.values():
                 synapse.stop()
-        self.reward = sum(rewards) / len(rewards)
         return losses.mean().item()
 
     def forget(self) -> None:
         """Take back every change, bit for bit."""
         for synapse in self.synapses.values():
             synapse.plastic.revert()
+
+    def close(self) -> None:
+        """Take back every change and stop watching the model."""
+        self.forget()
+        for synapse in self.synapses.values():
+            synapse.close()
 
     def save(self, path: Path) -> None:
         """Write what was learned, and only that, into a small safetensors file."""
@@ -262,3 +282,10 @@ def synapse_names(model: NordForCausalLM) -> list[str]:
     """Synapses with true spikes on both sides."""
     head = [] if model.config.tie_word_embeddings else ["lm_head"]
     return head + [f"blocks.{index}.ffn.down" for index in range(len(model.blocks))]
+
+
+def plasticity_arguments(parser: argparse.ArgumentParser) -> None:
+    """What learns, and how fast: options of ``chat.py`` and ``examples/online_learning``."""
+    parser.add_argument("--synapses", nargs="+", help="what learns: lm_head, blocks.0.ffn.down, or patterns of names")
+    parser.add_argument("--rate", type=number(0), help="change of a weight per pair of spikes")
+    parser.add_argument("--reward", choices=REWARDS, default=REWARDS[0], help="of blocks.*.ffn.down")

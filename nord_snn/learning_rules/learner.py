@@ -227,6 +227,8 @@ class Learner(base.MemoryModule):
 
     def _sequence(self, record: list[Tensor]) -> Tensor:
         """All records as one sequence ``[T, N, *]``."""
+        if self.step_mode == "m" and len(record) == 1:
+            return record[0]  # the usual case, without a copy
         try:
             return torch.cat(record) if self.step_mode == "m" else torch.stack(record)
         except RuntimeError:

@@ -46,7 +46,7 @@ class PlasticPart:
 
     @property
     def delta(self) -> Tensor | None:
-        """What was added, in float64, in which trained weight and sum can be told apart exactly; None if nothing was."""
+        """What was added, in float64, so that trained weight and delta make the same sum again; None if nothing was."""
         if self._trained is None or self._written is None:
             return None
         return self._written.double() - self._trained.double()
@@ -146,7 +146,9 @@ def save_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart
 
 
 def load_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart | HasPlasticPart]) -> None:
-    """Put what :func:`save_plastic` wrote on top of the trained weights, bit for bit, in place of what was learned here.
+    """Put what :func:`save_plastic` wrote on top of the trained weights, in place of what was learned here.
+
+    The sum is the same bit for bit (for weights in float64, to rounding).
 
     Args:
         path: the file.
@@ -162,7 +164,7 @@ def load_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart
             deltas = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
         if metadata.get("format") != FORMAT:
             raise ValueError("another format")
-        digests = json.loads(metadata["trained"])
+        digests = dict(json.loads(metadata["trained"]))
     except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f"{os.fspath(path)}: not a file of plastic weights ({error})") from error
     parts = {name: _part(thing) for name, thing in learned.items()}

@@ -59,9 +59,9 @@ class RewardModulatedSTDP(STDP):
 
     Example:
         >>> from nord_snn.neurons import AssociativeLIFNode
-        >>> net = nn.Sequential(nn.Linear(8, 4, bias=False), AssociativeLIFNode(4, n_clusters=2, step_mode="m"))
+        >>> net = nn.Sequential(nn.Linear(64, 16, bias=False), AssociativeLIFNode(16, n_clusters=4, step_mode="m"))
         >>> rule = RewardModulatedSTDP(step_mode="m", synapse=net[0], sn=net[1])
-        >>> _ = net((torch.rand(10, 3, 8) < 0.5).float()); rule.apply(rule.step(loss=4.2, on_grad=False))
+        >>> _ = net((torch.rand(10, 3, 64) < 0.5).float()); rule.apply(rule.step(loss=4.2, on_grad=False))
     """
 
     def __init__(

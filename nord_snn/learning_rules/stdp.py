@@ -47,9 +47,9 @@ class STDP(Learner):
     Example:
         >>> import torch
         >>> from nord_snn.neurons import AssociativeLIFNode
-        >>> net = nn.Sequential(nn.Linear(8, 4, bias=False), AssociativeLIFNode(4, n_clusters=2, step_mode="m"))
+        >>> net = nn.Sequential(nn.Linear(64, 16, bias=False), AssociativeLIFNode(16, n_clusters=4, step_mode="m"))
         >>> rule = STDP(step_mode="m", synapse=net[0], sn=net[1])
-        >>> spikes = (torch.rand(10, 3, 8) < 0.5).float()
+        >>> spikes = (torch.rand(10, 3, 64) < 0.5).float()
         >>> _ = net(spikes); rule.apply(rule.step(on_grad=False)); rule.revert()
     """
 

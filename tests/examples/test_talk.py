@@ -7,8 +7,10 @@ import chat as chat_script
 import generate
 import pytest
 import torch
-from chat import Chat, Plasticity
+from chat import Chat
 from generate import ModelError, newest_model, open_model, sampling
+from helpers import fire_easily
+from plasticity import Plasticity
 from progress import Progress, duration
 from rich.console import Console
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -106,6 +108,7 @@ def test_the_newest_finished_run_is_the_default(trained):
 def talk(model_folder):
     """A chat and what it printed."""
     model, tokenizer = open_model(model_folder)
+    fire_easily(model)
     console = Console(file=io.StringIO(), width=120)
     options = chat_script.argparse.Namespace(
         temperature=0.8, max_new_tokens=4, top_k=10, top_p=1.0, repetition_penalty=1.1
@@ -144,71 +147,79 @@ def test_commands_set_what_they_say(talk):
     assert not chat.handle("/quit")
 
 
+def changed(model, before):
+    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+
+
 def test_stdp_learns_from_what_was_typed_and_forget_takes_it_back(talk):
     chat, printed = talk
     before = {name: value.clone() for name, value in chat.model.state_dict().items()}
     chat.handle("the neuron fires and rests")
-    assert all(torch.equal(value, before[name]) for name, value in chat.model.state_dict().items())
+    chat.handle("/good")
+    assert "it does not learn" in printed.getvalue()
+    assert not changed(chat.model, before)
     chat.handle("/stdp on")
     for line in ("while a spike wakes", "xq zzv kk jj qqq", "the neuron fires and rests"):
         chat.handle(line)
     assert "[loss on your text" in printed.getvalue()
-    changed = {name for name, value in chat.model.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == {"blocks.0.ffn.down.weight"}
+    assert changed(chat.model, before) == {"lm_head.weight"}
     assert chat.plasticity.change() > 0
     chat.handle("/stdp off")
-    after = chat.model.state_dict()["blocks.0.ffn.down.weight"].clone()
+    after = chat.model.lm_head.weight.clone()
     chat.handle("some slow current of time")
-    assert torch.equal(chat.model.state_dict()["blocks.0.ffn.down.weight"], after)
+    assert torch.equal(chat.model.lm_head.weight, after)
+    chat.handle("/stats")
+    assert "STDP off (lm_head), weights changed by" in printed.getvalue()
     chat.handle("/forget")
-    assert all(torch.equal(value, before[name]) for name, value in chat.model.state_dict().items())
+    assert not changed(chat.model, before)
     assert chat.plasticity.change() == 0
 
 
-def test_ctrl_c_while_learning_keeps_no_half_a_record(talk, monkeypatch):
-    chat, _ = talk
+def test_the_user_may_judge_the_last_answer(talk):
+    chat, printed = talk
     chat.handle("/stdp on")
-    step = chat_script.RewardModulatedSTDP.step
+    chat.handle("/good")
+    assert "there is no answer to judge" in printed.getvalue()
+    chat.plasticity = Plasticity(chat.model, rate=0.01)
+    chat.handle("the neuron fires")
+    answer = chat.text[-chat.answered :]
+    context = torch.tensor([chat.text])
 
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
+    def liked():
+        with torch.no_grad():
+            logits = chat.model(input_ids=context, use_cache=False).logits[0, -len(answer) - 1 : -1].log_softmax(-1)
+        return logits.gather(1, torch.tensor(answer)[:, None]).sum().item()
 
-    monkeypatch.setattr(chat_script.RewardModulatedSTDP, "step", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        chat.handle("the neuron fires and rests")
-    monkeypatch.setattr(chat_script.RewardModulatedSTDP, "step", step)
-    chat.handle("while a spike")
-    assert not any(rule._pre for rule in chat.plasticity.rules)
-
-
-def test_only_the_new_text_takes_part_in_the_change(model_folder):
-    """What came before is context: silence in its place changes the loss, but rows of its own it has none."""
-    model, tokenizer = open_model(model_folder)
-    plasticity = Plasticity(model)
-    context = torch.tensor([tokenizer("the neuron fires and rests while")["input_ids"]])
-    recorded = []
-    step = chat_script.RewardModulatedSTDP.step
-    plasticity.rules[0].step = lambda **more: (recorded.append(more["positions"]), step(plasticity.rules[0], **more))[1]
-    plasticity.learn(context, 3)
-    assert recorded == [slice(context.shape[1] - 3, None)]
+    first = liked()
+    for _ in range(3):
+        chat.handle("/good")
+    better = liked()
+    assert better > first
+    for _ in range(6):
+        chat.handle("/bad")
+    assert liked() < better
+    assert "[loss on its answer" in printed.getvalue()
 
 
-def test_the_reward_is_better_than_expected_or_worse(model_folder):
-    model, tokenizer = open_model(model_folder)
-    plasticity = Plasticity(model)
-
-    def learn(text):
-        ids = torch.tensor([tokenizer(text)["input_ids"]])
-        return plasticity.learn(ids, ids.shape[1])
-
-    assert plasticity.learn(torch.tensor([[5]]), 1) is None  # one token predicts nothing
-    usual = learn("the neuron fires and rests while")
-    assert plasticity.reward == 0  # the first text sets what is expected
-    surprising = learn("zq jx qz kv")
-    assert surprising > usual
-    assert plasticity.reward < 0
-    learn("the neuron fires and rests while")
-    assert plasticity.reward > 0
+def test_what_was_learned_can_be_kept_in_a_file(talk, tmp_path):
+    chat, printed = talk
+    path = tmp_path / "mine.safetensors"
+    chat.handle(f"/save-plastic {path}")
+    assert "there is nothing to save" in printed.getvalue()
+    chat.handle("/stdp on")
+    chat.handle("while a spike wakes its neighbours")
+    learned = chat.model.lm_head.weight.clone()
+    chat.handle(f"/save-plastic {path}")
+    chat.handle("/forget")
+    assert not torch.equal(chat.model.lm_head.weight, learned)
+    chat.handle(f"/load-plastic {path}")
+    assert torch.equal(chat.model.lm_head.weight, learned)
+    chat.handle(f"/load-plastic {tmp_path / 'none'}")
+    chat.handle("/load-plastic")
+    out = printed.getvalue()
+    assert "No such file" in out
+    assert "expected the name of a file" in out
+    assert torch.equal(chat.model.lm_head.weight, learned)
 
 
 def test_the_loop_ends_with_the_input(model_folder, monkeypatch, capsys):

@@ -286,7 +286,11 @@ def test_two_batch_shapes_in_one_record_are_named():
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        ({"synapse": nn.ConvTranspose2d(1, 1, 1)}, TypeError, "Linear, Conv1d or Conv2d of torch.nn, got ConvTranspose2d"),
+        (
+            {"synapse": nn.ConvTranspose2d(1, 1, 1)},
+            TypeError,
+            "Linear, Conv1d or Conv2d of torch.nn, got ConvTranspose2d",
+        ),
         ({"sn": torch.relu}, TypeError, "sn must be a torch.nn.Module, got builtin"),
         ({"mu": 1.0, "bounds": None}, ValueError, "bounds be given"),
         ({"mu": -1.0}, ValueError, "mu must be at least 0"),

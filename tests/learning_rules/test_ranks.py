@@ -68,6 +68,7 @@ def test_all_ranks_change_the_same_and_what_one_process_would(tmp_path):
 def test_one_process_is_left_alone():
     net = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), AssociativeLIFNode(4, n_clusters=2, step_mode="m"))
     rule = RewardModulatedSTDP(step_mode="m", synapse=net[0], sn=net[1])
-    net(torch.ones(2, 1, 4))
+    torch.nn.init.constant_(net[0].weight, 0.5)
+    net(torch.ones(5, 1, 4))
     assert rule.step(loss=1.0, on_grad=False) is not None
     assert abs(rule.baseline - 9.91) < 1e-9

@@ -1,0 +1,396 @@
+"""Does a Nord that reads a text once, learning by reward-modulated STDP, predict that text better? With controls.
+
+    python examples/online_learning/online_learning.py                  # trains five models first: ten minutes on two cores
+    python examples/online_learning/online_learning.py --text book.txt --models runs/tiny-0001/model ...
+    python examples/online_learning/online_learning.py --search         # which synapses, rates and rewards
+
+Every model (one seed each) reads the new text from its beginning, window by window. Each window is predicted first and learned
+from afterwards, so the loss is always that on text not seen before. Four conditions:
+
+    on        reward-modulated STDP
+    off       nothing is learned
+    shuffled  the same rewards, given to other events of the window
+    zero      every reward is 0
+
+Then the loss is measured on what follows in the new text, and on old text: held-out documents of what the model was trained
+on. Differences are paired by seed; the intervals are 95 % of Student's t over the seeds.
+"""
+
+import argparse
+import ast
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from rich.console import Console
+from rich.progress import track
+from scipy import stats
+from torch import Tensor
+
+LANGUAGE_MODEL = Path(__file__).parents[1] / "nord_lm"
+sys.path.insert(0, str(LANGUAGE_MODEL))
+
+from checkpoints import CheckpointError, write_json  # noqa: E402
+from data import DataError, encode, read_documents, split  # noqa: E402
+from evaluate import score  # noqa: E402
+from generate import ModelError, number, open_model  # noqa: E402
+from modeling_nord import NordForCausalLM  # noqa: E402
+from plasticity import Alter, Plasticity, PlasticityError, plasticity_arguments  # noqa: E402
+from progress import print_table  # noqa: E402
+from settings import Settings, SettingsError  # noqa: E402
+from transformers import PreTrainedTokenizerBase  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+CONDITIONS = ("on", "off", "shuffled", "zero")
+COLOURS = {"on": "tab:green", "off": "tab:gray", "shuffled": "tab:orange", "zero": "tab:blue"}
+SEARCHED = (  # synapses, rate, reward
+    *((("lm_head",), rate, "error") for rate in (2e-5, 5e-5, 1e-4, 2e-4)),
+    *((("blocks.*.ffn.down",), rate, "error") for rate in (0.005, 0.05, 0.2)),
+    *((("blocks.*.ffn.down",), rate, "loss") for rate in (0.0005, 0.005, 0.05)),
+    (("blocks.0.ffn.down",), 0.05, "error"),
+    (("blocks.1.ffn.down",), 0.05, "error"),
+    (("lm_head", "blocks.*.ffn.down"), 5e-5, "error"),
+)
+
+
+@dataclass
+class Outcome:
+    """What one condition did to one model: losses in nats per token.
+
+    Attributes:
+        windows: of each window of the new text, before it was learned from.
+        later: of what follows in the new text, after reading.
+        old: of held-out text of the kind that the model was trained on, after reading.
+    """
+
+    windows: list[float]
+    later: float
+    old: float
+
+    @property
+    def new(self) -> float:
+        """Mean loss on the text while it was read."""
+        return sum(self.windows) / len(self.windows)
+
+
+class Interval(NamedTuple):
+    """A mean over seeds and half the width of its 95 % interval."""
+
+    mean: float
+    half: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} ± {self.half:.4f}"
+
+
+class Texts(NamedTuple):
+    """Tokens: ``new [windows, S]`` is read, ``later`` and ``old`` are measured."""
+
+    new: Tensor
+    later: Tensor
+    old: Tensor
+
+
+# --- text
+
+
+def source_code() -> Iterator[str]:
+    """Code of the running Python's standard library, without docstrings and comments; parsed and not imported."""
+    library = Path(sysconfig.get_path("stdlib"))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for path in sorted(library.glob("*.py")):
+        tree = ast.parse(path.read_bytes())
+        for node in ast.walk(tree):
+            if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+        yield ast.unparse(tree)
+
+
+def read_texts(options: argparse.Namespace, folder: Path, length: int, tokenizer: PreTrainedTokenizerBase) -> Texts:
+    """The new text, and the old one as the run that made the model held it out."""
+    n_read, n_measured = options.read, options.measure
+    text = source_code() if options.text is None else read_documents(str(options.text)).read()
+    new = _tokens(text, tokenizer, n_read + n_measured)
+    if len(new) < n_read + n_measured or n_read < length:
+        raise DataError(
+            f"the new text has {len(new):,} tokens, of which {n_read:,} (at least one window of {length}) are to be read and "
+            f"{n_measured:,} measured: give more text, or a smaller --read or --measure"
+        )
+    old = _tokens(_old_text(options.old, folder), tokenizer, n_measured)
+    return Texts(new[: n_read // length * length].view(-1, length), new[n_read:], old)
+
+
+def _old_text(given: Path | None, folder: Path) -> Iterator[str]:
+    if given is not None:
+        return read_documents(str(given)).read()
+    if not (folder.parent / "settings.yaml").is_file():
+        raise DataError(f"{folder} is not in the folder of a run of train.py: say with --old what it was trained on")
+    training = Settings.read(folder.parent / "settings.yaml").training
+    _, validation = split(read_documents(training.data), training.held_out)
+    return validation()
+
+
+def _tokens(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, limit: int) -> Tensor:
+    parts, n = [torch.tensor([tokenizer.eos_token_id])], 1
+    for text in texts:
+        parts += [ids.long() for ids in encode([text], tokenizer)]
+        n += len(parts[-1])
+        if n >= limit:
+            break
+    return torch.cat(parts)[:limit]
+
+
+# --- the experiment
+
+
+def alteration(condition: str) -> Alter:
+    """What becomes of the rewards."""
+    if condition == "shuffled":
+        return lambda rewards: rewards[torch.randperm(len(rewards), device=rewards.device)]
+    return torch.zeros_like if condition == "zero" else lambda rewards: rewards
+
+
+def read_once(
+    model: NordForCausalLM,
+    texts: Texts,
+    condition: str,
+    synapses: Sequence[str] | None,
+    rate: float | None,
+    reward: str,
+) -> Outcome:
+    """One condition, from the trained weights and back to them."""
+    torch.manual_seed(0)  # of what is drawn, and of the shuffling
+    plasticity = Plasticity(model, synapses, rate, reward, alteration(condition))
+    length = texts.new.shape[1]
+    windows = []
+    try:
+        for window in texts.new:
+            if condition == "off":
+                windows.append(score(model, window, length, length) / (length - 1))
+            else:
+                windows.append(plasticity.read(window[None].to(model.device), length - 1) or 0.0)
+        later, old = (score(model, text, length, length) / (len(text) - 1) for text in (texts.later, texts.old))
+    finally:
+        plasticity.close()
+    return Outcome(windows, later, old)
+
+
+def compare(outcomes: dict[str, list[Outcome]], value: Callable[[Outcome], float], control: str) -> Interval:
+    """How much higher ``value`` is with the rule on than under a control, in the mean over seeds."""
+    pairs = zip(outcomes["on"], outcomes[control], strict=True)
+    return interval([value(on) - value(other) for on, other in pairs])
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean and half the 95 % interval of Student's t."""
+    x = np.asarray(values)
+    half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)) if len(x) > 1 else np.nan
+    return Interval(float(x.mean()), float(half))
+
+
+def percent_old(outcomes: dict[str, list[Outcome]]) -> Interval:
+    """What reading with the rule on costs on old text, in per cent of its loss."""
+    pairs = zip(outcomes["on"], outcomes["off"], strict=True)
+    return interval([100 * (on.old / off.old - 1) for on, off in pairs])
+
+
+def helps(outcomes: dict[str, list[Outcome]]) -> bool:
+    """Whether the new text gains significantly over every control, and old text loses less than 1 %."""
+    gains = [compare(outcomes, lambda o: o.new, control) for control in outcomes if control != "on"]
+    cost = percent_old(outcomes)
+    return all(gain.mean + gain.half < 0 for gain in gains) and cost.mean + cost.half < 1
+
+
+# --- what is shown
+
+
+def report(console: Console, outcomes: dict[str, list[Outcome]]) -> None:
+    """Two tables and a sentence."""
+    rows = [
+        [name, *(f"{interval([value(o) for o in of]).mean:.4f}" for value in (_new, _later, _old))]
+        for name, of in outcomes.items()
+    ]
+    print_table(console, "loss, nats per token, mean over seeds", ["", "new, while read", "new, later", "old"], rows)
+    rows = [
+        [f"on - {control}", *(str(compare(outcomes, value, control)) for value in (_new, _later, _old))]
+        for control in outcomes
+        if control != "on"
+    ]
+    print_table(console, "paired differences with 95 % intervals", ["", "new, while read", "new, later", "old"], rows)
+    cost = percent_old(outcomes)
+    console.print(f"old text: {cost.mean:+.2f} % ± {cost.half:.2f} %", highlight=False)
+    verdict = "helps" if helps(outcomes) else "does not help"
+    console.print(
+        f"reading once {verdict}: significantly better on the new text than every control and less than 1 % worse on the old "
+        f"is {'met' if helps(outcomes) else 'not met'}",
+        highlight=False,
+    )
+
+
+def _new(outcome: Outcome) -> float:
+    return outcome.new
+
+
+def _later(outcome: Outcome) -> float:
+    return outcome.later
+
+
+def _old(outcome: Outcome) -> float:
+    return outcome.old
+
+
+def plot(outcomes: dict[str, list[Outcome]], path: Path) -> None:
+    """Loss relative to ``off``: while reading (mean of all windows so far), and afterwards on later and on old text."""
+    mpl.use("Agg")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=(2, 1), layout="constrained")
+    off = outcomes["off"]
+    for name, of in outcomes.items():
+        difference = np.array([np.subtract(a.windows, b.windows) for a, b in zip(of, off, strict=True)])
+        so_far = difference.cumsum(1) / np.arange(1, difference.shape[1] + 1)
+        middle = so_far.mean(0)
+        half = stats.t.ppf(0.975, max(len(of) - 1, 1)) * so_far.std(0, ddof=min(1, len(of) - 1)) / np.sqrt(len(of))
+        x = np.arange(1, len(middle) + 1)
+        left.plot(x, middle, color=COLOURS[name], label=name)
+        left.fill_between(x, middle - half, middle + half, color=COLOURS[name], alpha=0.2)
+    left.set(
+        xlabel="windows read", ylabel="loss - loss with STDP off, nats per token", title="new text, while it is read"
+    )
+    left.legend()
+    others = [name for name in outcomes if name != "off"]
+    for shift, (title, value) in enumerate((("new text, later", _later), ("old text", _old))):
+        bars = [interval([value(a) - value(b) for a, b in zip(outcomes[name], off, strict=True)]) for name in others]
+        right.bar(
+            [place + 0.4 * shift for place in range(len(others))],
+            [bar.mean for bar in bars],
+            0.4,
+            yerr=[bar.half for bar in bars],
+            capsize=3,
+            label=title,
+        )
+    right.set_xticks([place + 0.2 for place in range(len(others))], others)
+    right.set(title="afterwards")
+    right.axhline(0, color="black", linewidth=0.5)
+    right.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# --- command line
+
+
+def train_models(runs: Path, n_seeds: int) -> list[Path]:
+    """One small Nord for each seed, the defaults of ``train.py``; those that are finished are not trained again."""
+    models = []
+    for seed in range(n_seeds):
+        out = runs / f"seed-{seed}"
+        finished = sorted(out.glob("*/results.json"))
+        if not finished:
+            print(f"training the model of seed {seed}", flush=True)
+            command = [sys.executable, str(LANGUAGE_MODEL / "train.py"), "--seed", str(seed), "--out", str(out)]
+            subprocess.run(command, check=True)
+            finished = sorted(out.glob("*/results.json"))
+        models.append(finished[-1].parent / "model")
+    return models
+
+
+def _open(options: argparse.Namespace, folder: Path) -> tuple[NordForCausalLM, Texts]:
+    model, tokenizer = open_model(folder)
+    return model, read_texts(options, folder, model.config.max_position_embeddings, tokenizer)
+
+
+def experiment(options: argparse.Namespace, models: list[Path], console: Console) -> dict[str, list[Outcome]]:
+    """All conditions on all models."""
+    outcomes: dict[str, list[Outcome]] = {condition: [] for condition in CONDITIONS}
+    for folder in track(models, "reading", console=console, transient=True):
+        model, texts = _open(options, folder)
+        for condition in CONDITIONS:
+            outcomes[condition].append(
+                read_once(model, texts, condition, options.synapses, options.rate, options.reward)
+            )
+    return outcomes
+
+
+def search(options: argparse.Namespace, models: list[Path], console: Console) -> list[list[str]]:
+    """The table of settings: differences to ``off`` and to ``shuffled``."""
+    opened = []
+    for folder in models:
+        model, texts = _open(options, folder)
+        opened.append((model, texts, read_once(model, texts, "off", None, None, "error")))
+    rows = []
+    for synapses, rate, reward in track(SEARCHED, "searching", console=console, transient=True):
+        outcomes = {
+            "on": [read_once(model, texts, "on", synapses, rate, reward) for model, texts, _ in opened],
+            "off": [off for _, _, off in opened],
+            "shuffled": [read_once(model, texts, "shuffled", synapses, rate, reward) for model, texts, _ in opened],
+        }
+        cost = percent_old(outcomes)
+        rows.append(
+            [
+                f"{' '.join(synapses)}, {reward}",
+                f"{rate:g}",
+                *(str(compare(outcomes, value, "off")) for value in (_new, _later)),
+                str(compare(outcomes, _new, "shuffled")),
+                f"{cost.mean:+.2f} ± {cost.half:.2f}",
+                "yes" if helps(outcomes) else "no",
+            ]
+        )
+    columns = ["synapses, reward", "rate", "new - off", "later - off", "new - shuffled", "old, %", "helps"]
+    print_table(console, f"paired differences over {len(models)} seeds, nats per token", columns, rows)
+    return rows
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--text", type=Path, help="the new text (default: source code of Python's standard library)")
+    parser.add_argument("--old", type=Path, help="text to keep (default: what the run of each model held out)")
+    parser.add_argument("--models", type=Path, nargs="+", help="folders of trained models (default: trains five)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/online"), help="where models are trained")
+    parser.add_argument("--seeds", type=number(2, kind=int), default=5, help="models to train")
+    parser.add_argument("--read", type=number(2, kind=int), default=16_384, help="tokens to read")
+    parser.add_argument(
+        "--measure", type=number(2, kind=int), default=12_288, help="later, and old, tokens to measure on"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/online"), help="folder for results.json and the plot")
+    parser.add_argument("--search", action="store_true", help="try many settings and print a table of them")
+    plasticity_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    options = parse(arguments)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    console = Console()
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        models = options.models or train_models(options.runs, options.seeds)
+        if options.search:
+            write_json(options.out / "search.json", search(options, models, console))
+            return 0
+        outcomes = experiment(options, models, console)
+        report(console, outcomes)
+        write_json(options.out / "results.json", {name: [asdict(o) for o in of] for name, of in outcomes.items()})
+        plot(outcomes, options.out / "online_learning.png")
+        console.print(f"results.json and online_learning.png are in {options.out}", highlight=False)
+    except (ModelError, DataError, PlasticityError, CheckpointError, SettingsError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

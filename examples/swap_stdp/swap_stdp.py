@@ -1,0 +1,205 @@
+"""Digits learned without labels, by STDP: a SpikingJelly and a snnTorch network, each with its own rule and with two of ours.
+
+    python examples/swap_stdp/swap_stdp.py          # scikit-learn's digits, no network needed; two minutes on two cores
+
+64 inputs fire at the brightness of their pixel. 100 neurons compete: the one with the largest current inhibits all others
+(after Diehl and Cook 2015, with fatigue for those who win too often), and STDP draws its weights to what it saw. Labels are
+used only afterwards, to say which digit a neuron has come to stand for. Between the runs of a network one line differs: the one
+that constructs the learner.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import snntorch
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from snntorch.functional.stdp_learner import STDPLearner as SnnTorchSTDPLearner
+from spikingjelly.activation_based import functional, layer, learning, neuron
+from torch import Tensor, nn
+
+from nord_snn.learning_rules import STDP, TripletSTDP
+
+STEPS, N_NEURONS, BATCH, EPOCHS = 16, 100, 32, 8
+TAU = 5.0  # of the traces, in steps
+RATE, WEAKER = 0.003, 0.001  # change per pair that strengthens, and that weakens
+TRIPLETS: dict[str, Any] = {"a2_plus": RATE, "a2_minus": WEAKER, "a3_plus": RATE, "a3_minus": 0.0}
+STRENGTH, FATIGUE = 2.0, 5.0  # norm of a neuron's weights; how much a win tires
+
+
+class Digits(NamedTuple):
+    """Images ``[n, 64]`` with values from 0 to 1, and labels ``[n]``."""
+
+    images: Tensor
+    labels: Tensor
+
+
+def digits() -> tuple[Digits, Digits]:
+    """Training and test images."""
+    data = load_digits()
+    split = train_test_split(data.data / 16.0, data.target, test_size=0.25, random_state=0, stratify=data.target)
+    train_x, test_x, train_y, test_y = (torch.as_tensor(part) for part in split)
+    return Digits(train_x.float(), train_y), Digits(test_x.float(), test_y)
+
+
+def encode(images: Tensor) -> Tensor:
+    """Spikes ``[T, N, 64]`` with the brightness as their probability."""
+    return (torch.rand(STEPS, *images.shape) < images).float()
+
+
+class Competition(nn.Module):
+    """Only the neuron with the largest current fires; who wins often tires."""
+
+    fatigue: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("fatigue", torch.zeros(N_NEURONS))
+        self.winners = torch.zeros(1, N_NEURONS)
+
+    def choose(self, drive: Tensor) -> None:
+        """The winner of every image, by the mean current ``[N, D]``; inhibition that holds as long as the image does."""
+        self.winners = nn.functional.one_hot((drive - self.fatigue).argmax(-1), N_NEURONS).to(drive)
+        if self.training:
+            self.fatigue += FATIGUE * (self.winners.mean(0) - 1 / N_NEURONS)
+
+    def forward(self, spikes: Tensor) -> Tensor:
+        """Spikes ``[*, N, D]``, of which those of the winners are left."""
+        return spikes * self.winners
+
+
+class SpikingJellyNet(nn.Module):
+    """Whole sequences, ``[T, N, 64]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = layer.Linear(64, N_NEURONS, bias=False, step_mode="m")
+        self.lif = neuron.LIFNode(tau=2.0, step_mode="m")
+        self.competition = Competition()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Spikes ``[T, N, 100]``."""
+        functional.reset_net(self)
+        current = self.fc(x)
+        self.competition.choose(current.mean(0))
+        return self.competition(self.lif(current))
+
+
+class SnnTorchNet(nn.Module):
+    """Step by step, ``[N, 64]`` each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, N_NEURONS, bias=False)
+        self.lif = snntorch.Leaky(beta=0.5)
+        self.competition = Competition()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Spikes ``[T, N, 100]``."""
+        self.competition.choose(nn.functional.linear(x.mean(0), self.fc.weight))
+        membrane, spikes = self.lif.init_leaky(), []
+        for x_t in x:
+            fired, membrane = self.lif(self.fc(x_t), membrane)
+            spikes.append(self.competition(fired))
+        return torch.stack(spikes)
+
+
+#: How each learner is constructed: the line that differs. None leaves the weights as they were drawn.
+LEARNERS: dict[str, dict[str, Callable[[Any], Any] | None]] = {
+    "SpikingJelly": {
+        "none": None,
+        "its STDPLearner": lambda net: learning.STDPLearner("m", net.fc, net.competition, TAU, TAU, weaken, strengthen),
+        "nord-snn STDP": lambda net: STDP("m", net.fc, net.competition, TAU, TAU, RATE, WEAKER),
+        "nord-snn TripletSTDP": lambda net: TripletSTDP("m", net.fc, net.competition, TAU, TAU, **TRIPLETS),
+    },
+    "snnTorch": {
+        "none": None,
+        "its STDPLearner": lambda net: SnnTorchSTDPLearner(net.fc, net.competition, TAU, TAU, weaken, strengthen),
+        "nord-snn STDP": lambda net: STDP("s", net.fc, net.competition, TAU, TAU, RATE, WEAKER),
+        "nord-snn TripletSTDP": lambda net: TripletSTDP("s", net.fc, net.competition, TAU, TAU, **TRIPLETS),
+    },
+}
+NETS: dict[str, type[SpikingJellyNet | SnnTorchNet]] = {"SpikingJelly": SpikingJellyNet, "snnTorch": SnnTorchNet}
+
+
+def strengthen(weight: Tensor) -> float:
+    """The two other learners take the rates as functions of the weight."""
+    return RATE
+
+
+def weaken(weight: Tensor) -> float:
+    """See :func:`strengthen`."""
+    return WEAKER
+
+
+@torch.no_grad()
+def train(net: SpikingJellyNet | SnnTorchNet, make: Callable[[Any], Any] | None, data: Digits, epochs: int) -> None:
+    """Show all images; the learner changes ``fc``."""
+    normalise(net.fc)
+    if make is None:
+        return
+    learner = make(net)
+    optimizer = torch.optim.SGD([net.fc.weight], lr=1.0)
+    net.train()
+    for _ in range(epochs):
+        for batch in torch.randperm(len(data.images)).split(BATCH):
+            if len(batch) < BATCH:  # traces go on from batch to batch, so all have the same size
+                continue
+            net(encode(data.images[batch]))
+            optimizer.zero_grad()
+            learner.step(on_grad=True)  # subtracts its change from the gradient
+            optimizer.step()
+            normalise(net.fc)
+
+
+@torch.no_grad()
+def normalise(fc: nn.Linear) -> None:
+    """Weights are excitatory, and those of a neuron have a fixed norm."""
+    weight = fc.weight.clamp_(min=0)
+    weight *= STRENGTH / weight.norm(dim=1, keepdim=True).clamp(min=1e-6)
+
+
+@torch.no_grad()
+def accuracy(net: SpikingJellyNet | SnnTorchNet, train_data: Digits, test_data: Digits) -> float:
+    """Each neuron stands for the label that it fired for most in training; a test image is what its winner stands for."""
+    net.eval()
+    counts = net(encode(train_data.images)).sum(0)
+    by_label = torch.stack([counts[train_data.labels == label].sum(0) for label in range(10)])  # [10, D]
+    label_of = by_label.argmax(0)
+    votes = net(encode(test_data.images)).sum(0) @ nn.functional.one_hot(label_of, 10).float()
+    return (votes.argmax(1) == test_data.labels).float().mean().item()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    options = parser.parse_args(arguments)
+    if options.seeds < 1 or options.epochs < 0:
+        parser.error("expected at least one seed, and no negative number of epochs")
+    train_data, test_data = digits()
+    table = Table("network", "learner", f"test accuracy, mean of {options.seeds} seeds", "lowest to highest")
+    runs = [(name, rule, make) for name, rules in LEARNERS.items() for rule, make in rules.items()]
+    for name, rule, make in track(runs, "training", transient=True):
+        results = []
+        for seed in range(options.seeds):
+            torch.manual_seed(seed)
+            net = NETS[name]()
+            nn.init.uniform_(net.fc.weight)
+            train(net, make, train_data, options.epochs)
+            results.append(accuracy(net, train_data, test_data))
+        table.add_row(name, rule, f"{statistics.mean(results):.1%}", f"{min(results):.1%} to {max(results):.1%}")
+    Console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

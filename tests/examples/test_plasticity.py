@@ -1,0 +1,164 @@
+"""What a model learns while it reads: which synapses, from which tokens, and nothing by accident."""
+
+import pytest
+import torch
+from generate import open_model
+from helpers import fire_easily
+from modeling_nord import NordForCausalLM
+from plasticity import Plasticity, PlasticityError, synapse_names
+
+BLOCKS = ["blocks.*.ffn.down"]
+
+
+@pytest.fixture
+def model(trained):
+    """A trained model, and ids of a text."""
+    model, tokenizer = open_model(trained / "model")
+    fire_easily(model)
+    return model, torch.tensor([tokenizer("the neuron fires and rests while a spike wakes")["input_ids"]])
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def changed(model, before):
+    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+
+
+def loss(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids, labels=ids).loss.item()
+
+
+def test_reading_a_text_again_and_again_makes_it_likelier(model):
+    model, ids = model
+    plasticity = Plasticity(model, rate=0.005)
+    before = loss(model, ids)
+    told = [plasticity.read(ids, ids.shape[1]) for _ in range(20)]
+    assert told[0] == pytest.approx(before, abs=1e-5)
+    assert loss(model, ids) < before - 0.2
+    assert sum(told[-5:]) < sum(told[:5])
+
+
+def test_in_the_mean_over_what_is_drawn_the_change_is_that_of_a_delta_rule(model):
+    """DW = rate * sum over tokens of (one-hot - probabilities) outer trace, the trace decayed by the step that the word takes."""
+    model, ids = model
+    spikes = []
+    hook = model.readout.lif.register_forward_hook(lambda module, inputs, output: spikes.append(output.detach()))
+    with torch.no_grad():
+        probabilities = model(input_ids=ids, use_cache=False).logits[0, :-1].softmax(-1)
+    hook.remove()
+    steps = torch.arange(len(spikes[0]), 0, -1)
+    trace = (torch.exp(-steps / 20)[:, None, None] * spikes[0][:, 0, :-1]).sum(0)
+    wrong = torch.nn.functional.one_hot(ids[0, 1:], probabilities.shape[1]) - probabilities
+    expected = 0.001 * wrong.mT @ trace
+    total, n = torch.zeros_like(expected), 300
+    plasticity = Plasticity(model, rate=0.001)
+    for _ in range(n):
+        plasticity.read(ids, ids.shape[1])
+        total += plasticity.synapses["lm_head"].plastic.delta.float()
+        plasticity.forget()
+    assert (total / n - expected).norm() < 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize(("names", "reward"), [(None, "error"), (BLOCKS, "error"), (BLOCKS, "loss")])
+def test_only_what_was_asked_for_changes_and_forgetting_is_exact(model, names, reward):
+    model, ids = model
+    before = weights(model)
+    plasticity = Plasticity(model, names, reward=reward)
+    plasticity.read(ids, ids.shape[1])
+    plasticity.read(ids.flip(1), ids.shape[1])
+    assert changed(model, before) == ({"lm_head.weight"} if names is None else {"blocks.0.ffn.down.weight"})
+    assert plasticity.change() > 0
+    plasticity.close()
+    assert not changed(model, before)
+    model(input_ids=ids)
+    assert not any(getattr(synapse, "_spikes", None) is not None for synapse in plasticity.synapses.values())
+
+
+@pytest.mark.parametrize("names", [None, BLOCKS])
+def test_without_rewards_nothing_changes(model, names):
+    model, ids = model
+    before = weights(model)
+    plasticity = Plasticity(model, names, alter=torch.zeros_like)
+    plasticity.read(ids, ids.shape[1])
+    assert not changed(model, before)
+
+
+def test_only_words_that_came_or_were_expected_change_and_context_takes_no_part(model):
+    model, ids = model
+    plasticity = Plasticity(model)
+    plasticity.read(ids, 2)
+    rows = plasticity.synapses["lm_head"].plastic.delta.abs().sum(1).nonzero().flatten().tolist()
+    assert set(rows) - set(ids[0, -2:].tolist()) <= set(range(model.config.vocab_size))
+    assert 0 < len(rows) <= 4  # two words that came, two that were expected
+    assert set(rows) & set(ids[0, -2:].tolist())
+    plasticity.forget()
+    torch.manual_seed(1)
+    plasticity.read(ids, 2)
+    alone = plasticity.synapses["lm_head"].plastic.delta.clone()
+    plasticity.forget()
+    torch.manual_seed(1)
+    plasticity.read(ids, 2, approval=-1.0)
+    assert torch.allclose(plasticity.synapses["lm_head"].plastic.delta, -alone, atol=1e-7)
+
+
+def test_one_token_predicts_nothing(model):
+    model, ids = model
+    plasticity = Plasticity(model)
+    assert plasticity.read(ids[:, :1], 1) is None
+    assert plasticity.read(ids[:, :2], 2) is not None
+
+
+def test_ctrl_c_while_learning_keeps_no_half_a_record(model, monkeypatch):
+    model, ids = model
+    plasticity = Plasticity(model, ["*"])
+    rule = plasticity.synapses["blocks.0.ffn.down"].rule
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rule, "step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        plasticity.read(ids, 3)
+    assert not rule._pre
+    assert plasticity.synapses["lm_head"]._spikes is None
+
+
+def test_generation_is_not_recorded(model):
+    model, ids = model
+    plasticity = Plasticity(model, ["*"])
+    model.generate(ids, max_new_tokens=3, do_sample=False)
+    assert not plasticity.synapses["blocks.0.ffn.down"].rule._pre
+    assert plasticity.synapses["lm_head"]._spikes is None
+
+
+def test_silent_readout_neurons_are_said_once(model):
+    model, ids = model
+    model.readout.lif.v_threshold.data.fill_(1e9)
+    plasticity = Plasticity(model)
+    with pytest.warns(UserWarning, match="the readout neurons did not fire"):
+        plasticity.read(ids, 3)
+    plasticity.read(ids, 3)
+    assert plasticity.change() == 0
+
+
+def test_names_that_cannot_learn_are_refused(model):
+    model, _ = model
+    with pytest.raises(
+        PlasticityError, match=r"ffn\.up: no synapse between two layers of spikes; there are lm_head, blocks\.0"
+    ):
+        Plasticity(model, ["blocks.0.ffn.up"])
+    with pytest.raises(PlasticityError, match="one of error, loss, got x"):
+        Plasticity(model, reward="x")
+
+
+def test_a_head_that_is_the_embedding_too_does_not_learn(model):
+    config = model[0].config
+    config.tie_word_embeddings = True
+    tied = NordForCausalLM(config).eval()
+    assert synapse_names(tied) == ["blocks.0.ffn.down"]
+    assert list(Plasticity(tied).synapses) == ["blocks.0.ffn.down"]
+    with pytest.raises(PlasticityError, match="lm_head"):
+        Plasticity(tied, ["lm_head"])

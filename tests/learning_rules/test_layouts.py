@@ -1,0 +1,376 @@
+"""Where learners fit: every layout, both step modes, SpikingJelly's layers and snnTorch's neurons."""
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional, layer, neuron
+from spikingjelly.activation_based.learning import STDPLearner
+from torch import nn
+
+from nord_snn.learning_rules import STDP, RewardModulatedSTDP, TripletSTDP
+from nord_snn.learning_rules.learner import _geometry
+from nord_snn.ops import reward_modulated_stdp, stdp, triplet_stdp
+
+RULES = [(STDP, stdp), (TripletSTDP, triplet_stdp)]
+
+
+def spikes(*shape, rate=0.5):
+    return (torch.rand(shape) < rate).float()
+
+
+def excitatory(module):
+    """Weights that make the neurons behind fire."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.abs_().add_(0.3)
+    return module
+
+
+CONVOLUTIONS = {
+    "plain": {"kernel_size": 3},
+    "stride and padding": {"kernel_size": 3, "stride": 2, "padding": 1},
+    "dilation and groups": {"kernel_size": 2, "dilation": 2, "groups": 2},
+    "same": {"kernel_size": 2, "padding": "same"},
+    "circular": {"kernel_size": 3, "padding": 1, "padding_mode": "circular"},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+@pytest.mark.parametrize("n_spatial", [1, 2])
+@pytest.mark.parametrize(("rule", "op"), RULES)
+def test_images_step_by_step_and_as_sequences(rule, op, n_spatial, options):
+    kind = (layer.Conv1d, layer.Conv2d)[n_spatial - 1]
+    net = excitatory(nn.Sequential(kind(2, 4, bias=False, step_mode="m", **options), neuron.IFNode(step_mode="m")))
+    x = spikes(5, 3, 2, *(7, 6)[:n_spatial])
+    learner = rule(step_mode="m", synapse=net[0], sn=net[1])
+    y = net(x)
+    assert y.sum() > 0
+    expected, _ = op(x, y, geometry=_geometry(net[0]))
+    assert torch.equal(learner.step(on_grad=False), expected)
+    assert expected.any()
+    learner.close()
+
+    functional.reset_net(net)
+    functional.set_step_mode(net, "s")
+    single = rule(step_mode="s", synapse=net[0], sn=net[1])
+    parts = []
+    for x_t in x:
+        net(x_t)
+        parts.append(single.step(on_grad=False))
+    assert torch.allclose(sum(parts), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(6, 3, 8), (6, 2, 5, 8), (6, 2, 5, 4, 8)])
+def test_rows_of_any_layout(shape):
+    net = excitatory(nn.Sequential(nn.Linear(8, 4), neuron.LIFNode(step_mode="m")))
+    learner = STDP(step_mode="m", synapse=net[0], sn=net[1])
+    x = spikes(*shape)
+    y = net(x)
+    expected, _ = stdp(x.flatten(1, -2), y.flatten(1, -2))
+    assert torch.equal(learner.step(on_grad=False), expected)
+
+
+def test_time_and_batch_may_be_one_while_the_synapse_runs():
+    """nn.Conv2d takes no sequences: SpikingJelly's container folds time into the batch."""
+    conv, lif = excitatory(nn.Conv2d(2, 3, 3, bias=False)), neuron.IFNode(step_mode="m")
+    learner = STDP(step_mode="m", synapse=conv, sn=lif)
+    x = spikes(4, 2, 2, 6, 6)
+    y = lif(layer.SeqToANNContainer(conv)(x))
+    expected, _ = stdp(x, y, geometry=_geometry(conv))
+    assert torch.equal(learner.step(on_grad=False), expected)
+
+
+def test_snntorch_neurons_return_more_than_spikes():
+    snntorch = pytest.importorskip("snntorch")
+    fc, lif = excitatory(nn.Linear(8, 4, bias=False)), snntorch.Leaky(beta=0.9)
+    learner = STDP(step_mode="s", synapse=fc, sn=lif)
+    x, memory, out = spikes(6, 3, 8), lif.init_leaky(), []
+    for x_t in x:
+        spk, memory = lif(fc(x_t), memory)
+        out.append(spk)
+    expected, _ = stdp(x, torch.stack(out).detach())
+    assert torch.allclose(learner.step(on_grad=False), expected, atol=1e-6)
+    assert expected.any()
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}], ids=str)
+@pytest.mark.parametrize("kind", [layer.Conv1d, layer.Conv2d])
+def test_against_spikingjellys_learner_on_images(kind, options):
+    conv = excitatory(kind(2, 3, 3, bias=False, step_mode="m", **options))
+    lif = neuron.IFNode(step_mode="m")
+    tau_sj = 1 / (1 - torch.tensor(-1 / 20.0, dtype=torch.float64).exp().item())
+    theirs = STDPLearner("m", conv, lif, tau_sj, tau_sj, lambda w: 0.005, lambda w: 0.005)
+    ours = STDP("m", conv, lif)
+    x = spikes(5, 2, 2, *(6, 5)[: conv.weight.ndim - 2])
+    assert lif(conv(x)).sum() > 0
+    expected = theirs.step(on_grad=False)
+    assert torch.allclose(ours.step(on_grad=False), expected, atol=1e-6 * max(1, expected.abs().max().item()))
+
+
+def test_multiplicative_dependence_against_spikingjellys():
+    """Their f_pre and f_post of the weight are our (w - lower) and (upper - w) for bounds 0 and 1."""
+    fc, lif = nn.Linear(6, 4, bias=False), neuron.IFNode(step_mode="m", v_threshold=0.5)
+    nn.init.uniform_(fc.weight, 0.05, 0.95)
+    tau_sj = 1 / (1 - torch.tensor(-1 / 20.0, dtype=torch.float64).exp().item())
+    theirs = STDPLearner("m", fc, lif, tau_sj, tau_sj, lambda w: 0.005 * w, lambda w: 0.005 * (1 - w))
+    ours = STDP("m", fc, lif, bounds=(0.0, 1.0), mu=1.0)
+    assert lif(fc(spikes(7, 3, 6))).sum() > 0
+    assert torch.allclose(ours.step(on_grad=False), theirs.step(on_grad=False), atol=1e-6)
+
+
+def test_a_batch_is_the_sum_of_single_samples():
+    net = excitatory(nn.Sequential(nn.Linear(8, 4, bias=False), neuron.LIFNode(step_mode="m")))
+    x = spikes(6, 5, 8)
+    for options, divided in (({}, 1), ({"reduction": "mean"}, 5)):
+        learner = STDP("m", net[0], net[1], **options)
+        net(x)
+        together = learner.step(on_grad=False)
+        parts = []
+        for n in range(5):
+            functional.reset_net(net)
+            learner.reset()
+            net(x[:, n : n + 1])
+            parts.append(learner.step(on_grad=False))
+        functional.reset_net(net)
+        learner.close()
+        assert torch.allclose(together, sum(parts) / divided, atol=1e-6)
+
+
+# --- rewards
+
+
+def rewarded(**more):
+    net = excitatory(nn.Sequential(nn.Linear(8, 4, bias=False), neuron.LIFNode(step_mode="m")))
+    return net, RewardModulatedSTDP("m", net[0], net[1], **more)
+
+
+def test_samples_tokens_and_neurons_have_rewards_of_their_own():
+    x = spikes(6, 2, 5, 8)
+    for shape in ((2,), (2, 5), (2, 5, 4)):
+        net, rule = rewarded()
+        y = net(x)
+        reward = torch.randn(shape)
+        each = reward.reshape(*shape, *[1] * (3 - len(shape))).expand(2, 5, 4).flatten(0, 1)
+        expected, _ = reward_modulated_stdp(x.flatten(1, 2), y.flatten(1, 2), each)
+        assert torch.allclose(rule.step(reward=reward, on_grad=False), expected, atol=1e-6)
+        assert rule.last_reward.shape == shape
+    net, rule = rewarded()
+    y = net(x)
+    expected, _ = reward_modulated_stdp(x[:, :, 2:].flatten(1, 2), y[:, :, 2:].flatten(1, 2), torch.ones(6))
+    assert torch.allclose(
+        rule.step(reward=torch.ones(2, 3), on_grad=False, positions=slice(2, None)), expected, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("shape", [(6, 3, 8), (6, 3, 2, 8)])
+def test_every_sample_waits_for_its_own_reward(shape):
+    """The batch, each sample with its rewards, is the sum of the samples by themselves."""
+    net, rule = rewarded(tau_eligibility=5.0, per_sample=True)
+    x, rewards = spikes(2, *shape), torch.randn(2, 3)
+    changes = []
+    for window, reward in zip(x, rewards, strict=True):
+        net(window)
+        changes.append(rule.step(reward=reward, on_grad=False))
+    assert rule.eligibility.shape == (3, 4, 8)
+    alone = [0, 0]
+    for n in range(3):
+        single = RewardModulatedSTDP("m", net[0], net[1], tau_eligibility=5.0)
+        functional.reset_net(net)
+        for i, window in enumerate(x):
+            net(window[:, n : n + 1])
+            alone[i] = alone[i] + single.step(reward=rewards[i, n], on_grad=False)
+        single.close()
+    for change, expected in zip(changes, alone, strict=True):
+        assert torch.allclose(change, expected, atol=1e-6)
+    assert rule.last_reward.shape == (3,)
+    rule.reset()
+    assert rule.eligibility is None
+
+
+def test_an_eligibility_lets_a_late_reward_count():
+    """Nothing fires in the second window, in which the reward comes: with an eligibility the first is remembered."""
+    for options, remembered in (({}, False), ({"tau_eligibility": 10.0}, True)):
+        net, rule = rewarded(**options)
+        net(spikes(6, 3, 8))
+        rule.step(reward=0.0)
+        functional.reset_net(net)
+        rule.trace_pre, rule.trace_post = torch.zeros(3, 8), torch.zeros(3, 4)
+        net(torch.zeros(6, 3, 8))
+        with pytest.warns(UserWarning, match="did not fire") if not remembered else no_warning():
+            change = rule.step(reward=1.0, on_grad=False)
+        assert bool(change.any()) is remembered
+
+
+class no_warning:  # noqa: N801  # reads as pytest.warns does
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return False
+
+
+# --- what is wrong, and what is strange
+
+
+def everything(rule, net):
+    return [net[0].weight.clone(), *(None if t is None else t.clone() for t in (rule.trace_pre, rule.trace_post))]
+
+
+def same(one, other):
+    return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def bad_spike(net, rule):
+    x = spikes(6, 3, 8)
+    x[2, 1, 3] = float("nan")
+    net(x)
+    rule.step(reward=1.0)
+
+
+def bad_weight(net, rule):
+    net(spikes(6, 3, 8))
+    net[0].weight.data[1, 2] = float("nan")
+    try:
+        rule.step(reward=1.0)
+    finally:
+        net[0].weight.data[1, 2] = 0.5
+
+
+def another_batch(net, rule):
+    net(spikes(6, 2, 8))
+    rule.step(reward=1.0)
+
+
+def long_reward(net, rule):
+    net(spikes(6, 3, 8))
+    rule.step(reward=torch.ones(4))
+
+
+def strange_reward(net, rule):
+    net(spikes(6, 3, 8))
+    rule.step(reward="good")
+
+
+def endless_reward(net, rule):
+    net(spikes(6, 3, 8))
+    rule.step(reward=torch.tensor([1.0, float("inf"), 1.0]))
+
+
+def wrong_rank(net, rule):
+    rule.sn(net[0](spikes(3, 8)))
+    rule.step(reward=1.0)
+
+
+def wrong_neurons(net, rule):
+    net[0](spikes(6, 3, 8))
+    net[1](spikes(6, 3, 5))
+    rule.step(reward=1.0)
+
+
+def positions_of_images(net, rule):
+    net(spikes(6, 3, 8))
+    rule.step(reward=1.0, positions=slice(2))
+
+
+@pytest.mark.parametrize(
+    ("do", "kind", "message"),
+    [
+        (bad_spike, ValueError, r"the input spikes of Linear\[4, 8\] hold NaN or infinity; the weights are untouched"),
+        (bad_weight, ValueError, r"the weight of Linear\[4, 8\] holds NaN"),
+        (another_batch, ValueError, r"traces must be \[2, 8\] and \[2, 4\].*reset them when the batch shape changes"),
+        (
+            long_reward,
+            ValueError,
+            r"must be one number, \[3\] for the samples or \[3, 4\] for their neurons, got \[4\]",
+        ),
+        (strange_reward, TypeError, "must be a number or a tensor, got str"),
+        (endless_reward, ValueError, "the reward must be finite"),
+        (wrong_rank, ValueError, r"\[T, N, \*, D\] before and behind Linear\[4, 8\], got \[3, 8\] and \[3, 4\]"),
+        (wrong_neurons, ValueError, r"joins 8 inputs to 4 neurons .* \[6, 3, 8\] before it and \[6, 3, 5\] behind"),
+        (positions_of_images, ValueError, r"positions are those of sequences \[T, B, S, D\], got \[6, 3, 8\]"),
+    ],
+)
+def test_bad_input_gets_a_sentence_and_touches_nothing(do, kind, message):
+    net, rule = rewarded()
+    net(spikes(6, 3, 8))
+    rule.step(reward=1.0)
+    net[0].weight.grad = None
+    functional.reset_net(net)
+    before = everything(rule, net)
+    with pytest.raises(kind, match=message):
+        do(net, rule)
+    after = everything(rule, net)
+    if do is bad_weight:
+        before[0][1, 2] = after[0][1, 2] = 0.0
+    assert same(before, after)
+    assert net[0].weight.grad is None
+    rule.reset()  # and it goes on
+    functional.reset_net(net)
+    net(spikes(6, 3, 8))
+    assert rule.step(reward=1.0, on_grad=False).any()
+
+
+def test_modules_that_are_not_in_the_network_are_named():
+    net, _ = rewarded()
+    for synapse, sn, message in (
+        (nn.Linear(8, 4), net[1], "called 0 times and its neurons 1 times"),
+        (nn.Linear(8, 4), neuron.LIFNode(), "neither fc1 nor its neurons were ever called"),
+    ):
+        rule = STDP("m", synapse, sn, name="fc1")
+        functional.reset_net(net)
+        net(spikes(6, 3, 8))
+        with pytest.raises(RuntimeError, match=message):
+            rule.step()
+        rule.close()
+
+
+def test_neurons_that_return_no_tensor_are_named():
+    net = nn.Sequential(nn.Linear(8, 4), nn.Identity())
+    STDP("m", net[0], net[1])
+    with pytest.raises(TypeError, match="the neurons returned str"):
+        net[1]("spikes")
+
+
+def test_silence_is_said_once():
+    net, rule = rewarded()
+    for expected in (True, False):
+        net(torch.zeros(6, 3, 8))
+        if expected:
+            with pytest.warns(UserWarning, match=r"the input and the neurons of Linear\[4, 8\] did not fire") as record:
+                assert not rule.step(reward=1.0, on_grad=False).any()
+            assert record[0].filename == __file__  # it points at the step, not into the library
+        else:
+            assert not rule.step(reward=1.0, on_grad=False).any()
+
+
+def test_steps_of_one_may_be_silent_for_a_while():
+    net = excitatory(nn.Sequential(nn.Linear(8, 4, bias=False), neuron.LIFNode()))
+    rule = STDP("s", net[0], net[1])
+    for _ in range(19):
+        net(torch.zeros(3, 8))
+        rule.step()
+    net(torch.zeros(3, 8))
+    with pytest.warns(UserWarning, match="did not fire"):
+        rule.step()
+
+
+def test_an_input_that_is_no_spikes_is_named_once():
+    net, rule = rewarded(name="blocks.0.ffn.up")
+    net(torch.rand(6, 3, 8))
+    with pytest.warns(UserWarning, match=r"the input of blocks\.0\.ffn\.up is not spikes"):
+        rule.step(reward=1.0)
+    net(torch.rand(6, 3, 8))
+    rule.step(reward=1.0)
+
+
+def test_the_norm_of_a_change_can_be_limited():
+    net, free = rewarded()
+    limited = RewardModulatedSTDP("m", net[0], net[1], max_norm=0.01)
+    net(spikes(6, 3, 8))
+    whole, small = (rule.step(reward=1.0, on_grad=False) for rule in (free, limited))
+    assert whole.norm() > 0.02
+    assert small.norm() == pytest.approx(0.01)
+    assert torch.allclose(small / small.norm(), whole / whole.norm(), atol=1e-6)
+    net(spikes(6, 3, 8))
+    tiny = limited.step(reward=1e-4, on_grad=False)
+    assert 0 < tiny.norm() < 0.01

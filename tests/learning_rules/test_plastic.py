@@ -1,0 +1,227 @@
+"""What a rule has learned: apart from what was trained, in a file of its own; and where rewards come from."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from nord_snn.learning_rules import (
+    STDP,
+    GivenReward,
+    LossBelowBaseline,
+    PlasticPart,
+    RewardModulatedSTDP,
+    load_plastic,
+    save_plastic,
+)
+from nord_snn.neurons import AssociativeLIFNode
+from nord_snn.ops import reward_from_loss
+
+
+def network(**more):
+    net = nn.Sequential(nn.Linear(6, 4, bias=False), AssociativeLIFNode(4, n_clusters=2, step_mode="m"))
+    with torch.no_grad():
+        net[0].weight.abs_()
+    return net, RewardModulatedSTDP("m", net[0], net[1], **more)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_file_brings_back_the_same_weights_on_the_same_trained_ones(tmp_path, dtype):
+    trained = torch.randn(5, 7).to(dtype)
+    part = PlasticPart(nn.Parameter(trained.clone()))
+    for scale in (1e-3, 1e-8, 3.0):
+        part.apply((scale * torch.randn(5, 7)).to(dtype))
+    save_plastic(tmp_path / "mine.safetensors", {"fc": part})
+    other = PlasticPart(nn.Parameter(trained.clone()))
+    other.apply(torch.ones(5, 7, dtype=dtype))  # is replaced
+    load_plastic(tmp_path / "mine.safetensors", {"fc": other})
+    assert torch.equal(other.weight, part.weight) or (dtype == torch.float64 and other.weight.allclose(part.weight))
+    other.revert()
+    assert torch.equal(other.weight, trained)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.safetensors"]
+
+
+def test_only_the_plastic_part_is_in_the_file_and_an_optimizers_part_is_not(tmp_path):
+    net, rule = network(bounds=None)
+    rule.apply(torch.full((4, 6), 0.25))
+    with torch.no_grad():
+        net[0].weight.add_(1.0)
+    save_plastic(tmp_path / "a.safetensors", {"fc": rule})
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert list(file.keys()) == ["fc"]
+        assert torch.allclose(file.get_tensor("fc"), torch.full((4, 6), 0.25, dtype=torch.float64))
+    assert (tmp_path / "a.safetensors").stat().st_size < 1000
+
+
+def test_synapses_that_learned_nothing_are_left_out_and_put_back(tmp_path):
+    (_, first), (_, second) = network(), network()
+    first.apply(torch.full((4, 6), 0.1))
+    save_plastic(tmp_path / "a.safetensors", {"first": first, "second": second})
+    trained = second.synapse.weight.detach().clone()
+    second.apply(torch.full((4, 6), 0.1))
+    load_plastic(tmp_path / "a.safetensors", {"first": first, "second": second})
+    assert torch.equal(second.synapse.weight, trained)
+
+
+def test_files_that_do_not_fit_change_nothing(tmp_path):
+    (_, rule), (_, stranger) = network(), network()
+    good = tmp_path / "good.safetensors"
+    with pytest.raises(ValueError, match="nothing to save"):
+        save_plastic(good, {"fc": rule})
+    rule.apply(torch.full((4, 6), 0.1))
+    save_plastic(good, {"fc": rule})
+    before = good.read_bytes()
+    with pytest.raises(OSError, match="nowhere"):
+        save_plastic(tmp_path / "nowhere" / "a.safetensors", {"fc": rule})
+    weight = stranger.synapse.weight.detach().clone()
+
+    def refused(path, message, learned=stranger, name="fc"):
+        with pytest.raises(ValueError, match=message):
+            load_plastic(path, {name: learned})
+        assert torch.equal(stranger.synapse.weight, weight)
+
+    refused(good, "fc was learned on top of other trained weights")
+    refused(good, "holds fc, and what can learn here is head", name="head")
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"fc": torch.zeros(4, 6)}, foreign)
+    refused(foreign, "not a file of plastic weights")
+    (tmp_path / "text").write_text("no tensors")
+    refused(tmp_path / "text", "not a file of plastic weights")
+    (tmp_path / "short").write_bytes(before[: len(before) // 2])
+    refused(tmp_path / "short", "not a file of plastic weights")
+    with safe_open(good, "pt") as file:
+        metadata = file.metadata()
+    broken = tmp_path / "nan.safetensors"
+    save_file({"fc": torch.full((4, 6), float("nan"), dtype=torch.float64)}, broken, metadata)
+    rule.revert()
+    refused(broken, "holds NaN", learned=rule)
+    save_file({"fc": torch.zeros(4, 6)}, foreign, {**metadata, "trained": json.dumps(["?"])})
+    refused(foreign, "not a file of plastic weights", learned=rule)
+    with pytest.raises(FileNotFoundError):
+        load_plastic(tmp_path / "none", {"fc": rule})
+
+
+def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, monkeypatch):
+    _, rule = network()
+    rule.apply(torch.full((4, 6), 0.1))
+    path = tmp_path / "a.safetensors"
+    save_plastic(path, {"fc": rule})
+    before = path.read_bytes()
+
+    def fail(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("nord_snn.learning_rules.plastic.os.replace", fail)
+    rule.apply(torch.full((4, 6), 0.1))
+    with pytest.raises(OSError, match="no space"):
+        save_plastic(path, {"fc": rule})
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+# --- reward sources
+
+
+def test_a_loss_is_compared_with_its_running_mean():
+    source = LossBelowBaseline(scale=2.0, baseline=3.0, decay=0.9)
+    assert source(2.5) == pytest.approx(reward_from_loss(2.5, 3.0, 2.0))
+    assert source.baseline == pytest.approx(0.9 * 3.0 + 0.1 * 2.5)
+    losses = torch.tensor([1.0, 2.0, 6.0])
+    expected = [reward_from_loss(loss, source.baseline, 2.0) for loss in losses.tolist()]
+    assert torch.allclose(source(losses), torch.tensor(expected))
+    assert source.baseline == pytest.approx(0.9 * 2.95 + 0.1 * 3.0)
+    again = LossBelowBaseline()
+    again.load_state_dict(json.loads(json.dumps(source.state_dict())))
+    assert again.baseline == source.baseline
+
+
+def test_the_first_loss_may_set_what_is_expected():
+    source = LossBelowBaseline(baseline=None)
+    assert source.state_dict() == {"baseline": None}
+    assert source(4.0) == 0
+    assert source.baseline == 4.0
+    assert source(3.0) > 0
+
+
+def test_a_given_reward_may_be_compared_with_what_is_usual():
+    source = GivenReward()
+    assert source(0.5) == 0.5
+    assert torch.equal(source(torch.tensor([1.0, -1.0])), torch.tensor([1.0, -1.0]))
+    usual = GivenReward(decay=0.5)
+    assert [usual(1.0), usual(1.0), usual(1.0)] == [1.0, 0.5, 0.25]
+    other = GivenReward(decay=0.5)
+    other.load_state_dict(usual.state_dict())
+    assert other(1.0) == 0.125
+
+
+def test_a_rule_asks_its_source_and_saves_what_it_remembers():
+    net, rule = network(source=GivenReward(decay=0.5))
+    for expected in (1.0, 0.5):
+        net((torch.rand(6, 3, 6) < 0.6).float())
+        rule.step(reward=1.0)
+        assert rule.last_reward == expected
+        rule.reset()
+        net[1].reset()
+    _, other = network(source=GivenReward(decay=0.5))
+    other.load_state_dict(rule.state_dict())
+    assert other.source.mean == 0.75
+    with pytest.raises(TypeError, match="GivenReward, takes rewards"):
+        rule.step(loss=1.0)
+    with pytest.raises(TypeError, match="GivenReward, takes rewards"):
+        _ = rule.baseline
+
+
+def test_losses_of_samples_reward_each_of_them():
+    net, rule = network(baseline=3.0)
+    x = (torch.rand(6, 2, 6) < 0.6).float()
+    net(x)
+    change = rule.step(loss=torch.tensor([2.0, 4.0]), on_grad=False)
+    assert rule.last_reward[0] > 0 > rule.last_reward[1]
+    assert rule.baseline == pytest.approx(3.0)
+    rule.reset()
+    net[1].reset()
+    net(x)
+    rewards = torch.tensor([reward_from_loss(2.0, 3.0), reward_from_loss(4.0, 3.0)])
+    assert torch.allclose(rule.step(reward=rewards, on_grad=False), change, atol=1e-7)
+
+
+def test_a_failing_step_does_not_move_the_baseline():
+    net, rule = network(baseline=3.0)
+    net(torch.full((6, 2, 6), float("nan")))
+    with pytest.raises(ValueError, match="NaN"):
+        rule.step(loss=1.0)
+    assert rule.baseline == 3.0
+
+
+@pytest.mark.parametrize("source", [LossBelowBaseline, GivenReward])
+def test_sources_refuse_what_is_no_number(source):
+    with pytest.raises(ValueError, match="decay must lie in"):
+        source(decay=1.0)
+    with pytest.raises(ValueError, match="must be finite"):
+        source()(float("inf"))
+    with pytest.raises(TypeError, match="got list"):
+        source()([1.0])
+
+
+def test_accelerate_can_checkpoint_a_source(tmp_path):
+    accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
+    source = LossBelowBaseline(baseline=3.0)
+    accelerator.register_for_checkpointing(source)
+    accelerator.save_state(str(tmp_path))
+    source(1.0)
+    accelerator.load_state(str(tmp_path))
+    assert source.baseline == 3.0
+
+
+def test_a_learner_of_a_closed_rule_keeps_what_it_applied():
+    net, _ = network()
+    rule = STDP("m", net[0], net[1])
+    trained = net[0].weight.detach().clone()
+    rule.apply(torch.full((4, 6), 0.1))
+    rule.close()
+    assert not torch.equal(net[0].weight, trained)
+    rule.revert()
+    assert torch.equal(net[0].weight, trained)
