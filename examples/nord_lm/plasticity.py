@@ -14,6 +14,7 @@ Two kinds of synapses have true spikes on both sides:
 """
 
 import argparse
+import warnings
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
