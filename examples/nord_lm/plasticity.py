@@ -92,7 +92,7 @@ class WordSynapse:
 
     def __init__(self, model: NordForCausalLM, rate: float) -> None:
         self.rate = rate
-        self.plastic = PlasticPart(model.lm_head.weight)
+        self.plastic = PlasticPart(model.lm_head)
         self._spikes: Tensor | None = None
         self._listening = self._warned = False
         self._hook = model.readout.lif.register_forward_hook(self._record)

@@ -75,7 +75,7 @@ class Learner(base.MemoryModule):
         self.step_mode = step_mode
         # Past nn.Module's registration: the learner watches the two, their parameters are not the learner's.
         self.__dict__["synapse"], self.__dict__["sn"] = synapse, sn
-        self.plastic = PlasticPart(synapse.weight, bounds)
+        self.plastic = PlasticPart(synapse, bounds)
         self.reduction, self.mu, self.max_norm = reduction, mu, max_norm
         self.name = name or f"{type(synapse).__name__}{list(synapse.weight.shape)}"
         self.geometry = _geometry(synapse)

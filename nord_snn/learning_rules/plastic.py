@@ -5,12 +5,12 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["PlasticPart", "load_plastic", "save_plastic"]
 
@@ -18,10 +18,10 @@ FORMAT = "nord_snn plastic 1"
 
 
 class PlasticPart:
-    """What :meth:`apply` has added to a weight, until :meth:`revert` takes it back.
+    """What :meth:`apply` has added to a synapse's weight, until :meth:`revert` takes it back.
 
     Args:
-        weight: the parameter that is written into.
+        synapse: the module whose ``weight`` is written into.
         bounds: what :meth:`apply` may bring a weight to, or None. They limit only what is added: a weight that already lies
             outside stays where it is.
 
@@ -29,20 +29,29 @@ class PlasticPart:
         ValueError: the lower bound is not below the upper one.
 
     Example:
-        >>> weight = torch.nn.Parameter(torch.tensor([[0.5, 2.0]]))
-        >>> part = PlasticPart(weight, bounds=(-0.3, 1.0))
-        >>> part.apply(torch.ones(1, 2)); weight.tolist()
+        >>> fc = nn.Linear(2, 1, bias=False)
+        >>> _ = fc.weight.data.copy_(torch.tensor([[0.5, 2.0]]))
+        >>> part = PlasticPart(fc, bounds=(-0.3, 1.0))
+        >>> part.apply(torch.ones(1, 2)); fc.weight.tolist()
         [[1.0, 2.0]]
-        >>> part.revert(); weight.tolist()
+        >>> part.revert(); fc.weight.tolist()
         [[0.5, 2.0]]
     """
 
-    def __init__(self, weight: Tensor, bounds: tuple[float, float] | None = None) -> None:
+    def __init__(self, synapse: nn.Module, bounds: tuple[float, float] | None = None) -> None:
         if bounds is not None and not bounds[0] < bounds[1]:
             raise ValueError(f"bounds must be (lower, upper) with lower < upper, got {bounds}")
-        self.weight, self.bounds = weight, bounds
+        self.synapse, self.bounds = synapse, bounds
         self._trained: Tensor | None = None  # the weight before the first apply
         self._written: Tensor | None = None  # the weight after the last apply
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter that the synapse has now."""
+        weight = cast(Tensor, self.synapse.weight)
+        if self._trained is not None and self._written is not None and self._trained.device != weight.device:
+            self._trained, self._written = self._trained.to(weight.device), self._written.to(weight.device)
+        return weight
 
     @property
     def delta(self) -> Tensor | None:

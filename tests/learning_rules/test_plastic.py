@@ -28,20 +28,35 @@ def network(**more):
     return net, RewardModulatedSTDP("m", net[0], net[1], **more)
 
 
+def synapse_with(weight):
+    synapse = nn.Linear(7, 5, bias=False)
+    synapse.weight = nn.Parameter(weight.clone())
+    return synapse
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_file_brings_back_the_same_weights_on_the_same_trained_ones(tmp_path, dtype):
     trained = torch.randn(5, 7).to(dtype)
-    part = PlasticPart(nn.Parameter(trained.clone()))
+    part = PlasticPart(synapse_with(trained))
     for scale in (1e-3, 1e-8, 3.0):
         part.apply((scale * torch.randn(5, 7)).to(dtype))
     save_plastic(tmp_path / "mine.safetensors", {"fc": part})
-    other = PlasticPart(nn.Parameter(trained.clone()))
+    other = PlasticPart(synapse_with(trained))
     other.apply(torch.ones(5, 7, dtype=dtype))  # is replaced
     load_plastic(tmp_path / "mine.safetensors", {"fc": other})
     assert torch.equal(other.weight, part.weight) or (dtype == torch.float64 and other.weight.allclose(part.weight))
     other.revert()
     assert torch.equal(other.weight, trained)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.safetensors"]
+
+
+def test_a_weight_that_was_exchanged_is_the_one_that_changes():
+    net, rule = network(bounds=None)
+    net[0].weight = nn.Parameter(torch.zeros(4, 6))
+    rule.apply(torch.ones(4, 6))
+    assert net[0].weight.sum() == 24
+    rule.revert()
+    assert not net[0].weight.any()
 
 
 def test_only_the_plastic_part_is_in_the_file_and_an_optimizers_part_is_not(tmp_path):

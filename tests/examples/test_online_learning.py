@@ -1,0 +1,123 @@
+"""The online-learning experiment: its controls, its statistics, and what it writes."""
+
+import ast
+import json
+import shutil
+
+import online_learning as script
+import pytest
+import torch
+from generate import open_model
+from helpers import fire_easily, make_text
+from online_learning import Outcome, compare, helps, interval, percent_old
+
+
+@pytest.fixture
+def models(trained, tmp_path):
+    """Two models that fire, in folders of runs, and a text."""
+    folders = []
+    for name in ("a", "b"):
+        run = shutil.copytree(trained, tmp_path / name, ignore=shutil.ignore_patterns("checkpoint-*"))
+        model, _ = open_model(run / "model")
+        fire_easily(model)
+        model.save_pretrained(run / "model")
+        folders.append(run / "model")
+    (tmp_path / "new.txt").write_text(make_text(6000, seed=5)[::-1])
+    return folders, tmp_path
+
+
+def arguments(models, *more):
+    folders, path = models
+    paths = ["--models", *map(str, folders), "--text", str(path / "new.txt"), "--out", str(path / "out")]
+    return [*paths, "--read", "480", "--measure", "240", *more]
+
+
+def test_it_reads_under_every_condition_and_writes_table_numbers_and_plot(models, capsys):
+    assert script.main(arguments(models, "--rate", "0.01")) == 0
+    printed = capsys.readouterr().out
+    assert "on - shuffled" in printed
+    assert "reading once" in printed
+    results = json.loads((models[1] / "out" / "results.json").read_text())
+    assert set(results) == {"on", "off", "shuffled", "zero"}
+    for of in results.values():
+        assert len(of) == 2
+        assert len(of[0]["windows"]) == 480 // 24
+    for seed in range(2):
+        off, zero, on = (results[name][seed] for name in ("off", "zero", "on"))
+        assert zero["windows"] == pytest.approx(off["windows"], abs=1e-5)
+        assert zero["old"] == off["old"]
+        assert on["windows"][0] == pytest.approx(
+            off["windows"][0], abs=1e-5
+        )  # it is predicted before it is learned from
+        assert on["windows"][1:] != pytest.approx(off["windows"][1:], abs=1e-5)
+        assert sum(on["windows"]) < sum(off["windows"])
+    plot = models[1] / "out" / "online_learning.png"
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_condition_leaves_the_weights_as_they_were(models):
+    model, tokenizer = open_model(models[0][0])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    texts = script.read_texts(script.parse(arguments(models)), models[0][0], 24, tokenizer)
+    assert texts.new.shape == (20, 24)
+    script.read_once(model, texts, "on", None, 0.01, "error")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_settings_can_be_searched(models, capsys, monkeypatch):
+    monkeypatch.setattr(script, "SEARCHED", ((("lm_head",), 0.01, "error"), (("blocks.*.ffn.down",), 0.01, "loss")))
+    assert script.main(arguments(models, "--search")) == 0
+    rows = json.loads((models[1] / "out" / "search.json").read_text())
+    assert [row[0] for row in rows] == ["lm_head, error", "blocks.*.ffn.down, loss"]
+    assert "paired differences over 2 seeds" in capsys.readouterr().out
+
+
+def outcomes(on, off, shuffled, old_on=4.0):
+    return {
+        name: [Outcome([loss], loss, old) for loss in losses]
+        for name, losses, old in (("on", on, old_on), ("off", off, 4.0), ("shuffled", shuffled, 4.0))
+    }
+
+
+def test_differences_are_paired_by_seed_and_intervals_are_students():
+    given = outcomes([5.0, 6.0, 7.0], [5.1, 6.3, 7.2], [5.0, 6.0, 7.0])
+    mean, half = compare(given, lambda o: o.new, "off")
+    assert mean == pytest.approx(-0.2)
+    assert half == pytest.approx(4.302653 * 0.1 / 3**0.5)  # t for 2 degrees of freedom
+    assert interval([1.0, 1.0]).half == 0
+    assert percent_old(outcomes([1.0, 1.0], [1.0, 1.0], [1.0, 1.0], old_on=4.1)).mean == pytest.approx(2.5)
+
+
+@pytest.mark.parametrize(
+    ("given", "met"),
+    [
+        (outcomes([5.0, 6.0, 7.0], [5.1, 6.11, 7.1], [5.1, 6.1, 7.11]), True),
+        (outcomes([5.0, 6.0, 7.0], [5.1, 6.11, 7.1], [5.0, 6.0, 7.0]), False),  # no better than shuffled rewards
+        (outcomes([5.0, 6.0, 7.0], [5.1, 5.9, 7.2], [5.1, 6.1, 7.11]), False),  # not significant
+        (outcomes([5.0, 6.0, 7.0], [5.1, 6.11, 7.1], [5.1, 6.1, 7.11], old_on=4.05), False),  # forgets too much
+    ],
+)
+def test_reading_helps_only_if_it_beats_every_control_and_keeps_the_old(given, met):
+    assert helps(given) is met
+
+
+def test_the_default_text_is_code_without_docstrings():
+    module = next(text for text in script.source_code() if "class ArgumentParser" in text)
+    tree = ast.parse(module)
+    assert ast.get_docstring(tree) is None
+    assert not any(ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+
+
+def test_what_cannot_be_done_gets_one_sentence(models, capsys, tmp_path):
+    def sentence(*given):
+        assert script.main(list(given)) == 1
+        return capsys.readouterr().err
+
+    assert "of which 999,999,999" in sentence(*arguments(models, "--read", "999999999"))
+    assert "at least one window of 24" in sentence(*arguments(models, "--read", "20"))
+    assert "no synapse between two layers of spikes" in sentence(*arguments(models, "--synapses", "blocks.0.ffn.up"))
+    assert "no model here" in sentence("--models", str(tmp_path / "none"), "--out", str(tmp_path / "out"))
+    alone = shutil.copytree(models[0][0], tmp_path / "alone" / "model")
+    assert "say with --old" in sentence(
+        "--models", str(alone), *arguments(models)[3:], "--models", str(alone), "--read", "96"
+    )

@@ -1,0 +1,35 @@
+"""Swapping rules: every learner runs in both networks by the line that constructs it, and learns."""
+
+import pytest
+import swap_stdp as script
+import torch
+
+
+def trained(framework, learner, epochs):
+    torch.manual_seed(0)
+    train_data, test_data = script.digits()
+    net = script.NETS[framework]()
+    torch.nn.init.uniform_(net.fc.weight)
+    script.train(net, script.LEARNERS[framework][learner], train_data, epochs)
+    return script.accuracy(net, train_data, test_data)
+
+
+@pytest.mark.parametrize("framework", ["SpikingJelly", "snnTorch"])
+def test_ours_learns_digits_as_their_own_rule_does(framework):
+    drawn, theirs, ours = (trained(framework, name, 6) for name in ("none", "its STDPLearner", "nord-snn STDP"))
+    assert theirs > drawn + 0.2
+    assert ours > drawn + 0.2
+
+
+def test_every_learner_runs_and_is_in_the_table(capsys):
+    assert script.main(["--seeds", "1", "--epochs", "1"]) == 0
+    printed = capsys.readouterr().out
+    for framework, learners in script.LEARNERS.items():
+        assert framework in printed
+        assert len(learners) == 4
+    assert "TripletSTDP" in printed
+
+
+def test_options_out_of_range_are_refused():
+    with pytest.raises(SystemExit):
+        script.main(["--seeds", "0"])
