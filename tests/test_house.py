@@ -32,7 +32,17 @@ PUBLIC = {
         "NordBlock",
         "SpikingFeedForward",
     },
-    "nord_snn.learning_rules": {"STDP", "RewardModulatedSTDP", "TripletSTDP"},
+    "nord_snn.learning_rules": {
+        "GivenReward",
+        "LossBelowBaseline",
+        "PlasticPart",
+        "RewardModulatedSTDP",
+        "RewardSource",
+        "STDP",
+        "TripletSTDP",
+        "load_plastic",
+        "save_plastic",
+    },
     "nord_snn.monitor": {"SpikeMonitor"},
 }
 KERNELS = {

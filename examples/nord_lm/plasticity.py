@@ -1,16 +1,20 @@
 """A trained Nord that learns from the text it reads, by reward-modulated STDP, apart from its trained weights.
 
-Two kinds of synapses have true spikes on both sides:
+Two kinds of synapses stand between neurons that fire:
 
 ``lm_head``
-    from the readout neurons to the words. The neuron of a word fires when the word comes, one step after the last step of
+    from the readout neurons to the words. A word is given a spike of its own when it comes, one step after the last step of
     the token before it. For every token that is read two words fire: the one that really came, with reward +1, and one that
     the model expected there (drawn from its prediction), with reward -1. Where it expected what came, they cancel; so the
-    reward is the prediction error. In the mean over what is drawn, the change is that of a delta rule.
+    reward is the prediction error. With the pre spikes' trace p at that step, the mean over what is drawn is
+    ``dW = rate * sum over tokens of (one-hot(came) - probabilities) outer p``. This is a delta rule, though not the gradient of
+    the loss: what the head multiplies in a forward pass are the membranes and rates of the same neurons, normalised. Only
+    pairs of pre before post occur, so ``rate`` is ``a_plus`` and nothing weakens but by a negative reward.
 ``blocks.*.ffn.down``
-    from the first to the second layer of neurons of a feed-forward. The reward of a token is its prediction error brought
-    back to each neuron through the weights of the head (``"error"``), or how far its loss lies below the running mean
-    (``"loss"``, one number for all neurons of a token).
+    from the first to the second layer of neurons of a feed-forward, both of them true spikes. The reward of a token is
+    its prediction error brought back to each neuron through the weights of the head and the gains of norm and block
+    (``"error"``; what lies between, clamp, readout neurons, the norm's division and later blocks, is left out), or how far its
+    loss lies below the running mean (``"loss"``, one number for all neurons of a token).
 """
 
 import argparse
@@ -36,7 +40,7 @@ from nord_snn.learning_rules import (
 )
 from nord_snn.ops import reward_modulated_stdp
 
-__all__ = ["Plasticity", "PlasticityError", "plasticity_arguments", "synapse_names"]
+__all__ = ["Control", "Plasticity", "PlasticityError", "plasticity_arguments", "synapse_names"]
 
 #: Change per pair of spikes, by synapse, as ``examples/online_learning`` found it.
 RATES = {"lm_head": 5e-5, "ffn.down": 0.05}
@@ -53,20 +57,29 @@ class Reading(NamedTuple):
     Attributes:
         positions: of the tokens before them, at which they are predicted.
         targets: the tokens, ``[n]``.
-        log_probabilities: of every word in their place, ``[n, V]``.
+        probabilities: of every word in their place, ``[n, V]``.
         losses: in nats, ``[n]``.
+        feedback: the prediction error, brought back through the head to the channels of the residual stream, ``[n, D]``.
         approval: 1, or what the reader thinks of the text: everything that is learned is multiplied with it.
     """
 
     positions: slice
     targets: Tensor
-    log_probabilities: Tensor
+    probabilities: Tensor
     losses: Tensor
+    feedback: Tensor
     approval: float
 
 
-#: Rewards in, rewards out: a control shuffles them, or makes them zero. The first dimension is that of the events.
-Alter = Callable[[Tensor], Tensor]
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+class Control(NamedTuple):
+    """What an experiment changes: rewards, whose first dimension is that of the events, and pre spikes ``[T, n, D]``."""
+
+    rewards: Callable[[Tensor], Tensor] = _as_it_is
+    spikes: Callable[[Tensor], Tensor] = _as_it_is
 
 
 class PlasticSynapse(Protocol):
@@ -80,7 +93,7 @@ class PlasticSynapse(Protocol):
     def stop(self) -> None:
         """Do not record, and forget what was."""
 
-    def learn(self, reading: Reading, alter: Alter) -> None:
+    def learn(self, reading: Reading, control: Control) -> None:
         """Change the weights."""
 
     def close(self) -> None:
@@ -105,7 +118,7 @@ class WordSynapse:
         """Do not record, and forget what was."""
         self._listening, self._spikes = False, None
 
-    def learn(self, reading: Reading, alter: Alter) -> None:
+    def learn(self, reading: Reading, control: Control) -> None:
         """Reward the words that came, punish those that were expected."""
         if self._spikes is None:
             raise RuntimeError("nothing was read")
@@ -115,20 +128,17 @@ class WordSynapse:
             warnings.warn(
                 "the readout neurons did not fire in this text: the head learned nothing from it", stacklevel=3
             )
-        pre = F.pad(spikes, (0, 0, 0, 0, 0, 1))  # [T + 1, n, D]: the word comes a step later
-        expected = torch.multinomial(reading.log_probabilities.exp(), 1).flatten()
+        pre = F.pad(control.spikes(spikes), (0, 0, 0, 0, 0, 1))  # [T + 1, n, D]: the word comes a step later
+        expected = torch.multinomial(reading.probabilities, 1).flatten()
         events = torch.cat((reading.targets, expected))
         rewards = torch.ones(len(events), device=pre.device)
         rewards[len(expected) :] = -1
         words, index = events.unique(return_inverse=True)
         post = pre.new_zeros(len(pre), len(events), len(words))
         post[-1, torch.arange(len(events)), index] = 1
-        change, _ = reward_modulated_stdp(
-            pre.repeat(1, 2, 1), post, reading.approval * alter(rewards), a_plus=self.rate, a_minus=self.rate
-        )
-        delta = torch.zeros_like(self.plastic.weight)
-        delta[words] = change.to(delta.dtype)
-        self.plastic.apply(delta)
+        given = reading.approval * control.rewards(rewards)
+        change, _ = reward_modulated_stdp(pre.repeat(1, 2, 1), post, given, a_plus=self.rate, a_minus=0.0)
+        self.plastic.apply(change, words)
 
     def close(self) -> None:
         """Stop watching the model."""
@@ -167,15 +177,14 @@ class BlockSynapse:
         self.rule.reset()
         self.rule.disable()
 
-    def learn(self, reading: Reading, alter: Alter) -> None:
+    def learn(self, reading: Reading, control: Control) -> None:
         """Strengthen what fired together where the reward is positive."""
         if self.reward == "error":
-            wrong = F.one_hot(reading.targets, reading.log_probabilities.shape[1]) - reading.log_probabilities.exp()
-            rewards = wrong @ self.model.lm_head.weight * self.model.norm.weight * self.block.ffn_gain
-            rewards = rewards / self.block.ffn_gain.abs().mean()
+            gain = self.block.ffn_gain
+            rewards = reading.feedback * self.model.norm.weight * gain / gain.abs().mean()
         else:
             rewards = cast(Tensor, self.rule.source(reading.losses))
-        given = reading.approval * alter(rewards)
+        given = reading.approval * control.rewards(rewards)
         self.rule.apply(cast(Tensor, self.rule.step(reward=given[None], on_grad=False, positions=reading.positions)))
 
     def close(self) -> None:
@@ -192,10 +201,10 @@ class Plasticity:
             the embedding, which must not change, every ``ffn.down``.
         rate: change per pair of spikes; default: as found for each.
         reward: of the ``ffn.down``: ``"error"`` or ``"loss"``.
-        alter: what becomes of the rewards, for controls.
+        control: what an experiment changes.
 
     Raises:
-        PlasticityError: a name fits no synapse between two layers of spikes.
+        PlasticityError: a name fits no synapse that can learn.
     """
 
     def __init__(
@@ -204,7 +213,7 @@ class Plasticity:
         synapses: Sequence[str] | None = None,
         rate: float | None = None,
         reward: str = "error",
-        alter: Alter = lambda rewards: rewards,
+        control: Control = Control(),  # noqa: B008  # immutable
     ) -> None:
         if reward not in REWARDS:
             raise PlasticityError(f"the reward must be one of {', '.join(REWARDS)}, got {reward}")
@@ -213,10 +222,8 @@ class Plasticity:
         names = synapse_names(model)
         for pattern in asked:
             if not any(fnmatchcase(name, pattern) for name in names):
-                raise PlasticityError(
-                    f"{pattern}: no synapse between two layers of spikes; there are {', '.join(names)}"
-                )
-        self.model, self.alter = model, alter
+                raise PlasticityError(f"{pattern}: no synapse that can learn; there are {', '.join(names)}")
+        self.model, self.control = model, control
         self.synapses: dict[str, PlasticSynapse] = {}
         for name in (name for name in names if any(fnmatchcase(name, pattern) for pattern in asked)):
             if name == "lm_head":
@@ -224,7 +231,8 @@ class Plasticity:
             else:
                 index = int(name.split(".")[1])
                 self.synapses[name] = BlockSynapse(model, index, RATES["ffn.down"] if rate is None else rate, reward)
-        self._before = {name: synapse.plastic.weight.detach().clone() for name, synapse in self.synapses.items()}
+        if control.spikes is not _as_it_is and set(self.synapses) != {"lm_head"}:
+            raise PlasticityError("a control of the pre spikes is for the lm_head alone")
 
     @torch.no_grad()
     def read(self, context: Tensor, n_new: int, approval: float = 1.0) -> float | None:
@@ -241,11 +249,12 @@ class Plasticity:
             for synapse in self.synapses.values():
                 synapse.listen()
             logits = self.model(input_ids=context, logits_to_keep=len(targets) + 1, use_cache=False).logits[0, :-1]
-            log_probabilities = logits.float().log_softmax(-1)
-            losses = -log_probabilities.gather(1, targets[:, None]).flatten()
-            reading = Reading(slice(first - 1, -1), targets, log_probabilities, losses, approval)
+            probabilities = logits.float().softmax(-1)
+            losses = F.cross_entropy(logits.float(), targets, reduction="none")
+            feedback = self.model.lm_head.weight[targets] - probabilities.to(logits) @ self.model.lm_head.weight
+            reading = Reading(slice(first - 1, -1), targets, probabilities, losses, feedback, approval)
             for synapse in self.synapses.values():
-                synapse.learn(reading, self.alter)
+                synapse.learn(reading, self.control)
         finally:  # also after Ctrl-C: generation must not be recorded, nor half a pass kept
             for synapse in self.synapses.values():
                 synapse.stop()
@@ -273,14 +282,13 @@ class Plasticity:
     @torch.no_grad()
     def change(self) -> float:
         """Norm of what was learned, relative to the weights that can learn."""
-        learned = sum(
-            (synapse.plastic.weight - self._before[name]).square().sum() for name, synapse in self.synapses.items()
-        )
-        return float((learned / sum(before.square().sum() for before in self._before.values())) ** 0.5)
+        parts = [synapse.plastic for synapse in self.synapses.values()]
+        learned = sum(float(delta.square().sum()) for part in parts if (delta := part.delta) is not None)
+        return float((learned / sum(float(part.trained.square().sum()) for part in parts)) ** 0.5)
 
 
 def synapse_names(model: NordForCausalLM) -> list[str]:
-    """Synapses with true spikes on both sides."""
+    """Synapses between neurons that fire, but for a head whose weights are the embedding too."""
     head = [] if model.config.tie_word_embeddings else ["lm_head"]
     return head + [f"blocks.{index}.ffn.down" for index in range(len(model.blocks))]
 

@@ -5,15 +5,18 @@
     python examples/online_learning/online_learning.py --search         # which synapses, rates and rewards
 
 Every model (one seed each) reads the new text from its beginning, window by window. Each window is predicted first and learned
-from afterwards, so the loss is always that on text not seen before. Four conditions:
+from afterwards, so the loss is always that on text not seen before. Conditions:
 
     on        reward-modulated STDP
-    off       nothing is learned
-    shuffled  the same rewards, given to other events of the window
-    zero      every reward is 0
+    off       control: nothing is learned
+    shuffled  control: the same rewards, given to other events of the window
+    zero      control: every reward is 0
+    tokens    what for: the spikes of each token are given to another token of the window
+    steps     what for: the steps of each token's spikes are shuffled, so that rates stay and timing is lost
 
 Then the loss is measured on what follows in the new text, and on old text: held-out documents of what the model was trained
-on. Differences are paired by seed; the intervals are 95 % of Student's t over the seeds.
+on. Differences are paired by seed; the intervals are 95 % of Student's t over the seeds. ``--search`` reads the stretch of the
+text that lies behind all this, so that what it finds is not measured on what it was found with.
 """
 
 import argparse
@@ -21,7 +24,7 @@ import ast
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -43,21 +46,29 @@ from data import DataError, encode, read_documents, split  # noqa: E402
 from evaluate import score  # noqa: E402
 from generate import ModelError, number, open_model  # noqa: E402
 from modeling_nord import NordForCausalLM  # noqa: E402
-from plasticity import Alter, Plasticity, PlasticityError, plasticity_arguments  # noqa: E402
+from plasticity import Control, Plasticity, PlasticityError, plasticity_arguments  # noqa: E402
 from progress import print_table  # noqa: E402
 from settings import Settings, SettingsError  # noqa: E402
 from transformers import PreTrainedTokenizerBase  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
-CONDITIONS = ("on", "off", "shuffled", "zero")
-COLOURS = {"on": "tab:green", "off": "tab:gray", "shuffled": "tab:orange", "zero": "tab:blue"}
+CONTROLS, ABLATIONS = ("off", "shuffled", "zero"), ("tokens", "steps")
+COLOURS = {
+    "on": "tab:green",
+    "off": "tab:gray",
+    "shuffled": "tab:orange",
+    "zero": "tab:blue",
+    "tokens": "tab:purple",
+    "steps": "tab:olive",
+}
+MEASURES = {"new, while read": "new", "new, later": "later", "old": "old"}  # fields of an Outcome
 SEARCHED = (  # synapses, rate, reward
     *((("lm_head",), rate, "error") for rate in (2e-5, 5e-5, 1e-4, 2e-4)),
     *((("blocks.*.ffn.down",), rate, "error") for rate in (0.005, 0.05, 0.2)),
     *((("blocks.*.ffn.down",), rate, "loss") for rate in (0.0005, 0.005, 0.05)),
     (("blocks.0.ffn.down",), 0.05, "error"),
     (("blocks.1.ffn.down",), 0.05, "error"),
-    (("lm_head", "blocks.*.ffn.down"), 5e-5, "error"),
+    (("lm_head", "blocks.*.ffn.down"), None, "error"),  # each at its default
 )
 
 
@@ -117,12 +128,13 @@ def source_code() -> Iterator[str]:
 def read_texts(options: argparse.Namespace, folder: Path, length: int, tokenizer: PreTrainedTokenizerBase) -> Texts:
     """The new text, and the old one as the run that made the model held it out."""
     n_read, n_measured = options.read, options.measure
+    needed = n_read + n_measured
     text = source_code() if options.text is None else read_documents(str(options.text)).read()
-    new = _tokens(text, tokenizer, n_read + n_measured)
-    if len(new) < n_read + n_measured or n_read < length:
+    new = _tokens(text, tokenizer, needed * (2 if options.search else 1))[needed if options.search else 0 :]
+    if len(new) < needed or n_read < length:
         raise DataError(
-            f"the new text has {len(new):,} tokens, of which {n_read:,} (at least one window of {length}) are to be read and "
-            f"{n_measured:,} measured: give more text, or a smaller --read or --measure"
+            f"{len(new):,} tokens are left of the new text, of which {n_read:,} (at least one window of {length}) are to be "
+            f"read and {n_measured:,} measured: give more text, or a smaller --read or --measure"
         )
     old = _tokens(_old_text(options.old, folder), tokenizer, n_measured)
     return Texts(new[: n_read // length * length].view(-1, length), new[n_read:], old)
@@ -151,49 +163,64 @@ def _tokens(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, limit: int
 # --- the experiment
 
 
-def alteration(condition: str) -> Alter:
-    """What becomes of the rewards."""
+def control(condition: str) -> Control:
+    """What a condition changes."""
     if condition == "shuffled":
-        return lambda rewards: rewards[torch.randperm(len(rewards), device=rewards.device)]
-    return torch.zeros_like if condition == "zero" else lambda rewards: rewards
+        return Control(rewards=lambda rewards: rewards[torch.randperm(len(rewards), device=rewards.device)])
+    if condition == "zero":
+        return Control(rewards=torch.zeros_like)
+    if condition == "tokens":
+        return Control(spikes=lambda spikes: spikes[:, torch.randperm(spikes.shape[1], device=spikes.device)])
+    if condition == "steps":
+        return Control(spikes=_other_steps)
+    return Control()
+
+
+def _other_steps(spikes: Tensor) -> Tensor:
+    """Spikes ``[T, n, D]``, the steps of each token in an order of their own."""
+    order = torch.rand(spikes.shape[:2], device=spikes.device).argsort(0)
+    return spikes.gather(0, order[..., None].expand_as(spikes))
 
 
 def read_once(
     model: NordForCausalLM,
     texts: Texts,
     condition: str,
-    synapses: Sequence[str] | None,
-    rate: float | None,
-    reward: str,
+    options: tuple[Sequence[str] | None, float | None, str],
+    seed: int,
 ) -> Outcome:
-    """One condition, from the trained weights and back to them."""
-    torch.manual_seed(0)  # of what is drawn, and of the shuffling
-    plasticity = Plasticity(model, synapses, rate, reward, alteration(condition))
+    """One condition, from the trained weights and back to them; ``options`` are synapses, rate and reward."""
+    torch.manual_seed(seed)  # of what is drawn, and of the shuffling
+    plasticity = Plasticity(model, *options, control(condition))
     length = texts.new.shape[1]
     windows = []
     try:
         for window in texts.new:
-            if condition == "off":
-                windows.append(score(model, window, length, length) / (length - 1))
-            else:
-                windows.append(plasticity.read(window[None].to(model.device), length - 1) or 0.0)
+            loss = None if condition == "off" else plasticity.read(window[None].to(model.device), length - 1)
+            windows.append(score(model, window, length, length) / (length - 1) if loss is None else loss)
         later, old = (score(model, text, length, length) / (len(text) - 1) for text in (texts.later, texts.old))
     finally:
         plasticity.close()
     return Outcome(windows, later, old)
 
 
-def compare(outcomes: dict[str, list[Outcome]], value: Callable[[Outcome], float], control: str) -> Interval:
-    """How much higher ``value`` is with the rule on than under a control, in the mean over seeds."""
-    pairs = zip(outcomes["on"], outcomes[control], strict=True)
-    return interval([value(on) - value(other) for on, other in pairs])
+def compare(outcomes: dict[str, list[Outcome]], measure: str, other: str) -> Interval:
+    """How much higher a measure is with the rule on than under another condition, in the mean over seeds."""
+    pairs = zip(outcomes["on"], outcomes[other], strict=True)
+    return interval([getattr(on, measure) - getattr(off, measure) for on, off in pairs])
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Mean and half the 95 % interval of Student's t."""
+    """Mean and half the 95 % interval of Student's t, which two values are needed for."""
     x = np.asarray(values)
-    half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)) if len(x) > 1 else np.nan
-    return Interval(float(x.mean()), float(half))
+    return Interval(float(x.mean()), float(half_interval(x)))
+
+
+def half_interval(x: np.ndarray) -> np.ndarray:
+    """Half the 95 % interval of the mean over the first dimension."""
+    if len(x) < 2:
+        return np.full(x.shape[1:], np.nan)
+    return stats.t.ppf(0.975, len(x) - 1) * x.std(0, ddof=1) / np.sqrt(len(x))
 
 
 def percent_old(outcomes: dict[str, list[Outcome]]) -> Interval:
@@ -204,7 +231,7 @@ def percent_old(outcomes: dict[str, list[Outcome]]) -> Interval:
 
 def helps(outcomes: dict[str, list[Outcome]]) -> bool:
     """Whether the new text gains significantly over every control, and old text loses less than 1 %."""
-    gains = [compare(outcomes, lambda o: o.new, control) for control in outcomes if control != "on"]
+    gains = [compare(outcomes, "new", name) for name in outcomes if name in CONTROLS]
     cost = percent_old(outcomes)
     return all(gain.mean + gain.half < 0 for gain in gains) and cost.mean + cost.half < 1
 
@@ -214,37 +241,24 @@ def helps(outcomes: dict[str, list[Outcome]]) -> bool:
 
 def report(console: Console, outcomes: dict[str, list[Outcome]]) -> None:
     """Two tables and a sentence."""
+    columns = ["", *MEASURES]
     rows = [
-        [name, *(f"{interval([value(o) for o in of]).mean:.4f}" for value in (_new, _later, _old))]
+        [name, *(f"{np.mean([getattr(o, measure) for o in of]):.4f}" for measure in MEASURES.values())]
         for name, of in outcomes.items()
     ]
-    print_table(console, "loss, nats per token, mean over seeds", ["", "new, while read", "new, later", "old"], rows)
+    print_table(console, "loss, nats per token, mean over seeds", columns, rows)
     rows = [
-        [f"on - {control}", *(str(compare(outcomes, value, control)) for value in (_new, _later, _old))]
-        for control in outcomes
-        if control != "on"
+        [f"on - {name}", *(str(compare(outcomes, measure, name)) for measure in MEASURES.values())]
+        for name in outcomes
+        if name != "on"
     ]
-    print_table(console, "paired differences with 95 % intervals", ["", "new, while read", "new, later", "old"], rows)
-    cost = percent_old(outcomes)
-    console.print(f"old text: {cost.mean:+.2f} % ± {cost.half:.2f} %", highlight=False)
-    verdict = "helps" if helps(outcomes) else "does not help"
+    print_table(console, "paired differences with 95 % intervals", columns, rows)
+    cost, met = percent_old(outcomes), helps(outcomes)
     console.print(
-        f"reading once {verdict}: significantly better on the new text than every control and less than 1 % worse on the old "
-        f"is {'met' if helps(outcomes) else 'not met'}",
+        f"old text: {cost.mean:+.2f} % ± {cost.half:.2f} %\nreading once {'helps' if met else 'does not help'}: significantly "
+        f"better on the new text than every control and less than 1 % worse on the old is {'met' if met else 'not met'}",
         highlight=False,
     )
-
-
-def _new(outcome: Outcome) -> float:
-    return outcome.new
-
-
-def _later(outcome: Outcome) -> float:
-    return outcome.later
-
-
-def _old(outcome: Outcome) -> float:
-    return outcome.old
 
 
 def plot(outcomes: dict[str, list[Outcome]], path: Path) -> None:
@@ -255,8 +269,7 @@ def plot(outcomes: dict[str, list[Outcome]], path: Path) -> None:
     for name, of in outcomes.items():
         difference = np.array([np.subtract(a.windows, b.windows) for a, b in zip(of, off, strict=True)])
         so_far = difference.cumsum(1) / np.arange(1, difference.shape[1] + 1)
-        middle = so_far.mean(0)
-        half = stats.t.ppf(0.975, max(len(of) - 1, 1)) * so_far.std(0, ddof=min(1, len(of) - 1)) / np.sqrt(len(of))
+        middle, half = so_far.mean(0), half_interval(so_far)
         x = np.arange(1, len(middle) + 1)
         left.plot(x, middle, color=COLOURS[name], label=name)
         left.fill_between(x, middle - half, middle + half, color=COLOURS[name], alpha=0.2)
@@ -265,8 +278,11 @@ def plot(outcomes: dict[str, list[Outcome]], path: Path) -> None:
     )
     left.legend()
     others = [name for name in outcomes if name != "off"]
-    for shift, (title, value) in enumerate((("new text, later", _later), ("old text", _old))):
-        bars = [interval([value(a) - value(b) for a, b in zip(outcomes[name], off, strict=True)]) for name in others]
+    for shift, (title, measure) in enumerate((("new text, later", "later"), ("old text", "old"))):
+        bars = [
+            interval([getattr(a, measure) - getattr(b, measure) for a, b in zip(outcomes[name], off, strict=True)])
+            for name in others
+        ]
         right.bar(
             [place + 0.4 * shift for place in range(len(others))],
             [bar.mean for bar in bars],
@@ -307,37 +323,33 @@ def _open(options: argparse.Namespace, folder: Path) -> tuple[NordForCausalLM, T
 
 
 def experiment(options: argparse.Namespace, models: list[Path], console: Console) -> dict[str, list[Outcome]]:
-    """All conditions on all models."""
-    outcomes: dict[str, list[Outcome]] = {condition: [] for condition in CONDITIONS}
-    for folder in track(models, "reading", console=console, transient=True):
+    """All conditions on all models; what the gain is for can be asked of the head alone."""
+    ablations = ABLATIONS if options.synapses in (None, ["lm_head"]) else ()
+    outcomes: dict[str, list[Outcome]] = {condition: [] for condition in ("on", *CONTROLS, *ablations)}
+    for seed, folder in enumerate(track(models, "reading", console=console, transient=True)):
         model, texts = _open(options, folder)
-        for condition in CONDITIONS:
-            outcomes[condition].append(
-                read_once(model, texts, condition, options.synapses, options.rate, options.reward)
-            )
+        for condition, of in outcomes.items():
+            of.append(read_once(model, texts, condition, (options.synapses, options.rate, options.reward), seed))
     return outcomes
 
 
 def search(options: argparse.Namespace, models: list[Path], console: Console) -> list[list[str]]:
     """The table of settings: differences to ``off`` and to ``shuffled``."""
-    opened = []
-    for folder in models:
-        model, texts = _open(options, folder)
-        opened.append((model, texts, read_once(model, texts, "off", None, None, "error")))
+    opened = [_open(options, folder) for folder in models]
+    off = [read_once(*both, "off", (None, None, "error"), seed) for seed, both in enumerate(opened)]
     rows = []
     for synapses, rate, reward in track(SEARCHED, "searching", console=console, transient=True):
         outcomes = {
-            "on": [read_once(model, texts, "on", synapses, rate, reward) for model, texts, _ in opened],
-            "off": [off for _, _, off in opened],
-            "shuffled": [read_once(model, texts, "shuffled", synapses, rate, reward) for model, texts, _ in opened],
-        }
+            name: [read_once(*both, name, (synapses, rate, reward), seed) for seed, both in enumerate(opened)]
+            for name in ("on", "shuffled")
+        } | {"off": off}
         cost = percent_old(outcomes)
         rows.append(
             [
                 f"{' '.join(synapses)}, {reward}",
-                f"{rate:g}",
-                *(str(compare(outcomes, value, "off")) for value in (_new, _later)),
-                str(compare(outcomes, _new, "shuffled")),
+                "default" if rate is None else f"{rate:g}",
+                *(str(compare(outcomes, measure, "off")) for measure in ("new", "later")),
+                str(compare(outcomes, "new", "shuffled")),
                 f"{cost.mean:+.2f} ± {cost.half:.2f}",
                 "yes" if helps(outcomes) else "no",
             ]

@@ -1,6 +1,6 @@
 """Digits learned without labels, by STDP: a SpikingJelly and a snnTorch network, each with its own rule and with two of ours.
 
-    python examples/swap_stdp/swap_stdp.py          # scikit-learn's digits, no network needed; two minutes on two cores
+    python examples/swap_stdp/swap_stdp.py          # scikit-learn's digits, no network needed; half a minute
 
 64 inputs fire at the brightness of their pixel. 100 neurons compete: the one with the largest current inhibits all others
 (after Diehl and Cook 2015, with fatigue for those who win too often), and STDP draws its weights to what it saw. Labels are

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nord_snn.learning_rules.plastic import PlasticPart
 from nord_snn.learning_rules.ranks import mean_over_ranks, together
 from nord_snn.ops import ConvGeometry
+from nord_snn.ops.checks import check_dependence
 
 __all__ = ["Learner", "Window"]
 
@@ -68,8 +69,9 @@ class Learner(base.MemoryModule):
             raise TypeError(f"sn must be a torch.nn.Module, got {type(sn).__name__}")
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
-        if mu < 0 or (mu and bounds is None):
-            raise ValueError(f"mu must be at least 0, and bounds be given where it is more, got mu = {mu} and {bounds}")
+        check_dependence((0, 1) if bounds is None else bounds, mu)
+        if mu and bounds is None:
+            raise ValueError(f"a dependence on the weight (mu = {mu}) needs bounds, got None")
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be positive or None, got {max_norm}")
         self.step_mode = step_mode
@@ -139,6 +141,13 @@ class Learner(base.MemoryModule):
         self._hooks = []
         self.reset()
 
+    def extra_repr(self) -> str:
+        """What all rules have."""
+        return (
+            f"step_mode={self.step_mode!r}, reduction={self.reduction!r}, bounds={self.bounds}, mu={self.mu}, "
+            f"max_norm={self.max_norm}, name={self.name!r}"
+        )
+
     # --- for subclasses
 
     def _dependence(self) -> dict[str, Any]:
@@ -147,25 +156,22 @@ class Learner(base.MemoryModule):
         weight = self.synapse.weight if self.mu else None
         return {"weight": weight, "mu": self.mu, "geometry": self.geometry, **bounds}
 
-    @staticmethod
-    def _check_time_constants(**time_constants: float) -> None:
-        if not all(tau > 0 for tau in time_constants.values()):
-            said = " and ".join(f"{name} = {tau}" for name, tau in time_constants.items())
-            raise ValueError(f"time constants must be positive, got {said}")
-
-    def _step(self, change: Change, on_grad: bool, scale: float, positions: slice | None) -> Tensor | None:
-        """Turn the record into a change, forget it, and add the change to the gradient or return it."""
+    def _delta(self, change: Change, scale: float, positions: slice | None) -> Tensor | None:
+        """Turn the record of all processes into one change, and forget it; None if nobody recorded anything."""
         weight = self.synapse.weight
         own = together(lambda: self._consume(change, scale, positions), weight.device)
         while self._to_say:
             warnings.warn(self._to_say.pop(0), stacklevel=3)  # where step() was called
         delta = mean_over_ranks(own, weight)
-        if delta is None:
-            return None
-        if self.max_norm is not None:
+        if delta is not None and self.max_norm is not None:
             delta = delta * (self.max_norm / delta.norm().clamp(min=self.max_norm))
-        if not on_grad:
+        return delta
+
+    def _deliver(self, delta: Tensor | None, on_grad: bool) -> Tensor | None:
+        """Return the change, or subtract it from the gradient."""
+        if delta is None or not on_grad:
             return delta
+        weight = self.synapse.weight
         if weight.grad is None:
             weight.grad = -delta
         else:
@@ -203,7 +209,8 @@ class Learner(base.MemoryModule):
         if len(self._pre) != len(self._post):
             raise RuntimeError(
                 f"the synapse was called {len(self._pre)} times and its neurons {len(self._post)} times since the last step: "
-                "a learner needs one call of each per pass (are both part of the network?); reset() forgets the record"
+                "a learner needs one call of each per pass. Are both part of the network that ran, and called once each (also "
+                "where activation checkpointing runs a part of it again)? reset() forgets the record"
             )
         if not self._pre:
             if self._enabled and not self._ran:
@@ -216,10 +223,12 @@ class Learner(base.MemoryModule):
             pre = pre.unflatten(
                 0, post.shape[:2]
             )  # time and batch were one while the synapse ran, as in SeqToANNContainer
+        if self.step_mode == "s" and self.geometry is None and pre.ndim == post.ndim == 2:
+            pre, post = pre[:, None], post[:, None]  # one sample without a batch, [D]
         self._check_shapes(pre, post)
         n_features = 1 if self.geometry is None else pre.ndim - 2
         if positions is not None:
-            if pre.ndim < 4 or self.geometry is not None:
+            if pre.ndim != 4 or self.geometry is not None:
                 raise ValueError(f"positions are those of sequences [T, B, S, D], got {list(pre.shape)}")
             pre, post = pre[..., positions, :], post[..., positions, :]
         rows = pre.shape[1:-n_features]
@@ -262,10 +271,11 @@ class Learner(base.MemoryModule):
 
     def _check_finite(self, delta: Tensor, window: Window) -> None:
         """NaN anywhere in spikes, reward or traces ends up in the change, so one look at it is enough."""
+        well = delta.isfinite().all() & self.synapse.weight.isfinite().all()
+        if well:
+            return
         if not self.synapse.weight.isfinite().all():
             raise ValueError(f"the weight of {self.name} holds NaN or infinity: there is nothing to learn on")
-        if delta.isfinite().all():
-            return
         for side, spikes in (("input", window.pre), ("output", window.post)):
             if not spikes.isfinite().all():
                 raise ValueError(f"the {side} spikes of {self.name} hold NaN or infinity; the weights are untouched")

@@ -56,6 +56,7 @@ class PlasticPart:
     @property
     def delta(self) -> Tensor | None:
         """What was added, in float64, so that trained weight and delta make the same sum again; None if nothing was."""
+        _ = self.weight  # its device is where the two are
         if self._trained is None or self._written is None:
             return None
         return self._written.double() - self._trained.double()
@@ -63,39 +64,43 @@ class PlasticPart:
     @property
     def trained(self) -> Tensor:
         """The weight without what was added; an optimizer's part in it included."""
-        weight = self.weight.detach()
-        if self._trained is None or self._written is None:
-            return weight
-        if torch.equal(weight, self._written):
-            return self._trained
-        return weight - (self._written - self._trained)
+        return self._without_added(slice(None)).detach()
 
     @torch.no_grad()
-    def apply(self, delta: Tensor) -> None:
+    def apply(self, delta: Tensor, rows: Tensor | None = None) -> None:
         """Add ``delta``, shaped as the weight, within the bounds; :meth:`revert` can take it back.
+
+        Args:
+            delta: the change.
+            rows: of a weight of which few rows change, which ones: integers, each once; ``delta`` then has only these.
 
         Raises:
             ValueError: another shape, or not finite; the weight is untouched.
         """
         weight = self.weight
-        if not isinstance(delta, Tensor) or delta.shape != weight.shape:
+        shape = list(weight.shape) if rows is None else [len(rows), *weight.shape[1:]]
+        if not isinstance(delta, Tensor) or list(delta.shape) != shape:
             got = list(delta.shape) if isinstance(delta, Tensor) else type(delta).__name__
             layout = "[n_out, n_in] = " if weight.ndim == 2 else ""
-            raise ValueError(f"apply expects a weight change of shape {layout}{list(weight.shape)}, got {got}")
+            raise ValueError(f"apply expects a weight change of shape {layout}{shape}, got {got}")
         if not delta.isfinite().all():
             raise ValueError(
                 "apply expects a finite weight change, got one with NaN or infinity; the weights are untouched"
             )
-        self._trained = self.trained.clone()  # if an optimizer ran since, what it did belongs to it
-        weight.copy_(self._within_bounds(weight, weight + delta.to(weight.dtype)))
-        self._written = weight.detach().clone()
+        index = slice(None) if rows is None else rows
+        if self._trained is None or self._written is None:
+            self._trained, self._written = weight.detach().clone(), weight.detach().clone()
+        self._trained[index] = self._without_added(index)  # what an optimizer did since belongs to it
+        old = weight[index]
+        weight[index] = self._within_bounds(old, old + delta.to(weight.dtype))
+        self._written[index] = weight[index]
 
     @torch.no_grad()
     def revert(self) -> None:
         """Take back everything that was added.
 
-        Bit for bit if nothing else has changed the weight since; else (an optimizer ran in between) what was added is
-        subtracted from what it is now. Does nothing if nothing was added.
+        Bit for bit where nothing else has changed the weight since; elsewhere (an optimizer ran in between) what was added
+        is subtracted from what it is now. Does nothing if nothing was added.
         """
         if self._trained is not None:
             self.weight.copy_(self.trained)
@@ -108,6 +113,13 @@ class PlasticPart:
         self._trained = self.weight.detach().clone()
         self.weight.copy_((self.weight.double() + delta.to(self.weight.device).double()).to(self.weight.dtype))
         self._written = self.weight.detach().clone()
+
+    def _without_added(self, index: slice | Tensor) -> Tensor:
+        weight = self.weight
+        if self._trained is None or self._written is None:
+            return weight[index]
+        now, trained, written = weight[index], self._trained[index], self._written[index]
+        return torch.where(now == written, trained, now - (written - trained))
 
     def _within_bounds(self, old: Tensor, new: Tensor) -> Tensor:
         if self.bounds is None:
@@ -139,14 +151,18 @@ def save_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart
         load_plastic("mine.safetensors", {"fc": rule})      # on the same trained weights, in this process or another
     """
     parts = {name: _part(thing) for name, thing in learned.items()}
-    deltas = {name: delta.cpu().contiguous() for name, part in parts.items() if (delta := part.delta) is not None}
+    deltas = {name: delta.cpu() for name, part in parts.items() if (delta := part.delta) is not None}
     if not deltas:
         raise ValueError(f"{os.fspath(path)}: there is nothing to save, since nothing was applied")
     digests = {name: _digest(parts[name].trained) for name in deltas}
+    tensors = {}
+    for name, delta in deltas.items():  # a head of many words has learned about few of them
+        changed = delta.flatten(1).any(1).nonzero().flatten()
+        tensors[f"{name}/rows"], tensors[f"{name}/delta"] = changed, delta[changed]
     path = Path(path)
     beside = path.with_name(f".{path.name}.unfinished")
     try:
-        save_file(deltas, beside, metadata={"format": FORMAT, "trained": json.dumps(digests)})
+        save_file(tensors, beside, metadata={"format": FORMAT, "trained": json.dumps(digests)})
         os.replace(beside, path)
     except SafetensorError as error:
         raise OSError(f"{path} could not be written ({error})") from error
@@ -170,23 +186,29 @@ def load_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart
     try:
         with safe_open(os.fspath(path), "pt") as file:
             metadata = file.metadata() or {}
-            deltas = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
         if metadata.get("format") != FORMAT:
             raise ValueError("another format")
         digests = dict(json.loads(metadata["trained"]))
-    except (SafetensorError, ValueError, KeyError) as error:
+        saved = {name: (tensors[f"{name}/rows"], tensors[f"{name}/delta"]) for name in digests}
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{os.fspath(path)}: not a file of plastic weights ({error})") from error
     parts = {name: _part(thing) for name, thing in learned.items()}
-    for name, delta in deltas.items():
+    deltas = {}
+    for name, (rows, delta) in saved.items():
         if name not in parts:
             raise ValueError(
                 f"{os.fspath(path)}: holds {name}, and what can learn here is {', '.join(parts) or 'nothing'}"
             )
         weight = parts[name].weight
-        if delta.shape != weight.shape or digests.get(name) != _digest(parts[name].trained):
+        if digests[name] != _digest(parts[name].trained):
             raise ValueError(f"{os.fspath(path)}: {name} was learned on top of other trained weights")
         if not delta.isfinite().all():
             raise ValueError(f"{os.fspath(path)}: {name} holds NaN or infinity")
+        try:
+            deltas[name] = torch.zeros(weight.shape, dtype=torch.float64).index_copy(0, rows, delta)
+        except (IndexError, RuntimeError) as error:
+            raise ValueError(f"{os.fspath(path)}: not a file of plastic weights ({name} has another shape)") from error
     for name, part in parts.items():
         if name in deltas:
             part.replace(deltas[name])

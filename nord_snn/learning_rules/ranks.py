@@ -43,7 +43,7 @@ def mean_over_ranks(x: Tensor | None, like: Tensor) -> Tensor | None:
 
     Args:
         x: what this process has, or None, which counts as zeros.
-        like: what has the same shape and lies on a device that the processes can exchange tensors of.
+        like: lies on a device that the processes can exchange tensors of; what ``x`` would be shaped as, where it is None.
 
     Returns:
         None if no process has anything.
@@ -54,6 +54,6 @@ def mean_over_ranks(x: Tensor | None, like: Tensor) -> Tensor | None:
     distributed.all_reduce(there)
     if not there.item():
         return None
-    total = torch.zeros_like(like) if x is None else x.detach().clone()
+    total = torch.zeros_like(like) if x is None else x.detach().to(like.device, copy=True)
     distributed.all_reduce(total)
     return total / distributed.get_world_size()

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from nord_snn.learning_rules.learner import Window
 from nord_snn.learning_rules.ranks import mean_over_ranks, together
-from nord_snn.learning_rules.sources import GivenReward, LossBelowBaseline, RewardSource, finite
+from nord_snn.learning_rules.sources import LossBelowBaseline, RewardSource, finite
 from nord_snn.learning_rules.stdp import STDP
 from nord_snn.ops import RewardSTDPState, reward_modulated_stdp
+from nord_snn.ops.checks import check_time_constants
 
 __all__ = ["RewardModulatedSTDP"]
 
@@ -44,18 +45,21 @@ class RewardModulatedSTDP(STDP):
             last step alone.
         per_sample: with ``tau_eligibility``, let every sample of the batch wait for a reward of its own. That takes memory
             for batch times weight; without eligibility, rewards may differ between samples at no cost.
-        source: where rewards come from, in place of the default ``LossBelowBaseline(reward_scale, baseline,
-            baseline_decay)``.
+        source: where rewards come from; default: ``LossBelowBaseline(reward_scale, baseline, baseline_decay)``, three
+            arguments that another source has no use for and that are then refused.
 
     Attributes:
         source: the reward source.
+        baseline: the running mean of the loss, where the source has one.
         last_reward: what the last step was multiplied with, or None.
 
     Raises:
         TypeError: ``synapse`` is neither linear nor a convolution.
         ValueError: an argument is out of its range.
 
-    Source: Izhikevich 2007 and Florian 2007 for reward-modulated STDP; the loss-driven reward is Nord's.
+    Source: Izhikevich 2007 and Florian 2007 for reward-modulated STDP; the loss-driven reward is Nord's. SpikingJelly's
+    ``MSTDPLearner`` multiplies the reward of a step with the pairs of the step before, its ``MSTDPETLearner`` also divides by
+    the eligibility's time constant; here the reward is for what led up to it, this step included.
 
     Example:
         >>> from nord_snn.neurons import AssociativeLIFNode
@@ -89,9 +93,13 @@ class RewardModulatedSTDP(STDP):
             step_mode, synapse, sn, tau_plus, tau_minus, a_plus, a_minus, reduction, bounds, mu, max_norm, name
         )
         if tau_eligibility is not None:
-            self._check_time_constants(tau_eligibility=tau_eligibility)
+            check_time_constants(tau_eligibility=tau_eligibility)
         if per_sample and tau_eligibility is None:
             raise ValueError("per_sample is for an eligibility: give tau_eligibility, or leave it out")
+        if source is not None and (reward_scale, baseline, baseline_decay) != (1.0, 10.0, 0.99):
+            raise ValueError(
+                "reward_scale, baseline and baseline_decay are those of the default source: give them, or source"
+            )
         self.source = source or LossBelowBaseline(reward_scale, baseline, baseline_decay)
         self.tau_eligibility, self.per_sample = tau_eligibility, per_sample
         self.last_reward: float | Tensor | None = None
@@ -100,19 +108,24 @@ class RewardModulatedSTDP(STDP):
 
     @property
     def baseline(self) -> float | None:
-        """The running mean of the loss."""
-        return self._loss_source().baseline
+        """The running mean of the loss.
+
+        Raises:
+            AttributeError: the source has none.
+        """
+        return self.source.baseline  # type: ignore[attr-defined]  # not all have one
 
     @baseline.setter
     def baseline(self, value: float | None) -> None:
-        self._loss_source().baseline = value
+        self.source.baseline = value  # type: ignore[attr-defined]
 
-    def step(  # type: ignore[override]  # the reward comes first, as the outcome of the pass
+    def step(  # type: ignore[override]  # the reward comes first, as in SpikingJelly's reward learners
         self,
-        loss: float | Tensor | None = None,
         reward: float | Tensor | None = None,
         on_grad: bool = True,
         scale: float = 1.0,
+        *,
+        loss: float | Tensor | None = None,
         positions: slice | None = None,
     ) -> Tensor | None:
         """Turn what was recorded into ``reward * scale * dW``, and forget the record.
@@ -121,40 +134,49 @@ class RewardModulatedSTDP(STDP):
         number, are those of the mean loss; other rewards are each process's own; and the change is the mean of theirs.
 
         Args:
-            loss: the outcome, compared with the running baseline, which it then updates: a number, or one for each sample.
-            reward: the reward itself; give this or ``loss``. A number, or a tensor with one for each sample ``[B]``, for each
-                token ``[B, S]`` (of the ``positions``), or for each of these and each neuron (channel) ``[B, *, n_out]``.
+            reward: a number, or a tensor with one for each sample ``[B]``, for each token ``[B, S]`` (of the ``positions``),
+                or for each of these and each neuron (channel) ``[B, *, n_out]``. It is taken as it is, unless the rule's
+                source takes rewards.
             on_grad: see :meth:`STDP.step`.
             scale: factor on the change.
+            loss: in place of a reward, the outcome that the source makes one of and then remembers: a number, or one for
+                each sample.
             positions: see :meth:`STDP.step`.
 
         Returns:
-            The change, shaped as the weight, or None with ``on_grad`` or if nothing was recorded.
+            The change, shaped as the weight, or None with ``on_grad`` or if nothing was recorded; then nothing is remembered.
 
         Raises:
-            ValueError: not exactly one of ``loss`` and ``reward`` was given, it is not finite or not of the right length; see
-                also :meth:`STDP.step`.
+            TypeError: the outcome is neither a number nor a tensor.
+            ValueError: not exactly one of ``loss`` and ``reward`` was given, the source does not take a loss, it is not finite
+                or not of the right length; see also :meth:`STDP.step`.
         """
         if (loss is None) == (reward is None):
             raise ValueError("give step() either a loss or a reward")
-        weight, source = self.synapse.weight, self.source
-        kind, given = ("loss", loss) if loss is not None else ("reward", reward)
-        if kind == "loss":
-            self._loss_source()
-        outcome = together(lambda: finite(given, kind), weight.device)  # type: ignore[arg-type]  # one of them is there
-        asked = kind == "loss" or isinstance(source, GivenReward)
-        if asked:
-            own = outcome.mean() if isinstance(outcome, Tensor) else torch.tensor(outcome, dtype=torch.float64)
-            mean = float(mean_over_ranks(own.to(weight.device), own.to(weight.device)))  # type: ignore[arg-type]
-            one_for_all = kind == "loss" and not isinstance(outcome, Tensor)
-            factor = source.reward(mean if one_for_all else outcome)
+        kind, given = ("reward", reward) if loss is None else ("loss", loss)
+        if kind == "loss" and self.source.takes != kind:
+            raise ValueError(f"this rule's source, {type(self.source).__name__}, takes rewards: give step() a reward")
+        device = self.synapse.weight.device
+        outcome = together(lambda: finite(given, kind), device)  # type: ignore[arg-type]  # one of them is there
+        if self.source.takes != kind:
+            factor, mean = outcome, None
         else:
-            factor = outcome
-        changed = self._step(partial(self._rewarded, reward=factor), on_grad, scale, positions)
+            own = outcome.mean() if isinstance(outcome, Tensor) else torch.tensor(outcome, dtype=torch.float64)
+            mean = float(mean_over_ranks(own, self.synapse.weight))  # type: ignore[arg-type]  # all have one
+            one_for_all = kind == "loss" and not isinstance(outcome, Tensor)
+            factor = self.source.reward(mean if one_for_all else outcome)
+        delta = self._delta(partial(self._rewarded, reward=factor), scale, positions)
+        if delta is None:
+            return None
         self.last_reward = factor
-        if asked:
-            source.update(mean)
-        return changed
+        if mean is not None:
+            self.source.update(mean)
+        return self._deliver(delta, on_grad)
+
+    def extra_repr(self) -> str:
+        """The constants."""
+        eligibility = f", tau_eligibility={self.tau_eligibility}, per_sample={self.per_sample}"
+        return f"{super().extra_repr()}{eligibility}, source={type(self.source).__name__}"
 
     def get_extra_state(self) -> dict[str, Any]:
         """What the reward source remembers, for ``state_dict()``."""
@@ -163,11 +185,6 @@ class RewardModulatedSTDP(STDP):
     def set_extra_state(self, state: Any) -> None:
         """Take what the reward source remembers from a ``state_dict()``."""
         self.source.load_state_dict(state)
-
-    def _loss_source(self) -> LossBelowBaseline:
-        if not isinstance(self.source, LossBelowBaseline):
-            raise TypeError(f"this rule's source, {type(self.source).__name__}, takes rewards: give step() a reward")
-        return self.source
 
     def _rewarded(self, window: Window, reward: float | Tensor) -> tuple[Tensor, Callable[[], None]]:
         if isinstance(reward, Tensor):
@@ -197,36 +214,34 @@ class RewardModulatedSTDP(STDP):
     ) -> tuple[Tensor, RewardSTDPState]:
         """Sample by sample, each with an eligibility of its own ``[B, *weight]``."""
         n_samples = window.rows[0]
-        rewards = torch.as_tensor(reward, device=window.post.device).expand(window.pre.shape[1]).view(n_samples, -1)
-        if (rewards != rewards[:, :1]).any():
-            raise ValueError("with an eligibility a sample has one reward, got several for its tokens")
-        parts = []
-        for sample in range(n_samples):
-            rows = slice(sample * rewards.shape[1], (sample + 1) * rewards.shape[1])
-            pre, post, eligibility = held
+        n_tokens = window.pre.shape[1] // max(n_samples, 1)
+        if isinstance(reward, Tensor):
+            if reward.ndim > 1 or (reward.view(n_samples, -1) != reward.view(n_samples, -1)[:, :1]).any():
+                raise ValueError("with an eligibility a sample has one reward, got several for its tokens or neurons")
+            rewards = reward[::n_tokens].tolist()
+        else:
+            rewards = [reward] * n_samples
+        pre, post, eligibility = held
+        if eligibility is not None and len(eligibility) != n_samples:
+            raise ValueError(f"the batch had {len(eligibility)} samples and has {n_samples} now: reset() in between")
+        total, states = torch.zeros_like(self.synapse.weight), []
+        for sample, its_reward in enumerate(rewards):
+            rows = slice(sample * n_tokens, (sample + 1) * n_tokens)
             state = None
             if pre is not None and post is not None and eligibility is not None:
-                if len(eligibility) != n_samples:
-                    raise ValueError(
-                        f"the batch had {len(eligibility)} samples and has {n_samples} now: reset() in between"
-                    )
                 state = RewardSTDPState(pre[rows], post[rows], eligibility[sample])
-            parts.append(
-                reward_modulated_stdp(
-                    window.pre[:, rows],
-                    window.post[:, rows],
-                    rewards[sample, 0].item(),
-                    state,
-                    tau_eligibility=self.tau_eligibility,
-                    **self._constants(),
-                )
+            delta, after = reward_modulated_stdp(
+                window.pre[:, rows],
+                window.post[:, rows],
+                its_reward,
+                state,
+                tau_eligibility=self.tau_eligibility,
+                **self._constants(),
             )
-        state = RewardSTDPState(
-            torch.cat([state.pre for _, state in parts]),
-            torch.cat([state.post for _, state in parts]),
-            torch.stack([state.eligibility for _, state in parts if state.eligibility is not None]),
-        )
-        return torch.stack([delta for delta, _ in parts]).sum(0), state
+            total = total + delta
+            states.append(after)
+        pres, posts, eligibilities = zip(*states, strict=True)
+        return total, RewardSTDPState(torch.cat(pres), torch.cat(posts), torch.stack(eligibilities))
 
 
 def _for_rows(reward: Tensor, window: Window) -> Tensor:

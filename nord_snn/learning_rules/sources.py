@@ -1,9 +1,8 @@
 """Where a reward comes from: small objects that turn an outcome into a reward and remember what is usual."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from nord_snn.ops import reward_from_loss
@@ -15,8 +14,21 @@ class RewardSource:
     """What turns an outcome into a reward. ``state_dict()`` and ``load_state_dict()`` keep its memory with a run.
 
     A source can be called by itself, ``reward = source(outcome)``, when several rules share it; or be given to
-    :class:`RewardModulatedSTDP`, which asks it in every step.
+    :class:`RewardModulatedSTDP`, which asks it in every step that brings an outcome of its kind. One of your own overrides
+    :meth:`reward`, and the others where it remembers something.
+
+    Attributes:
+        takes: the kind of outcome, ``"loss"`` or ``"reward"``.
+
+    Example:
+        >>> class OnlyTheSign(RewardSource):
+        ...     def reward(self, outcome):
+        ...         return math.copysign(1.0, outcome)
+        >>> OnlyTheSign()(-0.3)
+        -1.0
     """
+
+    takes: Literal["loss", "reward"] = "reward"
 
     def reward(self, outcome: float | Tensor) -> float | Tensor:
         """The reward of an outcome; remembers nothing."""
@@ -62,17 +74,19 @@ class LossBelowBaseline(RewardSource):
         (0.2449, 3.995)
     """
 
+    takes = "loss"
+
     def __init__(self, scale: float = 1.0, baseline: float | None = 10.0, decay: float = 0.99) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"baseline_decay must lie in [0, 1), got {decay}")
+            raise ValueError(f"decay must lie in [0, 1), got {decay}")
         self.scale, self.baseline, self.decay = scale, baseline, decay
 
     def reward(self, outcome: float | Tensor) -> float | Tensor:
         """The reward of a loss, or of each of several."""
-        if isinstance(outcome, Tensor):
-            expected = float(outcome.mean()) if self.baseline is None else self.baseline
-            return torch.tanh(self.scale * (expected - outcome) / 2)
-        return reward_from_loss(outcome, outcome if self.baseline is None else self.baseline, self.scale)
+        expected = self.baseline
+        if expected is None:
+            expected = float(outcome.mean()) if isinstance(outcome, Tensor) else outcome
+        return reward_from_loss(outcome, expected, self.scale)
 
     def update(self, outcome: float) -> None:
         """Let the baseline follow."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from nord_snn.learning_rules.learner import Learner, Window
 from nord_snn.ops import STDPState, stdp
+from nord_snn.ops.checks import check_numbers, check_time_constants
 
 __all__ = ["STDP"]
 
@@ -69,7 +70,8 @@ class STDP(Learner):
         name: str | None = None,
     ) -> None:
         super().__init__(step_mode, synapse, sn, reduction, bounds, mu, max_norm, name)
-        self._check_time_constants(tau_plus=tau_plus, tau_minus=tau_minus)
+        check_time_constants(tau_plus=tau_plus, tau_minus=tau_minus)
+        check_numbers(a_plus=a_plus, a_minus=a_minus)
         self.tau_plus, self.tau_minus, self.a_plus, self.a_minus = tau_plus, tau_minus, a_plus, a_minus
 
     def step(self, on_grad: bool = True, scale: float = 1.0, positions: slice | None = None) -> Tensor | None:
@@ -91,14 +93,12 @@ class STDP(Learner):
             ValueError: shapes do not fit, the batch shape changed since the last reset, or spikes or weights hold NaN.
                 Weights and traces are then untouched and the record is kept until :meth:`reset`.
         """
-        return self._step(self._change, on_grad, scale, positions)
+        return self._deliver(self._delta(self._change, scale, positions), on_grad)
 
     def extra_repr(self) -> str:
         """The constants."""
-        return (
-            f"step_mode={self.step_mode!r}, tau_plus={self.tau_plus}, tau_minus={self.tau_minus}, "
-            f"a_plus={self.a_plus}, a_minus={self.a_minus}, reduction={self.reduction!r}, bounds={self.bounds}, mu={self.mu}"
-        )
+        constants = ("tau_plus", "tau_minus", "a_plus", "a_minus")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in constants) + f", {super().extra_repr()}"
 
     def _change(self, window: Window) -> tuple[Tensor, Callable[[], None]]:
         held = None

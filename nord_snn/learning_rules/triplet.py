@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from nord_snn.learning_rules.learner import Learner, Window
 from nord_snn.ops import TripletState, triplet_stdp
+from nord_snn.ops.checks import check_numbers, check_time_constants
 
 __all__ = ["TripletSTDP"]
 
@@ -70,7 +71,8 @@ class TripletSTDP(Learner):
         name: str | None = None,
     ) -> None:
         super().__init__(step_mode, synapse, sn, reduction, bounds, mu, max_norm, name)
-        self._check_time_constants(tau_plus=tau_plus, tau_minus=tau_minus, tau_x=tau_x, tau_y=tau_y)
+        check_time_constants(tau_plus=tau_plus, tau_minus=tau_minus, tau_x=tau_x, tau_y=tau_y)
+        check_numbers(a2_plus=a2_plus, a2_minus=a2_minus, a3_plus=a3_plus, a3_minus=a3_minus)
         self.tau_plus, self.tau_minus, self.tau_x, self.tau_y = tau_plus, tau_minus, tau_x, tau_y
         self.a2_plus, self.a2_minus, self.a3_plus, self.a3_minus = a2_plus, a2_minus, a3_plus, a3_minus
         self.slow_trace_pre: Tensor | None
@@ -80,12 +82,12 @@ class TripletSTDP(Learner):
 
     def step(self, on_grad: bool = True, scale: float = 1.0, positions: slice | None = None) -> Tensor | None:
         """Turn what was recorded into a weight change, and forget the record; see :meth:`STDP.step`."""
-        return self._step(self._change, on_grad, scale, positions)
+        return self._deliver(self._delta(self._change, scale, positions), on_grad)
 
     def extra_repr(self) -> str:
         """The constants."""
         constants = ("tau_plus", "tau_minus", "tau_x", "tau_y", "a2_plus", "a2_minus", "a3_plus", "a3_minus")
-        return f"step_mode={self.step_mode!r}, " + ", ".join(f"{name}={getattr(self, name)}" for name in constants)
+        return ", ".join(f"{name}={getattr(self, name)}" for name in constants) + f", {super().extra_repr()}"
 
     def _change(self, window: Window) -> tuple[Tensor, Callable[[], None]]:
         held = (self.trace_pre, self.trace_post, self.slow_trace_pre, self.slow_trace_post)

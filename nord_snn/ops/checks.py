@@ -5,7 +5,15 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-__all__ = ["check_features", "check_scalar", "compute_dtype", "without_autocast"]
+__all__ = [
+    "check_dependence",
+    "check_features",
+    "check_numbers",
+    "check_scalar",
+    "check_time_constants",
+    "compute_dtype",
+    "without_autocast",
+]
 
 
 def check_features(x: Tensor, n_features: int, owner: str, layout: str = "[T, N, *, D]") -> None:
@@ -38,6 +46,34 @@ def check_scalar(value: float | Tensor, name: str) -> None:
     """Raise a ValueError if ``value`` is a tensor of more or less than one element."""
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"{name} must have one element, got shape {list(value.shape)}")
+
+
+def check_time_constants(**time_constants: float) -> None:
+    """Raise unless all of them are positive numbers.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: not positive.
+    """
+    check_numbers(**time_constants)
+    for name, tau in time_constants.items():
+        if not tau > 0:
+            raise ValueError(f"time constants must be positive, got {name} = {tau}")
+
+
+def check_numbers(**constants: float) -> None:
+    """Raise a TypeError unless all of them are numbers, not the functions that other libraries' learners take."""
+    for name, value in constants.items():
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def check_dependence(bounds: tuple[float, float], mu: float) -> None:
+    """Raise a ValueError unless the bounds are in order and the exponent of the dependence on a weight is not negative."""
+    if not bounds[0] < bounds[1]:
+        raise ValueError(f"bounds must be (lower, upper) with lower < upper, got {bounds}")
+    if not mu >= 0:
+        raise ValueError(f"mu must be at least 0, got {mu}")
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -38,7 +38,7 @@ def test_it_reads_under_every_condition_and_writes_table_numbers_and_plot(models
     assert "on - shuffled" in printed
     assert "reading once" in printed
     results = json.loads((models[1] / "out" / "results.json").read_text())
-    assert set(results) == {"on", "off", "shuffled", "zero"}
+    assert set(results) == {"on", "off", "shuffled", "zero", "tokens", "steps"}
     for of in results.values():
         assert len(of) == 2
         assert len(of[0]["windows"]) == 480 // 24
@@ -60,7 +60,7 @@ def test_a_condition_leaves_the_weights_as_they_were(models):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     texts = script.read_texts(script.parse(arguments(models)), models[0][0], 24, tokenizer)
     assert texts.new.shape == (20, 24)
-    script.read_once(model, texts, "on", None, 0.01, "error")
+    script.read_once(model, texts, "on", (None, 0.01, "error"), 0)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -72,6 +72,22 @@ def test_settings_can_be_searched(models, capsys, monkeypatch):
     assert "paired differences over 2 seeds" in capsys.readouterr().out
 
 
+def test_controls_keep_what_they_say():
+    spikes = (torch.rand(5, 7, 3) < 0.5).float()
+    tokens, steps = (script.control(name).spikes(spikes) for name in ("tokens", "steps"))
+    assert not torch.equal(tokens, spikes)
+    assert not torch.equal(steps, spikes)
+    by_token = lambda x: sorted(x.transpose(0, 1).flatten(1).tolist())  # noqa: E731
+    assert by_token(tokens) == by_token(spikes)
+    assert torch.equal(steps.sum(0), spikes.sum(0))
+    for token in range(7):  # whole steps move, not single spikes
+        assert sorted(steps[:, token].tolist()) == sorted(spikes[:, token].tolist())
+    rewards = torch.arange(9.0)
+    assert sorted(script.control("shuffled").rewards(rewards).tolist()) == rewards.tolist()
+    assert script.control("zero").rewards(rewards).abs().sum() == 0
+    assert script.control("on").spikes(spikes) is spikes
+
+
 def outcomes(on, off, shuffled, old_on=4.0):
     return {
         name: [Outcome([loss], loss, old) for loss in losses]
@@ -81,7 +97,7 @@ def outcomes(on, off, shuffled, old_on=4.0):
 
 def test_differences_are_paired_by_seed_and_intervals_are_students():
     given = outcomes([5.0, 6.0, 7.0], [5.1, 6.3, 7.2], [5.0, 6.0, 7.0])
-    mean, half = compare(given, lambda o: o.new, "off")
+    mean, half = compare(given, "new", "off")
     assert mean == pytest.approx(-0.2)
     assert half == pytest.approx(4.302653 * 0.1 / 3**0.5)  # t for 2 degrees of freedom
     assert interval([1.0, 1.0]).half == 0
@@ -115,7 +131,7 @@ def test_what_cannot_be_done_gets_one_sentence(models, capsys, tmp_path):
 
     assert "of which 999,999,999" in sentence(*arguments(models, "--read", "999999999"))
     assert "at least one window of 24" in sentence(*arguments(models, "--read", "20"))
-    assert "no synapse between two layers of spikes" in sentence(*arguments(models, "--synapses", "blocks.0.ffn.up"))
+    assert "no synapse that can learn" in sentence(*arguments(models, "--synapses", "blocks.0.ffn.up"))
     assert "no model here" in sentence("--models", str(tmp_path / "none"), "--out", str(tmp_path / "out"))
     alone = shutil.copytree(models[0][0], tmp_path / "alone" / "model")
     assert "say with --old" in sentence(

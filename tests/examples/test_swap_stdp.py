@@ -24,10 +24,9 @@ def test_ours_learns_digits_as_their_own_rule_does(framework):
 def test_every_learner_runs_and_is_in_the_table(capsys):
     assert script.main(["--seeds", "1", "--epochs", "1"]) == 0
     printed = capsys.readouterr().out
-    for framework, learners in script.LEARNERS.items():
-        assert framework in printed
-        assert len(learners) == 4
-    assert "TripletSTDP" in printed
+    assert printed.count("%") == 8 * 3  # a mean, a lowest and a highest for each learner in each network
+    for learners in script.LEARNERS.values():
+        assert all(name.split()[-1] in printed for name in learners)
 
 
 def test_options_out_of_range_are_refused():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron
-from spikingjelly.activation_based.learning import STDPLearner
+from spikingjelly.activation_based.learning import MSTDPETLearner, MSTDPLearner, STDPLearner
 from torch import nn
 
 from nord_snn.learning_rules import STDP, RewardModulatedSTDP, TripletSTDP
@@ -118,6 +118,54 @@ def test_multiplicative_dependence_against_spikingjellys():
     assert torch.allclose(ours.step(on_grad=False), theirs.step(on_grad=False), atol=1e-6)
 
 
+def run_both(theirs, ours, rewards, shape):
+    """Changes of SpikingJelly's reward learner and of ours, step by step, called in the same way."""
+    fc, lif = excitatory(nn.Linear(6, 4, bias=False)), neuron.IFNode()
+    changes = ([], [])
+    learners = theirs(fc, lif), ours(fc, lif)
+    for reward, x in zip(rewards, spikes(len(rewards), *shape), strict=True):
+        lif(fc(x))
+        for kept, learner in zip(changes, learners, strict=True):
+            kept.append(learner.step(reward, on_grad=False))
+    return changes
+
+
+def test_against_spikingjellys_reward_learner():
+    """Theirs multiplies the reward of a step with the pairs of the step before; so ours is given each reward a step earlier."""
+    rewards = torch.randn(9).tolist()
+    theirs, _ = run_both(
+        lambda fc, lif: MSTDPLearner("s", fc, lif, 20.0, 20.0, lambda w: 0.005, lambda w: 0.005),
+        lambda fc, lif: RewardModulatedSTDP("s", fc, lif),
+        rewards,
+        (3, 6),
+    )
+    torch.manual_seed(0)
+    torch.randn(9)
+    _, ours = run_both(
+        lambda fc, lif: MSTDPLearner("s", fc, lif, 20.0, 20.0, lambda w: 0.005, lambda w: 0.005),
+        lambda fc, lif: RewardModulatedSTDP("s", fc, lif),
+        [*rewards[1:], 0.0],
+        (3, 6),
+    )
+    assert not theirs[0].any()
+    for step in range(1, 9):
+        assert torch.allclose(theirs[step], ours[step - 1], atol=1e-6)
+
+
+def test_against_spikingjellys_learner_with_an_eligibility():
+    """Theirs holds the pairs back for a step and divides by the time constant; it takes one sample without a batch."""
+    rewards = [1.0] * 9
+    theirs, ours = run_both(
+        lambda fc, lif: MSTDPETLearner("s", fc, lif, 20.0, 20.0, 5.0, lambda w: 0.005, lambda w: 0.005),
+        lambda fc, lif: RewardModulatedSTDP("s", fc, lif, tau_eligibility=5.0),
+        rewards,
+        (6,),
+    )
+    assert ours[-1].any()
+    for step in range(1, 9):
+        assert torch.allclose(5.0 * theirs[step], ours[step - 1], atol=1e-6)
+
+
 def test_a_batch_is_the_sum_of_single_samples():
     net = excitatory(nn.Sequential(nn.Linear(8, 4, bias=False), neuron.LIFNode(step_mode="m")))
     x = spikes(6, 5, 8)
@@ -172,6 +220,7 @@ def test_every_sample_waits_for_its_own_reward(shape):
         net(window)
         changes.append(rule.step(reward=reward, on_grad=False))
     assert rule.eligibility.shape == (3, 4, 8)
+    rule.disable()
     alone = [0, 0]
     for n in range(3):
         single = RewardModulatedSTDP("m", net[0], net[1], tau_eligibility=5.0)
@@ -183,8 +232,22 @@ def test_every_sample_waits_for_its_own_reward(shape):
     for change, expected in zip(changes, alone, strict=True):
         assert torch.allclose(change, expected, atol=1e-6)
     assert rule.last_reward.shape == (3,)
+    rule.enable()
+    functional.reset_net(net)
+    net(x[0])
+    with pytest.raises(ValueError, match="a sample has one reward, got several"):
+        rule.step(reward=torch.randn(3, 4) if len(shape) == 3 else torch.randn(3, 2))
     rule.reset()
     assert rule.eligibility is None
+    functional.reset_net(net)
+    net(x[0])
+    rule.step(reward=2.0)
+    assert rule.eligibility.shape == (3, 4, 8)
+    rule.trace_pre, rule.trace_post = (t[: len(t) // 3 * 2] for t in (rule.trace_pre, rule.trace_post))
+    functional.reset_net(net)
+    net(x[0][:, :2])
+    with pytest.raises(ValueError, match="had 3 samples and has 2 now"):
+        rule.step(reward=2.0)
 
 
 def test_an_eligibility_lets_a_late_reward_count():
@@ -272,6 +335,12 @@ def positions_of_images(net, rule):
     rule.step(reward=1.0, positions=slice(2))
 
 
+def rewards_that_differ(net, rule):
+    rule.tau_eligibility = 5.0
+    net(spikes(6, 3, 8))
+    rule.step(reward=torch.ones(3))
+
+
 @pytest.mark.parametrize(
     ("do", "kind", "message"),
     [
@@ -287,6 +356,7 @@ def positions_of_images(net, rule):
         (endless_reward, ValueError, "the reward must be finite"),
         (wrong_rank, ValueError, r"\[T, N, \*, D\] before and behind Linear\[4, 8\], got \[3, 8\] and \[3, 4\]"),
         (wrong_neurons, ValueError, r"joins 8 inputs to 4 neurons .* \[6, 3, 8\] before it and \[6, 3, 5\] behind"),
+        (rewards_that_differ, ValueError, "need per_sample=True"),
         (positions_of_images, ValueError, r"positions are those of sequences \[T, B, S, D\], got \[6, 3, 8\]"),
     ],
 )
@@ -304,6 +374,7 @@ def test_bad_input_gets_a_sentence_and_touches_nothing(do, kind, message):
         before[0][1, 2] = after[0][1, 2] = 0.0
     assert same(before, after)
     assert net[0].weight.grad is None
+    rule.tau_eligibility = None
     rule.reset()  # and it goes on
     functional.reset_net(net)
     net(spikes(6, 3, 8))

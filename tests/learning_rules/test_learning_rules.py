@@ -9,7 +9,7 @@ from spikingjelly.activation_based.learning import STDPLearner
 from spikingjelly.activation_based.neuron import LIFNode
 from torch import nn
 
-from nord_snn.learning_rules import STDP, RewardModulatedSTDP
+from nord_snn.learning_rules import STDP, GivenReward, RewardModulatedSTDP
 from nord_snn.neurons import AssociativeLIFNode
 from nord_snn.ops import stdp
 
@@ -292,16 +292,18 @@ def test_two_batch_shapes_in_one_record_are_named():
             "Linear, Conv1d or Conv2d of torch.nn, got ConvTranspose2d",
         ),
         ({"sn": torch.relu}, TypeError, "sn must be a torch.nn.Module, got builtin"),
-        ({"mu": 1.0, "bounds": None}, ValueError, "bounds be given"),
+        ({"mu": 1.0, "bounds": None}, ValueError, "needs bounds, got None"),
         ({"mu": -1.0}, ValueError, "mu must be at least 0"),
         ({"max_norm": 0.0}, ValueError, "max_norm must be positive"),
         ({"tau_eligibility": 0.0}, ValueError, "tau_eligibility = 0.0"),
+        ({"a_plus": lambda w: w}, TypeError, "a_plus must be a number, got function"),
+        ({"source": GivenReward(), "baseline": 3.0}, ValueError, "those of the default source"),
         ({"per_sample": True}, ValueError, "per_sample is for an eligibility"),
         ({"reduction": "max"}, ValueError, "reduction must be"),
         ({"bounds": (1.0, 0.0)}, ValueError, "lower < upper"),
         ({"tau_plus": -1.0}, ValueError, "time constants must be positive"),
         ({"step_mode": "x"}, ValueError, "step_mode"),
-        ({"baseline_decay": 1.0}, ValueError, "baseline_decay"),
+        ({"baseline_decay": 1.0}, ValueError, "decay must lie in"),
     ],
 )
 def test_bad_constructions_are_named(change, kind, message):

@@ -14,6 +14,7 @@ from nord_snn.learning_rules import (
     LossBelowBaseline,
     PlasticPart,
     RewardModulatedSTDP,
+    RewardSource,
     load_plastic,
     save_plastic,
 )
@@ -59,6 +60,35 @@ def test_a_weight_that_was_exchanged_is_the_one_that_changes():
     assert not net[0].weight.any()
 
 
+def test_few_rows_of_many_can_change_and_make_a_small_file(tmp_path):
+    """As the head of a language model does: in a text there are few words of a vocabulary."""
+    head = nn.Linear(16, 5000, bias=False)
+    trained = head.weight.detach().clone()
+    part = PlasticPart(head)
+    rows = torch.tensor([7, 4999, 3])
+    part.apply(torch.ones(3, 16), rows)
+    with torch.no_grad():
+        head.weight[5] += 1.0  # an optimizer's
+        head.weight[7] += 1.0
+    part.apply(torch.ones(1, 16), torch.tensor([7]))
+    expected = trained.clone()
+    expected[rows] += 1
+    expected[5] += 1
+    expected[7] += 2
+    assert torch.allclose(head.weight, expected)
+    save_plastic(tmp_path / "a.safetensors", {"head": part})
+    assert (tmp_path / "a.safetensors").stat().st_size < 2000
+    part.revert()
+    expected[rows] -= 1
+    expected[7] -= 1
+    assert torch.allclose(head.weight, expected, atol=1e-6)
+    untouched = torch.ones(5000, dtype=torch.bool)
+    untouched[[5, 7]] = False
+    assert torch.equal(head.weight[untouched], trained[untouched])  # bit for bit where no optimizer was
+    with pytest.raises(ValueError, match=r"\[n_out, n_in\] = \[1, 16\], got \[2, 16\]"):
+        part.apply(torch.ones(2, 16), torch.tensor([7]))
+
+
 def test_only_the_plastic_part_is_in_the_file_and_an_optimizers_part_is_not(tmp_path):
     net, rule = network(bounds=None)
     rule.apply(torch.full((4, 6), 0.25))
@@ -66,8 +96,8 @@ def test_only_the_plastic_part_is_in_the_file_and_an_optimizers_part_is_not(tmp_
         net[0].weight.add_(1.0)
     save_plastic(tmp_path / "a.safetensors", {"fc": rule})
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
-        assert list(file.keys()) == ["fc"]
-        assert torch.allclose(file.get_tensor("fc"), torch.full((4, 6), 0.25, dtype=torch.float64))
+        assert set(file.keys()) == {"fc/rows", "fc/delta"}
+        assert torch.allclose(file.get_tensor("fc/delta"), torch.full((4, 6), 0.25, dtype=torch.float64))
     assert (tmp_path / "a.safetensors").stat().st_size < 1000
 
 
@@ -110,11 +140,19 @@ def test_files_that_do_not_fit_change_nothing(tmp_path):
     with safe_open(good, "pt") as file:
         metadata = file.metadata()
     broken = tmp_path / "nan.safetensors"
-    save_file({"fc": torch.full((4, 6), float("nan"), dtype=torch.float64)}, broken, metadata)
+    rows = {"fc/rows": torch.arange(4)}
+    save_file({"fc/delta": torch.full((4, 6), float("nan"), dtype=torch.float64), **rows}, broken, metadata)
     rule.revert()
     refused(broken, "holds NaN", learned=rule)
-    save_file({"fc": torch.zeros(4, 6)}, foreign, {**metadata, "trained": json.dumps(["?"])})
-    refused(foreign, "not a file of plastic weights", learned=rule)
+    for change, tensors in (
+        ({"trained": json.dumps(["?"])}, {"fc/delta": torch.zeros(4, 6), **rows}),
+        ({"trained": "null"}, {"fc/delta": torch.zeros(4, 6), **rows}),
+        ({}, rows),
+        ({}, {"fc/delta": torch.zeros(4, 5, dtype=torch.float64), **rows}),
+        ({}, {"fc/delta": torch.zeros(1, 6, dtype=torch.float64), "fc/rows": torch.tensor([4])}),
+    ):
+        save_file(tensors, foreign, {**metadata, **change})
+        refused(foreign, "not a file of plastic weights", learned=rule)
     with pytest.raises(FileNotFoundError):
         load_plastic(tmp_path / "none", {"fc": rule})
 
@@ -183,10 +221,39 @@ def test_a_rule_asks_its_source_and_saves_what_it_remembers():
     _, other = network(source=GivenReward(decay=0.5))
     other.load_state_dict(rule.state_dict())
     assert other.source.mean == 0.75
-    with pytest.raises(TypeError, match="GivenReward, takes rewards"):
+    with pytest.raises(ValueError, match="GivenReward, takes rewards"):
         rule.step(loss=1.0)
-    with pytest.raises(TypeError, match="GivenReward, takes rewards"):
-        _ = rule.baseline
+    assert not hasattr(rule, "baseline")
+
+
+def test_a_source_of_ones_own_is_asked():
+    class Twice(RewardSource):
+        seen = ()
+
+        def reward(self, outcome):
+            return 2 * outcome
+
+        def update(self, outcome):
+            self.seen = (*self.seen, outcome)
+
+    net, rule = network(source=Twice())
+    net((torch.rand(6, 3, 6) < 0.6).float())
+    rule.step(reward=0.25)
+    assert rule.last_reward == 0.5
+    assert rule.source.seen == (0.25,)
+    assert Twice()(torch.tensor([1.0, 3.0])).tolist() == [2.0, 6.0]
+    assert rule.state_dict()["_extra_state"] == {}
+
+
+def test_where_nothing_was_recorded_nothing_is_remembered():
+    net, rule = network(baseline=3.0)
+    net((torch.rand(6, 3, 6) < 0.6).float())
+    rule.step(loss=2.0)
+    known = rule.baseline, rule.last_reward
+    assert rule.step(loss=100.0) is None
+    rule.disable()
+    assert rule.step(loss=100.0) is None
+    assert (rule.baseline, rule.last_reward) == known
 
 
 def test_losses_of_samples_reward_each_of_them():

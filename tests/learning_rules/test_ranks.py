@@ -57,7 +57,8 @@ def test_all_ranks_change_the_same_and_what_one_process_would(tmp_path):
     first, second, alone = (torch.load(tmp_path / f"{name}.pt") for name in ("2-0", "2-1", "1-0"))
     assert first["baseline"] == second["baseline"]
     assert abs(first["baseline"] - alone["baseline"]) < 1e-6
-    assert first["reward"] == second["reward"] == alone["reward"] == 1.0
+    assert first["reward"] == second["reward"]
+    assert abs(first["reward"] - alone["reward"]) < 1e-6  # a step in which nobody saw anything did not change it
     for step in range(3):
         assert torch.equal(first["deltas"][step], second["deltas"][step])
         assert first["deltas"][step].abs().sum() > 0

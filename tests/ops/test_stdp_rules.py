@@ -114,6 +114,24 @@ def test_without_triplets_it_is_the_pair_rule():
     assert torch.equal(triplet_stdp(pre, post, **pairs)[0], stdp(pre, post, **PAIR)[0])
 
 
+def paired_at(rate, lag, n_pairs=60):
+    """The change by 60 pairs at a rate in Hz, the post spike ``lag`` ms after the pre spike, in steps of 1 ms."""
+    period = round(1000 / rate)
+    T = period * n_pairs + 40
+    pre, post = torch.zeros(T, 1, 1, dtype=torch.float64), torch.zeros(T, 1, 1, dtype=torch.float64)
+    pre[20 : 20 + period * n_pairs : period] = 1
+    post[20 + lag : 20 + lag + period * n_pairs : period] = 1
+    return triplet_stdp(pre, post)[0].item()
+
+
+def test_the_same_pairs_weaken_at_low_rates_and_strengthen_at_high_ones():
+    """What Sjostrom et al. 2001 found in visual cortex and pairs alone cannot explain: figure 2 of the paper of the rule."""
+    after = [paired_at(rate, 10) for rate in (0.5, 10, 20, 40, 50)]
+    before = [paired_at(rate, -10) for rate in (0.5, 10, 20, 40, 50)]
+    assert after == pytest.approx([0.0, 0.13, 0.25, 0.53, 0.74], abs=0.02)
+    assert before == pytest.approx([-0.31, -0.33, -0.35, 0.16, 0.73], abs=0.02)
+
+
 @st.composite
 def convolutions(draw):
     """A convolution of one or two dimensions and an input size that it can take."""
@@ -235,7 +253,7 @@ def test_no_memory_for_each_row_of_its_own(monkeypatch):
     ("call", "message"),
     [
         (lambda x, y: stdp(x, y, mu=1.0), "needs the weight"),
-        (lambda x, y: stdp(x, y, mu=-1.0), "mu must not be negative"),
+        (lambda x, y: stdp(x, y, mu=-1.0), "mu must be at least 0"),
         (lambda x, y: stdp(x, y, mu=1.0, weight=torch.ones(4, 2)), r"weight must have shape \[2, 4\], got \[4, 2\]"),
         (lambda x, y: stdp(x, y, bounds=(1.0, 0.0)), "lower < upper"),
         (lambda x, y: triplet_stdp(x, y, tau_y=0.0), "time constants must be positive, got tau_y = 0.0"),

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from nord_snn.ops.checks import compute_dtype
+from nord_snn.ops.checks import check_dependence, check_time_constants, compute_dtype
 from nord_snn.ops.stdp.chunked import chunked
 from nord_snn.ops.stdp.correlation import ConvGeometry, dense
 from nord_snn.ops.stdp.reference import (
@@ -218,20 +218,16 @@ def reward_modulated_stdp(
     """
     decays = _decays(tau_plus=tau_plus, tau_minus=tau_minus)
     pairing = Pairing(decays["tau_plus"], decays["tau_minus"], a_plus, a_minus)
-    _check_spikes(pre, post, geometry)
-    dtype = compute_dtype(pre)
     before = None if state is None else Traces(state.pre, state.post)
+    each = reward if isinstance(reward, Tensor) and reward.ndim else None
     if tau_eligibility is None:
-        row_factor = _row_factor(reward, post, dtype)
-        delta, last = _change(pre, post, before, pairing, geometry, weight, bounds, mu, False, row_factor)
-        return delta, RewardSTDPState(last.pre, last.post, None)
+        delta, last = _change(pre, post, before, pairing, geometry, weight, bounds, mu, slow=False, reward=each)
+        return delta if each is not None else reward * delta, RewardSTDPState(last.pre, last.post, None)
     decay = _decays(tau_eligibility=tau_eligibility)["tau_eligibility"]
-    if isinstance(reward, Tensor) and reward.ndim:
-        raise ValueError(
-            f"with an eligibility the reward must be one number, got a tensor of shape {list(reward.shape)}"
-        )
+    if each is not None:
+        raise ValueError(f"with an eligibility the reward must be one number, got a tensor of shape {list(each.shape)}")
     left = decay ** torch.arange(len(pre) - 1, -1, -1, dtype=torch.float64, device=pre.device)
-    eligibility, last = _change(pre, post, before, pairing, geometry, weight, bounds, mu, False, None, left)
+    eligibility, last = _change(pre, post, before, pairing, geometry, weight, bounds, mu, slow=False, left=left)
     if state is not None and state.eligibility is not None:
         if state.eligibility.shape != eligibility.shape:
             raise ValueError(
@@ -251,19 +247,25 @@ def _change(
     bounds: tuple[float, float],
     mu: float,
     slow: bool,
-    row_factor: Tensor | None = None,
-    step_factor: Tensor | None = None,
+    reward: Tensor | None = None,
+    left: Tensor | None = None,
 ) -> tuple[Tensor, Traces]:
-    """Check, compute in the right precision, and let the weight have its say."""
+    """Check, compute in the right precision, and let the weight have its say.
+
+    ``reward`` is one for each row, or each row and neuron; ``left [T]`` what remains at the end of each step's change.
+    """
     _check_spikes(pre, post, geometry)
-    _check_dependence(weight, bounds, mu)
+    check_dependence(bounds, mu)
+    if mu and weight is None:
+        raise ValueError("a dependence on the weight (mu above 0) needs the weight")
     dtype = compute_dtype(pre)
+    factor = None if reward is None else _row_factor(reward.to(post.device, dtype), post)
     if traces is None:
         traces = rest(pre, post, dtype, slow)
     _check_traces(traces, pre, post)
     correlate: Correlate = dense if geometry is None else geometry.correlate
     with torch.autocast(pre.device.type, enabled=False):
-        stronger, weaker, last = chunked(pre, post, traces, pairing, correlate, row_factor, step_factor)
+        stronger, weaker, last = chunked(pre, post, traces, pairing, correlate, factor, left)
         if mu and weight is not None:
             if weight.shape != stronger.shape:
                 raise ValueError(f"weight must have shape {list(stronger.shape)}, got {list(weight.shape)}")
@@ -273,10 +275,7 @@ def _change(
 
 
 def _decays(**time_constants: float) -> dict[str, float]:
-    wrong = {name: tau for name, tau in time_constants.items() if not tau > 0}
-    if wrong:
-        said = " and ".join(f"{name} = {tau}" for name, tau in wrong.items())
-        raise ValueError(f"time constants must be positive, got {said}")
+    check_time_constants(**time_constants)
     return {name: math.exp(-1 / tau) for name, tau in time_constants.items()}
 
 
@@ -307,19 +306,9 @@ def _check_traces(traces: Traces, pre: Tensor, post: Tensor) -> None:
             )
 
 
-def _check_dependence(weight: Tensor | None, bounds: tuple[float, float], mu: float) -> None:
-    if mu < 0:
-        raise ValueError(f"mu must not be negative, got {mu}")
-    if mu and weight is None:
-        raise ValueError("a dependence on the weight (mu above 0) needs the weight")
-    if not bounds[0] < bounds[1]:
-        raise ValueError(f"bounds must be (lower, upper) with lower < upper, got {bounds}")
-
-
-def _row_factor(reward: float | Tensor, post: Tensor, dtype: torch.dtype) -> Tensor:
+def _row_factor(reward: Tensor, post: Tensor) -> Tensor:
     """The reward so that it broadcasts to a step of ``post``."""
-    reward = torch.as_tensor(reward, dtype=dtype, device=post.device)
-    if reward.shape not in ((), post.shape[1:2], post.shape[1:3]):
+    if reward.shape not in (post.shape[1:2], post.shape[1:3]):
         raise ValueError(
             f"the reward must be one number, one for each of {post.shape[1]} rows, or {list(post.shape[1:3])} for each row "
             f"and neuron, got {list(reward.shape)}"

@@ -5,6 +5,8 @@ powers never grow; from chunk to chunk the last trace is handed on. Rows never i
 only some of them, and beside inputs and outputs a call holds the traces of one chunk.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def chunked(
     own = [None if trace is None else trace.to(dtype, copy=True) for trace in traces]
     last = Traces(*own)  # type: ignore[arg-type]  # the first two are there
     plus, minus, slow_x, slow_y = (
-        _powers(decay, steps, last.pre)
+        _powers(decay, steps, dtype, pre.device)
         for decay in (pairing.decay_plus, pairing.decay_minus, pairing.decay_x, pairing.decay_y)
     )
     strengthening = weakening = correlate(last.post[:0], last.pre[:0])  # zeros of the right shape
@@ -63,11 +65,12 @@ def chunked(
     return strengthening, weakening, last
 
 
-def _powers(decay: float, steps: int, like: Tensor) -> Tensor:
-    """``decay^(t - s)`` for t in 0..steps-1 and s in -1..t, zero above: ``[steps, steps + 1]`` in the dtype of ``like``."""
-    step = torch.arange(-1, steps, device=like.device, dtype=torch.float64)
+@functools.lru_cache(maxsize=64)  # a learner that is called step by step would spend most of its time here
+def _powers(decay: float, steps: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``decay^(t - s)`` for t in 0..steps-1 and s in -1..t, zero above: ``[steps, steps + 1]``."""
+    step = torch.arange(-1, steps, device=device, dtype=torch.float64)
     lag = step[1:, None] - step
-    return (decay ** lag.clamp(min=0)).tril(1).to(like.dtype)
+    return (decay ** lag.clamp(min=0)).tril(1).to(dtype)
 
 
 def _traces(x: Tensor, before: Tensor, powers: Tensor) -> Tensor:

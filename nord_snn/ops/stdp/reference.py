@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,14 +123,20 @@ def weight_dependence(weight: Tensor, lower: float, upper: float, mu: float) -> 
     return (1 - place).clamp(min=0) ** mu, place.clamp(min=0) ** mu
 
 
-def reward_from_loss(loss: float, baseline: float, scale: float = 1.0) -> float:
+def reward_from_loss(loss: Any, baseline: float, scale: float = 1.0) -> Any:
     """Reward for a loss below its running baseline: ``2 * sigmoid(scale * (baseline - loss)) - 1``, in (-1, 1).
+
+    Args:
+        loss: one, or a tensor of several, of which each gets its own.
+        baseline: the loss that is expected.
+        scale: how steeply the reward answers.
 
     Example:
         >>> reward_from_loss(loss=10.0, baseline=10.0), round(reward_from_loss(loss=9.5, baseline=10.0), 4)
         (0.0, 0.2449)
     """
-    return math.tanh(scale * (baseline - loss) / 2)
+    tanh = torch.tanh if isinstance(loss, Tensor) else math.tanh
+    return tanh(scale * (baseline - loss) / 2)
 
 
 def rest(pre: Tensor, post: Tensor, dtype: torch.dtype, slow: bool = False) -> Traces:
