@@ -93,8 +93,11 @@ class PlasticSynapse(Protocol):
     def stop(self) -> None:
         """Do not record, and forget what was."""
 
-    def learn(self, reading: Reading, control: Control) -> None:
-        """Change the weights."""
+    def learn(self, reading: Reading, control: Control) -> Callable[[], None]:
+        """Compute the change of the weights; what is returned makes it."""
+
+    def forget(self) -> None:
+        """Forget what is remembered beside the weights."""
 
     def close(self) -> None:
         """Stop watching the model."""
@@ -118,7 +121,7 @@ class WordSynapse:
         """Do not record, and forget what was."""
         self._listening, self._spikes = False, None
 
-    def learn(self, reading: Reading, control: Control) -> None:
+    def learn(self, reading: Reading, control: Control) -> Callable[[], None]:
         """Reward the words that came, punish those that were expected."""
         if self._spikes is None:
             raise RuntimeError("nothing was read")
@@ -138,7 +141,10 @@ class WordSynapse:
         post[-1, torch.arange(len(events)), index] = 1
         given = reading.approval * control.rewards(rewards)
         change, _ = reward_modulated_stdp(pre.repeat(1, 2, 1), post, given, a_plus=self.rate, a_minus=0.0)
-        self.plastic.apply(change, words)
+        return lambda: self.plastic.apply(change, words)
+
+    def forget(self) -> None:
+        """There is nothing beside the weights."""
 
     def close(self) -> None:
         """Stop watching the model."""
@@ -154,6 +160,7 @@ class BlockSynapse:
 
     def __init__(self, model: NordForCausalLM, index: int, rate: float, reward: str) -> None:
         self.model, self.reward = model, reward
+        self.source = LossBelowBaseline(baseline=None)
         self.block = cast(NordBlock, model.blocks[index])
         self.rule = RewardModulatedSTDP(
             step_mode="m",
@@ -162,7 +169,6 @@ class BlockSynapse:
             a_plus=rate,
             a_minus=rate,
             reduction="mean",
-            source=LossBelowBaseline(baseline=None),
             name=f"blocks.{index}.ffn.down",
         )
         self.rule.disable()
@@ -177,15 +183,26 @@ class BlockSynapse:
         self.rule.reset()
         self.rule.disable()
 
-    def learn(self, reading: Reading, control: Control) -> None:
+    def learn(self, reading: Reading, control: Control) -> Callable[[], None]:
         """Strengthen what fired together where the reward is positive."""
         if self.reward == "error":
             gain = self.block.ffn_gain
             rewards = reading.feedback * self.model.norm.weight * gain / gain.abs().mean()
         else:
-            rewards = cast(Tensor, self.rule.source(reading.losses))
-        given = reading.approval * control.rewards(rewards)
-        self.rule.apply(cast(Tensor, self.rule.step(reward=given[None], on_grad=False, positions=reading.positions)))
+            rewards = cast(Tensor, self.source.reward(reading.losses))
+        given = (reading.approval * control.rewards(rewards))[None]
+        delta = cast(Tensor, self.rule.step(given, on_grad=False, positions=reading.positions))
+
+        def change() -> None:
+            self.plastic.apply(delta)
+            if self.reward == "loss":
+                self.source.update(reading.losses.mean().item())
+
+        return change
+
+    def forget(self) -> None:
+        """Expect nothing."""
+        self.source.baseline = None
 
     def close(self) -> None:
         """Stop watching the model."""
@@ -253,8 +270,8 @@ class Plasticity:
             losses = F.cross_entropy(logits.float(), targets, reduction="none")
             feedback = self.model.lm_head.weight[targets] - probabilities.to(logits) @ self.model.lm_head.weight
             reading = Reading(slice(first - 1, -1), targets, probabilities, losses, feedback, approval)
-            for synapse in self.synapses.values():
-                synapse.learn(reading, self.control)
+            for change in [synapse.learn(reading, self.control) for synapse in self.synapses.values()]:
+                change()
         finally:  # also after Ctrl-C: generation must not be recorded, nor half a pass kept
             for synapse in self.synapses.values():
                 synapse.stop()
@@ -264,6 +281,7 @@ class Plasticity:
         """Take back every change, bit for bit."""
         for synapse in self.synapses.values():
             synapse.plastic.revert()
+            synapse.forget()
 
     def close(self) -> None:
         """Take back every change and stop watching the model."""
@@ -296,5 +314,5 @@ def synapse_names(model: NordForCausalLM) -> list[str]:
 def plasticity_arguments(parser: argparse.ArgumentParser) -> None:
     """What learns, and how fast: options of ``chat.py`` and ``examples/online_learning``."""
     parser.add_argument("--synapses", nargs="+", help="what learns: lm_head, blocks.0.ffn.down, or patterns of names")
-    parser.add_argument("--rate", type=number(0), help="change of a weight per pair of spikes")
+    parser.add_argument("--rate", type=number(0, 1), help="change of a weight per pair of spikes")
     parser.add_argument("--reward", choices=REWARDS, default=REWARDS[0], help="of blocks.*.ffn.down")

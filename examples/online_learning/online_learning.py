@@ -137,6 +137,8 @@ def read_texts(options: argparse.Namespace, folder: Path, length: int, tokenizer
             f"read and {n_measured:,} measured: give more text, or a smaller --read or --measure"
         )
     old = _tokens(_old_text(options.old, folder), tokenizer, n_measured)
+    if len(old) < n_measured:
+        raise DataError(f"the old text has {len(old):,} tokens, of which {n_measured:,} are to be measured")
     return Texts(new[: n_read // length * length].view(-1, length), new[n_read:], old)
 
 

@@ -1,6 +1,8 @@
 """What all rules have in common: watching two modules, SpikingJelly's life cycle, and where the change goes."""
 
+import math
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -65,6 +67,10 @@ class Learner(base.MemoryModule):
         super().__init__()
         if not isinstance(synapse, (nn.Linear, nn.Conv1d, nn.Conv2d)):
             raise TypeError(f"synapse must be a Linear, Conv1d or Conv2d of torch.nn, got {type(synapse).__name__}")
+        if not isinstance(synapse._parameters.get("weight"), nn.Parameter):
+            raise TypeError(
+                f"the weight of a {type(synapse).__name__} with a parametrization is computed from others and cannot learn itself"
+            )
         if not isinstance(sn, nn.Module):
             raise TypeError(f"sn must be a torch.nn.Module, got {type(sn).__name__}")
         if reduction not in ("sum", "mean"):
@@ -72,7 +78,7 @@ class Learner(base.MemoryModule):
         check_dependence((0, 1) if bounds is None else bounds, mu)
         if mu and bounds is None:
             raise ValueError(f"a dependence on the weight (mu = {mu}) needs bounds, got None")
-        if max_norm is not None and not max_norm > 0:
+        if max_norm is not None and not 0 < max_norm < math.inf:
             raise ValueError(f"max_norm must be positive or None, got {max_norm}")
         self.step_mode = step_mode
         # Past nn.Module's registration: the learner watches the two, their parameters are not the learner's.
@@ -87,14 +93,16 @@ class Learner(base.MemoryModule):
         self.register_memory("trace_post", None)
         self._pre: list[Tensor] = []
         self._post: list[Tensor] = []
+        self._versions: list[tuple[Tensor, int]] = []  # of what was recorded: it is not copied
+        self._layout: tuple[torch.Size, slice | None] | None = None  # rows that the traces are of
         self._enabled = True
         self._ran = False  # whether one of the two was ever called
         self._looked = self._said_silent = False
         self._silent_steps = 0
         self._to_say: list[str] = []
         self._hooks = [
-            synapse.register_forward_pre_hook(self._record_pre, with_kwargs=True),
-            sn.register_forward_hook(self._record_post),
+            synapse.register_forward_pre_hook(_Hook(self, "_record_pre"), with_kwargs=True),
+            sn.register_forward_hook(_Hook(self, "_record_post")),
         ]
 
     @property
@@ -120,8 +128,8 @@ class Learner(base.MemoryModule):
     def reset(self) -> None:
         """Forget traces and records. What was applied to the weights stays."""
         super().reset()
-        self._pre.clear()
-        self._post.clear()
+        self._layout = None
+        self._forget_record()
 
     def enable(self) -> None:
         """Record again."""
@@ -164,7 +172,8 @@ class Learner(base.MemoryModule):
             warnings.warn(self._to_say.pop(0), stacklevel=3)  # where step() was called
         delta = mean_over_ranks(own, weight)
         if delta is not None and self.max_norm is not None:
-            delta = delta * (self.max_norm / delta.norm().clamp(min=self.max_norm))
+            norm = torch.linalg.vector_norm(delta, dtype=torch.float64)  # squares of half precision overflow
+            delta = delta * (self.max_norm / norm.clamp(min=self.max_norm)).to(delta.dtype)
         return delta
 
     def _deliver(self, delta: Tensor | None, on_grad: bool) -> Tensor | None:
@@ -181,29 +190,54 @@ class Learner(base.MemoryModule):
     # --- the record
 
     def _record_pre(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        # A deep copy of the network takes the hooks along: what the copy does is none of this learner's business.
-        if self._enabled and module is self.synapse:
-            self._ran = True
-            self._pre.append(_spikes((*inputs, *named.values()), "the synapse was called with"))
+        if module is self.synapse:
+            self._record(self._pre, (*inputs, *named.values()), "the synapse was called with")
 
     def _record_post(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if self._enabled and module is self.sn:
-            self._ran = True
-            self._post.append(_spikes(output if isinstance(output, tuple) else (output,), "the neurons returned"))
+        if module is self.sn:
+            self._record(self._post, output if isinstance(output, tuple) else (output,), "the neurons returned")
 
+    def _record(self, record: list[Tensor], given: tuple[Any, ...], what: str) -> None:
+        """Keep the first of what a module was called with or returned: snnTorch's neurons return spikes and membranes."""
+        self._ran = True
+        if not self._enabled:
+            return
+        if not given or not isinstance(given[0], Tensor):
+            got = type(given[0]).__name__ if given else "nothing"
+            raise TypeError(f"a learner expects spikes as the first tensor, {what} {got}")
+        spikes = given[0].detach()
+        if spikes.is_inference():
+            spikes = spikes.clone()  # torch keeps no version of these
+        else:
+            self._versions.append((spikes, spikes._version))
+        record.append(spikes)
+
+    def _forget_record(self) -> None:
+        self._pre.clear()
+        self._post.clear()
+        self._versions.clear()
+
+    @torch.inference_mode(False)  # traces outlive it
     @torch.no_grad()
     def _consume(self, change: Change, scale: float, positions: slice | None) -> Tensor | None:
         window = self._window(positions)
         if window is None:
             return None
+        if self._layout not in (None, (window.rows, positions)):
+            before, now = (f"{list(rows)}" for rows in (self._layout[0], window.rows))
+            raise ValueError(
+                f"the rows that the traces are of changed from {before} to {now} (or their positions did): "
+                "reset() the learner when the batch shape changes"
+            )
         delta, keep = change(window)
+        rows = max(window.pre.shape[1], 1) if self.reduction == "mean" else 1
+        delta = (delta * (scale / rows)).to(self.synapse.weight.dtype)
         self._check_finite(delta, window)
         keep()
+        self._layout = (window.rows, positions)
         self._notice(delta, window)
-        self._pre.clear()
-        self._post.clear()
-        rows = max(window.pre.shape[1], 1) if self.reduction == "mean" else 1
-        return (delta * (scale / rows)).to(self.synapse.weight.dtype)
+        self._forget_record()
+        return delta
 
     def _window(self, positions: slice | None) -> Window | None:
         if len(self._pre) != len(self._post):
@@ -218,6 +252,14 @@ class Learner(base.MemoryModule):
                     f"neither {self.name} nor its neurons were ever called: a learner needs modules of the network that runs"
                 )
             return None
+        mode = getattr(self.sn, "step_mode", self.step_mode)
+        if mode != self.step_mode:
+            raise ValueError(f"the neurons behind {self.name} have step_mode {mode!r}, the learner {self.step_mode!r}")
+        if any(spikes._version != version for spikes, version in self._versions):
+            raise RuntimeError(
+                f"spikes before or behind {self.name} were written into after they were recorded (a buffer that is used "
+                "again, or a layer with inplace=True): give the network a new tensor in every call; reset() forgets the record"
+            )
         pre, post = self._sequence(self._pre), self._sequence(self._post)
         if self.step_mode == "m" and pre.ndim == post.ndim - 1 and len(pre) == len(post) * post.shape[1]:
             pre = pre.unflatten(
@@ -228,8 +270,12 @@ class Learner(base.MemoryModule):
         self._check_shapes(pre, post)
         n_features = 1 if self.geometry is None else pre.ndim - 2
         if positions is not None:
-            if pre.ndim != 4 or self.geometry is not None:
-                raise ValueError(f"positions are those of sequences [T, B, S, D], got {list(pre.shape)}")
+            if pre.ndim != 4 or self.geometry is not None or not isinstance(positions, slice):
+                raise ValueError(
+                    f"positions are a slice of S in sequences [T, B, S, D], got {positions} of {list(pre.shape)}"
+                )
+            if not len(range(pre.shape[2])[positions]):
+                raise ValueError(f"no position is left: {positions} of {pre.shape[2]}")
             pre, post = pre[..., positions, :], post[..., positions, :]
         rows = pre.shape[1:-n_features]
         return Window(pre.flatten(1, -1 - n_features), post.flatten(1, -1 - n_features), rows)
@@ -301,12 +347,23 @@ class Learner(base.MemoryModule):
                 )
 
 
-def _spikes(given: tuple[Any, ...], what: str) -> Tensor:
-    """The first of what a module was called with or returned: snnTorch's neurons return spikes and membranes."""
-    if not given or not isinstance(given[0], Tensor):
-        got = type(given[0]).__name__ if given else "nothing"
-        raise TypeError(f"a learner expects spikes as the first tensor, {what} {got}")
-    return given[0].detach()
+class _Hook:
+    """Calls a learner as long as there is one. A copy of the network takes the hook along, but not the learner."""
+
+    def __init__(self, learner: "Learner | None", name: str) -> None:
+        self._learner = (lambda: None) if learner is None else weakref.ref(learner)
+        self._name = name
+
+    def __call__(self, *given: Any) -> None:
+        learner = self._learner()
+        if learner is not None:
+            getattr(learner, self._name)(*given)
+
+    def __deepcopy__(self, memo: Any) -> "_Hook":
+        return self
+
+    def __reduce__(self) -> Any:
+        return _Hook, (None, self._name)
 
 
 def _geometry(synapse: nn.Linear | nn.Conv1d | nn.Conv2d) -> ConvGeometry | None:

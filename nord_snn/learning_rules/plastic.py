@@ -3,7 +3,10 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -66,6 +69,7 @@ class PlasticPart:
         """The weight without what was added; an optimizer's part in it included."""
         return self._without_added(slice(None)).detach()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def apply(self, delta: Tensor, rows: Tensor | None = None) -> None:
         """Add ``delta``, shaped as the weight, within the bounds; :meth:`revert` can take it back.
@@ -75,26 +79,29 @@ class PlasticPart:
             rows: of a weight of which few rows change, which ones: integers, each once; ``delta`` then has only these.
 
         Raises:
-            ValueError: another shape, or not finite; the weight is untouched.
+            ValueError: another shape, or the sum would not be finite; the weight is untouched.
         """
         weight = self.weight
         shape = list(weight.shape) if rows is None else [len(rows), *weight.shape[1:]]
-        if not isinstance(delta, Tensor) or list(delta.shape) != shape:
-            got = list(delta.shape) if isinstance(delta, Tensor) else type(delta).__name__
+        if not isinstance(delta, Tensor) or list(delta.shape) != shape or not delta.is_floating_point():
+            got = f"{list(delta.shape)} of {delta.dtype}" if isinstance(delta, Tensor) else type(delta).__name__
             layout = "[n_out, n_in] = " if weight.ndim == 2 else ""
-            raise ValueError(f"apply expects a weight change of shape {layout}{shape}, got {got}")
-        if not delta.isfinite().all():
-            raise ValueError(
-                "apply expects a finite weight change, got one with NaN or infinity; the weights are untouched"
-            )
+            raise ValueError(f"apply expects a floating weight change of shape {layout}{shape}, got {got}")
         index = slice(None) if rows is None else rows
-        if self._trained is None or self._written is None:
-            self._trained, self._written = weight.detach().clone(), weight.detach().clone()
-        self._trained[index] = self._without_added(index)  # what an optimizer did since belongs to it
         old = weight[index]
-        weight[index] = self._within_bounds(old, old + delta.to(weight.dtype))
-        self._written[index] = weight[index]
+        new = self._within_bounds(old, old + delta.to(weight.dtype))
+        if not new.isfinite().all():
+            raise ValueError(
+                "apply expects a finite weight change that keeps the weights finite; the weights are untouched"
+            )
+        with _uninterrupted():
+            if self._trained is None or self._written is None:
+                self._trained, self._written = weight.detach().clone(), weight.detach().clone()
+            self._trained[index] = self._without_added(index)  # what an optimizer did since belongs to it
+            self._written[index] = new
+            weight[index] = new
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def revert(self) -> None:
         """Take back everything that was added.
@@ -103,29 +110,55 @@ class PlasticPart:
         is subtracted from what it is now. Does nothing if nothing was added.
         """
         if self._trained is not None:
-            self.weight.copy_(self.trained)
-            self._trained = self._written = None
+            with _uninterrupted():
+                self.weight.copy_(self.trained)
+                self._trained = self._written = None
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def replace(self, delta: Tensor) -> None:
-        """Make ``delta`` all that was ever added; the bounds were for what a rule adds and are not asked."""
-        self.revert()
-        self._trained = self.weight.detach().clone()
-        self.weight.copy_((self.weight.double() + delta.to(self.weight.device).double()).to(self.weight.dtype))
-        self._written = self.weight.detach().clone()
+        """Make ``delta`` all that was ever added; the bounds were for what a rule adds and are not asked.
+
+        Raises:
+            ValueError: the sum would not be finite; the weight is untouched.
+        """
+        trained = self.trained.clone()
+        new = (trained.double() + delta.to(trained.device).double()).to(trained.dtype)
+        if not new.isfinite().all():
+            raise ValueError("the weights would not be finite any more; they are untouched")
+        with _uninterrupted():
+            self._trained, self._written = trained, new.clone()
+            self.weight.copy_(new)
 
     def _without_added(self, index: slice | Tensor) -> Tensor:
         weight = self.weight
         if self._trained is None or self._written is None:
             return weight[index]
         now, trained, written = weight[index], self._trained[index], self._written[index]
-        return torch.where(now == written, trained, now - (written - trained))
+        # Equal to what was trained: somebody loaded it again.
+        return torch.where((now == written) | (now == trained), trained, now - (written - trained))
 
     def _within_bounds(self, old: Tensor, new: Tensor) -> Tensor:
         if self.bounds is None:
             return new
         lower, upper = self.bounds
         return torch.minimum(torch.maximum(new, old.clamp(max=lower)), old.clamp(min=upper))
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back until a weight and what is remembered of it agree again."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+        yield  # Ctrl-C comes to the main thread alone, and a handler that is not Python's cannot be put back
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
 class HasPlasticPart(Protocol):
@@ -142,7 +175,7 @@ def save_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart
         learned: plastic parts, or learners that hold one, by the name of their synapse.
 
     Raises:
-        ValueError: nothing was learned.
+        ValueError: nothing was learned, or there is a file that holds something else.
         OSError: the file cannot be written; one that was there before is untouched.
 
     Example::
@@ -154,12 +187,16 @@ def save_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart
     deltas = {name: delta.cpu() for name, part in parts.items() if (delta := part.delta) is not None}
     if not deltas:
         raise ValueError(f"{os.fspath(path)}: there is nothing to save, since nothing was applied")
+    path = Path(path)
+    if not path.parent.is_dir() or path.is_dir():
+        raise FileNotFoundError(f"{path}: expected a file in a folder that exists")
+    if path.exists() and not _is_plastic(path):
+        raise ValueError(f"{path}: there is a file that holds something else; it is untouched")
     digests = {name: _digest(parts[name].trained) for name in deltas}
     tensors = {}
     for name, delta in deltas.items():  # a head of many words has learned about few of them
         changed = delta.flatten(1).any(1).nonzero().flatten()
         tensors[f"{name}/rows"], tensors[f"{name}/delta"] = changed, delta[changed]
-    path = Path(path)
     beside = path.with_name(f".{path.name}.unfinished")
     try:
         save_file(tensors, beside, metadata={"format": FORMAT, "trained": json.dumps(digests)})
@@ -173,7 +210,7 @@ def save_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart
 def load_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart | HasPlasticPart]) -> None:
     """Put what :func:`save_plastic` wrote on top of the trained weights, in place of what was learned here.
 
-    The sum is the same bit for bit (for weights in float64, to rounding).
+    The sum is the same bit for bit; to rounding for weights in float64, and where an optimizer ran after the rule.
 
     Args:
         path: the file.
@@ -183,6 +220,8 @@ def load_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart
         ValueError: it is no such file, or was learned on other synapses or other trained weights; nothing is changed.
         OSError: it cannot be read.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{os.fspath(path)}: no such file")
     try:
         with safe_open(os.fspath(path), "pt") as file:
             metadata = file.metadata() or {}
@@ -190,6 +229,8 @@ def load_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart
         if metadata.get("format") != FORMAT:
             raise ValueError("another format")
         digests = dict(json.loads(metadata["trained"]))
+        if not digests:
+            raise ValueError("nothing in it")
         saved = {name: (tensors[f"{name}/rows"], tensors[f"{name}/delta"]) for name in digests}
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{os.fspath(path)}: not a file of plastic weights ({error})") from error
@@ -203,10 +244,10 @@ def load_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart
         weight = parts[name].weight
         if digests[name] != _digest(parts[name].trained):
             raise ValueError(f"{os.fspath(path)}: {name} was learned on top of other trained weights")
-        if not delta.isfinite().all():
-            raise ValueError(f"{os.fspath(path)}: {name} holds NaN or infinity")
         try:
             deltas[name] = torch.zeros(weight.shape, dtype=torch.float64).index_copy(0, rows, delta)
+            if not (weight.cpu() + deltas[name]).to(weight.dtype).isfinite().all():
+                raise ValueError(f"{os.fspath(path)}: {name} holds NaN or infinity")
         except (IndexError, RuntimeError) as error:
             raise ValueError(f"{os.fspath(path)}: not a file of plastic weights ({name} has another shape)") from error
     for name, part in parts.items():
@@ -214,6 +255,14 @@ def load_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart
             part.replace(deltas[name])
         else:
             part.revert()
+
+
+def _is_plastic(path: Path) -> bool:
+    try:
+        with safe_open(os.fspath(path), "pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError):
+        return False
 
 
 def _part(thing: PlasticPart | HasPlasticPart) -> PlasticPart:

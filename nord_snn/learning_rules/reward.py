@@ -100,6 +100,8 @@ class RewardModulatedSTDP(STDP):
             raise ValueError(
                 "reward_scale, baseline and baseline_decay are those of the default source: give them, or source"
             )
+        if source is not None and not isinstance(source, RewardSource):
+            raise TypeError(f"source must be a RewardSource, got {type(source).__name__}")
         self.source = source or LossBelowBaseline(reward_scale, baseline, baseline_decay)
         self.tau_eligibility, self.per_sample = tau_eligibility, per_sample
         self.last_reward: float | Tensor | None = None
@@ -214,7 +216,9 @@ class RewardModulatedSTDP(STDP):
     ) -> tuple[Tensor, RewardSTDPState]:
         """Sample by sample, each with an eligibility of its own ``[B, *weight]``."""
         n_samples = window.rows[0]
-        n_tokens = window.pre.shape[1] // max(n_samples, 1)
+        if not n_samples:
+            raise ValueError("per_sample needs at least one sample, got an empty batch")
+        n_tokens = window.pre.shape[1] // n_samples
         if isinstance(reward, Tensor):
             if reward.ndim > 1 or (reward.view(n_samples, -1) != reward.view(n_samples, -1)[:, :1]).any():
                 raise ValueError("with an eligibility a sample has one reward, got several for its tokens or neurons")
@@ -222,8 +226,6 @@ class RewardModulatedSTDP(STDP):
         else:
             rewards = [reward] * n_samples
         pre, post, eligibility = held
-        if eligibility is not None and len(eligibility) != n_samples:
-            raise ValueError(f"the batch had {len(eligibility)} samples and has {n_samples} now: reset() in between")
         total, states = torch.zeros_like(self.synapse.weight), []
         for sample, its_reward in enumerate(rewards):
             rows = slice(sample * n_tokens, (sample + 1) * n_tokens)

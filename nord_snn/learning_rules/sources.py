@@ -1,6 +1,7 @@
 """Where a reward comes from: small objects that turn an outcome into a reward and remember what is usual."""
 
 import math
+from numbers import Real
 from typing import Any, Literal
 
 from torch import Tensor
@@ -100,8 +101,8 @@ class LossBelowBaseline(RewardSource):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the baseline from a ``state_dict``."""
-        baseline = state["baseline"]
-        self.baseline = None if baseline is None else float(baseline)
+        unset = "baseline" in state and state["baseline"] is None
+        self.baseline = None if unset else _remembered(state, "baseline")
 
 
 class GivenReward(RewardSource):
@@ -142,7 +143,7 @@ class GivenReward(RewardSource):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the running mean from a ``state_dict``."""
-        self.mean = float(state["mean"])
+        self.mean = _remembered(state, "mean")
 
 
 def finite(outcome: float | Tensor, what: str) -> float | Tensor:
@@ -152,11 +153,27 @@ def finite(outcome: float | Tensor, what: str) -> float | Tensor:
         TypeError: it is neither.
         ValueError: it is not finite.
     """
-    if isinstance(outcome, Tensor):
-        outcome = outcome.detach().float() if outcome.ndim else float(outcome.detach())
-    elif not isinstance(outcome, (int, float)):
+    if isinstance(outcome, Tensor) and outcome.is_complex():
+        raise TypeError(f"the {what} must be real, got {outcome.dtype}")
+    if isinstance(outcome, Tensor) and outcome.ndim:
+        if not outcome.numel() or not outcome.isfinite().all():
+            raise ValueError(f"the {what} must be finite and not empty, got {_described(outcome)}")
+        return outcome.detach() if outcome.is_floating_point() else outcome.detach().float()
+    if not isinstance(outcome, (Real, Tensor)):
         raise TypeError(f"the {what} must be a number or a tensor, got {type(outcome).__name__}")
-    well = bool(outcome.isfinite().all()) if isinstance(outcome, Tensor) else math.isfinite(outcome)
-    if not well:
-        raise ValueError(f"the {what} must be finite, got {outcome}")
-    return outcome
+    number = float(outcome.detach() if isinstance(outcome, Tensor) else outcome)
+    if not math.isfinite(number):
+        raise ValueError(f"the {what} must be finite, got {number}")
+    return number
+
+
+def _described(x: Tensor) -> str:
+    return f"{list(x.shape)} with NaN or infinity in it" if x.numel() else f"shape {list(x.shape)}"
+
+
+def _remembered(state: dict[str, Any], name: str) -> float:
+    """A number that a ``state_dict`` holds."""
+    value = state.get(name)
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"the state of a reward source must hold a finite {name}, got {value}")
+    return float(value)

@@ -17,7 +17,8 @@ class STDP(Learner):
 
     The equations are those of :func:`nord_snn.ops.stdp`. While enabled, the learner records the spikes that enter ``synapse``
     and those that leave ``sn``; :meth:`step` turns the record into a weight change and forgets it. Traces go on from one step
-    to the next until :meth:`reset`, so reset between independent sequences. A copy of the network needs a learner of its own.
+    to the next until :meth:`reset`, so reset between independent sequences; several passes before a step are one longer
+    sequence. A copy of the network needs a learner of its own, and a learner works as long as somebody holds it.
 
     Args:
         step_mode: ``"m"`` if the network is called with sequences ``[T, N, *, D]`` or images ``[T, N, C, H, W]``, ``"s"`` if

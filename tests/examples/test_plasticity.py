@@ -47,7 +47,7 @@ def test_in_the_mean_over_what_is_drawn_the_change_is_that_of_a_delta_rule(model
     plasticity = Plasticity(model, rate=0.001)
     synapse, readings = plasticity.synapses["lm_head"], []
     with monkeypatch.context() as patch:
-        patch.setattr(synapse, "learn", lambda reading, control: readings.append((reading, synapse._spikes)))
+        patch.setattr(synapse, "learn", lambda reading, control: lambda: readings.append((reading, synapse._spikes)))
         plasticity.read(ids, ids.shape[1])
     reading, spikes = readings[0]
     assert spikes.any()
@@ -55,10 +55,10 @@ def test_in_the_mean_over_what_is_drawn_the_change_is_that_of_a_delta_rule(model
     trace = (torch.exp(-steps / 20)[:, None, None] * spikes[:, 0, :-1]).sum(0)
     wrong = torch.nn.functional.one_hot(ids[0, 1:], model.config.vocab_size) - reading.probabilities
     expected = 0.001 * wrong.mT @ trace
-    total, n = torch.zeros_like(expected), 2000
+    n = 2000
     for _ in range(n):
         synapse._spikes = spikes
-        synapse.learn(reading, Control())
+        synapse.learn(reading, Control())()
     total = synapse.plastic.delta.float()
     assert (total / n - expected).norm() < 0.05 * expected.norm()
 
@@ -133,6 +133,23 @@ def test_ctrl_c_while_learning_keeps_no_half_a_record(model, monkeypatch):
         plasticity.read(ids, 3)
     assert not rule._pre
     assert plasticity.synapses["lm_head"]._spikes is None
+
+
+def test_where_one_synapse_cannot_learn_none_does(model):
+    """A reward that is not finite comes to the second of two synapses: the first has not changed either."""
+    model, ids = model
+    before = weights(model)
+    calls = []
+
+    def break_the_second(rewards):
+        calls.append(rewards)
+        return rewards if len(calls) == 1 else rewards * float("nan")
+
+    plasticity = Plasticity(model, ["*"], reward="loss", control=Control(rewards=break_the_second))
+    with pytest.raises(ValueError, match="reward must be finite"):
+        plasticity.read(ids, ids.shape[1])
+    assert not changed(model, before)
+    assert plasticity.synapses["blocks.0.ffn.down"].source.baseline is None
 
 
 def test_generation_is_not_recorded(model):

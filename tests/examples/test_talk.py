@@ -217,7 +217,7 @@ def test_what_was_learned_can_be_kept_in_a_file(talk, tmp_path):
     chat.handle(f"/load-plastic {tmp_path / 'none'}")
     chat.handle("/load-plastic")
     out = printed.getvalue()
-    assert "No such file" in out
+    assert "no such file" in out
     assert "expected the name of a file" in out
     assert torch.equal(chat.model.lm_head.weight, learned)
 

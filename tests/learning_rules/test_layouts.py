@@ -1,5 +1,10 @@
 """Where learners fit: every layout, both step modes, SpikingJelly's layers and snnTorch's neurons."""
 
+import copy
+import gc
+import pickle
+import weakref
+
 import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron
@@ -243,10 +248,14 @@ def test_every_sample_waits_for_its_own_reward(shape):
     net(x[0])
     rule.step(reward=2.0)
     assert rule.eligibility.shape == (3, 4, 8)
-    rule.trace_pre, rule.trace_post = (t[: len(t) // 3 * 2] for t in (rule.trace_pre, rule.trace_post))
     functional.reset_net(net)
     net(x[0][:, :2])
-    with pytest.raises(ValueError, match="had 3 samples and has 2 now"):
+    with pytest.raises(ValueError, match=r"changed from \[3.*\] to \[2.*\]"):
+        rule.step(reward=2.0)
+    rule.reset()
+    functional.reset_net(net)
+    net(x[0][:, :0])
+    with pytest.raises(ValueError, match="at least one sample, got an empty batch"):
         rule.step(reward=2.0)
 
 
@@ -341,12 +350,53 @@ def rewards_that_differ(net, rule):
     rule.step(reward=torch.ones(3))
 
 
+def endless_scale(net, rule):
+    net(spikes(6, 3, 8))
+    rule.step(reward=1.0, scale=float("inf"))
+
+
+def another_layout(net, rule):
+    """As many rows, divided in another way: the traces would go to the wrong ones."""
+    rule.reset()
+    net(spikes(6, 2, 4, 8))
+    rule.step(reward=0.0, on_grad=False)
+    functional.reset_net(net)
+    net(spikes(6, 4, 2, 8))
+    rule.step(reward=1.0)
+
+
+def another_mode(net, rule):
+    net[1].step_mode = "s"
+    try:
+        net(spikes(6, 3, 8))
+        rule.step(reward=1.0)
+    finally:
+        net[1].step_mode = "m"
+
+
+def a_buffer_used_again(net, rule):
+    buffer = spikes(6, 3, 8)
+    net(buffer)
+    buffer.copy_(spikes(6, 3, 8))
+    rule.step(reward=1.0)
+
+
+def no_reward_at_all(net, rule):
+    net(spikes(6, 3, 8))
+    rule.step(reward=torch.empty(0))
+
+
 @pytest.mark.parametrize(
     ("do", "kind", "message"),
     [
+        (endless_scale, ValueError, "the change of .* is not finite"),
+        (another_layout, ValueError, r"changed from \[2, 4\] to \[4, 2\]"),
+        (another_mode, ValueError, "have step_mode 's', the learner 'm'"),
+        (a_buffer_used_again, RuntimeError, "written into after they were recorded"),
+        (no_reward_at_all, ValueError, r"finite and not empty, got shape \[0\]"),
         (bad_spike, ValueError, r"the input spikes of Linear\[4, 8\] hold NaN or infinity; the weights are untouched"),
         (bad_weight, ValueError, r"the weight of Linear\[4, 8\] holds NaN"),
-        (another_batch, ValueError, r"traces must be \[2, 8\] and \[2, 4\].*reset them when the batch shape changes"),
+        (another_batch, ValueError, r"changed from \[3\] to \[2\].*reset\(\) the learner when the batch shape changes"),
         (
             long_reward,
             ValueError,
@@ -357,7 +407,11 @@ def rewards_that_differ(net, rule):
         (wrong_rank, ValueError, r"\[T, N, \*, D\] before and behind Linear\[4, 8\], got \[3, 8\] and \[3, 4\]"),
         (wrong_neurons, ValueError, r"joins 8 inputs to 4 neurons .* \[6, 3, 8\] before it and \[6, 3, 5\] behind"),
         (rewards_that_differ, ValueError, "need per_sample=True"),
-        (positions_of_images, ValueError, r"positions are those of sequences \[T, B, S, D\], got \[6, 3, 8\]"),
+        (
+            positions_of_images,
+            ValueError,
+            r"slice of S in sequences \[T, B, S, D\], got slice\(None, 2, None\) of \[6, 3, 8\]",
+        ),
     ],
 )
 def test_bad_input_gets_a_sentence_and_touches_nothing(do, kind, message):
@@ -367,9 +421,13 @@ def test_bad_input_gets_a_sentence_and_touches_nothing(do, kind, message):
     net[0].weight.grad = None
     functional.reset_net(net)
     before = everything(rule, net)
+    if do is another_layout:
+        before = None
     with pytest.raises(kind, match=message):
         do(net, rule)
     after = everything(rule, net)
+    if before is None:
+        before = after
     if do is bad_weight:
         before[0][1, 2] = after[0][1, 2] = 0.0
     assert same(before, after)
@@ -379,6 +437,48 @@ def test_bad_input_gets_a_sentence_and_touches_nothing(do, kind, message):
     functional.reset_net(net)
     net(spikes(6, 3, 8))
     assert rule.step(reward=1.0, on_grad=False).any()
+
+
+def test_inference_mode_is_no_trap():
+    net, rule = rewarded()
+    x = spikes(6, 3, 8)
+    for mode in (torch.inference_mode, torch.enable_grad):
+        with mode():
+            net(x)
+            rule.apply(rule.step(reward=1.0, on_grad=False))
+            functional.reset_net(net)
+    net(x)
+    rule.step(reward=1.0)
+    functional.reset_net(net)
+    with torch.inference_mode():
+        net(x)
+        rule.step(reward=1.0)
+    assert net[0].weight.grad.any()
+
+
+def test_a_learner_that_nobody_holds_is_gone_and_a_copy_holds_none():
+    net, rule = rewarded()
+    kept = weakref.ref(rule)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(net)))
+    copied(spikes(6, 3, 8))
+    assert not rule._pre
+    del rule
+    gc.collect()
+    assert kept() is None
+    net(spikes(6, 3, 8))
+
+
+def test_a_weight_that_is_computed_from_others_is_refused():
+    with pytest.raises(TypeError, match="parametrization is computed from others"):
+        STDP("m", nn.utils.parametrizations.weight_norm(nn.Linear(8, 4)), nn.Identity())
+
+
+def test_large_changes_in_half_precision_can_be_limited():
+    net, _ = rewarded()
+    net.half()
+    rule = STDP("m", net[0], net[1], a_plus=200.0, a_minus=0.0, max_norm=1.0)
+    net(spikes(6, 3, 8).half())
+    assert rule.step(on_grad=False).float().norm() == pytest.approx(1.0, rel=1e-2)
 
 
 def test_modules_that_are_not_in_the_network_are_named():
@@ -397,9 +497,10 @@ def test_modules_that_are_not_in_the_network_are_named():
 
 def test_neurons_that_return_no_tensor_are_named():
     net = nn.Sequential(nn.Linear(8, 4), nn.Identity())
-    STDP("m", net[0], net[1])
+    rule = STDP("m", net[0], net[1])
     with pytest.raises(TypeError, match="the neurons returned str"):
         net[1]("spikes")
+    assert not rule._post
 
 
 def test_silence_is_said_once():

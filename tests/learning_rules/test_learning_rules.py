@@ -261,7 +261,7 @@ def test_misuse_is_named():
     rule.step(reward=1.0)
     net[1].reset()
     net(x)
-    with pytest.raises(ValueError, match="reset them when the batch shape changes"):
+    with pytest.raises(ValueError, match="when the batch shape changes"):
         rule.step(reward=1.0)
     with pytest.raises(ValueError, match=r"\[n_out, n_in\] = \[4, 6\], got \[6, 4\]"):
         rule.apply(torch.zeros(6, 4))

@@ -1,6 +1,7 @@
 """What a rule has learned: apart from what was trained, in a file of its own; and where rewards come from."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -155,6 +156,78 @@ def test_files_that_do_not_fit_change_nothing(tmp_path):
         refused(foreign, "not a file of plastic weights", learned=rule)
     with pytest.raises(FileNotFoundError):
         load_plastic(tmp_path / "none", {"fc": rule})
+
+
+def test_another_file_is_not_overwritten(tmp_path):
+    _, rule = network()
+    rule.apply(torch.full((4, 6), 0.1))
+    model = tmp_path / "model.safetensors"
+    save_file({"w": torch.zeros(2)}, model)
+    before = model.read_bytes()
+    with pytest.raises(ValueError, match="holds something else"):
+        save_plastic(model, {"fc": rule})
+    assert model.read_bytes() == before
+    with pytest.raises(FileNotFoundError, match="expected a file in a folder"):
+        save_plastic(tmp_path, {"fc": rule})
+
+
+def test_ctrl_c_waits_until_the_weight_and_its_record_agree():
+    """A signal that comes in the middle of a change must not make what was trained unknown."""
+    fc = nn.Linear(400, 400, bias=False)
+    trained = fc.weight.detach().clone()
+    part = PlasticPart(fc)
+    stopped = 0
+    for delay in range(60):
+        signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.setitimer(signal.ITIMER_REAL, 2e-4 * (1 + delay % 12))
+        try:
+            for _ in range(20):
+                part.apply(torch.full((400, 400), 0.01))
+                part.revert()
+        except KeyboardInterrupt:
+            stopped += 1
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        part.revert()
+        assert torch.equal(fc.weight, trained)
+    assert stopped > 30
+
+
+def test_weights_that_would_overflow_are_untouched():
+    net, rule = network(bounds=None)
+    before = net[0].weight.detach().clone()
+    for delta in (torch.full((4, 6), 1e300, dtype=torch.float64), torch.zeros(4, 6, dtype=torch.complex64)):
+        with pytest.raises(ValueError, match="apply expects"):
+            rule.apply(delta)
+        assert torch.equal(net[0].weight, before)
+    rule.apply(torch.full((4, 6), 3e38))
+    with pytest.raises(ValueError, match="keeps the weights finite"):
+        rule.apply(torch.full((4, 6), 3e38))
+    rule.revert()
+    assert torch.equal(net[0].weight, before)
+
+
+def test_weights_that_were_loaded_again_are_left_alone():
+    net, rule = network(bounds=None)
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    rule.apply(torch.full((4, 6), 0.5))
+    net.load_state_dict(state)
+    rule.revert()
+    assert torch.equal(net[0].weight, state["0.weight"])
+
+
+def test_a_state_that_is_none_is_refused():
+    for source, state in (
+        (LossBelowBaseline(), {}),
+        (LossBelowBaseline(), {"baseline": float("nan")}),
+        (GivenReward(), {"mean": "x"}),
+    ):
+        with pytest.raises(ValueError, match="must hold a finite"):
+            source.load_state_dict(state)
+    source = LossBelowBaseline()
+    with pytest.raises(ValueError, match="not empty"):
+        source(torch.empty(0))
+    assert source.baseline == 10.0
 
 
 def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, monkeypatch):
