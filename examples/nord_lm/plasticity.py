@@ -59,7 +59,8 @@ class Reading(NamedTuple):
         targets: the tokens, ``[n]``.
         probabilities: of every word in their place, ``[n, V]``.
         losses: in nats, ``[n]``.
-        feedback: the prediction error, brought back through the head to the channels of the residual stream, ``[n, D]``.
+        feedback: the prediction error, brought back through the head to the channels of the residual stream, ``[n, D]``; None
+            if no synapse wants it.
         approval: 1, or what the reader thinks of the text: everything that is learned is multiplied with it.
     """
 
@@ -67,7 +68,7 @@ class Reading(NamedTuple):
     targets: Tensor
     probabilities: Tensor
     losses: Tensor
-    feedback: Tensor
+    feedback: Tensor | None
     approval: float
 
 
@@ -86,6 +87,7 @@ class PlasticSynapse(Protocol):
     """What the two kinds of synapses have in common."""
 
     plastic: PlasticPart
+    wants_feedback: bool
 
     def listen(self) -> None:
         """Record the next pass."""
@@ -105,6 +107,8 @@ class PlasticSynapse(Protocol):
 
 class WordSynapse:
     """The head: readout neurons to words."""
+
+    wants_feedback = False
 
     def __init__(self, model: NordForCausalLM, rate: float) -> None:
         self.rate = rate
@@ -159,9 +163,9 @@ class BlockSynapse:
     """The second map of a feed-forward, between its two layers of neurons."""
 
     def __init__(self, model: NordForCausalLM, index: int, rate: float, reward: str) -> None:
-        self.model, self.reward = model, reward
+        self.wants_feedback = reward == "error"
         self.source = LossBelowBaseline(baseline=None)
-        self.block = cast(NordBlock, model.blocks[index])
+        self.norm, self.block = model.norm, cast(NordBlock, model.blocks[index])
         self.rule = RewardModulatedSTDP(
             step_mode="m",
             synapse=self.block.ffn.down,
@@ -185,9 +189,9 @@ class BlockSynapse:
 
     def learn(self, reading: Reading, control: Control) -> Callable[[], None]:
         """Strengthen what fired together where the reward is positive."""
-        if self.reward == "error":
+        if reading.feedback is not None:
             gain = self.block.ffn_gain
-            rewards = reading.feedback * self.model.norm.weight * gain / gain.abs().mean()
+            rewards = reading.feedback * self.norm.weight * gain / gain.abs().mean()
         else:
             rewards = cast(Tensor, self.source.reward(reading.losses))
         given = (reading.approval * control.rewards(rewards))[None]
@@ -195,7 +199,7 @@ class BlockSynapse:
 
         def change() -> None:
             self.plastic.apply(delta)
-            if self.reward == "loss":
+            if not self.wants_feedback:
                 self.source.update(reading.losses.mean().item())
 
         return change
@@ -268,7 +272,9 @@ class Plasticity:
             logits = self.model(input_ids=context, logits_to_keep=len(targets) + 1, use_cache=False).logits[0, :-1]
             probabilities = logits.float().softmax(-1)
             losses = F.cross_entropy(logits.float(), targets, reduction="none")
-            feedback = self.model.lm_head.weight[targets] - probabilities.to(logits) @ self.model.lm_head.weight
+            feedback = None
+            if any(synapse.wants_feedback for synapse in self.synapses.values()):
+                feedback = self.model.lm_head.weight[targets] - probabilities.to(logits) @ self.model.lm_head.weight
             reading = Reading(slice(first - 1, -1), targets, probabilities, losses, feedback, approval)
             for change in [synapse.learn(reading, self.control) for synapse in self.synapses.values()]:
                 change()

@@ -273,7 +273,7 @@ def plot(outcomes: dict[str, list[Outcome]], path: Path) -> None:
         so_far = difference.cumsum(1) / np.arange(1, difference.shape[1] + 1)
         middle, half = so_far.mean(0), half_interval(so_far)
         x = np.arange(1, len(middle) + 1)
-        left.plot(x, middle, color=COLOURS[name], label=name)
+        left.plot(x, middle, color=COLOURS[name], label=name, linestyle="--" if name == "steps" else "-")
         left.fill_between(x, middle - half, middle + half, color=COLOURS[name], alpha=0.2)
     left.set(
         xlabel="windows read", ylabel="loss - loss with STDP off, nats per token", title="new text, while it is read"

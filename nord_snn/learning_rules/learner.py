@@ -114,7 +114,7 @@ class Learner(base.MemoryModule):
         """Add ``delta``, shaped as the weight, within the bounds; :meth:`revert` can take it back.
 
         Raises:
-            ValueError: another shape, or not finite; the weights are untouched.
+            ValueError: another shape, or the sum would not be finite; the weights are untouched.
         """
         self.plastic.apply(delta)
 
@@ -262,9 +262,8 @@ class Learner(base.MemoryModule):
             )
         pre, post = self._sequence(self._pre), self._sequence(self._post)
         if self.step_mode == "m" and pre.ndim == post.ndim - 1 and len(pre) == len(post) * post.shape[1]:
-            pre = pre.unflatten(
-                0, post.shape[:2]
-            )  # time and batch were one while the synapse ran, as in SeqToANNContainer
+            # Time and batch were one while the synapse ran, as in SpikingJelly's SeqToANNContainer.
+            pre = pre.unflatten(0, post.shape[:2])
         if self.step_mode == "s" and self.geometry is None and pre.ndim == post.ndim == 2:
             pre, post = pre[:, None], post[:, None]  # one sample without a batch, [D]
         self._check_shapes(pre, post)
