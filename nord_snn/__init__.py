@@ -15,7 +15,7 @@ __version__ = version("nord-snn")
 
 
 def reset(net: nn.Module) -> None:
-    """Put every stateful module in ``net`` (ours and SpikingJelly's) back to rest.
+    """Put every stateful module in ``net`` (ours, SpikingJelly's and snnTorch's) back to rest.
 
     Args:
         net: any module; its submodules are searched too.
@@ -29,4 +29,15 @@ def reset(net: nn.Module) -> None:
     """
     # The module list that reset_net caches would hide neurons that were swapped in after the first call.
     functional.invalidate_reset_cache(net)
+    foreign = [module for module in net.modules() if _is_snntorch(module)]
+    for module in foreign:
+        module.__dict__.pop("reset", None)  # a tensor, which SpikingJelly would call
     functional.reset_net(net)
+    for module in foreign:
+        module.reset_mem()  # type: ignore[operator]
+
+
+def _is_snntorch(module: nn.Module) -> bool:
+    """Known by its looks: nothing is imported that may not be installed."""
+    classes = (kind.__module__.partition(".")[0] for kind in type(module).__mro__)
+    return "snntorch" in classes and hasattr(module, "reset_mem")

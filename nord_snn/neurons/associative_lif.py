@@ -213,7 +213,7 @@ class AssociativeLIFNode(BaseNode):
         spikes, v_seq, state = associative_lif(
             rows,
             None if states is None else AssociativeLIFState(*(part.flatten(0, -2) for part in states)),
-            threshold=self.v_threshold,
+            threshold=self.firing_threshold(),
             beta_mem=self.beta_mem_logit.to(dtype).sigmoid(),
             beta_syn=self.beta_syn_logit.to(dtype).sigmoid(),
             cascade_weight=None if self.cascade is None else self.cascade.weight.to(dtype).sigmoid(),
@@ -228,6 +228,10 @@ class AssociativeLIFNode(BaseNode):
         step = x_seq.shape[1:]
         last = AssociativeLIFState(*(part.reshape(step) for part in state))
         return spikes.reshape(x_seq.shape), None if v_seq is None else v_seq.reshape(x_seq.shape), last
+
+    def firing_threshold(self) -> Tensor:
+        """Membrane at which a neuron fires, ``[D]``; a subclass may compute it."""
+        return self.v_threshold
 
     def extra_repr(self) -> str:
         """The sizes and what is not learnable."""

@@ -3,7 +3,7 @@
 A factory is any callable ``neuron(n_features) -> nn.Module``, so ``AssociativeLIFNode`` itself is one, and so is
 ``lambda n: LIFNode(step_mode="m")`` around SpikingJelly's node, which does not need the width. Any other module must take
 and return a whole sequence ``[T, N, *, D]`` as one tensor, and start it from rest; snnTorch's neurons, which take single
-steps and return tuples, do not.
+steps and return tuples, do so inside :class:`nord_snn.integrations.snntorch.MultiStep`.
 
 ``AssociativeLIFNode`` itself has 64 clusters, which must divide the width. For other widths say how many:
 ``neuron=lambda n: AssociativeLIFNode(n, n_clusters=8)``.

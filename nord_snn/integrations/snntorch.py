@@ -1,0 +1,284 @@
+"""At home in snnTorch: the associative LIF with snnTorch's signature, and snnTorch's neurons where a Nord layer takes one."""
+
+from typing import Any
+
+import snntorch
+import torch
+from snntorch._neurons.neurons import SpikingNeuron
+from torch import Tensor, nn
+
+from nord_snn.neurons import AssociativeLIFNode
+from nord_snn.ops import AssociativeLIFState
+from nord_snn.ops.checks import check_features, compute_dtype
+from nord_snn.ops.surrogate import SurrogateLike
+
+__all__ = ["AssociativeSynaptic", "MultiStep"]
+
+
+class _StrictNode(AssociativeLIFNode):
+    """Fires above the threshold and not at it, as snnTorch's neurons do: at the next number that a membrane can have."""
+
+    def firing_threshold(self) -> Tensor:
+        threshold = self.v_threshold.to(compute_dtype(self.v_threshold))
+        above = torch.nextafter(threshold, torch.full_like(threshold, torch.inf))
+        return threshold + (above - threshold).detach()
+
+
+class AssociativeSynaptic(snntorch.Synaptic):
+    """Associative LIF neurons with the signature and the habits of ``snntorch.Synaptic``: one step a call.
+
+    The equations are those of :func:`nord_snn.ops.associative_lif`, with two differences from
+    :class:`~nord_snn.neurons.AssociativeLIFNode`. It fires where the membrane is above the threshold, as snnTorch's neurons do,
+    and not where it is equal to it. And ``mem`` and ``syn`` are the only states that a caller sees: how long each neuron has
+    yet to rest is remembered here, for the membrane that was returned last. Another membrane, one of your own or one that was
+    computed with, starts with every neuron ready to fire; ``mem.detach()`` counts as the same.
+
+    Unlike ``Synaptic`` it resets at once (``mem`` is the membrane after the reset), lets go of its neurons' state where a
+    batch of another shape begins only after :meth:`reset_mem` or ``snntorch.utils.reset``, and raises else.
+
+    Args:
+        n_features: D, the number of neurons.
+        n_clusters: C of the cascade, a divisor of D; None switches it off.
+        alpha: initial synaptic decay, in (0, 1); ``beta_syn`` of the node.
+        beta: initial membrane decay, in (0, 1); ``beta_mem`` of the node.
+        threshold: initial threshold of every neuron.
+        init_hidden: keep the states here: ``spk = lif(x)``.
+        output: with ``init_hidden``, return the states all the same.
+        learn_alpha: let the synaptic decay be trained.
+        learn_beta: let the membrane decay be trained.
+        learn_threshold: let the thresholds be trained.
+        spike_grad: name of a surrogate of :data:`nord_snn.ops.SURROGATES` or a SpikingJelly surrogate.
+        more: further arguments of :class:`~nord_snn.neurons.AssociativeLIFNode` (``cascade_radius``, ``cascade_gain``,
+            ``v_reset``, ``refractory_steps``, ``backend``).
+
+    Shapes: ``x [N, *, D]`` -> ``spk, syn, mem``, each ``[N, *, D]``.
+
+    Raises:
+        TypeError: states are passed with ``init_hidden``.
+        ValueError: one of ``syn`` and ``mem`` is passed without the other, or their shape is not the input's.
+
+    Source: the Nord spiking language model; the signature is snnTorch's (Eshraghian et al. 2023).
+
+    Example:
+        >>> lif = AssociativeSynaptic(512, n_clusters=64)
+        >>> spk, syn, mem = lif(torch.rand(4, 512))
+        >>> spk, syn, mem = lif(torch.rand(4, 512), syn, mem)
+    """
+
+    def __init__(
+        self,
+        n_features: int,
+        n_clusters: int | None = 64,
+        alpha: float = 0.5,
+        beta: float = 0.9,
+        threshold: float = 0.25,
+        init_hidden: bool = False,
+        output: bool = False,
+        learn_alpha: bool = True,
+        learn_beta: bool = True,
+        learn_threshold: bool = True,
+        spike_grad: SurrogateLike = "nord_atan",
+        **more: Any,
+    ) -> None:
+        # Past Synaptic's own __init__, whose buffers would shadow what the node has; utils.reset finds instances in the list.
+        nn.Module.__init__(self)
+        SpikingNeuron.instances.append(self)
+        self.init_hidden, self.output = init_hidden, output
+        self.inhibition, self.state_quant, self._reset_mechanism = False, False, "subtract"
+        self.node = _StrictNode(
+            n_features,
+            n_clusters,
+            threshold=threshold,
+            beta_mem=beta,
+            beta_syn=alpha,
+            surrogate=spike_grad,
+            step_mode="s",
+            **more,
+        )
+        self.node.beta_syn_logit.requires_grad_(learn_alpha)
+        self.node.beta_mem_logit.requires_grad_(learn_beta)
+        self.node.v_threshold.requires_grad_(learn_threshold)
+        for name in ("_syn", "_mem", "_refractory"):
+            self.register_buffer(name, torch.zeros(0), persistent=False)
+        self._syn: Tensor
+        self._mem: Tensor
+        self._refractory: Tensor
+        self._fresh = True  # the states were put here from outside, by a reset as a rule
+
+    @property
+    def alpha(self) -> Tensor:
+        """Synaptic decay, ``[1]``."""
+        return self.node.beta_syn
+
+    @property
+    def beta(self) -> Tensor:
+        """Membrane decay, ``[1]``."""
+        return self.node.beta_mem
+
+    @property
+    def threshold(self) -> Tensor:
+        """Thresholds, ``[D]``."""
+        return self.node.v_threshold
+
+    @property
+    def syn(self) -> Tensor:
+        """Synaptic current after the last step."""
+        return self._syn
+
+    @syn.setter
+    def syn(self, value: Tensor) -> None:
+        self._syn = value
+        self._fresh = True
+
+    @property
+    def mem(self) -> Tensor:
+        """Membrane after the last step. What is assigned from outside is that of neurons that are ready to fire."""
+        return self._mem
+
+    @mem.setter
+    def mem(self, value: Tensor) -> None:
+        self._mem = value
+        self._refractory = torch.zeros_like(value, dtype=torch.int32)
+        self._fresh = True
+
+    def reset_mem(self) -> tuple[Tensor, Tensor]:
+        """Put the state back to rest; returns ``syn, mem``."""
+        self.syn, self.mem = torch.zeros_like(self._syn), torch.zeros_like(self._mem)
+        return self.syn, self.mem
+
+    def forward(
+        self, input_: Tensor, syn: Tensor | None = None, mem: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """One step."""
+        check_features(input_, self.node.n_features, type(self).__name__, "[N, *, D]")
+        if self.init_hidden and not (syn is None and mem is None):
+            raise TypeError("with init_hidden=True the states are kept here: pass neither syn nor mem")
+        if (syn is None) != (mem is None):
+            raise ValueError("pass both syn and mem, or neither to start from rest")
+        state = self._state(input_, syn, mem)
+        spk, _, after = self.node._run(input_.unsqueeze(0), state)
+        # snnTorch detaches states in place, which views refuse.
+        self._syn, self._mem = (x.clone() if x._is_view() else x for x in (after.i_syn, after.v))
+        self._refractory = after.refractory
+        self._fresh = False
+        spk = spk.squeeze(0)
+        return spk if self.init_hidden and not self.output else (spk, self._syn, self._mem)
+
+    def _state(self, x: Tensor, syn: Tensor | None, mem: Tensor | None) -> AssociativeLIFState | None:
+        """What the step starts from; None for rest."""
+        if syn is None or mem is None:
+            if not self.init_hidden:
+                return None
+            if self._fresh and self._mem.shape != x.shape:  # nobody has run since it was put to rest
+                if self._mem.any() or self._syn.any():
+                    raise ValueError(_wrong_shape(x, self._mem))
+                return None
+            syn, mem, refractory = self._syn, self._mem, self._refractory
+        elif not mem.numel() and not syn.numel():  # what reset_mem returns before the first batch
+            return None
+        elif mem.shape == self._mem.shape and mem.data_ptr() == self._mem.data_ptr():
+            refractory = self._refractory
+        else:
+            refractory = torch.zeros_like(x, dtype=torch.int32)
+        for given in (syn, mem):
+            if given.shape != x.shape:
+                raise ValueError(_wrong_shape(x, given))
+        dtype = compute_dtype(x)
+        return AssociativeLIFState(mem.to(x.device, dtype), syn.to(x.device, dtype), refractory.to(x.device))
+
+    def extra_repr(self) -> str:
+        """What snnTorch's side of it is."""
+        return f"init_hidden={self.init_hidden}, output={self.output}"
+
+
+class MultiStep(nn.Module):
+    """A snnTorch neuron over a whole sequence from rest, so that it can stand where a Nord layer asks for a ``neuron``.
+
+    Args:
+        neuron: any of snnTorch's neurons that returns ``spk, ..., mem`` and starts from rest where it is given no state, or
+            that has ``init_hidden=True``.
+
+    Attributes:
+        store_v_seq: keep the membranes of the last call, ``[T, N, *, D]``, in ``v_seq``.
+        v_seq: them, or None.
+
+    Shapes: ``[T, N, *, D]`` -> spikes ``[T, N, *, D]``. What the neuron held before is put back afterwards.
+
+    Raises:
+        TypeError: it is no neuron of snnTorch.
+        ValueError: it keeps its states to itself (``init_hidden=True`` without ``output=True``), and membranes are wanted.
+
+    Example:
+        >>> from nord_snn.layers import SpikingFeedForward
+        >>> ffn = SpikingFeedForward(16, 32, neuron=lambda n: MultiStep(snntorch.Leaky(beta=0.9)))
+        >>> ffn(torch.rand(5, 2, 16)).shape
+        torch.Size([5, 2, 16])
+    """
+
+    def __init__(self, neuron: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(neuron, SpikingNeuron):
+            raise TypeError(f"MultiStep takes a neuron of snnTorch, got {type(neuron).__name__}")
+        self.neuron = neuron
+        self.store_v_seq = False
+        self.v_seq: Tensor | None = None
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        """All steps, one after the other, from rest."""
+        if x_seq.ndim < 2 or not len(x_seq):
+            raise ValueError(f"MultiStep expects shape [T, N, *, D] with at least one step, got {list(x_seq.shape)}")
+        held = {name: getattr(self.neuron, name) for name in _state_names(self.neuron)}
+        try:
+            return self._run(x_seq)
+        finally:
+            for name, value in held.items():
+                setattr(self.neuron, name, value)
+
+    def _run(self, x_seq: Tensor) -> Tensor:
+        states = self._rest(x_seq[0])
+        spikes, membranes = [], []
+        for x in x_seq:
+            out = self.neuron(x, *states)
+            parts = out if isinstance(out, tuple) else (out,)
+            spikes.append(parts[0])
+            if self.store_v_seq:
+                if len(parts) == 1:
+                    raise ValueError(
+                        f"{type(self.neuron).__name__} with init_hidden=True must have output=True where membranes are read"
+                    )
+                membranes.append(parts[-1])
+            states = () if self.neuron.init_hidden else parts[-len(states) :]  # a recurrent one takes its spikes too
+        self.v_seq = torch.stack(membranes) if self.store_v_seq else None
+        return torch.stack(spikes)
+
+    def _rest(self, x: Tensor) -> tuple[Tensor, ...]:
+        """States at rest: in the neuron, or as what is handed to it."""
+        names = _state_names(self.neuron)
+        zeros = {name: torch.zeros_like(x) for name in names}
+        for name, value in zeros.items():
+            setattr(self.neuron, name, value)
+        return () if self.neuron.init_hidden else tuple(zeros.values())
+
+
+def _state_names(neuron: nn.Module) -> tuple[str, ...]:
+    """Attributes that hold a neuron's state, in the order in which it takes them."""
+    known: dict[type, tuple[str, ...]] = {
+        snntorch.RSynaptic: ("spk", "syn", "mem"),
+        snntorch.RLeaky: ("spk", "mem"),
+        snntorch.Alpha: ("syn_exc", "syn_inh", "mem"),
+        snntorch.Synaptic: ("syn", "mem"),
+        snntorch.Leaky: ("mem",),
+        snntorch.Lapicque: ("mem",),
+    }
+    for kind, names in known.items():
+        if isinstance(neuron, kind):
+            return names
+    raise TypeError(f"MultiStep does not know what states {type(neuron).__name__} has; it knows Leaky, Lapicque, Synaptic, "
+                    "Alpha, RLeaky, RSynaptic and AssociativeSynaptic")  # fmt: skip
+
+
+def _wrong_shape(x: Tensor, state: Tensor) -> str:
+    return (
+        f"AssociativeSynaptic has states of shape {list(state.shape)} and got input of shape {list(x.shape)}: reset_mem() (or "
+        "snntorch.utils.reset) before a batch of another shape"
+    )

@@ -1,0 +1,264 @@
+"""At home in snnTorch: its signature, its resets, and its neurons in our layers."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from spikingjelly.activation_based import neuron
+from torch import nn
+
+snntorch = pytest.importorskip("snntorch")
+
+from snntorch import utils  # noqa: E402
+from snntorch.functional import ce_rate_loss  # noqa: E402
+
+import nord_snn  # noqa: E402
+from nord_snn.integrations.snntorch import AssociativeSynaptic, MultiStep  # noqa: E402
+from nord_snn.layers import MembraneReadout, NordBlock, SpikingFeedForward  # noqa: E402
+from nord_snn.neurons import AssociativeLIFNode  # noqa: E402
+
+
+def pair(**more):
+    """Our node and its snnTorch form with the same parameters."""
+    node = AssociativeLIFNode(16, n_clusters=4, step_mode="m", store_v_seq=True)
+    lif = AssociativeSynaptic(16, n_clusters=4, **more)
+    with torch.no_grad():
+        for parameter in node.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    lif.node.load_state_dict(node.state_dict())
+    return node, lif
+
+
+def test_it_is_our_node_step_by_step_and_its_gradients_too():
+    node, lif = pair()
+    x = torch.rand(12, 3, 16)
+    spikes = node(x)
+    assert 0 < spikes.mean() < 1
+    syn = mem = None
+    out, membranes = [], []
+    for x_t in x:
+        spk, syn, mem = lif(x_t, syn, mem)
+        out.append(spk)
+        membranes.append(mem)
+    assert torch.equal(torch.stack(out), spikes)
+    assert torch.allclose(torch.stack(membranes), node.v_seq, atol=1e-6)
+    weights = torch.randn(12, 3, 16)
+    (spikes * weights).sum().backward()
+    (torch.stack(out) * weights).sum().backward()
+    for one, other in zip(node.parameters(), lif.node.parameters(), strict=True):
+        assert torch.allclose(one.grad, other.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_hidden_states_and_returned_ones_give_the_same():
+    _, lif = pair()
+    hidden = AssociativeSynaptic(16, n_clusters=4, init_hidden=True)
+    both = AssociativeSynaptic(16, n_clusters=4, init_hidden=True, output=True)
+    for other in (hidden, both):
+        other.load_state_dict(lif.state_dict())
+    syn, mem = lif.reset_mem()
+    for x_t in torch.rand(8, 3, 16):
+        spk, syn, mem = lif(x_t, syn, mem)
+        assert torch.equal(hidden(x_t), spk)
+        assert all(torch.equal(a, b) for a, b in zip(both(x_t), (spk, syn, mem), strict=True))
+        assert torch.equal(hidden.mem, mem)
+
+
+def test_it_fires_above_the_threshold_and_our_node_at_it():
+    node, lif = AssociativeLIFNode(4, None, threshold=0.0625, beta_mem=0.5), None
+    lif = AssociativeSynaptic(4, None, threshold=0.0625, beta=0.5)
+    x = torch.full((1, 4), 0.125)  # the membrane is (1 - 0.5) * 0.125, exactly the threshold
+    assert node(x).tolist() == [[1.0] * 4]
+    assert lif(x)[0].tolist() == [[0.0] * 4]
+    assert lif(torch.nextafter(x, torch.ones(1)) * 1.0001)[0].tolist() == [[1.0] * 4]
+
+
+def test_neurons_rest_after_a_spike_and_a_membrane_of_ones_own_is_ready():
+    lif = AssociativeSynaptic(4, None)
+    strong = torch.full((2, 4), 9.0)
+    spk, syn, mem = lif(strong)
+    assert spk.all()
+    detached = lif(strong, syn.detach(), mem.detach())[0]
+    assert not detached.any()  # it rests
+    spk, syn, mem = lif(strong)
+    assert spk.all()  # no states: from rest
+    assert lif(strong, syn, mem.clone())[0].all()  # another membrane: ready
+
+
+def test_resets_of_all_three_families():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ours = AssociativeSynaptic(16, n_clusters=4, init_hidden=True)
+            self.theirs = snntorch.Leaky(beta=0.9, init_hidden=True)
+            self.deep = nn.Sequential(nn.Sequential(snntorch.Synaptic(0.5, 0.9, init_hidden=True)), neuron.LIFNode())
+            self.node = AssociativeLIFNode(16, n_clusters=4)
+
+        def forward(self, x):
+            return self.node(self.deep(self.theirs(self.ours(x))))
+
+    net = Net()
+    x = 4 * torch.rand(3, 16)
+    first = [net(x) for _ in range(4)]
+    for reset in (nord_snn.reset, lambda net: (utils.reset(net), nord_snn.reset(net))):
+        reset(net)
+        assert not net.ours.mem.any()
+        assert not net.ours._refractory.any()
+        assert not net.theirs.mem.any()
+        assert not net.deep[0][0].syn.any()
+        assert net.node.v == 0.0
+        assert all(torch.equal(net(x), out) for out in first)
+        nord_snn.reset(net)
+        net(x[:2])  # another batch size
+        nord_snn.reset(net)
+
+
+def test_snntorchs_own_reset_clears_the_refractory_time_too():
+    net = nn.Sequential(nn.Linear(16, 16), AssociativeSynaptic(16, n_clusters=4, init_hidden=True))
+    x = 9 * torch.rand(3, 16)
+    first = [net(x) for _ in range(5)]
+    utils.reset(net)
+    assert all(torch.equal(net(x), out) for out in first)
+    utils.reset(net)
+    net(x[:1])
+
+
+def test_states_of_another_shape_raise_and_never_start_anew_in_silence():
+    hidden = AssociativeSynaptic(16, n_clusters=4, init_hidden=True)
+    hidden(torch.rand(3, 16))
+    with pytest.raises(ValueError, match=r"states of shape \[3, 16\] and got input of shape \[2, 16\]: reset_mem"):
+        hidden(torch.rand(2, 16))
+    hidden.mem = torch.ones(3, 16)
+    with pytest.raises(ValueError, match="reset_mem"):
+        hidden(torch.rand(2, 16))
+    _, lif = pair()
+    _, syn, mem = lif(torch.rand(3, 16))
+    for states, message in (
+        ((syn, torch.ones(2, 16)), "states of shape"),
+        ((syn, None), "both syn and mem"),
+        ((None, mem), "both syn and mem"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lif(torch.rand(3, 16), *states)
+    with pytest.raises(TypeError, match="pass neither syn nor mem"):
+        hidden(torch.rand(3, 16), syn, mem)
+    with pytest.raises(ValueError, match=r"\[N, \*, D\] with D = 16"):
+        lif(torch.rand(3, 15))
+
+
+def test_what_is_not_to_be_learned_is_not():
+    lif = AssociativeSynaptic(16, n_clusters=4, learn_alpha=False, learn_beta=False, learn_threshold=False)
+    assert [name for name, p in lif.named_parameters() if p.requires_grad] == [
+        "node.cascade.weight",
+        "node.cascade.gain",
+    ]
+    assert (lif.alpha.item(), lif.beta.item()) == pytest.approx((0.5, 0.9))
+    assert lif.threshold.shape == (16,)
+    again = AssociativeSynaptic(16, n_clusters=4, alpha=0.3, threshold=0.7)
+    again.load_state_dict(lif.state_dict())
+    assert torch.equal(again.threshold, lif.threshold)
+    copied = copy.deepcopy(lif)
+    assert torch.equal(copied.alpha, lif.alpha)
+    assert "init_hidden=False" in repr(lif)
+
+
+@pytest.mark.parametrize("truncated", [True, False])
+def test_snntorchs_training_loop_runs_on_it(truncated):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from snntorch import backprop
+    net = nn.Sequential(nn.Linear(8, 16), AssociativeSynaptic(16, n_clusters=4, init_hidden=True, output=True))
+    shape = (5, 8) if truncated else (6, 5, 8)
+    data = [(2 * torch.rand(shape), torch.randint(0, 16, (5,))) for _ in range(2)]
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    before = [parameter.clone() for parameter in net.parameters()]
+    for _ in range(2):
+        if truncated:
+            loss = backprop.TBPTT(
+                net, data, optimizer, ce_rate_loss(), num_steps=6, time_var=False, time_first=True, K=3
+            )
+        else:
+            loss = backprop.BPTT(net, data, optimizer, ce_rate_loss(), time_var=True)
+    assert torch.isfinite(loss)
+    assert all(not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+def test_snntorchs_probe_sees_its_spikes():
+    from snntorch.functional import probe
+
+    net = nn.Sequential(nn.Linear(8, 16), AssociativeSynaptic(16, n_clusters=4, init_hidden=True))
+    monitor = probe.OutputMonitor(net, instance=AssociativeSynaptic)
+    out = [net(3 * torch.rand(5, 8)) for _ in range(4)]
+    assert all(torch.equal(a, b) for a, b in zip(monitor.records, out, strict=True))
+    assert monitor.monitored_layers == ["1"]
+
+
+# --- snnTorch's neurons in our layers
+
+NEURONS = {
+    "Leaky": lambda n: snntorch.Leaky(beta=0.9, threshold=0.2),
+    "Leaky, hidden": lambda n: snntorch.Leaky(beta=0.9, threshold=0.2, init_hidden=True, output=True),
+    "Lapicque": lambda n: snntorch.Lapicque(beta=0.9, threshold=0.2),
+    "Synaptic": lambda n: snntorch.Synaptic(alpha=0.5, beta=0.9, threshold=0.2),
+    "Alpha": lambda n: snntorch.Alpha(alpha=0.9, beta=0.8, threshold=0.1),
+    "RLeaky": lambda n: snntorch.RLeaky(beta=0.9, threshold=0.2, all_to_all=False),
+    "RSynaptic": lambda n: snntorch.RSynaptic(alpha=0.5, beta=0.9, threshold=0.2, all_to_all=False),
+    "ours": lambda n: AssociativeSynaptic(n, n_clusters=4),
+}
+
+
+@pytest.mark.parametrize("make", NEURONS.values(), ids=NEURONS)
+def test_any_of_them_stands_in_our_layers(make):
+    torch.manual_seed(1)
+    readout = MembraneReadout(16, neuron=lambda n: MultiStep(make(n)))
+    x = (2 * torch.rand(7, 3, 16)).requires_grad_()
+    first = readout(x)
+    assert torch.equal(readout(x), first)  # every call starts from rest
+    assert torch.equal(readout(x[:, :1]), first[:1])
+    first.sum().backward()
+    assert x.grad.isfinite().all()
+    assert x.grad.any()
+    block = NordBlock(16, 2, 32, neuron=lambda n: MultiStep(make(n)))
+    assert block(torch.randn(4, 2, 5, 16)).shape == (4, 2, 5, 16)
+
+
+@pytest.mark.parametrize("make", NEURONS.values(), ids=NEURONS)
+def test_a_sequence_is_its_steps(make):
+    torch.manual_seed(1)
+    single, whole = make(16), MultiStep(make(16))
+    whole.neuron.load_state_dict(single.state_dict())
+    x = 2 * torch.rand(7, 3, 16)
+    states, spikes = (), []
+    if not single.init_hidden:
+        states = tuple(
+            torch.zeros(3, 16)
+            for _ in range(len(single.reset_mem()) if not isinstance(single.reset_mem(), torch.Tensor) else 1)
+        )
+    for x_t in x:
+        parts = single(x_t, *states)
+        spikes.append(parts[0])
+        states = () if single.init_hidden else parts[-len(states) :]
+    assert torch.equal(whole(x), torch.stack(spikes))
+    assert torch.stack(spikes).any()
+
+
+def test_what_the_neuron_held_is_put_back():
+    leaky = snntorch.Leaky(beta=0.9, init_hidden=True)
+    leaky(torch.rand(2, 16))
+    held = leaky.mem
+    MultiStep(leaky)(torch.rand(5, 3, 16))
+    assert leaky.mem is held
+
+
+def test_misuse_is_named():
+    with pytest.raises(TypeError, match="takes a neuron of snnTorch, got LIFNode"):
+        MultiStep(neuron.LIFNode())
+    with pytest.raises(TypeError, match="does not know what states SLSTM has"):
+        MultiStep(snntorch.SLSTM(4, 4))(torch.rand(2, 3, 4))
+    with pytest.raises(ValueError, match=r"\[T, N, \*, D\] with at least one step"):
+        MultiStep(snntorch.Leaky(beta=0.9))(torch.rand(0, 3, 4))
+    readout = MembraneReadout(4, neuron=lambda n: MultiStep(snntorch.Leaky(beta=0.9, init_hidden=True)))
+    with pytest.raises(ValueError, match="must have output=True where membranes are read"):
+        readout(torch.rand(3, 2, 4))
+    ffn = SpikingFeedForward(4, 8, neuron=lambda n: MultiStep(snntorch.Leaky(beta=0.9, init_hidden=True)))
+    assert ffn(torch.rand(3, 2, 4)).shape == (3, 2, 4)
