@@ -1,0 +1,223 @@
+"""SpikingJelly 2's tools, each on our node and on our layers."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from spikingjelly.activation_based import base, functional, layer, memopt, monitor, neuron, op_counter
+from torch import nn
+
+import nord_snn
+from nord_snn.layers import (
+    AssociativeCascade,
+    CoFiringResonance,
+    LeakyClamp,
+    MembraneReadout,
+    MultiScaleTemporalEncoder,
+    NordBlock,
+    SpikingFeedForward,
+)
+from nord_snn.neurons import AssociativeLIFNode
+
+
+def node(n=16, step_mode="m", **more):
+    return AssociativeLIFNode(n, **{"n_clusters": 4, "step_mode": step_mode} | more)
+
+
+LAYERS = {
+    "node": (lambda: node(), (6, 3, 16)),
+    "clamp": (lambda: LeakyClamp(16), (6, 3, 16)),
+    "cascade": (lambda: AssociativeCascade(16, 4), (6, 3, 16)),
+    "encoder": (lambda: MultiScaleTemporalEncoder(16), (3, 16)),
+    "resonance": (lambda: CoFiringResonance(16, 2, neuron=node), (6, 2, 5, 16)),
+    "feed-forward": (lambda: SpikingFeedForward(16, 32, neuron=node), (6, 3, 16)),
+    "readout": (lambda: MembraneReadout(16, neuron=node), (6, 3, 16)),
+    "block": (lambda: NordBlock(16, 2, 32, neuron=node), (6, 2, 5, 16)),
+}
+
+
+def network():
+    """Ours among SpikingJelly's, with weights under which all of them fire."""
+    net = nn.Sequential(
+        layer.Linear(16, 16, step_mode="m"),
+        neuron.LIFNode(step_mode="m"),
+        layer.Linear(16, 16, step_mode="m"),
+        node(),
+        SpikingFeedForward(16, 32, neuron=node),
+    )
+    with torch.no_grad():
+        for linear in (net[0], net[2]):
+            linear.weight.abs_()
+    return net
+
+
+X = 3 * torch.rand(6, 3, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+def test_every_part_can_be_reset_detached_copied_pickled_and_loaded(make, shape):
+    part, x = make(), 2 * torch.rand(shape)
+    first = part(x)
+    functional.detach_net(part)
+    functional.reset_net(part)
+    assert torch.equal(part(x), first)
+    nord_snn.reset(part)
+    functional.set_step_mode(part, "m")
+    for other in (copy.deepcopy(part), pickle.loads(pickle.dumps(part))):
+        assert torch.equal(other(x), first)
+    fresh = make()
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            parameter.add_(0.3)
+    fresh.load_state_dict(part.state_dict())
+    assert torch.equal(fresh(x), first)
+    assert not any("v_seq" in name or name.endswith(("i_syn", "refractory")) for name in part.state_dict())
+
+
+def test_step_modes_of_a_whole_network():
+    net = network()[:4]
+    whole = net(X)
+    functional.reset_net(net)
+    functional.set_step_mode(net, "s")
+    assert torch.equal(torch.stack([net(x) for x in X]), whole)
+    assert whole.any()
+
+
+def test_detaching_cuts_the_graph_of_what_is_held():
+    net = network()
+    net(X).sum()
+    assert net[3].v.grad_fn is not None
+    functional.detach_net(net)
+    assert net[3].v.grad_fn is net[3].i_syn.grad_fn is None
+    net(X).sum().backward()  # the graph of the first pass is not asked for
+
+
+def memories(net):
+    modules = [module for module in net.modules() if isinstance(module, base.MemoryModule)]
+    return [value for module in modules for _, value in module.named_memories()]
+
+
+def test_functional_forward_of_a_network_with_ours_in_it():
+    net = network()[:4]
+    forward = base.to_functional_forward(net)
+    states = base.extract_memories(net) if hasattr(base, "extract_memories") else None
+    states = [
+        value
+        for module in net.modules()
+        if isinstance(module, base.MemoryModule)
+        for _, value in module.named_memories()
+    ]
+    (out,), after = forward((X,), tuple(states))
+    assert net[3].v == 0.0
+    assert torch.equal(net(X), out)
+    held = [
+        value
+        for module in net.modules()
+        if isinstance(module, base.MemoryModule)
+        for _, value in module.named_memories()
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(after, held, strict=True))
+
+
+def test_monitors_see_spikes_and_membranes():
+    net = network()
+    net[3].store_v_seq = True
+    with (
+        monitor.OutputMonitor(net, AssociativeLIFNode) as spikes,
+        monitor.AttributeMonitor("v_seq", False, net, AssociativeLIFNode) as v,
+    ):
+        net(X)
+    assert spikes.monitored_layers == ["3", "4.lif1", "4.lif2"]
+    assert torch.equal(spikes["3"][0].unique(), torch.tensor([0.0, 1.0]))
+    assert v["3"][0].shape == (6, 3, 16)
+
+
+def test_energy_counters_count_additions_behind_our_spikes():
+    net = nn.Sequential(node(), layer.Linear(16, 8, bias=False, step_mode="m"))
+    counters = op_counter.MACCounter(), op_counter.ACCounter()
+    with torch.no_grad(), op_counter.DispatchCounterMode(list(counters)):
+        net(X)
+    functional.reset_net(net)
+    spikes = net[0](X)
+    macs, additions = (counter.get_total() for counter in counters)
+    assert macs == 0  # the map's input is spikes
+    assert additions >= spikes.sum() * 8
+    functional.reset_net(net)
+    assert op_counter.estimate_simple_energy(net.eval(), X) is not None
+    functional.reset_net(net)
+    with pytest.raises(ValueError, match="do not support AssociativeLIFNode"):  # said, and not counted as nothing
+        op_counter.estimate_lemaire_energy(net, X)
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_memory_optimisation_gives_the_same_gradients(level):
+    plain = network()
+    lean = memopt.optimize_memory(copy.deepcopy(plain), (AssociativeLIFNode,), lambda net: net(X), level=level)
+    gradients = []
+    for net in (plain, lean):
+        functional.reset_net(net)
+        net(X).sum().backward()
+        gradients.append([parameter.grad for parameter in net.parameters()])
+    assert plain.state_dict().keys() == lean.state_dict().keys()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+def test_checkpointed_node_keeps_its_state():
+    plain = node()
+    lean = memopt.checkpoint_module(copy.deepcopy(plain))
+    for x in (X, X.flip(0)):
+        assert torch.equal(plain(x), lean(x))
+    assert torch.equal(plain.v, next(m for m in lean.modules() if isinstance(m, AssociativeLIFNode)).v)
+
+
+def test_inside_spikingjellys_containers():
+    x = torch.randn(6, 3, 16)
+    assert torch.equal(layer.SeqToANNContainer(LeakyClamp(16))(x), LeakyClamp(16)(x))
+    net = layer.MultiStepContainer(node(step_mode="s"))
+    assert torch.equal(net(X), node()(X))
+
+
+WORK = """
+import sys, torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from spikingjelly.activation_based import functional
+from nord_snn.layers import SpikingFeedForward
+from nord_snn.neurons import AssociativeLIFNode
+rank, folder = int(sys.argv[1]), sys.argv[2]
+distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+torch.manual_seed(0)
+make = lambda n: AssociativeLIFNode(n, n_clusters=4)
+first = AssociativeLIFNode(16, n_clusters=4, step_mode="m")
+net = DistributedDataParallel(nn.Sequential(first, SpikingFeedForward(16, 32, neuron=make)))
+x = 3 * torch.rand(6, 4, 16)
+for _ in range(2):
+    functional.reset_net(net)
+    net(x[:, rank::2]).sum().div(4).backward()
+torch.save([p.grad for p in net.parameters()], f"{folder}/{rank}.pt")
+distributed.barrier()
+import os; os._exit(0)
+"""
+
+
+def test_two_processes_have_the_gradient_of_the_whole_batch(tmp_path):
+    started = [
+        subprocess.Popen([sys.executable, "-c", WORK, str(rank), str(tmp_path)], stderr=subprocess.PIPE)
+        for rank in (0, 1)
+    ]
+    for process in started:
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 0, error.decode()
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    torch.manual_seed(0)
+    net = nn.Sequential(node(), SpikingFeedForward(16, 32, neuron=lambda n: node(n, "s")))
+    x = 3 * torch.rand(6, 4, 16)
+    for _ in range(2):
+        functional.reset_net(net)
+        net(x).sum().div(8).backward()
+    for a, b, parameter in zip(first, second, net.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert torch.allclose(a, parameter.grad, atol=1e-5)
