@@ -9,6 +9,8 @@ from importlib.metadata import version
 from spikingjelly.activation_based import functional
 from torch import nn
 
+from nord_snn.neurons.releases import forget_module_list
+
 __all__ = ["__version__", "reset"]
 
 __version__ = version("nord-snn")
@@ -28,7 +30,7 @@ def reset(net: nn.Module) -> None:
         0.0
     """
     # The module list that reset_net caches would hide neurons that were swapped in after the first call.
-    functional.invalidate_reset_cache(net)
+    forget_module_list(net)
     foreign = [module for module in net.modules() if _is_snntorch(module)]
     for module in foreign:
         module.__dict__.pop("reset", None)  # a tensor, which SpikingJelly would call

@@ -4,8 +4,13 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
+from spikingjelly.activation_based import functional
+
+SPIKINGJELLY_2 = hasattr(functional, "invalidate_reset_cache")
+needs_spikingjelly_2 = pytest.mark.skipif(not SPIKINGJELLY_2, reason="what SpikingJelly has only since release 2")
 
 DATA = Path(__file__).parent / "data"
 TEXT = "the neuron fires and rests while a spike wakes its neighbours under some slow current of time"

@@ -89,11 +89,16 @@ class AssociativeLIFNode(BaseNode):
             step_mode=step_mode,
             store_v_seq=store_v_seq,
         )
+        self.v: float | Tensor
+        self.i_syn: float | Tensor
+        self.refractory: int | Tensor
         self.register_memory("i_syn", 0.0)
         self.register_memory("refractory", 0)
         self.n_features, self.alpha, self.backend = n_features, alpha, backend
         self.v_reset, self.refractory_steps = v_reset, refractory_steps
         self.v_seq: Tensor | None
+        if not hasattr(self, "v_seq"):  # in SpikingJelly 0.0.0.0.14 it is a memory, which reset() clears
+            self.register_memory("v_seq", None)
         self._initial = (float(threshold), _logit(beta_mem, "beta_mem"), _logit(beta_syn, "beta_syn"))
         self.v_threshold = nn.Parameter(torch.empty(n_features))
         self.beta_mem_logit = nn.Parameter(torch.empty(1))
@@ -156,7 +161,7 @@ class AssociativeLIFNode(BaseNode):
         multi = self.step_mode == "m"
         check_features(x, self.n_features, type(self).__name__, "[T, N, *, D]" if multi else "[N, *, D]")
         x_seq = x if multi else x.unsqueeze(0)
-        held: _States = (0.0, 0.0, 0) if stateless else tuple(self._memories.values())
+        held: _States = (0.0, 0.0, 0) if stateless else (self.v, self.i_syn, self.refractory)
         at_rest = not any(isinstance(part, Tensor) or part for part in held)  # then there is no state to read
         start = None if at_rest else self.materialize_states((x_seq,), held, "m")
         spikes, v_seq, state = self._run(x_seq, start, self.store_v_seq)

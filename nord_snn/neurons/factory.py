@@ -15,6 +15,7 @@ from spikingjelly.activation_based import base, functional
 from torch import Tensor, nn
 
 from nord_snn.neurons.associative_lif import AssociativeLIFNode
+from nord_snn.neurons.releases import reset_value
 
 __all__ = ["NeuronFactory", "fire_from_rest", "make_neuron"]
 
@@ -52,9 +53,14 @@ def fire_from_rest(neuron: nn.Module, x_seq: Tensor) -> Tensor:
     if isinstance(neuron, AssociativeLIFNode):
         return neuron(x_seq, stateless=True)
     stateful = [module for module in neuron.modules() if isinstance(module, base.MemoryModule)]
-    held = [(module, name, value) for module in stateful for name, value in module.named_memories()]
+    held = [
+        (module, name, value)
+        for module in stateful
+        for name, value in module.named_memories()
+        if name != "v_seq"  # a memory in SpikingJelly 0.0.0.0.14, and what the caller may want to read
+    ]
     for module, name, _ in held:
-        setattr(module, name, module.get_reset_value(name))
+        setattr(module, name, reset_value(module, name))
     try:
         return neuron(x_seq)
     finally:

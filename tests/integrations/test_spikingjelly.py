@@ -1,4 +1,4 @@
-"""SpikingJelly 2's tools, each on our node and on our layers."""
+"""SpikingJelly's tools, each on our node and on our layers, in both releases where it exists."""
 
 import copy
 import pickle
@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from spikingjelly.activation_based import base, functional, layer, memopt, monitor, neuron, op_counter
+from helpers import SPIKINGJELLY_2, needs_spikingjelly_2
+from spikingjelly.activation_based import base, functional, layer, monitor, neuron
 from torch import nn
 
 import nord_snn
@@ -21,6 +22,9 @@ from nord_snn.layers import (
     SpikingFeedForward,
 )
 from nord_snn.neurons import AssociativeLIFNode
+
+if SPIKINGJELLY_2:
+    from spikingjelly.activation_based import memopt, op_counter
 
 
 def node(n=16, step_mode="m", **more):
@@ -100,41 +104,28 @@ def memories(net):
     return [value for module in modules for _, value in module.named_memories()]
 
 
+@needs_spikingjelly_2
 def test_functional_forward_of_a_network_with_ours_in_it():
     net = network()[:4]
     forward = base.to_functional_forward(net)
-    states = base.extract_memories(net) if hasattr(base, "extract_memories") else None
-    states = [
-        value
-        for module in net.modules()
-        if isinstance(module, base.MemoryModule)
-        for _, value in module.named_memories()
-    ]
-    (out,), after = forward((X,), tuple(states))
+    (out,), after = forward((X,), tuple(memories(net)))
     assert net[3].v == 0.0
     assert torch.equal(net(X), out)
-    held = [
-        value
-        for module in net.modules()
-        if isinstance(module, base.MemoryModule)
-        for _, value in module.named_memories()
-    ]
-    assert all(torch.equal(a, b) for a, b in zip(after, held, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(after, memories(net), strict=True))
 
 
 def test_monitors_see_spikes_and_membranes():
     net = network()
     net[3].store_v_seq = True
-    with (
-        monitor.OutputMonitor(net, AssociativeLIFNode) as spikes,
-        monitor.AttributeMonitor("v_seq", False, net, AssociativeLIFNode) as v,
-    ):
-        net(X)
+    spikes = monitor.OutputMonitor(net, AssociativeLIFNode)
+    v = monitor.AttributeMonitor("v_seq", False, net, AssociativeLIFNode)
+    net(X)
     assert spikes.monitored_layers == ["3", "4.lif1", "4.lif2"]
     assert torch.equal(spikes["3"][0].unique(), torch.tensor([0.0, 1.0]))
     assert v["3"][0].shape == (6, 3, 16)
 
 
+@needs_spikingjelly_2
 def test_energy_counters_count_additions_behind_our_spikes():
     net = nn.Sequential(node(), layer.Linear(16, 8, bias=False, step_mode="m"))
     counters = op_counter.MACCounter(), op_counter.ACCounter()
@@ -152,6 +143,7 @@ def test_energy_counters_count_additions_behind_our_spikes():
         op_counter.estimate_lemaire_energy(net, X)
 
 
+@needs_spikingjelly_2
 @pytest.mark.parametrize("level", [0, 1])
 def test_memory_optimisation_gives_the_same_gradients(level):
     plain = network()
@@ -165,6 +157,7 @@ def test_memory_optimisation_gives_the_same_gradients(level):
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
 
 
+@needs_spikingjelly_2
 def test_checkpointed_node_keeps_its_state():
     plain = node()
     lean = memopt.checkpoint_module(copy.deepcopy(plain))
@@ -178,6 +171,15 @@ def test_inside_spikingjellys_containers():
     assert torch.equal(layer.SeqToANNContainer(LeakyClamp(16))(x), LeakyClamp(16)(x))
     net = layer.MultiStepContainer(node(step_mode="s"))
     assert torch.equal(net(X), node()(X))
+
+
+@pytest.mark.skipif(SPIKINGJELLY_2, reason="release 2 chooses its backends by itself")
+def test_set_backend_switches_our_nodes_with_theirs():
+    net = network()
+    functional.set_backend(net, "cupy", AssociativeLIFNode)
+    assert {m.backend for m in net.modules() if isinstance(m, AssociativeLIFNode)} == {"cupy"}
+    functional.set_backend(net, "torch")
+    assert {m.backend for m in net.modules() if isinstance(m, neuron.BaseNode)} == {"torch"}
 
 
 WORK = """

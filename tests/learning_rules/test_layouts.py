@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from helpers import needs_spikingjelly_2
 from spikingjelly.activation_based import functional, layer, neuron
 from spikingjelly.activation_based.learning import MSTDPETLearner, MSTDPLearner, STDPLearner
 from torch import nn
@@ -135,6 +136,7 @@ def run_both(theirs, ours, rewards, shape):
     return changes
 
 
+@needs_spikingjelly_2
 def test_against_spikingjellys_reward_learner():
     """Theirs multiplies the reward of a step with the pairs of the step before; so ours is given each reward a step earlier."""
     rewards = torch.randn(9).tolist()
@@ -157,6 +159,7 @@ def test_against_spikingjellys_reward_learner():
         assert torch.allclose(theirs[step], ours[step - 1], atol=1e-6)
 
 
+@needs_spikingjelly_2
 def test_against_spikingjellys_learner_with_an_eligibility():
     """Theirs holds the pairs back for a step and divides by the time constant; it takes one sample without a batch."""
     rewards = [1.0] * 9
