@@ -1,0 +1,57 @@
+"""The convolutional example: it learns, its neurons are where they should be, and its figures are counted right."""
+
+import conv_digits as script
+import pytest
+import torch
+from spikingjelly.activation_based import neuron
+from torch import nn
+
+from nord_snn.layers import LeakyClamp
+from nord_snn.neurons import AssociativeLIFNode
+
+
+def test_neurons_of_a_channel_share_what_is_theirs_at_every_place():
+    node = script.ours(16)
+    x = 2 * torch.rand(4, 2, 16, 3, 3)
+    spikes = node(x)
+    assert spikes.shape == x.shape
+    again = script.ours(16)
+    again.load_state_dict(node.state_dict())
+    assert torch.equal(again(x[..., 1:2, 2:]), spikes[..., 1:2, 2:])  # a place is a row of its own
+
+
+@pytest.mark.parametrize(("name", "ours", "clamps"), [("SpikingJelly LIFNode", 0, 0), ("AssociativeLIF, cascade", 2, 0),
+                                                      ("AssociativeLIF, cascade, LeakyClamp", 2, 2)])  # fmt: skip
+def test_each_kind_is_what_its_name_says(name, ours, clamps):
+    modules = list(script.Net(script.KINDS[name]).modules())
+    assert sum(isinstance(m, AssociativeLIFNode) for m in modules) == ours
+    assert sum(isinstance(m, LeakyClamp) for m in modules) == clamps
+    assert sum(isinstance(m, neuron.BaseNode) for m in modules) == 2
+
+
+def test_it_learns_digits():
+    result = script.train(script.KINDS["AssociativeLIF, cascade"], 0, 2, script.digits())
+    assert result.accuracy > 0.8
+    assert 0 < result.rate < 1
+
+
+def test_neurons_that_never_fire_are_counted():
+    net = script.Net(script.lif).eval()
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.zero_()
+                module.bias.copy_(torch.where(torch.arange(len(module.bias)) % 4 == 0, 9.0, -9.0))
+    images, labels = script.digits()[2:]
+    result = script.measure(net, images[:20], labels[:20])
+    assert result.dead == pytest.approx(0.75)
+    assert result.rate == pytest.approx(0.25)
+
+
+def test_it_prints_a_table_and_draws_a_picture(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(script, "KINDS", {"SpikingJelly LIFNode": script.lif})
+    assert script.main(["--seeds", "2", "--epochs", "1", "--out", str(tmp_path)]) == 0
+    assert "LIFNode" in capsys.readouterr().out
+    assert (tmp_path / "conv_digits.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        script.main(["--seeds", "0"])
