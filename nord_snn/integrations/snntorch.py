@@ -156,13 +156,24 @@ class AssociativeSynaptic(snntorch.Synaptic):
         if (syn is None) != (mem is None):
             raise ValueError("pass both syn and mem, or neither to start from rest")
         state = self._state(input_, syn, mem)
-        spk, _, after = self.node._run(input_.unsqueeze(0), state)
+        spk, after = self._step(input_, state)
         # snnTorch detaches states in place, which views refuse.
         self._syn, self._mem = (x.clone() if x._is_view() else x for x in (after.i_syn, after.v))
         self._refractory = after.refractory
         self._fresh = False
-        spk = spk.squeeze(0)
         return spk if self.init_hidden and not self.output else (spk, self._syn, self._mem)
+
+    def _step(self, x: Tensor, state: AssociativeLIFState | None) -> tuple[Tensor, AssociativeLIFState]:
+        """The node is called as a module, so that monitors see its spikes, and holds nothing afterwards."""
+        node = self.node
+        node.v, node.i_syn, node.refractory = (0.0, 0.0, 0) if state is None else state
+        multi = node.step_mode == "m"  # layers set it on everything in them
+        try:
+            spk = node(x.unsqueeze(0) if multi else x)
+            after = AssociativeLIFState(node.v, node.i_syn, node.refractory)  # type: ignore[arg-type]  # tensors by now
+        finally:
+            node.reset()
+        return spk.squeeze(0) if multi else spk, after
 
     def _state(self, x: Tensor, syn: Tensor | None, mem: Tensor | None) -> AssociativeLIFState | None:
         """What the step starts from; None for rest."""

@@ -16,6 +16,7 @@ from snntorch.functional import ce_rate_loss  # noqa: E402
 import nord_snn  # noqa: E402
 from nord_snn.integrations.snntorch import AssociativeSynaptic, MultiStep  # noqa: E402
 from nord_snn.layers import MembraneReadout, NordBlock, SpikingFeedForward  # noqa: E402
+from nord_snn.monitor import SpikeMonitor  # noqa: E402
 from nord_snn.neurons import AssociativeLIFNode  # noqa: E402
 
 
@@ -181,6 +182,15 @@ def test_snntorchs_training_loop_runs_on_it(truncated):
             loss = backprop.BPTT(net, data, optimizer, ce_rate_loss(), time_var=True)
     assert torch.isfinite(loss)
     assert all(not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+def test_our_monitor_sees_its_spikes():
+    net = nn.Sequential(nn.Linear(8, 16), AssociativeSynaptic(16, n_clusters=4, init_hidden=True))
+    with SpikeMonitor(net) as monitor:
+        out = torch.stack([net(3 * torch.rand(5, 8)) for _ in range(4)])
+    assert out.any()
+    assert monitor.rates() == {"1.node": pytest.approx(out.mean().item())}
+    assert net[1].node.v == 0.0  # the states are not held twice
 
 
 def test_snntorchs_probe_sees_its_spikes():
