@@ -1,0 +1,59 @@
+"""The sequence classifier: attention is what it says it is, held-out modules are held out, and it learns."""
+
+import pytest
+import sequence_classifier as script
+import torch
+
+
+def test_each_kind_has_what_stands_for_attention():
+    x = torch.randint(0, 2000, (3, 32))
+    for name, make in script.KINDS.items():
+        torch.manual_seed(0)
+        net = script.Classifier(5, make).eval()
+        assert net(x).shape == (3, 5)
+        kinds = {type(layer.self_attn).__name__ for layer in net.encoder.layers}
+        assert len(kinds) == 1
+        changed = x.clone()
+        changed[:, 7] = (changed[:, 7] + 1) % 2000
+        inside = [net.encoder(net.words(ids) + net.places) for ids in (x, changed)]
+        others = [k for k in range(32) if k != 7]
+        exchanged = not torch.allclose(inside[0][:, others], inside[1][:, others])
+        assert exchanged is (name == "softmax attention") or name == "co-firing resonance"
+        if name == "none":
+            assert not exchanged
+
+
+def test_resonance_lets_words_see_each_other_in_both_directions():
+    torch.manual_seed(0)
+    attention = script.ResonanceAttention(16, 2)
+    x = 3 * torch.randn(2, 6, 16)
+    first, _ = attention(x, x, x, need_weights=False)
+    other = x.clone()
+    other[:, 5] += 3
+    second, _ = attention(other, other, other)
+    assert first.shape == x.shape
+    assert not torch.allclose(first[:, 0], second[:, 0])
+
+
+def test_passages_have_their_length_and_modules_are_on_one_side():
+    data = script.documentation()
+    assert data.train_x.shape[1] == data.test_x.shape[1] == 32
+    assert len(data.train_x) > 1000
+    assert len(data.test_x) > 200
+    assert set(data.train_y.tolist()) == set(range(len(data.names)))
+    assert data.train_x.max() < script.VOCABULARY
+
+
+def test_it_learns_and_prints_what_came_out(tmp_path, capsys, monkeypatch):
+    data = script.documentation()
+    small = data._replace(train_x=data.train_x[::2], train_y=data.train_y[::2])
+    monkeypatch.setattr(script, "documentation", lambda: small)
+    monkeypatch.setattr(script, "KINDS", {"co-firing resonance": script.KINDS["co-firing resonance"]})
+    accuracy, rates = script.train(script.KINDS["co-firing resonance"], 0, 3, small)
+    assert accuracy > small.test_y.bincount().max() / len(small.test_y) + 0.03
+    assert all(0 < rate < 1 for rate in rates.values())
+    assert script.main(["--seeds", "1", "--epochs", "1", "--out", str(tmp_path)]) == 0
+    assert "co-firing resonance" in capsys.readouterr().out
+    assert (tmp_path / "sequence_classifier.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        script.main(["--epochs", "0"])
