@@ -46,11 +46,12 @@ def test_passages_have_their_length_and_modules_are_on_one_side():
 
 def test_it_learns_and_prints_what_came_out(tmp_path, capsys, monkeypatch):
     data = script.documentation()
-    small = data._replace(train_x=data.train_x[::2], train_y=data.train_y[::2])
+    some = data.train_x[::10], data.train_y[::10]
+    small = script.Data(*some, *some, data.names)  # what it was shown it must know: held-out text takes longer
     monkeypatch.setattr(script, "documentation", lambda: small)
     monkeypatch.setattr(script, "KINDS", {"co-firing resonance": script.KINDS["co-firing resonance"]})
-    accuracy, rates = script.train(script.KINDS["co-firing resonance"], 0, 3, small)
-    assert accuracy > small.test_y.bincount().max() / len(small.test_y) + 0.03
+    accuracy, rates = script.train(script.KINDS["co-firing resonance"], 0, 15, small)
+    assert accuracy > small.test_y.bincount().max() / len(small.test_y) + 0.3
     assert all(0 < rate < 1 for rate in rates.values())
     assert script.main(["--seeds", "1", "--epochs", "1", "--out", str(tmp_path)]) == 0
     assert "co-firing resonance" in capsys.readouterr().out
