@@ -238,7 +238,7 @@ class MultiStep(nn.Module):
         """All steps, one after the other, from rest."""
         if x_seq.ndim < 2 or not len(x_seq):
             raise ValueError(f"MultiStep expects shape [T, N, *, D] with at least one step, got {list(x_seq.shape)}")
-        held = {name: getattr(self.neuron, name) for name in _state_names(self.neuron)}
+        held = {name: getattr(self.neuron, name) for name in _held_names(self.neuron)}
         try:
             return self._run(x_seq)
         finally:
@@ -286,6 +286,12 @@ def _state_names(neuron: nn.Module) -> tuple[str, ...]:
             return names
     raise TypeError(f"MultiStep does not know what states {type(neuron).__name__} has; it knows Leaky, Lapicque, Synaptic, "
                     "Alpha, RLeaky, RSynaptic and AssociativeSynaptic")  # fmt: skip
+
+
+def _held_names(neuron: nn.Module) -> tuple[str, ...]:
+    """What to put back: of ours all that it holds, since an assignment to ``mem`` lets its neurons rest no longer."""
+    ours = isinstance(neuron, AssociativeSynaptic)
+    return ("_syn", "_mem", "_refractory", "_fresh") if ours else _state_names(neuron)
 
 
 def _wrong_shape(x: Tensor, state: Tensor) -> str:

@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nord_snn.ops.checks import check_bounds
+
 __all__ = ["PlasticPart", "load_plastic", "save_plastic"]
 
 FORMAT = "nord_snn plastic 1"
@@ -42,8 +44,8 @@ class PlasticPart:
     """
 
     def __init__(self, synapse: nn.Module, bounds: tuple[float, float] | None = None) -> None:
-        if bounds is not None and not bounds[0] < bounds[1]:
-            raise ValueError(f"bounds must be (lower, upper) with lower < upper, got {bounds}")
+        if bounds is not None:
+            check_bounds(bounds)
         self.synapse, self.bounds = synapse, bounds
         self._trained: Tensor | None = None  # the weight before the first apply
         self._written: Tensor | None = None  # the weight after the last apply

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "check_bounds",
     "check_dependence",
     "check_features",
     "check_numbers",
@@ -68,10 +69,15 @@ def check_numbers(**constants: float) -> None:
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
-def check_dependence(bounds: tuple[float, float], mu: float) -> None:
-    """Raise a ValueError unless the bounds are in order and the exponent of the dependence on a weight is not negative."""
+def check_bounds(bounds: tuple[float, float]) -> None:
+    """Raise a ValueError unless the lower bound is below the upper one."""
     if not bounds[0] < bounds[1]:
         raise ValueError(f"bounds must be (lower, upper) with lower < upper, got {bounds}")
+
+
+def check_dependence(bounds: tuple[float, float], mu: float) -> None:
+    """Raise a ValueError unless the bounds are in order and the exponent of the dependence on a weight is not negative."""
+    check_bounds(bounds)
     if not mu >= 0:
         raise ValueError(f"mu must be at least 0, got {mu}")
 

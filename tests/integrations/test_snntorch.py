@@ -258,6 +258,11 @@ def test_what_the_neuron_held_is_put_back():
     held = leaky.mem
     MultiStep(leaky)(torch.rand(5, 3, 16))
     assert leaky.mem is held
+    ours = AssociativeSynaptic(16, n_clusters=4, init_hidden=True)
+    strong = torch.full((2, 16), 9.0)
+    assert ours(strong).all()
+    MultiStep(ours)(torch.rand(5, 3, 16))
+    assert not ours(strong).any()  # it rests, as it would have
 
 
 def test_misuse_is_named():
