@@ -45,7 +45,9 @@ PUBLIC = {
     },
     "nord_snn.monitor": {"SpikeMonitor"},
     "nord_snn.integrations.snntorch": {"AssociativeSynaptic", "MultiStep"},
+    "nord_snn.integrations.nir": {"deviation", "export_to_nir", "import_from_nir", "simulate"},
 }
+INTEGRATIONS = {"snntorch": {"snntorch"}, "nir": {"nir", "nirtorch", "numpy"}}  # a file or a folder each
 KERNELS = {
     "memory.py": {"numpy"},
     "threads.py": {"numba"},
@@ -94,7 +96,7 @@ def test_the_core_imports_nothing_that_the_core_does_not_ask_for():
     """Kernel files alone ask for more, and they are imported only when their library is there."""
     allowed = {"nord_snn", "torch", "spikingjelly", "safetensors"} | sys.stdlib_module_names
     for path in SOURCES:
-        more = {path.stem} if path.parent.name == "integrations" else KERNELS.get(path.name, set())
+        more = INTEGRATIONS.get(path.stem, INTEGRATIONS.get(path.parent.name, KERNELS.get(path.name, set())))
         assert {name.split(".")[0] for name in imported(path)} <= allowed | more, path
 
 

@@ -1,0 +1,7 @@
+"""NIR, the neuromorphic intermediate representation: our networks for other simulators and for hardware, and back."""
+
+from nord_snn.integrations.nir.exporting import deviation, export_to_nir
+from nord_snn.integrations.nir.importing import import_from_nir
+from nord_snn.integrations.nir.simulator import simulate
+
+__all__ = ["deviation", "export_to_nir", "import_from_nir", "simulate"]

@@ -1,0 +1,361 @@
+"""NIR: what is exported runs the same elsewhere, comes back the same, and what NIR cannot say is refused by name."""
+
+import logging
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional, neuron
+from torch import Tensor, nn
+
+import nord_snn
+from nord_snn.layers import (
+    AssociativeCascade,
+    CoFiringResonance,
+    LeakyClamp,
+    MembraneReadout,
+    MultiScaleTemporalEncoder,
+    NordBlock,
+    SpikingFeedForward,
+)
+from nord_snn.neurons import AssociativeLIFNode, NeuronFactory
+
+nir = pytest.importorskip("nir")
+np = pytest.importorskip("numpy")
+nord_nir = pytest.importorskip("nord_snn.integrations.nir")
+deviation, export_to_nir, import_from_nir, simulate = (
+    nord_nir.deviation,
+    nord_nir.export_to_nir,
+    nord_nir.import_from_nir,
+    nord_nir.simulate,
+)
+
+T, N, D = 23, 3, 10
+
+
+def drawn(
+    n_features: int, n_clusters: int | None, refractory_steps: int = 0, v_reset: float = -0.1
+) -> AssociativeLIFNode:
+    """A layer whose every parameter was drawn, as after training."""
+    node = AssociativeLIFNode(
+        n_features,
+        n_clusters,
+        refractory_steps=refractory_steps,
+        v_reset=v_reset,
+        beta_mem=0.83,
+        beta_syn=0.41,
+        step_mode="m",
+    )
+    with torch.no_grad():
+        node.v_threshold.uniform_(0.15, 0.4)
+        if node.cascade is not None:
+            node.cascade.gain.uniform_(-0.5, 1.0)
+            node.cascade.weight.normal_()
+    return node
+
+
+def strong(n_in: int, n_out: int, bias: bool = False) -> nn.Linear:
+    linear = nn.Linear(n_in, n_out, bias=bias)
+    nn.init.normal_(linear.weight, std=2 / n_in**0.5)
+    return linear
+
+
+def feed_forward(n_features: int, hidden_features: int, neuron: NeuronFactory) -> SpikingFeedForward:
+    ffn = SpikingFeedForward(n_features, hidden_features, neuron=neuron)
+    ffn.up, ffn.down = strong(n_features, hidden_features), strong(hidden_features, n_features)
+    return ffn
+
+
+def networks(refractory_steps: int) -> dict[str, nn.Module]:
+    def neurons(n: int) -> AssociativeLIFNode:
+        return drawn(n, 5, refractory_steps)
+
+    return {
+        "a layer alone": neurons(D),
+        "without cascade": nn.Sequential(strong(D, 15), drawn(15, None, refractory_steps)),
+        "with cascade": nn.Sequential(strong(D, 15, bias=True), neurons(15), strong(15, 5), neurons(5)),
+        "feed-forward": feed_forward(D, 15, neurons),
+        "readout": MembraneReadout(D, neuron=neurons),
+        "everything": nn.Sequential(
+            strong(D, 20),
+            neurons(20),
+            LeakyClamp(20),
+            feed_forward(20, 15, neurons),
+            LeakyClamp(20),
+            strong(20, 15),
+            neurons(15),
+            strong(15, 10),
+            neurons(10),
+            strong(10, 10),
+            MembraneReadout(10, neuron=neurons),
+            nn.Linear(10, 3),
+        ),
+    }
+
+
+NAMES = list(networks(0))
+
+
+def on_file(graph, tmp_path):
+    nir.write(tmp_path / "graph.nir", graph)
+    return nir.read(tmp_path / "graph.nir")
+
+
+def run(net: nn.Module, x_seq: Tensor) -> Tensor:
+    nord_snn.reset(net)
+    with torch.no_grad():
+        return net(x_seq)
+
+
+@pytest.fixture
+def x_seq() -> Tensor:
+    torch.manual_seed(0)
+    return 2 * torch.randn(T, N, D)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_graph_from_a_file_computes_what_the_network_does(name: str, x_seq: Tensor, tmp_path) -> None:
+    """In float64, where no membrane meets its threshold within the rounding: the same spikes, one by one."""
+    net, x_seq = networks(0)[name].double(), x_seq.double()
+    graph = on_file(export_to_nir(net, x_seq), tmp_path)
+    assert run(net, x_seq).abs().sum() > 0
+    assert deviation(net, graph, x_seq) < 1e-6  # weights are float32 in the file's recurrent matrices
+    assert float(graph.metadata["deviation"]) < 1e-6
+
+
+@pytest.mark.parametrize("refractory_steps", [0, 2])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_way_back_makes_the_same_network(name: str, refractory_steps: int, x_seq: Tensor, tmp_path) -> None:
+    """With the hold, the cascade's weights and, for our layers, their classes."""
+    net = networks(refractory_steps)[name]
+    graph = on_file(export_to_nir(net, x_seq, approximate=True), tmp_path)
+    back = import_from_nir(graph)
+    torch.testing.assert_close(run(back, x_seq), run(net, x_seq), rtol=0, atol=1e-6)
+
+    def kinds(net: nn.Module) -> list[str]:
+        ours = (AssociativeLIFNode, AssociativeCascade, SpikingFeedForward, MembraneReadout, LeakyClamp, nn.Linear)
+        return sorted(type(module).__name__ for module in net.modules() if isinstance(module, ours))
+
+    assert kinds(back) == kinds(net)
+
+
+def test_a_network_from_a_file_trains(x_seq: Tensor) -> None:
+    back = import_from_nir(export_to_nir(networks(0)["everything"], x_seq))
+    back(x_seq).square().mean().backward()
+    assert all(p.grad is not None for p in back.parameters() if p.requires_grad)
+
+
+def test_the_refractory_hold_is_refused_by_name_or_left_out_and_measured(
+    x_seq: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    net = nn.Sequential(strong(D, 15), drawn(15, 5, refractory_steps=2))
+    with pytest.raises(ValueError, match=r"refractory hold.*refractory_steps=0.*approximate=True"):
+        export_to_nir(net, x_seq)
+    with caplog.at_level(logging.WARNING, "nord_snn"):
+        graph = export_to_nir(net, x_seq, approximate=True)
+    ours, theirs = run(net, x_seq), simulate(graph, x_seq)
+    assert graph.metadata["deviation"] == pytest.approx((ours != theirs).sum().item() / ours.sum().item())
+    assert graph.metadata["deviation"] > 0.1  # the hold matters, and it shows
+    assert "refractory hold" in caplog.text
+
+
+def test_what_stands_in_a_graph_resets_to_v_reset(x_seq: Tensor) -> None:
+    """Without hold the exported neuron is a node whose membrane goes to v_reset after each spike."""
+    node = drawn(D, None, refractory_steps=2, v_reset=-0.3)
+    graph = export_to_nir(node, x_seq, approximate=True)
+    beta_mem, beta_syn = node.beta_mem.item(), node.beta_syn.item()
+    v = i = torch.zeros(N, D)
+    for x, theirs in zip(x_seq, simulate(graph, x_seq), strict=True):
+        i = beta_syn * i + x
+        v = beta_mem * v + (1 - beta_mem) * i
+        fired = v > node.v_threshold
+        assert torch.equal(fired.float(), theirs)
+        v = torch.where(fired, -0.3, v)
+
+
+@pytest.mark.parametrize("n_clusters", [None, 5])
+def test_norse_fires_the_same_spikes(n_clusters: int | None, x_seq: Tensor, tmp_path) -> None:
+    norse = pytest.importorskip("norse.torch")
+    subtract = pytest.importorskip("norse.torch.functional.reset").reset_subtract
+    net = nn.Sequential(strong(D, 15), drawn(15, n_clusters), strong(15, 5), drawn(5, n_clusters))
+    graph = on_file(export_to_nir(net, x_seq), tmp_path)
+    theirs = norse.from_nir(graph, reset_method=subtract, dt=1e-4)
+    _same_spikes(theirs, x_seq, run(net, x_seq))
+
+
+@pytest.mark.parametrize("n_clusters", [None, 5])
+@pytest.mark.parametrize("reader", ["spikingjelly.activation_based.nir_exchange", "snntorch.import_nir"])
+def test_spikingjelly_and_snntorch_read_what_resets_to_zero(
+    reader: str, n_clusters: int | None, x_seq: Tensor, tmp_path
+) -> None:
+    """Both want one threshold a layer and reset to 0, which is the graph by its equations, not by its metadata."""
+    read = pytest.importorskip(reader).import_from_nir
+    net = nn.Sequential(strong(D, 15), drawn(15, n_clusters))
+    nn.init.constant_(net[1].v_threshold, 0.3)
+    graph = on_file(export_to_nir(net, x_seq), tmp_path)
+    _same_spikes(read(graph), x_seq, simulate(graph, x_seq, reset="value"))
+
+
+def _same_spikes(network: nn.Module, x_seq: Tensor, expected: Tensor) -> None:
+    state, spikes = None, []
+    with torch.no_grad():
+        for x in x_seq:
+            out, state = network(x, state)
+            spikes.append(out)
+    assert expected.sum() > 50
+    assert torch.equal(torch.stack(spikes), expected)
+
+
+class Branched(nn.Module):
+    """What a composer might write: two paths, joined by an addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.zeta, self.alpha = strong(D, 15), strong(D, 15)
+        self.last = drawn(15, 5)
+        self.first = strong(15, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(self.last(self.zeta(x) + self.alpha(x)))
+
+
+def test_a_module_of_ones_own_is_traced(x_seq: Tensor, tmp_path) -> None:
+    net = Branched().double()
+    graph = on_file(export_to_nir(net, x_seq.double()), tmp_path)
+    assert deviation(net, graph, x_seq.double()) < 1e-6
+    torch.testing.assert_close(run(import_from_nir(graph).double(), x_seq.double()), run(net, x_seq.double()))
+
+
+def test_further_modules_and_nodes_by_name(x_seq: Tensor) -> None:
+    """SpikingJelly's LIFNode, by a function from the user."""
+    net = nn.Sequential(drawn(D, 5), strong(D, 4), neuron.LIFNode(tau=2.0, v_reset=0.0, step_mode="m"))
+
+    def lif(node: neuron.LIFNode) -> object:
+        return nir.LIF(*(np.full(4, value) for value in (node.tau * 1e-4, 1.0, 0.0, node.v_threshold)))
+
+    with pytest.raises(ValueError, match=r"cannot export LIFNode at '2'.*`more`"):
+        export_to_nir(net, x_seq)
+    graph = export_to_nir(net, x_seq, more={neuron.LIFNode: lif})
+    assert graph.metadata["deviation"] == 0
+    with pytest.raises(ValueError, match=r"LIF 'n?2?_?2' has no counterpart.*`more`"):
+        import_from_nir(graph)
+    back = import_from_nir(graph, more={nir.LIF: lambda node: neuron.LIFNode(tau=2.0, v_reset=0.0, step_mode="m")})
+    assert torch.equal(run(back, x_seq), run(net, x_seq))
+
+
+def test_export_leaves_the_network_as_it_was(x_seq: Tensor) -> None:
+    """Also one that holds a state with a graph behind it, in step mode s and in training."""
+    node = drawn(D, 5)
+    node.step_mode = "s"
+    net = nn.Sequential(strong(D, D), node)
+    net(x_seq[0])
+    v, weight = node.v, net[0].weight.clone()
+    export_to_nir(net, x_seq)
+    assert node.v is v
+    assert net.training
+    assert node.step_mode == "s"
+    assert torch.equal(net[0].weight, weight)
+
+
+REFUSED = {
+    "resonance": (lambda: CoFiringResonance(D, n_heads=2, neuron=lambda n: drawn(n, 5)), "top-K"),
+    "block": (lambda: NordBlock(D, 2, 15, neuron=lambda n: drawn(n, 5)), "layer normalisation"),
+    "encoder": (lambda: MultiScaleTemporalEncoder(D), "gates that change with the step"),
+    "normalisation": (lambda: nn.LayerNorm(D), "layer normalisation"),
+    "cascade alone": (lambda: AssociativeCascade(D, 5), "AssociativeLIFNode that owns it"),
+    "clamp on currents": (lambda: nn.Sequential(strong(D, D), LeakyClamp(D)), "LeakyClamp.*behind spikes"),
+    "activation": (lambda: nn.Sequential(strong(D, D), nn.GELU()), "GELU at '1'.*not known"),
+    "dropout": (lambda: nn.Sequential(strong(D, D), nn.Dropout()), "Dropout.*take it out"),
+    "foreign neurons in a layer": (
+        lambda: SpikingFeedForward(D, 5, neuron=lambda n: neuron.LIFNode()),
+        "LIFNode as its lif1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("approximate", [False, True])
+def test_what_nir_cannot_say_is_refused_by_name(name: str, approximate: bool, x_seq: Tensor) -> None:
+    make, sentence = REFUSED[name]
+    with pytest.raises(ValueError, match=sentence):
+        export_to_nir(make(), x_seq, approximate=approximate)
+
+
+def test_bad_arguments(x_seq: Tensor) -> None:
+    node = drawn(D, 5)
+    with pytest.raises(ValueError, match="dt must be positive"):
+        export_to_nir(node, x_seq, dt=0)
+    with pytest.raises(ValueError, match=r"\[T, N, \*, D\]"):
+        export_to_nir(node, x_seq[0])
+    with pytest.raises(ValueError, match="zero everywhere"):
+        export_to_nir(node, torch.zeros(T, N, D))
+    with pytest.raises(ValueError, match="reset must be"):
+        simulate(export_to_nir(node, x_seq), x_seq, reset="hard")
+
+
+def cuba(**changes):
+    values = {
+        "tau_syn": 2e-4,
+        "tau_mem": 1e-3,
+        "r": 10.0,
+        "v_leak": 0.0,
+        "v_threshold": 1.0,
+        "v_reset": 0.0,
+        "w_in": 2.0,
+    }
+    return nir.CubaLIF(**{name: np.full(4, value) for name, value in {**values, **changes}.items()})
+
+
+BAD = {
+    "hard reset": (cuba(), False, "resets its membrane to 0.*approximate=True"),
+    "v_reset": (cuba(v_reset=-0.5), True, "without a refractory hold"),
+    "leak": (cuba(v_leak=0.2), True, "leaks towards v_leak"),
+    "time constants": (cuba(tau_mem=np.array([1e-3, 1e-3, 1e-3, 2e-3])), True, "tau_mem of 'cubalif' differs"),
+    "too short": (cuba(tau_syn=5e-5), True, "tau_syn of 'cubalif' must be longer than a step"),
+    "negative resistance": (cuba(r=-1.0), True, "must be positive"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_foreign_neurons_that_ours_cannot_be_are_refused(name: str) -> None:
+    lif, approximate, sentence = BAD[name]
+    with pytest.raises(ValueError, match=sentence):
+        import_from_nir(nir.NIRGraph.from_list(lif), approximate=approximate)
+
+
+def test_a_foreign_neuron_in_whatever_units(x_seq: Tensor) -> None:
+    """R and w_in scale the membrane, and with it the threshold that ours gets."""
+    graph = nir.NIRGraph.from_list(cuba(r=3.0, w_in=0.7, v_threshold=0.2))
+    back = import_from_nir(graph, approximate=True)
+    assert torch.equal(run(back, x_seq[..., :4]), simulate(graph, x_seq[..., :4], reset="subtract"))
+
+
+def test_a_loop_that_is_no_cascade_is_refused(x_seq: Tensor) -> None:
+    graph = nir.NIRGraph(
+        nodes={
+            "input": nir.Input(np.array([4])),
+            "lif": cuba(),
+            "w": nir.Linear(np.eye(4, dtype=np.float32)),
+            "output": nir.Output(np.array([4])),
+        },
+        edges=[("input", "lif"), ("lif", "w"), ("w", "lif"), ("lif", "output")],
+    )
+    with pytest.raises(ValueError, match=r"loop that is no cascade: .*lif"):
+        import_from_nir(graph, approximate=True)
+
+
+def test_a_recurrent_weight_that_was_changed_is_noticed(x_seq: Tensor) -> None:
+    graph = export_to_nir(drawn(D, 5), x_seq)
+    inner = next(node for node in graph.nodes.values() if isinstance(node, nir.NIRGraph))
+    inner.nodes["w_rec"].weight *= 2
+    with pytest.raises(ValueError, match="changed since the export"):
+        import_from_nir(graph)
+
+
+def test_exported_neurons_hold_no_state_of_ours(x_seq: Tensor) -> None:
+    """A graph of a network that ran is that of one at rest."""
+    net = nn.Sequential(strong(D, 15), drawn(15, 5))
+    first = export_to_nir(net, x_seq)
+    net(x_seq)
+    second = export_to_nir(net, x_seq)
+    functional.reset_net(net)
+    assert torch.equal(simulate(first, x_seq), simulate(second, x_seq))
