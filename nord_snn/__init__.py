@@ -9,6 +9,7 @@ from importlib.metadata import version
 from spikingjelly.activation_based import functional
 from torch import nn
 
+from nord_snn.neurons.foreign import is_snntorch
 from nord_snn.neurons.releases import forget_module_list
 
 __all__ = ["__version__", "reset"]
@@ -31,15 +32,9 @@ def reset(net: nn.Module) -> None:
     """
     # The module list that reset_net caches would hide neurons that were swapped in after the first call.
     forget_module_list(net)
-    foreign = [module for module in net.modules() if _is_snntorch(module)]
+    foreign = [module for module in net.modules() if is_snntorch(module)]
     for module in foreign:
         module.__dict__.pop("reset", None)  # a tensor, which SpikingJelly would call
     functional.reset_net(net)
     for module in foreign:
         module.reset_mem()  # type: ignore[operator]
-
-
-def _is_snntorch(module: nn.Module) -> bool:
-    """Known by its looks: nothing is imported that may not be installed."""
-    classes = (kind.__module__.partition(".")[0] for kind in type(module).__mro__)
-    return "snntorch" in classes and hasattr(module, "reset_mem")

@@ -7,6 +7,8 @@ import torch
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
 
+from nord_snn.neurons.foreign import is_snntorch
+
 __all__ = ["SpikeMonitor"]
 
 
@@ -17,8 +19,8 @@ class SpikeMonitor:
     numbers a layer, on the layer's device: memory is constant, and nothing waits for a GPU before :meth:`rates`.
 
     Args:
-        net: any module; its ``BaseNode`` submodules (ours and SpikingJelly's) are watched under their names in ``net``,
-            a node that is itself ``net`` under ``""``.
+        net: any module; its neurons (ours, SpikingJelly's and snnTorch's) are watched under their names in ``net``, a neuron
+            that is itself ``net`` under ``""``.
 
     Raises:
         ValueError: there are no neuron layers in ``net``.
@@ -33,10 +35,10 @@ class SpikeMonitor:
     """
 
     def __init__(self, net: nn.Module) -> None:
-        self._layers = {name: module for name, module in net.named_modules() if isinstance(module, BaseNode)}
+        self._layers = {name: module for name, module in net.named_modules() if _fires(module)}
         if not self._layers:
             raise ValueError(
-                f"{type(net).__name__} has no neuron layers (subclasses of SpikingJelly's BaseNode) to watch"
+                f"{type(net).__name__} has no neuron layers of ours, SpikingJelly's or snnTorch's to watch"
             )
         self._hooks = [module.register_forward_hook(self._counter(name)) for name, module in self._layers.items()]
         self.clear()
@@ -68,11 +70,19 @@ class SpikeMonitor:
 
     def _counter(self, name: str) -> Any:
         @torch.no_grad()
-        def count(module: nn.Module, inputs: Any, spikes: Tensor) -> None:
+        def count(module: nn.Module, inputs: Any, output: Any) -> None:
             if module is not self._layers[name]:  # of a deep copy of the network, which took the hook along
                 return
+            spikes: Tensor = output[0] if isinstance(output, tuple) else output  # snnTorch's return their states too
             total = spikes.count_nonzero()  # int64: a sum in half precision would overflow
             self._spikes[name] = self._spikes[name] + total if name in self._spikes else total
             self._chances[name] += spikes.numel()
 
         return count
+
+
+def _fires(module: nn.Module) -> bool:
+    """A neuron, but not the snnTorch side of one of ours, which holds a node that is watched itself."""
+    if is_snntorch(module):
+        return not any(isinstance(inner, BaseNode) for inner in module.modules())
+    return isinstance(module, BaseNode)

@@ -44,3 +44,23 @@ def test_every_neuron_layer_of_a_block_is_seen_once():
 def test_a_network_without_neurons_is_refused():
     with pytest.raises(ValueError, match="Linear has no neuron layers"):
         SpikeMonitor(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("init_hidden", [False, True])
+def test_neurons_of_snntorch_are_counted_once(init_hidden):
+    snntorch = pytest.importorskip("snntorch")
+    from nord_snn.integrations.snntorch import AssociativeSynaptic
+
+    net = nn.ModuleDict(
+        {
+            "theirs": snntorch.Leaky(beta=0.9, threshold=4.0, init_hidden=init_hidden, output=True),
+            "ours": AssociativeSynaptic(8, n_clusters=4, init_hidden=init_hidden),
+        }
+    )
+    x = 8 * torch.rand(6, 8)
+    with SpikeMonitor(net) as monitor:
+        spikes = {name: neuron(x) for name, neuron in net.items()}
+    spikes = {name: out[0] if isinstance(out, tuple) else out for name, out in spikes.items()}
+    rates = monitor.rates()
+    assert rates == pytest.approx({"theirs": spikes["theirs"].mean().item(), "ours.node": spikes["ours"].mean().item()})
+    assert all(0 < rate < 1 for rate in rates.values())

@@ -1,0 +1,61 @@
+"""The snnTorch example: its parts are what the table says, and it learns."""
+
+import gun_point as script
+import pytest
+import snntorch
+import torch
+from torch import nn
+
+from nord_snn.integrations.snntorch import AssociativeSynaptic
+from nord_snn.layers import MembraneReadout, MultiScaleTemporalEncoder
+
+PARTS = {"multi-scale encoder": MultiScaleTemporalEncoder, "membrane readout": MembraneReadout,
+         "associative neurons": AssociativeSynaptic}  # fmt: skip
+
+
+def has(name: str, kind: type[nn.Module]) -> bool:
+    return any(isinstance(module, kind) for module in script.KINDS[name]().modules())
+
+
+@pytest.mark.parametrize(("name", "parts"), [("snnTorch", set()), *((part, {part}) for part in PARTS),
+                                             ("encoder and readout", {"multi-scale encoder", "membrane readout"}),
+                                             ("all three", set(PARTS))])  # fmt: skip
+def test_each_row_has_the_parts_that_it_names(name, parts):
+    assert {part for part, kind in PARTS.items() if has(name, kind)} == parts
+    assert has(name, snntorch.Leaky) == ("associative neurons" not in parts)
+
+
+def test_the_series_are_those_of_the_archive():
+    data = script.movements()
+    assert data.train_x.shape == (50, 150)
+    assert data.test_x.shape == (150, 150)
+    assert data.test_y.bincount().tolist() == [76, 74]
+    assert script.without_spikes(data)["nearest neighbour"] == pytest.approx(0.9133, abs=1e-4)  # as published
+
+
+@pytest.mark.parametrize("name", ["snnTorch", "all three"])
+def test_it_learns_and_repeats_itself(name):
+    data = script.movements()
+    first, again = (script.train(script.KINDS[name], 0, 8, data) for _ in range(2))
+    assert first == again
+    assert first.accuracy > 0.65
+    assert all(0 < rate < 1 for rate in first.rates)
+
+
+def test_last_membranes_are_the_last():
+    neuron = script.leaky()
+    last = script.LastMembrane(neuron)
+    x_seq = torch.rand(3, 2, script.WIDTH)
+    mem = torch.zeros(2, script.WIDTH)
+    for x in x_seq:
+        _, mem = neuron.neuron(x, mem)
+    assert torch.equal(last(x_seq), mem)
+
+
+def test_it_prints_a_table_and_draws_a_picture(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(script, "KINDS", {"snnTorch": script.KINDS["snnTorch"]})
+    assert script.main(["--seeds", "2", "--epochs", "1", "--out", str(tmp_path)]) == 0
+    assert "nearest neighbour" in capsys.readouterr().out
+    assert (tmp_path / "gun_point.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        script.main(["--seeds", "0"])
