@@ -93,7 +93,7 @@ def leaky(n: int = WIDTH) -> MultiStep:
 
 
 def associative(n: int = WIDTH, threshold: float = 0.05) -> MultiStep:
-    """Ours with snnTorch's signature. At 0.25, its default, the second layer fires in 0.4 % of all steps at first, at 0.05 in 19 %."""
+    """Ours with snnTorch's signature. At 0.25 the second layer fires in 0.4 % of all steps at first, at 0.05 in 19 %."""
     return MultiStep(AssociativeSynaptic(n, CLUSTERS, threshold=threshold))
 
 

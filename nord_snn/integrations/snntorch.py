@@ -8,6 +8,7 @@ from snntorch._neurons.neurons import SpikingNeuron
 from torch import Tensor, nn
 
 from nord_snn.neurons import AssociativeLIFNode
+from nord_snn.neurons.memories import cut, keep_precision
 from nord_snn.ops import AssociativeLIFState
 from nord_snn.ops.checks import check_features, compute_dtype
 from nord_snn.ops.surrogate import SurrogateLike
@@ -196,6 +197,17 @@ class AssociativeSynaptic(snntorch.Synaptic):
                 raise ValueError(_wrong_shape(x, given))
         dtype = compute_dtype(x)
         return AssociativeLIFState(mem.to(x.device, dtype), syn.to(x.device, dtype), refractory.to(x.device))
+
+    def _apply(self, fn: Any, *more: Any) -> Any:
+        """Move the states along, but never to fewer bits."""
+        syn, mem = self._syn, self._mem
+        super()._apply(fn, *more)
+        self._syn, self._mem = keep_precision(syn, self._syn), keep_precision(mem, self._mem)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles have the states, but not the graph behind them."""
+        return self.__dict__ | {"_buffers": {name: cut(value) for name, value in self._buffers.items()}}
 
     def extra_repr(self) -> str:
         """What snnTorch's side of it is."""

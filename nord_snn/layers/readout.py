@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nord_snn.neurons import NeuronFactory, fire_from_rest, make_neuron
-from nord_snn.ops.checks import check_features, compute_dtype
+from nord_snn.ops.checks import check_features, compute_dtype, without_autocast
 
 __all__ = ["MembraneReadout"]
 
@@ -63,6 +63,6 @@ class MembraneReadout(nn.Module):
         decay = self.decay_logit.to(compute_dtype(x)).sigmoid()
         steps_left = torch.arange(x.shape[0] - 1, -1, -1, device=x.device)
         weights = (1 - decay) * decay**steps_left  # the recursion, written out
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             mean = torch.tensordot(weights, v_seq.to(weights.dtype), dims=1)
         return mean.to(x.dtype) + spikes.mean(0)

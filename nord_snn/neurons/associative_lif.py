@@ -8,6 +8,7 @@ from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
 
 from nord_snn.neurons.cascade import AssociativeCascade
+from nord_snn.neurons.memories import cut, keep_precision
 from nord_snn.ops import AssociativeLIFState, BackendChoice, associative_lif, which_backend
 from nord_snn.ops.checks import check_features, compute_dtype
 from nord_snn.ops.dispatch import BACKENDS
@@ -179,6 +180,19 @@ class AssociativeLIFNode(BaseNode):
                 self._memories[name] = value.detach()
         if self.v_seq is not None:
             self.v_seq = self.v_seq.detach()
+
+    def _apply(self, fn: Any, *more: Any) -> Any:
+        """Move the memories along, but never to fewer bits: states stay float32 in a half-precision network."""
+        held = {name: value for name, value in self._memories.items() if isinstance(value, Tensor)}
+        super()._apply(fn, *more)
+        for name, value in held.items():
+            self._memories[name] = keep_precision(value, self._memories[name])
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles have the state, but not the graph behind it."""
+        parts = self.__dict__ | {"_memories": {name: cut(value) for name, value in self._memories.items()}}
+        return parts | {"v_seq": cut(parts["v_seq"])} if "v_seq" in parts else parts
 
     def single_step_functional_forward(
         self, inputs: _Tensors, states: _States, **kwargs: object

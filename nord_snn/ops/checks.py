@@ -90,4 +90,5 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Where autocast leaves alone what is computed on the device of ``x``; costs nothing where it is off."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    on = device != "meta" and torch.is_autocast_enabled(device)  # torch has no answer for tensors without data
+    return torch.autocast(device, enabled=False) if on else nullcontext()

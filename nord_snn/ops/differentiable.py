@@ -20,6 +20,7 @@ def differentiable(
     torch.compile, dispatch modes and tensor subclasses see. Everywhere else the functions under them are called at once:
     the dispatcher's way from Python to Python and back takes longer than a small kernel.
     """
+    gradients = _says_what_was_freed(gradients)
     op.register_autograd(functools.partial(gradients, run=backward_op), setup_context=setup_context)
 
     # One function that also fills the context: of two, torch would inspect the signature on every call.
@@ -37,6 +38,24 @@ def differentiable(
         return op(*arguments) if watched else direct.apply(*arguments)
 
     return call
+
+
+def _says_what_was_freed(gradients: Callable[..., Any]) -> Callable[..., Any]:
+    """Torch says that the graph is gone; in a network with states it was one of those that led there."""
+
+    def told(ctx: Any, *grads: Any, run: Any) -> Any:
+        try:
+            return gradients(ctx, *grads, run=run)
+        except RuntimeError as error:
+            if "a second time" not in str(error):
+                raise
+            raise RuntimeError(
+                "backward reached a graph that an earlier backward has freed, most likely through a state that was carried "
+                "over: detach states (functional.detach_net) or reset them (functional.reset_net) between the two, or keep "
+                "the graph with retain_graph=True"
+            ) from None
+
+    return told
 
 
 def _plain(x: Any) -> bool:

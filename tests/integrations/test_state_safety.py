@@ -1,0 +1,315 @@
+"""State that is held between calls: right after every change of circumstances, or one sentence; never new in silence."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from helpers import SPIKINGJELLY_2
+from safetensors.torch import load_file, save_file
+from spikingjelly.activation_based import base, functional, layer, neuron
+from torch import Tensor, nn
+
+import nord_snn
+from nord_snn.layers import CoFiringResonance, LeakyClamp, MembraneReadout, NordBlock, SpikingFeedForward
+from nord_snn.neurons import AssociativeLIFNode
+
+snntorch_utils = pytest.importorskip("snntorch.utils")
+sut = pytest.importorskip("nord_snn.integrations.snntorch")
+
+D = 12
+X = 3 * torch.rand(8, 3, D, generator=torch.Generator().manual_seed(0))
+
+
+def make_node(n: int = D) -> AssociativeLIFNode:
+    return AssociativeLIFNode(n, n_clusters=4, step_mode="m")
+
+
+class Steps(nn.Module):
+    """AssociativeSynaptic with hidden states, over a sequence, so that it looks like the node."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lif = sut.AssociativeSynaptic(D, n_clusters=4, init_hidden=True)
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        return torch.stack([self.lif(x) for x in x_seq])
+
+
+KINDS = {"node": make_node, "AssociativeSynaptic": Steps}
+
+
+@pytest.fixture(params=KINDS)
+def made(request: pytest.FixtureRequest) -> nn.Module:
+    return KINDS[request.param]()
+
+
+def state_of(net: nn.Module) -> list[Tensor]:
+    if isinstance(net, Steps):
+        return [net.lif.mem, net.lif.syn, net.lif._refractory]
+    return [net.v, net.i_syn, net.refractory]
+
+
+def whole(net: nn.Module, x_seq: Tensor = X) -> Tensor:
+    """The sequence from rest, in one piece, by a network of its own."""
+    other = copy.deepcopy(net)
+    nord_snn.reset(other)
+    return other(x_seq)
+
+
+def test_another_batch_size_is_refused_and_the_state_is_still_there(made: nn.Module) -> None:
+    expected = whole(made)
+    first = made(X[:4])
+    for rows in (1, 2, 4):  # one row would broadcast
+        with pytest.raises(ValueError, match=r"state.* of shape \[3, 12\].*input of shape .*reset"):
+            made(X[:1, :1].expand(1, rows, D))
+    assert torch.equal(torch.cat((first, made(X[4:]))), expected)
+    nord_snn.reset(made)
+    assert torch.equal(made(X[:, :2]), whole(made, X[:, :2]))
+
+
+@pytest.mark.parametrize(
+    "reset", [functional.reset_net, nord_snn.reset, None], ids=["SpikingJelly", "ours", "snnTorch"]
+)
+def test_every_reset_begins_anew(made: nn.Module, reset) -> None:
+    expected = whole(made)
+    made(X)
+    if reset is None:
+        if not isinstance(made, Steps):
+            pytest.skip("snnTorch resets its own neurons")
+        snntorch_utils.reset(made)
+    elif reset is functional.reset_net and isinstance(made, Steps):
+        pytest.skip("SpikingJelly resets its own nodes")
+    else:
+        reset(made)
+    assert torch.equal(made(X), expected)
+
+
+def test_the_state_moves_along_to_another_dtype(made: nn.Module) -> None:
+    """float64 goes on in float64 from where float32 was."""
+    made(X[:4])
+    before = [part.clone() for part in state_of(made)]
+    made.double()
+    for was, now in zip(before, state_of(made), strict=True):
+        assert torch.equal(was.double(), now.double())
+    after = made(X[4:].double())
+    assert after.dtype == torch.float64
+    assert state_of(made)[0].dtype == torch.float64
+    assert torch.equal(after.float(), whole(made.float())[4:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_takes_nothing_from_the_state(made: nn.Module, dtype: torch.dtype) -> None:
+    made(X[:4])
+    before = [part.clone() for part in state_of(made)]
+    made.to(dtype)
+    assert all(torch.equal(was, now) for was, now in zip(before, state_of(made), strict=True))
+    assert made(X[4:].to(dtype)).dtype == dtype
+    assert state_of(made)[0].dtype == torch.float32
+
+
+def test_the_state_moves_along_to_another_device(made: nn.Module) -> None:
+    """The meta device stands for another one: what stays behind would raise."""
+    made(X[:4])
+    made.to("meta")
+    assert all(part.device.type == "meta" for part in state_of(made))
+    assert made(X[4:].to("meta")).device.type == "meta"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_state_moves_along_to_the_gpu_and_back(made: nn.Module) -> None:
+    expected = whole(made)
+    first = made(X[:4])
+    second = made.cuda()(X[4:6].cuda())
+    third = made.cpu()(X[6:])
+    assert torch.equal(torch.cat((first, second.cpu(), third)), expected)
+
+
+def test_input_of_another_dtype_goes_on_from_the_state(made: nn.Module) -> None:
+    expected = whole(made)
+    first = made(X[:4])
+    rest = made(X[4:].double())
+    assert rest.dtype == torch.float64
+    assert torch.equal(torch.cat((first, rest.float())), expected)
+
+
+def test_a_freed_graph_is_named_and_detaching_cures_it(made: nn.Module) -> None:
+    made(X).sum().backward()
+    # With kernels our sentence, which names the cure; where the reference runs, torch's own.
+    with pytest.raises(
+        RuntimeError, match=r"earlier backward has freed.*detach.*reset|through the graph a second time"
+    ):
+        made(X).sum().backward()
+    nord_snn.reset(made)
+    made(X).sum().backward()
+    if isinstance(made, Steps):
+        made.lif.detach_hidden()
+    else:
+        functional.detach_net(made)
+    made(X).sum().backward()
+
+
+def test_backward_twice_is_fine_where_the_graph_is_kept(made: nn.Module) -> None:
+    out = made(X).sum()
+    out.backward(retain_graph=True)
+    first = [p.grad.clone() for p in made.parameters() if p.grad is not None]
+    out.backward()
+    second = [p.grad for p in made.parameters() if p.grad is not None]
+    assert all(torch.allclose(2 * a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["deepcopy", "pickle"]
+)
+def test_a_copy_goes_on_from_the_same_state_without_its_graph(made: nn.Module, copied) -> None:
+    """Also in the middle of training, when the state has a graph behind it."""
+    made(X[:4])
+    assert state_of(made)[0].requires_grad
+    other = copied(made)
+    assert not state_of(other)[0].requires_grad
+    assert state_of(made)[0].requires_grad
+    assert torch.equal(other(X[4:]), made(X[4:]))
+
+
+def test_membranes_that_are_stored_are_copied_too() -> None:
+    node = make_node()
+    node.store_v_seq = True
+    node(X)
+    assert torch.equal(copy.deepcopy(node).v_seq, node.v_seq)
+
+
+def test_step_modes_may_change_while_state_is_held() -> None:
+    node = make_node()
+    expected = whole(node)
+    first = node(X[:4])
+    functional.set_step_mode(node, "s")
+    second = torch.stack([node(x) for x in X[4:6]])
+    functional.set_step_mode(node, "m")
+    assert torch.equal(torch.cat((first, second, node(X[6:]))), expected)
+
+
+def test_an_error_on_the_way_leaves_the_state_alone(made: nn.Module) -> None:
+    expected = whole(made)
+    first = made(X[:4])
+    with pytest.raises(ValueError, match=r"\*, D\] with D = 12"):
+        made(X[4:, :, :7])
+    assert torch.equal(torch.cat((first, made(X[4:]))), expected)
+
+
+LAYERS = {
+    "feed-forward": (lambda: SpikingFeedForward(D, 8, neuron=make_node), (6, 3, D)),
+    "readout": (lambda: MembraneReadout(D, neuron=make_node), (6, 3, D)),
+    "resonance": (lambda: CoFiringResonance(D, 2, neuron=make_node), (6, 2, 5, D)),
+    "block": (lambda: NordBlock(D, 2, 8, neuron=make_node), (6, 2, 5, D)),
+    "clamp": (lambda: LeakyClamp(D), (6, 3, D)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_hold_nothing_that_a_call_could_leave_behind(name: str) -> None:
+    """Any batch size, twice backward, a copy in between: each call is the first."""
+    make, shape = LAYERS[name]
+    part, x = make(), 2 * torch.rand(shape)
+    first = part(x)
+    first.sum().backward()
+    part(x[:, :1]).sum().backward()
+    assert torch.equal(copy.deepcopy(part)(x), first)
+    assert torch.equal(part(x), first)
+    for module in part.modules():
+        if isinstance(module, base.MemoryModule):
+            assert not any(isinstance(value, Tensor) for _, value in module.named_memories())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_in_other_precisions(name: str, dtype: torch.dtype) -> None:
+    """Output and gradients in the layer's precision, all of them finite, and near those of float32."""
+    make, shape = LAYERS[name]
+    torch.manual_seed(1)
+    part, x = make(), 2 * torch.rand(shape)
+    expected = part(x)
+    other = copy.deepcopy(part).to(dtype)
+    out = other(x.to(dtype))
+    assert out.dtype == dtype
+    out.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in other.parameters())
+    flips = (out.float() - expected).abs() > 0.1 * expected.abs().max()
+    assert flips.float().mean() < 0.1
+
+
+def mixed() -> nn.Module:
+    """Ours among SpikingJelly's and snnTorch's."""
+    return nn.Sequential(
+        layer.Linear(D, D, step_mode="m"),
+        make_node(),
+        SpikingFeedForward(D, 8, neuron=make_node),
+        LeakyClamp(D),
+        neuron.ParametricLIFNode(step_mode="m"),
+        MembraneReadout(D, neuron=lambda n: sut.MultiStep(sut.AssociativeSynaptic(n, n_clusters=4))),
+        nn.Linear(D, 3),
+    )
+
+
+def trained() -> tuple[nn.Module, Tensor]:
+    """A network whose weights are no longer the initial ones, and what it says."""
+    torch.manual_seed(3)
+    net = mixed()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1 * torch.rand_like(parameter))
+    with torch.no_grad():
+        expected = net(X)  # and it holds state when it is saved
+    return net, expected
+
+
+@pytest.mark.parametrize("way", ["state_dict", "safetensors", "whole module"])
+def test_saving_and_loading(way: str, tmp_path) -> None:
+    """The three habits; what is held is no weight and is not in the files of weights."""
+    net, expected = trained()
+    file = tmp_path / "net"
+    if way == "whole module":
+        nord_snn.reset(net)
+        torch.save(net, file)
+        back = torch.load(file, weights_only=False)
+    else:
+        back = mixed()
+        if way == "safetensors":
+            save_file(net.state_dict(), file)
+            back.load_state_dict(load_file(file))
+        else:
+            torch.save(net.state_dict(), file)
+            back.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(back(X), expected)
+
+
+def test_a_state_dict_has_the_parameters_and_nothing_else() -> None:
+    net, _ = trained()
+    assert net.state_dict().keys() == dict(net.named_parameters()).keys()
+
+
+def test_loading_weights_into_a_network_that_runs_keeps_its_state() -> None:
+    node = make_node()
+    node(X)
+    v = node.v.clone()
+    node.load_state_dict(make_node().state_dict())
+    assert torch.equal(node.v, v)
+
+
+def test_weights_of_another_width_or_cascade_are_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"size mismatch for cascade.weight"):
+        make_node().load_state_dict(AssociativeLIFNode(D, n_clusters=3).state_dict())
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*cascade"):
+        AssociativeLIFNode(D, n_clusters=None).load_state_dict(make_node().state_dict())
+
+
+@pytest.mark.skipif(not SPIKINGJELLY_2, reason="release 2 has it")
+def test_states_are_taken_out_and_put_back_spikingjellys_way() -> None:
+    net = nn.Sequential(make_node(), neuron.LIFNode(step_mode="m"))
+    expected = whole(net)
+    first = net(X[:4])
+    held = base.extract_memories(net)
+    functional.reset_net(net)
+    net(X)
+    base.load_memories(net, held)
+    assert torch.equal(torch.cat((first, net(X[4:]))), expected)
