@@ -114,6 +114,30 @@ def test_functional_forward_of_a_network_with_ours_in_it():
     assert all(torch.equal(a, b) for a, b in zip(after, memories(net), strict=True))
 
 
+@needs_spikingjelly_2
+@pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+def test_functional_forward_of_every_part(make, shape):
+    part, x = make(), 2 * torch.rand(shape)
+    (out,), after = base.to_functional_forward(part)((x,), tuple(memories(part)))
+    assert torch.equal(out, part(x))
+    assert len(after) == len(memories(part))
+
+
+@needs_spikingjelly_2
+@pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+def test_counters_and_memory_optimisation_run_over_every_part(make, shape):
+    part, x = nn.Sequential(make()), 2 * torch.rand(shape)
+    counters = op_counter.MACCounter(), op_counter.ACCounter()
+    with torch.no_grad(), op_counter.DispatchCounterMode(list(counters)):
+        part(x)
+    if any(isinstance(module, nn.Linear) for module in part.modules()):
+        assert sum(counter.get_total() for counter in counters) > 0
+    functional.reset_net(part)
+    lean = memopt.optimize_memory(copy.deepcopy(part), (AssociativeLIFNode,), lambda net: net(x), level=1)
+    functional.reset_net(lean)
+    assert torch.equal(lean(x), part(x))
+
+
 def test_monitors_see_spikes_and_membranes():
     net = network()
     net[3].store_v_seq = True
