@@ -26,6 +26,7 @@ class MembraneReadout(nn.Module):
 
     Raises:
         TypeError: the neurons offer no membranes.
+        RuntimeError: the neurons kept none, as when SpikingJelly's memopt runs them.
         ValueError: the input has another rank or width, or 64 does not divide a width and no ``neuron`` is given.
 
     Source: the Nord spiking language model.
@@ -59,6 +60,11 @@ class MembraneReadout(nn.Module):
         check_features(x, self.n_features, type(self).__name__, "[T, N, *, D]")
         spikes = fire_from_rest(self.lif, x)
         v_seq = self.lif.v_seq
+        if v_seq is None:
+            raise RuntimeError(
+                "the neurons of MembraneReadout kept no membranes: gradient checkpointing of the neurons alone (memopt) loses "
+                "them; checkpoint the whole MembraneReadout, or leave it out"
+            )
         self.lif.v_seq = None  # not kept: it would hold the graph of the last batch
         decay = self.decay_logit.to(compute_dtype(x)).sigmoid()
         steps_left = torch.arange(x.shape[0] - 1, -1, -1, device=x.device)

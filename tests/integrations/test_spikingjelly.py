@@ -133,9 +133,19 @@ def test_counters_and_memory_optimisation_run_over_every_part(make, shape):
     if any(isinstance(module, nn.Linear) for module in part.modules()):
         assert sum(counter.get_total() for counter in counters) > 0
     functional.reset_net(part)
-    lean = memopt.optimize_memory(copy.deepcopy(part), (AssociativeLIFNode,), lambda net: net(x), level=1)
+    # The readout as a whole: what its neurons leave beside their spikes is lost when they are run for themselves.
+    kind = MembraneReadout if isinstance(part[0], MembraneReadout) else AssociativeLIFNode
+    lean = memopt.optimize_memory(copy.deepcopy(part), (kind,), lambda net: net(x), level=1)
     functional.reset_net(lean)
     assert torch.equal(lean(x), part(x))
+
+
+@needs_spikingjelly_2
+def test_membranes_that_checkpointing_loses_are_missed():
+    readout = MembraneReadout(16, neuron=node)
+    readout.lif = memopt.checkpoint_module(readout.lif)
+    with pytest.raises(RuntimeError, match="kept no membranes.*checkpoint the whole MembraneReadout"):
+        readout(X)
 
 
 def test_monitors_see_spikes_and_membranes():
