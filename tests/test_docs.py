@@ -1,0 +1,93 @@
+"""What the README and the pages say can be done, can be done; and the pages can be made."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(p for p in (ROOT / "docs").rglob("*.md") if "build" not in p.parts)
+READMES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("examples/*/README.md")),
+           *sorted(ROOT.glob("nord_snn/**/README.md"))]  # fmt: skip
+PARTS = sorted((ROOT / "docs" / "parts").glob("*.md"))
+
+
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES + READMES if blocks(p)], ids=name)
+def test_every_python_block_runs(page: Path) -> None:
+    """Those of a page one after the other, as somebody would type them; in the README each for itself."""
+    namespace: dict[str, object] = {}
+    for block in blocks(page):
+        exec(compile(block, name(page), "exec"), {} if page.name == "README.md" else namespace)
+
+
+def test_there_is_one_command_to_train_and_one_to_test() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for marker, ending in (("train", "examples/nord_lm/train.py"), ("test", "pytest --cov")):
+        found = re.findall(rf"<!-- command: {marker} -->\n```bash\n(.*?)\n```", readme)
+        assert len(found) == 1
+        assert found[0].endswith(ending)
+        assert "\n" not in found[0]
+
+
+@pytest.mark.parametrize("page", PAGES + READMES, ids=name)
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES + READMES, ids=name)
+def test_scripts_that_are_named_exist(page: Path) -> None:
+    for script in re.findall(r"python ((?:examples|benchmarks|docs)/[\w/]+\.py)", page.read_text(encoding="utf-8")):
+        assert (ROOT / script).exists(), script
+
+
+@pytest.mark.parametrize("page", PARTS, ids=name)
+def test_a_page_of_a_part_has_what_such_a_page_has(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    titles = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
+    assert titles == ["Equation", "Use", "When", "Cost"]
+    assert "$$" in text
+    assert "../costs.md" in text or "../benchmarks.md" in text
+    assert re.search(r"!\[.+\]\(\.\./figures/\w+\.png\)", text)
+
+
+def test_every_layer_and_rule_is_on_a_page() -> None:
+    text = " ".join(page.read_text(encoding="utf-8") for page in PARTS)
+    for package in ("nord_snn.layers", "nord_snn.learning_rules"):
+        public = importlib.import_module(package)
+        for thing in public.__all__:
+            if thing.endswith(("Source", "Part", "Reward", "Baseline", "_plastic")):
+                continue  # beside the rules
+            assert thing in text, thing
+
+
+def test_every_figure_can_be_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    monkeypatch.delitem(sys.modules, "figures", raising=False)
+    figures = importlib.import_module("figures")
+    monkeypatch.setattr(figures, "OUT", tmp_path)
+    figures.main([])
+    drawn, there = ({p.name for p in folder.glob("*.png")} for folder in (tmp_path, ROOT / "docs" / "figures"))
+    assert drawn == there
+    with pytest.raises(SystemExit):
+        figures.main(["nothing"])
+
+
+def test_the_pages_are_made_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("sphinx")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", str(ROOT / "docs"), str(tmp_path)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    for page in PAGES:
+        assert (tmp_path / page.relative_to(ROOT / "docs").with_suffix(".html")).exists()
