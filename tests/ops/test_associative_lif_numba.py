@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 from helpers import relative_error
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -58,7 +58,8 @@ def away_from_threshold(leaves, refractory, **more):
         far = ((u - leaves["threshold"]).abs() > EPSILON).all(-1).all(0)
     rows = {"x": lambda x: x[:, far], "v": lambda x: x[far], "i_syn": lambda x: x[far]}
     kept = {name: rows.get(name, lambda x: x)(leaf.detach()).requires_grad_() for name, leaf in leaves.items()}
-    assert far.sum() >= 0.4 * len(far)
+    assume(len(far) > 4 or far.any())  # of a few rows all may come near it, of many not most
+    assert len(far) <= 4 or far.sum() >= 0.4 * len(far)
     return kept, refractory[far]
 
 
