@@ -51,7 +51,7 @@ def associative_lif() -> None:
     fired = [step for step, s in enumerate(spikes) if s]
     bottom.scatter(fired, [0.32] * len(fired), marker="|", s=120, color="black", label="spikes")
     bottom.set(xlabel="step", ylim=(-0.2, 0.4))
-    bottom.legend(loc="upper right")
+    bottom.legend(loc="center right")
     save(figure, "associative_lif")
 
 
@@ -62,11 +62,11 @@ def cascade() -> None:
     driven = torch.arange(n_features) % n_clusters == 4
     x = 0.2 * torch.rand(steps, 200, n_features)  # a background that alone makes hardly anybody fire
     x[:, :, driven] += 1.5
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     weight = AssociativeLIFNode(n_features, n_clusters).cascade
     assert weight is not None
     image = axes[0].imshow(weight.weight.detach().sigmoid(), cmap="viridis")
-    axes[0].set(title="sigmoid(weight), as it starts", xlabel="fires: cluster k", ylabel="is raised: cluster c")
+    axes[0].set(title="sigmoid(weight), as it starts", xlabel="fires: cluster k", ylabel="raised: cluster c")
     figure.colorbar(image, ax=axes[0])
     for axis, clusters in zip(axes[1:], (None, n_clusters), strict=True):
         node = AssociativeLIFNode(n_features, clusters, step_mode="m")
@@ -112,12 +112,13 @@ def temporal_encoder() -> None:
     left.axvspan(7.5, 9.5, color="tab:blue", alpha=0.1, label="slow path")
     left.set(xlabel="step", ylabel="current", xlim=(-0.5, 9.5), ylim=(-2, 5.5))
     left.legend(fontsize=8, ncols=2, loc="upper left")
-    right.step(range(10), node.v_seq[:, 0], where="mid")
+    right.step(range(10), node.v_seq[:, 0], where="mid", label=[f"feature {value:g}" for value in features[0].tolist()])
     for neuron in range(3):
         fired = spikes[:, 0, neuron].nonzero().flatten()
         right.scatter(fired, [0.28 + 0.06 * neuron] * len(fired), marker="|", s=120, color=f"C{neuron}")
     right.axhline(0.25, linestyle="--", color="gray")
-    right.set(xlabel="step", ylabel="membrane, and spikes above", ylim=(-0.4, 0.5))
+    right.set(xlabel="step", ylabel="membrane, and spikes above")
+    right.legend(fontsize=8)
     save(figure, "temporal_encoder")
 
 

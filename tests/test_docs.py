@@ -23,12 +23,12 @@ def name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+@pytest.mark.filterwarnings("error:.*did not fire:UserWarning")
 @pytest.mark.parametrize("page", [p for p in PAGES + READMES if blocks(p)], ids=name)
 def test_every_python_block_runs(page: Path) -> None:
-    """Those of a page one after the other, as somebody would type them; in the README each for itself."""
-    namespace: dict[str, object] = {}
+    """Each by itself, as somebody would copy it."""
     for block in blocks(page):
-        exec(compile(block, name(page), "exec"), {} if page.name == "README.md" else namespace)
+        exec(compile(block, name(page), "exec"), {})
 
 
 def test_there_is_one_command_to_train_and_one_to_test() -> None:

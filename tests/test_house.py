@@ -47,7 +47,7 @@ PUBLIC = {
     "nord_snn.integrations.snntorch": {"AssociativeSynaptic", "MultiStep"},
     "nord_snn.integrations.nir": {"deviation", "export_to_nir", "import_from_nir", "simulate"},
 }
-INTEGRATIONS = {"snntorch": {"snntorch"}, "nir": {"nir", "nirtorch", "numpy"}}  # a file or a folder each
+INTEGRATIONS = {"snntorch": {"snntorch"}, "nir": {"nir", "numpy"}}  # a file or a folder each
 KERNELS = {
     "memory.py": {"numpy"},
     "threads.py": {"numba"},

@@ -57,8 +57,12 @@ class ResonanceAttention(nn.Module):
             n_features, n_heads, top_k=16, causal=False, neuron=lambda n: AssociativeLIFNode(n, n_clusters=8)
         )
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, **ignored: Any) -> tuple[Tensor, None]:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **more: Any) -> tuple[Tensor, None]:
         """Context ``[B, S, D]`` of ``query``, which is key and value too; no weights."""
+        if more.get("attn_mask") is not None or more.get("key_padding_mask") is not None:
+            raise ValueError(
+                "ResonanceAttention takes no masks: passages of one length, of which all words see each other"
+            )
         return self.resonance(query.expand(STEPS, *query.shape), False), None
 
 

@@ -8,12 +8,16 @@ from snntorch._neurons.neurons import SpikingNeuron
 from torch import Tensor, nn
 
 from nord_snn.neurons import AssociativeLIFNode
-from nord_snn.neurons.memories import cut, keep_precision
+from nord_snn.neurons.memories import cut, moved
 from nord_snn.ops import AssociativeLIFState
 from nord_snn.ops.checks import check_features, compute_dtype
 from nord_snn.ops.surrogate import SurrogateLike
 
 __all__ = ["AssociativeSynaptic", "MultiStep"]
+
+#: Arguments of snnTorch's neurons that ours has no use for.
+_NOT_OURS = {"graded_spikes_factor", "inhibition", "learn_graded_spikes_factor", "reset_delay", "reset_mechanism",
+             "state_quant", "surrogate_disable", "weight_hadamard"}  # fmt: skip
 
 
 class _StrictNode(AssociativeLIFNode):
@@ -34,8 +38,8 @@ class AssociativeSynaptic(snntorch.Synaptic):
     yet to rest is remembered here, for the membrane that was returned last. Another membrane, one of your own or one that was
     computed with, starts with every neuron ready to fire; ``mem.detach()`` counts as the same.
 
-    Unlike ``Synaptic`` it resets at once (``mem`` is the membrane after the reset), lets go of its neurons' state where a
-    batch of another shape begins only after :meth:`reset_mem` or ``snntorch.utils.reset``, and raises else.
+    Unlike ``Synaptic`` it subtracts its threshold at once (``mem`` is the membrane after the reset), lets go of its neurons'
+    state where a batch of another shape begins only after :meth:`reset_mem` or ``snntorch.utils.reset``, and raises else.
 
     Args:
         n_features: D, the number of neurons.
@@ -48,14 +52,15 @@ class AssociativeSynaptic(snntorch.Synaptic):
         learn_alpha: let the synaptic decay be trained.
         learn_beta: let the membrane decay be trained.
         learn_threshold: let the thresholds be trained.
-        spike_grad: name of a surrogate of :data:`nord_snn.ops.SURROGATES` or a SpikingJelly surrogate.
+        spike_grad: a surrogate of snnTorch or SpikingJelly, or a name of :data:`nord_snn.ops.SURROGATES`, whose sharpness
+            is then 4.
         more: further arguments of :class:`~nord_snn.neurons.AssociativeLIFNode` (``cascade_radius``, ``cascade_gain``,
             ``v_reset``, ``refractory_steps``, ``backend``).
 
     Shapes: ``x [N, *, D]`` -> ``spk, syn, mem``, each ``[N, *, D]``.
 
     Raises:
-        TypeError: states are passed with ``init_hidden``.
+        TypeError: states are passed with ``init_hidden``, or an argument of snnTorch's that ours has no use for.
         ValueError: one of ``syn`` and ``mem`` is passed without the other, or their shape is not the input's.
 
     Source: the Nord spiking language model; the signature is snnTorch's (Eshraghian et al. 2023).
@@ -81,6 +86,8 @@ class AssociativeSynaptic(snntorch.Synaptic):
         spike_grad: SurrogateLike = "nord_atan",
         **more: Any,
     ) -> None:
+        if theirs := sorted(_NOT_OURS & more.keys()):
+            raise TypeError(f"AssociativeSynaptic subtracts its threshold at once and has no {', '.join(theirs)}")
         # Past Synaptic's own __init__, whose buffers would shadow what the node has; utils.reset finds instances in the list.
         nn.Module.__init__(self)
         SpikingNeuron.instances.append(self)
@@ -176,6 +183,11 @@ class AssociativeSynaptic(snntorch.Synaptic):
             node.reset()
         return spk.squeeze(0) if multi else spk, after
 
+    def _at_rest(self, syn: Tensor, mem: Tensor) -> bool:
+        """Whether these are the states that a reset has left here."""
+        ours = all(given is held for given, held in ((syn, self._syn), (mem, self._mem)))
+        return ours and self._fresh and not mem.any() and not syn.any()
+
     def _state(self, x: Tensor, syn: Tensor | None, mem: Tensor | None) -> AssociativeLIFState | None:
         """What the step starts from; None for rest."""
         if syn is None or mem is None:
@@ -186,7 +198,7 @@ class AssociativeSynaptic(snntorch.Synaptic):
                     raise ValueError(_wrong_shape(x, self._mem))
                 return None
             syn, mem, refractory = self._syn, self._mem, self._refractory
-        elif not mem.numel() and not syn.numel():  # what reset_mem returns before the first batch
+        elif self._at_rest(syn, mem):  # what reset_mem returned, in the shape of the batch before
             return None
         elif mem.shape == self._mem.shape and mem.data_ptr() == self._mem.data_ptr():
             refractory = self._refractory
@@ -198,11 +210,11 @@ class AssociativeSynaptic(snntorch.Synaptic):
         dtype = compute_dtype(x)
         return AssociativeLIFState(mem.to(x.device, dtype), syn.to(x.device, dtype), refractory.to(x.device))
 
-    def _apply(self, fn: Any, *more: Any) -> Any:
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move the states along, but never to fewer bits."""
-        syn, mem = self._syn, self._mem
-        super()._apply(fn, *more)
-        self._syn, self._mem = keep_precision(syn, self._syn), keep_precision(mem, self._mem)
+        syn, mem = moved(self._syn, fn), moved(self._mem, fn)
+        super()._apply(fn, recurse=recurse)
+        self._syn, self._mem = syn, mem
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -256,6 +268,15 @@ class MultiStep(nn.Module):
         finally:
             for name, value in held.items():
                 setattr(self.neuron, name, value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move the stored membranes along, but never to fewer bits."""
+        self.v_seq = moved(self.v_seq, fn)
+        return super()._apply(fn, recurse=recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles have the stored membranes, but not the graph behind them."""
+        return self.__dict__ | {"v_seq": cut(self.v_seq)}
 
     def _run(self, x_seq: Tensor) -> Tensor:
         states = self._rest(x_seq[0])

@@ -36,6 +36,9 @@ class LeakyClamp(nn.Module):
         True
     """
 
+    #: SpikingJelly 0.0.0.0.14's ``functional.set_backend`` asks for it, and leaves alone what does not have the backend.
+    supported_backends = ("auto", "torch", "numba")
+
     def __init__(self, n_features: int, floor: float = -0.1, leak: float = 0.1, backend: str = "auto") -> None:
         super().__init__()
         if not 0 < leak < 1:

@@ -56,6 +56,9 @@ class CoFiringResonance(nn.Module):
         torch.Size([10, 2, 7, 64])
     """
 
+    #: SpikingJelly 0.0.0.0.14's ``functional.set_backend`` asks for it, and leaves alone what does not have the backend.
+    supported_backends = ("auto", "torch", "numba")
+
     def __init__(
         self,
         n_features: int,

@@ -8,7 +8,7 @@ from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
 
 from nord_snn.neurons.cascade import AssociativeCascade
-from nord_snn.neurons.memories import cut, keep_precision
+from nord_snn.neurons.memories import cut, moved
 from nord_snn.ops import AssociativeLIFState, BackendChoice, associative_lif, which_backend
 from nord_snn.ops.checks import check_features, compute_dtype
 from nord_snn.ops.dispatch import BACKENDS
@@ -49,6 +49,7 @@ class AssociativeLIFNode(BaseNode):
             the last reset in ``"s"``.
 
     Raises:
+        TypeError: ``v_reset`` is no number.
         ValueError: D is not a multiple of C, a decay is not in (0, 1), an input has the wrong rank or width, or its batch
             shape changed while state is held.
 
@@ -80,6 +81,11 @@ class AssociativeLIFNode(BaseNode):
         store_v_seq: bool = False,
     ) -> None:
         resolve_surrogate(surrogate, alpha)
+        if not isinstance(v_reset, int | float) or math.isnan(v_reset):
+            raise TypeError(
+                f"v_reset must be a number, the membrane while a neuron rests, got {v_reset!r}; a spike always subtracts the "
+                "threshold, and refractory_steps=0 leaves no rest"
+            )
         if refractory_steps < 0:
             raise ValueError(f"refractory_steps must be 0 or more, got {refractory_steps}")
         # BaseNode wants floats here and takes a number for v_reset as the resting membrane; ours rests at 0.
@@ -181,13 +187,12 @@ class AssociativeLIFNode(BaseNode):
         if self.v_seq is not None:
             self.v_seq = self.v_seq.detach()
 
-    def _apply(self, fn: Any, *more: Any) -> Any:
-        """Move the memories along, but never to fewer bits: states stay float32 in a half-precision network."""
-        held = {name: value for name, value in self._memories.items() if isinstance(value, Tensor)}
-        super()._apply(fn, *more)
-        for name, value in held.items():
-            self._memories[name] = keep_precision(value, self._memories[name])
-        return self
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move the state along, but never to fewer bits: states stay float32 in a half-precision network."""
+        self._memories.update({name: moved(value, fn) for name, value in self._memories.items()})
+        if "v_seq" in self.__dict__:
+            self.v_seq = moved(self.v_seq, fn)
+        return nn.Module._apply(self, fn, recurse=recurse)  # BaseNode's own would halve them
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles have the state, but not the graph behind it."""
@@ -221,6 +226,10 @@ class AssociativeLIFNode(BaseNode):
             raise ValueError(
                 f"{type(self).__name__} holds state of shape {list(state.shape)} and got input of shape {list(x.shape)} "
                 "a step: call reset() (or functional.reset_net) before a batch of another shape"
+            )
+        if state.is_meta and not x.is_meta:
+            raise ValueError(
+                f"{type(self).__name__} holds state without data (device meta): call reset() before it runs"
             )
         return state.to(device=x.device, dtype=dtype)
 

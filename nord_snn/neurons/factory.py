@@ -9,9 +9,11 @@ steps and return tuples, do so inside :class:`nord_snn.integrations.snntorch.Mul
 ``neuron=lambda n: AssociativeLIFNode(n, n_clusters=8)``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from spikingjelly.activation_based import base, functional
+from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
 
 from nord_snn.neurons.associative_lif import AssociativeLIFNode
@@ -31,8 +33,13 @@ def make_neuron(neuron: NeuronFactory | None, n_features: int, *, store_v_seq: b
         store_v_seq: whether the layer will read their membranes.
 
     Raises:
-        TypeError: the factory returned no module, or membranes are needed and the module offers no ``store_v_seq``.
+        TypeError: the factory is a class that takes no width, it returned no module, or membranes are needed and the module
+            offers no ``store_v_seq``.
     """
+    if isinstance(neuron, type) and issubclass(neuron, BaseNode) and not issubclass(neuron, AssociativeLIFNode):
+        raise TypeError(
+            f"{neuron.__name__} takes no width: pass a function of it, neuron=lambda n: {neuron.__name__}()"
+        )
     made = (neuron or AssociativeLIFNode)(n_features)
     if not isinstance(made, nn.Module):
         raise TypeError(f"neuron(n_features) must return a torch.nn.Module, got {type(made).__name__}")
@@ -50,6 +57,26 @@ def fire_from_rest(neuron: nn.Module, x_seq: Tensor) -> Tensor:
     The module is called as a module, so hooks and monitors see it, and memories that it or its children hold are left as
     they were. A neuron that is neither ours nor SpikingJelly's is simply called: its state is its owner's affair.
     """
+    with _whole_sequences(neuron):
+        return _from_rest(neuron, x_seq)
+
+
+@contextmanager
+def _whole_sequences(neuron: nn.Module) -> Iterator[None]:
+    """Step mode ``"m"`` for the time being: ``set_step_mode`` on a network reaches into the layers, whose input stays whole."""
+    modes = [(module, module.step_mode) for module in neuron.modules() if hasattr(module, "step_mode")]
+    if all(mode == "m" for _, mode in modes):
+        yield
+        return
+    functional.set_step_mode(neuron, "m")
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.step_mode = mode
+
+
+def _from_rest(neuron: nn.Module, x_seq: Tensor) -> Tensor:
     if isinstance(neuron, AssociativeLIFNode):
         return neuron(x_seq, stateless=True)
     stateful = [module for module in neuron.modules() if isinstance(module, base.MemoryModule)]

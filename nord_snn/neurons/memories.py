@@ -1,16 +1,20 @@
 """What happens to the state of a neuron when its module is moved or copied."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["cut", "keep_precision"]
+__all__ = ["cut", "moved"]
 
 
-def keep_precision(before: Tensor, after: Tensor) -> Tensor:
-    """A state that was moved: where the move took bits away, the one from before on the new device."""
-    narrower = after.is_floating_point() and after.dtype.itemsize < before.dtype.itemsize
-    return before.to(after.device) if narrower else after
+def moved(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """A state after ``fn``, which moves a module's tensors; where ``fn`` takes bits away, it only changes the device."""
+    if not isinstance(value, Tensor):
+        return value
+    after = fn(value)
+    narrower = after.is_floating_point() and after.dtype.itemsize < value.dtype.itemsize
+    return value.to(after.device) if narrower else after
 
 
 def cut(value: Any) -> Any:

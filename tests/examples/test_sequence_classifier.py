@@ -33,6 +33,14 @@ def test_resonance_lets_words_see_each_other_in_both_directions():
     assert not torch.allclose(first[:, 0], second[:, 0])
 
 
+def test_masks_are_refused_and_not_ignored():
+    x = torch.randn(2, 6, 16)
+    attention = script.ResonanceAttention(16, 2)
+    for mask in ("attn_mask", "key_padding_mask"):
+        with pytest.raises(ValueError, match="takes no masks"):
+            attention(x, x, x, **{mask: torch.zeros(2, 6)})
+
+
 def test_passages_have_their_length_and_modules_are_on_one_side():
     data = script.documentation()
     assert data.train_x.shape[1] == data.test_x.shape[1] == 32

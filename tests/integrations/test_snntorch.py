@@ -147,6 +147,32 @@ def test_states_of_another_shape_raise_and_never_start_anew_in_silence():
         lif(torch.rand(3, 15))
 
 
+def test_states_of_a_reset_begin_a_batch_of_any_size():
+    """As in snnTorch's tutorials, whose last batch is a short one."""
+    _, lif = pair()
+    for rows in (4, 3, 5):
+        syn, mem = lif.reset_mem()
+        x = 3 * torch.rand(rows, 16)
+        spk, syn, mem = lif(x, syn, mem)
+        assert torch.equal(spk, lif(x)[0])
+        lif(x, syn, mem)
+    lif.reset_mem()
+    with pytest.raises(ValueError, match="states of shape"):  # zeros of one's own are no rest of ours
+        lif(torch.rand(3, 16), torch.zeros(5, 16), torch.zeros(5, 16))
+
+
+def test_surrogates_of_snntorch_are_taken():
+    ours = AssociativeSynaptic(16, n_clusters=4, spike_grad=snntorch.surrogate.atan(alpha=2.0))
+    named = AssociativeLIFNode(16, n_clusters=4, surrogate="atan", alpha=2.0)
+    named.load_state_dict(ours.node.state_dict())
+    x = 3 * torch.rand(5, 16)
+    ours(x)[0].sum().backward()
+    named(x).sum().backward()
+    for name in ("v_threshold", "beta_mem_logit"):
+        assert torch.allclose(getattr(ours.node, name).grad, getattr(named, name).grad, atol=1e-6)
+    assert ours.node.v_threshold.grad.abs().sum() > 0
+
+
 def test_what_is_not_to_be_learned_is_not():
     lif = AssociativeSynaptic(16, n_clusters=4, learn_alpha=False, learn_beta=False, learn_threshold=False)
     assert [name for name, p in lif.named_parameters() if p.requires_grad] == [
@@ -266,6 +292,8 @@ def test_what_the_neuron_held_is_put_back():
 
 
 def test_misuse_is_named():
+    with pytest.raises(TypeError, match="subtracts its threshold at once and has no reset_delay, reset_mechanism"):
+        AssociativeSynaptic(16, n_clusters=4, reset_mechanism="zero", reset_delay=False)
     with pytest.raises(TypeError, match="takes a neuron of snnTorch, got LIFNode"):
         MultiStep(neuron.LIFNode())
     with pytest.raises(TypeError, match="does not know what states SLSTM has"):

@@ -8,16 +8,15 @@ import sys
 import pytest
 import torch
 from helpers import SPIKINGJELLY_2, needs_spikingjelly_2
+from parts import PARTS, node
 from spikingjelly.activation_based import base, functional, layer, monitor, neuron
 from torch import nn
 
 import nord_snn
 from nord_snn.layers import (
-    AssociativeCascade,
     CoFiringResonance,
     LeakyClamp,
     MembraneReadout,
-    MultiScaleTemporalEncoder,
     NordBlock,
     SpikingFeedForward,
 )
@@ -25,22 +24,6 @@ from nord_snn.neurons import AssociativeLIFNode
 
 if SPIKINGJELLY_2:
     from spikingjelly.activation_based import memopt, op_counter
-
-
-def node(n=16, step_mode="m", **more):
-    return AssociativeLIFNode(n, **{"n_clusters": 4, "step_mode": step_mode} | more)
-
-
-LAYERS = {
-    "node": (lambda: node(), (6, 3, 16)),
-    "clamp": (lambda: LeakyClamp(16), (6, 3, 16)),
-    "cascade": (lambda: AssociativeCascade(16, 4), (6, 3, 16)),
-    "encoder": (lambda: MultiScaleTemporalEncoder(16), (3, 16)),
-    "resonance": (lambda: CoFiringResonance(16, 2, neuron=node), (6, 2, 5, 16)),
-    "feed-forward": (lambda: SpikingFeedForward(16, 32, neuron=node), (6, 3, 16)),
-    "readout": (lambda: MembraneReadout(16, neuron=node), (6, 3, 16)),
-    "block": (lambda: NordBlock(16, 2, 32, neuron=node), (6, 2, 5, 16)),
-}
 
 
 def network():
@@ -61,7 +44,7 @@ def network():
 X = 3 * torch.rand(6, 3, 16, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize(("make", "shape"), PARTS.values(), ids=PARTS)
 def test_every_part_can_be_reset_detached_copied_pickled_and_loaded(make, shape):
     part, x = make(), 2 * torch.rand(shape)
     first = part(x)
@@ -115,29 +98,41 @@ def test_functional_forward_of_a_network_with_ours_in_it():
 
 
 @needs_spikingjelly_2
-@pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize(("make", "shape"), PARTS.values(), ids=PARTS)
 def test_functional_forward_of_every_part(make, shape):
     part, x = make(), 2 * torch.rand(shape)
     (out,), after = base.to_functional_forward(part)((x,), tuple(memories(part)))
     assert torch.equal(out, part(x))
-    assert len(after) == len(memories(part))
+    for a, b in zip(after, memories(part), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 @needs_spikingjelly_2
-@pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize(("make", "shape"), PARTS.values(), ids=PARTS)
 def test_counters_and_memory_optimisation_run_over_every_part(make, shape):
     part, x = nn.Sequential(make()), 2 * torch.rand(shape)
     counters = op_counter.MACCounter(), op_counter.ACCounter()
     with torch.no_grad(), op_counter.DispatchCounterMode(list(counters)):
         part(x)
-    if any(isinstance(module, nn.Linear) for module in part.modules()):
-        assert sum(counter.get_total() for counter in counters) > 0
+    counted = {name for counter in counters for name in counter.get_counts()}
+    maps = [module for module in part.modules() if isinstance(module, nn.Linear)]
+    assert bool(counted) or not maps
     functional.reset_net(part)
     # The readout as a whole: what its neurons leave beside their spikes is lost when they are run for themselves.
     kind = MembraneReadout if isinstance(part[0], MembraneReadout) else AssociativeLIFNode
+    kept = [module for module in part.modules() if isinstance(module, kind)]
     lean = memopt.optimize_memory(copy.deepcopy(part), (kind,), lambda net: net(x), level=1)
-    functional.reset_net(lean)
-    assert torch.equal(lean(x), part(x))
+    assert sum("Checkpoint" in type(module).__name__ for module in lean.modules()) == len(kept)
+    gradients = []
+    for net in (part, lean):
+        functional.reset_net(net)
+        out = net(x)
+        out.sum().backward()
+        gradients.append((out, [parameter.grad for parameter in net.parameters()]))
+    (ours, plain), (theirs, checkpointed) = gradients
+    assert torch.equal(ours, theirs)
+    for a, b in zip(plain, checkpointed, strict=True):
+        assert (a is None and b is None) or torch.allclose(a, b, atol=1e-5)
 
 
 @needs_spikingjelly_2
@@ -208,12 +203,31 @@ def test_inside_spikingjellys_containers():
 
 
 @pytest.mark.skipif(SPIKINGJELLY_2, reason="release 2 chooses its backends by itself")
-def test_set_backend_switches_our_nodes_with_theirs():
-    net = network()
-    functional.set_backend(net, "cupy", AssociativeLIFNode)
-    assert {m.backend for m in net.modules() if isinstance(m, AssociativeLIFNode)} == {"cupy"}
+def test_set_backend_switches_our_nodes_with_theirs(monkeypatch):
+    monkeypatch.setattr(
+        base, "check_backend_library", lambda backend: None
+    )  # CuPy need not be installed to be asked for
+    net = nn.Sequential(network(), NordBlock(16, 2, 32, neuron=node))
+    functional.set_backend(net, "cupy")
+    assert {m.backend for m in net.modules() if isinstance(m, neuron.BaseNode)} == {"cupy"}
+    layers = [m for m in net.modules() if isinstance(m, LeakyClamp | CoFiringResonance)]
+    assert {m.backend for m in layers} == {"auto"}  # they have no CuPy kernels
     functional.set_backend(net, "torch")
     assert {m.backend for m in net.modules() if isinstance(m, neuron.BaseNode)} == {"torch"}
+    assert {m.backend for m in layers} == {"torch"}
+
+
+@pytest.mark.parametrize(
+    "layer_of_ours", [LeakyClamp(16), CoFiringResonance(16, 2, neuron=node)], ids=["clamp", "resonance"]
+)
+def test_layers_have_the_backends_that_they_say(layer_of_ours):
+    x = torch.rand(6, 2, 5, 16)
+    for backend in layer_of_ours.supported_backends:
+        layer_of_ours.backend = backend
+        layer_of_ours(x)
+    layer_of_ours.backend = "triton"
+    with pytest.raises(RuntimeError, match="triton"):
+        layer_of_ours(x)
 
 
 WORK = """

@@ -6,14 +6,16 @@ import pickle
 import pytest
 import torch
 from helpers import SPIKINGJELLY_2
+from parts import LAYERS
 from safetensors.torch import load_file, save_file
 from spikingjelly.activation_based import base, functional, layer, neuron
 from torch import Tensor, nn
 
 import nord_snn
-from nord_snn.layers import CoFiringResonance, LeakyClamp, MembraneReadout, NordBlock, SpikingFeedForward
+from nord_snn.layers import LeakyClamp, MembraneReadout, SpikingFeedForward
 from nord_snn.neurons import AssociativeLIFNode
 
+snntorch = pytest.importorskip("snntorch")
 snntorch_utils = pytest.importorskip("snntorch.utils")
 sut = pytest.importorskip("nord_snn.integrations.snntorch")
 
@@ -123,7 +125,42 @@ def test_the_state_moves_along_to_the_gpu_and_back(made: nn.Module) -> None:
     first = made(X[:4])
     second = made.cuda()(X[4:6].cuda())
     third = made.cpu()(X[6:])
-    assert torch.equal(torch.cat((first, second.cpu(), third)), expected)
+    assert (
+        torch.cat((first, second.cpu(), third)) != expected
+    ).float().mean() < 0.01  # at the threshold kernels may differ
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_stored_membranes_move_along(single: bool) -> None:
+    node = AssociativeLIFNode(D, 4, step_mode="s" if single else "m", store_v_seq=True)
+    multi = sut.MultiStep(snntorch.Leaky(beta=0.9))
+    multi.store_v_seq = True
+    for kept, x in ((node, X[0] if single else X), (multi, X)):
+        kept(x)
+        before = kept.v_seq.clone()
+        kept.half()
+        assert torch.equal(kept.v_seq, before)
+        kept.to("meta")
+        assert kept.v_seq.is_meta
+    node(X[0].to("meta") if single else X.to("meta"))
+
+
+def test_modules_are_emptied_one_by_one_as_sharding_does(made: nn.Module) -> None:
+    for module in made.modules():
+        module.to_empty(device="cpu", recurse=False)
+    with torch.no_grad():
+        made(X)
+
+
+def test_a_state_without_data_is_named() -> None:
+    node = make_node()
+    weights = node.state_dict()
+    node.to("meta")(X.to("meta"))
+    node.load_state_dict(weights, assign=True)
+    with pytest.raises(ValueError, match=r"holds state without data.*reset"):
+        node(X)
+    node.reset()
+    assert node(X).any()
 
 
 def test_input_of_another_dtype_goes_on_from_the_state(made: nn.Module) -> None:
@@ -175,8 +212,12 @@ def test_a_copy_goes_on_from_the_same_state_without_its_graph(made: nn.Module, c
 def test_membranes_that_are_stored_are_copied_too() -> None:
     node = make_node()
     node.store_v_seq = True
-    node(X)
-    assert torch.equal(copy.deepcopy(node).v_seq, node.v_seq)
+    multi = sut.MultiStep(snntorch.Leaky(beta=0.9, learn_beta=True))
+    multi.store_v_seq = True
+    for kept in (node, multi):
+        kept(X)
+        assert kept.v_seq.requires_grad
+        assert torch.equal(copy.deepcopy(kept).v_seq, kept.v_seq)
 
 
 def test_step_modes_may_change_while_state_is_held() -> None:
@@ -189,21 +230,36 @@ def test_step_modes_may_change_while_state_is_held() -> None:
     assert torch.equal(torch.cat((first, second, node(X[6:]))), expected)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_see_whole_sequences_in_either_step_mode(name: str) -> None:
+    """set_step_mode on a network reaches their neurons, too."""
+    make, shape = LAYERS[name]
+    part, x = make(), 2 * torch.rand(shape)
+    expected = part(x)
+    functional.set_step_mode(part, "s")
+    assert torch.equal(part(x), expected)
+    modes = {module.step_mode for module in part.modules() if hasattr(module, "step_mode")}
+    assert modes <= {"s"}  # as it was set, for whoever asks
+
+
+def test_foreign_neurons_in_a_layer_see_whole_sequences_too() -> None:
+    for make in (lambda n: neuron.LIFNode(), lambda n: nn.Sequential(neuron.LIFNode()),
+                 lambda n: layer.MultiStepContainer(neuron.LIFNode())):  # fmt: skip
+        part = SpikingFeedForward(D, 8, neuron=make)
+        nn.init.constant_(part.up.weight, 1.0)
+        nn.init.constant_(part.down.weight, 1.0)
+        expected = part(X)
+        assert expected.any()
+        functional.set_step_mode(part, "s")
+        assert torch.equal(part(X), expected)
+
+
 def test_an_error_on_the_way_leaves_the_state_alone(made: nn.Module) -> None:
     expected = whole(made)
     first = made(X[:4])
     with pytest.raises(ValueError, match=r"\*, D\] with D = 12"):
         made(X[4:, :, :7])
     assert torch.equal(torch.cat((first, made(X[4:]))), expected)
-
-
-LAYERS = {
-    "feed-forward": (lambda: SpikingFeedForward(D, 8, neuron=make_node), (6, 3, D)),
-    "readout": (lambda: MembraneReadout(D, neuron=make_node), (6, 3, D)),
-    "resonance": (lambda: CoFiringResonance(D, 2, neuron=make_node), (6, 2, 5, D)),
-    "block": (lambda: NordBlock(D, 2, 8, neuron=make_node), (6, 2, 5, D)),
-    "clamp": (lambda: LeakyClamp(D), (6, 3, D)),
-}
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -213,7 +269,7 @@ def test_layers_hold_nothing_that_a_call_could_leave_behind(name: str) -> None:
     part, x = make(), 2 * torch.rand(shape)
     first = part(x)
     first.sum().backward()
-    part(x[:, :1]).sum().backward()
+    part(x[:1] if name == "encoder" else x[:, :1]).sum().backward()
     assert torch.equal(copy.deepcopy(part)(x), first)
     assert torch.equal(part(x), first)
     for module in part.modules():

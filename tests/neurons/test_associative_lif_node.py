@@ -102,6 +102,9 @@ def test_bad_constructions_are_named():
         AssociativeLIFNode(8, n_clusters=None, backend="cuda")
     with pytest.raises(ValueError, match="radius must not be negative"):
         AssociativeLIFNode(8, n_clusters=4, cascade_radius=-1)
+    for v_reset in (None, float("nan"), torch.zeros(())):  # None is SpikingJelly's word for subtracting
+        with pytest.raises(TypeError, match=r"v_reset must be a number.*subtracts the threshold"):
+            AssociativeLIFNode(8, n_clusters=None, v_reset=v_reset)
 
 
 def test_spikingjellys_tools_work_on_it():
@@ -239,6 +242,8 @@ def test_foreign_neurons_run_from_rest_and_keep_their_memory():
 
 def test_factories_are_checked():
     assert make_neuron(lambda n: neuron.LIFNode(), 8).step_mode == "m"
+    with pytest.raises(TypeError, match=r"neuron=lambda n: LIFNode\(\)"):
+        make_neuron(neuron.LIFNode, 8)
     with pytest.raises(TypeError, match=r"must return a torch.nn.Module, got str"):
         make_neuron(lambda n: "LIF", 8)
     with pytest.raises(TypeError, match="ReLU must offer store_v_seq"):

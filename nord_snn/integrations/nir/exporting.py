@@ -6,14 +6,13 @@ from itertools import pairwise
 from typing import Any
 
 import nir
-import nirtorch
 import numpy as np
 import torch
 from spikingjelly.activation_based import base, functional, layer
 from torch import Tensor, nn
 
-from nord_snn.integrations.nir.graphs import fires, in_order, text
 from nord_snn.integrations.nir.simulator import simulate
+from nord_snn.integrations.nir.tracing import traced
 from nord_snn.layers import (
     CoFiringResonance,
     LeakyClamp,
@@ -23,12 +22,19 @@ from nord_snn.layers import (
     SpikingFeedForward,
 )
 from nord_snn.neurons import AssociativeCascade, AssociativeLIFNode, fire_from_rest
+from nord_snn.ops.checks import compute_dtype
 
-__all__ = ["deviation", "export_to_nir", "recurrent_weight"]
+__all__ = ["Export", "deviation", "export_to_nir"]
 
 log = logging.getLogger("nord_snn")
 
-_ToNIR = Callable[[Any], nir.NIRNode]
+ToNIR = Callable[[Any], nir.NIRNode]
+
+#: More than rounding explains: one spike of a hundred may meet its threshold to the last bit, not more.
+ROUNDING = 0.01
+
+#: The identity where they stand: dropout in a network that is used, a clamp behind spikes.
+_THROUGH = (nn.Identity, nn.Dropout, layer.Dropout, LeakyClamp)
 
 _REFUSED: dict[type[nn.Module], str] = {
     CoFiringResonance: "NIR has no product of two spike trains and no top-K, which resonance is made of",
@@ -46,7 +52,7 @@ def export_to_nir(
     dt: float = 1e-4,
     *,
     approximate: bool = False,
-    more: Mapping[type[nn.Module], _ToNIR] | None = None,
+    more: Mapping[type[nn.Module], ToNIR] | None = None,
 ) -> nir.NIRGraph:
     r"""A network as a graph of NIR nodes, for every simulator and chip that reads NIR.
 
@@ -64,25 +70,26 @@ def export_to_nir(
     * Subtracting the threshold, as a layer with ``refractory_steps=0`` resets. NIR describes continuous time, in which no
       membrane overshoots, so that subtracting and resetting to 0 are one thing; in steps they are not, and the reader has
       to subtract (Norse: ``reset_method=reset_subtract``). The metadata says ``reset: subtract``.
-    * LeakyClamp below zero. Behind spikes it is the identity and is exported as such; elsewhere it is refused.
+    * LeakyClamp below zero. Behind spikes it is the identity and needs no node; elsewhere it is refused.
     * Resonance, blocks, layer normalisation and the encoder, which are refused.
 
     Args:
-        net: one of our parts, or any module that :func:`torch.fx.symbolic_trace` can follow and that is built of them, of
-            ``Linear`` and of what ``more`` names. Its state is left alone; dropout counts as switched off.
+        net: one of our parts, or any module built of them, of ``Linear``, of what ``more`` names, and of additions, as
+            :func:`torch.fx.symbolic_trace` follows them. Its state is left alone; dropout counts as switched off.
         x_seq: input to try it with, ``[T, N, D]``: gives the readout its number of steps, and the deviation its data.
         dt: length of a step in seconds.
         approximate: leave out the refractory hold where there is one.
         more: further modules: class -> function that turns an instance into a ``nir.NIRNode``.
 
     Returns:
-        The graph; ``nir.write`` puts it into a file. ``graph.metadata["deviation"]`` is :func:`deviation` on ``x_seq``,
-        with the resets that the metadata names.
+        The graph; ``nir.write`` puts it into a file. Its metadata have ``dt`` and ``deviation``, which is :func:`deviation` on
+        ``x_seq`` with the resets that the metadata of the neurons name.
 
     Raises:
-        ValueError: NIR cannot express a part (the message names it), ``dt`` is not positive, or ``x_seq`` is no sequence.
+        ValueError: NIR cannot express a part (the message names it), the graph computes something else than the network,
+            ``dt`` is not positive, or ``x_seq`` is no sequence.
 
-    Source: NIR (Pedersen et al. 2024); the tracing is nirtorch's.
+    Source: NIR (Pedersen et al. 2024).
 
     Example:
         >>> net = nn.Sequential(nn.Linear(20, 64), AssociativeLIFNode(64, n_clusters=8, refractory_steps=0))
@@ -96,50 +103,49 @@ def export_to_nir(
         raise ValueError(f"dt must be positive, got {dt}")
     if x_seq.ndim < 3 or not x_seq.numel():
         raise ValueError(f"x_seq must have shape [T, N, *, D] and not be empty, got {list(x_seq.shape)}")
-    export = _Export(dt, len(x_seq), approximate)
-    table: dict[type[nn.Module], _ToNIR] = {**export.table, **(more or {})}
+    export = Export(dt, len(x_seq), approximate)
+    table: dict[type[nn.Module], ToNIR] = {**export.table, **(more or {})}
     _check_modules(net, table)
-    graph = nirtorch.torch_to_nir(net, table, default_dict={})
-    if not isinstance(graph, nir.NIRGraph) or type(net) in table:
-        graph = nir.NIRGraph.from_list(graph)
-    _check_clamps(graph)
-    graph = in_order(graph)
-    graph.metadata = {"source": "nord-snn", "deviation": deviation(net, graph, x_seq, dt)}
+    graph = traced(net, table, _THROUGH, x_seq.shape[2:])
+    graph.metadata = {"source": "nord-snn", "dt": dt}
+    graph.metadata["deviation"] = measured = deviation(net, graph, x_seq)
     if export.holds_left_out:
-        log.warning(
-            "export_to_nir left the refractory hold out: on the input given, %.1f %% of the output differs",
-            100 * graph.metadata["deviation"],
+        log.warning("export_to_nir left the refractory hold out: on x_seq, sum |a - b| / sum |a| is %.2f", measured)
+    elif measured > ROUNDING:
+        raise ValueError(
+            f"the graph differs from the network by {measured:.2f} (sum |a - b| / sum |a| on x_seq): its forward does more than "
+            "its modules show, a hook or state that two calls share"
         )
     return graph
 
 
 def deviation(
-    net: nn.Module, graph: nir.NIRGraph, x_seq: Tensor, dt: float = 1e-4, *, reset: str | None = None
+    net: nn.Module, graph: nir.NIRGraph, x_seq: Tensor, dt: float | None = None, *, reset: str | None = None
 ) -> float:
     """How far a graph is from the network that it was made of: ``sum |a - b| / sum |a|`` over their outputs.
 
     For spikes that is the number of those which differ for each one that ``net`` fires, so that 0 is equal and more than 1
-    is possible. ``net`` runs from rest and is left as it was; where it returns no sequence, the graph's last step is compared.
+    is possible; 0 also where both are silent, and infinity where ``net`` alone is. ``net`` runs from rest and is left as it
+    was; where it returns no sequence, the graph's last step is compared.
 
     Args:
         net: the network, in any step mode.
         graph: its export.
         x_seq: input, ``[T, N, D]``.
-        dt: length of a step in seconds.
+        dt: see :func:`simulate`.
         reset: see :func:`simulate`.
-
-    Raises:
-        ValueError: the network's output is zero everywhere, so that there is nothing to compare.
     """
     with torch.no_grad():
         ours = _run(net, x_seq)
-        theirs = simulate(graph, x_seq, dt, reset=reset)
+    ours = ours.to("cpu", compute_dtype(ours))
+    theirs = simulate(graph, x_seq, dt, reset=reset)
     if ours.ndim < theirs.ndim:
         theirs = theirs[-1]
-    size = ours.abs().sum()
+    difference, size = ((ours - theirs).abs().sum(), ours.abs().sum())
     if not size:
-        raise ValueError("the network's output for x_seq is zero everywhere: give it an input that makes it fire")
-    return ((ours - theirs).abs().sum() / size).item()
+        log.warning("the network puts out nothing but zeros for x_seq, which tells little about its graph")
+        return 0.0 if not difference else float("inf")
+    return (difference / size).item()
 
 
 def _run(net: nn.Module, x_seq: Tensor) -> Tensor:
@@ -156,35 +162,28 @@ def _run(net: nn.Module, x_seq: Tensor) -> Tensor:
                 module.step_mode = step_mode
 
 
-class _Export:
+class Export:
     """One export: turns modules into nodes, and remembers what had to be left out."""
 
     def __init__(self, dt: float, n_steps: int, approximate: bool) -> None:
         self.dt, self.n_steps, self.approximate = dt, n_steps, approximate
         self.holds_left_out = False
-        self.table: dict[type[nn.Module], _ToNIR] = {
+        self.table: dict[type[nn.Module], ToNIR] = {
             AssociativeLIFNode: self.neurons,
             SpikingFeedForward: self.feed_forward,
             MembraneReadout: self.readout,
-            LeakyClamp: self.clamp,
             nn.Linear: self.linear,
             layer.Linear: self.linear,
-            **dict.fromkeys((nn.Identity, nn.Dropout, layer.Dropout), self.nothing),
         }
 
     def linear(self, module: nn.Linear) -> nir.NIRNode:
+        """A Linear or, with a bias, an Affine."""
         if module.bias is None:
             return nir.Linear(weight=_array(module.weight))
         return nir.Affine(weight=_array(module.weight), bias=_array(module.bias))
 
-    def nothing(self, module: nn.Module) -> nir.NIRNode:
-        raise ValueError(f"{type(module).__name__} has no width that NIR could name: take it out of the network first")
-
-    def clamp(self, module: LeakyClamp) -> nir.NIRNode:
-        about = {"part": "LeakyClamp", "floor": _array(module.floor), "leak_logit": _array(module.leak_logit)}
-        return nir.Scale(scale=np.ones(module.n_features), metadata=about)
-
     def neurons(self, node: Any) -> nir.NIRNode:
+        """A CubaLIF, in the loop of its cascade if it has one."""
         alone = self.cuba(node)
         if node.cascade is None:
             return alone
@@ -201,8 +200,7 @@ class _Export:
         )
 
     def cuba(self, node: AssociativeLIFNode) -> nir.CubaLIF:
-        theirs, about = self.constants(node), self.about(node)
-        return nir.CubaLIF(**theirs, metadata=about)
+        return nir.CubaLIF(**self.constants(node), metadata=self.about(node))
 
     def constants(self, node: AssociativeLIFNode) -> dict[str, np.ndarray]:
         """Of a CubaLIF, in float64: a rounded time constant is another decay."""
@@ -215,6 +213,9 @@ class _Export:
         beta_mem, beta_syn = (
             logit.detach().double().sigmoid().item() for logit in (node.beta_mem_logit, node.beta_syn_logit)
         )
+        for name, beta in (("beta_mem", beta_mem), ("beta_syn", beta_syn)):
+            if not 0 < 1 - self.dt / (self.dt / max(1 - beta, 1e-300)) < 1:
+                raise ValueError(f"{name} is {beta}: no time constant expresses a decay that has reached 0 or 1")
         every = np.ones(node.n_features)
         tau_mem, tau_syn = self.dt / (1 - beta_mem), self.dt / (1 - beta_syn)
         threshold = node.firing_threshold().detach().double().cpu().numpy()
@@ -238,22 +239,31 @@ class _Export:
             "v_reset": node.v_reset,
             "alpha": node.alpha,
         }
-        if isinstance(node.surrogate_function, str):
-            about["surrogate"] = node.surrogate_function
+        surrogate = node.surrogate_function
+        about["surrogate"] = surrogate if isinstance(surrogate, str) else f"custom: {surrogate!r}"
         if node.cascade is not None:
             about |= {"cascade_weight": _array(node.cascade.weight), "cascade_gain": _array(node.cascade.gain)}
         return about
 
     def recurrence(self, node: AssociativeLIFNode) -> nir.Linear:
         """The cascade as a matrix between neurons. The node adds its current after a step, where it decays once."""
-        return nir.Linear(weight=recurrent_weight(node))
+        cascade = node.cascade
+        assert cascade is not None
+        with torch.no_grad():
+            between = (cascade.gain.double()[:, None] * cascade.weight.double().sigmoid()).cpu()
+            cluster = torch.arange(node.n_features) % cascade.n_clusters
+            size = node.n_features // cascade.n_clusters
+            beta_syn = node.beta_syn_logit.double().sigmoid().item()
+            weight = beta_syn / size * between[cluster][:, cluster]
+        return nir.Linear(weight=weight.to(compute_dtype(cascade.weight)).numpy())
 
     def feed_forward(self, ffn: SpikingFeedForward) -> nir.NIRGraph:
+        """Two linear maps and two layers of neurons, in a subgraph whose names are in order for nirtorch."""
         for name, lif in (("lif1", ffn.lif1), ("lif2", ffn.lif2)):
             _check_ours(ffn, name, lif)
         parts = (self.linear(ffn.up), self.neurons(ffn.lif1), self.linear(ffn.down), self.neurons(ffn.lif2))
         width = np.array([ffn.n_features])
-        names = ("input", "n1_up", "n2_lif1", "n3_down", "n4_lif2", "output")  # see in_order
+        names = ("input", "n1_up", "n2_lif1", "n3_down", "n4_lif2", "output")
         nodes = (nir.Input(input_type=width), *parts, nir.Output(output_type=width))
         return nir.NIRGraph(
             nodes=dict(zip(names, nodes, strict=True)),
@@ -306,29 +316,22 @@ class _Export:
         return nir.NIRGraph(nodes=nodes, edges=edges, metadata=about)
 
 
-def recurrent_weight(node: AssociativeLIFNode) -> np.ndarray:
-    """The cascade as a matrix, ``[D, D]``: from each neuron to the synapse of each, one step later."""
-    cascade = node.cascade
-    assert cascade is not None
-    with torch.no_grad():
-        between = (cascade.gain.double()[:, None] * cascade.weight.double().sigmoid()).cpu()
-        cluster = torch.arange(node.n_features) % cascade.n_clusters
-        size = node.n_features // cascade.n_clusters
-        beta_syn = node.beta_syn_logit.detach().double().sigmoid().item()
-        return (beta_syn / size * between[cluster][:, cluster]).float().numpy()
-
-
-def _check_modules(net: nn.Module, table: Mapping[type[nn.Module], _ToNIR]) -> None:
+def _check_modules(net: nn.Module, table: Mapping[type[nn.Module], ToNIR]) -> None:
     """Every module that computes must be known; the sentence names the first that is not."""
     known: list[str] = []
     for name, module in net.named_modules():
         if any(name.startswith(prefix) for prefix in known):
             continue
-        if type(module) in table:
+        if type(module) in table or type(module) in _THROUGH:
             known.append(f"{name}." if name else "")
-        elif type(module) in _REFUSED or isinstance(module, base.MemoryModule) or not next(module.children(), None):
+        elif type(module) in _REFUSED or _computes(module, table):
             why = _REFUSED.get(type(module), "it is not known here; say in `more` what node it is")
             raise ValueError(f"cannot export {type(module).__name__}{f' at {name!r}' if name else ''}: {why}")
+
+
+def _computes(module: nn.Module, table: Mapping[type[nn.Module], ToNIR]) -> bool:
+    """Rather than only calling its children: it has none, has state, or is one of ours with something changed."""
+    return not next(module.children(), None) or isinstance(module, (base.MemoryModule, *table, *_REFUSED))
 
 
 def _check_ours(owner: nn.Module, name: str, neurons: nn.Module) -> None:
@@ -338,17 +341,6 @@ def _check_ours(owner: nn.Module, name: str, neurons: nn.Module) -> None:
         )
 
 
-def _check_clamps(graph: nir.NIRGraph) -> None:
-    """A clamp is the identity where nothing negative comes in, which only spikes promise."""
-    for name, node in graph.nodes.items():
-        if text(node.metadata.get("part")) == "LeakyClamp" and not all(
-            fires(graph.nodes[source]) for source, target in graph.edges if target == name
-        ):
-            raise ValueError(
-                f"cannot export LeakyClamp '{name}': NIR has no function that bends at zero, so it can stand only directly "
-                "behind spikes, which are never negative"
-            )
-
-
 def _array(x: Tensor) -> np.ndarray:
-    return x.detach().cpu().numpy().copy()
+    """In float32 or, for float64, float64."""
+    return x.detach().to("cpu", compute_dtype(x)).numpy().copy()

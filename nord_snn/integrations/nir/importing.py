@@ -1,51 +1,56 @@
 """From NIR to networks of our parts."""
 
 from collections.abc import Callable, Mapping
-from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
 import nir
-import nirtorch
 import numpy as np
 import torch
+from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 
-from nord_snn.integrations.nir.exporting import recurrent_weight
-from nord_snn.integrations.nir.graphs import inline, text
-from nord_snn.layers import LeakyClamp, MembraneReadout, SpikingFeedForward
+from nord_snn.integrations.nir.exporting import Export, log
+from nord_snn.integrations.nir.graphs import Gate, about, difference, plan, same_step
+from nord_snn.integrations.nir.stateless import stateless
+from nord_snn.layers import MembraneReadout, SpikingFeedForward
 from nord_snn.neurons import AssociativeLIFNode
+from nord_snn.ops import SURROGATES
 
-__all__ = ["import_from_nir"]
+__all__ = ["NIRNetwork", "import_from_nir"]
 
 _FromNIR = Callable[[Any], nn.Module]
 
 
 def import_from_nir(
     graph: nir.NIRGraph | str | Path,
-    dt: float = 1e-4,
+    dt: float | None = None,
     *,
+    dtype: torch.dtype = torch.float32,
     approximate: bool = False,
     more: Mapping[type[nir.NIRNode], _FromNIR] | None = None,
-) -> nn.Module:
+) -> "NIRNetwork":
     """A network of our parts from a NIR graph: the way back from :func:`export_to_nir`, and a way in for others' graphs.
 
-    Our own graphs come back as the parts that they were made of, with the refractory hold, the cascade and its weights. Of
-    others' graphs ``Linear``, ``Affine``, ``Scale``, what nirtorch maps (convolutions, pooling, ``Flatten``) and ``CubaLIF``
-    with one time constant a layer are understood.
+    Our own graphs come back as the parts that they were made of, with the refractory hold, the cascade and its weights; a
+    part that was changed since is refused. Of others' graphs ``Linear``, ``Affine``, ``Scale``, ``Threshold``, convolutions,
+    pooling, ``Flatten``, graphs of these, and ``CubaLIF`` with one time constant a layer are understood.
 
     Args:
         graph: the graph, or a file with one.
-        dt: length of a step in seconds.
+        dt: length of a step in seconds; None: the one that an export of ours was made for, else 1e-4.
+        dtype: of the network's parameters.
         approximate: take a ``CubaLIF`` that was not made by us although it resets to ``v_reset = 0`` where ours subtracts its
             threshold, which are the same only in continuous time.
         more: further nodes: class -> function that turns an instance into a module on sequences ``[T, N, *]``.
 
     Returns:
-        A module on sequences, ``[T, N, *]``. Its neurons hold state between calls, as every SpikingJelly network does.
+        A module on sequences, ``[T, N, *]``. Its neurons hold state between calls, as every SpikingJelly network does. A
+        surrogate of one's own cannot be put into a graph: it comes back as the default, and a warning is logged.
 
     Raises:
-        ValueError: the graph has a node or a loop that our parts cannot express.
+        TypeError: it is neither a graph nor the name of a file.
+        ValueError: the graph has a node or a loop that our parts cannot express, or ``dt`` is not that of the graph.
 
     Example:
         >>> from nord_snn.integrations.nir import export_to_nir
@@ -55,26 +60,53 @@ def import_from_nir(
         >>> torch.equal(net(x_seq), back(x_seq))
         True
     """
-    if not isinstance(graph, nir.NIRGraph):
+    if isinstance(graph, str | Path):
         graph = nir.read(graph)
-    parts = inline(_Import(dt, approximate, more or {}).graph(graph))
-    _check_loops(parts)
-    return _Whole(nirtorch.nir_to_torch(parts, {_Part: lambda part: part.module}))
+    if not isinstance(graph, nir.NIRGraph):
+        raise TypeError(f"expected a NIRGraph or the name of a file, got {type(graph).__name__}")
+    reader = _Import(same_step(graph, dt), dtype, approximate, more or {})
+    steps, output = plan(reader.parts(graph))
+    for step in steps:
+        if step.delayed:
+            raise ValueError(
+                f"the graph has a loop that is no cascade: '{step.delayed[0]}' leads back to '{step.name}'"
+            )
+    places = {step.name: place for place, step in enumerate(steps)}
+    modules = [reader.module(step.name, step.node).to(dtype) for step in steps]
+    return NIRNetwork(modules, [tuple(places[name] for name in step.sources) for step in (*steps, output)])
 
 
-class _Whole(nn.Module):
-    """nirtorch's network without the explicit state, of which our parts have none."""
+class NIRNetwork(nn.Module):
+    """The parts of a graph, each fed by the sum of its sources.
 
-    def __init__(self, network: nn.Module) -> None:
+    Args:
+        parts: modules on sequences, in an order in which they can run.
+        sources: for each part, and last for the output, the places of those that feed it; none for the input.
+
+    Shapes: ``[T, N, *]`` -> ``[T, N, *]``; ``[N, *]`` behind a readout.
+    """
+
+    def __init__(self, parts: list[nn.Module], sources: list[tuple[int, ...]]) -> None:
         super().__init__()
-        self.network = network
+        self.parts, self.sources = nn.ModuleList(parts), sources
 
     def forward(self, x_seq: Tensor) -> Tensor:
-        return self.network(x_seq)[0]
+        """All steps."""
+        outputs: list[Tensor] = []
+        for part, sources in zip(self.parts, self.sources, strict=False):
+            outputs.append(part(_sum(outputs, sources) if sources else x_seq))
+        return _sum(outputs, self.sources[-1])
+
+
+def _sum(outputs: list[Tensor], sources: tuple[int, ...]) -> Tensor:
+    total = outputs[sources[0]]
+    for place in sources[1:]:
+        total = total + outputs[place]
+    return total
 
 
 class _Part(nir.NIRNode):
-    """A node that stands for one of our modules, for nirtorch to wire."""
+    """A node that stands for one of our modules."""
 
     def __init__(self, module: nn.Module, like: nir.NIRNode) -> None:
         self.module = module
@@ -85,156 +117,137 @@ class _Part(nir.NIRNode):
 class _Import:
     """One import: turns nodes into modules."""
 
-    def __init__(self, dt: float, approximate: bool, more: Mapping[type[nir.NIRNode], _FromNIR]) -> None:
-        self.dt, self.approximate, self.more = dt, approximate, more
+    def __init__(
+        self, dt: float, dtype: torch.dtype, approximate: bool, more: Mapping[type[nir.NIRNode], _FromNIR]
+    ) -> None:
+        self.dt, self.dtype, self.approximate, self.more = dt, dtype, approximate, more
 
-    def graph(self, graph: nir.NIRGraph) -> nir.NIRGraph:
-        """The same graph, with modules for all nodes that are not nirtorch's affair."""
-        nodes = {name: self.node(name, node) for name, node in graph.nodes.items()}
+    def parts(self, graph: nir.NIRGraph) -> nir.NIRGraph:
+        """The same graph with our modules in place of the nodes that they were exported as."""
+        nodes = {name: self.part(name, node) for name, node in graph.nodes.items()}
         return nir.NIRGraph(nodes=nodes, edges=graph.edges, type_check=False)
 
-    def node(self, name: str, node: nir.NIRNode) -> nir.NIRNode:
-        part = text(node.metadata.get("part"))
+    def part(self, name: str, node: nir.NIRNode) -> nir.NIRNode:
         if type(node) in self.more:
             return _Part(self.more[type(node)](node), node)
-        if part in ("SpikingFeedForward", "MembraneReadout", "LeakyClamp"):
-            build = {"SpikingFeedForward": self.feed_forward, "MembraneReadout": self.readout, "LeakyClamp": self.clamp}
-            return _Part(build[part](node), node)
-        if part == "AssociativeLIFNode" or isinstance(node, nir.CubaLIF):
+        kinds: dict[str, Callable[[str, Any], nn.Module]] = {
+            "AssociativeLIFNode": self.neurons,
+            "SpikingFeedForward": self.feed_forward,
+            "MembraneReadout": self.readout,
+        }
+        kind = about(node).get("part")
+        if kind in kinds:
+            return _Part(self.ours(name, node, kind, kinds[kind]), node)
+        if isinstance(node, nir.CubaLIF):
             return _Part(self.neurons(name, node), node)
-        if isinstance(node, nir.NIRGraph):
-            return self.graph(node)
-        if isinstance(node, nir.Linear | nir.Affine):
-            return _Part(_linear(node), node)
-        if isinstance(node, nir.Scale):
-            return _Part(_Scale(node.scale), node)
-        if type(node) not in nirtorch.nir_interpreter.DEFAULT_MAP:
+        return self.parts(node) if isinstance(node, nir.NIRGraph) else node
+
+    def ours(self, name: str, node: Any, kind: str, make: Callable[[str, Any], nn.Module]) -> nn.Module:
+        """A part of ours, which must be what its module would be exported as."""
+        try:
+            made = make(name, node)
+            export = Export(self.dt, int(about(node).get("n_steps", 1)), approximate=True)
+            again = export.table[type(made)](made)
+        except (KeyError, AttributeError, TypeError, RuntimeError) as error:
+            raise ValueError(f"'{name}' is marked as a {kind} of ours and is not built like one: {error!r}") from error
+        if changed := difference(node, again):
+            raise ValueError(
+                f"'{name}' is marked as a {kind} of ours and was changed since its export ({changed}); without its metadata "
+                "it is read as what it is"
+            )
+        return made
+
+    def module(self, name: str, node: nir.NIRNode) -> nn.Module:
+        """What runs in place of a node, on sequences."""
+        if isinstance(node, _Part):
+            return node.module
+        if isinstance(node, nir.Input | Gate):
+            return nn.Identity()
+        made = stateless(node)
+        if made is None:
             raise ValueError(f"{type(node).__name__} '{name}' has no counterpart here: name one in `more`")
-        return node
+        over_features = isinstance(node, nir.Linear | nir.Affine | nir.Scale | nir.Threshold)
+        return made if over_features else layer.SeqToANNContainer(made)
 
-    def neurons(self, name: str, node: nir.NIRNode) -> AssociativeLIFNode:
+    def neurons(self, name: str, node: Any) -> AssociativeLIFNode:
         """A CubaLIF, alone or in the loop of its cascade."""
-        if isinstance(node, nir.NIRGraph):
-            made = self.layer_of(name, node.nodes["lif"])
-            _check_recurrence(made, node.nodes["w_rec"])
-            return made
-        return self.layer_of(name, node)
+        lif = node.nodes["lif"] if isinstance(node, nir.NIRGraph) else node
+        return self.layer_of(name, lif, lif.tau_mem, lif.tau_syn, lif.w_in)
 
-    def layer_of(self, name: str, lif: nir.CubaLIF) -> AssociativeLIFNode:
-        return self.make(name, lif, lif.tau_mem, lif.tau_syn, lif.w_in)
-
-    def make(
-        self, name: str, lif: Any, tau_mem: np.ndarray, tau_syn: np.ndarray, w_in: np.ndarray
-    ) -> AssociativeLIFNode:
-        about = lif.metadata
-        self.check(name, lif, about)
-        beta_mem, beta_syn = (
-            1 - self.dt / _one(name, tau, what) for tau, what in ((tau_mem, "tau_mem"), (tau_syn, "tau_syn"))
-        )
-        for beta, what in ((beta_mem, "tau_mem"), (beta_syn, "tau_syn")):
-            if not 0 < beta < 1:
-                raise ValueError(f"{what} of '{name}' must be longer than a step of {self.dt} s")
-        weight = about.get("cascade_weight")
+    def layer_of(self, name: str, lif: Any, tau_mem: Any, tau_syn: Any, w_in: Any) -> AssociativeLIFNode:
+        told = about(lif)
+        self.check(name, lif, told)
+        beta_mem, beta_syn = (self.decay(name, tau, what) for tau, what in ((tau_mem, "tau_mem"), (tau_syn, "tau_syn")))
+        # What a unit of input adds to their membrane, of which ours sees 1 - beta_mem.
+        gain = np.asarray(w_in) * (1 - beta_syn) * lif.r
+        if not (gain > 0).all() or not np.isfinite(lif.v_threshold).all() or np.ndim(lif.v_threshold) != 1:
+            raise ValueError(
+                f"'{name}' must have positive r and w_in and a finite threshold for each of one row of neurons"
+            )
+        weight = told.get("cascade_weight")
         made = AssociativeLIFNode(
             lif.v_threshold.size,
             None if weight is None else len(weight),
             beta_mem=beta_mem,
             beta_syn=beta_syn,
-            v_reset=float(about.get("v_reset", -0.1)),
-            refractory_steps=int(about.get("refractory_steps", 0)),
-            surrogate=text(about.get("surrogate", "nord_atan")),
-            alpha=float(about.get("alpha", 4.0)),
+            v_reset=float(told.get("v_reset", -0.1)),
+            refractory_steps=int(told.get("refractory_steps", 0)),
+            surrogate=_surrogate(name, told),
+            alpha=float(told.get("alpha", 4.0)),
             step_mode="m",
-        )
-        # What a unit of input adds to their membrane, of which ours sees 1 - beta_mem.
-        gain = np.asarray(w_in) * (1 - beta_syn) * lif.r
-        if not (gain > 0).all():
-            raise ValueError(f"r and w_in of '{name}' must be positive")
+        ).to(self.dtype)
         with torch.no_grad():
-            made.v_threshold.copy_(torch.from_numpy(np.asarray(lif.v_threshold / gain)).flatten())
+            # Anew in this precision: a logit in float32 is another decay.
+            made.beta_mem_logit.fill_(float(np.log(beta_mem / (1 - beta_mem))))
+            made.beta_syn_logit.fill_(float(np.log(beta_syn / (1 - beta_syn))))
+            made.v_threshold.copy_(torch.from_numpy(np.asarray(lif.v_threshold / gain)))
             if made.cascade is not None:
                 made.cascade.weight.copy_(torch.from_numpy(weight))
-                made.cascade.gain.copy_(torch.from_numpy(about["cascade_gain"]))
+                made.cascade.gain.copy_(torch.from_numpy(told["cascade_gain"]))
         return made
 
-    def check(self, name: str, lif: Any, about: dict[str, Any]) -> None:
+    def decay(self, name: str, tau: Any, what: str) -> float:
+        """Of a layer, whose neurons share it."""
+        values = np.unique(tau)
+        if values.size != 1:
+            raise ValueError(f"{what} of '{name}' differs between neurons, where a layer of ours has one")
+        beta = 1 - self.dt / float(values[0])
+        if not 0 < beta < 1:
+            raise ValueError(f"{what} of '{name}' must be finite and longer than a step of {self.dt} s")
+        return beta
+
+    def check(self, name: str, lif: Any, told: dict[str, Any]) -> None:
         if np.any(lif.v_leak):
             raise ValueError(f"'{name}' leaks towards v_leak, where our neurons leak towards 0")
-        if "reset" in about:
-            return
-        if np.any(lif.v_reset):
+        holds = int(told.get("refractory_steps", 0)) > 0
+        if not holds and np.any(lif.v_reset):
             raise ValueError(f"'{name}' resets to v_reset without a refractory hold, which our neurons cannot")
-        if not self.approximate:
+        if not holds and told.get("reset") != "subtract" and not self.approximate:
             raise ValueError(
                 f"'{name}' resets its membrane to 0 where ours subtracts the threshold; approximate=True takes it for that"
             )
 
-    def feed_forward(self, graph: nir.NIRGraph) -> SpikingFeedForward:
-        up, down = graph.nodes["n1_up"], graph.nodes["n3_down"]
-        made = SpikingFeedForward(up.weight.shape[1], up.weight.shape[0], neuron=lambda n: nn.Identity())
-        made.up, made.down = _linear(up), _linear(down)
-        made.lif1, made.lif2 = (self.neurons(name, graph.nodes[name]) for name in ("n2_lif1", "n4_lif2"))
+    def feed_forward(self, name: str, graph: Any) -> SpikingFeedForward:
+        up, down = (stateless(graph.nodes[key]) for key in ("n1_up", "n3_down"))
+        assert isinstance(up, nn.Linear)
+        assert isinstance(down, nn.Linear)
+        made = SpikingFeedForward(up.in_features, up.out_features, neuron=lambda n: nn.Identity())
+        made.up, made.down = up.to(self.dtype), down.to(self.dtype)
+        made.lif1, made.lif2 = (self.neurons(f"{name}/{key}", graph.nodes[key]) for key in ("n2_lif1", "n4_lif2"))
         return made
 
-    def readout(self, graph: nir.NIRGraph) -> MembraneReadout:
+    def readout(self, name: str, graph: Any) -> MembraneReadout:
         lif, synapse = graph.nodes["lif"], graph.nodes["synapse"]
-        node = self.make("lif", lif, lif.tau, synapse.tau, synapse.r)
-        if node.cascade is not None:
-            _check_recurrence(node, graph.nodes["w_rec"])
-        made = MembraneReadout(node.n_features, neuron=lambda n: node)
+        node = self.layer_of(f"{name}/lif", lif, lif.tau, synapse.tau, synapse.r)
+        made = MembraneReadout(node.n_features, neuron=lambda n: node).to(self.dtype)
         with torch.no_grad():
-            made.decay_logit.copy_(torch.from_numpy(graph.metadata["decay_logit"]))
-        return made
-
-    def clamp(self, node: nir.Scale) -> LeakyClamp:
-        made = LeakyClamp(node.scale.size)
-        with torch.no_grad():
-            made.floor.copy_(torch.from_numpy(node.metadata["floor"]))
-            made.leak_logit.copy_(torch.from_numpy(node.metadata["leak_logit"]))
+            made.decay_logit.copy_(torch.from_numpy(about(graph)["decay_logit"]))
         return made
 
 
-class _Scale(nn.Module):
-    """One factor a channel."""
-
-    def __init__(self, scale: np.ndarray) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.from_numpy(np.asarray(scale, dtype=np.float32)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.scale * x
-
-
-def _check_recurrence(node: AssociativeLIFNode, w_rec: nir.Linear) -> None:
-    if node.cascade is None or not np.allclose(w_rec.weight, recurrent_weight(node), rtol=1e-4, atol=1e-7):
-        raise ValueError(
-            "the recurrent weight is not the cascade that the metadata describes: it was changed since the export"
-        )
-
-
-def _check_loops(graph: nir.NIRGraph) -> None:
-    before: dict[str, set[str]] = {name: set() for name in graph.nodes}
-    for source, target in graph.edges:
-        before[target].add(source)
-    try:
-        TopologicalSorter(before).prepare()
-    except CycleError as error:
-        raise ValueError(f"the graph has a loop that is no cascade: {' -> '.join(error.args[1])}") from None
-
-
-def _linear(node: nir.Linear | nir.Affine) -> nn.Linear:
-    bias = getattr(node, "bias", None)
-    made = nn.Linear(node.weight.shape[1], node.weight.shape[0], bias=bias is not None)
-    with torch.no_grad():
-        made.weight.copy_(torch.from_numpy(np.asarray(node.weight)))
-        if bias is not None:
-            made.bias.copy_(torch.from_numpy(np.asarray(bias)))
-    return made
-
-
-def _one(name: str, values: np.ndarray, what: str) -> float:
-    """The value that all neurons of a layer share."""
-    values = np.unique(values)
-    if values.size != 1:
-        raise ValueError(f"{what} of '{name}' differs between neurons, where a layer of ours has one")
-    return float(values[0])
+def _surrogate(name: str, told: dict[str, Any]) -> str:
+    surrogate = str(told.get("surrogate", "nord_atan"))
+    if surrogate in SURROGATES:
+        return surrogate
+    log.warning("the surrogate of '%s' (%s) is not in the graph: it is nord_atan now", name, surrogate)
+    return "nord_atan"

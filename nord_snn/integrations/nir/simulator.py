@@ -1,19 +1,21 @@
-"""What a reader makes of a NIR graph: the nodes' equations by forward Euler, wired by nirtorch."""
+"""What a reader makes of a NIR graph: the nodes' equations by forward Euler."""
 
 from typing import Any
 
 import nir
-import nirtorch
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nord_snn.integrations.nir.graphs import inline, text
+from nord_snn.integrations.nir.graphs import Gate, about, plan, same_step
+from nord_snn.integrations.nir.stateless import stateless
+from nord_snn.ops.checks import compute_dtype
 
 __all__ = ["simulate"]
 
 
-def simulate(graph: nir.NIRGraph, x_seq: Tensor, dt: float = 1e-4, *, reset: str | None = None) -> Tensor:
+@torch.no_grad()
+def simulate(graph: nir.NIRGraph, x_seq: Tensor, dt: float | None = None, *, reset: str | None = None) -> Tensor:
     r"""Run a NIR graph as a reader would that knows nothing of this library.
 
     Every node follows NIR's equations by forward Euler, ``v += dt / tau * (v_leak - v + r * I)``, and fires above its
@@ -21,17 +23,18 @@ def simulate(graph: nir.NIRGraph, x_seq: Tensor, dt: float = 1e-4, *, reset: str
 
     Args:
         graph: the graph, of ``Linear``, ``Affine``, ``Scale``, ``CubaLIF``, ``CubaLI``, ``LIF``, ``LI``, ``IF``, ``I``,
-            ``Threshold`` and what nirtorch maps by itself.
+            ``Threshold``, ``Conv1d``, ``Conv2d``, ``AvgPool2d``, ``SumPool2d``, ``Flatten`` and graphs of these.
         x_seq: input, ``[T, N, *]``.
-        dt: length of a step in seconds.
+        dt: length of a step in seconds; None: the one that an export of ours was made for, else 1e-4.
         reset: ``"value"`` resets membranes to ``v_reset``, as NIR's equations have it; ``"subtract"`` takes the threshold
             off; None does what each node's metadata asks for, and ``"value"`` where they are silent.
 
     Returns:
-        Output of every step, ``[T, N, *]``.
+        Output of every step, ``[T, N, *]``, on the CPU in float32, or float64 for float64 input.
 
     Raises:
-        ValueError: a node is of another kind, or ``reset`` is none of the three.
+        ValueError: a node is of another kind, the graph cannot run, ``dt`` is not that of the graph, or ``reset`` is none of
+            the three.
 
     Source: NIR (Pedersen et al. 2024).
 
@@ -43,68 +46,42 @@ def simulate(graph: nir.NIRGraph, x_seq: Tensor, dt: float = 1e-4, *, reset: str
     """
     if reset not in (None, "value", "subtract"):
         raise ValueError(f"reset must be 'value', 'subtract' or None, got {reset!r}")
-    kinds = {
-        nir.Linear: _Linear,
-        nir.Affine: _Linear,
-        nir.Scale: _Scale,
-        nir.Threshold: _Threshold,
-        **dict.fromkeys((nir.CubaLIF, nir.CubaLI, nir.LIF, nir.LI, nir.IF, nir.I), _Dynamics),
-    }
-    table = {kind: lambda node, made=made: made(node, dt, reset) for kind, made in kinds.items()}
-    network = nirtorch.nir_to_torch(inline(graph), table, dtype=x_seq.dtype)
-    state, outputs = None, []
-    with torch.no_grad():
-        for x in x_seq:
-            out, state = network(x, state)
-            outputs.append(out)
+    dt = same_step(graph, dt)
+    steps, output = plan(graph)
+    x_seq = x_seq.to("cpu", compute_dtype(x_seq))
+    modules = {step.name: _module(step.name, step.node, dt, reset).to(x_seq.dtype) for step in steps}
+    before: dict[str, Tensor] = {}
+    outputs = []
+    for x in x_seq:
+        now: dict[str, Tensor] = {}
+        for step in steps:
+            parts = [now[name] for name in step.sources] + [before[name] for name in step.delayed if name in before]
+            now[step.name] = modules[step.name](_sum(parts) if parts else x)
+        outputs.append(_sum([now[name] for name in output.sources]))
+        before = now
     return torch.stack(outputs)
 
 
-class _Node(nn.Module):
-    def __init__(self, node: nir.NIRNode, dt: float, reset: str | None) -> None:
-        super().__init__()
-
-    def hold(self, **values: Any) -> None:
-        for name, value in values.items():
-            self.register_buffer(name, torch.from_numpy(np.array(value, dtype=np.float64)))
+def _sum(parts: list[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
 
 
-class _Linear(_Node):
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(self, node: Any, dt: float, reset: str | None) -> None:
-        super().__init__(node, dt, reset)
-        self.hold(weight=node.weight, bias=getattr(node, "bias", np.zeros(len(node.weight))))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight, self.bias)
-
-
-class _Scale(_Node):
-    scale: Tensor
-
-    def __init__(self, node: Any, dt: float, reset: str | None) -> None:
-        super().__init__(node, dt, reset)
-        self.hold(scale=node.scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.scale * x
+def _module(name: str, node: nir.NIRNode, dt: float, reset: str | None) -> nn.Module:
+    if isinstance(node, nir.CubaLIF | nir.CubaLI | nir.LIF | nir.LI | nir.IF | nir.I):
+        return _Dynamics(node, dt, reset)
+    if isinstance(node, nir.Input | Gate):
+        return nn.Identity()
+    module = stateless(node)
+    if module is None:
+        raise ValueError(f"cannot simulate '{name}', a {type(node).__name__}")
+    return module
 
 
-class _Threshold(_Node):
-    threshold: Tensor
-
-    def __init__(self, node: Any, dt: float, reset: str | None) -> None:
-        super().__init__(node, dt, reset)
-        self.hold(threshold=node.threshold)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x > self.threshold).to(x.dtype)
-
-
-class _Dynamics(_Node):
-    """Integrators: with a synapse or without, leaky or not, firing or not."""
+class _Dynamics(nn.Module):
+    """Integrators: with a synapse or without, leaky or not, firing or not. One run from rest."""
 
     pull: Tensor
     push: Tensor
@@ -115,24 +92,31 @@ class _Dynamics(_Node):
     v_reset: Tensor
 
     def __init__(self, node: Any, dt: float, reset: str | None) -> None:
-        super().__init__(node, dt, reset)
+        super().__init__()
         self.cuba, self.fires = hasattr(node, "tau_syn"), hasattr(node, "v_threshold")
         tau = getattr(node, "tau_mem" if self.cuba else "tau", None)
         pull = 0.0 if tau is None else dt / tau  # of the leak; an integrator has none
-        self.hold(pull=pull, push=(dt if tau is None else pull) * node.r, v_leak=getattr(node, "v_leak", 0.0))
+        self._hold(pull=pull, push=(dt if tau is None else pull) * node.r, v_leak=getattr(node, "v_leak", 0.0))
         if self.cuba:
-            self.hold(pull_syn=dt / node.tau_syn, push_syn=dt / node.tau_syn * node.w_in)
+            self._hold(pull_syn=dt / node.tau_syn, push_syn=dt / node.tau_syn * node.w_in)
         if self.fires:
-            self.hold(v_threshold=node.v_threshold, v_reset=node.v_reset)
-            self.subtract = (reset or text(node.metadata.get("reset", "value"))) == "subtract"
+            self._hold(v_threshold=node.v_threshold, v_reset=node.v_reset)
+            self.subtract = (reset or about(node).get("reset", "value")) == "subtract"
+        self.v: Tensor | float = 0.0
+        self.i: Tensor | float = 0.0
 
-    def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        v, i = (torch.zeros_like(x), torch.zeros_like(x)) if state is None else state
+    def _hold(self, **values: Any) -> None:
+        for name, value in values.items():
+            self.register_buffer(name, torch.from_numpy(np.array(value, dtype=np.float64)))
+
+    def forward(self, x: Tensor) -> Tensor:
         if self.cuba:
-            i = i - self.pull_syn * i + self.push_syn * x
-        v = v + self.pull * (self.v_leak - v) + self.push * (i if self.cuba else x)
+            self.i = x = self.i - self.pull_syn * self.i + self.push_syn * x
+        v = self.v + self.pull * (self.v_leak - self.v) + self.push * x
         if not self.fires:
-            return v, (v, i)
-        spikes = (v > self.v_threshold).to(x.dtype)
+            self.v = v
+            return v
+        spikes = (v > self.v_threshold).to(v.dtype)
         after = v - self.v_threshold if self.subtract else self.v_reset.expand_as(v)
-        return spikes, (torch.where(spikes.bool(), after, v), i)
+        self.v = torch.where(spikes.bool(), after, v)
+        return spikes

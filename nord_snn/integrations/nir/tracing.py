@@ -1,0 +1,165 @@
+"""From a module's forward to a graph: what torch.fx sees of calls and additions."""
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import nir
+import numpy as np
+import torch
+from spikingjelly.activation_based import base
+from torch import fx, nn
+
+from nord_snn.integrations.nir.graphs import fires, in_order
+from nord_snn.layers import LeakyClamp
+
+__all__ = ["traced"]
+
+_ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+
+
+def traced(
+    net: nn.Module,
+    table: Mapping[type[nn.Module], Callable[[Any], nir.NIRNode]],
+    through: tuple[type[nn.Module], ...],
+    features: Sequence[int],
+) -> nir.NIRGraph:
+    """The graph of ``net``.
+
+    Args:
+        net: a module of the kinds in ``table`` and ``through``, of modules that call these, and of additions.
+        table: what node a module becomes.
+        through: modules that leave their input as it is.
+        features: shape of one row of the input.
+
+    Raises:
+        ValueError: its forward does something else; the message says what.
+    """
+    whole = nn.Sequential(net) if isinstance(net, (*table, *through)) else net
+    tracer = _Tracer((*table, *through))
+    try:
+        calls = tracer.trace(whole)
+    except Exception as error:  # anything that a forward may do with what is no tensor
+        raise ValueError(f"cannot follow the forward of {type(net).__name__}: {error}") from error
+    return _Walk(whole, table, through, features).graph(calls)
+
+
+class _Tracer(fx.Tracer):
+    """Looks into every module but those that are known."""
+
+    def __init__(self, known: tuple[type[nn.Module], ...]) -> None:
+        super().__init__()
+        self.known = known
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) in self.known
+
+
+class _Walk:
+    """Through the calls of a forward, in their order."""
+
+    def __init__(
+        self, net: nn.Module, table: Mapping[type[nn.Module], Any], through: tuple[type, ...], features: Any
+    ) -> None:
+        self.net, self.table, self.through, self.features = net, table, through, features
+        self.nodes: dict[str, nir.NIRNode] = {}
+        self.edges: list[tuple[str, str]] = []
+        self.sources: dict[fx.Node, list[str]] = {}  # the nodes whose outputs add up to a value
+        self.called: set[nn.Module] = set()
+
+    def graph(self, calls: fx.Graph) -> nir.NIRGraph:
+        for call in calls.nodes:
+            if call.op == "placeholder" and not self.nodes:
+                self.entry = call.name
+                self.nodes[call.name] = nir.Input(input_type=np.array(self.features))
+                self.sources[call] = [call.name]
+            elif call.op == "placeholder":
+                if call.users:
+                    raise ValueError(f"the forward takes '{call.target}' beside its input, which a graph cannot")
+            elif call.op == "call_module":
+                self.sources[call] = self.module(call)
+            elif call.op in ("call_function", "call_method") and call.target in _ADDITIONS:
+                self.sources[call] = self.addition(call)
+            elif call.op == "output":
+                self.output(call)
+            else:
+                what = call.target if isinstance(call.target, str) else getattr(call.target, "__name__", call.target)
+                raise ValueError(
+                    f"the forward does '{what}' ({call.format_node()}): a graph is made of modules and additions"
+                )
+        self.prune()
+        return in_order(self.nodes, self.edges)
+
+    def module(self, call: fx.Node) -> list[str]:
+        module = self.net.get_submodule(str(call.target))
+        if len(call.args) != 1 or call.kwargs:
+            raise ValueError(f"'{call.target}' is called with more than one input, for which a graph has no place")
+        sources = self.of(call.args[0], str(call.target))
+        if type(module) in self.through:
+            if isinstance(module, LeakyClamp):
+                self.check_clamp(str(call.target), sources)
+            return sources
+        if module in self.called and isinstance(module, base.MemoryModule):
+            raise ValueError(
+                f"'{call.target}' is called twice: both calls would share one state, in a graph each has its own"
+            )
+        self.called.add(module)
+        self.nodes[call.name] = self.table[type(module)](module)
+        self.join(sources, call.name)
+        return [call.name]
+
+    def addition(self, call: fx.Node) -> list[str]:
+        if len(call.args) != 2 or call.kwargs:
+            raise ValueError(f"an addition of two values was expected, got {call.format_node()}")
+        return [source for part in call.args for source in self.of(part, call.name)]
+
+    def of(self, value: Any, target: str) -> list[str]:
+        if value not in self.sources:
+            raise ValueError(f"what goes into '{target}' is not computed from the input: {value}")
+        return self.sources[value]
+
+    def join(self, sources: list[str], target: str) -> None:
+        if len(set(sources)) < len(sources):
+            raise ValueError(
+                f"the same value goes into '{target}' twice, where a graph has one edge: scale a weight instead"
+            )
+        self.edges += [(source, target) for source in sources]
+
+    def output(self, call: fx.Node) -> None:
+        """Readers take an output with one edge, so several are added up before it."""
+        if not isinstance(call.args[0], fx.Node):
+            raise ValueError("the forward returns more than one value, where a graph has one output")  # noqa: TRY004
+        sources = self.of(call.args[0], "output")
+        if sources == [self.entry]:
+            raise ValueError("the forward returns its input: there is nothing to export")
+        width = self.width(sources)
+        if len(sources) > 1:
+            total = f"{call.name}_sum"
+            self.nodes[total] = nir.Scale(scale=np.ones(tuple(width)))
+            self.join(sources, total)
+            sources = [total]
+        self.nodes[call.name] = nir.Output(output_type=width)
+        self.join(sources, call.name)
+
+    def width(self, sources: list[str]) -> np.ndarray:
+        """Shape of what these nodes put out."""
+        known = next(source for source in sources if source != self.entry)
+        (width,) = (self.nodes[known].output_type or {}).values()
+        return np.array(width)
+
+    def check_clamp(self, name: str, sources: list[str]) -> None:
+        """A clamp is the identity where nothing negative comes in, which only spikes promise."""
+        if not all(fires(self.nodes[source]) for source in sources):
+            raise ValueError(
+                f"cannot export LeakyClamp '{name}': NIR has no function that bends at zero, so it can stand only directly "
+                "behind spikes, which are never negative"
+            )
+
+    def prune(self) -> None:
+        """Drop what leads nowhere."""
+        wanted = {name for name, node in self.nodes.items() if isinstance(node, nir.Output)}
+        for source, target in reversed(self.edges):
+            if target in wanted:
+                wanted.add(source)
+        self.nodes = {name: node for name, node in self.nodes.items() if name in wanted or name == self.entry}
+        self.edges = [edge for edge in self.edges if edge[1] in wanted]

@@ -1,0 +1,35 @@
+"""Every part that a network is made of, at one small width: what tools must work on and what a new layer is added to."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from nord_snn.layers import (
+    AssociativeCascade,
+    CoFiringResonance,
+    LeakyClamp,
+    MembraneReadout,
+    MultiScaleTemporalEncoder,
+    NordBlock,
+    SpikingFeedForward,
+)
+from nord_snn.neurons import AssociativeLIFNode
+
+
+def node(n: int = 16, step_mode: str = "m", **more: object) -> AssociativeLIFNode:
+    """Four clusters, which divide every width here."""
+    return AssociativeLIFNode(n, **{"n_clusters": 4, "step_mode": step_mode} | more)  # type: ignore[arg-type]
+
+
+#: Name -> how to make it, and the shape of an input.
+PARTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "node": (node, (6, 3, 16)),
+    "clamp": (lambda: LeakyClamp(16), (6, 3, 16)),
+    "cascade": (lambda: AssociativeCascade(16, 4), (6, 3, 16)),
+    "encoder": (lambda: MultiScaleTemporalEncoder(16), (3, 16)),
+    "resonance": (lambda: CoFiringResonance(16, 2, neuron=node), (6, 2, 5, 16)),
+    "feed-forward": (lambda: SpikingFeedForward(16, 32, neuron=node), (6, 3, 16)),
+    "readout": (lambda: MembraneReadout(16, neuron=node), (6, 3, 16)),
+    "block": (lambda: NordBlock(16, 2, 32, neuron=node), (6, 2, 5, 16)),
+}
+LAYERS = {name: part for name, part in PARTS.items() if name != "node"}
