@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import SPIKINGJELLY_2
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(p for p in (ROOT / "docs").rglob("*.md") if "build" not in p.parts)
@@ -16,7 +17,10 @@ PARTS = sorted((ROOT / "docs" / "parts").glob("*.md"))
 
 
 def blocks(page: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    """Those that can run with the SpikingJelly that is there."""
+    pattern = re.compile(r"^(<!-- SpikingJelly 2 -->\n)?```python\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
+    found = pattern.findall(page.read_text(encoding="utf-8"))
+    return [block for only_2, block in found if SPIKINGJELLY_2 or not only_2]
 
 
 def name(page: Path) -> str:
