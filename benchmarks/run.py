@@ -13,6 +13,7 @@ from pathlib import Path
 
 import decoding
 import language_model
+import monitor
 import neurons
 import resonance
 import stdp
@@ -124,6 +125,16 @@ def language_model_table(page: Page, seconds: float) -> None:
     )
 
 
+def monitor_table(page: Page, seconds: float) -> None:
+    """What counting spikes costs."""
+    page.say("### Counting spikes\n")
+    page.say(f"{(monitor.__doc__ or '').strip()} Gate: {monitor.gate()}.\n")
+    page.say("| | ms | times as fast as without |\n|---|---|---|")
+    for row in race_apart(monitor.contestants(), seconds):
+        page.say(f"| {row.name} | {row.milliseconds:.2f} | {row.speedup:.3f} |")
+    page.say()
+
+
 def stdp_table(page: Page, seconds: float) -> None:
     """One step of each learning rule, and what it keeps in memory."""
     pre, post = stdp.case()
@@ -199,7 +210,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
         "--only",
-        choices=("neurons", "resonance", "stdp", "language-model", "decoding", "gpu"),
+        choices=("neurons", "resonance", "stdp", "language-model", "monitor", "decoding", "gpu"),
         help="one part; writes nothing",
     )
     arguments = parser.parse_args()
@@ -228,6 +239,8 @@ def main() -> None:
         stdp_table(page, arguments.seconds)
     if arguments.only in (None, "language-model"):
         language_model_table(page, 3 * arguments.seconds)
+    if arguments.only in (None, "monitor"):
+        monitor_table(page, 3 * arguments.seconds)
     if arguments.only in (None, "decoding"):
         decoding_table(page)
     if arguments.only in (None, "gpu"):

@@ -156,9 +156,9 @@ def train(settings: Settings, out: Path, resume: Path | None) -> int:
                     f"the loss became {mean_loss} at step {position.step}: lower --lr and start again"
                 )
             if position.step % options.eval_every == 0 and not last:
-                monitor.close()
+                monitor.pause()
                 held_out = evaluate(accelerator, model, validation_loader, options.eval_blocks)
-                monitor = SpikeMonitor(accelerator.unwrap_model(model))
+                monitor.resume()
                 progress.say(
                     f"step {position.step}: held-out loss {held_out:.4f}, {bits(held_out, corpus):.3f} bits per byte"
                 )

@@ -1,5 +1,5 @@
 """Instruments that look at a running network."""
 
-from nord_snn.monitor.firing_rate import SpikeMonitor
+from nord_snn.monitor.firing_rate import LayerActivity, SpikeMonitor
 
-__all__ = ["SpikeMonitor"]
+__all__ = ["LayerActivity", "SpikeMonitor"]

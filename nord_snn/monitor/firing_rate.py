@@ -1,62 +1,164 @@
-"""SpikeMonitor: firing rates of every neuron layer, counted from the spikes themselves."""
+"""SpikeMonitor: who fires how often, counted from the spikes themselves."""
 
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from spikingjelly.activation_based.neuron import BaseNode
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-from nord_snn.neurons.foreign import is_snntorch
+from nord_snn.neurons.foreign import is_snntorch, runs_snntorch
 
-__all__ = ["SpikeMonitor"]
+__all__ = ["LayerActivity", "SpikeMonitor"]
+
+
+@dataclass(frozen=True)
+class LayerActivity:
+    """What one layer of neurons has done.
+
+    Attributes:
+        per_neuron: firing rate of each neuron, ``[*, D]`` as they stand in the layer's output.
+        per_step: firing rate at each time step, ``[T]``; one entry where the steps are not known.
+        rows: how often each neuron was run for one step.
+        ceiling: the highest rate that a neuron of this layer can have: with a refractory period of R it fires in every
+            ``R + 1``-th step at most.
+    """
+
+    per_neuron: Tensor
+    per_step: Tensor
+    rows: int
+    ceiling: float
+
+    @property
+    def rate(self) -> float:
+        """Mean firing rate, ``spikes / (steps * neurons * rows)``."""
+        return self.per_neuron.mean().item()
+
+    @property
+    def dead(self) -> Tensor:
+        """Neurons that never fired."""
+        return self.per_neuron == 0
+
+    @property
+    def saturated(self) -> Tensor:
+        """Neurons that fired at 95 % or more of the highest rate that they can have."""
+        return self.per_neuron >= 0.95 * self.ceiling
+
+    def histogram(self, bins: int = 10) -> tuple[Tensor, Tensor]:
+        """How many neurons fire at what rate: counts ``[bins]`` and edges ``[bins + 1]`` from 0 to the ceiling."""
+        rates = self.per_neuron.flatten().clamp(max=self.ceiling)
+        return torch.histogram(rates.float(), bins, range=(0.0, self.ceiling))
 
 
 class SpikeMonitor:
-    """Count the spikes of every neuron layer in a network while it runs.
+    """Count the spikes of every neuron in a network while it runs.
 
-    ``rate = spikes / (steps * neurons * rows)`` over everything since the start or the last :meth:`clear`. Counters are two
-    numbers a layer, on the layer's device: memory is constant, and nothing waits for a GPU before :meth:`rates`.
+    ``rate = spikes / (steps * neurons * rows)`` over everything since the start or the last :meth:`clear`. Kept are counts for
+    each step and neuron of a layer, on the layer's device: memory does not grow, and nothing waits for a GPU before a figure
+    is asked for. Without a monitor a network has no hooks and costs what it always did.
+
+    It works under ``torch.compile``, with ``fullgraph=True`` too. Compiled code does not notice hooks that come later, so a new
+    monitor has all of it compiled anew; :meth:`pause` and :meth:`resume` do not. Under DDP every process counts what it ran
+    itself; :meth:`gather` adds them up.
 
     Args:
         net: any module; its neurons (ours, SpikingJelly's and snnTorch's) are watched under their names in ``net``, a neuron
             that is itself ``net`` under ``""``.
+        zones: groups of layers by name: zone -> names or beginnings of names. None: no zones.
+        feature_dims: how many of the last dimensions tell neurons apart; all before them are time and rows. None: one for our
+            neurons, ``[T, N, *, D]``, and for others all that follow ``[T, N]``, so that of images ``[T, N, C, H, W]`` every
+            place of every channel is a neuron.
+        max_steps: single steps beyond that many are counted as the last: a node that is never reset goes on for ever.
 
     Raises:
-        ValueError: there are no neuron layers in ``net``.
+        ValueError: there are no neuron layers in ``net``, or a zone has none; while the network runs: the neurons of a layer
+            change their number.
 
     Example:
         >>> from nord_snn.layers import SpikingFeedForward
         >>> net = SpikingFeedForward(64, 128)
-        >>> with SpikeMonitor(net) as monitor:
-        ...     _ = net(torch.rand(10, 4, 64))
+        >>> with SpikeMonitor(net, zones={"all": [""], "hidden": ["lif1"]}) as monitor:
+        ...     _ = net(4 * torch.randn(10, 4, 64))
         >>> sorted(monitor.rates())
         ['lif1', 'lif2']
+        >>> monitor.zone_rates()["hidden"] == monitor.rates()["lif1"]
+        True
+        >>> activity = monitor.activity()["lif1"]
+        >>> activity.per_step.shape, activity.per_neuron.shape, int(activity.saturated.sum())
+        (torch.Size([10]), torch.Size([128]), 0)
     """
 
-    def __init__(self, net: nn.Module) -> None:
-        self._layers = {name: module for name, module in net.named_modules() if _fires(module)}
-        if not self._layers:
+    def __init__(
+        self,
+        net: nn.Module,
+        zones: Mapping[str, Sequence[str]] | None = None,
+        *,
+        feature_dims: int | None = None,
+        max_steps: int = 1024,
+    ) -> None:
+        layers = {name: module for name, module in net.named_modules() if _fires(module)}
+        inside = [inner for module in layers.values() for inner in module.modules() if inner is not module]
+        self._counters = {
+            n: _Counter(n, m, feature_dims, max_steps) for n, m in layers.items() if not _among(m, inside)
+        }
+        if not self._counters:
             raise ValueError(
                 f"{type(net).__name__} has no neuron layers of ours, SpikingJelly's or snnTorch's to watch"
             )
-        self._hooks = [module.register_forward_hook(self._counter(name)) for name, module in self._layers.items()]
-        self.clear()
+        self._zones = {zone: self._members(zone, starts) for zone, starts in (zones or {}).items()}
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()
+
+    def pause(self) -> None:
+        """Count nothing until :meth:`resume`."""
+        for counter in self._counters.values():
+            counter.on = False
+
+    def resume(self) -> None:
+        """Go on counting."""
+        for counter in self._counters.values():
+            counter.on = bool(counter.hooks)
 
     def clear(self) -> None:
         """Start counting anew."""
-        self._spikes: dict[str, Tensor] = {}
-        self._chances: dict[str, int] = dict.fromkeys(self._layers, 0)
+        for counter in self._counters.values():
+            counter.clear()
 
     def rates(self) -> dict[str, float]:
         """Mean firing rate of each layer that has run."""
-        return {name: spikes.item() / max(self._chances[name], 1) for name, spikes in self._spikes.items()}
+        return {name: activity.rate for name, activity in self.activity().items()}
+
+    def activity(self) -> dict[str, LayerActivity]:
+        """Everything that was counted, of each layer that has run."""
+        return {name: counter.activity() for name, counter in self._counters.items() if counter.counts is not None}
+
+    def zone_rates(self) -> dict[str, float]:
+        """Mean firing rate of each zone: its spikes by the chances that its neurons had."""
+        rates = {}
+        for zone, members in self._zones.items():
+            ran = [self._counters[name] for name in members if self._counters[name].counts is not None]
+            spikes = sum(counter.spikes() for counter in ran)
+            rates[zone] = spikes / max(sum(counter.chances() for counter in ran), 1)
+        return rates
+
+    def gather(self) -> None:
+        """Add up what all processes of ``torch.distributed`` counted; all must call it. Without them it does nothing.
+
+        Afterwards each holds the sum: :meth:`clear` before counting on.
+        """
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return
+        for counter in self._counters.values():
+            counter.gather()
 
     def close(self) -> None:
         """Take the hooks off; the counts stay readable."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        for counter in self._counters.values():
+            counter.close()
 
     def __enter__(self) -> Self:
         """Watch until the block ends."""
@@ -68,21 +170,120 @@ class SpikeMonitor:
         """Stop watching."""
         self.close()
 
-    def _counter(self, name: str) -> Any:
-        @torch.no_grad()
-        def count(module: nn.Module, inputs: Any, output: Any) -> None:
-            if module is not self._layers[name]:  # of a deep copy of the network, which took the hook along
-                return
-            spikes: Tensor = output[0] if isinstance(output, tuple) else output  # snnTorch's return their states too
-            total = spikes.count_nonzero()  # int64: a sum in half precision would overflow
-            self._spikes[name] = self._spikes[name] + total if name in self._spikes else total
-            self._chances[name] += spikes.numel()
+    def _members(self, zone: str, starts: Sequence[str]) -> list[str]:
+        members = [name for name in self._counters if any(_begins(name, start) for start in starts)]
+        if not members:
+            raise ValueError(
+                f"zone {zone!r} has no layer: none of {list(self._counters)} begins with any of {list(starts)}"
+            )
+        return members
 
-        return count
+
+class _Counter:
+    """Of one layer: spikes by step and neuron, and how many rows had the chance."""
+
+    def __init__(self, name: str, module: nn.Module, feature_dims: int | None, max_steps: int) -> None:
+        self.name, self.module, self.max_steps = name, module, max_steps
+        self.feature_dims = 1 if feature_dims is None and hasattr(module, "n_features") else feature_dims
+        self.hooks = [module.register_forward_hook(self.count)]
+        if isinstance(module, BaseNode):
+            self.hooks.append(module.register_forward_pre_hook(self.place))
+        self.step = 0  # of the next single step
+        self.on = True
+        self.clear()
+
+    def clear(self) -> None:
+        self.counts: Tensor | None = None  # [T, *, D]
+        self.rows: Tensor | None = None  # [T]; a tensor, since code is compiled anew for every other number
+
+    def close(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks, self.on = [], False  # compiled code has the hooks in it
+
+    def place(self, module: Any, inputs: Any) -> None:
+        """A node at rest begins a sequence, one that holds state goes on with it."""
+        if module.step_mode == "s":
+            self.step = min(self.step + 1, self.max_steps - 1) if isinstance(module.v, Tensor) else 0
+
+    @torch.no_grad()
+    def count(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if not self.on or module is not self.module:  # a deep copy of the network took the hook along
+            return
+        spikes: Tensor = output[0] if isinstance(output, tuple) else output  # snnTorch's return their states too
+        whole = getattr(module, "step_mode", "s") == "m" or runs_snntorch(module)
+        first, spikes = (0, spikes) if whole else (self.step, spikes.unsqueeze(0))
+        features = spikes.shape[2:] if self.feature_dims is None else spikes.shape[spikes.ndim - self.feature_dims :]
+        steps, rows = spikes.shape[0], spikes[0].numel() // max(features.numel(), 1)
+        # One pass over the spikes: what follows is small.
+        self.add(first, spikes.reshape(steps, rows, *features).sum(1, dtype=torch.float32), rows)
+
+    def add(self, first: int, spikes: Tensor, rows: int) -> None:
+        steps = first + len(spikes)
+        if self.counts is None or self.rows is None:
+            self.counts = spikes.new_zeros(steps, *spikes.shape[1:], dtype=torch.float64)
+            self.rows = self.counts.new_zeros(steps)
+        elif self.counts.shape[1:] != spikes.shape[1:]:
+            raise ValueError(
+                f"the neurons of '{self.name}' were {list(self.counts.shape[1:])} and are {list(spikes.shape[1:])} now: say "
+                "which dimensions tell neurons apart with feature_dims"
+            )
+        elif len(self.counts) < steps:
+            more = steps - len(self.counts)
+            self.counts = torch.cat((self.counts, self.counts.new_zeros(more, *self.counts.shape[1:])))
+            self.rows = torch.cat((self.rows, self.rows.new_zeros(more)))
+        self.counts[first:steps] += spikes
+        self.rows[first:steps] += rows
+
+    def gather(self) -> None:
+        """Add up over processes, of which some may have run fewer steps."""
+        own = 0 if self.counts is None else len(self.counts)
+        bounds = torch.tensor([own, -own], device=_device(self.module))
+        distributed.all_reduce(bounds, distributed.ReduceOp.MAX)
+        steps, fewest = int(bounds[0]), -int(bounds[1])
+        if not steps:
+            return
+        if not fewest or self.counts is None:  # known to all of them, so that none waits for the others
+            raise ValueError(f"'{self.name}' has run in some processes only: gather what all of them have run")
+        self.add(0, self.counts.new_zeros(steps, *self.counts.shape[1:]), 0)
+        distributed.all_reduce(self.rows)
+        distributed.all_reduce(self.counts)
+
+    def spikes(self) -> float:
+        assert self.counts is not None
+        return self.counts.sum().item()
+
+    def chances(self) -> int:
+        assert self.counts is not None
+        assert self.rows is not None
+        return int(self.rows.sum()) * self.counts[0].numel()
+
+    def activity(self) -> LayerActivity:
+        assert self.counts is not None
+        assert self.rows is not None
+        counts, rows = self.counts.cpu(), self.rows.cpu()
+        every = int(getattr(self.module, "refractory_steps", 0)) + 1
+        # A sequence of T steps that begins with a spike holds one more than T / (R + 1), unless that is whole.
+        ceiling = ceil(len(rows) / every) / len(rows)
+        per_step = counts.flatten(1).mean(1) / rows.clamp(min=1)
+        return LayerActivity(counts.sum(0) / rows.sum(), per_step, int(rows.sum()), ceiling)
 
 
 def _fires(module: nn.Module) -> bool:
-    """A neuron, but not the snnTorch side of one of ours, which holds a node that is watched itself."""
+    """A neuron, or what runs one over sequences; not the snnTorch side of one of ours, whose node is watched itself."""
     if is_snntorch(module):
         return not any(isinstance(inner, BaseNode) for inner in module.modules())
-    return isinstance(module, BaseNode)
+    return runs_snntorch(module) or isinstance(module, BaseNode)
+
+
+def _among(module: nn.Module, modules: list[nn.Module]) -> bool:
+    return any(module is other for other in modules)
+
+
+def _begins(name: str, start: str) -> bool:
+    """``blocks.1`` begins ``blocks.1.ffn.lif1`` and not ``blocks.10.ffn.lif1``."""
+    return not start or name == start or name.startswith(f"{start}.")
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((p.device for p in module.parameters()), torch.device("cpu"))

@@ -1,9 +1,12 @@
 """SpikeMonitor counts true spikes."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
+from spikingjelly.activation_based import functional
 from spikingjelly.activation_based.neuron import LIFNode
 from torch import nn
 
@@ -38,7 +41,7 @@ def test_what_a_copy_of_the_network_does_is_not_counted():
 
 def test_every_neuron_layer_of_a_block_is_seen_once():
     with SpikeMonitor(NordBlock(64, 4, 64)) as monitor:
-        assert set(monitor._layers) == {"resonance.lif_q", "resonance.lif_k", "ffn.lif1", "ffn.lif2"}
+        assert set(monitor._counters) == {"resonance.lif_q", "resonance.lif_k", "ffn.lif1", "ffn.lif2"}
 
 
 def test_a_network_without_neurons_is_refused():
@@ -64,3 +67,232 @@ def test_neurons_of_snntorch_are_counted_once(init_hidden):
     rates = monitor.rates()
     assert rates == pytest.approx({"theirs": spikes["theirs"].mean().item(), "ours.node": spikes["ours"].mean().item()})
     assert all(0 < rate < 1 for rate in rates.values())
+
+
+def firing(n=8, **more):
+    return AssociativeLIFNode(n, n_clusters=4, step_mode="m", **more)
+
+
+def test_activity_is_that_of_the_recorded_spikes():
+    """By step and by neuron, over calls of different length and batch size."""
+    node, recorded = firing(), []
+    node.register_forward_hook(lambda module, inputs, output: recorded.append(output))
+    with SpikeMonitor(node) as monitor:
+        for steps, rows in ((7, 3), (5, 1), (9, 4)):
+            node(3 * torch.rand(steps, rows, 8), stateless=True)
+    activity = monitor.activity()[""]
+    assert torch.allclose(activity.per_neuron, torch.cat([s.flatten(0, 1) for s in recorded]).mean(0).double())
+    for step in range(9):
+        here = torch.cat([s[step] for s in recorded if len(s) > step])
+        assert activity.per_step[step] == pytest.approx(here.mean().item())
+    assert activity.rows == 7 * 3 + 5 + 9 * 4
+    assert activity.rate == pytest.approx(monitor.rates()[""]) == pytest.approx(activity.per_neuron.mean().item())
+
+
+def test_single_steps_are_the_sequence():
+    """A node at rest begins one, so a reset begins the next."""
+    x = 3 * torch.rand(6, 3, 8)
+    node = firing()
+    with SpikeMonitor(node) as whole:
+        node(x, stateless=True)
+    node.step_mode = "s"
+    with SpikeMonitor(node) as single:
+        for _ in range(2):
+            for step in x:
+                node(step)
+            functional.reset_net(node)
+    a, b = whole.activity()[""], single.activity()[""]
+    assert torch.allclose(a.per_step, b.per_step)
+    assert torch.allclose(a.per_neuron, b.per_neuron)
+    assert b.rows == 2 * a.rows
+
+
+def test_a_node_that_is_never_reset_takes_no_more_memory():
+    node = firing()
+    node.step_mode = "s"
+    with SpikeMonitor(node, max_steps=5) as monitor:
+        for _ in range(12):
+            node(3 * torch.rand(2, 8))
+    activity = monitor.activity()[""]
+    assert activity.per_step.shape == (5,)
+    assert activity.rows == 24
+
+
+def test_dead_and_saturated_neurons_and_their_histogram():
+    """Neuron 0 never fires; neuron 1 fires whenever its two steps of rest are over, which is in every third."""
+    node = AssociativeLIFNode(3, None, step_mode="m")
+    x = torch.zeros(9, 2, 3)
+    x[..., 1] = 50.0
+    x[::5, :, 2] = 3.0
+    with SpikeMonitor(node) as monitor:
+        node(x)
+    activity = monitor.activity()[""]
+    assert activity.dead.tolist() == [True, False, False]
+    assert activity.saturated.tolist() == [False, True, False]
+    assert activity.ceiling == pytest.approx(1 / 3)
+    counts, edges = activity.histogram(4)
+    assert counts.sum() == 3
+    assert counts[0] >= 1
+    assert counts[-1] == 1
+    assert edges[-1] == pytest.approx(1 / 3)
+
+
+def test_without_rest_a_saturated_neuron_fires_in_every_step():
+    node = AssociativeLIFNode(2, None, refractory_steps=0, step_mode="m")
+    x = torch.zeros(6, 1, 2)
+    x[..., 1] = 100.0
+    with SpikeMonitor(node) as monitor:
+        node(x)
+    assert monitor.activity()[""].ceiling == 1.0
+    assert monitor.activity()[""].saturated.tolist() == [False, True]
+
+
+def test_zones_are_means_over_neurons_and_not_over_layers():
+    block = NordBlock(16, 2, 64, neuron=lambda n: AssociativeLIFNode(n, n_clusters=4))
+    zones = {"binding": ["resonance"], "both": ["resonance.lif_q", "ffn"], "all": [""]}
+    with SpikeMonitor(block, zones) as monitor:
+        block(5 * torch.randn(9, 2, 3, 16))
+    rates, found = monitor.rates(), monitor.zone_rates()
+    assert found["binding"] == pytest.approx((rates["resonance.lif_q"] + rates["resonance.lif_k"]) / 2)
+    # ffn.lif1 has four times the neurons of the others
+    assert found["both"] == pytest.approx((rates["resonance.lif_q"] + 4 * rates["ffn.lif1"] + rates["ffn.lif2"]) / 6)
+    assert found["all"] > 0
+    with pytest.raises(ValueError, match=r"zone 'eleven' has no layer.*resonance.lif_q"):
+        SpikeMonitor(block, {"eleven": ["ffn.lif"]})
+
+
+def test_places_of_images_are_neurons_of_their_own_unless_said_otherwise():
+    net = nn.Sequential(LIFNode(v_threshold=0.5, step_mode="m"))
+    x = torch.rand(4, 2, 3, 5, 7)
+    for dims, shape in ((None, (3, 5, 7)), (1, (7,)), (2, (5, 7))):
+        functional.reset_net(net)
+        with SpikeMonitor(net, feature_dims=dims) as monitor:
+            spikes = net(x)
+        activity = monitor.activity()["0"]
+        assert activity.per_neuron.shape == shape
+        assert torch.allclose(activity.per_neuron, spikes.flatten(0, 4 - len(shape)).mean(0).double(), atol=1e-6)
+
+
+def test_neurons_that_change_their_number_are_named():
+    net = nn.Sequential(LIFNode(step_mode="m"))
+    with SpikeMonitor(net):
+        net(torch.rand(4, 2, 5, 8))
+        functional.reset_net(net)
+        with pytest.raises(ValueError, match=r"neurons of '0' were \[5, 8\] and are \[6, 8\] now.*feature_dims"):
+            net(torch.rand(4, 2, 6, 8))
+
+
+def test_half_precision_spikes_are_counted_to_the_last():
+    node = firing(refractory_steps=0).bfloat16()
+    with SpikeMonitor(node) as monitor:
+        spikes = node(torch.full((2, 5000, 8), 50.0, dtype=torch.bfloat16))
+    assert spikes.all()
+    assert monitor.rates()[""] == 1.0
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["torch.compile", "compile()"])
+def test_compiled_networks_are_counted_whenever_the_monitor_comes(inside):
+    """Without a graph break; and what is paused or closed counts nothing more."""
+    net = NordBlock(16, 2, 32, neuron=lambda n: AssociativeLIFNode(n, n_clusters=4))
+    x = 5 * torch.randn(6, 5, 2, 3, 16)
+    run = net if inside else torch.compile(net, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        with SpikeMonitor(net) as plain:
+            for part in x:
+                net(part)
+        if inside:
+            net.compile(fullgraph=True, backend="eager")
+        for _ in range(2):
+            run(x[0])  # compiled without a monitor
+            with SpikeMonitor(net) as monitor:
+                torch._dynamo.utils.counters.clear()
+                for part in x:
+                    run(part)
+                assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+                monitor.pause()
+                run(3 * x[0])
+                monitor.resume()
+            run(3 * x[0])
+            monitor.resume()  # a closed one stays closed
+            run(3 * x[0])
+            assert monitor.rates() == pytest.approx(plain.rates())
+
+
+def test_a_monitor_leaves_no_hook_behind():
+    net = NordBlock(16, 2, 32, neuron=lambda n: AssociativeLIFNode(n, n_clusters=4))
+    SpikeMonitor(net).close()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
+def test_multistep_and_what_it_runs_are_one_layer():
+    snntorch = pytest.importorskip("snntorch")
+    from nord_snn.integrations.snntorch import AssociativeSynaptic, MultiStep
+
+    net = nn.ModuleDict(
+        {"theirs": MultiStep(snntorch.Leaky(beta=0.9)), "ours": MultiStep(AssociativeSynaptic(8, n_clusters=4))}
+    )
+    x = 3 * torch.rand(6, 3, 8)
+    with SpikeMonitor(net) as monitor:
+        for _ in range(2):
+            spikes = {name: neuron(x) for name, neuron in net.items()}
+    for name, activity in monitor.activity().items():
+        assert torch.allclose(activity.per_step, spikes[name].flatten(1).mean(1).double(), atol=1e-6)
+
+
+WORK = """
+import sys, torch
+from torch import distributed
+from nord_snn.monitor import SpikeMonitor
+from nord_snn.neurons import AssociativeLIFNode
+rank, folder = int(sys.argv[1]), sys.argv[2]
+distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+torch.manual_seed(0)
+node = AssociativeLIFNode(8, n_clusters=4, step_mode="m")
+x = 3 * torch.rand(7, 4, 8)
+with SpikeMonitor(node) as monitor:
+    node(x[: 7 - 2 * rank, rank::2], stateless=True)
+monitor.gather()
+activity = monitor.activity()[""]
+torch.save((activity.per_neuron, activity.per_step, activity.rows), f"{folder}/{rank}.pt")
+monitor.clear()
+monitor.gather()
+if rank:
+    with SpikeMonitor(node) as monitor:
+        node(x)
+else:
+    monitor = SpikeMonitor(node)
+try:
+    monitor.gather()
+except ValueError as error:
+    assert "in some processes only" in str(error)
+else:
+    raise SystemExit("one of two processes ran nothing and nobody said so")
+distributed.barrier()
+import os; os._exit(0)
+"""
+
+
+def test_what_several_processes_counted_is_added_up(tmp_path):
+    started = [
+        subprocess.Popen([sys.executable, "-c", WORK, str(rank), str(tmp_path)], stderr=subprocess.PIPE)
+        for rank in (0, 1)
+    ]
+    for process in started:
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 0, error.decode()
+    (a, a_steps, a_rows), (b, b_steps, b_rows) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    torch.manual_seed(0)
+    node = firing()
+    x = 3 * torch.rand(7, 4, 8)
+    with SpikeMonitor(node) as monitor:
+        node(x[:, 0::2], stateless=True)
+        node(x[:5, 1::2], stateless=True)
+    whole = monitor.activity()[""]
+    assert a_rows == b_rows == whole.rows
+    for got, expected in (
+        (a, whole.per_neuron),
+        (b, whole.per_neuron),
+        (a_steps, whole.per_step),
+        (b_steps, whole.per_step),
+    ):
+        assert torch.allclose(got, expected)
