@@ -186,7 +186,7 @@ class AssociativeSynaptic(snntorch.Synaptic):
     def _at_rest(self, syn: Tensor, mem: Tensor) -> bool:
         """Whether these are the states that a reset has left here."""
         ours = all(given is held for given, held in ((syn, self._syn), (mem, self._mem)))
-        return ours and self._fresh and not mem.any() and not syn.any()
+        return ours and self._fresh and (mem.is_meta or not (mem.any() or syn.any()))
 
     def _state(self, x: Tensor, syn: Tensor | None, mem: Tensor | None) -> AssociativeLIFState | None:
         """What the step starts from; None for rest."""
@@ -194,7 +194,7 @@ class AssociativeSynaptic(snntorch.Synaptic):
             if not self.init_hidden:
                 return None
             if self._fresh and self._mem.shape != x.shape:  # nobody has run since it was put to rest
-                if self._mem.any() or self._syn.any():
+                if not self._mem.is_meta and (self._mem.any() or self._syn.any()):
                     raise ValueError(_wrong_shape(x, self._mem))
                 return None
             syn, mem, refractory = self._syn, self._mem, self._refractory
@@ -212,9 +212,9 @@ class AssociativeSynaptic(snntorch.Synaptic):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move the states along, but never to fewer bits."""
-        syn, mem = moved(self._syn, fn), moved(self._mem, fn)
+        states = {name: moved(value, fn) for name, value in self._buffers.items()}
         super()._apply(fn, recurse=recurse)
-        self._syn, self._mem = syn, mem
+        self._buffers.update(states)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -283,7 +283,8 @@ class MultiStep(nn.Module):
         spikes, membranes = [], []
         for x in x_seq:
             out = self.neuron(x, *states)
-            parts = out if isinstance(out, tuple) else (out,)
+            first, *more = out if isinstance(out, tuple) else (out,)
+            parts = (first.to(x.dtype), *more)  # snnTorch's surrogates give float32 for whatever they get
             spikes.append(parts[0])
             if self.store_v_seq:
                 if len(parts) == 1:

@@ -616,3 +616,81 @@ def test_exported_neurons_hold_no_state_of_ours(x_seq: Tensor) -> None:
     second = export_to_nir(net, x_seq)
     functional.reset_net(net)
     assert torch.equal(simulate(first, x_seq), simulate(second, x_seq))
+
+
+def test_an_export_inside_another_graph_keeps_its_step(x_seq: Tensor, tmp_path) -> None:
+    net = networks(0)["with cascade"]
+    graph = export_to_nir(net, x_seq, dt=1e-3)
+    whole = nir.NIRGraph(
+        nodes={"input": nir.Input(np.array([D])), "net": graph, "output": nir.Output(np.array([5]))},
+        edges=[("input", "net"), ("net", "output")],
+    )
+    whole = on_file(whole, tmp_path)
+    assert torch.equal(simulate(whole, x_seq), simulate(graph, x_seq))
+    assert torch.equal(run(import_from_nir(whole), x_seq), run(net, x_seq))
+
+
+def test_a_part_alone_is_a_graph(x_seq: Tensor, tmp_path) -> None:
+    node = drawn(D, 5)
+    graph = export_to_nir(node, x_seq)
+    (inner,) = (part for part in graph.nodes.values() if isinstance(part, nir.NIRGraph))
+    assert torch.equal(run(import_from_nir(on_file(inner, tmp_path)), x_seq), run(node, x_seq))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_stands_between_rows_and_features_is_rows(name: str) -> None:
+    net, x_seq = networks(0)[name], 2 * torch.randn(T, N, 4, D)
+    graph = export_to_nir(net, x_seq)
+    assert graph.metadata["deviation"] < 1e-5
+    torch.testing.assert_close(run(import_from_nir(graph), x_seq), run(net, x_seq), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_networks_of_half_precision_are_made_of_any_graph(dtype: torch.dtype, x_seq: Tensor) -> None:
+    back = import_from_nir(export_to_nir(networks(0)["everything"], x_seq), dtype=dtype)
+    assert all(p.dtype == dtype for p in back.parameters())
+    assert run(back, x_seq.to(dtype)).isfinite().all()
+
+
+@pytest.mark.parametrize("dt", [1e-7, 1.0])
+def test_changes_are_noticed_at_any_step(dt: float, x_seq: Tensor) -> None:
+    graph = export_to_nir(networks(0)["readout"], x_seq, dt)
+    import_from_nir(graph)
+    inner = next(node for node in graph.nodes.values() if isinstance(node, nir.NIRGraph))
+    inner.nodes["mean"].tau *= 1.01
+    with pytest.raises(ValueError, match="was changed since its export"):
+        import_from_nir(graph)
+
+
+class Noisy(nn.Module):
+    """Something that is done in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.noise, self.output_sum = strong(D, D), strong(D, D), drawn(D, 5)
+
+    def forward(self, n0_a: Tensor) -> Tensor:
+        h = self.a(n0_a)
+        return self.output_sum(h + self.noise(n0_a) if self.training else h) + n0_a
+
+
+def test_a_network_is_exported_as_it_is_used(x_seq: Tensor) -> None:
+    net = Noisy()
+    graph = export_to_nir(net, x_seq)
+    assert net.training
+    assert graph.metadata["deviation"] == 0
+    assert len(graph.nodes) == 5
+
+
+def test_numbers_that_are_none_are_no_agreement(x_seq: Tensor) -> None:
+    x_seq[0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="graph differs from the network by nan"):
+        export_to_nir(nn.Sequential(strong(D, D)), x_seq)
+
+
+def test_functions_of_ones_own_must_make_what_they_are_for(x_seq: Tensor) -> None:
+    with pytest.raises(TypeError, match=r"must make a nir.NIRNode of GELU, got NoneType"):
+        export_to_nir(nn.Sequential(nn.GELU()), x_seq, more={nn.GELU: lambda module: None})
+    graph = nir.NIRGraph.from_list(nir.Threshold(np.ones(4)))
+    with pytest.raises(TypeError, match=r"must make a torch.nn.Module of Threshold, got NoneType"):
+        import_from_nir(graph, more={nir.Threshold: lambda node: None})

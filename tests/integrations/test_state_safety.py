@@ -152,6 +152,29 @@ def test_modules_are_emptied_one_by_one_as_sharding_does(made: nn.Module) -> Non
         made(X)
 
 
+def test_weights_that_are_emptied_leave_the_state_alone(made: nn.Module) -> None:
+    expected = whole(made)
+    weights = copy.deepcopy(made.state_dict())
+    first = made(X[:4])
+    made.to_empty(device="cpu")
+    made.load_state_dict(weights)
+    assert torch.equal(torch.cat((first, made(X[4:]))), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["Leaky", "RLeaky", "Synaptic"])
+def test_neurons_of_snntorch_keep_the_precision_of_a_layer(name: str, dtype: torch.dtype) -> None:
+    """SnnTorch's surrogates give float32 for whatever they get."""
+    kinds = {
+        "Leaky": {"beta": 0.9},
+        "RLeaky": {"beta": 0.9, "all_to_all": False, "V": 0.1},
+        "Synaptic": {"alpha": 0.5, "beta": 0.9},
+    }
+    part = SpikingFeedForward(D, 8, neuron=lambda n: sut.MultiStep(getattr(snntorch, name)(**kinds[name])))
+    out = part.to(dtype)(X.to(dtype))
+    assert out.dtype == dtype
+
+
 def test_a_state_without_data_is_named() -> None:
     node = make_node()
     weights = node.state_dict()

@@ -64,8 +64,13 @@ def import_from_nir(
         graph = nir.read(graph)
     if not isinstance(graph, nir.NIRGraph):
         raise TypeError(f"expected a NIRGraph or the name of a file, got {type(graph).__name__}")
-    reader = _Import(same_step(graph, dt), dtype, approximate, more or {})
-    steps, output = plan(reader.parts(graph))
+    # Halves are made of float32, since a part that was rounded is another one than the graph's.
+    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    reader = _Import(same_step(graph, dt), precision, approximate, more or {})
+    whole = reader.part("the graph", graph)
+    if isinstance(whole, _Part):
+        return NIRNetwork([whole.module.to(dtype)], [(), (0,)])
+    steps, output = plan(whole)
     for step in steps:
         if step.delayed:
             raise ValueError(
@@ -129,7 +134,12 @@ class _Import:
 
     def part(self, name: str, node: nir.NIRNode) -> nir.NIRNode:
         if type(node) in self.more:
-            return _Part(self.more[type(node)](node), node)
+            made = self.more[type(node)](node)
+            if not isinstance(made, nn.Module):
+                raise TypeError(
+                    f"`more` must make a torch.nn.Module of {type(node).__name__}, got {type(made).__name__}"
+                )
+            return _Part(made, node)
         kinds: dict[str, Callable[[str, Any], nn.Module]] = {
             "AssociativeLIFNode": self.neurons,
             "SpikingFeedForward": self.feed_forward,

@@ -104,7 +104,10 @@ class _Walk:
                 f"'{call.target}' is called twice: both calls would share one state, in a graph each has its own"
             )
         self.called.add(module)
-        self.nodes[call.name] = self.table[type(module)](module)
+        made = self.table[type(module)](module)
+        if not isinstance(made, nir.NIRNode):
+            raise TypeError(f"`more` must make a nir.NIRNode of {type(module).__name__}, got {type(made).__name__}")
+        self.nodes[call.name] = made
         self.join(sources, call.name)
         return [call.name]
 
@@ -135,6 +138,8 @@ class _Walk:
         width = self.width(sources)
         if len(sources) > 1:
             total = f"{call.name}_sum"
+            while total in self.nodes:
+                total += "_"
             self.nodes[total] = nir.Scale(scale=np.ones(tuple(width)))
             self.join(sources, total)
             sources = [total]
@@ -163,3 +168,8 @@ class _Walk:
                 wanted.add(source)
         self.nodes = {name: node for name, node in self.nodes.items() if name in wanted or name == self.entry}
         self.edges = [edge for edge in self.edges if edge[1] in wanted]
+        # Whatever stands between rows and features is rows: the first that reads the input says what it takes.
+        takers = [self.nodes[target].input_type for source, target in self.edges if source == self.entry]
+        known = next((shape for shapes in takers for shape in (shapes or {}).values() if shape is not None), None)
+        if known is not None:
+            self.nodes[self.entry] = nir.Input(input_type=np.array(known))

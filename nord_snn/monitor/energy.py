@@ -1,0 +1,461 @@
+"""What a network computes, product by product, and what that would cost under published conventions."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import ceil, log2
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from spikingjelly.activation_based.neuron import BaseNode
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import nord_snn.ops  # noqa: F401  # defines the ops that are looked for below
+from nord_snn.neurons import AssociativeLIFNode
+from nord_snn.neurons.foreign import is_snntorch
+
+__all__ = ["CONVENTIONS", "Convention", "EnergyProfile", "EnergyProfiler", "ProductCost", "profile_energy"]
+
+
+@dataclass(frozen=True)
+class Convention:
+    """Energy of single operations, in joules.
+
+    Attributes:
+        mac: a multiplication and an addition of two numbers.
+        ac: an addition of a weight, where a spike arrives.
+        mul: of one multiplication in a neuron's update.
+        add: of one addition or comparison there.
+        byte: of one byte that is read or written; 0 leaves memory out.
+        source: where the figures are from.
+    """
+
+    mac: float
+    ac: float
+    mul: float
+    add: float
+    byte: float
+    source: str
+
+
+_HOROWITZ = "M. Horowitz, Computing's energy problem, ISSCC 2014: 45 nm, 0.9 V"
+
+#: Float arithmetic without memory, with all memory in a 32 KB SRAM (20 pJ for 8 bytes), and with all of it in DRAM (1.3 nJ for 8
+#: bytes, the lower end); and 8-bit integers summed in 32 bits without memory.
+CONVENTIONS: dict[str, Convention] = {
+    "45nm-fp32": Convention(4.6e-12, 0.9e-12, 3.7e-12, 0.9e-12, 0.0, _HOROWITZ),
+    "45nm-fp32-sram": Convention(4.6e-12, 0.9e-12, 3.7e-12, 0.9e-12, 2.5e-12, _HOROWITZ),
+    "45nm-fp32-dram": Convention(4.6e-12, 0.9e-12, 3.7e-12, 0.9e-12, 162.5e-12, _HOROWITZ),
+    "45nm-int8": Convention(0.3e-12, 0.1e-12, 0.2e-12, 0.1e-12, 0.0, _HOROWITZ),
+}
+
+#: Multiplications and additions of one update of one neuron. Ours: current (1, 1), membrane (2, 1), comparison (0, 1), reset
+#: (0, 1), rest (0, 1). Others are taken for a leaky integrator: membrane (2, 1), comparison (0, 1), reset (0, 1).
+_UPDATE_OURS, _UPDATE_OTHERS = (3, 5), (2, 3)
+#: Bytes of state of one neuron, read and written at each step: v, i and steps of rest; v.
+_STATE_OURS, _STATE_OTHERS = 24, 8
+
+_aten = torch.ops.aten
+
+
+@dataclass
+class ProductCost:
+    """One product of a network, over all its calls.
+
+    Attributes:
+        name: the module that computes it.
+        kind: ``"linear"``, ``"convolution"``, ``"activations"`` (of two of them), ``"coincidences"`` or ``"values"`` (resonance).
+        dense: multiply-accumulates if none were left out.
+        macs: those that were multiply-accumulates: the input was not exactly zeros and ones.
+        acs: additions: active inputs times their fan-out, where it was.
+        weight_bytes: of weights that met an active input, each read once a call.
+        activation_bytes: inputs and outputs; spikes are one bit each.
+        calls: how often it ran.
+        steps: leading dimension of the module's input, which is time where it is that of the network.
+    """
+
+    name: str
+    kind: str
+    dense: int = 0
+    macs: int = 0
+    acs: int = 0
+    weight_bytes: int = 0
+    activation_bytes: int = 0
+    calls: int = 0
+    steps: int = 1
+
+
+@dataclass
+class EnergyProfile:
+    """What was computed, and what it would cost; printed, a table.
+
+    Attributes:
+        products: every matrix product and convolution, by name and kind.
+        multiplications: in neurons' updates, the cascade's products included.
+        additions: in neurons' updates, the cascade's additions included.
+        state_bytes: state of neurons, read and written at each step.
+        elementwise: outputs of everything else that computes with floats (normalisation, gates, residual sums).
+        time_steps: T of the network.
+    """
+
+    products: list[ProductCost] = field(default_factory=list)
+    multiplications: int = 0
+    additions: int = 0
+    state_bytes: int = 0
+    elementwise: int = 0
+    time_steps: int = 1
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of all products."""
+        return sum(product.macs for product in self.products)
+
+    @property
+    def acs(self) -> int:
+        """Additions of all products."""
+        return sum(product.acs for product in self.products)
+
+    @property
+    def dense(self) -> int:
+        """Multiply-accumulates of all products if none were left out."""
+        return sum(product.dense for product in self.products)
+
+    @property
+    def neuron_ops(self) -> int:
+        """Multiplications and additions of neurons and cascades."""
+        return self.multiplications + self.additions
+
+    @property
+    def bytes(self) -> int:
+        """Weights, activations and state, read and written."""
+        moved = sum(product.weight_bytes + product.activation_bytes for product in self.products)
+        return moved + self.state_bytes
+
+    def joules(self, convention: str = "45nm-fp32") -> float:
+        """Energy of everything above. An elementwise output is priced as a multiply-accumulate."""
+        price = _priced(convention)
+        products = self.macs * price.mac + self.acs * price.ac
+        neurons = self.multiplications * price.mul + self.additions * price.add
+        return products + neurons + self.elementwise * price.mac + self.bytes * price.byte
+
+    def twin_macs(self) -> int:
+        """Multiply-accumulates of the dense twin: the same products once, not at each of T steps, by numbers and not spikes."""
+        return sum(product.dense // (self.time_steps if self._over_time(product) else 1) for product in self.products)
+
+    def twin_joules(self, convention: str = "45nm-fp32") -> float:
+        """Energy of the dense twin's products, with memory for its weights once and its activations as floats."""
+        price = _priced(convention)
+        moved = sum(
+            product.weight_bytes + product.activation_bytes // (self.time_steps if self._over_time(product) else 1)
+            for product in self.products
+        )
+        return self.twin_macs() * price.mac + moved * price.byte
+
+    def quantised_joules(self) -> float:
+        """Energy of the twin with activations of ``ceil(log2(T + 1))`` bits and weights of 8, without memory.
+
+        T steps of zeros and ones count to T, so a network that sends such numbers once says as much (Yan, Bai and Wong
+        2024). A product of b and 8 bits takes ``b / 8`` of an 8-bit one (0.2 pJ), its sum goes into 32 bits (0.1 pJ).
+        """
+        bits = ceil(log2(self.time_steps + 1))
+        return self.twin_macs() * (0.2e-12 * bits / 8 + 0.1e-12)
+
+    def __str__(self) -> str:
+        """The table, in Markdown."""
+        rows = ["| product | kind | dense MACs | MACs | ACs | bytes |", "|---|---|---|---|---|---|"]
+        rows += [
+            f"| {p.name or 'network'} | {p.kind} | {p.dense:,} | {p.macs:,} | {p.acs:,} | "
+            f"{p.weight_bytes + p.activation_bytes:,} |"
+            for p in self.products
+        ]
+        rows.append(f"| neurons and cascades | {self.neuron_ops:,} operations | | | | {self.state_bytes:,} |")
+        rows.append(f"| elementwise | {self.elementwise:,} outputs | | | | |")
+        rows.append(f"| **all** | | {self.dense:,} | {self.macs:,} | {self.acs:,} | {self.bytes:,} |")
+        rows += ["", "| convention | this network, J | dense twin, J |", "|---|---|---|"]
+        rows += [f"| {name} | {self.joules(name):.3g} | {self.twin_joules(name):.3g} |" for name in CONVENTIONS]
+        rows.append(f"| quantised twin, {ceil(log2(self.time_steps + 1))} bits | | {self.quantised_joules():.3g} |")
+        return "\n".join(rows)
+
+    def _over_time(self, product: ProductCost) -> bool:
+        return product.steps == self.time_steps > 1
+
+
+def _priced(convention: str) -> Convention:
+    if convention not in CONVENTIONS:
+        raise ValueError(f"unknown convention {convention!r}: expected one of {sorted(CONVENTIONS)}")
+    return CONVENTIONS[convention]
+
+
+def profile_energy(net: nn.Module, *inputs: Any, **more: Any) -> EnergyProfile:
+    """Run ``net(*inputs, **more)`` once and count what it computes.
+
+    Additions are credited only where the input of a product is exactly zeros and ones: they are the active inputs times
+    their fan-out. Anything else is a multiply-accumulate, zeros or not. Resonance compares each spike of a query with every
+    key that it may bind to, which are additions, and weighs the values of the keys that it kept, which are
+    multiply-accumulates. Neurons that hold state go on from it, as in any call.
+
+    Args:
+        net: any module.
+        inputs: what it is called with.
+        more: named arguments.
+
+    Returns:
+        The profile; ``print`` it for a table.
+
+    Raises:
+        ValueError: something was computed that is not known here, so that the figures would be too low.
+
+    Source: energies of single operations after Horowitz 2014; the quantised twin after Yan, Bai and Wong 2024,
+    "Reconsidering the energy efficiency of spiking neural networks".
+
+    Example:
+        >>> net = nn.Sequential(AssociativeLIFNode(4, None, step_mode="m"), nn.Linear(4, 3, bias=False))
+        >>> profile = profile_energy(net, torch.full((6, 2, 4), 9.0))  # fires at steps 0 and 3
+        >>> profile.macs, profile.acs, profile.dense
+        (0, 48, 144)
+        >>> f"{profile.joules() / profile.twin_joules():.2f}"
+        '7.17'
+    """
+    with EnergyProfiler(net) as profiler, torch.no_grad():
+        net(*inputs, **more)
+    return profiler.profile
+
+
+class EnergyProfiler(TorchDispatchMode):
+    """Count everything that ``net`` computes while the block runs: :func:`profile_energy` for any number of calls.
+
+    Args:
+        net: any module.
+
+    Attributes:
+        profile: what was counted, once the block has ended.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.profile = EnergyProfile()
+        self._products: dict[tuple[str, str], ProductCost] = {}
+        self._names: list[
+            tuple[str, int]
+        ] = []  # of the modules that are running, innermost last, and their leading dimension
+        self._steps: dict[str, int] = {}
+        self._single: dict[str, int] = {}
+        self._weights: set[int] = set()
+        self._neurons_running = 0
+
+    def __enter__(self) -> Self:
+        """Count until the block ends."""
+        self._weights = {p.untyped_storage().data_ptr() for p in self.net.parameters()}
+        self._hooks = []
+        for name, module in self.net.named_modules():
+            self._hooks.append(module.register_forward_pre_hook(self._begin(name), with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(self._end(name), always_call=True))
+        super().__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop counting."""
+        super().__exit__(kind, error, trace)
+        for hook in self._hooks:
+            hook.remove()
+        whole = max(self._steps.values(), default=1)
+        self.profile.time_steps = max(whole, max(self._single.values(), default=1))
+        for product in self._products.values():
+            if whole == 1 and product.calls == self.profile.time_steps:
+                product.steps = product.calls  # a loop over single steps calls it once in each
+        self.profile.products = list(self._products.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self._neurons_running:  # counted as neurons, whatever they are made of
+            return out
+        packet = func.overloadpacket
+        if packet in _HANDLERS:
+            _HANDLERS[packet](self, args, out)
+        elif packet in _ELEMENTWISE and _floats(out):
+            self.profile.elementwise += (out[0] if isinstance(out, tuple) else out).numel()
+        elif any(part in str(packet) for part in _UNKNOWN):
+            raise ValueError(f"cannot count {packet}: what it costs is not known here")
+        return out
+
+    def product(self, kind: str) -> ProductCost:
+        """The entry of the innermost module that runs."""
+        name, steps = self._names[-1] if self._names else ("", 1)
+        entry = self._products.setdefault((name, kind), ProductCost(name, kind))
+        entry.calls += 1
+        entry.steps = steps
+        return entry
+
+    def matrix(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+        """``a [*, M, K] @ b [*, K, N]``."""
+        batch, (m, k, n) = out.numel() // max(out.shape[-1] * out.shape[-2], 1), (*a.shape[-2:], b.shape[-1])
+        weight = b if self._is_weight(b) else a if self._is_weight(a) else None
+        entry = self.product("activations" if weight is None else "linear")
+        entry.dense += batch * m * k * n
+        # An active element of a meets n outputs, one of b meets m.
+        choices = [(x, fan_out) for x, fan_out in ((a, n), (b, m)) if x is not weight and _binary(x)]
+        if choices:
+            entry.acs += min(int(x.count_nonzero()) * fan_out for x, fan_out in choices)
+        else:
+            entry.macs += batch * m * k * n
+        if weight is not None:
+            active = a if weight is b else b
+            rows = active.reshape(-1, k) if weight is b else active.movedim(-2, -1).reshape(-1, k)
+            entry.weight_bytes += int((rows != 0).any(0).sum()) * (weight.numel() // k) * weight.element_size()
+        entry.activation_bytes += sum(_stored(x) for x in (a, b, out) if x is not weight)
+
+    def convolution(self, x: Tensor, weight: Tensor, out: Tensor, rest: tuple[Any, ...]) -> None:
+        """An active input meets as many outputs as windows reach it."""
+        entry = self.product("convolution")
+        dense = out.numel() * weight[0].numel()
+        entry.dense += dense
+        if _binary(x):
+            entry.acs += int(_aten.convolution(x.double(), torch.ones_like(weight).double(), None, *rest).sum().round())
+        else:
+            entry.macs += dense
+        entry.weight_bytes += weight.numel() * weight.element_size()
+        entry.activation_bytes += _stored(x) + _stored(out)
+
+    def resonance(self, q: Tensor, k: Tensor, v: Tensor, top_k: int, causal: bool) -> None:
+        """Coincidences of each query with the keys it may bind to, and the values of those it keeps."""
+        steps, batch, length, width = q.shape
+        keys = (
+            torch.arange(1, length + 1, device=q.device) if causal else torch.full((length,), length, device=q.device)
+        )
+        pairs = int(keys.sum()) * batch
+        entry = self.product("coincidences")
+        entry.dense += pairs * steps * width
+        entry.steps = steps
+        if _binary(q) and _binary(k):
+            entry.acs += int((q.count_nonzero(dim=(0, 1, 3)) * keys).sum())
+        else:
+            entry.macs += pairs * steps * width
+        entry.activation_bytes += _stored(q) + _stored(k)
+        values = self.product("values")
+        values.steps = 1  # of means over time
+        kept = int(keys.clamp(max=top_k).sum()) * batch * width
+        values.dense += kept
+        values.macs += kept
+        values.activation_bytes += 2 * _stored(v)
+
+    def neurons(self, name: str, module: nn.Module, spikes: Tensor) -> None:
+        """Updates of a layer of neurons, and its cascade."""
+        if getattr(module, "step_mode", "s") == "m":
+            self._steps[name] = spikes.shape[0]
+        else:
+            self._single[name] = self._single.get(name, 0) + 1
+        ours = isinstance(module, AssociativeLIFNode)
+        multiplications, additions = _UPDATE_OURS if ours else _UPDATE_OTHERS
+        self.profile.multiplications += multiplications * spikes.numel()
+        self.profile.additions += additions * spikes.numel()
+        self.profile.state_bytes += (_STATE_OURS if ours else _STATE_OTHERS) * spikes.numel()
+        cascade = module.cascade if isinstance(module, AssociativeLIFNode) else None
+        if cascade is not None:
+            rows = spikes.numel() // spikes.shape[-1]
+            # Spikes are counted into clusters, clusters meet each other, and every neuron gets its cluster's current.
+            self.profile.multiplications += rows * cascade.n_clusters * (cascade.n_clusters + 1)
+            self.profile.additions += int(spikes.count_nonzero()) + rows * (cascade.n_clusters**2 + spikes.shape[-1])
+
+    def _begin(self, name: str) -> Callable[..., None]:
+        def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if type(module).__name__ == "CoFiringResonance" and kwargs.get("remember") is not None:
+                raise ValueError("resonance with a cache cannot be counted: run the whole sequence, use_cache=False")
+            self._neurons_running += _is_neuron(module)
+            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            lead = tensors[0].shape[0] if tensors and tensors[0].ndim >= 3 else 1
+            self._names.append((name, lead))
+
+        return begin
+
+    def _end(self, name: str) -> Callable[..., None]:
+        def end(module: nn.Module, args: Any, output: Any) -> None:
+            self._neurons_running -= _is_neuron(module)
+            self._names.pop()
+            if _is_neuron(module) and output is not None:
+                with (
+                    torch.utils._python_dispatch._disable_current_modes()
+                ):  # what is computed here is not the network's
+                    self.neurons(name, module, output[0] if isinstance(output, tuple) else output)
+
+        return end
+
+    def _is_weight(self, x: Tensor) -> bool:
+        return x.untyped_storage().data_ptr() in self._weights
+
+
+def _is_neuron(module: nn.Module) -> bool:
+    if is_snntorch(module):
+        return not any(isinstance(inner, BaseNode) for inner in module.modules())
+    return isinstance(module, BaseNode)
+
+
+def _binary(x: Tensor) -> bool:
+    return bool(((x == 0) | (x == 1)).all())
+
+
+def _stored(x: Tensor) -> int:
+    """Bytes: spikes are bits."""
+    return ceil(x.numel() / 8) if _binary(x) else x.numel() * x.element_size()
+
+
+def _floats(out: Any) -> bool:
+    first = out[0] if isinstance(out, tuple) else out
+    return isinstance(first, Tensor) and first.is_floating_point()
+
+
+_nord = torch.ops.nord_snn
+
+_HANDLERS: dict[Any, Callable[[EnergyProfiler, Any, Any], None]] = {
+    _aten.mm: lambda mode, args, out: mode.matrix(args[0], args[1], out),
+    _aten.bmm: lambda mode, args, out: mode.matrix(args[0], args[1], out),
+    _aten.addmm: lambda mode, args, out: mode.matrix(args[1], args[2], out),
+    _aten.baddbmm: lambda mode, args, out: mode.matrix(args[1], args[2], out),
+    _aten.convolution: lambda mode, args, out: mode.convolution(args[0], args[1], out, args[3:]),
+    _nord.resonance: lambda mode, args, out: mode.resonance(*args[:3], *args[6:8]),
+}
+
+#: Work that is no product: an output each.
+_ELEMENTWISE = {
+    *(
+        _aten.add,
+        _aten.add_,
+        _aten.sub,
+        _aten.mul,
+        _aten.mul_,
+        _aten.div,
+        _aten.mean,
+        _aten.sum,
+        _aten.rsqrt,
+        _aten.pow,
+    ),
+    *(_aten.native_layer_norm, _aten.native_batch_norm, _aten.native_group_norm, _aten._native_batch_norm_legit),
+    *(
+        _aten._native_batch_norm_legit_no_training,
+        _aten.sigmoid,
+        _aten.tanh,
+        _aten.exp,
+        _aten.relu,
+        _aten.gelu,
+        _aten.silu,
+    ),
+    *(_aten._softmax, _aten._log_softmax, _aten.avg_pool2d, _aten.max_pool2d_with_indices, _aten.maximum, _aten.where),
+    _nord.leaky_clamp,
+}
+
+#: Products that are hidden in one call.
+_UNKNOWN = (
+    "scaled_dot_product",
+    "multi_head_attention",
+    "transformer_encoder_layer",
+    "lstm",
+    "gru",
+    "rnn",
+    "mkldnn",
+    "cdist",
+    "_int_mm",
+    "scaled_mm",
+)

@@ -1,0 +1,193 @@
+"""profile_energy: what is counted, by hand, beside SpikingJelly's counters, and in every shape that a network may have."""
+
+import pytest
+import torch
+from helpers import needs_spikingjelly_2
+from parts import PARTS
+from spikingjelly.activation_based import functional, neuron
+from torch import nn
+
+from nord_snn.layers import CoFiringResonance
+from nord_snn.monitor import CONVENTIONS, EnergyProfiler, profile_energy
+from nord_snn.neurons import AssociativeLIFNode
+
+
+def spikes(*shape, rate=0.3):
+    return (torch.rand(shape) < rate).float()
+
+
+def only(profile, kind="linear"):
+    (found,) = [product for product in profile.products if product.kind == kind]
+    return found
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_additions_are_active_inputs_times_fan_out_and_only_where_all_are_spikes(bias):
+    net, x = nn.Linear(20, 7, bias=bias), spikes(6, 3, 20)
+    profile = profile_energy(net, x)
+    assert (profile.macs, profile.acs, profile.dense) == (0, int(x.sum()) * 7, 6 * 3 * 20 * 7)
+    x[0, 0, 0] = 0.5  # one value that is no spike, and nothing is credited
+    profile = profile_energy(net, x)
+    assert (profile.macs, profile.acs) == (6 * 3 * 20 * 7, 0)
+    assert profile_energy(net, 2 * spikes(6, 3, 20)).acs == 0
+
+
+def test_a_convolution_by_hand():
+    """Every active input counts the windows that reach it, at the edges fewer."""
+    net, x = nn.Conv2d(2, 5, 3, stride=2, padding=1, bias=False), spikes(1, 2, 6, 6)
+    reached = 0
+    for channel, row, column in x[0].nonzero().tolist():
+        assert channel < 2
+        for top in range(-1, 5, 2):
+            for left in range(-1, 5, 2):
+                reached += top <= row < top + 3 and left <= column < left + 3
+    profile = profile_energy(net, x)
+    assert profile.acs == reached * 5
+    assert profile.dense == 3 * 3 * 5 * 2 * 9
+
+
+@needs_spikingjelly_2
+@pytest.mark.parametrize("binary", [True, False])
+@pytest.mark.parametrize("name", ["linear", "convolution", "groups", "network"])
+def test_spikingjelly_counts_the_same(name, binary):
+    from spikingjelly.activation_based import op_counter
+
+    nets = {
+        "linear": (nn.Linear(20, 7), (6, 3, 20)),
+        "convolution": (nn.Conv2d(3, 5, 3, stride=2, padding=1), (4, 3, 9, 9)),
+        "groups": (nn.Conv1d(4, 6, 3, groups=2, dilation=2, bias=False), (4, 4, 11)),
+        "network": (nn.Sequential(nn.Linear(20, 9), nn.Linear(9, 4)), (6, 3, 20)),
+    }
+    net, shape = nets[name]
+    x = spikes(*shape) if binary else torch.rand(shape)
+    counters = op_counter.MACCounter(), op_counter.ACCounter()
+    with torch.no_grad(), op_counter.DispatchCounterMode(list(counters)):
+        net(x)
+    profile = profile_energy(net, x)
+    assert (profile.macs, profile.acs) == tuple(counter.get_total() for counter in counters)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_resonance_by_hand(causal):
+    layer = CoFiringResonance(16, 2, top_k=3, causal=causal, neuron=lambda n: AssociativeLIFNode(n, n_clusters=4))
+    fired = {}
+    for name in ("lif_q", "lif_k"):
+        getattr(layer, name).register_forward_hook(lambda m, i, out, name=name: fired.update({name: out}))
+    x = 5 * torch.randn(6, 2, 5, 16)
+    profile = profile_energy(layer, x)
+    q = fired["lif_q"]
+    assert q.any()
+    seen = [position + 1 if causal else 5 for position in range(5)]
+    coincidences, values = only(profile, "coincidences"), only(profile, "values")
+    assert coincidences.acs == sum(int(q[:, :, position].sum()) * seen[position] for position in range(5))
+    assert coincidences.dense == 2 * sum(seen) * 6 * 16
+    assert (values.macs, values.acs) == (2 * sum(min(3, n) for n in seen) * 16, 0)
+    names = {product.name: product for product in profile.products if product.kind == "linear"}
+    assert names["q_proj"].macs == 6 * 2 * 5 * 16 * 16
+    assert names["v_proj"].macs == 2 * 5 * 16 * 16  # once, and not at each step
+    twin = 4 * 2 * 5 * 16 * 16 + 2 * sum(seen) * 16 + values.macs
+    assert profile.twin_macs() == twin
+
+
+def test_neurons_and_cascade_by_hand():
+    plain, x = AssociativeLIFNode(8, None, step_mode="m"), 5 * torch.rand(6, 3, 8)
+    profile = profile_energy(plain, x)
+    updates = 6 * 3 * 8
+    assert (profile.multiplications, profile.additions, profile.state_bytes) == (3 * updates, 5 * updates, 24 * updates)
+    assert profile.products == []
+    assert profile.elementwise == 0
+    node = AssociativeLIFNode(8, n_clusters=4, step_mode="m")
+    out = node(x)
+    functional.reset_net(node)
+    for backend in ("auto", "torch"):  # whatever it is computed with
+        node.backend = backend
+        profile = profile_energy(node, x)
+        functional.reset_net(node)
+        assert profile.multiplications == 3 * updates + 18 * 4 * 5
+        assert profile.additions == 5 * updates + int(out.sum()) + 18 * (16 + 8)
+        assert profile.products == []
+
+
+def test_single_steps_cost_what_the_sequence_does_but_for_weights_read_again():
+    net = nn.Sequential(
+        AssociativeLIFNode(8, n_clusters=4, step_mode="m"), nn.Linear(8, 5, bias=False), neuron.LIFNode(step_mode="m")
+    )
+    x = 5 * torch.rand(6, 3, 8)
+    whole = profile_energy(net, x)
+    functional.reset_net(net)
+    functional.set_step_mode(net, "s")
+    with torch.no_grad(), EnergyProfiler(net) as profiler:
+        for step in x:
+            net(step)
+    single = profiler.profile
+    for name in ("macs", "acs", "dense", "neuron_ops", "state_bytes", "time_steps"):
+        assert getattr(single, name) == getattr(whole, name), name
+    assert single.twin_macs() == whole.twin_macs() == 3 * 8 * 5
+    assert only(single).weight_bytes >= only(whole).weight_bytes
+
+
+def test_weights_that_meet_no_spike_are_not_read():
+    net, x = nn.Linear(20, 7, bias=False), torch.zeros(6, 3, 20)
+    x[2, 1, 4] = x[5, 0, 4] = x[0, 0, 9] = 1.0
+    product = only(profile_energy(net, x))
+    assert product.weight_bytes == 2 * 7 * 4
+    assert product.activation_bytes == 6 * 3 * 20 // 8 + 6 * 3 * 7 * 4  # spikes are bits
+
+
+def test_joules_are_the_prices_times_the_counts():
+    net = nn.Sequential(
+        AssociativeLIFNode(8, None, step_mode="m"), nn.Linear(8, 5, bias=False), nn.LayerNorm(5), nn.Linear(5, 2)
+    )
+    profile = profile_energy(net, 5 * torch.rand(6, 3, 8))
+    assert profile.acs > 0
+    assert profile.macs == 6 * 3 * 5 * 2
+    assert profile.elementwise == 6 * 3 * 5
+    for name, price in CONVENTIONS.items():
+        expected = profile.macs * price.mac + profile.acs * price.ac + profile.multiplications * price.mul
+        expected += profile.additions * price.add + profile.elementwise * price.mac + profile.bytes * price.byte
+        assert profile.joules(name) == pytest.approx(expected)
+        assert name in str(profile)
+    assert profile.twin_macs() == 3 * (8 * 5 + 5 * 2)
+    assert profile.quantised_joules() == pytest.approx(
+        profile.twin_macs() * (0.2e-12 * 3 / 8 + 0.1e-12)
+    )  # 6 steps, 3 bits
+    with pytest.raises(ValueError, match=r"unknown convention 'joule'.*45nm-fp32"):
+        profile.joules("joule")
+
+
+@pytest.mark.parametrize(("make", "shape"), PARTS.values(), ids=PARTS)
+def test_every_part_is_counted_and_left_as_it_was(make, shape):
+    part, x = make(), 2 * torch.rand(shape)
+    expected = part(x)
+    functional.reset_net(part)
+    profile = profile_energy(part, x)
+    functional.reset_net(part)
+    assert torch.equal(part(x), expected)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in part.modules())
+    counted = {product.name for product in profile.products if product.kind == "linear"}
+    assert counted == {name for name, module in part.named_modules() if isinstance(module, nn.Linear)}
+    assert profile.joules() > 0 or not list(part.parameters())
+
+
+def test_an_error_on_the_way_takes_the_hooks_off():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(5, 4))
+    with pytest.raises(RuntimeError):
+        profile_energy(net, torch.rand(2, 4))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
+class Attention(nn.Module):
+    """Two products in one call."""
+
+    def forward(self, x):
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+def test_what_cannot_be_counted_is_refused():
+    with pytest.raises(ValueError, match=r"cannot count aten.*scaled_dot_product"):
+        profile_energy(Attention(), torch.rand(2, 1, 5, 16))
+    with pytest.raises(ValueError, match=r"cannot count aten.*multi_head_attention"):
+        profile_energy(nn.TransformerEncoderLayer(16, 2, batch_first=True).eval(), torch.rand(2, 5, 16))
+    layer = CoFiringResonance(16, 2, neuron=lambda n: AssociativeLIFNode(n, n_clusters=4))
+    with pytest.raises(ValueError, match="use_cache=False"):
+        profile_energy(layer, torch.rand(6, 2, 5, 16), remember=lambda keys, values: (keys, values))
