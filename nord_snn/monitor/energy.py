@@ -204,7 +204,8 @@ def profile_energy(net: nn.Module, *inputs: Any, **more: Any) -> EnergyProfile:
         The profile; ``print`` it for a table.
 
     Raises:
-        ValueError: something was computed that is not known here, so that the figures would be too low.
+        ValueError: something was computed that is not known here, so that the figures would be too low; or the batch has as
+            many rows as there are time steps, so that the twin's share cannot be told.
 
     Source: energies of single operations after Horowitz 2014; the quantised twin after Yan, Bai and Wong 2024,
     "Reconsidering the energy efficiency of spiking neural networks".
@@ -244,6 +245,8 @@ class EnergyProfiler(TorchDispatchMode):
         self._single: dict[str, int] = {}
         self._weights: set[int] = set()
         self._neurons_running = 0
+        self._fired: dict[str, Tensor] = {}
+        self._batches: set[int] = set()
 
     def __enter__(self) -> Self:
         """Count until the block ends."""
@@ -262,7 +265,13 @@ class EnergyProfiler(TorchDispatchMode):
         super().__exit__(kind, error, trace)
         for hook in self._hooks:
             hook.remove()
+        self._fired.clear()
         whole = max(self._steps.values(), default=1)
+        if whole > 1 and whole in self._batches and error is None:
+            raise ValueError(
+                f"{whole} time steps and a batch of {whole} rows cannot be told apart, which the dense twin needs: profile a "
+                "batch of another size"
+            )
         self.profile.time_steps = max(whole, max(self._single.values(), default=1))
         for product in self._products.values():
             if whole == 1 and product.calls == self.profile.time_steps:
@@ -322,30 +331,44 @@ class EnergyProfiler(TorchDispatchMode):
 
     def resonance(self, q: Tensor, k: Tensor, v: Tensor, top_k: int, causal: bool) -> None:
         """Coincidences of each query with the keys it may bind to, and the values of those it keeps."""
-        steps, batch, length, width = q.shape
-        keys = (
-            torch.arange(1, length + 1, device=q.device) if causal else torch.full((length,), length, device=q.device)
-        )
-        pairs = int(keys.sum()) * batch
+        length = q.shape[2]
+        seen = torch.arange(1, length + 1) if causal else torch.full((length,), length)
+        self.coincidences(q, _binary(k), _stored(k), seen, top_k)
+
+    def coincidences(self, q: Tensor, binary_keys: bool, key_bytes: int, seen: Tensor, top_k: int) -> None:
+        """Queries ``q [T, B, S, D]`` of which each sees so many keys, ``[S]``."""
+        steps, batch, _, width = q.shape
+        pairs, kept = (int(number.sum()) * batch for number in (seen, seen.clamp(max=top_k)))
         entry = self.product("coincidences")
         entry.dense += pairs * steps * width
         entry.steps = steps
-        if _binary(q) and _binary(k):
-            entry.acs += int((q.count_nonzero(dim=(0, 1, 3)) * keys).sum())
+        if binary_keys and _binary(q):
+            entry.acs += int((q.count_nonzero(dim=(0, 1, 3)).cpu() * seen).sum())
         else:
             entry.macs += pairs * steps * width
-        entry.activation_bytes += _stored(q) + _stored(k)
+        entry.activation_bytes += _stored(q) + key_bytes
         values = self.product("values")
         values.steps = 1  # of means over time
-        kept = int(keys.clamp(max=top_k).sum()) * batch * width
-        values.dense += kept
-        values.macs += kept
-        values.activation_bytes += 2 * _stored(v)
+        values.dense += kept * width
+        values.macs += kept * width
+        values.activation_bytes += 4 * (kept + batch * len(seen)) * width
+
+    def earlier(self, name: str, module: Any, total: int, window: int | None) -> None:
+        """Resonance of new positions with what a cache holds: ``total`` keys, those of the new positions included."""
+        q = self._fired[f"{name}.lif_q" if name else "lif_q"]
+        new = q.shape[2]
+        if total == new:  # nothing was held, and the op was seen
+            return
+        seen = torch.arange(total - new + 1, total + 1)
+        bits = q.shape[0] * q.shape[1] * q.shape[3] * total
+        self.coincidences(q, True, ceil(bits / 8), seen if window is None else seen.clamp(max=window), module.top_k)
 
     def neurons(self, name: str, module: nn.Module, spikes: Tensor) -> None:
         """Updates of a layer of neurons, and its cascade."""
+        self._fired[name] = spikes
         if getattr(module, "step_mode", "s") == "m":
             self._steps[name] = spikes.shape[0]
+            self._batches.update(spikes.shape[1:2] if spikes.ndim > 2 else ())
         else:
             self._single[name] = self._single.get(name, 0) + 1
         ours = isinstance(module, AssociativeLIFNode)
@@ -360,26 +383,41 @@ class EnergyProfiler(TorchDispatchMode):
             self.profile.multiplications += rows * cascade.n_clusters * (cascade.n_clusters + 1)
             self.profile.additions += int(spikes.count_nonzero()) + rows * (cascade.n_clusters**2 + spikes.shape[-1])
 
-    def _begin(self, name: str) -> Callable[..., None]:
-        def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if type(module).__name__ == "CoFiringResonance" and kwargs.get("remember") is not None:
-                raise ValueError("resonance with a cache cannot be counted: run the whole sequence, use_cache=False")
+    def _begin(self, name: str) -> Callable[..., Any]:
+        def begin(module: nn.Module, args: Any, kwargs: Any) -> Any:
             self._neurons_running += _is_neuron(module)
             tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
             lead = tensors[0].shape[0] if tensors and tensors[0].ndim >= 3 else 1
             self._names.append((name, lead))
+            remember = kwargs.get("remember") if type(module).__name__ == "CoFiringResonance" else None
+            return (
+                None
+                if remember is None
+                else (args, kwargs | {"remember": self._listen(name, module, remember, kwargs)})
+            )
 
         return begin
+
+    def _listen(self, name: str, module: nn.Module, remember: Any, kwargs: Any) -> Any:
+        """What a cache gives back says how many keys are looked at."""
+
+        def listening(keys: Tensor, values: Tensor) -> Any:
+            held = remember(keys, values)
+            with torch.utils._python_dispatch._disable_current_modes():
+                self.earlier(name, module, held[0].shape[2], kwargs.get("window"))
+            return held
+
+        return listening
 
     def _end(self, name: str) -> Callable[..., None]:
         def end(module: nn.Module, args: Any, output: Any) -> None:
             self._neurons_running -= _is_neuron(module)
-            self._names.pop()
             if _is_neuron(module) and output is not None:
                 with (
                     torch.utils._python_dispatch._disable_current_modes()
                 ):  # what is computed here is not the network's
                     self.neurons(name, module, output[0] if isinstance(output, tuple) else output)
+            self._names.pop()
 
         return end
 

@@ -188,6 +188,32 @@ def test_what_cannot_be_counted_is_refused():
         profile_energy(Attention(), torch.rand(2, 1, 5, 16))
     with pytest.raises(ValueError, match=r"cannot count aten.*multi_head_attention"):
         profile_energy(nn.TransformerEncoderLayer(16, 2, batch_first=True).eval(), torch.rand(2, 5, 16))
-    layer = CoFiringResonance(16, 2, neuron=lambda n: AssociativeLIFNode(n, n_clusters=4))
-    with pytest.raises(ValueError, match="use_cache=False"):
-        profile_energy(layer, torch.rand(6, 2, 5, 16), remember=lambda keys, values: (keys, values))
+    with pytest.raises(ValueError, match="6 time steps and a batch of 6 rows cannot be told apart"):
+        profile_energy(AssociativeLIFNode(8, None, step_mode="m"), torch.rand(6, 6, 8))
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_positions_that_come_one_by_one_cost_what_the_whole_sequence_does(window):
+    """With a cache of key spikes: the same products in all, and each position once."""
+    layer = CoFiringResonance(16, 2, top_k=3, neuron=lambda n: AssociativeLIFNode(n, n_clusters=4))
+    x = 5 * torch.randn(6, 2, 7, 16)
+    whole = profile_energy(layer, x)
+    held = []
+
+    def remember(keys, values):
+        held.append((keys, values))
+        return tuple(torch.cat(parts, 2) for parts in zip(*held, strict=True))
+
+    with torch.no_grad(), EnergyProfiler(layer) as profiler:
+        for begin, end in ((0, 3), (3, 4), (4, 5), (5, 7)):
+            layer(x[:, :, begin:end], remember=remember, window=window)
+    one_by_one = profiler.profile
+    assert only(one_by_one, "values").macs == only(whole, "values").macs == 2 * (1 + 2 + 5 * 3) * 16
+    for a, b in zip(
+        only(one_by_one, "coincidences").__dict__.items(), only(whole, "coincidences").__dict__.items(), strict=True
+    ):
+        if a[0] in ("dense", "acs", "macs") and window is None:
+            assert a == b
+    if window is not None:
+        assert only(one_by_one, "coincidences").dense == 2 * (1 + 2 + 3 + 4 * 4) * 6 * 16
+    assert one_by_one.neuron_ops == whole.neuron_ops
