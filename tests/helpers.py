@@ -1,6 +1,8 @@
 """What many tests share: expected values, how far from them is near enough, and small text."""
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +85,14 @@ def write_config(folder: Path, name: str = "test", **changes: Any) -> Path:
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
+
+
+def two_processes(script: str, folder: Path) -> None:
+    """Run a script in two processes at once, each given its rank and the folder in which they meet."""
+    started = [
+        subprocess.Popen([sys.executable, "-c", script, str(rank), str(folder)], stderr=subprocess.PIPE)
+        for rank in (0, 1)
+    ]
+    for process in started:
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 0, error.decode()

@@ -173,6 +173,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.seeds < 1 or options.epochs < 1:
         parser.error("expected at least one seed and one epoch")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {options.out}: cannot be made ({error.strerror})")
     data = digits()
     runs = [(name, seed) for name in KINDS for seed in range(options.seeds)]
     results: dict[str, list[Result]] = {name: [] for name in KINDS}
@@ -186,7 +190,6 @@ def main(arguments: list[str] | None = None) -> int:
         low, high = (f(result.accuracy for result in of) for f in (min, max))
         table.add_row(name, f"{accuracy:.1%}", f"{low:.1%} to {high:.1%}", f"{rate:.1%}", f"{dead:.1%}")
     Console().print(table)
-    options.out.mkdir(parents=True, exist_ok=True)
     plot(results, options.out / "conv_digits.png")
     print(f"conv_digits.png is in {options.out}")
     return 0

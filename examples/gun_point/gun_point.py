@@ -187,6 +187,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.seeds < 1 or options.epochs < 1:
         parser.error("expected at least one seed and one epoch")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {options.out}: cannot be made ({error.strerror})")
     data = movements()
     free = without_spikes(data)
     results: dict[str, list[Result]] = {name: [] for name in KINDS}
@@ -202,7 +206,6 @@ def main(arguments: list[str] | None = None) -> int:
     for name, accuracy in free.items():
         table.add_row(name, f"{accuracy:.1%}", "", "")
     Console().print(table)
-    options.out.mkdir(parents=True, exist_ok=True)
     plot(data, free, results, options.out / "gun_point.png")
     print(f"gun_point.png is in {options.out}")
     return 0

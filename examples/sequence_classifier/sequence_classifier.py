@@ -179,6 +179,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.seeds < 1 or options.epochs < 1:
         parser.error("expected at least one seed and one epoch")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {options.out}: cannot be made ({error.strerror})")
     data = documentation()
     chance = data.test_y.bincount().max().item() / len(data.test_y)
     print(f"{len(data.train_x):,} passages to train on, {len(data.test_x):,} held out, {len(data.names)} packages")
@@ -196,7 +200,6 @@ def main(arguments: list[str] | None = None) -> int:
     table.add_row("always the largest package", f"{chance:.1%}", "")
     Console().print(table)
     print("firing rates: " + ", ".join(f"{name.split('.', 2)[2]} {rate:.1%}" for name, rate in rates.items()))
-    options.out.mkdir(parents=True, exist_ok=True)
     plot(results, chance, options.out / "sequence_classifier.png")
     print(f"sequence_classifier.png is in {options.out}")
     return 0

@@ -7,13 +7,12 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import nord_snn.ops  # noqa: F401  # defines the ops that are looked for below
 from nord_snn.neurons import AssociativeLIFNode
-from nord_snn.neurons.foreign import is_snntorch
+from nord_snn.neurons.foreign import is_neuron
 
 __all__ = ["CONVENTIONS", "Convention", "EnergyProfile", "EnergyProfiler", "ProductCost", "profile_energy"]
 
@@ -95,7 +94,7 @@ class EnergyProfile:
         multiplications: in neurons' updates, the cascade's products included.
         additions: in neurons' updates, the cascade's additions included.
         state_bytes: state of neurons, read and written at each step.
-        elementwise: outputs of everything else that computes with floats (normalisation, gates, residual sums).
+        elementwise: outputs of pointwise float operations, means, sums, softmax, pooling and normalisation.
         time_steps: T of the network.
     """
 
@@ -204,8 +203,8 @@ def profile_energy(net: nn.Module, *inputs: Any, **more: Any) -> EnergyProfile:
         The profile; ``print`` it for a table.
 
     Raises:
-        ValueError: something was computed that is not known here, so that the figures would be too low; or the batch has as
-            many rows as there are time steps, so that the twin's share cannot be told.
+        ValueError: products are hidden in an operation that is not known here (fused attention), so that the figures would be
+            too low; or the batch has as many rows as there are time steps, so that the twin's share cannot be told.
 
     Source: energies of single operations after Horowitz 2014; the quantised twin after Yan, Bai and Wong 2024,
     "Reconsidering the energy efficiency of spiking neural networks".
@@ -238,9 +237,8 @@ class EnergyProfiler(TorchDispatchMode):
         self.net = net
         self.profile = EnergyProfile()
         self._products: dict[tuple[str, str], ProductCost] = {}
-        self._names: list[
-            tuple[str, int]
-        ] = []  # of the modules that are running, innermost last, and their leading dimension
+        # Of the modules that are running, innermost last, and the leading dimension of what they were given.
+        self._names: list[tuple[str, int]] = []
         self._steps: dict[str, int] = {}
         self._single: dict[str, int] = {}
         self._weights: set[int] = set()
@@ -285,7 +283,7 @@ class EnergyProfiler(TorchDispatchMode):
         packet = func.overloadpacket
         if packet in _HANDLERS:
             _HANDLERS[packet](self, args, out)
-        elif packet in _ELEMENTWISE and _floats(out):
+        elif _computes(func) and _floats(out):
             self.profile.elementwise += (out[0] if isinstance(out, tuple) else out).numel()
         elif any(part in str(packet) for part in _UNKNOWN):
             raise ValueError(f"cannot count {packet}: what it costs is not known here")
@@ -385,37 +383,33 @@ class EnergyProfiler(TorchDispatchMode):
 
     def _begin(self, name: str) -> Callable[..., Any]:
         def begin(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            self._neurons_running += _is_neuron(module)
+            self._neurons_running += is_neuron(module)
             tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
             lead = tensors[0].shape[0] if tensors and tensors[0].ndim >= 3 else 1
             self._names.append((name, lead))
-            remember = kwargs.get("remember") if type(module).__name__ == "CoFiringResonance" else None
-            return (
-                None
-                if remember is None
-                else (args, kwargs | {"remember": self._listen(name, module, remember, kwargs)})
-            )
+            remember = kwargs.get("remember")
+            if remember is None or type(module).__name__ != "CoFiringResonance":
+                return None
+            return args, kwargs | {"remember": self._listen(name, module, remember, kwargs.get("window"))}
 
         return begin
 
-    def _listen(self, name: str, module: nn.Module, remember: Any, kwargs: Any) -> Any:
+    def _listen(self, name: str, module: nn.Module, remember: Any, window: int | None) -> Any:
         """What a cache gives back says how many keys are looked at."""
 
         def listening(keys: Tensor, values: Tensor) -> Any:
             held = remember(keys, values)
-            with torch.utils._python_dispatch._disable_current_modes():
-                self.earlier(name, module, held[0].shape[2], kwargs.get("window"))
+            with _disable_current_modes():
+                self.earlier(name, module, held[0].shape[2], window)
             return held
 
         return listening
 
     def _end(self, name: str) -> Callable[..., None]:
         def end(module: nn.Module, args: Any, output: Any) -> None:
-            self._neurons_running -= _is_neuron(module)
-            if _is_neuron(module) and output is not None:
-                with (
-                    torch.utils._python_dispatch._disable_current_modes()
-                ):  # what is computed here is not the network's
+            self._neurons_running -= is_neuron(module)
+            if is_neuron(module) and output is not None:
+                with _disable_current_modes():  # what is computed here is not the network's
                     self.neurons(name, module, output[0] if isinstance(output, tuple) else output)
             self._names.pop()
 
@@ -425,12 +419,6 @@ class EnergyProfiler(TorchDispatchMode):
         return x.untyped_storage().data_ptr() in self._weights
 
 
-def _is_neuron(module: nn.Module) -> bool:
-    if is_snntorch(module):
-        return not any(isinstance(inner, BaseNode) for inner in module.modules())
-    return isinstance(module, BaseNode)
-
-
 def _binary(x: Tensor) -> bool:
     return bool(((x == 0) | (x == 1)).all())
 
@@ -438,6 +426,13 @@ def _binary(x: Tensor) -> bool:
 def _stored(x: Tensor) -> int:
     """Bytes: spikes are bits."""
     return ceil(x.numel() / 8) if _binary(x) else x.numel() * x.element_size()
+
+
+def _computes(func: Any) -> bool:
+    """Whether it is work that is no product."""
+    if func.overloadpacket is _aten.clone:  # torch calls it pointwise
+        return False
+    return torch.Tag.pointwise in func.tags or func.overloadpacket in _OTHER_WORK
 
 
 def _floats(out: Any) -> bool:
@@ -456,32 +451,12 @@ _HANDLERS: dict[Any, Callable[[EnergyProfiler, Any, Any], None]] = {
     _nord.resonance: lambda mode, args, out: mode.resonance(*args[:3], *args[6:8]),
 }
 
-#: Work that is no product: an output each.
-_ELEMENTWISE = {
-    *(
-        _aten.add,
-        _aten.add_,
-        _aten.sub,
-        _aten.mul,
-        _aten.mul_,
-        _aten.div,
-        _aten.mean,
-        _aten.sum,
-        _aten.rsqrt,
-        _aten.pow,
-    ),
+#: Work that is no product and that torch does not call pointwise: an output each.
+_OTHER_WORK = {
+    *(_aten.mean, _aten.sum, _aten._softmax, _aten._log_softmax, _aten.avg_pool2d, _aten.max_pool2d_with_indices),
     *(_aten.native_layer_norm, _aten.native_batch_norm, _aten.native_group_norm, _aten._native_batch_norm_legit),
-    *(
-        _aten._native_batch_norm_legit_no_training,
-        _aten.sigmoid,
-        _aten.tanh,
-        _aten.exp,
-        _aten.relu,
-        _aten.gelu,
-        _aten.silu,
-    ),
-    *(_aten._softmax, _aten._log_softmax, _aten.avg_pool2d, _aten.max_pool2d_with_indices, _aten.maximum, _aten.where),
-    _nord.leaky_clamp,
+    *(_aten._native_batch_norm_legit_no_training, _aten.leaky_relu, _aten.hardswish, _aten.log_sigmoid_forward),
+    *(_aten._prelu_kernel, _aten.glu, _nord.leaky_clamp),
 }
 
 #: Products that are hidden in one call.

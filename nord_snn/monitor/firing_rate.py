@@ -11,7 +11,7 @@ import torch
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, distributed, nn
 
-from nord_snn.neurons.foreign import is_snntorch, runs_snntorch
+from nord_snn.neurons.foreign import is_neuron, runs_snntorch
 
 __all__ = ["LayerActivity", "SpikeMonitor"]
 
@@ -100,7 +100,7 @@ class SpikeMonitor:
         feature_dims: int | None = None,
         max_steps: int = 1024,
     ) -> None:
-        layers = {name: module for name, module in net.named_modules() if _fires(module)}
+        layers = {name: module for name, module in net.named_modules() if is_neuron(module) or runs_snntorch(module)}
         inside = [inner for module in layers.values() for inner in module.modules() if inner is not module]
         self._counters = {
             n: _Counter(n, m, feature_dims, max_steps) for n, m in layers.items() if not _among(m, inside)
@@ -109,7 +109,11 @@ class SpikeMonitor:
             raise ValueError(
                 f"{type(net).__name__} has no neuron layers of ours, SpikingJelly's or snnTorch's to watch"
             )
-        self._zones = {zone: self._members(zone, starts) for zone, starts in (zones or {}).items()}
+        try:
+            self._zones = {zone: self._members(zone, starts) for zone, starts in (zones or {}).items()}
+        except ValueError:
+            self.close()  # nobody will have this monitor to close it
+            raise
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()
 
@@ -267,13 +271,6 @@ class _Counter:
         ceiling = ceil(len(rows) / every) / len(rows)
         per_step = counts.flatten(1).mean(1) / rows.clamp(min=1)
         return LayerActivity(counts.sum(0) / rows.sum(), per_step, int(rows.sum()), ceiling)
-
-
-def _fires(module: nn.Module) -> bool:
-    """A neuron, or what runs one over sequences; not the snnTorch side of one of ours, whose node is watched itself."""
-    if is_snntorch(module):
-        return not any(isinstance(inner, BaseNode) for inner in module.modules())
-    return runs_snntorch(module) or isinstance(module, BaseNode)
 
 
 def _among(module: nn.Module, modules: list[nn.Module]) -> bool:

@@ -2,12 +2,10 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
-from helpers import SPIKINGJELLY_2, needs_spikingjelly_2
+from helpers import SPIKINGJELLY_2, needs_spikingjelly_2, two_processes
 from parts import PARTS, node
 from spikingjelly.activation_based import base, functional, layer, monitor, neuron
 from torch import nn
@@ -254,13 +252,7 @@ import os; os._exit(0)
 
 
 def test_two_processes_have_the_gradient_of_the_whole_batch(tmp_path):
-    started = [
-        subprocess.Popen([sys.executable, "-c", WORK, str(rank), str(tmp_path)], stderr=subprocess.PIPE)
-        for rank in (0, 1)
-    ]
-    for process in started:
-        _, error = process.communicate(timeout=120)
-        assert process.returncode == 0, error.decode()
+    two_processes(WORK, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     torch.manual_seed(0)
     net = nn.Sequential(node(), SpikingFeedForward(16, 32, neuron=lambda n: node(n, "s")))

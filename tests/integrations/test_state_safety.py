@@ -70,21 +70,20 @@ def test_another_batch_size_is_refused_and_the_state_is_still_there(made: nn.Mod
     assert torch.equal(made(X[:, :2]), whole(made, X[:, :2]))
 
 
-@pytest.mark.parametrize(
-    "reset", [functional.reset_net, nord_snn.reset, None], ids=["SpikingJelly", "ours", "snnTorch"]
-)
-def test_every_reset_begins_anew(made: nn.Module, reset) -> None:
+#: Each library resets its own neurons, and ours all of them.
+RESETS = {
+    "node": (functional.reset_net, nord_snn.reset),
+    "AssociativeSynaptic": (snntorch_utils.reset, nord_snn.reset),
+}
+
+
+def test_every_reset_begins_anew(made: nn.Module) -> None:
     expected = whole(made)
-    made(X)
-    if reset is None:
-        if not isinstance(made, Steps):
-            pytest.skip("snnTorch resets its own neurons")
-        snntorch_utils.reset(made)
-    elif reset is functional.reset_net and isinstance(made, Steps):
-        pytest.skip("SpikingJelly resets its own nodes")
-    else:
+    for reset in RESETS["AssociativeSynaptic" if isinstance(made, Steps) else "node"]:
+        made(X)
         reset(made)
-    assert torch.equal(made(X), expected)
+        assert torch.equal(made(X), expected)
+        reset(made)
 
 
 def test_the_state_moves_along_to_another_dtype(made: nn.Module) -> None:

@@ -176,6 +176,18 @@ def test_an_error_on_the_way_takes_the_hooks_off():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
 
+class Pointwise(nn.Module):
+    """Of 12 numbers: six that are computed one by one, one mean of 4, and views, copies and integers, which cost nothing."""
+
+    def forward(self, x):
+        y = nn.functional.leaky_relu((x.sin() + x).clamp(-1, 1).lerp(x, 0.5).log1p())
+        return y.view(4, 3).transpose(0, 1).contiguous().flatten()[1:], y.mean(1), torch.arange(5) + 1
+
+
+def test_what_is_no_product_counts_by_its_outputs():
+    assert profile_energy(Pointwise(), torch.rand(4, 3)).elementwise == 6 * 12 + 4
+
+
 class Attention(nn.Module):
     """Two products in one call."""
 

@@ -1,11 +1,10 @@
 """SpikeMonitor counts true spikes."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
+from helpers import two_processes
 from spikingjelly.activation_based import functional
 from spikingjelly.activation_based.neuron import LIFNode
 from torch import nn
@@ -159,6 +158,7 @@ def test_zones_are_means_over_neurons_and_not_over_layers():
     assert found["all"] > 0
     with pytest.raises(ValueError, match=r"zone 'eleven' has no layer.*resonance.lif_q"):
         SpikeMonitor(block, {"eleven": ["ffn.lif"]})
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
 
 
 def test_places_of_images_are_neurons_of_their_own_unless_said_otherwise():
@@ -273,13 +273,7 @@ import os; os._exit(0)
 
 
 def test_what_several_processes_counted_is_added_up(tmp_path):
-    started = [
-        subprocess.Popen([sys.executable, "-c", WORK, str(rank), str(tmp_path)], stderr=subprocess.PIPE)
-        for rank in (0, 1)
-    ]
-    for process in started:
-        _, error = process.communicate(timeout=120)
-        assert process.returncode == 0, error.decode()
+    two_processes(WORK, tmp_path)
     (a, a_steps, a_rows), (b, b_steps, b_rows) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     torch.manual_seed(0)
     node = firing()

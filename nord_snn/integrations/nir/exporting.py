@@ -9,7 +9,7 @@ from typing import Any
 import nir
 import numpy as np
 import torch
-from spikingjelly.activation_based import base, functional, layer
+from spikingjelly.activation_based import base, layer
 from torch import Tensor, nn
 
 from nord_snn.integrations.nir.simulator import simulate
@@ -89,6 +89,7 @@ def export_to_nir(
     Raises:
         ValueError: NIR cannot express a part (the message names it), the graph computes something else than the network,
             ``dt`` is not positive, or ``x_seq`` is no sequence.
+        TypeError: a function in ``more`` made no node.
 
     Source: NIR (Pedersen et al. 2024).
 
@@ -137,8 +138,8 @@ def deviation(
         dt: see :func:`simulate`.
         reset: see :func:`simulate`.
     """
-    with torch.no_grad():
-        ours = _run(net, x_seq)
+    with torch.no_grad(), _as_used(net):
+        ours = fire_from_rest(net, x_seq)
     ours = ours.to("cpu", compute_dtype(ours))
     theirs = simulate(graph, x_seq, dt, reset=reset)
     if ours.ndim < theirs.ndim:
@@ -152,23 +153,14 @@ def deviation(
 
 @contextmanager
 def _as_used(net: nn.Module) -> Iterator[None]:
-    """Without dropout and on whole sequences; modes are put back."""
-    modes = [(module, module.training, getattr(module, "step_mode", None)) for module in net.modules()]
+    """Without dropout; modes are put back."""
+    modes = [(module, module.training) for module in net.modules()]
     net.eval()
-    functional.set_step_mode(net, "m")
     try:
         yield
     finally:
-        for module, training, step_mode in modes:
+        for module, training in modes:
             module.training = training
-            if step_mode is not None:
-                module.step_mode = step_mode
-
-
-def _run(net: nn.Module, x_seq: Tensor) -> Tensor:
-    """All steps from rest; memories are put back."""
-    with _as_used(net):
-        return fire_from_rest(net, x_seq)
 
 
 def _full_precision(net: nn.Module) -> bool:
@@ -227,7 +219,7 @@ class Export:
             logit.detach().double().sigmoid().item() for logit in (node.beta_mem_logit, node.beta_syn_logit)
         )
         for name, beta in (("beta_mem", beta_mem), ("beta_syn", beta_syn)):
-            if not 0 < 1 - self.dt / (self.dt / max(1 - beta, 1e-300)) < 1:
+            if not 0 < 1 - (1 - beta) < 1:  # as a reader gets it back from the time constant
                 raise ValueError(f"{name} is {beta}: no time constant expresses a decay that has reached 0 or 1")
         every = np.ones(node.n_features)
         tau_mem, tau_syn = self.dt / (1 - beta_mem), self.dt / (1 - beta_syn)

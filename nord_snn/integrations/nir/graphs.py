@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import nir
 import numpy as np
 
-__all__ = ["Gate", "Step", "about", "difference", "fires", "in_order", "plan", "same_step", "text"]
+__all__ = ["Gate", "Step", "about", "difference", "fires", "in_order", "plan", "same_step"]
 
 
 class Step(NamedTuple):
@@ -165,12 +165,8 @@ def _first(found: Iterable[str]) -> str | None:
 
 def about(node: nir.NIRNode) -> dict[str, Any]:
     """The metadata of a node, with text as text: some releases of h5py give bytes."""
-    return {key: text(value) for key, value in (node.metadata or {}).items()}
-
-
-def text(value: Any) -> Any:
-    """Bytes decoded, anything else as it is."""
-    return value.decode() if isinstance(value, bytes) else value
+    told = node.metadata or {}
+    return {key: value.decode() if isinstance(value, bytes) else value for key, value in told.items()}
 
 
 def _made_for(graph: nir.NIRGraph) -> float | None:

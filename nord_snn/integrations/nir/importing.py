@@ -1,6 +1,8 @@
 """From NIR to networks of our parts."""
 
 from collections.abc import Callable, Mapping
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ def import_from_nir(
         surrogate of one's own cannot be put into a graph: it comes back as the default, and a warning is logged.
 
     Raises:
-        TypeError: it is neither a graph nor the name of a file.
+        TypeError: it is neither a graph nor the name of a file, or a function in ``more`` made no module.
         ValueError: the graph has a node or a loop that our parts cannot express, or ``dt`` is not that of the graph.
 
     Example:
@@ -99,15 +101,8 @@ class NIRNetwork(nn.Module):
         """All steps."""
         outputs: list[Tensor] = []
         for part, sources in zip(self.parts, self.sources, strict=False):
-            outputs.append(part(_sum(outputs, sources) if sources else x_seq))
-        return _sum(outputs, self.sources[-1])
-
-
-def _sum(outputs: list[Tensor], sources: tuple[int, ...]) -> Tensor:
-    total = outputs[sources[0]]
-    for place in sources[1:]:
-        total = total + outputs[place]
-    return total
+            outputs.append(part(reduce(add, (outputs[place] for place in sources)) if sources else x_seq))
+        return reduce(add, (outputs[place] for place in self.sources[-1]))
 
 
 class _Part(nir.NIRNode):

@@ -1,5 +1,7 @@
 """What a reader makes of a NIR graph: the nodes' equations by forward Euler."""
 
+from functools import reduce
+from operator import add
 from typing import Any
 
 import nir
@@ -56,17 +58,10 @@ def simulate(graph: nir.NIRGraph, x_seq: Tensor, dt: float | None = None, *, res
         now: dict[str, Tensor] = {}
         for step in steps:
             parts = [now[name] for name in step.sources] + [before[name] for name in step.delayed if name in before]
-            now[step.name] = modules[step.name](_sum(parts) if parts else x)
-        outputs.append(_sum([now[name] for name in output.sources]))
+            now[step.name] = modules[step.name](reduce(add, parts) if parts else x)
+        outputs.append(reduce(add, (now[name] for name in output.sources)))
         before = now
     return torch.stack(outputs)
-
-
-def _sum(parts: list[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
 
 
 def _module(name: str, node: nir.NIRNode, dt: float, reset: str | None) -> nn.Module:
