@@ -2,6 +2,7 @@
 
 from nord_snn.monitor.energy import CONVENTIONS, Convention, EnergyProfile, EnergyProfiler, ProductCost, profile_energy
 from nord_snn.monitor.firing_rate import LayerActivity, SpikeMonitor
+from nord_snn.monitor.row_rates import RowRates
 
 __all__ = [
     "CONVENTIONS",
@@ -10,6 +11,7 @@ __all__ = [
     "EnergyProfiler",
     "LayerActivity",
     "ProductCost",
+    "RowRates",
     "SpikeMonitor",
     "profile_energy",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 
 from nord_snn.neurons.foreign import is_neuron, runs_snntorch
 
-__all__ = ["LayerActivity", "SpikeMonitor"]
+__all__ = ["LayerActivity", "SpikeMonitor", "features_of", "neuron_layers", "spikes_of", "watch_compiled"]
 
 
 @dataclass(frozen=True)
@@ -100,22 +100,13 @@ class SpikeMonitor:
         feature_dims: int | None = None,
         max_steps: int = 1024,
     ) -> None:
-        layers = {name: module for name, module in net.named_modules() if is_neuron(module) or runs_snntorch(module)}
-        inside = [inner for module in layers.values() for inner in module.modules() if inner is not module]
-        self._counters = {
-            n: _Counter(n, m, feature_dims, max_steps) for n, m in layers.items() if not _among(m, inside)
-        }
-        if not self._counters:
-            raise ValueError(
-                f"{type(net).__name__} has no neuron layers of ours, SpikingJelly's or snnTorch's to watch"
-            )
+        self._counters = {n: _Counter(n, m, feature_dims, max_steps) for n, m in neuron_layers(net).items()}
         try:
             self._zones = {zone: self._members(zone, starts) for zone, starts in (zones or {}).items()}
         except ValueError:
             self.close()  # nobody will have this monitor to close it
             raise
-        if "torch._dynamo" in sys.modules:
-            torch.compiler.reset()
+        watch_compiled()
 
     def pause(self) -> None:
         """Count nothing until :meth:`resume`."""
@@ -183,12 +174,45 @@ class SpikeMonitor:
         return members
 
 
+def neuron_layers(net: nn.Module) -> dict[str, nn.Module]:
+    """What fires in ``net``, by name; ``net`` itself under ``""``.
+
+    Raises:
+        ValueError: nothing does.
+    """
+    layers = {name: module for name, module in net.named_modules() if is_neuron(module) or runs_snntorch(module)}
+    inside = [inner for module in layers.values() for inner in module.modules() if inner is not module]
+    if not layers:
+        raise ValueError(f"{type(net).__name__} has no neuron layers of ours, SpikingJelly's or snnTorch's to watch")
+    return {name: module for name, module in layers.items() if not any(module is inner for inner in inside)}
+
+
+def spikes_of(module: nn.Module, output: Any) -> tuple[Tensor, bool]:
+    """Spikes ``[T, N, *, D]`` in the output of a layer of neurons, and whether it ran the whole sequence and not one step."""
+    spikes: Tensor = output[0] if isinstance(output, tuple) else output  # snnTorch's return their states too
+    whole = getattr(module, "step_mode", "s") == "m" or runs_snntorch(module)
+    return spikes if whole else spikes.unsqueeze(0), whole
+
+
+def features_of(module: nn.Module, spikes: Tensor, feature_dims: int | None) -> torch.Size:
+    """The last dimensions of ``spikes``: those that tell neurons apart."""
+    if feature_dims is None:
+        feature_dims = 1 if hasattr(module, "n_features") else max(spikes.ndim - 2, 0)
+    return spikes.shape[spikes.ndim - feature_dims :]
+
+
+def watch_compiled() -> None:
+    """Compiled code does not notice hooks that come later: have it compiled anew."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
 class _Counter:
     """Of one layer: spikes by step and neuron, and how many rows had the chance."""
 
     def __init__(self, name: str, module: nn.Module, feature_dims: int | None, max_steps: int) -> None:
         self.name, self.module, self.max_steps = name, module, max_steps
-        self.feature_dims = 1 if feature_dims is None and hasattr(module, "n_features") else feature_dims
+        self.feature_dims = feature_dims
         self.hooks = [module.register_forward_hook(self.count)]
         if isinstance(module, BaseNode):
             self.hooks.append(module.register_forward_pre_hook(self.place))
@@ -214,10 +238,9 @@ class _Counter:
     def count(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if not self.on or module is not self.module:  # a deep copy of the network took the hook along
             return
-        spikes: Tensor = output[0] if isinstance(output, tuple) else output  # snnTorch's return their states too
-        whole = getattr(module, "step_mode", "s") == "m" or runs_snntorch(module)
-        first, spikes = (0, spikes) if whole else (self.step, spikes.unsqueeze(0))
-        features = spikes.shape[2:] if self.feature_dims is None else spikes.shape[spikes.ndim - self.feature_dims :]
+        spikes, whole = spikes_of(module, output)
+        first = 0 if whole else self.step
+        features = features_of(module, spikes, self.feature_dims)
         steps, rows = spikes.shape[0], spikes[0].numel() // max(features.numel(), 1)
         # One pass over the spikes: what follows is small.
         self.add(first, spikes.reshape(steps, rows, *features).sum(1, dtype=torch.float32), rows)
@@ -271,10 +294,6 @@ class _Counter:
         ceiling = ceil(len(rows) / every) / len(rows)
         per_step = counts.flatten(1).mean(1) / rows.clamp(min=1)
         return LayerActivity(counts.sum(0) / rows.sum(), per_step, int(rows.sum()), ceiling)
-
-
-def _among(module: nn.Module, modules: list[nn.Module]) -> bool:
-    return any(module is other for other in modules)
 
 
 def _begins(name: str, start: str) -> bool:

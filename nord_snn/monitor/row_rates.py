@@ -1,0 +1,91 @@
+"""RowRates: how much the network fires for each image of a batch, each token of a text."""
+
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from nord_snn.monitor.firing_rate import features_of, neuron_layers, spikes_of, watch_compiled
+
+__all__ = ["RowRates"]
+
+
+class RowRates:
+    """Firing rates row by row: of every image in a batch, or every token of a text, in each layer of neurons.
+
+    ``rate[n, *] = spikes / (steps * neurons)`` over all that ran since the last :meth:`take`; where
+    :class:`~nord_snn.monitor.SpikeMonitor` tells neurons apart and adds rows up, this tells rows apart. Kept are two numbers
+    for each row, on the layer's device.
+
+    Args:
+        net: any module with neurons of ours, SpikingJelly's or snnTorch's.
+        feature_dims: how many of the last dimensions tell neurons apart; None: one for our neurons, ``[T, N, *, D]``, and for
+            others all that follow ``[T, N]``.
+
+    Raises:
+        ValueError: there are no neurons in ``net``; while the network runs: a layer has other rows than at the call before,
+            and nobody took its rates in between.
+
+    Example:
+        >>> from nord_snn.layers import SpikingFeedForward
+        >>> net = SpikingFeedForward(64, 128)
+        >>> with RowRates(net) as rows:
+        ...     _ = net(torch.tensor([0.0, 9.0]).reshape(2, 1) * torch.rand(10, 2, 64))  # the first row gets nothing
+        ...     rates = rows.take()
+        >>> rates["lif1"].shape, rates["lif1"][0].item(), rates["lif1"][1].item() > 0
+        (torch.Size([2]), 0.0, True)
+    """
+
+    def __init__(self, net: nn.Module, *, feature_dims: int | None = None) -> None:
+        self._layers, self.feature_dims = neuron_layers(net), feature_dims
+        self._spikes: dict[str, Tensor] = {}
+        self._chances: dict[str, int] = {}
+        self._neurons: dict[str, int] = {}
+        self._hooks = [module.register_forward_hook(self._count(name)) for name, module in self._layers.items()]
+        watch_compiled()
+
+    def take(self) -> dict[str, Tensor]:
+        """Rates ``[N, *]`` of each layer that has run since the last time; counting starts anew."""
+        rates = {name: spikes / self._chances[name] for name, spikes in self._spikes.items()}
+        self._spikes, self._chances = {}, {}
+        return rates
+
+    def neurons(self) -> dict[str, int]:
+        """How many neurons a row has in each layer that has run: the weights of a mean over layers."""
+        return dict(self._neurons)
+
+    def close(self) -> None:
+        """Take the hooks off; what was counted can still be taken."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def __enter__(self) -> Self:
+        """Count until the block ends."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop counting."""
+        self.close()
+
+    def _count(self, name: str) -> Any:
+        @torch.no_grad()
+        def count(module: nn.Module, inputs: Any, output: Any) -> None:
+            if module is not self._layers[name]:  # a deep copy of the network took the hook along
+                return
+            spikes, _ = spikes_of(module, output)
+            features = features_of(module, spikes, self.feature_dims)
+            rows = spikes.shape[1 : spikes.ndim - len(features)]
+            new = spikes.reshape(len(spikes), *rows, features.numel()).sum((0, -1), dtype=torch.float32)
+            before = self._spikes.get(name)
+            if before is not None and before.shape != new.shape:
+                raise ValueError(
+                    f"rows of '{name}' were {list(before.shape)} and are {list(new.shape)} now: take() the rates before"
+                )
+            self._spikes[name] = new if before is None else before + new
+            self._chances[name] = self._chances.get(name, 0) + len(spikes) * features.numel()
+            self._neurons[name] = features.numel()
+
+        return count

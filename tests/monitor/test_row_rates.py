@@ -1,0 +1,93 @@
+"""RowRates tells rows apart and neither steps nor neurons."""
+
+import copy
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional
+from spikingjelly.activation_based.neuron import LIFNode
+from torch import nn
+
+from nord_snn.layers import NordBlock
+from nord_snn.monitor import RowRates, SpikeMonitor
+from nord_snn.neurons import AssociativeLIFNode
+
+
+def node(n):
+    return AssociativeLIFNode(n, n_clusters=4)
+
+
+def test_every_row_has_the_mean_of_its_own_spikes():
+    net = nn.Sequential(AssociativeLIFNode(12, n_clusters=4, step_mode="m"))
+    x = 2 * torch.rand(7, 3, 5, 12)
+    with RowRates(net) as rows:
+        spikes = net(x)
+        rates = rows.take()
+    assert torch.allclose(rates["0"], spikes.mean((0, 3)))
+    assert rows.take() == {}
+    assert rows.neurons() == {"0": 12}
+    assert not net[0]._forward_hooks
+
+
+def test_a_row_is_what_it_is_in_any_batch():
+    """Of tokens, too: what stands behind one does not change it."""
+    torch.manual_seed(0)
+    block = NordBlock(16, 2, 32, neuron=node)
+    x = 4 * torch.randn(9, 2, 6, 16)
+    with RowRates(block) as rows:
+        block(x)
+        whole = rows.take()
+        block(x[:, 1:, :4])
+        part = rows.take()
+    assert set(whole) == set(SpikeMonitor(block)._counters)
+    for name, rates in whole.items():
+        assert rates.shape == (2, 6)
+        assert torch.equal(rates[1:, :4], part[name])
+
+
+def test_means_over_rows_are_the_rates_of_the_layers():
+    block = NordBlock(16, 2, 32, neuron=node)
+    with RowRates(block) as rows, SpikeMonitor(block) as monitor:
+        block(4 * torch.randn(9, 2, 6, 16))
+    rates = monitor.rates()
+    for name, of_rows in rows.take().items():
+        assert of_rows.mean().item() == pytest.approx(rates[name], rel=1e-5)
+
+
+def test_single_steps_add_up_to_the_sequence():
+    single, whole = LIFNode(v_threshold=0.5), LIFNode(v_threshold=0.5, step_mode="m")
+    x = torch.rand(6, 3, 2, 4)
+    with RowRates(single) as steps, RowRates(whole) as sequence:
+        for now in x:
+            single(now)
+        whole(x)
+        rates = steps.take()[""]
+        assert torch.equal(rates, sequence.take()[""])
+        assert rates.shape == (3,)  # others' neurons have every dimension behind the batch to themselves
+    functional.reset_net(single)
+    with RowRates(single, feature_dims=1) as steps:
+        single(x[0])
+        assert steps.take()[""].shape == (3, 2)
+
+
+def test_other_rows_are_refused_and_copies_do_not_count():
+    net = nn.Sequential(AssociativeLIFNode(8, None, step_mode="m"))
+    with RowRates(net):
+        net(torch.rand(4, 3, 8))
+        functional.reset_net(net)
+        copy.deepcopy(net)(torch.rand(4, 2, 8))
+        with pytest.raises(ValueError, match=r"rows of '0' were \[3\] and are \[2\] now: take\(\)"):
+            net(torch.rand(4, 2, 8))
+    with pytest.raises(ValueError, match="Linear has no neuron layers"):
+        RowRates(nn.Linear(2, 2))
+
+
+def test_compiled_networks_are_counted():
+    net = AssociativeLIFNode(8, n_clusters=4, step_mode="m", backend="torch")
+    compiled = torch.compile(nn.Sequential(net), backend="eager")
+    x = 2 * torch.rand(5, 3, 8)
+    compiled(x)
+    functional.reset_net(net)
+    with RowRates(net) as rows:
+        spikes = compiled(x)
+        assert torch.allclose(rows.take()[""], spikes.mean((0, 2)))
