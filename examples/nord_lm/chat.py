@@ -4,7 +4,7 @@
 
 The model knows no roles: what you type and what it answers is one running text. With ``/stdp on`` it learns from what you type
 by reward-modulated STDP (``plasticity.py``): the reward is its prediction error on the text that you really typed. ``/good``
-and ``/bad`` reward or punish its last answer. ``/forget`` takes back all of it.
+and ``/bad`` reward or punish its last answer. ``/forget`` takes back all of it. ``/live on`` shows what fires while it answers.
 """
 
 import argparse
@@ -16,11 +16,14 @@ from pathlib import Path
 import torch
 from data import DataError
 from generate import ModelError, as_text, number, open_for, sampling, sampling_arguments, temperature
+from live import AnswerRates, LiveRates
 from modeling_nord import NordForCausalLM
 from plasticity import Plasticity, PlasticityError, plasticity_arguments
 from rich.console import Console
 from rich.markup import escape
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from nord_snn.monitor import SpikeMonitor
 
@@ -32,10 +35,28 @@ HELP = """/temp X     temperature, 0 for the best token each time
 /forget     take back everything that was learned here
 /save-plastic FILE   write what was learned, and only that
 /load-plastic FILE   put it in place of what was learned here
-/stats      firing rates, speed, and what STDP did
+/live on    show the firing rate of every block while it answers, token by token; /live off
+/stats      what fired in the last answer, and at which token most; speed, and what STDP did
 /reset      forget the conversation
 /help       this
 /quit       leave"""
+
+
+class Both(BaseStreamer):
+    """Hands everything to several streamers."""
+
+    def __init__(self, *streamers: BaseStreamer) -> None:
+        self.streamers = streamers
+
+    def put(self, value: Tensor) -> None:
+        """The prompt, then a token at a time."""
+        for streamer in self.streamers:
+            streamer.put(value)
+
+    def end(self) -> None:
+        """The answer is complete."""
+        for streamer in self.streamers:
+            streamer.end()
 
 
 class Chat:
@@ -63,6 +84,8 @@ class Chat:
         self.learning = False
         self.text: list[int] = []
         self.answered = 0  # tokens at the end of the text that the model said
+        self.live = False
+        self.watched: AnswerRates | None = None  # of the last answer
         self.rates: dict[str, float] = {}
         self.tokens_per_second = 0.0
 
@@ -84,6 +107,7 @@ class Chat:
             "forget": self._forget,
             "save-plastic": lambda text: self._file(text, self.plasticity.save, "what was learned is in"),
             "load-plastic": lambda text: self._file(text, self.plasticity.load, "learned as in"),
+            "live": self._show_live,
             "stats": self._stats,
             "reset": self._reset,
             "help": lambda _: self.say(HELP),
@@ -100,12 +124,12 @@ class Chat:
             self._learn(len(typed), 1.0, "your text")
         ids = torch.tensor([self.text], device=self.model.device)
         began = time.monotonic()
-        with SpikeMonitor(self.model) as monitor:
+        with SpikeMonitor(self.model) as monitor, self._watch() as self.watched:
             whole = self.model.generate(
                 ids,
                 max_new_tokens=self.options.max_new_tokens,
                 pad_token_id=self.tokenizer.eos_token_id,
-                streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
+                streamer=self.watched if self.live else Both(self._writer(), self.watched),
                 **sampling(
                     self.options.temperature, self.options.top_k, self.options.top_p, self.options.repetition_penalty
                 ),
@@ -114,6 +138,16 @@ class Chat:
         self.rates = monitor.rates()
         self.answered = len(whole) - len(self.text)
         self.text = whole
+
+    def _watch(self) -> AnswerRates:
+        return (
+            LiveRates(self.model, self.tokenizer, self.console)
+            if self.live
+            else AnswerRates(self.model, self.tokenizer)
+        )
+
+    def _writer(self) -> BaseStreamer:
+        return TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     def say(self, message: str, style: str | None = None) -> None:
         """Print a message that is not the model's."""
@@ -154,11 +188,18 @@ class Chat:
         self.say(f"{name.replace('_', ' ')} {getattr(self.options, name)}")
 
     def _switch(self, argument: str) -> None:
+        self.learning = self._on_or_off("stdp", argument, self.learning)
+        self.say(f"STDP is {_word(self.learning)}")
+
+    def _show_live(self, argument: str) -> None:
+        self.live = self._on_or_off("live", argument, self.live)
+        self.say(f"live rates are {_word(self.live)}")
+
+    def _on_or_off(self, command: str, argument: str, now: bool) -> bool:
         if argument not in ("on", "off"):
-            self.say(f"expected /stdp on or /stdp off; it is {'on' if self.learning else 'off'}")
-            return
-        self.learning = argument == "on"
-        self.say(f"STDP is {argument}")
+            self.say(f"expected /{command} on or /{command} off")
+            return now
+        return argument == "on"
 
     def _forget(self, _: str) -> None:
         self.plasticity.forget()
@@ -169,13 +210,19 @@ class Chat:
         self.say("the conversation is forgotten; what STDP learned stays until /forget")
 
     def _stats(self, _: str) -> None:
+        for line in self.watched.summary() if self.watched else ["there is no answer yet"]:
+            self.say(line)
         for name, rate in self.rates.items():
             self.say(f"{name:28} {rate:7.2%}")
         self.say(
             f"{len(self.text)} tokens of context, {self.tokens_per_second:.1f} tokens/s; STDP "
-            f"{'on' if self.learning else 'off'} ({', '.join(self.plasticity.synapses)}), weights changed by "
+            f"{_word(self.learning)} ({', '.join(self.plasticity.synapses)}), weights changed by "
             f"{self.plasticity.change():.2e}"
         )
+
+
+def _word(switched: bool) -> str:
+    return "on" if switched else "off"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -34,6 +34,7 @@ __all__ = [
     "encode",
     "load_corpus",
     "load_tokenizer",
+    "python_files",
     "read_documents",
     "split",
     "train_tokenizer",
@@ -217,10 +218,17 @@ def python_documentation() -> Iterator[str]:
     library = Path(sysconfig.get_path("stdlib"))
     topics = ast.parse((library / "pydoc_data" / "topics.py").read_text(encoding="utf-8"))
     yield from next(ast.literal_eval(node.value) for node in topics.body if isinstance(node, ast.Assign)).values()
-    elsewhere = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
-    for path in sorted(library.rglob("*.py")):
-        if elsewhere.isdisjoint(path.relative_to(library).parts) and (text := _docstrings(path)):
+    for path in python_files(library):
+        if text := _docstrings(path):
             yield text
+
+
+def python_files(folder: Path) -> Iterator[Path]:
+    """The sources in a folder in a fixed order, but for tests and what others have installed."""
+    elsewhere = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
+    for path in sorted(folder.rglob("*.py")):
+        if elsewhere.isdisjoint(path.relative_to(folder).parts):
+            yield path
 
 
 def _docstrings(path: Path) -> str:

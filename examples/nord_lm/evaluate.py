@@ -1,40 +1,51 @@
-"""How well a trained model predicts a text: nats per token, perplexity, bits per byte.
+"""How well a trained model predicts a text, whether it knows what it does not know, and what fires in it meanwhile.
 
     python examples/nord_lm/evaluate.py books.txt
     python examples/nord_lm/evaluate.py --model runs/tiny-0001/model --stride 32 --json result.json books/
+    python examples/nord_lm/evaluate.py --ood shuffled code french.txt
+    python examples/nord_lm/evaluate.py --report report
 
-A window of the model's context slides over the text. Every token is scored once, with at least ``context - stride`` tokens
-before it (but for the first ones): a smaller stride costs more and predicts better.
+Nats per token, perplexity and bits per byte: a window of the model's context slides over the text. Every token is scored
+once, with at least ``context - stride`` tokens before it (but for the first ones): a smaller stride costs more and predicts
+better. ``--ood`` and ``--report``: see ``uncertainty.py`` and ``report.py``.
 """
 
 import argparse
 import math
+import shlex
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from checkpoints import CheckpointError, write_json
-from data import DataError, encode, read_documents
+from data import DataError, Documents, encode, read_documents, split
 from generate import ModelError, newest_model, number, open_model
 from modeling_nord import NordForCausalLM
 from progress import print_table
+from report import PAGE, Subject, uncertainty_sentence, write_report
 from rich.console import Console
 from rich.progress import track
+from settings import Settings, SettingsError
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
+from uncertainty import MADE, distinguish
 
 from nord_snn.monitor import SpikeMonitor
 
-__all__ = ["Text", "score", "windows"]
+__all__ = ["STREAMED_WINDOWS", "Text", "held_out_text", "read_text", "score", "windows"]
+
+STREAMED_WINDOWS = 1024  # of a text that is streamed, unless more is asked for: as many as train.py validates on
 
 
 class Text(NamedTuple):
-    """Tokens of a text, an end-of-text token before the first document and behind each; and its bytes in UTF-8."""
+    """Documents; their tokens, an end-of-text token before the first and behind each; and their bytes in UTF-8."""
 
+    documents: list[str]
     tokens: Tensor
     n_bytes: int
 
@@ -47,16 +58,31 @@ class Window(NamedTuple):
     scored: int
 
 
-def read_text(source: str | None, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> tuple[Text, list[str]]:
-    """The whole documents of a source, up to about ``max_tokens``; and notes on what was left out."""
-    documents = read_documents(source)
-    parts, n_bytes, n_tokens = [torch.tensor([tokenizer.eos_token_id], dtype=torch.int32)], 0, 0
+def held_out_text(run: Path) -> Documents:
+    """What a run of ``train.py`` was validated on.
+
+    Raises:
+        SettingsError: the folder has no settings of a run, or they are damaged.
+        DataError: its text is not there any more.
+    """
+    settings = Settings.read(run / "settings.yaml").training
+    if settings.validation_data is not None:
+        return read_documents(settings.validation_data)
+    whole = read_documents(settings.data)
+    return replace(whole, name=f"{whole.name}, held out", read=split(whole, settings.held_out)[1])
+
+
+def read_text(documents: Documents, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> Text:
+    """The whole documents of a source, up to about ``max_tokens``."""
+    texts: list[str] = []
+    parts, n_tokens = [torch.tensor([tokenizer.eos_token_id], dtype=torch.int32)], 0
     for text in documents.read():
+        texts.append(text)
         parts.extend(encode([text], tokenizer))
-        n_bytes, n_tokens = n_bytes + len(text.encode()), n_tokens + len(parts[-1])
+        n_tokens += len(parts[-1])
         if max_tokens is not None and n_tokens >= max_tokens:
             break
-    return Text(torch.cat(parts).long(), n_bytes), documents.notes()
+    return Text(texts, torch.cat(parts).long(), sum(len(text.encode()) for text in texts))
 
 
 def windows(n_predicted: int, context: int, stride: int) -> Iterator[Window]:
@@ -99,12 +125,15 @@ def score(
     return total
 
 
-def evaluate(options: argparse.Namespace) -> dict[str, Any]:
+def evaluate(options: argparse.Namespace, visible: bool = False) -> dict[str, Any]:
     """Everything that the command line asks for."""
     if options.json is not None and (options.json.is_dir() or not options.json.parent.is_dir()):
         raise ModelError(f"--json {options.json}: expected a file in a folder that exists")
+    if options.report is not None:
+        _check_report_folder(options.report)
     folder = options.model or newest_model()
     model, tokenizer = open_model(folder)
+    run = folder.parent if (folder.parent / "settings.yaml").is_file() else None
     longest = model.config.max_position_embeddings
     context = longest if options.context is None else options.context
     if context > longest:
@@ -112,14 +141,18 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     stride = max(1, context // 2) if options.stride is None else options.stride
     if stride > context:
         raise ModelError(f"--stride must be at most the context of {context}, got {stride}")
-    text, notes = read_text(options.text, tokenizer, options.max_tokens)
+    documents = read_documents(options.text) if options.text or run is None else held_out_text(run)
+    max_tokens = STREAMED_WINDOWS * context if documents.streamed else None
+    text = read_text(documents, tokenizer, options.max_tokens or max_tokens)
     n_predicted = len(text.tokens) - 1
+    if not n_predicted:
+        raise DataError(f"{documents.name}: no text found")
     with SpikeMonitor(model) as monitor:
-        nats = score(model, text.tokens, context, stride, options.batch_size, visible=True)
+        nats = score(model, text.tokens, context, stride, options.batch_size, visible=visible)
     loss = nats / n_predicted
-    return {
+    results = {
         "model": str(folder),
-        "text": options.text or "the documentation inside CPython",
+        "text": documents.name,
         "context": context,
         "stride": stride,
         "tokens": n_predicted,
@@ -128,16 +161,36 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         "perplexity": math.exp(min(loss, 700.0)),
         "bits_per_byte": nats / text.n_bytes / math.log(2),
         "firing_rates": monitor.rates(),
-        "left_out": notes,
+        "left_out": documents.notes(),
     }
+    if options.report is not None:
+        about = {name: results[name] for name in ("nats_per_token", "perplexity", "bits_per_byte")}
+        command = shlex.join(["python", *sys.argv])
+        subject = Subject(model, tokenizer, text.documents, documents.name, run, about, command)
+        content = write_report(options.report, subject, options.ood or MADE, options.passage, visible=visible)
+        results["uncertainty"] = content["uncertainty"]
+    elif options.ood is not None:
+        found, _ = distinguish(model, tokenizer, text.documents, options.ood or MADE, options.passage, visible=visible)
+        results["uncertainty"] = found | {"sentence": uncertainty_sentence(found["auroc"])}
+    return results
+
+
+def _check_report_folder(folder: Path) -> None:
+    """Before anything is computed: what stands there must be a report, or nothing."""
+    if folder.exists() and not (folder.is_dir() and ((folder / PAGE).is_file() or not any(folder.iterdir()))):
+        raise ModelError(f"--report {folder}: expected a new folder, or that of an older report, which is replaced")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ModelError(f"--report {folder}: cannot be made ({error.strerror})") from error
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "text", nargs="?", help=".txt, .jsonl or .parquet file, a folder of these, or a dataset owner/name; default: the "
-        "documentation inside CPython",
+        "text", nargs="?", help=".txt, .jsonl or .parquet file, a folder of these, or a dataset owner/name; default: what the "
+        "model's run has held out, or the documentation inside CPython",
     )  # fmt: skip
     parser.add_argument(
         "--model", type=Path, help="folder with model and tokenizer (default: of the newest run in runs/)"
@@ -149,19 +202,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-tokens", type=number(1, kind=int), help="stop after the document that reaches so many")
     parser.add_argument("--batch-size", type=number(1, kind=int), default=8, help="windows computed together")
     parser.add_argument("--json", type=Path, help="write the results here as well")
+    parser.add_argument(
+        "--ood", nargs="*", metavar="TEXT", help="AUROC of firing rates, entropy and loss for telling the text from these: "
+        f"files, folders, datasets, or {', '.join(MADE)} (without any: these three)",
+    )  # fmt: skip
+    parser.add_argument("--passage", type=number(2, kind=int), help="tokens in a passage for --ood (default: 32)")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write a page with pictures of all of it")
     options = parser.parse_args(arguments)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    console = Console()
     try:
-        results = evaluate(options)
+        results = evaluate(options, console.is_terminal)
         if options.json is not None:
             write_json(options.json, results)
-    except (ModelError, DataError, CheckpointError, OSError) as error:
+    except (ModelError, DataError, SettingsError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    console = Console()
+    show(results, console, options.report)
+    return 0
+
+
+def show(results: dict[str, Any], console: Console, report: Path | None) -> None:
+    """Print the results as tables."""
     columns = ["tokens", "nats per token", "perplexity", "bits per byte"]
     row = [
         f"{results['tokens']:,}",
@@ -173,9 +238,21 @@ def main(arguments: list[str] | None = None) -> int:
     print_table(console, title, columns, [row])
     rates = [[name, f"{rate:.2%}"] for name, rate in results["firing_rates"].items()]
     print_table(console, "firing rates", ["neuron layer", "rate"], rates)
+    if found := results.get("uncertainty", {}).get("auroc"):
+        title = "AUROC: chance that a passage of the other text has the higher score (95 % interval)"
+        rows = [[score, *(_with_interval(of[score]) for of in found.values())] for score in next(iter(found.values()))]
+        print_table(console, title, ["score", *found], rows)
+        console.print(results["uncertainty"]["sentence"], highlight=False, markup=False)
+    elif left_out := results.get("uncertainty", {}).get("left_out"):
+        console.print(f"note: no AUROC: {left_out}", highlight=False, markup=False)
     for note in results["left_out"]:
         console.print(f"note: {note}", highlight=False, markup=False)
-    return 0
+    if report is not None:
+        console.print(f"report in {report / PAGE}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _with_interval(value: dict[str, float]) -> str:
+    return f"{value['auroc']:.2f} ({value['low']:.2f}–{value['high']:.2f})"
 
 
 if __name__ == "__main__":

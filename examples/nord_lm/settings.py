@@ -186,6 +186,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--resume", type=Path, default=None, metavar="RUN", help="go on with the run in this folder")
     parser.add_argument("--no-resonance", action="store_true", help="the control: positions never meet")
+    parser.add_argument(
+        "--no-report", dest="with_report", action="store_false", default=True, help="no page with pictures at the end"
+    )
     group = parser.add_argument_group("training (override the config)")
     for f in dataclasses.fields(TrainingSettings):
         option, description = "--" + f.name.replace("_", "-"), f.metadata["help"]

@@ -12,6 +12,7 @@ import itertools
 import math
 import os
 import resource
+import shlex
 import signal
 import sys
 import threading
@@ -53,8 +54,10 @@ from data import (
     split,
     train_tokenizer,
 )
+from evaluate import STREAMED_WINDOWS, held_out_text, read_text
 from modeling_nord import NordForCausalLM
 from progress import Progress, duration, print_table
+from report import PAGE, Subject, write_report
 from settings import Settings, SettingsError, TrainingSettings, parse_arguments, read_run, settings_from
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -79,7 +82,7 @@ class Position:
     seconds: float = 0.0
 
 
-def train(settings: Settings, out: Path, resume: Path | None) -> int:
+def train(settings: Settings, out: Path, resume: Path | None, with_report: bool = True) -> int:
     """Run from start to finish; returns the exit status."""
     options = settings.training
     accelerator = accelerate(settings, out)
@@ -185,7 +188,9 @@ def train(settings: Settings, out: Path, resume: Path | None) -> int:
         if accelerator.is_main_process:
             finish(settings, accelerator.unwrap_model(model), weights, tokenizer, run, results)
             trained = NordForCausalLM.from_pretrained(run / "model").to(accelerator.device).eval()
-            report(progress, trained, tokenizer, corpus, run, results)
+            summarise(progress, trained, tokenizer, corpus, run, results)
+            if with_report:
+                report(progress, trained, tokenizer, run)
     finally:
         accelerator.wait_for_everyone()  # the others: leaving before the first is done would break the group off
     log.close()
@@ -475,7 +480,7 @@ def finish(
     write_json(run / "results.json", results)
 
 
-def report(
+def summarise(
     progress: Progress,
     model: NordForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
@@ -518,6 +523,20 @@ def report(
     )
 
 
+def report(progress: Progress, model: NordForCausalLM, tokenizer: PreTrainedTokenizerBase, run: Path) -> None:
+    """Write what the network does as a page, see ``report.py``. The run has ended well, with it or without."""
+    try:
+        documents = held_out_text(run)
+        text = read_text(documents, tokenizer, STREAMED_WINDOWS * model.config.max_position_embeddings)
+        command = shlex.join(["python", *sys.argv])
+        subject = Subject(model, tokenizer, text.documents, documents.name, run, {}, command)
+        write_report(run / "report", subject)
+    except (CheckpointError, DataError, SettingsError, OSError) as error:
+        progress.say(f"warning: no report was written: {error}")
+    else:
+        progress.say(f"report in {run / 'report' / PAGE}")
+
+
 def _against(loss: float, unigram: float) -> str:
     return f"{loss / unigram - 1:+.1%}"
 
@@ -532,7 +551,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.set_verbosity_error()  # it warns where text grows past the context, over which this model slides
     options = parse_arguments(arguments)
     try:
-        return train(settings_from(options), options.out, options.resume)
+        return train(settings_from(options), options.out, options.resume, options.with_report)
     except (SettingsError, DataError, CheckpointError, FloatingPointError, OSError) as error:  # OSError: a full disk
         print(f"error: {error}", file=sys.stderr)
         return 1

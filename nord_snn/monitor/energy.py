@@ -1,7 +1,7 @@
 """What a network computes, product by product, and what that would cost under published conventions."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil, log2
 from types import TracebackType
 from typing import Any, Self
@@ -85,6 +85,10 @@ class ProductCost:
     steps: int = 1
 
 
+#: A product that was not computed.
+_NOTHING: dict[str, Any] = dict.fromkeys(("dense", "macs", "acs", "weight_bytes", "activation_bytes", "calls"), 0)
+
+
 @dataclass
 class EnergyProfile:
     """What was computed, and what it would cost; printed, a table.
@@ -159,6 +163,16 @@ class EnergyProfile:
         """
         bits = ceil(log2(self.time_steps + 1))
         return self.twin_macs() * (0.2e-12 * bits / 8 + 0.1e-12)
+
+    def grouped(self) -> "EnergyProfile":
+        """The same with one entry for all products whose names differ in numbers only: ``blocks.*.ffn.up``."""
+        groups: dict[tuple[str, str, int], ProductCost] = {}
+        for product in self.products:
+            name = ".".join("*" if part.isdigit() else part for part in product.name.split("."))
+            group = groups.setdefault((name, product.kind, product.steps), replace(product, name=name, **_NOTHING))
+            for count in _NOTHING:
+                setattr(group, count, getattr(group, count) + getattr(product, count))
+        return replace(self, products=list(groups.values()))
 
     def __str__(self) -> str:
         """The table, in Markdown."""

@@ -1,12 +1,14 @@
 """generate.py, chat.py and the progress panel: what a person types and sees."""
 
 import io
+import re
 import shutil
 
 import chat as chat_script
 import generate
 import pytest
 import torch
+from activity import measure, zone_means
 from chat import Chat
 from generate import ModelError, newest_model, open_model, sampling
 from helpers import fire_easily
@@ -14,6 +16,8 @@ from plasticity import Plasticity
 from progress import Progress, duration
 from rich.console import Console
 from transformers import GPT2Config, GPT2LMHeadModel
+
+from nord_snn.monitor.firing_rate import neuron_layers
 
 
 @pytest.fixture
@@ -128,6 +132,68 @@ def test_it_answers_and_remembers_until_reset(talk, capsys):
     for _ in range(8):  # longer than the context of 24 tokens
         chat.handle("and rests while a spike")
     assert capsys.readouterr().out
+
+
+def test_rates_of_an_answer_are_those_of_the_tokens_that_chose_it(talk):
+    """In one pass over the whole text: rows do not see each other, and spikes of a cache are the same."""
+    chat, printed = talk
+    chat.handle("the neuron fires")
+    watched = chat.watched
+    assert watched.tokens == chat.text[-chat.answered :]
+    at = measure(chat.model, torch.tensor([chat.text]))
+    for part, rates in zone_means(at.rates, at.neurons).items():
+        expected = rates[0, -chat.answered - 1 : -1]
+        assert torch.allclose(torch.tensor(watched.rates[part]), expected, atol=1e-6)
+    assert not any(module._forward_hooks for module in neuron_layers(chat.model).values())
+    printed.truncate(0)
+    chat.handle("/stats")
+    for part in ("input", "block 0", "readout"):
+        assert re.search(rf"{part} +[\d.]+%   least +[\d.]+% at '.*'   most +[\d.]+% at '.*'", printed.getvalue())
+
+
+def test_live_rates_come_token_by_token(talk):
+    chat, printed = talk
+    chat.handle("/stats")
+    assert "there is no answer yet" in printed.getvalue()
+    chat.handle("/live")
+    assert "expected /live on or /live off" in printed.getvalue()
+    chat.handle("/live on")
+    printed.truncate(0)
+    chat.handle("the neuron")
+    lines = [line for line in printed.getvalue().splitlines() if "block 0" in line]
+    assert len(lines) == chat.answered
+    rates = [float(re.search(r"block 0 ([\d.]+)%", line)[1]) / 100 for line in lines]
+    assert rates == pytest.approx(chat.watched.rates["block 0"], abs=1e-4)
+    chat.handle("/live off")
+    printed.truncate(0)
+    chat.handle("the neuron")
+    assert "block 0" not in printed.getvalue()
+
+
+def test_in_a_terminal_live_rates_are_bars_below_the_answer(talk):
+    chat, _ = talk
+    chat.console = Console(file=io.StringIO(), width=120, force_terminal=True)
+    chat.handle("/live on")
+    chat.handle("the neuron")
+    shown = chat.console.file.getvalue()
+    assert re.search(r"block 0.*━.*%", shown)
+    assert any(c in shown for c in "▁▂▃▄▅▆▇█")
+    assert chat.console._live_stack == []  # the terminal is given back
+
+
+def test_an_answer_that_is_broken_off_gives_the_terminal_back(talk, monkeypatch):
+    chat, _ = talk
+    chat.console = Console(file=io.StringIO(), width=120, force_terminal=True)
+    chat.handle("/live on")
+
+    def break_off(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat.model, "generate", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        chat.handle("the neuron")
+    assert chat.console._live_stack == []
+    assert not any(module._forward_hooks for module in neuron_layers(chat.model).values())
 
 
 def test_commands_set_what_they_say(talk):

@@ -43,9 +43,15 @@ def text(tmp_path) -> Path:
 
 
 def run(tmp_path, text, *arguments, config=None, out="runs") -> int:
-    """Train on the text; returns the exit status."""
+    """Train on the text, without the report at the end, which takes longer; returns the exit status."""
     config = config or write_config(tmp_path)
-    return train_script.main(["--config", str(config), "--data", str(text), "--out", str(tmp_path / out), *arguments])
+    where = ["--config", str(config), "--data", str(text), "--out", str(tmp_path / out), "--no-report"]
+    return train_script.main([*where, *arguments])
+
+
+def go_on(part) -> int:
+    """Resume the run in a folder; returns the exit status."""
+    return train_script.main(["--resume", str(part), "--no-report"])
 
 
 # --- a finished run
@@ -157,7 +163,7 @@ def test_a_resumed_run_reaches_the_same_weights_bit_for_bit(tmp_path, text, monk
     assert position["batches"] > 0
     blocks = (286 // 8) if "286" in capsys.readouterr().out else 0
     assert blocks % 2 == 1  # so that one step's accumulation reached across the end of the epoch
-    assert train_script.main(["--resume", str(part)]) == 0
+    assert go_on(part) == 0
     whole, resumed = weights(tmp_path / "whole" / "test-0001"), weights(part)
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
@@ -175,7 +181,10 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(tmp_path, 
     for kill in range(kills):
         arguments = ["--resume", str(part)] if kill else start
         process = subprocess.Popen(
-            [sys.executable, str(TRAIN), *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            [sys.executable, str(TRAIN), "--no-report", *arguments],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
         before, deadline = newest_step(part), time.monotonic() + 120
         while newest_step(part) < before + 2 and process.poll() is None and time.monotonic() < deadline:
@@ -188,7 +197,9 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(tmp_path, 
         checkpoint = latest_checkpoint(part)
         checkpoints.check_digests(checkpoint, checkpoints.read_json(checkpoint / "position.json")["digests"])
     for arguments in (["--resume", str(part)], [*start[:-1], str(tmp_path / "whole")]):  # as many threads as before
-        subprocess.run([sys.executable, str(TRAIN), *arguments], env=environment, check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, str(TRAIN), "--no-report", *arguments], env=environment, check=True, capture_output=True
+        )
     expected = weights(tmp_path / "whole" / "test-0001")
     assert all(torch.equal(value, expected[name]) for name, value in weights(part).items())
 
@@ -201,9 +212,9 @@ def newest_step(run: Path) -> int:
 def test_relative_paths_of_a_config_are_kept_absolute(tmp_path, text, monkeypatch):
     config = write_config(tmp_path, steps=2, data="text.txt")
     monkeypatch.chdir(tmp_path)
-    assert train_script.main(["--config", str(config), "--out", "runs"]) == 0
+    assert train_script.main(["--config", str(config), "--out", "runs", "--no-report"]) == 0
     monkeypatch.chdir(tmp_path / "runs")
-    assert train_script.main(["--resume", "test-0001"]) == 0
+    assert go_on("test-0001") == 0
 
 
 def test_a_stopped_run_says_how_to_go_on(tmp_path, text, monkeypatch, capsys):
@@ -244,7 +255,7 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path, text, capsys):
     about["digests"] = checkpoints.digests(checkpoint)
     del about["digests"]["position.json"]
     (checkpoint / "position.json").write_text(json.dumps(about))
-    error = refused(capsys, train_script.main(["--resume", str(part)]))
+    error = refused(capsys, go_on(part))
     assert "does not fit this model" in error
     assert "norm.weight" in error
 
@@ -255,9 +266,7 @@ def test_settings_that_changed_since_are_refused(tmp_path, text, capsys):
     content = yaml.safe_load((part / "settings.yaml").read_text())
     content["training"]["seed"] = 7
     (part / "settings.yaml").write_text(yaml.safe_dump(content))
-    assert "was changed since the run was begun, or is damaged" in refused(
-        capsys, train_script.main(["--resume", str(part)])
-    )
+    assert "was changed since the run was begun, or is damaged" in refused(capsys, go_on(part))
 
 
 def test_resuming_on_changed_text_is_refused(tmp_path, text, capsys):
@@ -274,7 +283,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, text, capsys):
     for name in ("model.safetensors", "optimizer.bin", "random_states_0.pkl"):
         whole = (checkpoint / name).read_bytes()
         (checkpoint / name).write_bytes(whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])  # one bit
-        error = refused(capsys, train_script.main(["--resume", str(part)]))
+        error = refused(capsys, go_on(part))
         assert (
             f"checkpoint-000008: damaged or incomplete ({name}); remove the folder to go on from checkpoint-000004"
             in error
@@ -283,12 +292,12 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, text, capsys):
     for content in ("{}", "[]", '{"step": 5}', "{"):
         whole = (checkpoint / "position.json").read_text()
         (checkpoint / "position.json").write_text(content)
-        assert "position.json" in refused(capsys, train_script.main(["--resume", str(part)]))
+        assert "position.json" in refused(capsys, go_on(part))
         (checkpoint / "position.json").write_text(whole)
     (part / "tokenizer" / "tokenizer.json").write_text("{")
-    assert "cannot be loaded" in refused(capsys, train_script.main(["--resume", str(part)]))
+    assert "cannot be loaded" in refused(capsys, go_on(part))
     (part / "run.json").write_text("{}")
-    assert "run.json: not written by train.py" in refused(capsys, train_script.main(["--resume", str(part)]))
+    assert "run.json: not written by train.py" in refused(capsys, go_on(part))
 
 
 def test_a_run_without_checkpoints_cannot_be_resumed(tmp_path, text, capsys):
@@ -296,7 +305,7 @@ def test_a_run_without_checkpoints_cannot_be_resumed(tmp_path, text, capsys):
     part = tmp_path / "runs" / "test-0001"
     for folder in part.glob("checkpoint-*"):
         folder.rename(part / f"gone-{folder.name}")
-    assert "no checkpoint to resume from" in refused(capsys, train_script.main(["--resume", str(part)]))
+    assert "no checkpoint to resume from" in refused(capsys, go_on(part))
 
 
 @pytest.mark.parametrize(
@@ -447,7 +456,7 @@ def test_a_stream_is_resumed_bit_for_bit_and_breaks_off_without_loss(tmp_path, t
     position = json.loads((latest_checkpoint(part) / "position.json").read_text())
     assert position["epoch"] == 1
     assert position["batches"] == 10  # the 11th of the second epoch was the first half of a step that broke off
-    assert train_script.main(["--resume", str(part)]) == 0
+    assert go_on(part) == 0
     assert all(torch.equal(value, weights(part)[name]) for name, value in weights(whole).items())
 
 
@@ -516,7 +525,7 @@ def test_two_processes_share_one_run_and_it_can_be_resumed(tmp_path, text, strea
         monkeypatch.setattr(data, "IN_MEMORY_BYTES", 0)
     command = [sys.executable, *launch, str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    first = [*command, "--config", str(config), "--data", str(text), "--out", str(tmp_path / "runs")]
+    first = [*command, "--no-report", "--config", str(config), "--data", str(text), "--out", str(tmp_path / "runs")]
     subprocess.run(first, env=environment, check=True, capture_output=True, timeout=240)
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["test-0001"]
     part = tmp_path / "runs" / "test-0001"

@@ -134,6 +134,19 @@ def test_weights_that_meet_no_spike_are_not_read():
     assert product.activation_bytes == 6 * 3 * 20 // 8 + 6 * 3 * 7 * 4  # spikes are bits
 
 
+def test_grouped_products_cost_the_same_in_all():
+    net = nn.Sequential(*(nn.Sequential(AssociativeLIFNode(8, None, step_mode="m"), nn.Linear(8, 8)) for _ in range(3)))
+    profile = profile_energy(net, 2 * torch.rand(5, 3, 8))
+    grouped = profile.grouped()
+    assert [product.name for product in grouped.products] == ["*.*"]
+    assert grouped.products[0].calls == 3
+    for figure in ("macs", "acs", "dense", "bytes", "neuron_ops"):
+        assert getattr(grouped, figure) == getattr(profile, figure)
+    assert grouped.joules() == profile.joules()
+    assert grouped.twin_joules("45nm-fp32-sram") == pytest.approx(profile.twin_joules("45nm-fp32-sram"), rel=1e-6)
+    assert [product.name for product in profile.products] == ["0.1", "1.1", "2.1"]
+
+
 def test_joules_are_the_prices_times_the_counts():
     net = nn.Sequential(
         AssociativeLIFNode(8, None, step_mode="m"), nn.Linear(8, 5, bias=False), nn.LayerNorm(5), nn.Linear(5, 2)

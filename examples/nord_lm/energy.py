@@ -1,0 +1,102 @@
+"""What a generated token costs: every product, and joules under published conventions, beside the dense twin.
+
+    python examples/nord_lm/energy.py --config nord-144m
+    python examples/nord_lm/energy.py --model runs/tiny-0001/model --context 64
+
+The token is computed with a cache that holds the positions before it. With ``--config`` the weights are the initial ones.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from data import DataError
+from generate import ModelError, load_model, number
+from modeling_nord import NordForCausalLM
+from settings import CONFIGS, Settings, SettingsError
+from torch import Tensor
+from transformers import PreTrainedModel, set_seed
+from transformers.utils import logging
+
+from nord_snn.monitor import CONVENTIONS, EnergyProfile, EnergyProfiler
+
+__all__ = ["generated_token", "sentence"]
+
+
+@torch.no_grad()
+def generated_token(model: PreTrainedModel, ids: Tensor) -> EnergyProfile:
+    """What the last of ``ids [1, S]`` costs where all before it are in a cache.
+
+    Args:
+        model: a causal language model in eval mode; of GPT-2 and its like with ``attn_implementation="eager"``.
+        ids: token ids, S at least 2.
+    """
+    cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
+    with EnergyProfiler(model) as profiler:
+        model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+    return profiler.profile
+
+
+def sentence(profile: EnergyProfile) -> str:
+    """What follows from the figures."""
+    ratios = [profile.joules(name) / profile.twin_joules(name) for name in ("45nm-fp32", "45nm-fp32-sram")]
+    fed = [product for product in profile.products if not product.macs and product.acs]
+    fed_share = sum(product.dense for product in fed) / profile.dense
+    additions = profile.acs * CONVENTIONS["45nm-fp32"].ac
+    silent = (profile.joules() - additions) / profile.twin_joules()
+    quantised = profile.joules("45nm-int8") / profile.quantised_joules()
+    verdict = (
+        "more than" if min(ratios) > 1 else "less than" if max(ratios) < 1 else "as much as, within the conventions,"
+    )
+    return (
+        f"A generated token costs {verdict} on the dense twin: {ratios[0]:.2f} times its energy without memory, "
+        f"{ratios[1]:.2f} times with all memory in SRAM, and {quantised:.1f} times that of the quantised twin with weights of "
+        f"8 bits in both. Spikes feed {fed_share:.0%} of the multiply-accumulates, all others see numbers at each of "
+        f"{profile.time_steps} steps; even if no neuron fired, it would be {silent:.2f} times the twin's energy."
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", help="a model of this config, with initial weights: " + ", ".join(_configs()))
+    what.add_argument("--model", type=Path, help="folder with a trained model")
+    parser.add_argument("--context", type=number(2, kind=int), help="positions in all (default: the model's window)")
+    parser.add_argument(
+        "--every", action="store_true", help="every product by itself, not those of all blocks together"
+    )
+    options = parser.parse_args(arguments)
+    logging.disable_progress_bar()
+    try:
+        model = load_model(options.model) if options.model else _initial(options.config)
+    except (ModelError, DataError, SettingsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    longest = model.config.max_position_embeddings
+    context = options.context or longest
+    if context > longest:
+        print(f"error: --context must be at most {longest}, the model's window, got {context}", file=sys.stderr)
+        return 1
+    ids = torch.randint(model.config.vocab_size, (1, context), generator=torch.Generator().manual_seed(0))
+    profile = generated_token(model.eval(), ids)
+    weights = "" if options.model else "initial weights, "
+    print(f"One token at the end of {context} random ones, {weights}{model.num_parameters():,} parameters.\n")
+    print(profile if options.every else profile.grouped())
+    print(f"\n{sentence(profile)}")
+    return 0
+
+
+def _configs() -> list[str]:
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def _initial(config: str) -> NordForCausalLM:
+    path = CONFIGS / f"{config}.yaml" if config in _configs() else Path(config)
+    set_seed(0)
+    return NordForCausalLM(Settings.read(path).model_config())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,328 @@
+"""A report on a trained model: one HTML page that needs nothing else, the pictures in it as PNG, and the figures as JSON."""
+
+import base64
+import io
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import plots
+import torch
+from activity import KINDS, Measured, kinds_of, measure, pieces, rates_by_kind, zone
+from card import parameter_counts
+from checkpoints import read_json, write_folder, write_json, write_text
+from data import DataError
+from energy import generated_token, sentence
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
+from modeling_nord import NordForCausalLM
+from spikingjelly.activation_based.monitor import OutputMonitor
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from uncertainty import MADE, Passages, distinguish
+
+from nord_snn.monitor import CONVENTIONS, EnergyProfile, LayerActivity, SpikeMonitor
+from nord_snn.neurons import AssociativeLIFNode
+
+__all__ = ["PAGE", "Subject", "uncertainty_sentence", "write_report"]
+
+PAGE = "index.html"
+BLOCKS = 64  # of the known text, in which rates are counted
+RASTER_TOKENS, HEAT_TOKENS = 12, 96
+OF_THE_RUN = ("steps", "tokens", "seed", "validation_loss", "bits_per_byte", "unigram_loss", "bigram_loss")
+SMOOTH = 0.02  # of a training curve: the part of it over which a line is averaged
+
+
+class Subject(NamedTuple):
+    """What a report is about.
+
+    Attributes:
+        model: in eval mode.
+        tokenizer: its tokenizer.
+        texts: documents that the model has not seen, of the kind that it was trained on.
+        name: where they are from.
+        run: the folder of its training run; None: the report has nothing on training.
+        results: what else is known of the model on this text, for the table at the top.
+        command: what made the report.
+    """
+
+    model: NordForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    texts: list[str]
+    name: str
+    run: Path | None
+    results: dict[str, Any]
+    command: str
+
+
+def write_report(
+    folder: Path, subject: Subject, others: Iterable[str] = MADE, length: int | None = None, visible: bool = False
+) -> dict[str, Any]:
+    """Measure, draw and write ``index.html``, the PNGs and ``report.json`` into ``folder``, all of them or none.
+
+    Args:
+        folder: is made; what stood there is replaced.
+        subject: what the report is about.
+        others: other texts, at least one, see :func:`uncertainty.other_texts`. If one of them, or the known text, is too short
+            or cannot be read, the page says so in the place of these figures.
+        length: tokens in a passage, see :func:`uncertainty.distinguish`.
+        visible: whether to show progress.
+
+    Returns:
+        What is in ``report.json``.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    content, figures, heat = _measure(subject, others, length, visible)
+    pictures = {name: _png(figure) for name, figure in figures.items()}
+
+    def write(beside: Path) -> None:
+        for name, picture in pictures.items():
+            (beside / f"{name}.png").write_bytes(picture)
+        write_json(beside / "report.json", content)
+        write_text(beside / PAGE, _page(content, pictures, heat))
+
+    write_folder(folder, write)
+    return content
+
+
+def _measure(
+    subject: Subject, others: Iterable[str], length: int | None, visible: bool
+) -> tuple[dict[str, Any], dict[str, Figure], dict[str, Any]]:
+    """What goes into JSON, the pictures, and the tokens of the heat map."""
+    model, tokenizer = subject.model, subject.tokenizer
+    ids = _blocks(subject)
+    activity = _activity(model, ids)
+    profile = generated_token(model, ids[:1])
+    kinds = kinds_of(ids, tokenizer)
+    by_kind = rates_by_kind(measure(model, ids, 8, "kinds of tokens" if visible else None).rates, kinds)
+    counts = {kind: int((kinds == place).sum()) for place, kind in enumerate(KINDS) if (kinds == place).any()}
+    content: dict[str, Any] = {
+        "about": _about(subject),
+        "rates": _rates(activity),
+        "published_sparsity": 1 - activity["readout.lif"].rate,
+        "rates_by_kind_of_token": {"tokens": counts, "rates": by_kind},
+        "energy": _energy(profile),
+    }
+    figures = {
+        "rates": plots.rates(activity),
+        "steps": plots.steps(activity),
+        "neurons": plots.neurons(activity),
+        "raster": plots.raster(*_spikes(model, tokenizer, ids[0, :RASTER_TOKENS])),
+        "kinds": plots.kinds(by_kind, counts),
+        "energy": plots.energy(profile),
+    }
+    heat: dict[str, Any] = {}
+    try:
+        told, measured = distinguish(model, tokenizer, subject.texts, others, length, visible)
+    except DataError as error:  # a text that is too short, say: the rest of the report stands without
+        content["uncertainty"] = {"left_out": str(error)}
+    else:
+        content["uncertainty"] = told | {"sentence": uncertainty_sentence(told["auroc"])}
+        figures["auroc"] = plots.auroc(told["auroc"])
+        heat = _heat(measured, tokenizer)
+    if subject.run is not None and (curves := _curves(subject.run)) is not None:
+        losses, fired = curves
+        results = _results(subject.run)
+        baselines = {name: results[f"{name}_loss"] for name in ("unigram", "bigram") if results}
+        figures["training"] = plots.training(losses, fired, baselines)
+        content["training"] = {"loss": losses, "rates": fired}
+    return content, figures, heat
+
+
+def _blocks(subject: Subject) -> Tensor:
+    """Whole windows of the known text, ``[n, S]``."""
+    length = subject.model.config.max_position_embeddings
+    end = [subject.tokenizer.eos_token_id]
+    tokens: list[int] = []
+    for text in subject.texts:
+        tokens += subject.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] + end
+    length = min(length, len(tokens))
+    whole = len(tokens) // length
+    taken = torch.linspace(0, whole - 1, min(BLOCKS, whole)).round().long()  # evenly from all of it
+    return torch.tensor(tokens[: whole * length]).view(whole, length)[taken].to(subject.model.device)
+
+
+@torch.no_grad()
+def _activity(model: NordForCausalLM, ids: Tensor) -> dict[str, LayerActivity]:
+    with SpikeMonitor(model) as monitor:
+        for batch in ids.split(8):
+            model(input_ids=batch, use_cache=False)
+    return monitor.activity()
+
+
+@torch.no_grad()
+def _spikes(
+    model: NordForCausalLM, tokenizer: PreTrainedTokenizerBase, ids: Tensor
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Spikes ``[T, S, D]`` of every layer for some tokens, and these."""
+    recorder = OutputMonitor(model, AssociativeLIFNode)
+    model(input_ids=ids[None].to(model.device), use_cache=False)
+    spikes = {name: recorder[name][0][:, 0].cpu() for name in recorder.monitored_layers}
+    recorder.remove_hooks()
+    return spikes, [tokenizer.decode([token]) for token in ids.tolist()]
+
+
+def _about(subject: Subject) -> dict[str, Any]:
+    total, without = parameter_counts(subject.model)
+    return {
+        "name": subject.run.name if subject.run else str(subject.model.config.name_or_path or "a model"),
+        "text": subject.name,
+        "command": subject.command,
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "nord_snn": version("nord-snn"),
+        "torch": torch.__version__,
+        "device": str(subject.model.device),
+        "parameters": total,
+        "parameters_without_vocabulary": without,
+        "on_this_text": subject.results,
+        "of_the_run": {name: value for name, value in _results(subject.run).items() if name in OF_THE_RUN},
+    }
+
+
+def _rates(activity: dict[str, LayerActivity]) -> dict[str, dict[str, float]]:
+    return {
+        name: {
+            "rate": layer.rate,
+            "highest_possible": layer.ceiling,
+            "neurons": layer.per_neuron.numel(),
+            "dead": int(layer.dead.sum()),
+            "saturated": int(layer.saturated.sum()),
+        }
+        for name, layer in activity.items()
+    }
+
+
+def _energy(profile: EnergyProfile) -> dict[str, Any]:
+    grouped = profile.grouped()
+    return {
+        "products": [{k: getattr(p, k) for k in ("name", "kind", "dense", "macs", "acs")} for p in grouped.products],
+        "macs": profile.macs,
+        "acs": profile.acs,
+        "dense": profile.dense,
+        "neuron_operations": profile.neuron_ops,
+        "bytes": profile.bytes,
+        "joules": {name: profile.joules(name) for name in CONVENTIONS},
+        "twin_joules": {name: profile.twin_joules(name) for name in CONVENTIONS},
+        "quantised_twin_joules": profile.quantised_joules(),
+        "sources": sorted({convention.source for convention in CONVENTIONS.values()}),
+        "sentence": sentence(profile),
+    }
+
+
+def uncertainty_sentence(auroc: dict[str, dict[str, dict[str, float]]]) -> str:
+    """What follows from the AUROC of the rate of all neurons, beside that of the loss."""
+    said = []
+    for other, found in auroc.items():
+        rate, loss = found["firing rate of all neurons"], found["loss"]
+        how = "fires more at" if rate["low"] > 0.5 else "fires less at" if rate["high"] < 0.5 else "fires alike at"
+        said.append(f"{how} {other} ({rate['auroc']:.2f}; loss {loss['auroc']:.2f})")
+    return f"Beside the known text, the network {', '.join(said)}." if said else ""
+
+
+def _curves(run: Path) -> tuple[dict[str, dict[int, float]], dict[str, dict[int, float]]] | None:
+    """Losses, and rates of the parts of the model, by step; None where there is no log."""
+    log = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    try:
+        log.Reload()
+    except (OSError, ValueError):
+        return None
+    names = log.Tags()["scalars"]
+    if "loss" not in names:
+        return None
+    losses = {"training": _smooth(_scalars(log, "loss"))}
+    if "held_out_loss" in names:
+        losses["held out"] = _scalars(log, "held_out_loss")
+    if results := _results(run):
+        losses.setdefault("held out", {})[results["steps"]] = results["validation_loss"]
+    layers: dict[str, list[dict[int, float]]] = {}
+    for name in names:
+        if name.startswith("rate/"):
+            layers.setdefault(zone(name.removeprefix("rate/")), []).append(_scalars(log, name))
+    fired = {part: _smooth(_mean(of)) for part, of in layers.items()}
+    return losses, fired
+
+
+def _results(run: Path | None) -> dict[str, Any]:
+    """Of a run that has finished."""
+    return read_json(run / "results.json") if run is not None and (run / "results.json").is_file() else {}
+
+
+def _scalars(log: EventAccumulator, name: str) -> dict[int, float]:
+    """By step; where a run went on from a checkpoint, what came later."""
+    return {event.step: event.value for event in log.Scalars(name)}
+
+
+def _mean(curves: list[dict[int, float]]) -> dict[int, float]:
+    """Of the layers of a part, all counting the same: the log does not know how wide they are."""
+    return {step: sum(curve[step] for curve in curves) / len(curves) for step in curves[0]}
+
+
+def _smooth(values: dict[int, float]) -> dict[int, float]:
+    """A running mean over the points around each."""
+    wide = max(1, round(SMOOTH * len(values)))
+    numbers = list(values.values())
+    windows = [numbers[max(0, i - wide // 2) : i + wide // 2 + 1] for i in range(len(numbers))]
+    return {step: sum(window) / len(window) for step, window in zip(values, windows, strict=True)}
+
+
+def _heat(
+    measured: dict[str, tuple[Passages, Measured]], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, dict[str, list[tuple[str, str, float]]]]:
+    """Text -> score -> pieces of a passage, what to say of each, and how dark it is, from 0 to 1."""
+    known = measured["known"][1]
+    scales = {
+        "firing rate": _scale(known.mean_rate()),
+        "loss, nats": _scale(known.loss),
+        "entropy, nats": _scale(known.entropy),
+    }
+    found: dict[str, dict[str, list[tuple[str, str, float]]]] = {}
+    for name, (passages, of) in measured.items():
+        some = slice(0, max(1, HEAT_TOKENS // passages.tokens.shape[1]))
+        unknown = of.loss.new_full((len(of.loss), 1), torch.nan)  # the first token of a passage was not predicted
+        values = (of.mean_rate(), torch.cat((unknown, of.loss), 1), of.entropy)
+        found[name] = {
+            score: [
+                cell
+                for ids, row in zip(passages.tokens[some], of_score[some], strict=True)
+                for cell in _cells(ids, row, scale, score, tokenizer)
+            ]
+            for (score, scale), of_score in zip(scales.items(), values, strict=True)
+        }
+    return found
+
+
+def _scale(values: Tensor) -> tuple[float, float]:
+    """What is palest and what is darkest: 2 % of the known text lie beyond each."""
+    low, high = values.flatten().quantile(torch.tensor([0.02, 0.98])).tolist()
+    return low, max(high, low + 1e-9)
+
+
+def _cells(
+    ids: Tensor, row: Tensor, scale: tuple[float, float], score: str, tokenizer: PreTrainedTokenizerBase
+) -> Iterable[tuple[str, str, float]]:
+    low, high = scale
+    for text, begin, end in pieces(ids, tokenizer):
+        value = row[begin:end].nanmean().item()
+        if value != value:
+            yield text, "not predicted", 0.0
+            continue
+        said = f"{value:.2%}" if score == "firing rate" else f"{value:.2f}"
+        yield text, said, min(max((value - low) / (high - low), 0.0), 1.0)
+
+
+def _png(figure: Figure) -> bytes:
+    held = io.BytesIO()
+    figure.savefig(held, format="png", dpi=110)
+    return held.getvalue()
+
+
+def _page(content: dict[str, Any], pictures: dict[str, bytes], heat: dict[str, Any]) -> str:
+    folder = Path(__file__).parent
+    page = Environment(loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    inside = {name: base64.b64encode(picture).decode() for name, picture in pictures.items()}
+    return page.get_template("report.html.j2").render(content=content, pictures=inside, heat=heat)

@@ -1,0 +1,232 @@
+"""The page, its pictures and its JSON: all there, of the same figures, and in need of nothing else."""
+
+import base64
+import json
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import energy as energy_script
+import evaluate as evaluate_script
+import pytest
+import report as report_script
+import torch
+import train as train_script
+from checkpoints import CheckpointError
+from generate import open_model
+from helpers import fire_easily, make_text, write_config
+from report import PAGE, Subject, write_report
+
+from nord_snn.monitor import EnergyProfile, ProductCost, SpikeMonitor
+
+PICTURES = {"rates", "steps", "neurons", "raster", "kinds", "energy", "auroc", "training"}
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def subject(trained):
+    model, tokenizer = open_model(trained / "model")
+    fire_easily(model)
+    texts = [make_text(400, seed) for seed in range(6)]
+    texts[0] = "<script>alert('the neuron fires')</script> $x$ & \"time\" " + texts[0]
+    return Subject(
+        model, tokenizer, texts, "some <text>", trained, {"nats_per_token": 2.5}, "python evaluate.py --report"
+    )
+
+
+@pytest.fixture(scope="module")
+def written(subject, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report") / "report"
+    write_report(folder, subject, ["shuffled", "chinese"], length=16)
+    return folder
+
+
+class Page(HTMLParser):
+    """What a page asks for, and its pictures."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.wanted: list[str] = []
+        self.tags: set[str] = set()
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.wanted += [
+            value for name, value in attributes if name in ("src", "href", "srcset", "poster", "data", "action")
+        ]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_everything_is_there(written):
+    assert {path.stem for path in written.glob("*.png")} == PICTURES
+    assert {path.name for path in written.iterdir()} == {f"{name}.png" for name in PICTURES} | {PAGE, "report.json"}
+    for path in written.glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+    content = json.loads((written / "report.json").read_text())
+    assert content["about"]["on_this_text"] == {"nats_per_token": 2.5}
+    assert content["about"]["of_the_run"]["steps"] == 12
+    assert set(content["uncertainty"]["auroc"]) == {"shuffled", "chinese"}
+
+
+def test_the_page_needs_nothing_else_and_nothing_in_it_runs(written):
+    text = (written / PAGE).read_text()
+    page = Page(text)
+    assert page.open == []
+    assert page.tags.isdisjoint({"script", "link", "iframe", "object"})
+    assert "url(" not in text
+    assert "@import" not in text
+    pictures = [value for value in page.wanted if not value.startswith("#")]
+    assert all(value.startswith("data:image/png;base64,") for value in pictures)
+    inside = {base64.b64decode(value.partition(",")[2]) for value in pictures}
+    assert inside == {path.read_bytes() for path in written.glob("*.png")}
+    assert "some &lt;text&gt;" in text
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_browser_without_network_shows_every_picture(written, tmp_path):
+    loaded = "[...document.images].every(i => i.complete && i.naturalWidth > 100)"
+    fits = "document.documentElement.scrollWidth <= innerWidth"
+    probe = f"<script>onload = () => document.title = `${{document.images.length}} ${{{loaded}}} ${{{fits}}}`</script>"
+    page = tmp_path / "page.html"
+    page.write_text((written / PAGE).read_text().replace("</body>", probe + "</body>"))
+    offline = ["--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND", "--no-first-run"]
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    for width in (1280, 500):
+        command = [CHROMIUM, *offline, profile, f"--window-size={width},900", "--dump-dom", page.as_uri()]
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        assert f"<title>{len(PICTURES)} true true</title>" in shown
+
+
+def test_the_figures_are_those_of_the_network(written, subject):
+    content = json.loads((written / "report.json").read_text())
+    ids = report_script._blocks(subject)
+    with torch.no_grad(), SpikeMonitor(subject.model) as monitor:
+        subject.model(input_ids=ids, use_cache=False)
+    rates = {name: layer["rate"] for name, layer in content["rates"].items()}
+    assert rates == pytest.approx(monitor.rates())
+    assert content["published_sparsity"] == pytest.approx(1 - monitor.rates()["readout.lif"])
+    kinds = content["rates_by_kind_of_token"]
+    assert sum(kinds["tokens"].values()) == ids.numel()
+    for name, by_kind in kinds["rates"].items():
+        mean = sum(rate * kinds["tokens"][kind] for kind, rate in by_kind.items()) / ids.numel()
+        assert mean == pytest.approx(rates[name], rel=1e-4)
+    curves = content["training"]["loss"]
+    assert curves["held out"]["12"] == json.loads((subject.run / "results.json").read_text())["validation_loss"]
+    assert list(content["training"]["rates"]) == ["input", "block 0", "readout"]
+
+
+def test_training_ends_with_a_report(trained):
+    assert (trained / "report" / PAGE).is_file()
+
+
+def test_a_report_that_cannot_be_written_does_not_fail_the_training(tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.txt").write_text(make_text())
+    arguments = ["--config", str(write_config(tmp_path, steps=1)), "--data", str(tmp_path / "text.txt")]
+
+    def full(*_):
+        raise CheckpointError("the disk is full")
+
+    monkeypatch.setattr(train_script, "write_report", full)
+    assert train_script.main([*arguments, "--out", str(tmp_path / "runs")]) == 0
+    assert "warning: no report was written: the disk is full" in capsys.readouterr().out
+    assert train_script.main([*arguments, "--out", str(tmp_path / "runs"), "--no-report"]) == 0
+    assert "warning" not in capsys.readouterr().out
+    assert not list((tmp_path / "runs").glob("*/report"))
+
+
+def test_what_cannot_be_told_apart_is_said_and_the_rest_is_there(subject, tmp_path):
+    short = subject._replace(texts=[subject.texts[1]], run=None)
+    content = write_report(tmp_path / "report", short, ["shuffled"], length=16)
+    assert "from 1 documents" in content["uncertainty"]["left_out"]
+    assert {path.stem for path in (tmp_path / "report").glob("*.png")} == PICTURES - {"auroc", "training"}
+    assert "Not measured: the known text" in (tmp_path / "report" / PAGE).read_text()
+
+
+# --- evaluate.py
+
+
+def test_the_command_writes_a_report_and_replaces_an_old_one(trained, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(make_text(6000, seed=3))
+    arguments = [str(tmp_path / "text.txt"), "--model", str(trained / "model"), "--passage", "16", "--ood", "shuffled"]
+    for _ in range(2):
+        assert evaluate_script.main([*arguments, "--report", str(tmp_path / "new" / "report")]) == 0
+    out = capsys.readouterr().out
+    assert "AUROC" in out
+    assert "firing rates of all layers" in out
+    assert (tmp_path / "new" / "report" / PAGE).is_file()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "work.txt").write_text("dear")
+    assert evaluate_script.main([*arguments, "--report", str(mine)]) == 1
+    assert "expected a new folder, or that of an older report" in capsys.readouterr().err
+    assert (mine / "work.txt").read_text() == "dear"
+    assert evaluate_script.main([*arguments, "--report", "/dev/null/report"]) == 1
+    assert "error: --report /dev/null/report" in capsys.readouterr().err
+
+
+def test_other_texts_by_themselves_go_into_the_json(trained, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(make_text(6000, seed=3))
+    (tmp_path / "other.txt").write_text(make_text(3000, seed=4))
+    arguments = [str(tmp_path / "text.txt"), "--model", str(trained / "model"), "--json", str(tmp_path / "out.json")]
+    assert evaluate_script.main([*arguments, "--ood", str(tmp_path / "other.txt"), "--passage", "12"]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())["uncertainty"]
+    assert found["passage_tokens"] == 12
+    assert set(found["auroc"][str(tmp_path / "other.txt")]["loss"]) == {"auroc", "low", "high"}
+    assert evaluate_script.main([*arguments, "--ood", str(tmp_path / "none.txt")]) == 1
+    assert "none.txt: no such file or folder" in capsys.readouterr().err
+    assert evaluate_script.main([*arguments, "--ood", "--passage", "100"]) == 1
+    assert "passages must be of 2 to 24 tokens, got 100" in capsys.readouterr().err
+
+
+def test_without_a_text_it_is_the_one_that_the_run_held_out(trained, capsys):
+    assert evaluate_script.main(["--model", str(trained / "model")]) == 0
+    assert "text.txt, held out" in " ".join(capsys.readouterr().out.split())
+    documents = evaluate_script.held_out_text(trained)
+    whole = (trained.parent.parent / "text.txt").read_text()
+    held = "".join(documents.read())
+    assert 0 < len(held) < len(whole)
+
+
+# --- energy.py
+
+
+def test_a_generated_token_costs_its_own_products_and_not_those_of_the_others(subject):
+    ids = report_script._blocks(subject)[:1]
+    config = subject.model.config
+    profile = energy_script.generated_token(subject.model, ids)
+    dense = {product.name: product.dense for product in profile.products}
+    assert dense["lm_head"] == config.hidden_size * config.vocab_size
+    assert dense["blocks.0.resonance.v_proj"] == config.hidden_size**2
+    assert dense["blocks.0.ffn.up"] == 4 * config.hidden_size * config.intermediate_size
+    coincidences = next(product for product in profile.products if product.kind == "coincidences")
+    assert coincidences.dense == 4 * config.hidden_size * ids.shape[1]
+
+
+@pytest.mark.parametrize(("macs", "acs", "said"), [(4000, 0, "more than"), (0, 40, "less than")])
+def test_the_sentence_goes_with_the_figures(macs, acs, said):
+    product = ProductCost("up", "linear", dense=4000, macs=macs, acs=acs, calls=1, steps=4)
+    profile = EnergyProfile([product], time_steps=4)
+    assert f"costs {said} on the dense twin" in energy_script.sentence(profile)
+    assert "{" not in energy_script.sentence(profile)
+
+
+def test_the_energy_command(trained, tmp_path, capsys):
+    assert energy_script.main(["--model", str(trained / "model"), "--context", "9"]) == 0
+    out = capsys.readouterr().out
+    assert "One token at the end of 9 random ones" in out
+    assert "| blocks.*.ffn.down | linear |" in out
+    assert energy_script.main(["--config", str(write_config(tmp_path)), "--every"]) == 0
+    assert "| blocks.0.ffn.down | linear |" in capsys.readouterr().out
+    for wrong, message in (
+        (["--config", "none"], "error: "),
+        (["--model", str(tmp_path)], "no model here"),
+        (["--model", str(trained / "model"), "--context", "99"], "--context must be at most 24"),
+    ):
+        assert energy_script.main(wrong) == 1
+        assert message in capsys.readouterr().err

@@ -1,0 +1,215 @@
+"""AUROC, its interval, the texts that are told apart, and what is measured at each token."""
+
+import ast
+import json
+import math
+
+import pytest
+import torch
+from activity import KINDS, kinds_of, measure, pieces, rates_by_kind, zone, zone_means
+from configuration_nord import NordConfig
+from data import DataError, train_tokenizer
+from helpers import fire_easily, make_text
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from modeling_nord import NordForCausalLM
+from sklearn.metrics import roc_auc_score
+from torch.nn import functional as F
+from uncertainty import MADE, auroc, cut, distinguish, interval, other_texts
+
+from nord_snn.monitor import SpikeMonitor
+
+TEXTS = [make_text(400, seed) for seed in range(8)]
+SMALL = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
+    "max_position_embeddings": 24, "n_clusters": 4, "recency": True,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([*TEXTS, "数 is 12.5, (naïve)\n\n  x"], 300)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    torch.manual_seed(0)
+    model = NordForCausalLM(NordConfig(vocab_size=len(tokenizer), **SMALL)).eval()
+    fire_easily(model)
+    return model
+
+
+# --- AUROC
+
+
+@given(
+    known=st.lists(st.integers(0, 5), min_size=1, max_size=20),
+    other=st.lists(st.integers(0, 5), min_size=1, max_size=20),
+)
+def test_auroc_is_that_of_scikit_learn_with_ties(known, other):
+    expected = roc_auc_score([0] * len(known) + [1] * len(other), known + other)
+    assert auroc(torch.tensor(known), torch.tensor(other)) == pytest.approx(expected)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    known=st.lists(st.floats(-1, 1), min_size=4, max_size=30), other=st.lists(st.floats(-1, 1), min_size=4, max_size=30)
+)
+def test_intervals_turn_over_with_the_score(known, other):
+    known, other = torch.tensor(known), torch.tensor(other)
+    documents = torch.arange(len(known)), torch.arange(len(other)) + len(known)
+    low, high = interval(known, other, *documents)
+    assert 0 <= low <= high <= 1
+    upside_down = interval(-known, -other, *documents)
+    assert upside_down == pytest.approx((1 - high, 1 - low), abs=1e-6)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say_where_passages_of_a_document_are_alike():
+    """Nothing differs, so the truth is 0.5. Passages taken for independent ones would miss it far more often than in 5 %."""
+    torch.manual_seed(0)
+    documents = torch.arange(20).repeat_interleave(8)
+    held = naive = 0
+    for _ in range(60):
+        known, other = (torch.randn(20)[documents] + 0.3 * torch.randn(160) for _ in range(2))
+        low, high = interval(known, other, documents, documents + 20)
+        held += low <= 0.5 <= high
+        low, high = interval(known, other, torch.arange(160), torch.arange(160) + 160)
+        naive += low <= 0.5 <= high
+    assert held >= 52
+    assert naive <= 45
+
+
+# --- texts
+
+
+def test_shuffled_text_has_the_same_words_between_the_same_blanks():
+    text = "one two\n\n  three four.\tfive six"
+    (shuffled,) = other_texts("shuffled", [text])
+    assert shuffled != text
+    assert sorted(shuffled.split()) == sorted(text.split())
+    assert [c for c in shuffled if c.isspace()] == [c for c in text if c.isspace()]
+    assert other_texts("shuffled", [text]) == [shuffled]
+
+
+def test_code_is_code_alone():
+    texts = other_texts("code", [])
+    assert len(texts) > 50
+    for text in texts[:20]:
+        assert ast.unparse(ast.parse(text)) == text  # so there are no comments in it
+        assert not any(
+            ast.get_docstring(n) for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Module | ast.ClassDef)
+        )
+
+
+def test_chinese_is_mostly_chinese():
+    texts = other_texts("chinese", [])
+    assert sum(map(len, texts)) > 10_000
+    han = sum("\u4e00" <= c <= "\u9fff" for text in texts for c in text)
+    assert han > 0.5 * sum(len("".join(text.split())) for text in texts)
+
+
+def test_passages_come_evenly_from_all_documents(tokenizer):
+    passages = cut("known", TEXTS, tokenizer, 16, at_most=20)
+    assert passages.tokens.shape == (20, 16)
+    assert set(passages.documents.tolist()) == set(range(8))
+    assert tokenizer.decode(passages.tokens[0]) == TEXTS[0][: int(passages.n_bytes[0])]
+    with pytest.raises(
+        DataError, match="known: passages of 16 tokens from 1 documents; expected them from two at least"
+    ):
+        cut("known", TEXTS[:1], tokenizer, 16)
+    with pytest.raises(DataError, match="from 0 documents"):
+        cut("known", ["short"], tokenizer, 16)
+
+
+def test_files_are_texts_too(tokenizer, model, tmp_path):
+    (tmp_path / "other.txt").write_text(make_text(3000, seed=99))
+    found, measured = distinguish(model, tokenizer, TEXTS, [str(tmp_path / "other.txt")], 16)
+    assert list(measured) == ["known", str(tmp_path / "other.txt")]
+    for result in found["auroc"][str(tmp_path / "other.txt")].values():
+        assert result["low"] <= result["auroc"] <= result["high"]
+    with pytest.raises(DataError, match="no such file"):
+        distinguish(model, tokenizer, TEXTS, [str(tmp_path / "none.txt")], 16)
+    with pytest.raises(DataError, match="passages must be of 2 to 24 tokens, got 25"):
+        distinguish(model, tokenizer, TEXTS, MADE, 25)
+
+
+def test_other_characters_are_told_apart_and_the_same_text_is_not(tokenizer, model, tmp_path):
+    """By the control without a model; and no learned score finds a difference where there is none."""
+    (tmp_path / "same.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    found, _ = distinguish(model, tokenizer, TEXTS, ["chinese", str(tmp_path / "same.jsonl")], 16)
+    assert found["auroc"]["chinese"]["bytes per token (no model)"]["high"] < 0.05
+    same = found["auroc"][str(tmp_path / "same.jsonl")]
+    assert same["loss"]["auroc"] == same["firing rate of all neurons"]["auroc"] == 0.5
+    assert same["firing rates of all layers"]["auroc"] < 0.75
+
+
+# --- at each token
+
+
+def test_loss_entropy_and_rates_are_those_of_the_model(tokenizer, model):
+    ids = cut("known", TEXTS, tokenizer, 16, at_most=5).tokens
+    at = measure(model, ids, batch_size=2)
+    logits = model(input_ids=ids, use_cache=False).logits
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    assert torch.allclose(at.loss.flatten(), expected, atol=1e-5)
+    distribution = torch.distributions.Categorical(logits=logits)
+    assert torch.allclose(at.entropy, distribution.entropy(), atol=1e-5)
+    with SpikeMonitor(model, {"all": [""]}) as monitor:
+        model(input_ids=ids, use_cache=False)
+    assert {name: rate.mean().item() for name, rate in at.rates.items()} == pytest.approx(monitor.rates(), rel=1e-5)
+    assert at.mean_rate().mean().item() == pytest.approx(monitor.zone_rates()["all"], rel=1e-5)
+
+
+def test_zones_weigh_layers_by_their_neurons():
+    rates = {
+        "input_lif": torch.tensor(0.1),
+        "blocks.3.ffn.lif1": torch.tensor(0.3),
+        "blocks.3.ffn.lif2": torch.tensor(0.0),
+    }
+    neurons = {"input_lif": 4, "blocks.3.ffn.lif1": 8, "blocks.3.ffn.lif2": 4}
+    found = {name: value.item() for name, value in zone_means(rates, neurons).items()}
+    assert found == pytest.approx({"input": 0.1, "block 3": 0.2})
+    assert zone("readout.lif") == "readout"
+
+
+def test_kinds_of_tokens(tokenizer):
+    kinds = {
+        "<|endoftext|>": "end of text", "\n": "line break", "1": "number", ",": "punctuation", " (": "punctuation",
+        " the": "function word", " neuron": "begins a word", "ing": "inside a word", " ": "blanks",
+    }  # fmt: skip
+    seen = 0
+    for text, kind in kinds.items():
+        ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][:1])
+        if tokenizer.decode(ids) == text:
+            assert KINDS[kinds_of(ids, tokenizer)[0]] == kind, text
+            seen += 1
+    assert seen >= 5  # of a vocabulary so small, which has no token for some of them
+    first_byte = tokenizer("语", add_special_tokens=False)["input_ids"][:1]
+    assert KINDS[kinds_of(torch.tensor(first_byte), tokenizer)[0]] == "part of a character"
+
+
+def test_rates_by_kind_are_means_over_its_tokens():
+    kinds = torch.tensor([[0, 4, 4], [5, 4, 0]])
+    found = rates_by_kind({"lif": torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.1, 0.3]])}, kinds)
+    assert list(found["lif"]) == [KINDS[0], KINDS[4], KINDS[5]]
+    assert list(found["lif"].values()) == pytest.approx([0.2, 0.2, 0.4])
+
+
+@settings(deadline=None, max_examples=50)
+@given(text=st.text(alphabet="ab 1\n语é😀", max_size=20), skipped=st.integers(0, 3))
+def test_pieces_hold_every_token_once_and_whole_characters(tokenizer, text, skipped):
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][skipped:], dtype=torch.long)
+    found = list(pieces(ids, tokenizer))
+    assert [place for _, begin, end in found for place in range(begin, end)] == list(range(len(ids)))
+    if not skipped:
+        assert "".join(word for word, _, _ in found) == text
+
+
+def test_entropy_of_a_model_that_knows_nothing_is_that_of_its_vocabulary(tokenizer, model):
+    ids = cut("known", TEXTS, tokenizer, 16, at_most=2).tokens
+    with torch.no_grad():
+        held = model.lm_head.weight.clone()
+        model.lm_head.weight.zero_()
+        at = measure(model, ids)
+        model.lm_head.weight.copy_(held)
+    assert at.entropy.mean().item() == pytest.approx(math.log(len(tokenizer)), rel=1e-5)
