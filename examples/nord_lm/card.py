@@ -8,6 +8,7 @@ import yaml
 from configuration_nord import NordConfig
 from huggingface_hub import ModelCardData
 from modeling_nord import NordForCausalLM
+from transformers import PreTrainedModel
 
 __all__ = ["model_card", "parameter_counts"]
 
@@ -21,9 +22,10 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
 ```"""
 
 
-def parameter_counts(model: NordForCausalLM) -> tuple[int, int]:
+def parameter_counts(model: PreTrainedModel) -> tuple[int, int]:
     """All parameters, and those that are neither embedding nor head."""
-    vocabulary = {id(p): p.numel() for p in (model.embed_tokens.weight, model.lm_head.weight)}
+    ends = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    vocabulary = {id(p): p.numel() for p in ends}
     total = model.num_parameters()
     return total, total - sum(vocabulary.values())
 

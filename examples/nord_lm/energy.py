@@ -14,7 +14,7 @@ import torch
 from data import DataError
 from generate import ModelError, load_model, number
 from modeling_nord import NordForCausalLM
-from settings import CONFIGS, Settings, SettingsError
+from settings import CONFIGS, SettingsError, read_config
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
@@ -40,12 +40,12 @@ def generated_token(model: PreTrainedModel, ids: Tensor) -> EnergyProfile:
 
 def sentence(profile: EnergyProfile) -> str:
     """What follows from the figures."""
-    ratios = [profile.joules(name) / profile.twin_joules(name) for name in ("45nm-fp32", "45nm-fp32-sram")]
+    ratios = [profile.joules_under(name) / profile.twin_joules_under(name) for name in ("45nm-fp32", "45nm-fp32-sram")]
     fed = [product for product in profile.products if not product.macs and product.acs]
     fed_share = sum(product.dense for product in fed) / profile.dense
     additions = profile.acs * CONVENTIONS["45nm-fp32"].ac
-    silent = (profile.joules() - additions) / profile.twin_joules()
-    quantised = profile.joules("45nm-int8") / profile.quantised_joules()
+    silent = (profile.joules - additions) / profile.twin_joules
+    quantised = profile.joules_under("45nm-int8") / profile.quantised_twin_joules
     verdict = (
         "more than" if min(ratios) > 1 else "less than" if max(ratios) < 1 else "as much as, within the conventions,"
     )
@@ -61,7 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", help="a model of this config, with initial weights: " + ", ".join(_configs()))
+    what.add_argument(
+        "--config",
+        help="a model of this config, with initial weights: "
+        + ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml"))),
+    )
     what.add_argument("--model", type=Path, help="folder with a trained model")
     parser.add_argument("--context", type=number(2, kind=int), help="positions in all (default: the model's window)")
     parser.add_argument(
@@ -88,14 +92,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _configs() -> list[str]:
-    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-
-
 def _initial(config: str) -> NordForCausalLM:
-    path = CONFIGS / f"{config}.yaml" if config in _configs() else Path(config)
     set_seed(0)
-    return NordForCausalLM(Settings.read(path).model_config())
+    return NordForCausalLM(read_config(config).model_config())
 
 
 if __name__ == "__main__":

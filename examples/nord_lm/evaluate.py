@@ -28,7 +28,7 @@ from progress import print_table
 from report import PAGE, Subject, uncertainty_sentence, write_report
 from rich.console import Console
 from rich.progress import track
-from settings import Settings, SettingsError
+from settings import Settings, SettingsError, TrainingSettings
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
@@ -58,18 +58,16 @@ class Window(NamedTuple):
     scored: int
 
 
-def held_out_text(run: Path) -> Documents:
-    """What a run of ``train.py`` was validated on.
+def held_out_text(training: TrainingSettings) -> Documents:
+    """What a run with these settings is validated on.
 
     Raises:
-        SettingsError: the folder has no settings of a run, or they are damaged.
-        DataError: its text is not there any more.
+        DataError: the text is not there any more.
     """
-    settings = Settings.read(run / "settings.yaml").training
-    if settings.validation_data is not None:
-        return read_documents(settings.validation_data)
-    whole = read_documents(settings.data)
-    return replace(whole, name=f"{whole.name}, held out", read=split(whole, settings.held_out)[1])
+    if training.validation_data is not None:
+        return read_documents(training.validation_data)
+    whole = read_documents(training.data)
+    return replace(whole, name=f"{whole.name}, held out", read=split(whole, training.held_out)[1])
 
 
 def read_text(documents: Documents, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> Text:
@@ -141,7 +139,10 @@ def evaluate(options: argparse.Namespace, visible: bool = False) -> dict[str, An
     stride = max(1, context // 2) if options.stride is None else options.stride
     if stride > context:
         raise ModelError(f"--stride must be at most the context of {context}, got {stride}")
-    documents = read_documents(options.text) if options.text or run is None else held_out_text(run)
+    if options.text or run is None:
+        documents = read_documents(options.text)
+    else:
+        documents = held_out_text(Settings.read(run / "settings.yaml").training)
     max_tokens = STREAMED_WINDOWS * context if documents.streamed else None
     text = read_text(documents, tokenizer, options.max_tokens or max_tokens)
     n_predicted = len(text.tokens) - 1

@@ -148,14 +148,14 @@ def energy(profile: EnergyProfile) -> Figure:
     axis = figure.add_subplot()
     names = list(CONVENTIONS)
     for offset, label, values in (
-        (-0.2, "this network", [profile.joules(name) for name in names]),
-        (0.2, "dense twin", [profile.twin_joules(name) for name in names]),
+        (-0.2, "this network", [profile.joules_under(name) for name in names]),
+        (0.2, "dense twin", [profile.twin_joules_under(name) for name in names]),
     ):
         places = [place + offset for place in range(len(names))]
         bars = axis.barh(places, [1e6 * value for value in values], 0.4, label=label)
         axis.bar_label(bars, fmt="%.3g", padding=3, fontsize="small")
     quantised = axis.barh(
-        [len(names)], [1e6 * profile.quantised_joules()], 0.4, label="quantised twin", color="#55a868"
+        [len(names)], [1e6 * profile.quantised_twin_joules], 0.4, label="quantised twin", color="#55a868"
     )
     axis.bar_label(quantised, fmt="%.3g", padding=3, fontsize="small")
     axis.set_yticks(range(len(names) + 1), [*names, "8-bit weights"])

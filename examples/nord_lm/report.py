@@ -206,9 +206,9 @@ def _energy(profile: EnergyProfile) -> dict[str, Any]:
         "dense": profile.dense,
         "neuron_operations": profile.neuron_ops,
         "bytes": profile.bytes,
-        "joules": {name: profile.joules(name) for name in CONVENTIONS},
-        "twin_joules": {name: profile.twin_joules(name) for name in CONVENTIONS},
-        "quantised_twin_joules": profile.quantised_joules(),
+        "joules": {name: profile.joules_under(name) for name in CONVENTIONS},
+        "twin_joules": {name: profile.twin_joules_under(name) for name in CONVENTIONS},
+        "quantised_twin_joules": profile.quantised_twin_joules,
         "sources": sorted({convention.source for convention in CONVENTIONS.values()}),
         "sentence": sentence(profile),
     }

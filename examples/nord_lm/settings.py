@@ -15,7 +15,15 @@ from checkpoints import CheckpointError, read_json, write_text
 from configuration_nord import NordConfig
 from huggingface_hub.errors import StrictDataclassError
 
-__all__ = ["Settings", "SettingsError", "TrainingSettings", "parse_arguments", "read_run", "settings_from"]
+__all__ = [
+    "Settings",
+    "SettingsError",
+    "TrainingSettings",
+    "parse_arguments",
+    "read_config",
+    "read_run",
+    "settings_from",
+]
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -217,11 +225,20 @@ def settings_from(options: argparse.Namespace) -> Settings:
     """
     if options.resume is not None:
         return _resumed(options)
-    settings = Settings.read(_config_path(getattr(options, "config", "tiny")))
+    settings = read_config(getattr(options, "config", "tiny"))
     model = settings.model | ({"resonance": False} if hasattr(options, "no_resonance") else {})
     name = settings.name + ("-no-resonance" if hasattr(options, "no_resonance") else "")
     training = dataclasses.replace(settings.training, **options.changes)
     return Settings(name, model, dataclasses.replace(training, **_absolute_paths(dataclasses.asdict(training))))
+
+
+def read_config(name: str) -> Settings:
+    """One of those in ``configs/`` by its name, or a YAML file.
+
+    Raises:
+        SettingsError: it is neither, or no config.
+    """
+    return Settings.read(_config_path(name))
 
 
 def _config_path(name: str) -> Path:
@@ -255,7 +272,7 @@ def _resumed(options: argparse.Namespace) -> Settings:
     if hasattr(options, "no_resonance") and settings.model.get("resonance", True):
         raise SettingsError(f"--resume {run}: the run was begun with resonance, it cannot go on without")
     if hasattr(options, "config"):
-        other = Settings.read(_config_path(options.config)).model_config().to_dict()
+        other = read_config(options.config).model_config().to_dict()
         mine = settings.model_config().to_dict()
         differing = [f"{k} = {mine[k]} and not {other[k]}" for k in mine if mine[k] != other[k] and k != "resonance"]
         if differing:

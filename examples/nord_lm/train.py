@@ -92,28 +92,15 @@ def train(settings: Settings, out: Path, resume: Path | None, with_report: bool 
         keep_freed_memory()
     with Progress(options.steps, visible=accelerator.is_local_main_process) as progress:
         tokenizer, corpus = prepare_text(accelerator, settings, resume)
-        model = NordForCausalLM(model_config(settings, tokenizer))
+        nord = NordForCausalLM(model_config(settings, tokenizer))
         if options.gradient_checkpointing:
-            model.activation_checkpointing_enable()
+            nord.activation_checkpointing_enable()
         if options.compile:
-            for block in model.blocks:
+            for block in nord.blocks:
                 block.compile()
-        describe(progress, settings, model, tokenizer, corpus)
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, options.weight_decay),
-            lr=options.lr,
-            betas=(options.beta1, options.beta2),
-            fused=accelerator.device.type in ("cpu", "cuda"),  # one pass over the parameters
-        )
-        scheduler = get_cosine_with_min_lr_schedule_with_warmup(
-            optimizer, options.warmup_steps, options.steps, min_lr_rate=options.min_lr_ratio
-        )
-        shuffle = isinstance(corpus.train, Blocks)  # a stream keeps its order
-        loader = DataLoader(corpus.train, options.batch_size, shuffle=shuffle, drop_last=True)
-        validation_loader = DataLoader(Blocks(corpus.validation), options.batch_size)
-        model, optimizer, scheduler, loader, validation_loader = accelerator.prepare(
-            model, optimizer, scheduler, loader, validation_loader
-        )
+        describe(progress, settings, nord, tokenizer, corpus)
+        prepared = prepare(accelerator, nord, corpus, options)
+        model = prepared.model
         run = resume or begin(accelerator, settings, tokenizer, corpus, out)
         progress.say(f"run {run}")
         position = restore(accelerator, run, corpus, progress) if resume else Position()
@@ -122,36 +109,24 @@ def train(settings: Settings, out: Path, resume: Path | None, with_report: bool 
         stop = StopRequest()
         progress.begin(position.step)
         monitor = SpikeMonitor(accelerator.unwrap_model(model))
-        batches = endless(loader, position)
+        batches = endless(prepared.loader, position)
         step_tokens = options.grad_accum * options.batch_size * settings.block_size * accelerator.num_processes
         while position.step < options.steps and not stop.agreed(accelerator):
             began, before = time.monotonic(), replace(position)
-            loss = torch.zeros((), device=accelerator.device)
             try:
-                for _ in range(options.grad_accum):
-                    batch = next(batches)
-                    with accelerator.accumulate(model):
-                        micro_loss = model(input_ids=batch, labels=batch).loss
-                        accelerator.backward(micro_loss)
-                        if accelerator.sync_gradients:
-                            grad_norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm)
-                        optimizer.step()
-                        optimizer.zero_grad()
-                    loss += micro_loss.detach() / options.grad_accum
+                mean_loss, grad_norm = take_step(accelerator, prepared, batches, options)
             except DataError:  # a stream broke off, or something in it is no text: nothing that was learned is lost
                 save(accelerator, run, before)
                 raise
-            scheduler.step()
-            mean_loss = accelerator.reduce(loss, "mean").item()
             seconds = time.monotonic() - began
             position.step, position.tokens = position.step + 1, position.tokens + step_tokens
             position.seconds += seconds
 
             last = position.step == options.steps
             if position.step % options.log_every == 0 or position.step == 1 or last:
-                lr, rates, speed = scheduler.get_last_lr()[0], monitor.rates(), step_tokens / seconds
+                lr, rates, speed = prepared.scheduler.get_last_lr()[0], monitor.rates(), step_tokens / seconds
                 progress.update(position.step, mean_loss, lr, speed, rates)
-                log(position.step, loss=mean_loss, lr=lr, grad_norm=float(grad_norm), tokens_per_second=speed)
+                log(position.step, loss=mean_loss, lr=lr, grad_norm=grad_norm, tokens_per_second=speed)
                 log(position.step, **{f"rate/{name}": rate for name, rate in rates.items()})
                 monitor.clear()
             if not math.isfinite(mean_loss):
@@ -160,7 +135,7 @@ def train(settings: Settings, out: Path, resume: Path | None, with_report: bool 
                 )
             if position.step % options.eval_every == 0 and not last:
                 monitor.pause()
-                held_out = evaluate(accelerator, model, validation_loader, options.eval_blocks)
+                held_out = evaluate(accelerator, model, prepared.validation, options.eval_blocks)
                 monitor.resume()
                 progress.say(
                     f"step {position.step}: held-out loss {held_out:.4f}, {bits(held_out, corpus):.3f} bits per byte"
@@ -180,7 +155,7 @@ def train(settings: Settings, out: Path, resume: Path | None, with_report: bool 
         stop.give_back()
         progress.say("evaluating on the held-out text")
         with SpikeMonitor(accelerator.unwrap_model(model)) as monitor:
-            validation_loss = evaluate(accelerator, model, validation_loader)
+            validation_loss = evaluate(accelerator, model, prepared.validation)
         results = measure(accelerator, settings, model, corpus, position, validation_loss, monitor.rates())
 
     weights = accelerator.get_state_dict(model)  # where they are spread over processes, all of them have a part in it
@@ -190,7 +165,7 @@ def train(settings: Settings, out: Path, resume: Path | None, with_report: bool 
             trained = NordForCausalLM.from_pretrained(run / "model").to(accelerator.device).eval()
             summarise(progress, trained, tokenizer, corpus, run, results)
             if with_report:
-                report(progress, trained, tokenizer, run)
+                report(progress, settings, trained, tokenizer, run)
     finally:
         accelerator.wait_for_everyone()  # the others: leaving before the first is done would break the group off
     log.close()
@@ -293,6 +268,54 @@ def describe(
     )
     total, without = parameter_counts(model)
     progress.say(f"model of {total:,} parameters, {without:,} without embedding and head")
+
+
+@dataclass
+class Prepared:
+    """Everything that a step needs, on its device and wrapped for its processes."""
+
+    model: nn.Module
+    optimizer: Any
+    scheduler: Any
+    loader: Any
+    validation: Any
+
+
+def prepare(accelerator: Accelerator, model: nn.Module, corpus: Corpus, options: TrainingSettings) -> Prepared:
+    """AdamW, warm-up and cosine, and batches."""
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, options.weight_decay),
+        lr=options.lr,
+        betas=(options.beta1, options.beta2),
+        fused=accelerator.device.type in ("cpu", "cuda"),  # one pass over the parameters
+    )
+    scheduler = get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer, options.warmup_steps, options.steps, min_lr_rate=options.min_lr_ratio
+    )
+    shuffle = isinstance(corpus.train, Blocks)  # a stream keeps its order
+    loader = DataLoader(corpus.train, options.batch_size, shuffle=shuffle, drop_last=True)
+    validation = DataLoader(Blocks(corpus.validation), options.batch_size)
+    return Prepared(*accelerator.prepare(model, optimizer, scheduler, loader, validation))
+
+
+def take_step(
+    accelerator: Accelerator, prepared: Prepared, batches: Iterator[Tensor], options: TrainingSettings
+) -> tuple[float, float]:
+    """One optimizer step over ``grad_accum`` micro-batches; the mean loss and the norm of the gradient before clipping."""
+    model, optimizer = prepared.model, prepared.optimizer
+    loss = torch.zeros((), device=accelerator.device)
+    for _ in range(options.grad_accum):
+        batch = next(batches)
+        with accelerator.accumulate(model):
+            micro_loss = model(input_ids=batch, labels=batch).loss
+            accelerator.backward(micro_loss)
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        loss += micro_loss.detach() / options.grad_accum
+    prepared.scheduler.step()
+    return accelerator.reduce(loss, "mean").item(), float(grad_norm)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -523,15 +546,17 @@ def summarise(
     )
 
 
-def report(progress: Progress, model: NordForCausalLM, tokenizer: PreTrainedTokenizerBase, run: Path) -> None:
+def report(
+    progress: Progress, settings: Settings, model: NordForCausalLM, tokenizer: PreTrainedTokenizerBase, run: Path
+) -> None:
     """Write what the network does as a page, see ``report.py``. The run has ended well, with it or without."""
     try:
-        documents = held_out_text(run)
+        documents = held_out_text(settings.training)
         text = read_text(documents, tokenizer, STREAMED_WINDOWS * model.config.max_position_embeddings)
         command = shlex.join(["python", *sys.argv])
         subject = Subject(model, tokenizer, text.documents, documents.name, run, {}, command)
         write_report(run / "report", subject)
-    except (CheckpointError, DataError, SettingsError, OSError) as error:
+    except (CheckpointError, DataError, OSError) as error:
         progress.say(f"warning: no report was written: {error}")
     else:
         progress.say(f"report in {run / 'report' / PAGE}")

@@ -135,8 +135,18 @@ class EnergyProfile:
         moved = sum(product.weight_bytes + product.activation_bytes for product in self.products)
         return moved + self.state_bytes
 
-    def joules(self, convention: str = "45nm-fp32") -> float:
-        """Energy of everything above. An elementwise output is priced as a multiply-accumulate."""
+    @property
+    def joules(self) -> float:
+        """Energy of everything above under the convention "45nm-fp32": 45 nm, float32, without memory."""
+        return self.joules_under("45nm-fp32")
+
+    @property
+    def twin_joules(self) -> float:
+        """The same of the dense twin, see :meth:`twin_joules_under`."""
+        return self.twin_joules_under("45nm-fp32")
+
+    def joules_under(self, convention: str) -> float:
+        """Energy under one of :data:`CONVENTIONS`. An elementwise output is priced as a multiply-accumulate."""
         price = _priced(convention)
         products = self.macs * price.mac + self.acs * price.ac
         neurons = self.multiplications * price.mul + self.additions * price.add
@@ -146,7 +156,7 @@ class EnergyProfile:
         """Multiply-accumulates of the dense twin: the same products once, not at each of T steps, by numbers and not spikes."""
         return sum(product.dense // (self.time_steps if self._over_time(product) else 1) for product in self.products)
 
-    def twin_joules(self, convention: str = "45nm-fp32") -> float:
+    def twin_joules_under(self, convention: str) -> float:
         """Energy of the dense twin's products, with memory for its weights once and its activations as floats."""
         price = _priced(convention)
         moved = sum(
@@ -155,7 +165,8 @@ class EnergyProfile:
         )
         return self.twin_macs() * price.mac + moved * price.byte
 
-    def quantised_joules(self) -> float:
+    @property
+    def quantised_twin_joules(self) -> float:
         """Energy of the twin with activations of ``ceil(log2(T + 1))`` bits and weights of 8, without memory.
 
         T steps of zeros and ones count to T, so a network that sends such numbers once says as much (Yan, Bai and Wong
@@ -186,8 +197,10 @@ class EnergyProfile:
         rows.append(f"| elementwise | {self.elementwise:,} outputs | | | | |")
         rows.append(f"| **all** | | {self.dense:,} | {self.macs:,} | {self.acs:,} | {self.bytes:,} |")
         rows += ["", "| convention | this network, J | dense twin, J |", "|---|---|---|"]
-        rows += [f"| {name} | {self.joules(name):.3g} | {self.twin_joules(name):.3g} |" for name in CONVENTIONS]
-        rows.append(f"| quantised twin, {ceil(log2(self.time_steps + 1))} bits | | {self.quantised_joules():.3g} |")
+        rows += [
+            f"| {name} | {self.joules_under(name):.3g} | {self.twin_joules_under(name):.3g} |" for name in CONVENTIONS
+        ]
+        rows.append(f"| quantised twin, {ceil(log2(self.time_steps + 1))} bits | | {self.quantised_twin_joules:.3g} |")
         return "\n".join(rows)
 
     def _over_time(self, product: ProductCost) -> bool:
@@ -228,7 +241,7 @@ def profile_energy(net: nn.Module, *inputs: Any, **more: Any) -> EnergyProfile:
         >>> profile = profile_energy(net, torch.full((6, 2, 4), 9.0))  # fires at steps 0 and 3
         >>> profile.macs, profile.acs, profile.dense
         (0, 48, 144)
-        >>> f"{profile.joules() / profile.twin_joules():.2f}"
+        >>> f"{profile.joules / profile.twin_joules:.2f}"
         '7.17'
     """
     with EnergyProfiler(net) as profiler, torch.no_grad():

@@ -16,6 +16,7 @@ from checkpoints import CheckpointError
 from generate import open_model
 from helpers import fire_easily, make_text, write_config
 from report import PAGE, Subject, write_report
+from settings import Settings
 
 from nord_snn.monitor import EnergyProfile, ProductCost, SpikeMonitor
 
@@ -187,7 +188,7 @@ def test_other_texts_by_themselves_go_into_the_json(trained, tmp_path, capsys):
 def test_without_a_text_it_is_the_one_that_the_run_held_out(trained, capsys):
     assert evaluate_script.main(["--model", str(trained / "model")]) == 0
     assert "text.txt, held out" in " ".join(capsys.readouterr().out.split())
-    documents = evaluate_script.held_out_text(trained)
+    documents = evaluate_script.held_out_text(Settings.read(trained / "settings.yaml").training)
     whole = (trained.parent.parent / "text.txt").read_text()
     held = "".join(documents.read())
     assert 0 < len(held) < len(whole)

@@ -142,8 +142,10 @@ def test_grouped_products_cost_the_same_in_all():
     assert grouped.products[0].calls == 3
     for figure in ("macs", "acs", "dense", "bytes", "neuron_ops"):
         assert getattr(grouped, figure) == getattr(profile, figure)
-    assert grouped.joules() == profile.joules()
-    assert grouped.twin_joules("45nm-fp32-sram") == pytest.approx(profile.twin_joules("45nm-fp32-sram"), rel=1e-6)
+    assert grouped.joules == profile.joules
+    assert grouped.twin_joules_under("45nm-fp32-sram") == pytest.approx(
+        profile.twin_joules_under("45nm-fp32-sram"), rel=1e-6
+    )
     assert [product.name for product in profile.products] == ["0.1", "1.1", "2.1"]
 
 
@@ -158,14 +160,14 @@ def test_joules_are_the_prices_times_the_counts():
     for name, price in CONVENTIONS.items():
         expected = profile.macs * price.mac + profile.acs * price.ac + profile.multiplications * price.mul
         expected += profile.additions * price.add + profile.elementwise * price.mac + profile.bytes * price.byte
-        assert profile.joules(name) == pytest.approx(expected)
+        assert profile.joules_under(name) == pytest.approx(expected)
         assert name in str(profile)
     assert profile.twin_macs() == 3 * (8 * 5 + 5 * 2)
-    assert profile.quantised_joules() == pytest.approx(
+    assert profile.quantised_twin_joules == pytest.approx(
         profile.twin_macs() * (0.2e-12 * 3 / 8 + 0.1e-12)
     )  # 6 steps, 3 bits
     with pytest.raises(ValueError, match=r"unknown convention 'joule'.*45nm-fp32"):
-        profile.joules("joule")
+        profile.joules_under("joule")
 
 
 @pytest.mark.parametrize(("make", "shape"), PARTS.values(), ids=PARTS)
@@ -179,7 +181,7 @@ def test_every_part_is_counted_and_left_as_it_was(make, shape):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in part.modules())
     counted = {product.name for product in profile.products if product.kind == "linear"}
     assert counted == {name for name, module in part.named_modules() if isinstance(module, nn.Linear)}
-    assert profile.joules() > 0 or not list(part.parameters())
+    assert profile.joules > 0 or not list(part.parameters())
 
 
 def test_an_error_on_the_way_takes_the_hooks_off():

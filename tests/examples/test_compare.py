@@ -1,0 +1,156 @@
+"""compare.py: both models see the same, are of one size, and the measures of their samples measure what they say."""
+
+import json
+import shutil
+
+import compare as compare_script
+import pytest
+import torch
+import train as train_script
+from accelerate.state import AcceleratorState
+from card import parameter_counts
+from compare import gpt2, nord
+from data import DataError, train_tokenizer
+from helpers import WORDS, make_text, write_config
+from samples import coherence, cut_prompts, repetition, write
+from settings import read_config
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([make_text()], 300)
+
+
+@pytest.fixture
+def text(tmp_path):
+    """Twenty documents of their own."""
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": make_text(300, seed)}) + "\n" for seed in range(20)))
+    return path
+
+
+def test_the_two_are_of_one_size(tokenizer, tmp_path):
+    for config in ("tiny", "small", str(write_config(tmp_path))):
+        settings = read_config(config)
+        with torch.device("meta"):
+            ours, theirs = nord(settings, tokenizer), gpt2(settings, tokenizer)
+        (whole, ours_without), (_, theirs_without) = parameter_counts(ours), parameter_counts(theirs)
+        neuron = 2 * ours.config.hidden_size + 1  # one more in each feed-forward
+        assert abs(ours_without - theirs_without) <= neuron * ours.config.num_hidden_layers / 2
+        assert theirs.config.n_embd == ours.config.hidden_size
+        assert theirs.config.n_layer == ours.config.num_hidden_layers
+        assert whole - ours_without == 2 * ours.config.vocab_size * ours.config.hidden_size
+
+
+def test_nord_is_trained_as_train_does_it(tmp_path, text):
+    """Step for step: to the same loss on the held-out text."""
+    config = write_config(tmp_path, steps=5)
+    arguments = ["--config", str(config), "--data", str(text)]
+    assert train_script.main([*arguments, "--seed", "3", "--out", str(tmp_path / "runs"), "--no-report"]) == 0
+    expected = json.loads((tmp_path / "runs" / "test-0001" / "results.json").read_text())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    out = tmp_path / "compare"
+    assert compare_script.main([*arguments, "--models", "nord", "--seeds", "3", "--out", str(out)]) == 0
+    (run,) = json.loads((out / "results.json").read_text())["runs"].values()
+    assert run["loss"] == pytest.approx(expected["validation_loss"], rel=1e-6)
+    assert run["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=1e-6)
+
+
+def test_the_command_goes_on_where_it_stopped_and_chooses_by_the_held_out_loss(tmp_path, text, capsys, monkeypatch):
+    out = tmp_path / "compare"
+    arguments = ["--config", str(write_config(tmp_path, steps=4)), "--data", str(text), "--out", str(out)]
+    arguments += ["--seeds", "0", "1", "--lrs", "1e-6", "1e-2"]
+    train_one, trained = compare_script.train_one, []
+
+    def counted(settings, *others):
+        trained.append((settings.training.seed, settings.training.lr))
+        if len(trained) == 4:
+            raise KeyboardInterrupt
+        return train_one(settings, *others)
+
+    monkeypatch.setattr(compare_script, "train_one", counted)
+    assert compare_script.main(arguments) == 130
+    assert "goes on with the runs that are missing" in capsys.readouterr().err
+    assert compare_script.main(arguments) == 0
+    assert trained == [(0, 1e-6), (0, 1e-2), (1, 1e-2), (0, 1e-6), (0, 1e-6), (0, 1e-2), (1, 1e-2)]
+    results = json.loads((out / "results.json").read_text())
+    assert results["lr"] == {"nord": 1e-2, "gpt2": 1e-2}
+    for run in results["runs"].values():
+        assert bool(run["firing_rates"]) == (run["kind"] == "nord")
+        assert bool(run["acs"]) <= (run["kind"] == "nord")
+        assert run["joules"] < run["joules_with_sram"]
+    shown = (out / "table.md").read_text()
+    assert shown.startswith("|  | nord | gpt2 | held-out text |")
+    assert "bigram, interpolated" in shown
+    assert "compare.py --config" in shown
+    assert compare_script.main(arguments) == 0
+    assert len(trained) == 7
+    capsys.readouterr()
+    assert compare_script.main([*arguments, "--steps", "5"]) == 1
+    assert "of another config or text; give another --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"compile": True}, "without compile and gradient_checkpointing"),
+        ({"max_position_embeddings": 1000}, "tokens; expected two at least"),
+        ({"lr": 1e30, "max_grad_norm": 1e30}, "the loss became nan"),
+    ],
+)
+def test_bad_input_gets_one_sentence(tmp_path, text, capsys, change, message):
+    if "max_position_embeddings" in change:
+        shutil.copy(text, tmp_path / "longer.jsonl")
+        change["block_size"] = 1000
+        text.write_text("".join(json.dumps({"text": make_text(300 if s else 9000, s)}) + "\n" for s in range(20)))
+    config = write_config(tmp_path, **change)
+    arguments = ["--config", str(config), "--data", str(text), "--out", str(tmp_path / "out"), "--seeds", "0"]
+    assert compare_script.main(arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+# --- samples
+
+
+def test_repetition_counts_what_stood_there_before():
+    assert repetition(torch.arange(12)[None]) == 0
+    assert repetition(torch.tensor([[1, 2, 3, 4] * 3])) == pytest.approx(5 / 9)  # 9 of them, of which 4 differ
+    assert repetition(torch.zeros(1, 12)) == pytest.approx(8 / 9)
+    assert repetition(torch.stack((torch.arange(12), torch.zeros(12)))) == pytest.approx(4 / 9)
+
+
+def test_coherence_is_high_for_ones_own_topic_low_for_that_of_another_and_half_by_chance():
+    rests = [" ".join(WORDS[i : i + 4] * 5) for i in range(0, 12, 4)]
+    own = [" ".join(WORDS[i : i + 4]) for i in range(0, 12, 4)]
+    assert coherence(own, rests) == 1
+    assert coherence([*own[1:], own[0]], rests) == 0.25  # beside one of two others the own document is as far
+    assert coherence(["nothing of it"] * 3, rests) == 0.5
+    assert coherence([own[0]] * 3, rests) == 0.5  # always the same: nearer for one, and farther for the others
+
+
+def test_prompts_are_beginnings_and_samples_go_on_from_them(tokenizer):
+    texts = [make_text(300, seed) for seed in range(4)] + ["short"]
+    prompts = cut_prompts(texts, tokenizer, 24)
+    assert prompts.ids.shape == (4, 6)
+    assert prompts.written.shape == (4, 12)
+    for text, ids, written, rest in zip(texts, prompts.ids, prompts.written, prompts.rests, strict=False):
+        assert tokenizer.decode(ids) + tokenizer.decode(written) + rest == text
+    with pytest.raises(DataError, match="1 of 2 documents have 42 tokens; expected two at least"):
+        cut_prompts(texts[3:], tokenizer, 24)
+
+
+@pytest.mark.parametrize("make", [nord, gpt2])
+def test_samples_are_as_long_as_the_text_and_a_seed_repeats_them(tokenizer, tmp_path, make):
+    torch.manual_seed(0)
+    model = make(read_config(str(write_config(tmp_path))), tokenizer).eval()
+    prompts = cut_prompts([make_text(300, seed) for seed in range(4)], tokenizer, 24)
+    written = write(model, prompts, tokenizer.eos_token_id, 1)
+    assert written.shape == prompts.written.shape
+    assert not (written == tokenizer.eos_token_id).any()
+    assert torch.equal(written, write(model, prompts, tokenizer.eos_token_id, 1))
+    assert not torch.equal(written, write(model, prompts, tokenizer.eos_token_id, 2))
