@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -39,37 +40,42 @@ def rates(activity: Mapping[str, LayerActivity]) -> Figure:
 def steps(activity: Mapping[str, LayerActivity]) -> Figure:
     """Rates of each layer at each time step."""
     names = list(activity)
-    table = 100 * torch.stack([activity[name].per_step for name in names])
-    numbers = [str(step + 1) for step in range(table.shape[1])]
-    return _table(table, names, numbers, "time step", "When in the sequence of steps a layer fires, % of its neurons")
+    table = torch.stack([activity[name].per_step for name in names])
+    shade = table / table.max().clamp(min=1e-9)
+    figure, axis = _cells(100 * table, names, [str(step + 1) for step in range(table.shape[1])], shade < 0.6)
+    axis.imshow(shade.tolist(), cmap="viridis", aspect="auto", vmin=0, vmax=1)
+    axis.set_xlabel("time step")
+    axis.set_title("When in the sequence of steps a layer fires: % of its neurons", fontsize="medium")
+    return figure
 
 
 def kinds(by_kind: Mapping[str, Mapping[str, float]], counts: Mapping[str, int]) -> Figure:
-    """Rates of each layer at each kind of token."""
+    """Rates of each layer at each kind of token, beside the layer's mean over all tokens."""
     names = list(by_kind)
     columns = [f"{kind.replace(' ', chr(10))}\n({count:,})" for kind, count in counts.items()]
-    table = 100 * torch.tensor([[by_kind[name][kind] for kind in counts] for name in names])
-    # What differs is seen within a layer: each row has its own scale of colours.
-    title = "What a layer fires at, % (colour: beside the layer's other kinds of tokens)"
-    return _table(table, names, columns, "", title, by_row=True)
+    table = torch.tensor([[by_kind[name][kind] for kind in counts] for name in names])
+    share = torch.tensor([float(count) for count in counts.values()])
+    mean = (table @ share / share.sum())[:, None].clamp(min=1e-9)
+    beside = (table / mean).clamp(0.5, 2).log2()
+    figure, axis = _cells(100 * table, names, columns, beside.abs() > 0.6)
+    image = axis.imshow(beside.tolist(), cmap="RdBu_r", aspect="auto", vmin=-1, vmax=1)
+    bar = figure.colorbar(image, ticks=[-1, 0, 1], pad=0.02)
+    bar.set_ticklabels(["half\nas often", "as on\naverage", "twice\nas often"], fontsize="small")
+    axis.set_title("What a layer fires at: rate in %, colour beside the layer's average", fontsize="medium")
+    return figure
 
 
-def _table(
-    table: Tensor, names: Sequence[str], columns: Sequence[str], xlabel: str, title: str, by_row: bool = False
-) -> Figure:
+def _cells(table: Tensor, names: Sequence[str], columns: Sequence[str], dark: Tensor) -> tuple[Figure, Axes]:
+    """Numbers in a grid, white where the ground is dark."""
     figure = Figure(figsize=(2.6 + 0.75 * len(columns), 1.4 + 0.32 * len(names)), layout="constrained")
     axis = figure.add_subplot()
-    low, high = (table.amin(1, keepdim=True), table.amax(1, keepdim=True)) if by_row else (0 * table, table.max())
-    shade = (table - low) / (high - low).clamp(min=1e-9)
-    axis.imshow(shade.tolist(), cmap="viridis", aspect="auto", vmin=0, vmax=1)
     axis.set_xticks(range(len(columns)), columns, fontsize="small")
     axis.set_yticks(range(len(names)), names)
-    axis.set(xlabel=xlabel, title=title)
     for row, values in enumerate(table.tolist()):
         for column, value in enumerate(values):
-            color = "black" if shade[row, column] > 0.6 else "white"
+            color = "white" if dark[row, column] else "black"
             axis.text(column, row, f"{value:.1f}", ha="center", va="center", color=color, fontsize="small")
-    return figure
+    return figure, axis
 
 
 def neurons(activity: Mapping[str, LayerActivity]) -> Figure:
