@@ -15,7 +15,7 @@ from nord_snn.monitor import RowRates
 
 __all__ = ["KINDS", "Measured", "kinds_of", "measure", "pieces", "rates_by_kind", "zone", "zone_means"]
 
-#: Kinds of tokens; the first that fits is taken (``kinds_of``).
+#: Kinds of tokens, see ``kinds_of``.
 KINDS = (
     "end of text",
     "part of a character",
@@ -94,13 +94,38 @@ def zone_means(
 
 
 def kinds_of(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Which of :data:`KINDS` each token is: an index of the same shape as ``ids``."""
-    found, places = ids.unique(return_inverse=True)
-    return torch.tensor([KINDS.index(_kind(int(i), tokenizer)) for i in found])[places]
+    """Which of :data:`KINDS` each token of ``ids [n, L]`` is, an index.
+
+    A token is inside a word if it begins with a letter and the one before it ends with one; the first of a row is taken to
+    begin one.
+    """
+    found, places = ids.cpu().unique(return_inverse=True)
+    words = [_Word.of(int(i), tokenizer) for i in found]
+    kinds = torch.tensor([KINDS.index(word.kind) for word in words])[places]
+    ends, goes_on = (torch.tensor([getattr(word, name) for word in words])[places] for name in ("ends", "goes_on"))
+    inside = goes_on.clone()
+    inside[:, 0] = False
+    inside[:, 1:] &= ends[:, :-1]
+    return kinds.masked_fill(inside, KINDS.index("inside a word"))
 
 
-def _kind(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    text = tokenizer.decode([token])
+class _Word(NamedTuple):
+    """What a token is by itself, whether it ends with a letter, and whether it goes on with a word that was begun."""
+
+    kind: str
+    ends: bool
+    goes_on: bool
+
+    @classmethod
+    def of(cls, token: int, tokenizer: PreTrainedTokenizerBase) -> "_Word":
+        text = tokenizer.decode([token])
+        begins = str(tokenizer.convert_ids_to_tokens(token)).startswith(("Ġ", "▁")) or not text[:1].strip()
+        letters = any(c.isalpha() for c in text)
+        goes_on = letters and not begins and (text[0].isalpha() or text[0] in "'’")
+        return cls(_kind(token, text, tokenizer), text[-1:].isalpha(), goes_on)
+
+
+def _kind(token: int, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if token in tokenizer.all_special_ids:
         return "end of text"
     if "\N{REPLACEMENT CHARACTER}" in text:
@@ -111,9 +136,6 @@ def _kind(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
         return "blanks"
     if not any(c.isalpha() for c in text):
         return "number" if any(c.isdigit() for c in text) else "punctuation"
-    begins = not text[0].isalpha() or str(tokenizer.convert_ids_to_tokens(token)).startswith(("Ġ", "▁"))
-    if not begins:
-        return "inside a word"
     return "function word" if text.strip().lower() in ENGLISH_STOP_WORDS else "begins a word"
 
 

@@ -123,19 +123,20 @@ class Chat:
         if self.learning:
             self._learn(len(typed), 1.0, "your text")
         ids = torch.tensor([self.text], device=self.model.device)
+        self.watched, self.rates, self.tokens_per_second = None, {}, 0.0
         began = time.monotonic()
-        with SpikeMonitor(self.model) as monitor, self._watch() as self.watched:
+        with SpikeMonitor(self.model) as monitor, self._watch() as watched:
             whole = self.model.generate(
                 ids,
                 max_new_tokens=self.options.max_new_tokens,
                 pad_token_id=self.tokenizer.eos_token_id,
-                streamer=self.watched if self.live else Both(self._writer(), self.watched),
+                streamer=watched if self.live else Both(self._writer(), watched),
                 **sampling(
                     self.options.temperature, self.options.top_k, self.options.top_p, self.options.repetition_penalty
                 ),
             )[0].tolist()
         self.tokens_per_second = (len(whole) - len(self.text)) / (time.monotonic() - began)
-        self.rates = monitor.rates()
+        self.watched, self.rates = watched, monitor.rates()
         self.answered = len(whole) - len(self.text)
         self.text = whole
 

@@ -64,6 +64,8 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """
     beside, old = unfinished(folder), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(beside, ignore_errors=True)
+    if folder.exists():  # what a kill left of the one before; without the folder itself it is all that there is
+        shutil.rmtree(old, ignore_errors=True)
     try:
         beside.mkdir(parents=True)
         write(beside)

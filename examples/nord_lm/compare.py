@@ -12,6 +12,8 @@ Every run is written down when it ends: the same command again goes on where it 
 
 import argparse
 import hashlib
+import math
+import shlex
 import statistics
 import sys
 import time
@@ -117,15 +119,27 @@ def compare(settings: Settings, kinds: Iterable[str], seeds: list[int], lrs: lis
         raise SettingsError("models are compared without compile and gradient_checkpointing: leave them out")
     text = prepare_for(settings, out)
     results = _begin(settings, text, out)
+    results["tried"] = sorted({*results["tried"], *lrs})
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), transient=True) as bars:
         for kind in kinds:
             for lr in lrs:
                 one_run(settings, kind, lr, seeds[0], text, results, out, bars)
-            chosen = min(lrs, key=lambda lr: results["runs"][_name(kind, lr, seeds[0])]["loss"])
+            chosen = _best(kind, seeds[0], results)
             results["lr"][kind] = chosen
             for seed in seeds[1:]:
                 one_run(settings, kind, chosen, seed, text, results, out, bars)
+    write_json(out / "results.json", results)
     return results
+
+
+def _best(kind: str, seed: int, results: dict[str, Any]) -> float:
+    """The peak learning rate of the lowest held-out loss among all that were tried at this seed."""
+    tried = [
+        run for run in results["runs"].values() if (run["kind"], run["seed"]) == (kind, seed) and not run["diverged"]
+    ]
+    if not tried:
+        raise SettingsError(f"{kind} diverged with every peak learning rate: give lower ones with --lrs")
+    return min(tried, key=lambda run: run["loss"])["lr"]
 
 
 def prepare_for(settings: Settings, out: Path) -> Text:
@@ -141,10 +155,12 @@ def _begin(settings: Settings, text: Text, out: Path) -> dict[str, Any]:
     digest = hashlib.blake2b(f"{settings.digest()} {text.corpus.fingerprint}".encode(), digest_size=16).hexdigest()
     path = out / "results.json"
     if path.is_file():
-        results: dict[str, Any] = read_json(path)
-        if results.get("settings") != digest:
+        held = read_json(path)
+        if not isinstance(held, dict) or not {"settings", "runs", "lr", "tried"} <= held.keys():
+            raise CheckpointError(f"{path}: not written by compare.py, or damaged")
+        if held["settings"] != digest:
             raise SettingsError(f"{path}: of another config or text; give another --out")
-        return results
+        return held
     corpus, written = text.corpus, text.prompts.written
     size = len(text.tokenizer)
     return {
@@ -161,6 +177,7 @@ def _begin(settings: Settings, text: Text, out: Path) -> dict[str, Any]:
             "coherence": coherence(text.tokenizer.batch_decode(written), text.prompts.rests),
             "prompts": len(written),
         },
+        "tried": [],
         "lr": {},
         "runs": {},
     }
@@ -192,6 +209,8 @@ def train_one(
     """The same steps as ``train.py``'s, in the same order."""
     options = settings.training
     accelerator = accelerate(settings, out)
+    if accelerator.num_processes > 1:
+        raise SettingsError("models are compared in one process: start compare.py without accelerate launch")
     set_seed(options.seed)
     torch.set_float32_matmul_precision(options.matmul_precision)
     prepared = prepare(accelerator, make(settings, text.tokenizer), text.corpus, options)
@@ -201,14 +220,15 @@ def train_one(
         began = time.monotonic()
         loss, _ = take_step(accelerator, prepared, batches, options)
         seconds.append(time.monotonic() - began)
-        if loss != loss:
-            raise SettingsError(
-                f"the loss became {loss} with a peak learning rate of {options.lr}: leave that out of --lrs"
-            )
+        if not math.isfinite(loss):
+            return {"diverged": True}
         advance()
     model = accelerator.unwrap_model(prepared.model)
     held_out = evaluate(accelerator, prepared.model, prepared.validation)
+    if not math.isfinite(held_out):
+        return {"diverged": True}
     return {
+        "diverged": False,
         "loss": held_out,
         "bits_per_byte": bits(held_out, text.corpus),
         "tokens_per_second": options.grad_accum * options.batch_size * settings.block_size / statistics.median(seconds),
@@ -269,11 +289,12 @@ FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 
 
-def table(results: dict[str, Any], seeds: list[int]) -> list[list[str]]:
+def table(results: dict[str, Any], kinds: list[str], seeds: list[int]) -> list[list[str]]:
     """A column a model, mean and range over seeds; and the held-out text itself."""
     columns: dict[str, list[dict[str, float]]] = {}
-    for kind, lr in results["lr"].items():
-        columns[kind] = [results["runs"][_name(kind, lr, seed)] for seed in seeds]
+    for kind in kinds:
+        runs = [results["runs"][_name(kind, results["lr"][kind], seed)] for seed in seeds]
+        columns[kind] = [run for run in runs if not run["diverged"]]
     columns["held-out text"] = [results["held_out_text"]]
     shown = [["", *columns]]
     for figure, (title, show) in FIGURES.items():
@@ -283,15 +304,18 @@ def table(results: dict[str, Any], seeds: list[int]) -> list[list[str]]:
     return shown
 
 
-def notes(results: dict[str, Any], seeds: list[int]) -> str:
+def notes(results: dict[str, Any], kinds: list[str], seeds: list[int]) -> str:
     """What the figures of the table are."""
+    lost = [name for name, run in results["runs"].items() if run["diverged"] and run["kind"] in kinds]
     counted = ", ".join(f"{name} {loss:.3f}" for name, loss in results["baselines"].items())
+    tried = ", ".join(f"{lr:g}" for lr in results["tried"])
     return (
         f"Mean (range) over seeds {', '.join(map(str, seeds))}; text: {results['text']}; by counting alone, nats per token: "
-        f"{counted}. Parameters without embedding and head; tokens/s in training; energy of a generated token at the end of a "
-        f"full window, 45 nm, float32. Samples: after {results['held_out_text']['prompts']} held-out beginnings; repetition is "
-        "the share of 4-grams that stood there before, topic coherence the chance that a sample is nearer to the document of "
-        "its prompt than to another (TF-IDF; 0.5 says nothing)."
+        f"{counted}. Peak learning rates tried at seed {seeds[0]}: {tried}; diverged: {'; '.join(lost) or 'none'}. Parameters "
+        "without embedding and head; tokens/s in training; energy of a generated token at the end of a block, 45 nm, float32. "
+        f"Samples: after {results['held_out_text']['prompts']} held-out beginnings; repetition is the share of 4-grams that "
+        "stood there before, topic coherence the chance that a sample is nearer to the document of its prompt than to another "
+        "(TF-IDF; 0.5 says nothing)."
     )
 
 
@@ -303,11 +327,11 @@ def _spread(values: list[float], show: Callable[[float], str]) -> str:
     return low if low == high else f"{show(statistics.mean(values))} ({low}–{high})"
 
 
-def markdown(results: dict[str, Any], seeds: list[int], command: str) -> str:
+def markdown(results: dict[str, Any], kinds: list[str], seeds: list[int], command: str) -> str:
     """The table, with what made it."""
-    head, *rows = table(results, seeds)
+    head, *rows = table(results, kinds, seeds)
     lines = "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
-    return f"{lines}\n\n{notes(results, seeds)}\n\n`{command}`\n"
+    return f"{lines}\n\n{notes(results, kinds, seeds)}\n\n`{command}`\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -319,10 +343,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", choices=KINDS, default=list(KINDS), help="default: all of them")
     parser.add_argument("--seeds", nargs="+", type=number(0, 2**32 - 1, int), default=[0, 1, 2])
     parser.add_argument(
-        "--lrs", nargs="+", type=number(1e-9, 10), help="peak learning rates to choose from (default: the config's)"
+        "--lrs", nargs="+", type=number(1e-9), help="peak learning rates to choose from (default: the config's)"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder for results.json and table.md")
     options = parser.parse_args(arguments)
+    options.models, options.seeds = list(dict.fromkeys(options.models)), list(dict.fromkeys(options.seeds))
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     keep_freed_memory()
@@ -333,18 +358,18 @@ def main(arguments: list[str] | None = None) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         lrs = options.lrs or [settings.training.lr]
         results = compare(settings, options.models, options.seeds, lrs, options.out)
-        command = " ".join(["python", *(sys.argv if arguments is None else ["compare.py", *arguments])])
-        write_text(options.out / "table.md", markdown(results, options.seeds, command))
+        command = shlex.join(["python", *(sys.argv if arguments is None else ["compare.py", *arguments])])
+        write_text(options.out / "table.md", markdown(results, options.models, options.seeds, command))
     except (SettingsError, DataError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on with the runs that are missing", file=sys.stderr)
         return 130
-    head, *rows = table(results, options.seeds)
+    head, *rows = table(results, options.models, options.seeds)
     console = Console()
     print_table(console, settings.name, head, rows)
-    console.print(notes(results, options.seeds), highlight=False, markup=False)
+    console.print(notes(results, options.models, options.seeds), highlight=False, markup=False)
     print(f"table in {options.out / 'table.md'}, all figures in {options.out / 'results.json'}")
     return 0
 

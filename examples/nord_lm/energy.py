@@ -41,8 +41,14 @@ def generated_token(model: PreTrainedModel, ids: Tensor) -> EnergyProfile:
 def sentence(profile: EnergyProfile) -> str:
     """What follows from the figures."""
     ratios = [profile.joules_under(name) / profile.twin_joules_under(name) for name in ("45nm-fp32", "45nm-fp32-sram")]
-    fed = [product for product in profile.products if not product.macs and product.acs]
-    fed_share = sum(product.dense for product in fed) / profile.dense
+    fed, repeated, once = (
+        sum(product.dense for product in profile.products if kind(product)) / profile.dense
+        for kind in (
+            lambda product: not product.macs,
+            lambda product: product.macs and product.steps == profile.time_steps > 1,
+            lambda product: product.macs and not product.steps == profile.time_steps > 1,
+        )
+    )
     additions = profile.acs * CONVENTIONS["45nm-fp32"].ac
     silent = (profile.joules - additions) / profile.twin_joules
     quantised = profile.joules_under("45nm-int8") / profile.quantised_twin_joules
@@ -52,8 +58,9 @@ def sentence(profile: EnergyProfile) -> str:
     return (
         f"A generated token costs {verdict} on the dense twin: {ratios[0]:.2f} times its energy without memory, "
         f"{ratios[1]:.2f} times with all memory in SRAM, and {quantised:.1f} times that of the quantised twin with weights of "
-        f"8 bits in both. Spikes feed {fed_share:.0%} of the multiply-accumulates, all others see numbers at each of "
-        f"{profile.time_steps} steps; even if no neuron fired, it would be {silent:.2f} times the twin's energy."
+        f"8 bits in both. Of the multiply-accumulates spikes feed {fed:.0%}, {repeated:.0%} see numbers at each of "
+        f"{profile.time_steps} steps, and {once:.0%} see numbers once; even if no neuron fired, it would be {silent:.2f} times "
+        "the twin's energy."
     )
 
 

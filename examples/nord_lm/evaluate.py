@@ -21,19 +21,19 @@ from typing import Any, NamedTuple
 
 import torch
 from checkpoints import CheckpointError, write_json
-from data import DataError, Documents, encode, read_documents, split
+from data import DataError, Documents, encode, load_corpus, read_documents, split
 from generate import ModelError, newest_model, number, open_model
 from modeling_nord import NordForCausalLM
 from progress import print_table
-from report import PAGE, Subject, uncertainty_sentence, write_report
+from report import PAGE, Subject, check_folder, uncertainty_sentence, write_report
 from rich.console import Console
 from rich.progress import track
-from settings import Settings, SettingsError, TrainingSettings
+from settings import Settings, SettingsError, TrainingSettings, read_run
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
-from uncertainty import MADE, distinguish
+from uncertainty import MADE, distinguish, open_others, passage_length
 
 from nord_snn.monitor import SpikeMonitor
 
@@ -68,6 +68,31 @@ def held_out_text(training: TrainingSettings) -> Documents:
         return read_documents(training.validation_data)
     whole = read_documents(training.data)
     return replace(whole, name=f"{whole.name}, held out", read=split(whole, training.held_out)[1])
+
+
+def held_out_of(run: Path, tokenizer: PreTrainedTokenizerBase) -> Documents:
+    """What the run in a folder was validated on, after a look at whether its text still is what it was.
+
+    Which documents are held out depends on the text: after a change some would be among them that were trained on. A
+    stream is too long to be looked at.
+
+    Raises:
+        SettingsError: the folder has no settings of a run, or they are damaged.
+        DataError: the text is another one, or not there any more.
+    """
+    settings = Settings.read(run / "settings.yaml")
+    documents = held_out_text(settings.training)
+    if documents.streamed or not (run / "run.json").is_file():
+        return documents
+    training = settings.training
+    validation = None if training.validation_data is None else read_documents(training.validation_data)
+    corpus = load_corpus(read_documents(training.data), tokenizer, settings.block_size, training.held_out, validation)
+    if corpus.fingerprint != read_run(run)["fingerprint"]:
+        raise DataError(
+            f"{corpus.name} is no longer what the run in {run} was trained on, so that what it held out is not known: name a "
+            "TEXT to evaluate on"
+        )
+    return documents
 
 
 def read_text(documents: Documents, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> Text:
@@ -128,7 +153,9 @@ def evaluate(options: argparse.Namespace, visible: bool = False) -> dict[str, An
     if options.json is not None and (options.json.is_dir() or not options.json.parent.is_dir()):
         raise ModelError(f"--json {options.json}: expected a file in a folder that exists")
     if options.report is not None:
-        _check_report_folder(options.report)
+        check_folder(options.report.resolve())
+    elif options.passage is not None and options.ood is None:
+        raise ModelError("--passage is for --ood and --report: give one of them")
     folder = options.model or newest_model()
     model, tokenizer = open_model(folder)
     run = folder.parent if (folder.parent / "settings.yaml").is_file() else None
@@ -139,10 +166,13 @@ def evaluate(options: argparse.Namespace, visible: bool = False) -> dict[str, An
     stride = max(1, context // 2) if options.stride is None else options.stride
     if stride > context:
         raise ModelError(f"--stride must be at most the context of {context}, got {stride}")
+    wanted = options.ood is not None or options.report is not None
+    others = open_others(options.ood or MADE) if wanted else {}
+    length = passage_length(model, options.passage)
     if options.text or run is None:
         documents = read_documents(options.text)
     else:
-        documents = held_out_text(Settings.read(run / "settings.yaml").training)
+        documents = held_out_of(run, tokenizer)
     max_tokens = STREAMED_WINDOWS * context if documents.streamed else None
     text = read_text(documents, tokenizer, options.max_tokens or max_tokens)
     n_predicted = len(text.tokens) - 1
@@ -167,23 +197,14 @@ def evaluate(options: argparse.Namespace, visible: bool = False) -> dict[str, An
     if options.report is not None:
         about = {name: results[name] for name in ("nats_per_token", "perplexity", "bits_per_byte")}
         command = shlex.join(["python", *sys.argv])
-        subject = Subject(model, tokenizer, text.documents, documents.name, run, about, command)
-        content = write_report(options.report, subject, options.ood or MADE, options.passage, visible=visible)
-        results["uncertainty"] = content["uncertainty"]
-    elif options.ood is not None:
-        found, _ = distinguish(model, tokenizer, text.documents, options.ood or MADE, options.passage, visible=visible)
+        subject = Subject(model, tokenizer, text.documents, text.tokens, documents.name, run, about, command)
+        results["uncertainty"] = write_report(options.report, subject, others, length, visible)["uncertainty"]
+    elif wanted:
+        found, _, _ = distinguish(model, tokenizer, text.documents, others, length, visible)
+        if not found["auroc"]:
+            raise DataError("; ".join(found["left_out"]))
         results["uncertainty"] = found | {"sentence": uncertainty_sentence(found["auroc"])}
     return results
-
-
-def _check_report_folder(folder: Path) -> None:
-    """Before anything is computed: what stands there must be a report, or nothing."""
-    if folder.exists() and not (folder.is_dir() and ((folder / PAGE).is_file() or not any(folder.iterdir()))):
-        raise ModelError(f"--report {folder}: expected a new folder, or that of an older report, which is replaced")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ModelError(f"--report {folder}: cannot be made ({error.strerror})") from error
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -244,9 +265,7 @@ def show(results: dict[str, Any], console: Console, report: Path | None) -> None
         rows = [[score, *(_with_interval(of[score]) for of in found.values())] for score in next(iter(found.values()))]
         print_table(console, title, ["score", *found], rows)
         console.print(results["uncertainty"]["sentence"], highlight=False, markup=False)
-    elif left_out := results.get("uncertainty", {}).get("left_out"):
-        console.print(f"note: no AUROC: {left_out}", highlight=False, markup=False)
-    for note in results["left_out"]:
+    for note in results["left_out"] + results.get("uncertainty", {}).get("left_out", []):
         console.print(f"note: {note}", highlight=False, markup=False)
     if report is not None:
         console.print(f"report in {report / PAGE}", highlight=False, markup=False, soft_wrap=True)

@@ -1,10 +1,12 @@
 """The firing rate of every part of the model, token by token, while it answers."""
 
+from math import ceil
 from types import TracebackType
 from typing import Self
 
 import torch
 from activity import zone_means
+from modeling_nord import NordForCausalLM
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -19,7 +21,6 @@ from nord_snn.monitor import RowRates
 __all__ = ["AnswerRates", "LiveRates"]
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
-FULL_BAR = 0.4  # with two steps of rest no neuron fires in more than 4 of 10 steps
 BAR_WIDTH, HISTORY = 20, 40
 
 
@@ -70,14 +71,14 @@ class AnswerRates(BaseStreamer):
         self.close()
 
     def summary(self) -> list[str]:
-        """A line for each part: mean, and the tokens at which it fired least and most."""
+        """A line for each part: mean, and the tokens before which, to choose them, it fired least and most."""
         lines = []
         for part, rates in self.rates.items():
             values = torch.tensor(rates)
             low, high = int(values.argmin()), int(values.argmax())
             lines.append(
-                f"{part:12} {values.mean():6.2%}   least {values[low]:6.2%} at {self._word(low)}   "
-                f"most {values[high]:6.2%} at {self._word(high)}"
+                f"{part:12} {values.mean():6.2%}   least {values[low]:6.2%} before {self._word(low)}   "
+                f"most {values[high]:6.2%} before {self._word(high)}"
             )
         return lines
 
@@ -86,12 +87,14 @@ class AnswerRates(BaseStreamer):
 
 
 class LiveRates(AnswerRates):
-    """The same, shown: the answer, and below it a bar and the last tokens' rates of every part. Without a terminal, a line a
-    token.
+    """The same, shown: a bar and the last tokens' rates of every part, and below them the end of the answer. Without a
+    terminal, a line a token.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
+    def __init__(self, model: NordForCausalLM, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
         super().__init__(model, tokenizer)
+        steps, every = model.config.t_fast + model.config.t_slow, model.config.refractory_steps + 1
+        self.full = ceil(steps / every) / steps  # a bar is full where no neuron can fire more often
         self.console = console
         self._live = Live(console=console, refresh_per_second=12) if console.is_terminal else None
         if self._live:
@@ -109,6 +112,7 @@ class LiveRates(AnswerRates):
         """Leave the last picture where it is."""
         super().close()
         if self._live:
+            self._live.update(Group(self._bars(), Text(), Text(self._answer())))
             self._live.stop()
         elif self.tokens:
             self.console.print(self._answer(), highlight=False, markup=False, soft_wrap=True)
@@ -117,9 +121,14 @@ class LiveRates(AnswerRates):
         return str(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
 
     def _panel(self) -> Group:
+        room = max(1, self.console.height - len(self.rates) - 2)
+        lines = Text(self._answer()).wrap(self.console, self.console.width)
+        return Group(self._bars(), Text(), *lines[-room:])
+
+    def _bars(self) -> Table:
         table = Table.grid(padding=(0, 1))
         for part, rates in self.rates.items():
-            history = "".join(BLOCKS[min(int(rate / FULL_BAR * 8.99), 8)] for rate in rates[-HISTORY:])
-            bar = ProgressBar(FULL_BAR, min(rates[-1], FULL_BAR), width=BAR_WIDTH)
+            history = "".join(BLOCKS[min(int(rate / self.full * 8.99), 8)] for rate in rates[-HISTORY:])
+            bar = ProgressBar(self.full, rates[-1], width=BAR_WIDTH)
             table.add_row(part, bar, f"{rates[-1]:6.2%}", Text(history, style="cyan"))
-        return Group(Text(self._answer()), Text(), table)
+        return table

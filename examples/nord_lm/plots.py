@@ -6,6 +6,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
+from uncertainty import LEARNED
 
 from nord_snn.monitor import CONVENTIONS, EnergyProfile, LayerActivity
 
@@ -60,7 +61,7 @@ def kinds(by_kind: Mapping[str, Mapping[str, float]], counts: Mapping[str, int])
     figure, axis = _cells(100 * table, names, columns, beside.abs() > 0.6)
     image = axis.imshow(beside.tolist(), cmap="RdBu_r", aspect="auto", vmin=-1, vmax=1)
     bar = figure.colorbar(image, ticks=[-1, 0, 1], pad=0.02)
-    bar.set_ticklabels(["half\nas often", "as on\naverage", "twice\nas often"], fontsize="small")
+    bar.set_ticklabels(["half as often\nor less", "as on\naverage", "twice as often\nor more"], fontsize="small")
     axis.set_title("What a layer fires at: rate in %, colour beside the layer's average", fontsize="medium")
     return figure
 
@@ -114,7 +115,7 @@ def raster(spikes: Mapping[str, Tensor], words: Sequence[str]) -> Figure:
     places = [(token + 0.5) * steps for token in range(tokens)]
     axes[-1].set_xticks(places, [_plain(word) for word in words], rotation=60, ha="right", fontsize="small")
     axes[0].set_title(
-        f"Spikes of {RASTER_NEURONS} neurons of each layer; {steps} steps for each token", fontsize="medium"
+        f"Spikes of up to {RASTER_NEURONS} neurons of each layer; {steps} steps for each token", fontsize="medium"
     )
     return figure
 
@@ -181,7 +182,7 @@ def auroc(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure:
         axis.axvline(0.5, color=LINE, linestyle="--")
         for place, score in enumerate(scores):
             value = results[score]
-            color = "#4878a8" if score.startswith("firing") else "#dd8452"
+            color = "#55a868" if score in LEARNED else "#4878a8" if score.startswith("firing") else "#dd8452"
             axis.plot([value["low"], value["high"]], [place, place], color=color, linewidth=2)
             axis.plot(value["auroc"], place, "o", color=color)
         axis.set(xlim=(-0.03, 1.03), title=_plain(other))

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import plots
 import torch
-from activity import KINDS, Measured, kinds_of, measure, pieces, rates_by_kind, zone
+from activity import KINDS, kinds_of, pieces, rates_by_kind, zone
 from card import parameter_counts
-from checkpoints import read_json, write_folder, write_json, write_text
-from data import DataError
+from checkpoints import CheckpointError, read_json, write_folder, write_json, write_text
+from data import DataError, Documents
 from energy import generated_token, sentence
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
@@ -22,14 +22,20 @@ from spikingjelly.activation_based.monitor import OutputMonitor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from uncertainty import MADE, Passages, distinguish
+from uncertainty import MADE, Read, distinguish, open_others
 
-from nord_snn.monitor import CONVENTIONS, EnergyProfile, LayerActivity, SpikeMonitor
+from nord_snn.monitor import CONVENTIONS, EnergyProfile, LayerActivity, RowRates, SpikeMonitor
 from nord_snn.neurons import AssociativeLIFNode
 
-__all__ = ["PAGE", "Subject", "uncertainty_sentence", "write_report"]
+__all__ = ["PAGE", "Subject", "check_folder", "uncertainty_sentence", "write_report"]
 
-PAGE = "index.html"
+PAGE, DATA = "index.html", "report.json"
+PICTURES = ("rates", "steps", "neurons", "raster", "kinds", "energy", "auroc", "training")
+HEAT = (
+    "firing rate while a token is read",
+    "loss: how unexpected a token was, nats",
+    "entropy: how unsure the model was before a token, nats",
+)
 BLOCKS = 64  # of the known text, in which rates are counted
 RASTER_TOKENS, HEAT_TOKENS = 12, 96
 OF_THE_RUN = ("steps", "tokens", "seed", "validation_loss", "bits_per_byte", "unigram_loss", "bigram_loss")
@@ -43,6 +49,7 @@ class Subject(NamedTuple):
         model: in eval mode.
         tokenizer: its tokenizer.
         texts: documents that the model has not seen, of the kind that it was trained on.
+        tokens: these documents one after the other, ``[n]``.
         name: where they are from.
         run: the folder of its training run; None: the report has nothing on training.
         results: what else is known of the model on this text, for the table at the top.
@@ -52,6 +59,7 @@ class Subject(NamedTuple):
     model: NordForCausalLM
     tokenizer: PreTrainedTokenizerBase
     texts: list[str]
+    tokens: Tensor
     name: str
     run: Path | None
     results: dict[str, Any]
@@ -59,15 +67,19 @@ class Subject(NamedTuple):
 
 
 def write_report(
-    folder: Path, subject: Subject, others: Iterable[str] = MADE, length: int | None = None, visible: bool = False
+    folder: Path,
+    subject: Subject,
+    others: Mapping[str, Documents | None] | None = None,
+    length: int | None = None,
+    visible: bool = False,
 ) -> dict[str, Any]:
     """Measure, draw and write ``index.html``, the PNGs and ``report.json`` into ``folder``, all of them or none.
 
     Args:
-        folder: is made; what stood there is replaced.
+        folder: is made; a report that stood there is replaced, see :func:`check_folder`.
         subject: what the report is about.
-        others: other texts, at least one, see :func:`uncertainty.other_texts`. If one of them, or the known text, is too short
-            or cannot be read, the page says so in the place of these figures.
+        others: other texts, see :func:`uncertainty.open_others`; None: those of :data:`uncertainty.MADE`. Where one of them, or
+            the known text, cannot be used, the page says so in the place of its figures.
         length: tokens in a passage, see :func:`uncertainty.distinguish`.
         visible: whether to show progress.
 
@@ -75,23 +87,46 @@ def write_report(
         What is in ``report.json``.
 
     Raises:
-        CheckpointError: the folder cannot be written.
+        CheckpointError: the folder cannot be written, or is not one of a report.
     """
+    folder = folder.resolve()
+    check_folder(folder)
+    others = open_others(MADE) if others is None else others
     content, figures, heat = _measure(subject, others, length, visible)
     pictures = {name: _png(figure) for name, figure in figures.items()}
 
     def write(beside: Path) -> None:
         for name, picture in pictures.items():
             (beside / f"{name}.png").write_bytes(picture)
-        write_json(beside / "report.json", content)
+        write_json(beside / DATA, content)
         write_text(beside / PAGE, _page(content, pictures, heat))
 
     write_folder(folder, write)
     return content
 
 
+def check_folder(folder: Path) -> None:
+    """Whether a report may be put there: where nothing is, or nothing but an older one.
+
+    Raises:
+        CheckpointError: something else is there, or the folder around it cannot be made.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            return
+        names = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be made ({error.strerror})") from error
+    if {PAGE, DATA} <= names and all(name in (PAGE, DATA) or name.removesuffix(".png") in PICTURES for name in names):
+        return
+    raise CheckpointError(
+        f"{folder}: expected a new folder, or that of an older report and nothing else, which is replaced"
+    )
+
+
 def _measure(
-    subject: Subject, others: Iterable[str], length: int | None, visible: bool
+    subject: Subject, others: Mapping[str, Documents | None], length: int | None, visible: bool
 ) -> tuple[dict[str, Any], dict[str, Figure], dict[str, Any]]:
     """What goes into JSON, the pictures, and the tokens of the heat map."""
     model, tokenizer = subject.model, subject.tokenizer
@@ -99,7 +134,7 @@ def _measure(
     activity = _activity(model, ids)
     profile = generated_token(model, ids[:1])
     kinds = kinds_of(ids, tokenizer)
-    by_kind = rates_by_kind(measure(model, ids, 8, "kinds of tokens" if visible else None).rates, kinds)
+    by_kind = rates_by_kind(_token_rates(model, ids), kinds)
     counts = {kind: int((kinds == place).sum()) for place, kind in enumerate(KINDS) if (kinds == place).any()}
     content: dict[str, Any] = {
         "about": _about(subject),
@@ -118,13 +153,14 @@ def _measure(
     }
     heat: dict[str, Any] = {}
     try:
-        told, measured = distinguish(model, tokenizer, subject.texts, others, length, visible)
-    except DataError as error:  # a text that is too short, say: the rest of the report stands without
-        content["uncertainty"] = {"left_out": str(error)}
+        told, known, measured = distinguish(model, tokenizer, subject.texts, others, length, visible)
+    except DataError as error:  # a known text that is too short, say: the rest of the report stands without
+        content["uncertainty"] = {"auroc": {}, "left_out": [str(error)]}
     else:
         content["uncertainty"] = told | {"sentence": uncertainty_sentence(told["auroc"])}
-        figures["auroc"] = plots.auroc(told["auroc"])
-        heat = _heat(measured, tokenizer)
+        heat = _heat({"known text": known} | measured, tokenizer)
+    if content["uncertainty"]["auroc"]:
+        figures["auroc"] = plots.auroc(content["uncertainty"]["auroc"])
     if subject.run is not None and (curves := _curves(subject.run)) is not None:
         losses, fired = curves
         results = _results(subject.run)
@@ -135,24 +171,31 @@ def _measure(
 
 
 def _blocks(subject: Subject) -> Tensor:
-    """Whole windows of the known text, ``[n, S]``."""
-    length = subject.model.config.max_position_embeddings
-    end = [subject.tokenizer.eos_token_id]
-    tokens: list[int] = []
-    for text in subject.texts:
-        tokens += subject.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] + end
-    length = min(length, len(tokens))
-    whole = len(tokens) // length
-    taken = torch.linspace(0, whole - 1, min(BLOCKS, whole)).round().long()  # evenly from all of it
-    return torch.tensor(tokens[: whole * length]).view(whole, length)[taken].to(subject.model.device)
+    """Whole windows of the known text, taken evenly, ``[n, S]``."""
+    length = min(subject.model.config.max_position_embeddings, len(subject.tokens))
+    whole = len(subject.tokens) // length
+    taken = torch.linspace(0, whole - 1, min(BLOCKS, whole)).round().long()
+    return subject.tokens[: whole * length].view(whole, length)[taken].to(subject.model.device)
 
 
 @torch.no_grad()
 def _activity(model: NordForCausalLM, ids: Tensor) -> dict[str, LayerActivity]:
     with SpikeMonitor(model) as monitor:
         for batch in ids.split(8):
-            model(input_ids=batch, use_cache=False)
+            model(input_ids=batch, use_cache=False, logits_to_keep=1)
     return monitor.activity()
+
+
+@torch.no_grad()
+def _token_rates(model: NordForCausalLM, ids: Tensor) -> dict[str, Tensor]:
+    """Firing rates of each layer at each token, ``[n, S]``."""
+    found: dict[str, list[Tensor]] = {}
+    with RowRates(model) as rows:
+        for batch in ids.split(8):
+            model(input_ids=batch, use_cache=False, logits_to_keep=1)  # large vocabularies have large logits
+            for name, rate in rows.take().items():
+                found.setdefault(name, []).append(rate.cpu())
+    return {name: torch.cat(rates) for name, rates in found.items()}
 
 
 @torch.no_grad()
@@ -161,9 +204,11 @@ def _spikes(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Spikes ``[T, S, D]`` of every layer for some tokens, and these."""
     recorder = OutputMonitor(model, AssociativeLIFNode)
-    model(input_ids=ids[None].to(model.device), use_cache=False)
-    spikes = {name: recorder[name][0][:, 0].cpu() for name in recorder.monitored_layers}
-    recorder.remove_hooks()
+    try:
+        model(input_ids=ids[None], use_cache=False)
+        spikes = {name: recorder[name][0][:, 0].cpu() for name in recorder.monitored_layers}
+    finally:
+        recorder.remove_hooks()
     return spikes, [tokenizer.decode([token]) for token in ids.tolist()]
 
 
@@ -219,7 +264,13 @@ def uncertainty_sentence(auroc: dict[str, dict[str, dict[str, float]]]) -> str:
     said = []
     for other, found in auroc.items():
         rate, loss = found["firing rate of all neurons"], found["loss"]
-        how = "fires more at" if rate["low"] > 0.5 else "fires less at" if rate["high"] < 0.5 else "fires alike at"
+        how = (
+            "fires more at"
+            if rate["low"] > 0.5
+            else "fires less at"
+            if rate["high"] < 0.5
+            else "shows no difference at"
+        )
         said.append(f"{how} {other} ({rate['auroc']:.2f}; loss {loss['auroc']:.2f})")
     return f"Beside the known text, the network {', '.join(said)}." if said else ""
 
@@ -259,7 +310,8 @@ def _scalars(log: EventAccumulator, name: str) -> dict[int, float]:
 
 def _mean(curves: list[dict[int, float]]) -> dict[int, float]:
     """Of the layers of a part, all counting the same: the log does not know how wide they are."""
-    return {step: sum(curve[step] for curve in curves) / len(curves) for step in curves[0]}
+    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+    return {step: sum(curve[step] for curve in curves) / len(curves) for step in steps}
 
 
 def _smooth(values: dict[int, float]) -> dict[int, float]:
@@ -271,34 +323,33 @@ def _smooth(values: dict[int, float]) -> dict[int, float]:
 
 
 def _heat(
-    measured: dict[str, tuple[Passages, Measured]], tokenizer: PreTrainedTokenizerBase
+    read: dict[str, Read], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, dict[str, list[tuple[str, str, float]]]]:
-    """Text -> score -> pieces of a passage, what to say of each, and how dark it is, from 0 to 1."""
-    known = measured["known"][1]
-    scales = {
-        "firing rate": _scale(known.mean_rate()),
-        "loss, nats": _scale(known.loss),
-        "entropy, nats": _scale(known.entropy),
-    }
+    """Text -> score -> pieces of a passage, what to say of each, and how dark it is, from 0 to 1.
+
+    Loss and entropy stand at the token that was to be predicted, the rate at the one that is read.
+    """
+    scales: list[tuple[float, float]] = []
     found: dict[str, dict[str, list[tuple[str, str, float]]]] = {}
-    for name, (passages, of) in measured.items():
+    for name, (passages, of) in read.items():
         some = slice(0, max(1, HEAT_TOKENS // passages.tokens.shape[1]))
         unknown = of.loss.new_full((len(of.loss), 1), torch.nan)  # the first token of a passage was not predicted
-        values = (of.mean_rate(), torch.cat((unknown, of.loss), 1), of.entropy)
+        values = (of.mean_rate(), torch.cat((unknown, of.loss), 1), torch.cat((unknown, of.entropy[:, :-1]), 1))
+        scales = scales or [_scale(value) for value in values]  # of the known text, which comes first
         found[name] = {
             score: [
                 cell
-                for ids, row in zip(passages.tokens[some], of_score[some], strict=True)
+                for ids, row in zip(passages.tokens[some], value[some], strict=True)
                 for cell in _cells(ids, row, scale, score, tokenizer)
             ]
-            for (score, scale), of_score in zip(scales.items(), values, strict=True)
+            for score, scale, value in zip(HEAT, scales, values, strict=True)
         }
     return found
 
 
 def _scale(values: Tensor) -> tuple[float, float]:
     """What is palest and what is darkest: 2 % of the known text lie beyond each."""
-    low, high = values.flatten().quantile(torch.tensor([0.02, 0.98])).tolist()
+    low, high = values.flatten().nanquantile(torch.tensor([0.02, 0.98])).tolist()
     return low, max(high, low + 1e-9)
 
 
@@ -311,7 +362,7 @@ def _cells(
         if value != value:
             yield text, "not predicted", 0.0
             continue
-        said = f"{value:.2%}" if score == "firing rate" else f"{value:.2f}"
+        said = f"{value:.2%}" if score == HEAT[0] else f"{value:.2f}"
         yield text, said, min(max((value - low) / (high - low), 0.0), 1.0)
 
 

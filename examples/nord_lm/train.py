@@ -164,11 +164,11 @@ def train(settings: Settings, out: Path, resume: Path | None, with_report: bool 
             finish(settings, accelerator.unwrap_model(model), weights, tokenizer, run, results)
             trained = NordForCausalLM.from_pretrained(run / "model").to(accelerator.device).eval()
             summarise(progress, trained, tokenizer, corpus, run, results)
-            if with_report:
-                report(progress, settings, trained, tokenizer, run)
     finally:
         accelerator.wait_for_everyone()  # the others: leaving before the first is done would break the group off
     log.close()
+    if with_report and accelerator.is_main_process:  # which takes its time, and nobody waits for it
+        report(progress, settings, trained, tokenizer, run)
     return 0
 
 
@@ -554,10 +554,11 @@ def report(
         documents = held_out_text(settings.training)
         text = read_text(documents, tokenizer, STREAMED_WINDOWS * model.config.max_position_embeddings)
         command = shlex.join(["python", *sys.argv])
-        subject = Subject(model, tokenizer, text.documents, documents.name, run, {}, command)
+        subject = Subject(model, tokenizer, text.documents, text.tokens, documents.name, run, {}, command)
         write_report(run / "report", subject)
-    except (CheckpointError, DataError, OSError) as error:
-        progress.say(f"warning: no report was written: {error}")
+    except Exception as error:  # whatever it is: the model is trained and written
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        progress.say(f"warning: no report was written ({reason}); evaluate.py --report writes one")
     else:
         progress.say(f"report in {run / 'report' / PAGE}")
 

@@ -70,6 +70,8 @@ class ProductCost:
         acs: additions: active inputs times their fan-out, where it was.
         weight_bytes: of weights that met an active input, each read once a call.
         activation_bytes: inputs and outputs; spikes are one bit each.
+        dense_weight_bytes: of all weights, each read once a call, and once where calls are steps.
+        dense_activation_bytes: inputs and outputs, all of them as numbers.
         calls: how often it ran.
         steps: leading dimension of the module's input, which is time where it is that of the network.
     """
@@ -81,12 +83,26 @@ class ProductCost:
     acs: int = 0
     weight_bytes: int = 0
     activation_bytes: int = 0
+    dense_weight_bytes: int = 0
+    dense_activation_bytes: int = 0
     calls: int = 0
     steps: int = 1
 
 
 #: A product that was not computed.
-_NOTHING: dict[str, Any] = dict.fromkeys(("dense", "macs", "acs", "weight_bytes", "activation_bytes", "calls"), 0)
+_NOTHING: dict[str, Any] = dict.fromkeys(
+    (
+        "dense",
+        "macs",
+        "acs",
+        "weight_bytes",
+        "activation_bytes",
+        "dense_weight_bytes",
+        "dense_activation_bytes",
+        "calls",
+    ),
+    0,
+)
 
 
 @dataclass
@@ -99,6 +115,7 @@ class EnergyProfile:
         additions: in neurons' updates, the cascade's additions included.
         state_bytes: state of neurons, read and written at each step.
         elementwise: outputs of pointwise float operations, means, sums, softmax, pooling and normalisation.
+        twin_elementwise: the same of the dense twin: what runs at every step once, and one activation for each neuron.
         time_steps: T of the network.
     """
 
@@ -107,6 +124,7 @@ class EnergyProfile:
     additions: int = 0
     state_bytes: int = 0
     elementwise: int = 0
+    twin_elementwise: int = 0
     time_steps: int = 1
 
     @property
@@ -142,7 +160,7 @@ class EnergyProfile:
 
     @property
     def twin_joules(self) -> float:
-        """The same of the dense twin, see :meth:`twin_joules_under`."""
+        """Energy of the dense twin under the same convention, see :meth:`twin_joules_under`."""
         return self.twin_joules_under("45nm-fp32")
 
     def joules_under(self, convention: str) -> float:
@@ -154,16 +172,17 @@ class EnergyProfile:
 
     def twin_macs(self) -> int:
         """Multiply-accumulates of the dense twin: the same products once, not at each of T steps, by numbers and not spikes."""
-        return sum(product.dense // (self.time_steps if self._over_time(product) else 1) for product in self.products)
+        return sum(product.dense // self._times(product) for product in self.products)
 
     def twin_joules_under(self, convention: str) -> float:
-        """Energy of the dense twin's products, with memory for its weights once and its activations as floats."""
+        """Energy of the dense twin under one of :data:`CONVENTIONS`.
+
+        Its products once, all weights read once, activations as numbers, and its elementwise work: norms, softmax, and an
+        activation function in the place of each neuron.
+        """
         price = _priced(convention)
-        moved = sum(
-            product.weight_bytes + product.activation_bytes // (self.time_steps if self._over_time(product) else 1)
-            for product in self.products
-        )
-        return self.twin_macs() * price.mac + moved * price.byte
+        moved = sum(p.dense_weight_bytes + p.dense_activation_bytes // self._times(p) for p in self.products)
+        return (self.twin_macs() + self.twin_elementwise) * price.mac + moved * price.byte
 
     @property
     def quantised_twin_joules(self) -> float:
@@ -203,8 +222,9 @@ class EnergyProfile:
         rows.append(f"| quantised twin, {ceil(log2(self.time_steps + 1))} bits | | {self.quantised_twin_joules:.3g} |")
         return "\n".join(rows)
 
-    def _over_time(self, product: ProductCost) -> bool:
-        return product.steps == self.time_steps > 1
+    def _times(self, product: ProductCost) -> int:
+        """How often the twin computes it less often."""
+        return self.time_steps if product.steps == self.time_steps else 1
 
 
 def _priced(convention: str) -> Convention:
@@ -242,7 +262,7 @@ def profile_energy(net: nn.Module, *inputs: Any, **more: Any) -> EnergyProfile:
         >>> profile.macs, profile.acs, profile.dense
         (0, 48, 144)
         >>> f"{profile.joules / profile.twin_joules:.2f}"
-        '7.17'
+        '5.38'
     """
     with EnergyProfiler(net) as profiler, torch.no_grad():
         net(*inputs, **more)
@@ -271,6 +291,8 @@ class EnergyProfiler(TorchDispatchMode):
         self._weights: set[int] = set()
         self._neurons_running = 0
         self._fired: dict[str, Tensor] = {}
+        self._elementwise: dict[int, int] = {}  # by the leading dimension of the module's input
+        self._neuron_outputs = 0
         self._batches: set[int] = set()
 
     def __enter__(self) -> Self:
@@ -301,7 +323,12 @@ class EnergyProfiler(TorchDispatchMode):
         for product in self._products.values():
             if whole == 1 and product.calls == self.profile.time_steps:
                 product.steps = product.calls  # a loop over single steps calls it once in each
+                product.dense_weight_bytes //= product.calls
         self.profile.products = list(self._products.values())
+        T = self.profile.time_steps
+        self.profile.elementwise = sum(self._elementwise.values())
+        repeated = sum(self._elementwise.values()) if whole == 1 < T else self._elementwise.get(T, 0) if T > 1 else 0
+        self.profile.twin_elementwise = self.profile.elementwise - repeated + repeated // T + self._neuron_outputs // T
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -311,7 +338,9 @@ class EnergyProfiler(TorchDispatchMode):
         if packet in _HANDLERS:
             _HANDLERS[packet](self, args, out)
         elif _computes(func) and _floats(out):
-            self.profile.elementwise += (out[0] if isinstance(out, tuple) else out).numel()
+            steps = self._names[-1][1] if self._names else 1
+            outputs = (out[0] if isinstance(out, tuple) else out).numel()
+            self._elementwise[steps] = self._elementwise.get(steps, 0) + outputs
         elif any(part in str(packet) for part in _UNKNOWN):
             raise ValueError(f"cannot count {packet}: what it costs is not known here")
         return out
@@ -340,7 +369,9 @@ class EnergyProfiler(TorchDispatchMode):
             active = a if weight is b else b
             rows = active.reshape(-1, k) if weight is b else active.movedim(-2, -1).reshape(-1, k)
             entry.weight_bytes += int((rows != 0).any(0).sum()) * (weight.numel() // k) * weight.element_size()
+            entry.dense_weight_bytes += weight.numel() * weight.element_size()
         entry.activation_bytes += sum(_stored(x) for x in (a, b, out) if x is not weight)
+        entry.dense_activation_bytes += sum(x.numel() * x.element_size() for x in (a, b, out) if x is not weight)
 
     def convolution(self, x: Tensor, weight: Tensor, out: Tensor, rest: tuple[Any, ...]) -> None:
         """An active input meets as many outputs as windows reach it."""
@@ -352,16 +383,18 @@ class EnergyProfiler(TorchDispatchMode):
         else:
             entry.macs += dense
         entry.weight_bytes += weight.numel() * weight.element_size()
+        entry.dense_weight_bytes += weight.numel() * weight.element_size()
         entry.activation_bytes += _stored(x) + _stored(out)
+        entry.dense_activation_bytes += x.numel() * x.element_size() + out.numel() * out.element_size()
 
     def resonance(self, q: Tensor, k: Tensor, v: Tensor, top_k: int, causal: bool) -> None:
         """Coincidences of each query with the keys it may bind to, and the values of those it keeps."""
         length = q.shape[2]
         seen = torch.arange(1, length + 1) if causal else torch.full((length,), length)
-        self.coincidences(q, _binary(k), _stored(k), seen, top_k)
+        self.coincidences(q, _binary(k), length, seen, top_k)
 
-    def coincidences(self, q: Tensor, binary_keys: bool, key_bytes: int, seen: Tensor, top_k: int) -> None:
-        """Queries ``q [T, B, S, D]`` of which each sees so many keys, ``[S]``."""
+    def coincidences(self, q: Tensor, binary_keys: bool, n_keys: int, seen: Tensor, top_k: int) -> None:
+        """Queries ``q [T, B, S, D]`` of which each sees so many of ``n_keys`` keys, ``[S]``."""
         steps, batch, _, width = q.shape
         pairs, kept = (int(number.sum()) * batch for number in (seen, seen.clamp(max=top_k)))
         entry = self.product("coincidences")
@@ -371,12 +404,15 @@ class EnergyProfiler(TorchDispatchMode):
             entry.acs += int((q.count_nonzero(dim=(0, 1, 3)).cpu() * seen).sum())
         else:
             entry.macs += pairs * steps * width
-        entry.activation_bytes += _stored(q) + key_bytes
+        keys = steps * batch * n_keys * width
+        entry.activation_bytes += _stored(q) + (ceil(keys / 8) if binary_keys else keys * q.element_size())
+        entry.dense_activation_bytes += (q.numel() + keys) * q.element_size()
         values = self.product("values")
         values.steps = 1  # of means over time
         values.dense += kept * width
         values.macs += kept * width
         values.activation_bytes += 4 * (kept + batch * len(seen)) * width
+        values.dense_activation_bytes += 4 * (kept + batch * len(seen)) * width
 
     def earlier(self, name: str, module: Any, total: int, window: int | None) -> None:
         """Resonance of new positions with what a cache holds: ``total`` keys, those of the new positions included."""
@@ -385,12 +421,12 @@ class EnergyProfiler(TorchDispatchMode):
         if total == new:  # nothing was held, and the op was seen
             return
         seen = torch.arange(total - new + 1, total + 1)
-        bits = q.shape[0] * q.shape[1] * q.shape[3] * total
-        self.coincidences(q, True, ceil(bits / 8), seen if window is None else seen.clamp(max=window), module.top_k)
+        self.coincidences(q, True, total, seen if window is None else seen.clamp(max=window), module.top_k)
 
     def neurons(self, name: str, module: nn.Module, spikes: Tensor) -> None:
         """Updates of a layer of neurons, and its cascade."""
         self._fired[name] = spikes
+        self._neuron_outputs += spikes.numel()
         if getattr(module, "step_mode", "s") == "m":
             self._steps[name] = spikes.shape[0]
             self._batches.update(spikes.shape[1:2] if spikes.ndim > 2 else ())
@@ -474,6 +510,9 @@ _HANDLERS: dict[Any, Callable[[EnergyProfiler, Any, Any], None]] = {
     _aten.bmm: lambda mode, args, out: mode.matrix(args[0], args[1], out),
     _aten.addmm: lambda mode, args, out: mode.matrix(args[1], args[2], out),
     _aten.baddbmm: lambda mode, args, out: mode.matrix(args[1], args[2], out),
+    _aten.mv: lambda mode, args, out: mode.matrix(args[0], args[1][:, None], out[:, None]),
+    _aten.addmv: lambda mode, args, out: mode.matrix(args[1], args[2][:, None], out[:, None]),
+    _aten.dot: lambda mode, args, out: mode.matrix(args[0][None], args[1][:, None], out[None, None]),
     _aten.convolution: lambda mode, args, out: mode.convolution(args[0], args[1], out, args[3:]),
     _nord.resonance: lambda mode, args, out: mode.resonance(*args[:3], *args[6:8]),
 }
@@ -484,6 +523,9 @@ _OTHER_WORK = {
     *(_aten.native_layer_norm, _aten.native_batch_norm, _aten.native_group_norm, _aten._native_batch_norm_legit),
     *(_aten._native_batch_norm_legit_no_training, _aten.leaky_relu, _aten.hardswish, _aten.log_sigmoid_forward),
     *(_aten._prelu_kernel, _aten.glu, _nord.leaky_clamp),
+    *(_aten.avg_pool3d, _aten._adaptive_avg_pool2d, _aten._adaptive_avg_pool3d, _aten.adaptive_max_pool2d),
+    *(_aten.max_pool3d_with_indices, _aten.amax, _aten.amin, _aten.max, _aten.min, _aten.var, _aten.var_mean),
+    *(_aten.std, _aten.prod, _aten.cumsum, _aten.linalg_vector_norm),
 }
 
 #: Products that are hidden in one call.
@@ -498,4 +540,5 @@ _UNKNOWN = (
     "cdist",
     "_int_mm",
     "scaled_mm",
+    "_trilinear",
 )

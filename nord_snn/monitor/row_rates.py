@@ -15,8 +15,8 @@ class RowRates:
     """Firing rates row by row: of every image in a batch, or every token of a text, in each layer of neurons.
 
     ``rate[n, *] = spikes / (steps * neurons)`` over all that ran since the last :meth:`take`; where
-    :class:`~nord_snn.monitor.SpikeMonitor` tells neurons apart and adds rows up, this tells rows apart. Kept are two numbers
-    for each row, on the layer's device.
+    :class:`~nord_snn.monitor.SpikeMonitor` tells neurons apart and adds rows up, this tells rows apart. Kept is a number
+    for each row and layer, on the layer's device.
 
     Args:
         net: any module with neurons of ours, SpikingJelly's or snnTorch's.

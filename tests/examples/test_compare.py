@@ -88,11 +88,28 @@ def test_the_command_goes_on_where_it_stopped_and_chooses_by_the_held_out_loss(t
     assert shown.startswith("|  | nord | gpt2 | held-out text |")
     assert "bigram, interpolated" in shown
     assert "compare.py --config" in shown
+    assert "Peak learning rates tried at seed 0: 1e-06, 0.01; diverged: none" in shown
     assert compare_script.main(arguments) == 0
     assert len(trained) == 7
+    alone = [*arguments, "--models", "gpt2", "--seeds", "0", "1", "2"]  # a seed that the other one has not
+    assert compare_script.main(alone) == 0
+    assert trained[7:] == [(2, 1e-2)]
+    assert (out / "table.md").read_text().startswith("|  | gpt2 | held-out text |")
     capsys.readouterr()
     assert compare_script.main([*arguments, "--steps", "5"]) == 1
     assert "of another config or text; give another --out" in capsys.readouterr().err
+    (out / "results.json").write_text("[]")
+    assert compare_script.main(arguments) == 1
+    assert "results.json: not written by compare.py, or damaged" in capsys.readouterr().err
+
+
+def test_a_rate_at_which_it_diverges_is_not_chosen_and_said(tmp_path, text):
+    config = write_config(tmp_path, steps=3, max_grad_norm=1e30)
+    arguments = ["--config", str(config), "--data", str(text), "--out", str(tmp_path / "out")]
+    assert compare_script.main([*arguments, "--models", "nord", "--seeds", "0", "--lrs", "1e30", "1e-3"]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["lr"] == {"nord": 1e-3}
+    assert "diverged: nord, peak lr 1e+30, seed 0" in (tmp_path / "out" / "table.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -100,7 +117,10 @@ def test_the_command_goes_on_where_it_stopped_and_chooses_by_the_held_out_loss(t
     [
         ({"compile": True}, "without compile and gradient_checkpointing"),
         ({"max_position_embeddings": 1000}, "tokens; expected two at least"),
-        ({"lr": 1e30, "max_grad_norm": 1e30}, "the loss became nan"),
+        (
+            {"lr": 1e30, "max_grad_norm": 1e30},
+            "nord diverged with every peak learning rate: give lower ones with --lrs",
+        ),
     ],
 )
 def test_bad_input_gets_one_sentence(tmp_path, text, capsys, change, message):

@@ -4,6 +4,7 @@ import base64
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import energy as energy_script
@@ -17,6 +18,7 @@ from generate import open_model
 from helpers import fire_easily, make_text, write_config
 from report import PAGE, Subject, write_report
 from settings import Settings
+from uncertainty import open_others
 
 from nord_snn.monitor import EnergyProfile, ProductCost, SpikeMonitor
 
@@ -30,15 +32,15 @@ def subject(trained):
     fire_easily(model)
     texts = [make_text(400, seed) for seed in range(6)]
     texts[0] = "<script>alert('the neuron fires')</script> $x$ & \"time\" " + texts[0]
-    return Subject(
-        model, tokenizer, texts, "some <text>", trained, {"nats_per_token": 2.5}, "python evaluate.py --report"
-    )
+    tokens = torch.tensor([i for text in texts for i in tokenizer(text)["input_ids"]])
+    results, command = {"nats_per_token": 2.5}, "python evaluate.py --report"
+    return Subject(model, tokenizer, texts, tokens, "some <text>", trained, results, command)
 
 
 @pytest.fixture(scope="module")
 def written(subject, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report") / "report"
-    write_report(folder, subject, ["shuffled", "chinese"], length=16)
+    write_report(folder, subject, open_others(["shuffled", "chinese"]), length=16)
     return folder
 
 
@@ -135,7 +137,10 @@ def test_a_report_that_cannot_be_written_does_not_fail_the_training(tmp_path, mo
 
     monkeypatch.setattr(train_script, "write_report", full)
     assert train_script.main([*arguments, "--out", str(tmp_path / "runs")]) == 0
-    assert "warning: no report was written: the disk is full" in capsys.readouterr().out
+    assert "warning: no report was written (the disk is full)" in capsys.readouterr().out
+    monkeypatch.setattr(train_script, "write_report", lambda *_: 1 / 0)
+    assert train_script.main([*arguments, "--out", str(tmp_path / "runs")]) == 0
+    assert "warning: no report was written (division by zero)" in capsys.readouterr().out
     assert train_script.main([*arguments, "--out", str(tmp_path / "runs"), "--no-report"]) == 0
     assert "warning" not in capsys.readouterr().out
     assert not list((tmp_path / "runs").glob("*/report"))
@@ -143,16 +148,16 @@ def test_a_report_that_cannot_be_written_does_not_fail_the_training(tmp_path, mo
 
 def test_what_cannot_be_told_apart_is_said_and_the_rest_is_there(subject, tmp_path):
     short = subject._replace(texts=[subject.texts[1]], run=None)
-    content = write_report(tmp_path / "report", short, ["shuffled"], length=16)
-    assert "from 1 documents" in content["uncertainty"]["left_out"]
+    content = write_report(tmp_path / "report", short, open_others(["shuffled"]), length=16)
+    assert "from 1 documents" in content["uncertainty"]["left_out"][0]
     assert {path.stem for path in (tmp_path / "report").glob("*.png")} == PICTURES - {"auroc", "training"}
-    assert "Not measured: the known text" in (tmp_path / "report" / PAGE).read_text()
+    assert "Left out: the known text" in (tmp_path / "report" / PAGE).read_text()
 
 
 # --- evaluate.py
 
 
-def test_the_command_writes_a_report_and_replaces_an_old_one(trained, tmp_path, capsys):
+def test_the_command_writes_a_report_and_replaces_an_old_one(trained, tmp_path, capsys, monkeypatch):
     (tmp_path / "text.txt").write_text(make_text(6000, seed=3))
     arguments = [str(tmp_path / "text.txt"), "--model", str(trained / "model"), "--passage", "16", "--ood", "shuffled"]
     for _ in range(2):
@@ -167,13 +172,25 @@ def test_the_command_writes_a_report_and_replaces_an_old_one(trained, tmp_path, 
     assert evaluate_script.main([*arguments, "--report", str(mine)]) == 1
     assert "expected a new folder, or that of an older report" in capsys.readouterr().err
     assert (mine / "work.txt").read_text() == "dear"
+    (mine / PAGE).write_text("a page of one's own")
+    (mine / "report.json").write_text("{}")
+    assert evaluate_script.main([*arguments, "--report", str(mine)]) == 1
+    assert (mine / "work.txt").read_text() == "dear"
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    (tmp_path / ".here.old").mkdir()  # what a kill may leave
+    (tmp_path / ".here.old" / PAGE).write_text("older")
+    assert evaluate_script.main([*arguments, "--report", "."]) == 0
+    assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == set()
+    capsys.readouterr()
     assert evaluate_script.main([*arguments, "--report", "/dev/null/report"]) == 1
-    assert "error: --report /dev/null/report" in capsys.readouterr().err
+    assert "error: /dev/null/report: cannot be made" in capsys.readouterr().err
 
 
 def test_other_texts_by_themselves_go_into_the_json(trained, tmp_path, capsys):
     (tmp_path / "text.txt").write_text(make_text(6000, seed=3))
-    (tmp_path / "other.txt").write_text(make_text(3000, seed=4))
+    (tmp_path / "other.txt").write_text(make_text(6000, seed=4))
     arguments = [str(tmp_path / "text.txt"), "--model", str(trained / "model"), "--json", str(tmp_path / "out.json")]
     assert evaluate_script.main([*arguments, "--ood", str(tmp_path / "other.txt"), "--passage", "12"]) == 0
     found = json.loads((tmp_path / "out.json").read_text())["uncertainty"]
@@ -183,6 +200,11 @@ def test_other_texts_by_themselves_go_into_the_json(trained, tmp_path, capsys):
     assert "none.txt: no such file or folder" in capsys.readouterr().err
     assert evaluate_script.main([*arguments, "--ood", "--passage", "100"]) == 1
     assert "passages must be of 2 to 24 tokens, got 100" in capsys.readouterr().err
+    assert evaluate_script.main([*arguments, "--passage", "12"]) == 1
+    assert "--passage is for --ood and --report" in capsys.readouterr().err
+    (tmp_path / "short.txt").write_text("too short")
+    assert evaluate_script.main([*arguments, "--ood", str(tmp_path / "short.txt"), "--passage", "12"]) == 1
+    assert "from 0 documents" in capsys.readouterr().err
 
 
 def test_without_a_text_it_is_the_one_that_the_run_held_out(trained, capsys):
@@ -192,6 +214,20 @@ def test_without_a_text_it_is_the_one_that_the_run_held_out(trained, capsys):
     whole = (trained.parent.parent / "text.txt").read_text()
     held = "".join(documents.read())
     assert 0 < len(held) < len(whole)
+
+
+def test_a_text_that_has_changed_since_is_not_taken_for_held_out(trained, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    text = tmp_path / "text.txt"
+    text.write_text((trained.parent.parent / "text.txt").read_text() + make_text(600, seed=9))
+    settings = Settings.read(run / "settings.yaml")
+    replace(settings, training=replace(settings.training, data=str(text))).write(run / "settings.yaml")
+    assert evaluate_script.main(["--model", str(run / "model")]) == 1
+    assert "is no longer what the run in" in capsys.readouterr().err
+    text.unlink()
+    assert evaluate_script.main(["--model", str(run / "model")]) == 1
+    assert "no such file" in capsys.readouterr().err
 
 
 # --- energy.py

@@ -152,7 +152,9 @@ def test_rates_of_an_answer_are_those_of_the_tokens_that_chose_it(talk):
     printed.truncate(0)
     chat.handle("/stats")
     for part in ("input", "block 0", "readout"):
-        assert re.search(rf"{part} +[\d.]+%   least +[\d.]+% at '.*'   most +[\d.]+% at '.*'", printed.getvalue())
+        assert re.search(
+            rf"{part} +[\d.]+%   least +[\d.]+% before '.*'   most +[\d.]+% before '.*'", printed.getvalue()
+        )
 
 
 def test_live_rates_come_token_by_token(talk):

@@ -1,5 +1,7 @@
 """profile_energy: what is counted, by hand, beside SpikingJelly's counters, and in every shape that a network may have."""
 
+from math import ceil
+
 import pytest
 import torch
 from helpers import needs_spikingjelly_2
@@ -123,6 +125,7 @@ def test_single_steps_cost_what_the_sequence_does_but_for_weights_read_again():
     for name in ("macs", "acs", "dense", "neuron_ops", "state_bytes", "time_steps"):
         assert getattr(single, name) == getattr(whole, name), name
     assert single.twin_macs() == whole.twin_macs() == 3 * 8 * 5
+    assert single.twin_joules_under("45nm-fp32-sram") == pytest.approx(whole.twin_joules_under("45nm-fp32-sram"))
     assert only(single).weight_bytes >= only(whole).weight_bytes
 
 
@@ -132,6 +135,37 @@ def test_weights_that_meet_no_spike_are_not_read():
     product = only(profile_energy(net, x))
     assert product.weight_bytes == 2 * 7 * 4
     assert product.activation_bytes == 6 * 3 * 20 // 8 + 6 * 3 * 7 * 4  # spikes are bits
+
+
+def test_the_twin_reads_all_weights_and_numbers_once_and_activates_each_neuron_once():
+    net = nn.Sequential(nn.LayerNorm(8), AssociativeLIFNode(8, None, step_mode="m"), nn.Linear(8, 5, bias=False))
+    profile = profile_energy(net, torch.zeros(10, 3, 8))  # a silent network
+    assert (profile.macs, profile.acs, profile.bytes - profile.state_bytes) == (
+        0,
+        0,
+        10 * 3 * (8 / 8 + 4 * 0) + ceil(150 / 8),
+    )
+    assert profile.elementwise == 10 * 3 * 8  # the norm
+    assert profile.twin_elementwise == 3 * 8 + 3 * 8  # the norm once, and an activation
+    macs = 3 * 8 * 5
+    assert profile.twin_macs() == macs
+    assert profile.twin_joules == pytest.approx((macs + 48) * 4.6e-12)
+    moved = 4 * 8 * 5 + 4 * 3 * 13
+    assert profile.twin_joules_under("45nm-fp32-sram") == pytest.approx((macs + 48) * 4.6e-12 + moved * 2.5e-12)
+
+
+def test_products_of_vectors_count_too():
+    class Vectors(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(5, 8))
+
+        def forward(self, x):
+            return (self.weight @ x) @ torch.ones(5)
+
+    profile = profile_energy(Vectors(), torch.rand(8))
+    assert profile.dense == 5 * 8 + 5
+    assert profile_energy(Vectors(), torch.ones(8)).acs == 5 * 8 + 5
 
 
 def test_grouped_products_cost_the_same_in_all():
