@@ -211,8 +211,10 @@ class Chat:
         self.say("the conversation is forgotten; what STDP learned stays until /forget")
 
     def _stats(self, _: str) -> None:
-        for line in self.watched.summary() if self.watched else ["there is no answer yet"]:
+        for line in ["of the last answer:", *self.watched.summary()] if self.watched else ["there is no answer yet"]:
             self.say(line)
+        if self.rates:
+            self.say("with what it read before:")
         for name, rate in self.rates.items():
             self.say(f"{name:28} {rate:7.2%}")
         self.say(

@@ -154,7 +154,7 @@ def _begin(settings: Settings, text: Text, out: Path) -> dict[str, Any]:
     """The results so far, or those of no model: baselines, and how the held-out text itself is written."""
     digest = hashlib.blake2b(f"{settings.digest()} {text.corpus.fingerprint}".encode(), digest_size=16).hexdigest()
     path = out / "results.json"
-    if path.is_file():
+    if path.exists():
         held = read_json(path)
         if not isinstance(held, dict) or not {"settings", "runs", "lr", "tried"} <= held.keys():
             raise CheckpointError(f"{path}: not written by compare.py, or damaged")
@@ -272,7 +272,7 @@ def _rates(model: PreTrainedModel, text: Text) -> dict[str, float]:
 
 
 def _name(kind: str, lr: float, seed: int) -> str:
-    return f"{kind}, peak lr {lr:g}, seed {seed}"
+    return f"{kind}, peak lr {lr}, seed {seed}"
 
 
 #: What is shown: title, and how a figure is written.

@@ -35,7 +35,8 @@ class ModelError(ValueError):
 
 def newest_model(runs: Path = Path("runs")) -> Path:
     """The model of the run that finished last."""
-    finished = sorted(runs.glob("*/results.json"), key=lambda path: path.stat().st_mtime)
+    finished = [path for path in runs.glob("*/results.json") if (path.parent / "model").is_dir()]  # not of compare.py
+    finished.sort(key=lambda path: path.stat().st_mtime)
     if not finished:
         raise ModelError(
             f"no finished run in {runs}/: train one with examples/nord_lm/train.py, or give --model FOLDER"

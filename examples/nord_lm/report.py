@@ -164,7 +164,7 @@ def _measure(
     if subject.run is not None and (curves := _curves(subject.run)) is not None:
         losses, fired = curves
         results = _results(subject.run)
-        baselines = {name: results[f"{name}_loss"] for name in ("unigram", "bigram") if results}
+        baselines = {name: results[f"{name}_loss"] for name in ("unigram", "bigram") if f"{name}_loss" in results}
         figures["training"] = plots.training(losses, fired, baselines)
         content["training"] = {"loss": losses, "rates": fired}
     return content, figures, heat
@@ -277,18 +277,17 @@ def uncertainty_sentence(auroc: dict[str, dict[str, dict[str, float]]]) -> str:
 
 def _curves(run: Path) -> tuple[dict[str, dict[int, float]], dict[str, dict[int, float]]] | None:
     """Losses, and rates of the parts of the model, by step; None where there is no log."""
-    log = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
-    try:
-        log.Reload()
-    except (OSError, ValueError):
+    if not (run / "tensorboard").is_dir():
         return None
+    log = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    log.Reload()  # of a damaged file what stands before the damage
     names = log.Tags()["scalars"]
     if "loss" not in names:
         return None
     losses = {"training": _smooth(_scalars(log, "loss"))}
     if "held_out_loss" in names:
         losses["held out"] = _scalars(log, "held_out_loss")
-    if results := _results(run):
+    if {"steps", "validation_loss"} <= (results := _results(run)).keys():
         losses.setdefault("held out", {})[results["steps"]] = results["validation_loss"]
     layers: dict[str, list[dict[int, float]]] = {}
     for name in names:
@@ -299,8 +298,14 @@ def _curves(run: Path) -> tuple[dict[str, dict[int, float]], dict[str, dict[int,
 
 
 def _results(run: Path | None) -> dict[str, Any]:
-    """Of a run that has finished."""
-    return read_json(run / "results.json") if run is not None and (run / "results.json").is_file() else {}
+    """Of a run that has finished; nothing where that file is damaged, which only the curves need."""
+    if run is None or not (run / "results.json").is_file():
+        return {}
+    try:
+        results = read_json(run / "results.json")
+    except CheckpointError:
+        return {}
+    return results if isinstance(results, dict) else {}
 
 
 def _scalars(log: EventAccumulator, name: str) -> dict[int, float]:

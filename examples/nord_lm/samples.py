@@ -77,8 +77,14 @@ def coherence(written: list[str], rests: list[str]) -> float:
         written: what was written after the beginning of each document.
         rests: what each document has after the part that was to be written: nothing of the prompt, so that repeating the
             prompt is no merit by itself.
+
+    Raises:
+        DataError: there are no words in ``rests``.
     """
-    vectorizer = TfidfVectorizer(stop_words="english", sublinear_tf=True).fit(rests)
+    try:
+        vectorizer = TfidfVectorizer(stop_words="english", sublinear_tf=True).fit(rests)
+    except ValueError as error:
+        raise DataError("topics cannot be told: the held-out documents have no words but stop words") from error
     nearness = torch.from_numpy((vectorizer.transform(written) @ vectorizer.transform(rests).T).toarray())
     wins = ((nearness.diagonal()[:, None] - nearness).sign() + 1) / 2
     n = len(rests)

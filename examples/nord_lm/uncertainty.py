@@ -250,7 +250,8 @@ def _combined(
     is_other = [0] * n + [1] * len(documents[1])
     # With as many documents as are asked for on each side, every part learned from holds both.
     folds = StratifiedGroupKFold(FOLDS)
-    regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    # Balanced, so that a fold with more of one text does not shift the scores of the others.
+    regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, class_weight="balanced"))
     judged = cross_val_predict(
         regression, features, is_other, groups=torch.cat(documents).numpy(), cv=folds, method="decision_function"
     )

@@ -264,7 +264,7 @@ def profile_energy(net: nn.Module, *inputs: Any, **more: Any) -> EnergyProfile:
         >>> f"{profile.joules / profile.twin_joules:.2f}"
         '5.38'
     """
-    with EnergyProfiler(net) as profiler, torch.no_grad():
+    with torch.inference_mode(False), EnergyProfiler(net) as profiler, torch.no_grad():
         net(*inputs, **more)
     return profiler.profile
 
@@ -293,15 +293,17 @@ class EnergyProfiler(TorchDispatchMode):
         self._fired: dict[str, Tensor] = {}
         self._elementwise: dict[int, int] = {}  # by the leading dimension of the module's input
         self._neuron_outputs = 0
+        self._hooks: list[Any] = []
         self._batches: set[int] = set()
 
     def __enter__(self) -> Self:
         """Count until the block ends."""
+        if self._hooks:
+            raise RuntimeError("this EnergyProfiler is counting already: make another one")
         self._weights = {p.untyped_storage().data_ptr() for p in self.net.parameters()}
-        self._hooks = []
         for name, module in self.net.named_modules():
-            self._hooks.append(module.register_forward_pre_hook(self._begin(name), with_kwargs=True))
-            self._hooks.append(module.register_forward_hook(self._end(name), always_call=True))
+            self._hooks.append(module.register_forward_pre_hook(self._begin(name, module), with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(self._end(name, module), always_call=True))
         super().__enter__()
         return self
 
@@ -312,6 +314,7 @@ class EnergyProfiler(TorchDispatchMode):
         super().__exit__(kind, error, trace)
         for hook in self._hooks:
             hook.remove()
+        self._hooks = []
         self._fired.clear()
         whole = max(self._steps.values(), default=1)
         if whole > 1 and whole in self._batches and error is None:
@@ -320,17 +323,29 @@ class EnergyProfiler(TorchDispatchMode):
                 "batch of another size"
             )
         self.profile.time_steps = max(whole, max(self._single.values(), default=1))
-        for product in self._products.values():
-            if whole == 1 and product.calls == self.profile.time_steps:
-                product.steps = product.calls  # a loop over single steps calls it once in each
-                product.dense_weight_bytes //= product.calls
-        self.profile.products = list(self._products.values())
         T = self.profile.time_steps
+        for product in self._products.values():
+            product.steps = self._steps_in(product.steps, whole)
+            if whole == 1 and product.calls == T:
+                product.steps = T  # a loop over single steps calls it once in each
+                product.dense_weight_bytes //= T
+        self.profile.products = list(self._products.values())
         self.profile.elementwise = sum(self._elementwise.values())
-        repeated = sum(self._elementwise.values()) if whole == 1 < T else self._elementwise.get(T, 0) if T > 1 else 0
+        if whole == 1:
+            repeated = self.profile.elementwise if T > 1 else 0
+        else:
+            repeated = sum(n for lead, n in self._elementwise.items() if self._steps_in(lead, whole) == T)
         self.profile.twin_elementwise = self.profile.elementwise - repeated + repeated // T + self._neuron_outputs // T
 
+    def _steps_in(self, lead: int, whole: int) -> int:
+        """Steps in the input of a module: its leading dimension is time, or time and batch flattened into one, or neither."""
+        if whole > 1 and (lead == whole or abs(lead) in {whole * rows for rows in self._batches}):
+            return whole
+        return 1
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("products cannot be seen under torch.inference_mode(): use torch.no_grad()")
         out = func(*args, **(kwargs or {}))
         if self._neurons_running:  # counted as neurons, whatever they are made of
             return out
@@ -338,7 +353,7 @@ class EnergyProfiler(TorchDispatchMode):
         if packet in _HANDLERS:
             _HANDLERS[packet](self, args, out)
         elif _computes(func) and _floats(out):
-            steps = self._names[-1][1] if self._names else 1
+            steps = self._names[-1][1] if self._names else 0
             outputs = (out[0] if isinstance(out, tuple) else out).numel()
             self._elementwise[steps] = self._elementwise.get(steps, 0) + outputs
         elif any(part in str(packet) for part in _UNKNOWN):
@@ -347,7 +362,7 @@ class EnergyProfiler(TorchDispatchMode):
 
     def product(self, kind: str) -> ProductCost:
         """The entry of the innermost module that runs."""
-        name, steps = self._names[-1] if self._names else ("", 1)
+        name, steps = self._names[-1] if self._names else ("", 0)
         entry = self._products.setdefault((name, kind), ProductCost(name, kind))
         entry.calls += 1
         entry.steps = steps
@@ -376,7 +391,8 @@ class EnergyProfiler(TorchDispatchMode):
     def convolution(self, x: Tensor, weight: Tensor, out: Tensor, rest: tuple[Any, ...]) -> None:
         """An active input meets as many outputs as windows reach it."""
         entry = self.product("convolution")
-        dense = out.numel() * weight[0].numel()
+        transposed = rest[3]
+        dense = (x if transposed else out).numel() * weight[0].numel()
         entry.dense += dense
         if _binary(x):
             entry.acs += int(_aten.convolution(x.double(), torch.ones_like(weight).double(), None, *rest).sum().round())
@@ -444,11 +460,16 @@ class EnergyProfiler(TorchDispatchMode):
             self.profile.multiplications += rows * cascade.n_clusters * (cascade.n_clusters + 1)
             self.profile.additions += int(spikes.count_nonzero()) + rows * (cascade.n_clusters**2 + spikes.shape[-1])
 
-    def _begin(self, name: str) -> Callable[..., Any]:
+    def _begin(self, name: str, watched: nn.Module) -> Callable[..., Any]:
         def begin(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            if module is not watched:  # a deep copy of the network took the hook along
+                return None
             self._neurons_running += is_neuron(module)
             tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-            lead = tensors[0].shape[0] if tensors and tensors[0].ndim >= 3 else 1
+            # Two dimensions are rows and features, unless the rows are those of all steps: that is seen at the end.
+            lead = (
+                0 if not tensors or tensors[0].ndim < 2 else tensors[0].shape[0] * (-1 if tensors[0].ndim == 2 else 1)
+            )
             self._names.append((name, lead))
             remember = kwargs.get("remember")
             if remember is None or type(module).__name__ != "CoFiringResonance":
@@ -468,8 +489,10 @@ class EnergyProfiler(TorchDispatchMode):
 
         return listening
 
-    def _end(self, name: str) -> Callable[..., None]:
+    def _end(self, name: str, watched: nn.Module) -> Callable[..., None]:
         def end(module: nn.Module, args: Any, output: Any) -> None:
+            if module is not watched:
+                return
             self._neurons_running -= is_neuron(module)
             if is_neuron(module) and output is not None:
                 with _disable_current_modes():  # what is computed here is not the network's

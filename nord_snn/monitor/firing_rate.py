@@ -13,7 +13,15 @@ from torch import Tensor, distributed, nn
 
 from nord_snn.neurons.foreign import is_neuron, runs_snntorch
 
-__all__ = ["LayerActivity", "SpikeMonitor", "features_of", "neuron_layers", "spikes_of", "watch_compiled"]
+__all__ = [
+    "LayerActivity",
+    "SpikeMonitor",
+    "check_feature_dims",
+    "features_of",
+    "neuron_layers",
+    "spikes_of",
+    "watch_compiled",
+]
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,7 @@ class SpikeMonitor:
         feature_dims: int | None = None,
         max_steps: int = 1024,
     ) -> None:
+        check_feature_dims(feature_dims)
         self._counters = {n: _Counter(n, m, feature_dims, max_steps) for n, m in neuron_layers(net).items()}
         try:
             self._zones = {zone: self._members(zone, starts) for zone, starts in (zones or {}).items()}
@@ -128,8 +137,8 @@ class SpikeMonitor:
         return {name: activity.rate for name, activity in self.activity().items()}
 
     def activity(self) -> dict[str, LayerActivity]:
-        """Everything that was counted, of each layer that has run."""
-        return {name: counter.activity() for name, counter in self._counters.items() if counter.counts is not None}
+        """Everything that was counted, of each layer that has run on more than nothing."""
+        return {name: counter.activity() for name, counter in self._counters.items() if counter.has_run()}
 
     def zone_rates(self) -> dict[str, float]:
         """Mean firing rate of each zone: its spikes by the chances that its neurons had."""
@@ -198,6 +207,8 @@ def features_of(module: nn.Module, spikes: Tensor, feature_dims: int | None) -> 
     """The last dimensions of ``spikes``: those that tell neurons apart."""
     if feature_dims is None:
         feature_dims = 1 if hasattr(module, "n_features") else max(spikes.ndim - 2, 0)
+    if feature_dims >= spikes.ndim:
+        raise ValueError(f"feature_dims must leave time and rows of spikes {list(spikes.shape)}, got {feature_dims}")
     return spikes.shape[spikes.ndim - feature_dims :]
 
 
@@ -205,6 +216,12 @@ def watch_compiled() -> None:
     """Compiled code does not notice hooks that come later: have it compiled anew."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
+
+
+def check_feature_dims(feature_dims: int | None) -> None:
+    """Raise a ValueError unless some dimension tells neurons apart."""
+    if feature_dims is not None and feature_dims < 1:
+        raise ValueError(f"feature_dims must be at least 1, got {feature_dims}")
 
 
 class _Counter:
@@ -219,6 +236,9 @@ class _Counter:
         self.step = 0  # of the next single step
         self.on = True
         self.clear()
+
+    def __deepcopy__(self, memo: Any) -> "_Counter":
+        return self  # a copy of the network takes its hook along, which counts nothing there
 
     def clear(self) -> None:
         self.counts: Tensor | None = None  # [T, *, D]
@@ -275,6 +295,9 @@ class _Counter:
         self.add(0, self.counts.new_zeros(steps, *self.counts.shape[1:]), 0)
         distributed.all_reduce(self.rows)
         distributed.all_reduce(self.counts)
+
+    def has_run(self) -> bool:
+        return self.rows is not None and bool(self.rows.sum() > 0)
 
     def spikes(self) -> float:
         assert self.counts is not None

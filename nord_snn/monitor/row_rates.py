@@ -1,12 +1,13 @@
 """RowRates: how much the network fires for each image of a batch, each token of a text."""
 
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from nord_snn.monitor.firing_rate import features_of, neuron_layers, spikes_of, watch_compiled
+from nord_snn.monitor.firing_rate import check_feature_dims, features_of, neuron_layers, spikes_of, watch_compiled
 
 __all__ = ["RowRates"]
 
@@ -38,11 +39,14 @@ class RowRates:
     """
 
     def __init__(self, net: nn.Module, *, feature_dims: int | None = None) -> None:
+        check_feature_dims(feature_dims)
         self._layers, self.feature_dims = neuron_layers(net), feature_dims
         self._spikes: dict[str, Tensor] = {}
         self._chances: dict[str, int] = {}
         self._neurons: dict[str, int] = {}
-        self._hooks = [module.register_forward_hook(self._count(name)) for name, module in self._layers.items()]
+        self._hooks = [
+            module.register_forward_hook(partial(self._count, name)) for name, module in self._layers.items()
+        ]
         watch_compiled()
 
     def take(self) -> dict[str, Tensor]:
@@ -70,22 +74,23 @@ class RowRates:
         """Stop counting."""
         self.close()
 
-    def _count(self, name: str) -> Any:
-        @torch.no_grad()
-        def count(module: nn.Module, inputs: Any, output: Any) -> None:
-            if module is not self._layers[name]:  # a deep copy of the network took the hook along
-                return
-            spikes, _ = spikes_of(module, output)
-            features = features_of(module, spikes, self.feature_dims)
-            rows = spikes.shape[1 : spikes.ndim - len(features)]
-            new = spikes.reshape(len(spikes), *rows, features.numel()).sum((0, -1), dtype=torch.float32)
-            before = self._spikes.get(name)
-            if before is not None and before.shape != new.shape:
-                raise ValueError(
-                    f"rows of '{name}' were {list(before.shape)} and are {list(new.shape)} now: take() the rates before"
-                )
-            self._spikes[name] = new if before is None else before + new
-            self._chances[name] = self._chances.get(name, 0) + len(spikes) * features.numel()
-            self._neurons[name] = features.numel()
+    def __deepcopy__(self, memo: Any) -> Self:
+        """A copy of the network takes its hook along, which counts nothing there."""
+        return self
 
-        return count
+    @torch.no_grad()
+    def _count(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if module is not self._layers[name]:  # a deep copy of the network took the hook along
+            return
+        spikes, _ = spikes_of(module, output)
+        features = features_of(module, spikes, self.feature_dims)
+        rows = spikes.shape[1 : spikes.ndim - len(features)]
+        new = spikes.reshape(len(spikes), *rows, features.numel()).sum((0, -1), dtype=torch.float32)
+        before = self._spikes.get(name)
+        if before is not None and before.shape != new.shape:
+            raise ValueError(
+                f"rows of '{name}' were {list(before.shape)} and are {list(new.shape)} now: take() the rates before"
+            )
+        self._spikes[name] = new if before is None else before + new
+        self._chances[name] = self._chances.get(name, 0) + len(spikes) * features.numel()
+        self._neurons[name] = features.numel()

@@ -154,6 +154,20 @@ def test_what_cannot_be_told_apart_is_said_and_the_rest_is_there(subject, tmp_pa
     assert "Left out: the known text" in (tmp_path / "report" / PAGE).read_text()
 
 
+@pytest.mark.parametrize("damage", ["no log", "no list", "truncated", "less"])
+def test_a_damaged_run_folder_costs_the_curves_at_most(subject, tmp_path, damage):
+    run = tmp_path / "run"
+    shutil.copytree(subject.run, run)
+    results = run / "results.json"
+    if damage == "no log":
+        shutil.rmtree(run / "tensorboard")
+    else:
+        results.write_text({"no list": "[1, 2]", "truncated": '{"steps": 1', "less": '{"steps": 12}'}[damage])
+    write_report(tmp_path / "report", subject._replace(run=run, texts=subject.texts[:1]), {})
+    there = {path.stem for path in (tmp_path / "report").glob("*.png")}
+    assert there == PICTURES - {"auroc"} - ({"training"} if damage == "no log" else set())
+
+
 # --- evaluate.py
 
 
@@ -245,11 +259,15 @@ def test_a_generated_token_costs_its_own_products_and_not_those_of_the_others(su
     assert coincidences.dense == 4 * config.hidden_size * ids.shape[1]
 
 
-@pytest.mark.parametrize(("macs", "acs", "said"), [(4000, 0, "more than"), (0, 40, "less than")])
-def test_the_sentence_goes_with_the_figures(macs, acs, said):
+@pytest.mark.parametrize(("macs", "acs", "ratio"), [(4000, 0, "4.00"), (0, 40, "0.01")])
+def test_the_sentence_goes_with_the_figures(macs, acs, ratio):
     product = ProductCost("up", "linear", dense=4000, macs=macs, acs=acs, calls=1, steps=4)
     profile = EnergyProfile([product], time_steps=4)
-    assert f"costs {said} on the dense twin" in energy_script.sentence(profile)
+    assert f"costs {ratio} times the energy of its dense twin without memory" in energy_script.sentence(profile)
+    fed, repeated = (100, 0) if not macs else (0, 100)
+    assert f"spikes feed {fed}%, {repeated}% see numbers at each of 4 steps, and 0% see numbers once" in (
+        energy_script.sentence(profile)
+    )
     assert "{" not in energy_script.sentence(profile)
 
 

@@ -1,12 +1,13 @@
 """profile_energy: what is counted, by hand, beside SpikingJelly's counters, and in every shape that a network may have."""
 
+import copy
 from math import ceil
 
 import pytest
 import torch
 from helpers import needs_spikingjelly_2
 from parts import PARTS
-from spikingjelly.activation_based import functional, neuron
+from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
 from nord_snn.layers import CoFiringResonance
@@ -152,6 +153,46 @@ def test_the_twin_reads_all_weights_and_numbers_once_and_activates_each_neuron_o
     assert profile.twin_joules == pytest.approx((macs + 48) * 4.6e-12)
     moved = 4 * 8 * 5 + 4 * 3 * 13
     assert profile.twin_joules_under("45nm-fp32-sram") == pytest.approx((macs + 48) * 4.6e-12 + moved * 2.5e-12)
+
+
+def test_steps_that_were_flattened_into_the_batch_are_found_again():
+    twin = 3 * 8 * 5
+    nodes = neuron.LIFNode(step_mode="m")
+    for made in (
+        nn.Sequential(nodes, layer.SeqToANNContainer(nn.Linear(8, 5))),
+        nn.Sequential(nodes, layer.Linear(8, 5, step_mode="m")),
+        nn.Sequential(nodes, nn.Flatten(0, 1), nn.Linear(8, 5)),
+    ):
+        functional.reset_net(made)
+        profile = profile_energy(made, 2 * torch.rand(6, 3, 8))
+        assert (profile.dense, profile.twin_macs()) == (6 * twin, twin)
+
+
+def test_a_transposed_convolution_by_hand():
+    net = nn.ConvTranspose2d(4, 2, 2, stride=2, bias=False)
+    profile = profile_energy(net, torch.ones(1, 4, 8, 8))
+    assert profile.dense == profile.acs == 64 * 4 * 2 * 4
+
+
+def test_inference_mode_hides_products_and_that_is_said():
+    net = nn.Linear(4, 3)
+    with torch.inference_mode():
+        assert profile_energy(net, torch.rand(2, 4)).dense == 24
+        with pytest.raises(RuntimeError, match=r"use torch\.no_grad"), EnergyProfiler(net):
+            net(torch.rand(2, 4))
+    assert not net._forward_hooks
+
+
+def test_copies_are_not_counted_and_a_profiler_counts_once_at_a_time():
+    net = nn.Sequential(AssociativeLIFNode(8, None, step_mode="m"))
+    with EnergyProfiler(net) as profiler:
+        copied = copy.deepcopy(net)
+        net(torch.rand(6, 3, 8))
+        with pytest.raises(RuntimeError, match="is counting already"), profiler:
+            pass
+    before = profiler.profile.multiplications
+    copied(torch.rand(6, 3, 8))
+    assert profiler.profile.multiplications == before == 3 * 6 * 3 * 8
 
 
 def test_products_of_vectors_count_too():

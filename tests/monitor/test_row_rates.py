@@ -78,8 +78,25 @@ def test_other_rows_are_refused_and_copies_do_not_count():
         copy.deepcopy(net)(torch.rand(4, 2, 8))
         with pytest.raises(ValueError, match=r"rows of '0' were \[3\] and are \[2\] now: take\(\)"):
             net(torch.rand(4, 2, 8))
+    functional.reset_net(net)
+    for watch in (RowRates, SpikeMonitor):
+        with pytest.raises(ValueError, match="feature_dims must be at least 1, got 0"):
+            watch(net, feature_dims=0)
+        with (
+            pytest.raises(ValueError, match=r"feature_dims must leave time and rows of spikes \[4, 3, 8\], got 3"),
+            watch(net, feature_dims=3),
+        ):
+            net(torch.rand(4, 3, 8))
     with pytest.raises(ValueError, match="Linear has no neuron layers"):
         RowRates(nn.Linear(2, 2))
+
+
+def test_nothing_has_no_rate_and_copies_can_be_saved(tmp_path):
+    net = nn.Sequential(AssociativeLIFNode(8, None, step_mode="m"))
+    with RowRates(net), SpikeMonitor(net) as monitor:
+        net(torch.rand(4, 0, 8))
+        torch.save(copy.deepcopy(net), tmp_path / "net.pt")
+    assert monitor.rates() == {}
 
 
 def test_compiled_networks_are_counted():
