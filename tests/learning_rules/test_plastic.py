@@ -171,8 +171,10 @@ def test_another_file_is_not_overwritten(tmp_path):
         save_plastic(tmp_path, {"fc": rule})
 
 
-def test_ctrl_c_waits_until_the_weight_and_its_record_agree():
+def test_ctrl_c_waits_until_the_weight_and_its_record_agree(request):
     """A signal that comes in the middle of a change must not make what was trained unknown."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     fc = nn.Linear(400, 400, bias=False)
     trained = fc.weight.detach().clone()
     part = PlasticPart(fc)
