@@ -19,6 +19,7 @@ from nord_snn.layers import (
     MembraneReadout,
     MultiScaleTemporalEncoder,
     NordBlock,
+    SpikeFedBlock,
     SpikingFeedForward,
 )
 from nord_snn.neurons import AssociativeLIFNode
@@ -41,6 +42,8 @@ def parts() -> dict[str, nn.Module]:
         "`SpikingFeedForward`, hidden 512": SpikingFeedForward(WIDTH, HIDDEN),
         "`MembraneReadout`": MembraneReadout(WIDTH),
         "`NordBlock`": NordBlock(WIDTH, HEADS, HIDDEN),
+        "`SpikeFedBlock`": SpikeFedBlock(WIDTH, HEADS, HIDDEN),
+        "`SpikeFedBlock`, values spike": SpikeFedBlock(WIDTH, HEADS, HIDDEN, spiking_values=True),
     }
 
 

@@ -11,8 +11,15 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 
-from nord_snn.layers import LeakyClamp, MembraneReadout, MultiScaleTemporalEncoder, NordBlock, SpikingFeedForward
-from nord_snn.monitor import SpikeMonitor
+from nord_snn.layers import (
+    LeakyClamp,
+    MembraneReadout,
+    MultiScaleTemporalEncoder,
+    NordBlock,
+    SpikeFedBlock,
+    SpikingFeedForward,
+)
+from nord_snn.monitor import SpikeMonitor, profile_energy
 from nord_snn.neurons import AssociativeLIFNode
 from nord_snn.ops import resonance, reward_from_loss, stdp, triplet_stdp
 
@@ -271,6 +278,36 @@ def block() -> None:
     save(figure, "block")
 
 
+def spike_fed() -> None:
+    """What the products of both blocks see: additions where it is spikes."""
+    torch.manual_seed(0)
+    x = torch.randn(10, 4, 16, 64)
+    blocks = {
+        "NordBlock": NordBlock(64, 4, 128),
+        "SpikeFedBlock": SpikeFedBlock(64, 4, 128),
+        "SpikeFedBlock, values spike": SpikeFedBlock(64, 4, 128, spiking_values=True),
+    }
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3), sharex=True, layout="constrained")
+    for axis, (name, made) in zip(axes, blocks.items(), strict=True):
+        with torch.no_grad():
+            for parameter_name, parameter in made.named_parameters():
+                if parameter_name.endswith("v_threshold"):
+                    parameter.fill_(0.05)  # as lively as after training
+        profile = profile_energy(made, x)
+        labels = [
+            f"{p.name.removeprefix('resonance.')} ({p.kind})" if p.kind != "linear" else p.name
+            for p in profile.products
+        ]
+        axis.barh(labels, [p.macs / 1e3 for p in profile.products], color="#dd8452", label="multiply-accumulates")
+        axis.barh(labels, [p.acs / 1e3 for p in profile.products], color="#4878a8", label="additions")
+        axis.invert_yaxis()
+        axis.tick_params(labelsize="small")
+        axis.set_title(name, fontsize="medium")
+        axis.set_xlabel("thousands")
+    axes[-1].legend(fontsize="small")
+    save(figure, "spike_fed")
+
+
 def save(figure: plt.Figure, name: str) -> None:
     """Write and forget it."""
     figure.savefig(OUT / f"{name}.png", dpi=110)
@@ -287,6 +324,7 @@ FIGURES: dict[str, Callable[[], None]] = {
     "readout": membrane_readout,
     "feed_forward": feed_forward,
     "block": block,
+    "spike_fed": spike_fed,
 }
 
 

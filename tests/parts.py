@@ -11,6 +11,8 @@ from nord_snn.layers import (
     MembraneReadout,
     MultiScaleTemporalEncoder,
     NordBlock,
+    SpikeFedBlock,
+    SpikeFedResonance,
     SpikingFeedForward,
 )
 from nord_snn.neurons import AssociativeLIFNode
@@ -31,5 +33,7 @@ PARTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "feed-forward": (lambda: SpikingFeedForward(16, 32, neuron=node), (6, 3, 16)),
     "readout": (lambda: MembraneReadout(16, neuron=node), (6, 3, 16)),
     "block": (lambda: NordBlock(16, 2, 32, neuron=node), (6, 2, 5, 16)),
+    "spike-fed resonance": (lambda: SpikeFedResonance(16, 2, neuron=node), (6, 2, 5, 16)),
+    "spike-fed block": (lambda: SpikeFedBlock(16, 2, 32, neuron=node), (6, 2, 5, 16)),
 }
 LAYERS = {name: part for name, part in PARTS.items() if name != "node"}

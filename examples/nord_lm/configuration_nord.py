@@ -48,7 +48,9 @@ class NordConfig(PreTrainedConfig):
         top_k: keys kept per query in the resonance.
         recency: whether scores fall with distance; the published model has no positions at all.
         clamp_floor: initial floor of the leaky clamps.
-        block: kind of block; ``"nord"``.
+        block: ``"nord"``, the published block, or ``"spike_fed"``, in which every product sees spikes.
+        spiking_values: whether the values of a spike-fed resonance are spikes.
+        dense: the control: smooth activations in the place of all neurons, and one time step.
         backend: backend of the neurons, see ``nord_snn.ops.associative_lif``.
 
     Raises:
@@ -89,6 +91,8 @@ class NordConfig(PreTrainedConfig):
     recency: bool = False
     clamp_floor: float = -0.1
     block: str = "nord"
+    spiking_values: bool = False
+    dense: bool = False
     backend: str = "auto"
 
     @property
@@ -99,8 +103,16 @@ class NordConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         """Refuse sizes that do not fit together, before anything is built."""
         super().__post_init__(**kwargs)
-        if self.block != "nord":
-            raise ValueError(f"block must be 'nord', got {self.block!r}")
+        if self.block not in ("nord", "spike_fed"):
+            raise ValueError(f"block must be 'nord' or 'spike_fed', got {self.block!r}")
+        if self.spiking_values and self.block != "spike_fed":
+            raise ValueError(
+                "spiking_values are those of block='spike_fed': the published block has the mean over time"
+            )
+        if self.dense and (self.t_fast, self.t_slow) != (1, 0):
+            raise ValueError(
+                f"a dense model has one time step: t_fast=1 and t_slow=0, got {self.t_fast} and {self.t_slow}"
+            )
         for field in POSITIVE:
             if not 1 <= getattr(self, field) < 2**31:
                 raise ValueError(f"{field} must be at least 1 and less than 2^31, got {getattr(self, field)}")

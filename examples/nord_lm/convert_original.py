@@ -155,6 +155,8 @@ def to_original(model: NordForCausalLM, tokenizer_id: str = PUBLISHED_TOKENIZER)
     config = model.config
     foreign = {
         "recency": config.recency,
+        f"block = {config.block}": config.block != "nord",
+        "dense": config.dense,
         "resonance = False": not config.resonance,
         "n_clusters = None": config.n_clusters is None,
         "layer_norm_eps other than 1e-5": config.layer_norm_eps != 1e-5,

@@ -22,8 +22,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from nord_snn.layers import MembraneReadout, MultiScaleTemporalEncoder, NordBlock
-from nord_snn.neurons import AssociativeLIFNode, fire_from_rest
+from nord_snn.layers import MembraneReadout, MultiScaleTemporalEncoder, NordBlock, SpikeFedBlock
+from nord_snn.neurons import AssociativeLIFNode, NeuronFactory, SmoothActivation, fire_from_rest, make_neuron
 
 try:
     from .configuration_nord import NordConfig  # type: ignore[import-not-found]  # shipped beside the weights as remote code
@@ -53,7 +53,7 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = ""
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("NordBlock",)
+    _no_split_modules = ("NordBlock", "SpikeFedBlock")
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012  # transformers reads it off the class
 
     def __init__(self, config: NordConfig) -> None:
@@ -63,7 +63,7 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
             super().__init__(config)
         finally:
             config.top_k = top_k
-        neuron = partial(
+        neuron: NeuronFactory = partial(
             AssociativeLIFNode,
             n_clusters=config.n_clusters,
             cascade_radius=config.cascade_radius,
@@ -77,6 +77,8 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
             alpha=config.alpha,
             backend=config.backend,
         )
+        if config.dense:
+            neuron = SmoothActivation
         width = config.hidden_size
         self.gradient_checkpointing = False  # transformers switches it on
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
@@ -87,22 +89,8 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
             fast_scale=config.fast_scale,
             slow_scale=config.slow_scale,
         )
-        self.input_lif = neuron(width, step_mode="m")
-        self.blocks = nn.ModuleList(
-            NordBlock(
-                width,
-                config.num_attention_heads,
-                config.intermediate_size,
-                top_k=config.top_k,
-                recency=config.recency,
-                residual_scale=0.1 / config.num_hidden_layers,
-                resonance=config.resonance,
-                clamp_floor=config.clamp_floor,
-                norm_eps=config.layer_norm_eps,
-                neuron=neuron,
-            )
-            for _ in range(config.num_hidden_layers)
-        )
+        self.input_lif = make_neuron(neuron, width)
+        self.blocks = nn.ModuleList(_block(config, neuron) for _ in range(config.num_hidden_layers))
         self.readout = MembraneReadout(width, neuron=neuron)
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
@@ -254,6 +242,21 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
             module.reset_parameters()  # type: ignore[operator]
         for parameter, value in loaded.items():
             parameter.copy_(value)
+
+
+def _block(config: NordConfig, neuron: NeuronFactory) -> nn.Module:
+    """One block as the configuration has it."""
+    sizes = (config.hidden_size, config.num_attention_heads, config.intermediate_size)
+    common = {
+        "top_k": config.top_k,
+        "recency": config.recency,
+        "resonance": config.resonance,
+        "norm_eps": config.layer_norm_eps,
+        "neuron": neuron,
+    }
+    if config.block == "spike_fed":
+        return SpikeFedBlock(*sizes, spiking_values=config.spiking_values, **common)
+    return NordBlock(*sizes, residual_scale=0.1 / config.num_hidden_layers, clamp_floor=config.clamp_floor, **common)
 
 
 AutoConfig.register(NordConfig.model_type, NordConfig, exist_ok=True)

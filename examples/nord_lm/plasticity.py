@@ -314,7 +314,9 @@ class Plasticity:
 def synapse_names(model: NordForCausalLM) -> list[str]:
     """Synapses between neurons that fire, but for a head whose weights are the embedding too."""
     head = [] if model.config.tie_word_embeddings else ["lm_head"]
-    return head + [f"blocks.{index}.ffn.down" for index in range(len(model.blocks))]
+    return head + [
+        f"blocks.{index}.ffn.down" for index, block in enumerate(model.blocks) if isinstance(block, NordBlock)
+    ]
 
 
 def plasticity_arguments(parser: argparse.ArgumentParser) -> None:

@@ -228,6 +228,8 @@ def settings_from(options: argparse.Namespace) -> Settings:
     settings = read_config(getattr(options, "config", "tiny"))
     model = settings.model | ({"resonance": False} if hasattr(options, "no_resonance") else {})
     name = settings.name + ("-no-resonance" if hasattr(options, "no_resonance") else "")
+    if model.get("dense"):
+        raise SettingsError("a dense model has no neurons to train here: it is a control for compare.py")
     training = dataclasses.replace(settings.training, **options.changes)
     return Settings(name, model, dataclasses.replace(training, **_absolute_paths(dataclasses.asdict(training))))
 

@@ -6,18 +6,127 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from nord_snn.neurons import AssociativeLIFNode, NeuronFactory, fire_from_rest, make_neuron
+from nord_snn.neurons import AssociativeLIFNode, NeuronFactory, SmoothActivation, fire_from_rest, make_neuron
 from nord_snn.ops import pack_spikes, resonance, resonance_cached
 from nord_snn.ops.checks import check_features
 from nord_snn.ops.resonance import check_heads, check_spikes
 
-__all__ = ["CoFiringResonance", "Remember"]
+__all__ = ["Binding", "CoFiringResonance", "Remember"]
 
 #: Takes keys and values of new positions, and gives those of all positions.
 Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-class CoFiringResonance(nn.Module):
+class Binding(nn.Module):
+    """What the resonance layers share: from spikes of queries and keys, and values, to a context.
+
+    Layers of this kind have ``n_features``, ``n_heads``, ``top_k``, ``causal``, ``backend``, the neurons ``lif_q`` and ``lif_k``,
+    ``temperature`` and ``recency_log``.
+    """
+
+    n_features: int
+    n_heads: int
+    top_k: int
+    causal: bool
+    backend: str
+    lif_q: nn.Module
+    lif_k: nn.Module
+    temperature: nn.Parameter
+    recency_log: nn.Parameter | None
+
+    #: SpikingJelly 0.0.0.0.14's ``functional.set_backend`` asks for it, and leaves alone what does not have the backend.
+    supported_backends = ("auto", "torch", "numba")
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Put temperature and slopes back to their initial values; projections and neurons have their own."""
+        nn.init.constant_(self.temperature, (self.n_features / self.n_heads) ** -0.5)
+        if self.recency_log is not None:
+            self.recency_log.copy_(-(1 + 2 * torch.arange(self.n_heads)) * math.log(2.0))
+
+    @property
+    def recency(self) -> Tensor | None:
+        """Slope per head ``[H]``, positive, or None."""
+        return None if self.recency_log is None else self.recency_log.exp()
+
+    def bind(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Tensor | None = None,
+        remember: Remember | None = None,
+        window: int | None = None,
+    ) -> Tensor:
+        """Context ``[B, S, V]`` from spikes ``[T, B, S, D]`` and values ``[B, S, V]``; the other arguments are the layer's."""
+        if remember is None and window is not None:
+            raise ValueError("window goes with remember: without it every position is seen")
+        if remember is None:
+            return self._bind(q, k, v, lengths)
+        return self._bind_to_earlier(q, k, v, lengths, remember, window)
+
+    def _bind(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
+        if lengths is not None:  # padding goes behind the tokens, which do not see it there
+            if not self.causal:
+                raise ValueError("padding needs a causal resonance: behind the tokens it must not be seen")
+            S = v.shape[1]
+            row = torch.arange(len(v), device=v.device)[:, None]
+            place = torch.arange(S, device=v.device)
+            padding = (S - lengths.long()).clamp(min=0)[:, None]
+            to_front, back = (place + padding) % S, (place - padding) % S
+            q, k, v = q[:, row, to_front], k[:, row, to_front], v[row, to_front]
+        context = resonance(
+            q,
+            k,
+            v,
+            n_heads=self.n_heads,
+            top_k=self.top_k,
+            temperature=self.temperature,
+            recency=self.recency,
+            causal=self.causal,
+            backend=self.backend,
+        )
+        return context if lengths is None else context[row, back] * (place >= padding)[..., None]
+
+    def _bind_to_earlier(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, remember: Remember, window: int | None
+    ) -> Tensor:
+        if not self.causal:
+            raise ValueError("a resonance that is not causal cannot grow: earlier positions would see later ones")
+        if window is not None and window < 1:
+            raise ValueError(f"window must be at least 1, got {window}")
+        kinds = {type(self.lif_q), type(self.lif_k)}
+        if kinds == {SmoothActivation}:
+            new = k.unflatten(-1, (self.n_heads, -1)).permute(1, 3, 2, 0, 4).flatten(-2)  # [B, H, S, T * D/H]
+        else:
+            ours = kinds == {AssociativeLIFNode}  # which fires zeros and ones
+            if not ours:
+                check_spikes(q)
+            new = pack_spikes(k, self.n_heads, trusted=ours)
+        keys, values = remember(new, v.unflatten(-1, (self.n_heads, -1)).transpose(1, 2))
+        if keys.shape[2] == v.shape[1] and (window is None or v.shape[1] <= window):  # these are the first
+            return self._bind(q, k, v, lengths)
+        return resonance_cached(
+            q,
+            keys,
+            values,
+            top_k=self.top_k,
+            temperature=self.temperature,
+            recency=self.recency,
+            lengths=lengths,
+            window=window,
+            backend=self.backend,
+            trusted=True,  # looked at above
+        )
+
+    def extra_repr(self) -> str:
+        """What the submodules do not show."""
+        return (
+            f"n_heads={self.n_heads}, top_k={self.top_k}, recency={self.recency_log is not None}, causal={self.causal}"
+        )
+
+
+class CoFiringResonance(Binding):
     """Attention whose scores are counts of coincident spikes.
 
     ``q, k = lif_q(W_q x), lif_k(W_k x)`` are spikes; the score of two positions is the number of (step, neuron) pairs of a
@@ -56,9 +165,6 @@ class CoFiringResonance(nn.Module):
         torch.Size([10, 2, 7, 64])
     """
 
-    #: SpikingJelly 0.0.0.0.14's ``functional.set_backend`` asks for it, and leaves alone what does not have the backend.
-    supported_backends = ("auto", "torch", "numba")
-
     def __init__(
         self,
         n_features: int,
@@ -82,18 +188,6 @@ class CoFiringResonance(nn.Module):
         self.temperature = nn.Parameter(torch.empty(1))
         self.recency_log = nn.Parameter(torch.empty(n_heads)) if recency else None
         self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Put temperature and slopes back to their initial values; projections and neurons have their own."""
-        nn.init.constant_(self.temperature, (self.n_features / self.n_heads) ** -0.5)
-        if self.recency_log is not None:
-            self.recency_log.copy_(-(1 + 2 * torch.arange(self.n_heads)) * math.log(2.0))
-
-    @property
-    def recency(self) -> Tensor | None:
-        """Slope per head ``[H]``, positive, or None."""
-        return None if self.recency_log is None else self.recency_log.exp()
 
     def forward(
         self,
@@ -124,67 +218,5 @@ class CoFiringResonance(nn.Module):
         check_features(x, self.n_features, type(self).__name__, "[T, B, S, D]")
         q, k = fire_from_rest(self.lif_q, self.q_proj(x)), fire_from_rest(self.lif_k, self.k_proj(x))
         v = self.v_proj(x.mean(0))  # a mean and a linear map commute: W_v runs once and not T times
-        if remember is None and window is not None:
-            raise ValueError("window goes with remember: without it every position is seen")
-        if remember is None:
-            context = self._bind(q, k, v, lengths)
-        else:
-            context = self._bind_to_earlier(q, k, v, lengths, remember, window)
-        context = self.o_proj(context)
+        context = self.o_proj(self.bind(q, k, v, lengths, remember, window))
         return context.expand(x.shape) if expand else context
-
-    def _bind(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
-        if lengths is not None:  # padding goes behind the tokens, which do not see it there
-            if not self.causal:
-                raise ValueError("padding needs a causal resonance: behind the tokens it must not be seen")
-            S = v.shape[1]
-            row = torch.arange(len(v), device=v.device)[:, None]
-            place = torch.arange(S, device=v.device)
-            padding = (S - lengths.long()).clamp(min=0)[:, None]
-            to_front, back = (place + padding) % S, (place - padding) % S
-            q, k, v = q[:, row, to_front], k[:, row, to_front], v[row, to_front]
-        context = resonance(
-            q,
-            k,
-            v,
-            n_heads=self.n_heads,
-            top_k=self.top_k,
-            temperature=self.temperature,
-            recency=self.recency,
-            causal=self.causal,
-            backend=self.backend,
-        )
-        return context if lengths is None else context[row, back] * (place >= padding)[..., None]
-
-    def _bind_to_earlier(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, remember: Remember, window: int | None
-    ) -> Tensor:
-        if not self.causal:
-            raise ValueError("a resonance that is not causal cannot grow: earlier positions would see later ones")
-        if window is not None and window < 1:
-            raise ValueError(f"window must be at least 1, got {window}")
-        ours = type(self.lif_q) is type(self.lif_k) is AssociativeLIFNode  # which fires zeros and ones
-        if not ours:
-            check_spikes(q)
-        bits = pack_spikes(k, self.n_heads, trusted=ours)
-        keys, values = remember(bits, v.unflatten(-1, (self.n_heads, -1)).transpose(1, 2))
-        if keys.shape[2] == v.shape[1] and (window is None or v.shape[1] <= window):  # these are the first
-            return self._bind(q, k, v, lengths)
-        return resonance_cached(
-            q,
-            keys,
-            values,
-            top_k=self.top_k,
-            temperature=self.temperature,
-            recency=self.recency,
-            lengths=lengths,
-            window=window,
-            backend=self.backend,
-            trusted=True,  # looked at above
-        )
-
-    def extra_repr(self) -> str:
-        """What the submodules do not show."""
-        return (
-            f"n_heads={self.n_heads}, top_k={self.top_k}, recency={self.recency_log is not None}, causal={self.causal}"
-        )

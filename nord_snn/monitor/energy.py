@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-import nord_snn.ops  # noqa: F401  # defines the ops that are looked for below
 from nord_snn.neurons import AssociativeLIFNode
 from nord_snn.neurons.foreign import is_neuron
+from nord_snn.ops.resonance import unpack_spikes
+from nord_snn.ops.resonance.reference import coincidences, keep_best, resonance_scores
 
 __all__ = ["CONVENTIONS", "Convention", "EnergyProfile", "EnergyProfiler", "ProductCost", "profile_energy"]
 
@@ -294,6 +295,7 @@ class EnergyProfiler(TorchDispatchMode):
         self._elementwise: dict[int, int] = {}  # by the leading dimension of the module's input
         self._neuron_outputs = 0
         self._hooks: list[Any] = []
+        self._grown: set[str] = set()  # resonances that look at a cache now
         self._batches: set[int] = set()
 
     def __enter__(self) -> Self:
@@ -372,6 +374,8 @@ class EnergyProfiler(TorchDispatchMode):
         """``a [*, M, K] @ b [*, K, N]``."""
         batch, (m, k, n) = out.numel() // max(out.shape[-1] * out.shape[-2], 1), (*a.shape[-2:], b.shape[-1])
         weight = b if self._is_weight(b) else a if self._is_weight(a) else None
+        if weight is None and self._names and self._names[-1][0] in self._grown:
+            return  # a resonance with a cache on the backend torch: counted as such
         entry = self.product("activations" if weight is None else "linear")
         entry.dense += batch * m * k * n
         # An active element of a meets n outputs, one of b meets m.
@@ -403,45 +407,83 @@ class EnergyProfiler(TorchDispatchMode):
         entry.activation_bytes += _stored(x) + _stored(out)
         entry.dense_activation_bytes += x.numel() * x.element_size() + out.numel() * out.element_size()
 
-    def resonance(self, q: Tensor, k: Tensor, v: Tensor, top_k: int, causal: bool) -> None:
+    def resonance(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        temperature: Tensor,
+        recency: Tensor | None,
+        n_heads: int,
+        top_k: int,
+        causal: bool,
+    ) -> None:
         """Coincidences of each query with the keys it may bind to, and the values of those it keeps."""
-        length = q.shape[2]
-        seen = torch.arange(1, length + 1) if causal else torch.full((length,), length)
-        self.coincidences(q, _binary(k), length, seen, top_k)
+        scores = resonance_scores(coincidences(q, k, n_heads), temperature, recency, causal)
+        values = v.unflatten(-1, (n_heads, -1)).transpose(1, 2)
+        self.coincidences(q, _binary(k), k.shape[2], scores > -torch.inf)
+        self.values(
+            keep_best(scores, top_k) & (scores > -torch.inf), values, len(q) if v.shape[-1] > q.shape[-1] else 1
+        )
 
-    def coincidences(self, q: Tensor, binary_keys: bool, n_keys: int, seen: Tensor, top_k: int) -> None:
-        """Queries ``q [T, B, S, D]`` of which each sees so many of ``n_keys`` keys, ``[S]``."""
+    def earlier(self, name: str, module: Any, keys: Tensor, values: Tensor, window: int | None) -> None:
+        """The same of new positions with what a cache holds, ``keys [B, H, S_all, *]`` and ``values``, their own included."""
+        q = self._fired[f"{name}.lif_q" if name else "lif_q"].float()
+        steps, new, total = len(q), q.shape[2], keys.shape[2]
+        if total == new:  # nothing was held, and the op is seen
+            return
+        self._grown.add(name)
+        width = module.n_features // module.n_heads
+        if keys.dtype == torch.uint8:
+            keys = unpack_spikes(keys, steps, width).float()
+        if values.dtype == torch.uint8:
+            values = unpack_spikes(values, steps, width).float()
+        queries = q.unflatten(-1, (module.n_heads, -1)).permute(1, 3, 2, 0, 4).flatten(-2)
+        scores = resonance_scores(queries @ keys.mT, module.temperature, module.recency, causal=True)
+        position = torch.arange(total, device=q.device)
+        seen = scores > -torch.inf
+        if window is not None:
+            seen = seen & (position[total - new :, None] - position < window)
+        self.coincidences(q, _binary(keys), total, seen)
+        kept = keep_best(scores.masked_fill(~seen, -torch.inf), module.top_k) & seen
+        self.values(kept, values, steps if values.shape[-1] > width else 1)
+
+    def coincidences(self, q: Tensor, binary_keys: bool, n_keys: int, seen: Tensor) -> None:
+        """Queries ``q [T, B, S, D]`` which see some of ``n_keys`` keys, ``seen [B, H, S, n_keys]``."""
         steps, batch, _, width = q.shape
-        pairs, kept = (int(number.sum()) * batch for number in (seen, seen.clamp(max=top_k)))
+        n_heads = seen.shape[1]
+        pairs = int(seen.sum())
         entry = self.product("coincidences")
-        entry.dense += pairs * steps * width
+        entry.dense += pairs * steps * width // n_heads
         entry.steps = steps
         if binary_keys and _binary(q):
-            entry.acs += int((q.count_nonzero(dim=(0, 1, 3)).cpu() * seen).sum())
+            active = q.unflatten(-1, (n_heads, -1)).count_nonzero(dim=(0, 4)).transpose(1, 2)  # [B, H, S]
+            entry.acs += int((active * seen.sum(-1)).sum())
         else:
-            entry.macs += pairs * steps * width
+            entry.macs += pairs * steps * width // n_heads
         keys = steps * batch * n_keys * width
         entry.activation_bytes += _stored(q) + (ceil(keys / 8) if binary_keys else keys * q.element_size())
         entry.dense_activation_bytes += (q.numel() + keys) * q.element_size()
-        values = self.product("values")
-        values.steps = 1  # of means over time
-        values.dense += kept * width
-        values.macs += kept * width
-        values.activation_bytes += 4 * (kept + batch * len(seen)) * width
-        values.dense_activation_bytes += 4 * (kept + batch * len(seen)) * width
 
-    def earlier(self, name: str, module: Any, total: int, window: int | None) -> None:
-        """Resonance of new positions with what a cache holds: ``total`` keys, those of the new positions included."""
-        q = self._fired[f"{name}.lif_q" if name else "lif_q"]
-        new = q.shape[2]
-        if total == new:  # nothing was held, and the op was seen
-            return
-        seen = torch.arange(total - new + 1, total + 1)
-        self.coincidences(q, True, total, seen if window is None else seen.clamp(max=window), module.top_k)
+    def values(self, kept: Tensor, values: Tensor, steps: int) -> None:
+        """Mixing of ``values [B, H, n_keys, V/H]`` of those keys that are kept, ``[B, H, S, n_keys]``."""
+        width, pairs = values.shape[-1], int(kept.sum())
+        entry = self.product("values")
+        entry.steps = steps
+        entry.dense += pairs * width
+        read = pairs * width * values.element_size()
+        if _binary(values):
+            entry.acs += int((kept.sum(2) * values.count_nonzero(-1)).sum())
+            entry.activation_bytes += ceil(pairs * width / 8)
+        else:
+            entry.macs += pairs * width
+            entry.activation_bytes += read
+        written = kept[..., 0].numel() * width * values.element_size()
+        entry.activation_bytes += written
+        entry.dense_activation_bytes += read + written
 
     def neurons(self, name: str, module: nn.Module, spikes: Tensor) -> None:
         """Updates of a layer of neurons, and its cascade."""
-        self._fired[name] = spikes
         self._neuron_outputs += spikes.numel()
         if getattr(module, "step_mode", "s") == "m":
             self._steps[name] = spikes.shape[0]
@@ -472,19 +514,19 @@ class EnergyProfiler(TorchDispatchMode):
             )
             self._names.append((name, lead))
             remember = kwargs.get("remember")
-            if remember is None or type(module).__name__ != "CoFiringResonance":
+            if remember is None or not hasattr(module, "lif_q"):  # blocks hand it on to their resonance
                 return None
             return args, kwargs | {"remember": self._listen(name, module, remember, kwargs.get("window"))}
 
         return begin
 
-    def _listen(self, name: str, module: nn.Module, remember: Any, window: int | None) -> Any:
+    def _listen(self, name: str, module: Any, remember: Any, window: int | None) -> Any:
         """What a cache gives back says how many keys are looked at."""
 
         def listening(keys: Tensor, values: Tensor) -> Any:
             held = remember(keys, values)
             with _disable_current_modes():
-                self.earlier(name, module, held[0].shape[2], window)
+                self.earlier(name, module, held[0], held[1], window)
             return held
 
         return listening
@@ -494,9 +536,12 @@ class EnergyProfiler(TorchDispatchMode):
             if module is not watched:
                 return
             self._neurons_running -= is_neuron(module)
+            if name.rpartition(".")[2] == "lif_q" and output is not None:
+                self._fired[name] = output
             if is_neuron(module) and output is not None:
                 with _disable_current_modes():  # what is computed here is not the network's
                     self.neurons(name, module, output[0] if isinstance(output, tuple) else output)
+            self._grown.discard(name)
             self._names.pop()
 
         return end
@@ -537,7 +582,7 @@ _HANDLERS: dict[Any, Callable[[EnergyProfiler, Any, Any], None]] = {
     _aten.addmv: lambda mode, args, out: mode.matrix(args[1], args[2][:, None], out[:, None]),
     _aten.dot: lambda mode, args, out: mode.matrix(args[0][None], args[1][:, None], out[None, None]),
     _aten.convolution: lambda mode, args, out: mode.convolution(args[0], args[1], out, args[3:]),
-    _nord.resonance: lambda mode, args, out: mode.resonance(*args[:3], *args[6:8]),
+    _nord.resonance: lambda mode, args, out: mode.resonance(*args[:8]),
 }
 
 #: Work that is no product and that torch does not call pointwise: an output each.

@@ -16,6 +16,7 @@ from nord_snn.layers import (
     MembraneReadout,
     MultiScaleTemporalEncoder,
     NordBlock,
+    SpikeFedBlock,
     SpikingFeedForward,
 )
 from nord_snn.neurons import AssociativeLIFNode, NeuronFactory
@@ -280,6 +281,7 @@ def test_export_leaves_the_network_as_it_was(x_seq: Tensor) -> None:
 REFUSED = {
     "resonance": (lambda: CoFiringResonance(D, n_heads=2, neuron=lambda n: drawn(n, 5)), "top-K"),
     "block": (lambda: NordBlock(D, 2, 15, neuron=lambda n: drawn(n, 5)), "layer normalisation"),
+    "spike-fed block": (lambda: SpikeFedBlock(D, 2, 15, neuron=lambda n: drawn(n, 5)), "layer normalisation"),
     "encoder": (lambda: MultiScaleTemporalEncoder(D), "gates that change with the step"),
     "normalisation": (lambda: nn.LayerNorm(D), "layer normalisation"),
     "cascade alone": (lambda: AssociativeCascade(D, 5), "AssociativeLIFNode that owns it"),

@@ -152,6 +152,7 @@ def assert_close(results, expected, tolerance, largest_count=1):
     S=st.integers(1, 13),
     n_heads=st.integers(1, 3),
     width=st.sampled_from([1, 2, 3, 17, 32]),
+    of_v=st.sampled_from([None, 1, 5, 33]),
     top_k=st.integers(1, 14),
     temperature=st.sampled_from([0.5, -0.25, 0.0]),
     recency=st.sampled_from([None, 0.0, 0.25, 0.3]),
@@ -163,15 +164,16 @@ def assert_close(results, expected, tolerance, largest_count=1):
     seed=st.integers(0, 999),
 )
 def test_every_backend_gives_what_the_reference_gives(
-    T, B, S, n_heads, width, top_k, temperature, recency, causal, most, block, scores, dtype, seed
+    T, B, S, n_heads, width, of_v, top_k, temperature, recency, causal, most, block, scores, dtype, seed
 ):
     """Few distinct counts, and slopes of a quarter beside temperatures of a quarter or a half: ties are the rule.
 
+    Values are as wide as the spikes, or of another width.
     Spikes are 0 and 1, or whole numbers up to 3: then there are products to sum and no bits to count, with ties as well.
     """
     generator = torch.Generator().manual_seed(seed)
     q, k = (torch.randint(most + 1, (T, B, S, n_heads * width), generator=generator).to(dtype) for _ in range(2))
-    v, grad = (torch.randn(B, S, n_heads * width, generator=generator, dtype=dtype) for _ in range(2))
+    v, grad = (torch.randn(B, S, n_heads * (of_v or width), generator=generator, dtype=dtype) for _ in range(2))
     slopes = None if recency is None else recency * torch.arange(n_heads, dtype=dtype)
     inputs = (q, k, v, torch.tensor([temperature], dtype=dtype), slopes)
     before = [None if x is None else x.clone() for x in inputs]
@@ -402,7 +404,13 @@ def test_counts_are_exact_under_autocast():
     [
         (((2, 1, 3), (2, 1, 3), (1, 3)), {}, r"one shape \[T, B, S, D\]"),
         (((2, 1, 3, 4), (2, 1, 2, 4), (1, 3, 4)), {}, r"one shape \[T, B, S, D\]"),
-        (((2, 1, 3, 4), (2, 1, 3, 4), (1, 3, 5)), {}, r"v of shape \[B, S, D\] = \[1, 3, 4\]"),
+        (
+            ((2, 1, 3, 4), (2, 1, 3, 4), (1, 3, 5)),
+            {},
+            r"v of shape \[B, S, V\] = \[1, 3, a multiple of 2\], got \[1, 3, 5\]",
+        ),
+        (((2, 1, 3, 4), (2, 1, 3, 4), (3, 4)), {}, r"v of shape \[B, S, V\].*got \[3, 4\]"),
+        (((2, 1, 3, 4), (2, 1, 3, 4), (1, 2, 4)), {}, r"v of shape \[B, S, V\].*got \[1, 2, 4\]"),
         (((2, 1, 3, 4), (2, 1, 3, 4), (1, 3, 4)), {"n_heads": 3}, "D = 4 and H = 3"),
         (((0, 1, 3, 4), (0, 1, 3, 4), (1, 3, 4)), {}, "at least one time step"),
         (((2, 1, 3, 4), (2, 1, 3, 4), (1, 3, 4)), {"temperature": torch.ones(3)}, "temperature must have one element"),

@@ -20,6 +20,8 @@ from nord_snn.layers import (
     MembraneReadout,
     MultiScaleTemporalEncoder,
     NordBlock,
+    SpikeFedBlock,
+    SpikeFedResonance,
     SpikingFeedForward,
 )
 from nord_snn.neurons import AssociativeCascade, AssociativeLIFNode, fire_from_rest
@@ -39,6 +41,8 @@ _THROUGH = (nn.Identity, nn.Dropout, layer.Dropout, LeakyClamp)
 
 _REFUSED: dict[type[nn.Module], str] = {
     CoFiringResonance: "NIR has no product of two spike trains and no top-K, which resonance is made of",
+    SpikeFedResonance: "NIR has no product of two spike trains and no top-K, which resonance is made of",
+    SpikeFedBlock: "NIR has no product of two spike trains, no top-K and no layer normalisation, which the block is made of",
     NordBlock: "NIR has no product of two spike trains, no top-K and no layer normalisation, which the block is made of",
     MultiScaleTemporalEncoder: "NIR has no gates that change with the step: export what follows the encoder, and feed it "
     "the encoder's output",

@@ -53,8 +53,9 @@ def resonance(
     Args:
         q: query spikes ``[T, B, S, D]``, floating (with gradient) or bool.
         k: key spikes ``[T, B, S, D]``.
-        v: values ``[B, S, D]``, in the model the time-mean of a projection.
-        n_heads: H; D must be a multiple of it.
+        v: values ``[B, S, V]``, V any multiple of H: in the published model the time-mean of a projection, where each step has
+            values of its own, those of a head at all steps one after the other.
+        n_heads: H; D and V must be multiples of it.
         top_k: keys kept per query, at least 1.
         temperature: a float, or a tensor of one element.
         recency: slope per head ``[H]`` and position, or None.
@@ -63,11 +64,11 @@ def resonance(
             :mod:`nord_snn.ops.dispatch`.
 
     Returns:
-        ``[B, S, D]`` in the dtype of ``v``.
+        ``[B, S, V]`` in the dtype of ``v``.
 
     Raises:
         TypeError: an argument is no tensor, or ``v`` is not floating.
-        ValueError: a shape does not fit, H does not divide D, or ``top_k`` is not positive.
+        ValueError: a shape does not fit, H does not divide D or V, or ``top_k`` is not positive.
         RuntimeError: the backend asked for cannot run.
 
     Source: the Nord spiking language model's temporal co-firing resonance; recency after ALiBi (Press et al. 2022).
@@ -98,11 +99,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, n_heads: int, top_k: int, recency: T
         raise ValueError(
             f"resonance expects q and k of one shape [T, B, S, D], got {list(q.shape)} and {list(k.shape)}"
         )
-    if v.shape != q.shape[1:]:
-        raise ValueError(f"resonance expects v of shape [B, S, D] = {list(q.shape[1:])}, got {list(v.shape)}")
+    check_heads(q.shape[-1], n_heads)
+    if v.ndim != 3 or v.shape[:2] != q.shape[1:3] or v.shape[2] % n_heads:
+        raise ValueError(
+            f"resonance expects v of shape [B, S, V] = [{q.shape[1]}, {q.shape[2]}, a multiple of {n_heads}], got {list(v.shape)}"
+        )
     if q.shape[0] == 0:
         raise ValueError("resonance expects q and k [T, B, S, D] with at least one time step, got T = 0")
-    check_heads(q.shape[-1], n_heads)
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     if recency is not None and recency.shape != (n_heads,):

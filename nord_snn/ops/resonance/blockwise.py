@@ -34,7 +34,7 @@ def forward(
     causal: bool,
     remember: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``q, k [T, B, S, D]``, ``v [B, S, D]`` -> context ``[B, S, D]``, and for ``backward``: the oldest position kept at the
+    """``q, k [T, B, S, D]``, ``v [B, S, V]`` -> context ``[B, S, V]``, and for ``backward``: the oldest position kept at the
     worst score and that score, ``[B * H, S, 1]`` each, and the weights if they are to be remembered.
 
     ``temperature`` and ``recency`` come in the dtype of the sums, the others in any.

@@ -78,8 +78,9 @@ def resonance_cached(
 
     Args:
         q: query spikes ``[T, B, S, D]`` of the last S positions, zeros and ones.
-        keys: key spikes of all ``S_all >= S`` positions, ``[B, H, S_all, bytes]`` as :func:`pack_spikes` gives them.
-        values: ``[B, H, S_all, D/H]``.
+        keys: key spikes of all ``S_all >= S`` positions, ``[B, H, S_all, bytes]`` as :func:`pack_spikes` gives them; or, for a
+            network without spikes, numbers ``[B, H, S_all, T * D/H]``, on the backend ``"torch"`` alone.
+        values: ``[B, H, S_all, V/H]``, V any multiple of H.
         top_k: keys kept per query, at least 1.
         temperature: a float, or a tensor of one element.
         recency: slope per head ``[H]`` and position, or None.
@@ -90,7 +91,7 @@ def resonance_cached(
         trusted: do not look whether q holds only zeros and ones.
 
     Returns:
-        ``[B, S, D]`` in the dtype of ``values``; 0 where a query is padding.
+        ``[B, S, V]`` in the dtype of ``values``; 0 where a query is padding.
 
     Raises:
         ValueError: a shape or dtype does not fit, ``top_k`` or ``window`` is not positive, or q is not made of zeros and ones.
@@ -112,10 +113,11 @@ def resonance_cached(
         raise RuntimeError(
             "resonance_cached has no gradient: call it, or the model with its cache, under torch.no_grad()"
         )
-    if not trusted:
+    numbers = keys.is_floating_point()
+    if not trusted and not numbers:
         check_spikes(q)
     lengths = None if lengths is None else lengths.long()
-    name = choose(backend, values.device.type, values.dtype, values.shape[-1])
+    name = "torch" if numbers else choose(backend, values.device.type, values.dtype, values.shape[-1])
     n_all = keys.shape[2]
     with without_autocast(values):
         cached = _KERNELS[name].kernel().cached
@@ -137,23 +139,23 @@ def _check(
     lengths: Tensor | None,
     window: int | None,
 ) -> None:
-    if q.ndim != 4 or keys.ndim != 4 or keys.dtype != torch.uint8:
+    if q.ndim != 4 or keys.ndim != 4 or not (keys.dtype == torch.uint8 or keys.is_floating_point()):
         raise ValueError(
-            f"resonance_cached expects q [T, B, S, D] and uint8 keys [B, H, S_all, bytes], got {list(q.shape)} and "
+            f"resonance_cached expects q [T, B, S, D] and uint8 or floating keys [B, H, S_all, bytes], got {list(q.shape)} and "
             f"{list(keys.shape)} of {keys.dtype}"
         )
     (T, B, S, D), (_, H, n_all, n_bytes) = q.shape, keys.shape
     check_heads(D, H)
     width = D // H
-    expected = -(-T * (width + -width % _STEP) // _WORD) * _WORD // _BITS
+    expected = T * width if keys.is_floating_point() else -(-T * (width + -width % _STEP) // _WORD) * _WORD // _BITS
     if keys.shape[0] != B or n_bytes != expected or n_all < S:
         raise ValueError(
             f"keys must be [B, H, S_all, bytes] = [{B}, {H}, at least {S}, {expected}] for these queries, got "
             f"{list(keys.shape)}"
         )
-    if values.shape != (B, H, n_all, width) or not values.is_floating_point():
+    if values.ndim != 4 or values.shape[:3] != (B, H, n_all) or not values.is_floating_point():
         raise ValueError(
-            f"values must be floating [B, H, S_all, D/H] = {[B, H, n_all, width]}, got {list(values.shape)} of "
+            f"values must be floating [B, H, S_all, V/H] = [{B}, {H}, {n_all}, any], got {list(values.shape)} of "
             f"{values.dtype}"
         )
     for name, number in (("top_k", top_k), ("window", window)):
@@ -178,9 +180,11 @@ def cached(
     """The backend ``torch``: the bits unpacked, and then as in ``reference.py``; the arguments are the op's."""
     dtype = compute_dtype(values)
     n_steps, _, S, _ = q.shape
-    (H, n_all), width = keys.shape[1:3], values.shape[-1]
+    H, n_all = keys.shape[1:3]
+    width = q.shape[-1] // H
     queries = q.to(dtype).unflatten(-1, (H, width)).permute(1, 3, 2, 0, 4).flatten(-2)  # [B, H, S, T * D/H]
-    counts = queries @ unpack_spikes(keys, n_steps, width).to(dtype).mT
+    keys = keys if keys.is_floating_point() else unpack_spikes(keys, n_steps, width)
+    counts = queries @ keys.to(dtype).mT
     scores = resonance_scores(counts, temperature, None if recency is None else recency.to(dtype), causal=True)
     position = torch.arange(n_all, device=q.device)
     unseen = position[n_all - S :, None] - position >= window

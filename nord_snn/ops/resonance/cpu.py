@@ -219,8 +219,8 @@ def _forward_heads(
     weights, remember, context,
 ):  # fmt: skip
     """Heads ``first`` to ``last`` of all ``B * H``; with a row for every query in ``kept`` and ``weights``, they stay there."""
-    shape, (_, S, D) = q.shape, v.shape
-    width = D // n_heads
+    shape, (_, S, V) = q.shape, v.shape
+    width, of_v = shape[3] // n_heads, V // n_heads
     kept_, weights_, stride = pointer(kept), pointer(weights), kept.shape[1]
     q_, k_, v_, context_ = pointer(q), pointer(k), pointer(v), pointer(context)
     q_bits, k_bits, counts_, scores_ = pointer(bits[0]), pointer(bits[1]), pointer(counts), pointer(scores)
@@ -228,14 +228,14 @@ def _forward_heads(
         b, h = head // n_heads, head % n_heads
         binary = _pack(q_, shape, b, h, width, q_bits, 1, words)
         binary &= _pack(k_, shape, b, h, width, k_bits, S, 1)
-        at, slope = b * S * D + h * width, recency[h] if len(recency) else temperature * 0
+        at, slope = b * S * V + h * of_v, recency[h] if len(recency) else temperature * 0
         for i in range(S):
             row = (head * S + i) * stride if remember else 0
             n = _list_keys(
                 i, binary, q_, k_, shape, b, h, width, q_bits, k_bits, words, temperature, slope, top_k, causal, most,
                 counts_, scores_, beyond(kept_, row), beyond(weights_, row),
             )  # fmt: skip
-            _mix(v_, at, D, width, beyond(kept_, row), beyond(weights_, row), n, context_, at + i * D)
+            _mix(v_, at, V, of_v, beyond(kept_, row), beyond(weights_, row), n, context_, at + i * V)
 
 
 @njit(**_COMPILE)
@@ -341,8 +341,8 @@ def _backward_heads(
     grad_temperature, grad_recency,
 ):  # fmt: skip
     """Heads ``first`` to ``last``; lists that were not kept, too few rows for that, are made again block by block."""
-    shape, (B, S, D) = q.shape, v.shape
-    T, width = shape[0], D // n_heads
+    (T, B, S, D), V, shape = q.shape, v.shape[2], q.shape
+    width, of_v = D // n_heads, V // n_heads
     q_, k_, v_, grad_ = pointer(q), pointer(k), pointer(v), pointer(grad)
     grad_q_, grad_k_, grad_v_, grad_scores_ = pointer(grad_q), pointer(grad_k), pointer(grad_v), pointer(grad_scores)
     q_bits, k_bits, counts_, scores_ = pointer(bits[0]), pointer(bits[1]), pointer(counts), pointer(scores)
@@ -356,7 +356,7 @@ def _backward_heads(
     )
     for head in range(first, last):
         b, h = head // n_heads, head % n_heads
-        at = b * S * D + h * width
+        at, at_v = b * S * D + h * width, b * S * V + h * of_v
         slope = recency[h] if len(recency) else temperature * 0
         binary = True
         if not remembered:
@@ -373,7 +373,7 @@ def _backward_heads(
                         most, counts_, scores_, beyond(kept_, row), beyond(weights_, row),
                     )  # fmt: skip
                 grad_recency[head] -= _back_to_scores(
-                    grad_, v_, grad_v_, at, D, width, i, beyond(kept_, row), beyond(weights_, row), n,
+                    grad_, v_, grad_v_, at_v, V, of_v, i, beyond(kept_, row), beyond(weights_, row), n,
                     beyond(grad_scores_, (i - start) * stride),
                 )  # fmt: skip
             for i in range(start, stop, 4):
@@ -401,7 +401,7 @@ def _backward_heads(
 
 @njit(**_COMPILE)
 def _cached_heads(
-    first, last, q, shape, keys, n_all, values, temperature, recency, has_recency, starts, window, n_heads, top_k, most,
+    first, last, q, shape, keys, n_all, values, of_v, temperature, recency, has_recency, starts, window, n_heads, top_k, most,
     words, bits, counts, scores, kept, weights, context,
 ):  # fmt: skip
     """Heads ``first`` to ``last`` for the last S positions of ``n_all``; of a sequence nothing before its start is seen."""
@@ -412,7 +412,7 @@ def _cached_heads(
         _pack(q, shape, b, h, width, bits, 1, words)
         slope = recency[h] if has_recency else temperature * 0
         for row in range(S):
-            i, to = n_all - S + row, (b * S + row) * D + h * width
+            i, to = n_all - S + row, ((b * S + row) * n_heads + h) * of_v
             oldest = max(starts[b], i - window + 1)
             seen = i + 1 - oldest
             for j in range(seen):
@@ -424,15 +424,15 @@ def _cached_heads(
                 _penalise(scores, i - oldest, seen, temperature, slope)
                 n = _select(scores, seen, top_k, most, counts, kept)
                 _weigh(scores, kept, n, weights)
-                _mix(values, (head * n_all + oldest) * width, width, width, kept, weights, n, context, to)
+                _mix(values, (head * n_all + oldest) * of_v, of_v, of_v, kept, weights, n, context, to)
             else:
-                for c in range(width):
+                for c in range(of_v):
                     context[to + c] = 0
 
 
 @njit(parallel=True, **_COMPILE)
 def _cached(
-    like, chunks, q, T, B, S, D, keys, n_all, values, temperature, recency, starts, window, n_heads, top_k, most, words,
+    like, chunks, q, T, B, S, D, keys, n_all, values, of_v, temperature, recency, starts, window, n_heads, top_k, most, words,
     bits, counts, scores, kept, weights, context,
 ):  # fmt: skip
     """Tensors are addresses; ``recency`` is 0 where there is none."""
@@ -440,7 +440,7 @@ def _cached(
     for c in prange(chunks):
         _cached_heads(
             c * heads // chunks, (c + 1) * heads // chunks, at_address(q, like), (T, B, S, D), at_address(keys, long),
-            n_all, at_address(values, like), temperature, at_address(recency, like), recency != 0,
+            n_all, at_address(values, like), of_v, temperature, at_address(recency, like), recency != 0,
             at_address(starts, long), window, n_heads, top_k, most, words, beyond(at_address(bits, long), c * S * words),
             beyond(at_address(counts, long), c * n_all), beyond(at_address(scores, like), c * (n_all + WIDTH)),
             beyond(at_address(kept, short), c * (top_k + 1)), beyond(at_address(weights, like), c * (top_k + 1)),
@@ -531,7 +531,7 @@ def forward(
     causal: bool,
     remember: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Context ``[B, S, D]``, and for ``backward`` the kept keys and their weights; the arguments are the op's."""
+    """Context in the shape of ``v``, and for ``backward`` the kept keys and their weights; the arguments are the op's."""
     dtype = compute_dtype(v)
     like = torch.empty(0, dtype=dtype)
     context = torch.empty(v.shape, dtype=dtype)
@@ -637,7 +637,8 @@ def cached(
     T, B, S, D = q.shape
     H, n_all, n_bytes = keys.shape[1:]
     words, top_k = n_bytes // 8, min(top_k, n_all)
-    context = torch.empty(B, S, D, dtype=dtype)
+    of_v = values.shape[3]
+    context = torch.empty(B, S, H * of_v, dtype=dtype)
     starts = torch.zeros(B, dtype=torch.int64) if lengths is None else (n_all - lengths).clamp(min=0)
     q, keys, values, starts = (
         ready(q, dtype),
@@ -666,6 +667,7 @@ def cached(
             address(keys),
             n_all,
             address(values),
+            of_v,
             number(float(temperature)),
             address(slopes),
             address(starts),

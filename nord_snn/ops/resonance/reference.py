@@ -57,10 +57,10 @@ def reference(
     recency: Tensor | None,
     causal: bool,
 ) -> Tensor:
-    """``q, k [T, B, S, D]``, ``v [B, S, D]`` -> ``[B, S, D]``; see :func:`nord_snn.ops.resonance`."""
+    """``q, k [T, B, S, D]``, ``v [B, S, V]`` -> ``[B, S, V]``; see :func:`nord_snn.ops.resonance`."""
     scores = resonance_scores(coincidences(q, k, n_heads), temperature, recency, causal)
     with torch.no_grad():
         kept = keep_best(scores, top_k)
     weights = scores.masked_fill(~kept, -torch.inf).softmax(-1)
-    values = v.unflatten(-1, (n_heads, -1)).transpose(1, 2)  # [B, H, S, D/H]
+    values = v.unflatten(-1, (n_heads, -1)).transpose(1, 2)  # [B, H, S, V/H]
     return (weights @ values).transpose(1, 2).flatten(-2)

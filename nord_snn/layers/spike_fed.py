@@ -1,0 +1,218 @@
+"""SpikeFedBlock: every product of the block sees spikes, and the stream of currents between blocks is never cut."""
+
+import torch
+from torch import Tensor, nn
+
+from nord_snn.layers.resonance import Binding, Remember
+from nord_snn.neurons import NeuronFactory, fire_from_rest, make_neuron
+from nord_snn.ops import pack_spikes
+from nord_snn.ops.checks import check_features
+from nord_snn.ops.resonance import check_heads, unpack_spikes
+
+__all__ = ["SpikeFedBlock", "SpikeFedResonance"]
+
+
+class SpikeFedResonance(Binding):
+    """Resonance whose every product sees spikes: those that come in, and those of the context that it binds.
+
+    For spikes s::
+
+        q, k = lif_q(W_q s), lif_k(W_k s);  v[t] = W_v s[t], or lif_v(W_v s)[t]
+        c[t] = softmax over the kept keys of (temperature * coincidences - recency * distance) @ v[t]
+        out  = W_o lif_o(gain * c)
+
+    Weights are the same at all steps, so scores and softmax are computed once; values are of each step, where
+    :class:`CoFiringResonance` has their mean. With values that spike, mixing positions is additions, too.
+
+    Args:
+        n_features: D.
+        n_heads: H; D must be a multiple of it.
+        top_k: keys kept per query.
+        recency: see :class:`CoFiringResonance`.
+        spiking_values: whether values are spikes.
+        context_gain: strength of the context as a current.
+        causal: whether a position sees only itself and earlier ones.
+        neuron: factory of all neurons, see :mod:`nord_snn.neurons.factory`; None for ``AssociativeLIFNode`` with its 64
+            clusters.
+        backend: of the resonance itself, see :func:`nord_snn.ops.resonance`.
+
+    Shapes: spikes ``[T, B, S, D]`` -> currents ``[T, B, S, D]``; every call starts from rest.
+
+    Raises:
+        ValueError: H does not divide D, the input has another rank or width, or 64 does not divide a width and no ``neuron``
+            is given.
+
+    Source: the resonance of the Nord spiking language model; that all products see spikes is this library's.
+
+    Example:
+        >>> layer = SpikeFedResonance(64, n_heads=4)
+        >>> spikes = (torch.rand(10, 2, 7, 64) < 0.1).float()
+        >>> layer(spikes).shape
+        torch.Size([10, 2, 7, 64])
+    """
+
+    def __init__(
+        self,
+        n_features: int,
+        n_heads: int,
+        top_k: int = 64,
+        recency: bool = False,
+        spiking_values: bool = False,
+        context_gain: float = 4.0,
+        causal: bool = True,
+        neuron: NeuronFactory | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_heads(n_features, n_heads)
+        self.n_features, self.n_heads, self.top_k, self.causal = n_features, n_heads, top_k, causal
+        self.context_gain, self.backend = context_gain, backend
+        self.q_proj = nn.Linear(n_features, n_features, bias=False)
+        self.k_proj = nn.Linear(n_features, n_features, bias=False)
+        self.v_proj = nn.Linear(n_features, n_features, bias=False)
+        self.o_proj = nn.Linear(n_features, n_features, bias=False)
+        self.lif_q = make_neuron(neuron, n_features)
+        self.lif_k = make_neuron(neuron, n_features)
+        self.lif_v = make_neuron(neuron, n_features) if spiking_values else None
+        self.lif_o = make_neuron(neuron, n_features)
+        self.temperature = nn.Parameter(torch.empty(1))
+        self.recency_log = nn.Parameter(torch.empty(n_heads)) if recency else None
+        self.reset_parameters()
+
+    def forward(
+        self,
+        spikes: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        remember: Remember | None = None,
+        window: int | None = None,
+    ) -> Tensor:
+        """Currents for ``spikes [T, B, S, D]``; the other arguments are those of :class:`CoFiringResonance`.
+
+        What ``remember`` keeps of a position are its key spikes as bits, and its values of all steps,
+        ``[B, H, S, T * D/H]``; values that spike are bits as well.
+        """
+        check_features(spikes, self.n_features, type(self).__name__, "[T, B, S, D]")
+        q, k = fire_from_rest(self.lif_q, self.q_proj(spikes)), fire_from_rest(self.lif_k, self.k_proj(spikes))
+        v = self.v_proj(spikes)
+        if self.lif_v is not None:
+            v = fire_from_rest(self.lif_v, v)
+            remember = None if remember is None else self._in_bits(remember, v)
+        context = self.bind(q, k, self._side_by_side(v), lengths, remember, window)
+        current = self.context_gain * self._one_after_the_other(context, len(spikes))
+        return self.o_proj(fire_from_rest(self.lif_o, current))
+
+    def _in_bits(self, remember: Remember, v: Tensor) -> Remember:
+        """The same memory for values that are spikes ``[T, B, S, D]``: it gets and gives bits."""
+        bits = pack_spikes(v, self.n_heads)
+
+        def through(keys: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+            keys, values = remember(keys, bits)
+            return keys, unpack_spikes(values, len(v), self.n_features // self.n_heads).to(v.dtype)
+
+        return through
+
+    def _side_by_side(self, v: Tensor) -> Tensor:
+        """``[T, B, S, D]`` -> ``[B, S, H * T * D/H]``: the steps of a head beside each other, for one mixing of all."""
+        return v.unflatten(-1, (self.n_heads, -1)).permute(1, 2, 3, 0, 4).flatten(2)
+
+    def _one_after_the_other(self, wide: Tensor, steps: int) -> Tensor:
+        """The way back."""
+        return wide.unflatten(-1, (self.n_heads, steps, -1)).permute(3, 0, 1, 2, 4).flatten(3)
+
+    def extra_repr(self) -> str:
+        """What the submodules do not show."""
+        return f"{super().extra_repr()}, context_gain={self.context_gain}"
+
+
+class SpikeFedBlock(nn.Module):
+    """One block in which a layer of neurons stands before every linear map.
+
+    ::
+
+        x = x + g1 * resonance(lif1(norm1(x)))
+        x = x + g2 * down(lif_h(up(lif2(norm2(x)))))
+
+    The stream x holds currents, real numbers at each step, and is never clamped; g1 and g2 are learnable per channel.
+
+    Args:
+        n_features: D.
+        n_heads: heads of the resonance.
+        hidden_features: hidden width of the feed-forward.
+        top_k: keys kept per query.
+        recency: see :class:`CoFiringResonance`.
+        spiking_values: see :class:`SpikeFedResonance`.
+        residual_scale: initial g1 and g2.
+        resonance: False leaves the resonance, its norm and its neurons out, so that positions never meet: the control.
+        norm_eps: of both layer norms.
+        neuron: factory of all neurons, see :mod:`nord_snn.neurons.factory`; None for
+            ``AssociativeLIFNode`` with its 64 clusters.
+
+    Shapes: ``[T, B, S, D]`` -> ``[T, B, S, D]``; every call starts from rest.
+
+    Raises:
+        ValueError: H does not divide D, the input has another rank or width, or 64 does not divide a width and no ``neuron``
+            is given.
+
+    Source: this library, from the parts of the Nord block; currents on the residual stream and spikes before every product
+    as in spike-driven transformers (Yao et al. 2023).
+
+    Example:
+        >>> block = SpikeFedBlock(64, n_heads=4, hidden_features=128)
+        >>> block(torch.randn(10, 2, 7, 64)).shape                    # 10 steps, 2 sequences of 7 positions
+        torch.Size([10, 2, 7, 64])
+    """
+
+    def __init__(
+        self,
+        n_features: int,
+        n_heads: int,
+        hidden_features: int,
+        top_k: int = 64,
+        recency: bool = False,
+        spiking_values: bool = False,
+        residual_scale: float = 0.5,
+        resonance: bool = True,
+        norm_eps: float = 1e-5,
+        neuron: NeuronFactory | None = None,
+    ) -> None:
+        super().__init__()
+        self.n_features, self.residual_scale = n_features, residual_scale
+        if resonance:
+            self.norm1 = nn.LayerNorm(n_features, eps=norm_eps)
+            self.lif1 = make_neuron(neuron, n_features)
+            self.resonance: SpikeFedResonance | None = SpikeFedResonance(
+                n_features, n_heads, top_k, recency, spiking_values, neuron=neuron
+            )
+            self.resonance_gain = nn.Parameter(torch.empty(n_features))
+        else:
+            self.resonance = None
+        self.norm2 = nn.LayerNorm(n_features, eps=norm_eps)
+        self.lif2 = make_neuron(neuron, n_features)
+        self.up = nn.Linear(n_features, hidden_features, bias=False)
+        self.lif_h = make_neuron(neuron, hidden_features)
+        self.down = nn.Linear(hidden_features, n_features, bias=False)
+        self.ffn_gain = nn.Parameter(torch.empty(n_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Put the two gains back to their initial value; the parts have their own."""
+        if self.resonance is not None:
+            nn.init.constant_(self.resonance_gain, self.residual_scale)
+        nn.init.constant_(self.ffn_gain, self.residual_scale)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        remember: Remember | None = None,
+        window: int | None = None,
+    ) -> Tensor:
+        """Run ``x [T, B, S, D]`` through the block; the other arguments are those of :class:`CoFiringResonance`."""
+        check_features(x, self.n_features, type(self).__name__, "[T, B, S, D]")
+        if self.resonance is not None:
+            spikes = fire_from_rest(self.lif1, self.norm1(x))
+            x = x + self.resonance_gain * self.resonance(spikes, lengths=lengths, remember=remember, window=window)
+        hidden = self.up(fire_from_rest(self.lif2, self.norm2(x)))
+        return x + self.ffn_gain * self.down(fire_from_rest(self.lif_h, hidden))

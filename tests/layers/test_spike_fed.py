@@ -1,0 +1,138 @@
+"""SpikeFedBlock: every linear map sees spikes, positions mix as in the equation, and a sequence may grow."""
+
+import pytest
+import torch
+from spikingjelly.activation_based.neuron import LIFNode
+from torch import nn
+
+from nord_snn.layers import NordBlock, SpikeFedBlock, SpikeFedResonance
+from nord_snn.monitor import EnergyProfiler, SpikeMonitor, profile_energy
+from nord_snn.neurons import AssociativeLIFNode, SmoothActivation, fire_from_rest
+from nord_snn.ops.resonance.reference import reference
+
+
+def node(n):
+    return AssociativeLIFNode(n, n_clusters=4)
+
+
+def lively(layer):
+    """With thresholds so low that every layer of neurons fires."""
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if name.endswith("v_threshold"):
+                parameter.fill_(0.02)
+    return layer
+
+
+def block(**more):
+    torch.manual_seed(0)
+    return lively(SpikeFedBlock(16, 2, 32, neuron=node, **{"recency": True} | more))
+
+
+@pytest.mark.parametrize("spiking_values", [False, True])
+def test_every_linear_map_sees_spikes_and_nothing_else(spiking_values):
+    layer, x = block(spiking_values=spiking_values), 4 * torch.randn(9, 2, 6, 16)
+    profile = profile_energy(layer, x)
+    fed = {product.name: product for product in profile.products if product.kind == "linear"}
+    assert set(fed) == {"up", "down", *(f"resonance.{name}_proj" for name in "qkvo")}
+    for product in profile.products:
+        if product.kind != "values" or spiking_values:  # then the mixing of positions is additions, too
+            assert product.macs == 0, product
+            assert 0 < product.acs < product.dense, product
+    with SpikeMonitor(layer) as monitor:
+        layer(x)
+    assert min(monitor.rates().values()) > 0
+    published = profile_energy(NordBlock(16, 2, 32, neuron=node), x)
+    assert sum(product.macs > 0 for product in published.products if product.kind == "linear") == 5  # all but ffn.down
+
+
+def test_the_resonance_is_the_equation_step_by_step():
+    torch.manual_seed(0)
+    layer = lively(SpikeFedResonance(16, 2, top_k=3, recency=True, neuron=node))
+    spikes = (torch.rand(7, 2, 6, 16) < 0.3).float()
+    q, k = fire_from_rest(layer.lif_q, layer.q_proj(spikes)), fire_from_rest(layer.lif_k, layer.k_proj(spikes))
+    v = layer.v_proj(spikes)
+    context = torch.stack([reference(q, k, v[t], 2, 3, layer.temperature, layer.recency, True) for t in range(7)])
+    expected = layer.o_proj(fire_from_rest(layer.lif_o, 4 * context))
+    assert torch.allclose(layer(spikes), expected, atol=1e-6)
+
+
+def test_the_block_is_the_equation():
+    layer, x = block(), 4 * torch.randn(9, 2, 6, 16)
+    y = x + layer.resonance_gain * layer.resonance(fire_from_rest(layer.lif1, layer.norm1(x)))
+    hidden = fire_from_rest(layer.lif_h, layer.up(fire_from_rest(layer.lif2, layer.norm2(y))))
+    assert torch.equal(layer(x), y + layer.ffn_gain * layer.down(hidden))
+    assert torch.equal(layer.resonance_gain, torch.full((16,), 0.5))
+
+
+def test_gradients_reach_every_parameter_through_the_spikes():
+    layer = block(spiking_values=True)
+    layer(4 * torch.randn(9, 2, 6, 16)).square().sum().backward()
+    silent = [name for name, p in layer.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert silent == []
+
+
+def test_the_control_has_positions_that_never_meet():
+    layer, x = block(resonance=False), torch.randn(9, 2, 6, 16)
+    assert torch.equal(layer(x)[:, :, 3:4], layer(x[:, :, 3:4]))
+    assert not any("resonance" in name or "norm1" in name or "lif1" in name for name, _ in layer.named_parameters())
+
+
+class Memory:
+    """Keys and values of a sequence that grows."""
+
+    def __init__(self):
+        self.keys = self.values = None
+
+    def __call__(self, keys, values):
+        self.keys = keys if self.keys is None else torch.cat((self.keys, keys), 2)
+        self.values = values if self.values is None else torch.cat((self.values, values), 2)
+        return self.keys, self.values
+
+
+@pytest.mark.parametrize("kind", ["currents", "spikes", "dense"])
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_a_sequence_that_grows_is_bound_and_counted_as_if_it_were_whole(kind, backend):
+    if backend == "numba":
+        pytest.importorskip("numba")
+    torch.manual_seed(0)
+    neuron, T = (SmoothActivation, 1) if kind == "dense" else (node, 9)
+    layer = lively(SpikeFedBlock(16, 2, 32, top_k=4, recency=True, spiking_values=kind == "spikes", neuron=neuron))
+    layer.resonance.backend = backend
+    x, memory = 4 * torch.randn(T, 2, 7, 16), Memory()
+    whole = layer(x)
+    with torch.no_grad():
+        parts = [layer(x[:, :, i : i + 2], remember=memory, window=100) for i in range(0, 7, 2)]
+    assert torch.allclose(torch.cat(parts, 2), whole, atol=1e-5)
+    if kind == "spikes":
+        assert memory.values.dtype == torch.uint8
+    if kind == "dense":
+        return
+    profile = profile_energy(layer, x)
+    memory = Memory()
+    with EnergyProfiler(layer) as profiler, torch.no_grad():
+        for i in range(7):
+            layer(x[:, :, i : i + 1], remember=memory, window=100)
+    for figure in ("dense", "macs", "acs"):
+        assert getattr(profiler.profile, figure) == getattr(profile, figure), figure
+
+
+def test_dense_twin_has_the_same_shapes_and_all_but_the_neurons_parameters():
+    spiking, dense = block(spiking_values=True), SpikeFedBlock(16, 2, 32, recency=True, neuron=SmoothActivation)
+    kept = {name: p.shape for name, p in spiking.named_parameters() if "lif" not in name}
+    assert kept == {name: p.shape for name, p in dense.named_parameters()}
+    assert dense(torch.randn(1, 2, 6, 16)).shape == (1, 2, 6, 16)
+
+
+def test_others_neurons_fit():
+    layer = SpikeFedBlock(16, 2, 32, neuron=lambda n: LIFNode(v_threshold=0.1))
+    assert layer(4 * torch.randn(5, 2, 3, 16)).shape == (5, 2, 3, 16)
+    assert isinstance(layer.lif1, LIFNode)
+    assert isinstance(layer.up, nn.Linear)
+
+
+def test_padding_is_seen_by_nobody():
+    layer, x = block(spiking_values=True), 4 * torch.randn(9, 2, 6, 16)
+    padded = torch.cat((torch.randn(9, 2, 3, 16), x), 2)
+    lengths = torch.tensor([6, 6])
+    assert torch.allclose(layer(padded, lengths=lengths)[:, :, 3:], layer(x), atol=1e-6)
