@@ -22,6 +22,7 @@ class SmoothActivation(nn.Module):
     Source: GELU after Hendrycks and Gimpel 2016.
 
     Example:
+        >>> import torch
         >>> from nord_snn.layers import SpikingFeedForward
         >>> dense = SpikingFeedForward(64, 128, neuron=SmoothActivation)
         >>> dense(torch.randn(1, 4, 64)).unique().numel() > 2
