@@ -242,7 +242,7 @@ def look_at(model: PreTrainedModel, text: Text, seed: int) -> dict[str, Any]:
     written = write(model, text.prompts, text.tokenizer.eos_token_id, seed)
     window = text.corpus.validation[:1].to(model.device)
     rates = _rates(model, text)
-    if hasattr(model, "set_attn_implementation") and isinstance(model, GPT2LMHeadModel):
+    if isinstance(model, GPT2LMHeadModel):
         model.set_attn_implementation("eager")  # products that can be counted
     profile = generated_token(model, window)
     return {

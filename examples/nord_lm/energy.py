@@ -44,14 +44,10 @@ def sentence(profile: EnergyProfile) -> str:
         profile.joules_under(name) / profile.twin_joules_under(name)
         for name in ("45nm-fp32", "45nm-fp32-sram", "45nm-fp32-dram")
     )
-    fed, repeated, once = (
-        sum(product.dense for product in profile.products if kind(product)) / profile.dense
-        for kind in (
-            lambda product: not product.macs,
-            lambda product: product.macs and product.steps == profile.time_steps > 1,
-            lambda product: product.macs and not product.steps == profile.time_steps > 1,
-        )
-    )
+    by_numbers = [product for product in profile.products if product.macs]
+    repeated = sum(product.dense for product in by_numbers if product.steps == profile.time_steps > 1) / profile.dense
+    fed = 1 - sum(product.dense for product in by_numbers) / profile.dense
+    once = 1 - fed - repeated
     additions = profile.acs * CONVENTIONS["45nm-fp32"].ac
     silent = (profile.joules - additions) / profile.twin_joules
     quantised = profile.joules_under("45nm-int8") / profile.quantised_twin_joules

@@ -168,7 +168,7 @@ def evaluate(options: argparse.Namespace, visible: bool = False) -> dict[str, An
         raise ModelError(f"--stride must be at most the context of {context}, got {stride}")
     wanted = options.ood is not None or options.report is not None
     others = open_others(options.ood or MADE) if wanted else {}
-    length = passage_length(model, options.passage)
+    length = passage_length(model, options.passage) if wanted else None
     if options.text or run is None:
         documents = read_documents(options.text)
     else:

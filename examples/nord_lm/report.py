@@ -131,10 +131,10 @@ def _measure(
     """What goes into JSON, the pictures, and the tokens of the heat map."""
     model, tokenizer = subject.model, subject.tokenizer
     ids = _blocks(subject)
-    activity = _activity(model, ids)
+    activity, at_tokens = _run(model, ids)
     profile = generated_token(model, ids[:1])
     kinds = kinds_of(ids, tokenizer)
-    by_kind = rates_by_kind(_token_rates(model, ids), kinds)
+    by_kind = rates_by_kind(at_tokens, kinds)
     counts = {kind: int((kinds == place).sum()) for place, kind in enumerate(KINDS) if (kinds == place).any()}
     content: dict[str, Any] = {
         "about": _about(subject),
@@ -179,23 +179,15 @@ def _blocks(subject: Subject) -> Tensor:
 
 
 @torch.no_grad()
-def _activity(model: NordForCausalLM, ids: Tensor) -> dict[str, LayerActivity]:
-    with SpikeMonitor(model) as monitor:
-        for batch in ids.split(8):
-            model(input_ids=batch, use_cache=False, logits_to_keep=1)
-    return monitor.activity()
-
-
-@torch.no_grad()
-def _token_rates(model: NordForCausalLM, ids: Tensor) -> dict[str, Tensor]:
-    """Firing rates of each layer at each token, ``[n, S]``."""
+def _run(model: NordForCausalLM, ids: Tensor) -> tuple[dict[str, LayerActivity], dict[str, Tensor]]:
+    """What each layer did, and its firing rates at each token, ``[n, S]``."""
     found: dict[str, list[Tensor]] = {}
-    with RowRates(model) as rows:
+    with SpikeMonitor(model) as monitor, RowRates(model) as rows:
         for batch in ids.split(8):
             model(input_ids=batch, use_cache=False, logits_to_keep=1)  # large vocabularies have large logits
             for name, rate in rows.take().items():
                 found.setdefault(name, []).append(rate.cpu())
-    return {name: torch.cat(rates) for name, rates in found.items()}
+    return monitor.activity(), {name: torch.cat(rates) for name, rates in found.items()}
 
 
 @torch.no_grad()

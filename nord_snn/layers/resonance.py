@@ -18,24 +18,37 @@ Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Binding(nn.Module):
-    """What the resonance layers share: from spikes of queries and keys, and values, to a context.
+    """What the resonance layers share: four projections, neurons for queries and keys, and the way from these to a context.
 
-    Layers of this kind have ``n_features``, ``n_heads``, ``top_k``, ``causal``, ``backend``, the neurons ``lif_q`` and ``lif_k``,
-    ``temperature`` and ``recency_log``.
+    The arguments are those of :class:`CoFiringResonance`.
     """
-
-    n_features: int
-    n_heads: int
-    top_k: int
-    causal: bool
-    backend: str
-    lif_q: nn.Module
-    lif_k: nn.Module
-    temperature: nn.Parameter
-    recency_log: nn.Parameter | None
 
     #: SpikingJelly 0.0.0.0.14's ``functional.set_backend`` asks for it, and leaves alone what does not have the backend.
     supported_backends = ("auto", "torch", "numba")
+
+    def __init__(
+        self,
+        n_features: int,
+        n_heads: int,
+        top_k: int,
+        recency: bool,
+        causal: bool,
+        neuron: NeuronFactory | None,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        check_heads(n_features, n_heads)
+        self.n_features, self.n_heads, self.top_k, self.causal = n_features, n_heads, top_k, causal
+        self.backend = backend
+        self.q_proj = nn.Linear(n_features, n_features, bias=False)
+        self.k_proj = nn.Linear(n_features, n_features, bias=False)
+        self.v_proj = nn.Linear(n_features, n_features, bias=False)
+        self.o_proj = nn.Linear(n_features, n_features, bias=False)
+        self.lif_q = make_neuron(neuron, n_features)
+        self.lif_k = make_neuron(neuron, n_features)
+        self.temperature = nn.Parameter(torch.empty(1))
+        self.recency_log = nn.Parameter(torch.empty(n_heads)) if recency else None
+        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -175,19 +188,7 @@ class CoFiringResonance(Binding):
         neuron: NeuronFactory | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
-        check_heads(n_features, n_heads)
-        self.n_features, self.n_heads, self.top_k, self.causal = n_features, n_heads, top_k, causal
-        self.backend = backend
-        self.q_proj = nn.Linear(n_features, n_features, bias=False)
-        self.k_proj = nn.Linear(n_features, n_features, bias=False)
-        self.v_proj = nn.Linear(n_features, n_features, bias=False)
-        self.o_proj = nn.Linear(n_features, n_features, bias=False)
-        self.lif_q = make_neuron(neuron, n_features)
-        self.lif_k = make_neuron(neuron, n_features)
-        self.temperature = nn.Parameter(torch.empty(1))
-        self.recency_log = nn.Parameter(torch.empty(n_heads)) if recency else None
-        self.reset_parameters()
+        super().__init__(n_features, n_heads, top_k, recency, causal, neuron, backend)
 
     def forward(
         self,

@@ -7,7 +7,7 @@ from nord_snn.layers.resonance import Binding, Remember
 from nord_snn.neurons import NeuronFactory, fire_from_rest, make_neuron
 from nord_snn.ops import pack_spikes
 from nord_snn.ops.checks import check_features
-from nord_snn.ops.resonance import check_heads, unpack_spikes
+from nord_snn.ops.resonance import unpack_spikes
 
 __all__ = ["SpikeFedBlock", "SpikeFedResonance"]
 
@@ -63,21 +63,10 @@ class SpikeFedResonance(Binding):
         neuron: NeuronFactory | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
-        check_heads(n_features, n_heads)
-        self.n_features, self.n_heads, self.top_k, self.causal = n_features, n_heads, top_k, causal
-        self.context_gain, self.backend = context_gain, backend
-        self.q_proj = nn.Linear(n_features, n_features, bias=False)
-        self.k_proj = nn.Linear(n_features, n_features, bias=False)
-        self.v_proj = nn.Linear(n_features, n_features, bias=False)
-        self.o_proj = nn.Linear(n_features, n_features, bias=False)
-        self.lif_q = make_neuron(neuron, n_features)
-        self.lif_k = make_neuron(neuron, n_features)
+        super().__init__(n_features, n_heads, top_k, recency, causal, neuron, backend)
+        self.context_gain = context_gain
         self.lif_v = make_neuron(neuron, n_features) if spiking_values else None
         self.lif_o = make_neuron(neuron, n_features)
-        self.temperature = nn.Parameter(torch.empty(1))
-        self.recency_log = nn.Parameter(torch.empty(n_heads)) if recency else None
-        self.reset_parameters()
 
     def forward(
         self,

@@ -1,7 +1,7 @@
 """What a network computes, product by product, and what that would cost under published conventions."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from math import ceil, log2
 from types import TracebackType
 from typing import Any, Self
@@ -91,19 +91,7 @@ class ProductCost:
 
 
 #: A product that was not computed.
-_NOTHING: dict[str, Any] = dict.fromkeys(
-    (
-        "dense",
-        "macs",
-        "acs",
-        "weight_bytes",
-        "activation_bytes",
-        "dense_weight_bytes",
-        "dense_activation_bytes",
-        "calls",
-    ),
-    0,
-)
+_NOTHING: dict[str, Any] = {count.name: 0 for count in fields(ProductCost) if count.default == 0}
 
 
 @dataclass
@@ -240,7 +228,7 @@ def profile_energy(net: nn.Module, *inputs: Any, **more: Any) -> EnergyProfile:
     Additions are credited only where the input of a product is exactly zeros and ones: they are the active inputs times
     their fan-out. Anything else is a multiply-accumulate, zeros or not. Resonance compares each spike of a query with every
     key that it may bind to, which are additions, and weighs the values of the keys that it kept, which are
-    multiply-accumulates. Neurons that hold state go on from it, as in any call.
+    multiply-accumulates unless the values are spikes. Neurons that hold state go on from it, as in any call.
 
     Args:
         net: any module.
@@ -278,6 +266,18 @@ class EnergyProfiler(TorchDispatchMode):
 
     Attributes:
         profile: what was counted, once the block has ended.
+
+    Raises:
+        RuntimeError: it is counting already, or runs under ``torch.inference_mode()``, which hides products.
+        ValueError: see :func:`profile_energy`; what the batch makes ambiguous shows at the end of the block.
+
+    Example:
+        >>> net = nn.Linear(4, 3)
+        >>> with EnergyProfiler(net) as profiler:
+        ...     for _ in range(2):
+        ...         _ = net(torch.ones(5, 4))
+        >>> profiler.profile.acs, profiler.profile.products[0].calls
+        (120, 2)
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -285,7 +285,8 @@ class EnergyProfiler(TorchDispatchMode):
         self.net = net
         self.profile = EnergyProfile()
         self._products: dict[tuple[str, str], ProductCost] = {}
-        # Of the modules that are running, innermost last, and the leading dimension of what they were given.
+        # Of the modules that are running, innermost last, and the leading dimension of what they were given: below zero
+        # where there are two dimensions, which are rows and features.
         self._names: list[tuple[str, int]] = []
         self._steps: dict[str, int] = {}
         self._single: dict[str, int] = {}
@@ -508,7 +509,6 @@ class EnergyProfiler(TorchDispatchMode):
                 return None
             self._neurons_running += is_neuron(module)
             tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-            # Two dimensions are rows and features, unless the rows are those of all steps: that is seen at the end.
             lead = (
                 0 if not tensors or tensors[0].ndim < 2 else tensors[0].shape[0] * (-1 if tensors[0].ndim == 2 else 1)
             )
