@@ -45,6 +45,9 @@ CONFIG: dict[str, dict[str, Any]] = {
     },
 }
 
+#: Fields of the model that ``CONFIG`` leaves alone.
+MODEL_FIELDS = {"block", "threshold", "refractory_steps", "spiking_values", "dense"}
+
 
 def load_reference(name: str) -> Any:
     """Expected values, computed in float64 by an independent implementation of the equations."""
@@ -81,7 +84,8 @@ def write_config(folder: Path, name: str = "test", **changes: Any) -> Path:
     """A YAML config for a run of seconds, with changed model or training fields."""
     content = {section: dict(fields) for section, fields in CONFIG.items()}
     for field, value in changes.items():
-        content["model" if field in content["model"] else "training"][field] = value
+        section = "model" if field in content["model"] or field in MODEL_FIELDS else "training"
+        content[section][field] = value
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(content))
     return path

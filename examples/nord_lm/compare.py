@@ -1,287 +1,124 @@
-"""Nord against a GPT-2 of as many parameters: the same tokens, tokenizer, schedule and seeds.
+"""Nord as published, Nord with every product fed by spikes, its dense twin, and a GPT-2: one protocol for all.
 
     python examples/nord_lm/compare.py                                  # tiny, three seeds
     python examples/nord_lm/compare.py --config small --data books.txt --lrs 1e-3 3e-3
+    python examples/nord_lm/compare.py --models spike-fed dense-twin
 
-Both have the same width, blocks, heads, vocabulary and window; the GPT-2's feed-forward is made as wide as it takes for both to
-have as many parameters without embedding and head. With several ``--lrs`` each model is trained with each of them at the first
-seed, and all its runs take the peak learning rate at which it was best there on the held-out text.
+All have the same width, blocks, heads, vocabulary and window, and get the same tokens in the same order, the same schedule and
+the same number of learning rates to choose from: with several ``--lrs`` each is trained with each of them at the first seed,
+and all its runs take the peak learning rate at which it was best there on the held-out text.
 
-Every run is written down when it ends: the same command again goes on where it stopped.
+``published`` is the published model in these sizes; ``recency`` the same with scores that fall with distance; ``spike-fed`` the
+config itself; ``spiking-values`` the same where values spike, too; ``dense-twin`` the same with smooth activations and one time
+step, so that only the spikes are missing; ``gpt2`` has feed-forwards as wide as it takes to have as many parameters without
+embedding and head.
+
+Every run is written down when it ends: the same command again goes on where it stopped, and commands for other seeds or models
+may work on the same folder at the same time.
 """
 
 import argparse
-import hashlib
-import math
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from baselines import bigram_loss, uniform_loss, unigram_loss
-from card import parameter_counts
-from checkpoints import CheckpointError, read_json, write_json, write_text
-from data import Corpus, DataError
-from energy import generated_token
-from evaluate import held_out_text, read_text
+from checkpoints import CheckpointError, write_text
+from data import DataError
 from generate import number
-from modeling_nord import NordForCausalLM
 from progress import print_table
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from samples import Prompts, coherence, cut_prompts, repetition, write
-from settings import Settings, SettingsError, read_config
-from train import (
-    Position,
-    accelerate,
-    bits,
-    endless,
-    evaluate,
-    keep_freed_memory,
-    model_config,
-    prepare,
-    prepare_text,
-    take_step,
-)
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from settings import SettingsError, read_config
+from train import keep_freed_memory
 from transformers.utils import logging
+from trials import Trials
+from variants import KINDS, Maker
 
-from nord_snn.monitor import SpikeMonitor
+__all__ = ["Comparison", "compare"]
 
-__all__ = ["KINDS", "compare", "gpt2", "nord"]
-
-MOST_TOKENS = 400_000  # of held-out text, in which prompts are looked for
-
-
-def nord(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model of the config."""
-    return NordForCausalLM(model_config(settings, tokenizer))
+#: Runs of a model by seed, diverged ones too.
+Runs = dict[int, dict[str, Any]]
 
 
-def gpt2(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A GPT-2 with as many parameters without embedding and head, to within one neuron of its feed-forwards.
+class Comparison:
+    """What came out: for each kind the learning rate that was chosen, and its runs over the seeds.
+
+    Args:
+        trials: the runs on file.
+        seeds: those that are compared; the learning rates were tried at the first.
+    """
+
+    def __init__(self, trials: Trials, seeds: list[int]) -> None:
+        self.about, self.seeds = trials.about, seeds
+        self.lrs: dict[str, float] = {}
+        self.runs: dict[str, Runs] = {}
+        self.tried: set[float] = set()
+        self.diverged: list[str] = []
+
+    def add(self, kind: str, lr: float, runs: Runs, tried: list[dict[str, Any]]) -> None:
+        """Add a kind with all that was tried at the first seed."""
+        self.lrs[kind], self.runs[kind] = lr, runs
+        self.tried |= {run["lr"] for run in tried}
+        names = {(run["lr"], run["seed"]) for run in [*tried, *runs.values()] if run["diverged"]}
+        self.diverged += [f"{kind}, peak lr {lr:g}, seed {seed}" for lr, seed in sorted(names)]
+
+    def done(self, kind: str) -> Runs:
+        """Its runs that did not diverge, by seed."""
+        return {seed: run for seed, run in self.runs[kind].items() if not run["diverged"]}
+
+
+def compare(trials: Trials, kinds: dict[str, Maker], seeds: list[int], lrs: list[float]) -> Comparison:
+    """Train every kind with every seed, after the choice of its learning rate.
 
     Raises:
-        SettingsError: its attention alone has more.
+        SettingsError: a kind cannot be made of this config, or diverged with every learning rate.
     """
-    config = model_config(settings, tokenizer)
-    with torch.device("meta"):
-        wanted = parameter_counts(NordForCausalLM(config))[1]
-
-    def of(n_inner: int) -> GPT2Config:
-        return GPT2Config(
-            vocab_size=config.vocab_size,
-            n_positions=config.max_position_embeddings,
-            n_embd=config.hidden_size,
-            n_layer=config.num_hidden_layers,
-            n_head=config.num_attention_heads,
-            n_inner=n_inner,
-            tie_word_embeddings=False,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-
-    with torch.device("meta"):
-        one, two = (parameter_counts(GPT2LMHeadModel(of(n)))[1] for n in (1, 2))
-    n_inner = 1 + round((wanted - one) / (two - one))
-    if n_inner < 1:
-        raise SettingsError(f"a GPT-2 of this width has {one:,} parameters at least, more than the {wanted:,} of Nord")
-    return GPT2LMHeadModel(of(n_inner))
-
-
-KINDS: dict[str, Callable[[Settings, PreTrainedTokenizerBase], PreTrainedModel]] = {"nord": nord, "gpt2": gpt2}
-
-
-class Text(NamedTuple):
-    """What all models are trained on, validated on and asked to go on from."""
-
-    tokenizer: PreTrainedTokenizerBase
-    corpus: Corpus
-    prompts: Prompts
-
-
-def compare(settings: Settings, kinds: Iterable[str], seeds: list[int], lrs: list[float], out: Path) -> dict[str, Any]:
-    """Train every kind with every seed, after the choice of its learning rate; returns what is in ``results.json``.
-
-    Raises:
-        SettingsError: a setting is not for comparisons, or ``out`` holds those of other settings.
-        DataError: the text cannot be used.
-    """
-    if settings.training.compile or settings.training.gradient_checkpointing:
-        raise SettingsError("models are compared without compile and gradient_checkpointing: leave them out")
-    text = prepare_for(settings, out)
-    results = _begin(settings, text, out)
-    results["tried"] = sorted({*results["tried"], *lrs})
+    comparison = Comparison(trials, seeds)
+    steps = trials.settings.training.steps
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), transient=True) as bars:
+
+        def one(kind: str, lr: float, seed: int) -> dict[str, Any]:
+            bar = bars.add_task(f"{kind}, peak lr {lr:g}, seed {seed}", total=steps)
+            try:
+                return trials.run(kind, kinds[kind], lr, seed, lambda: bars.advance(bar))
+            finally:
+                bars.remove_task(bar)
+
         for kind in kinds:
             for lr in lrs:
-                one_run(settings, kind, lr, seeds[0], text, results, out, bars)
-            chosen = _best(kind, seeds[0], results)
-            results["lr"][kind] = chosen
-            for seed in seeds[1:]:
-                one_run(settings, kind, chosen, seed, text, results, out, bars)
-    write_json(out / "results.json", results)
-    return results
+                one(kind, lr, seeds[0])
+            tried = [run for run in trials.on_file() if (run["kind"], run["seed"]) == (kind, seeds[0])]
+            chosen = best(kind, tried)
+            comparison.add(kind, chosen, {seed: one(kind, chosen, seed) for seed in seeds}, tried)
+    return comparison
 
 
-def _best(kind: str, seed: int, results: dict[str, Any]) -> float:
-    """The peak learning rate of the lowest held-out loss among all that were tried at this seed."""
-    tried = [
-        run for run in results["runs"].values() if (run["kind"], run["seed"]) == (kind, seed) and not run["diverged"]
-    ]
-    if not tried:
+def best(kind: str, tried: list[dict[str, Any]]) -> float:
+    """The peak learning rate of the lowest held-out loss.
+
+    Raises:
+        SettingsError: all runs diverged.
+    """
+    finished = [run for run in tried if not run["diverged"]]
+    if not finished:
         raise SettingsError(f"{kind} diverged with every peak learning rate: give lower ones with --lrs")
-    return min(tried, key=lambda run: run["loss"])["lr"]
-
-
-def prepare_for(settings: Settings, out: Path) -> Text:
-    """Tokenizer, blocks and prompts."""
-    set_seed(settings.training.seed)
-    tokenizer, corpus = prepare_text(accelerate(settings, out), settings, None)
-    held = read_text(held_out_text(settings.training), tokenizer, MOST_TOKENS)
-    return Text(tokenizer, corpus, cut_prompts(held.documents, tokenizer, settings.block_size))
-
-
-def _begin(settings: Settings, text: Text, out: Path) -> dict[str, Any]:
-    """The results so far, or those of no model: baselines, and how the held-out text itself is written."""
-    digest = hashlib.blake2b(f"{settings.digest()} {text.corpus.fingerprint}".encode(), digest_size=16).hexdigest()
-    path = out / "results.json"
-    if path.exists():
-        held = read_json(path)
-        if not isinstance(held, dict) or not {"settings", "runs", "lr", "tried"} <= held.keys():
-            raise CheckpointError(f"{path}: not written by compare.py, or damaged")
-        if held["settings"] != digest:
-            raise SettingsError(f"{path}: of another config or text; give another --out")
-        return held
-    corpus, written = text.corpus, text.prompts.written
-    size = len(text.tokenizer)
-    return {
-        "settings": digest,
-        "text": corpus.name,
-        "bytes_per_token": corpus.bytes_per_token,
-        "baselines": {
-            "uniform": uniform_loss(size),
-            "unigram": unigram_loss(corpus.sample, corpus.validation, size),
-            "bigram, interpolated": bigram_loss(corpus.sample, corpus.validation, size),
-        },
-        "held_out_text": {
-            "repetition": repetition(written),
-            "coherence": coherence(text.tokenizer.batch_decode(written), text.prompts.rests),
-            "prompts": len(written),
-        },
-        "tried": [],
-        "lr": {},
-        "runs": {},
-    }
-
-
-def one_run(
-    settings: Settings, kind: str, lr: float, seed: int, text: Text, results: dict[str, Any], out: Path, bars: Progress
-) -> None:
-    """Train and measure one model, unless that was done, and write the results down."""
-    name = _name(kind, lr, seed)
-    if name in results["runs"]:
-        return
-    settings = replace(settings, training=replace(settings.training, lr=lr, seed=seed))
-    bar = bars.add_task(name, total=settings.training.steps)
-    results["runs"][name] = {"kind": kind, "lr": lr, "seed": seed} | train_one(
-        settings, KINDS[kind], text, out, lambda: bars.advance(bar)
-    )
-    write_json(out / "results.json", results)
-    bars.remove_task(bar)
-
-
-def train_one(
-    settings: Settings,
-    make: Callable[[Settings, PreTrainedTokenizerBase], PreTrainedModel],
-    text: Text,
-    out: Path,
-    advance: Callable[[], None],
-) -> dict[str, Any]:
-    """The same steps as ``train.py``'s, in the same order."""
-    options = settings.training
-    accelerator = accelerate(settings, out)
-    if accelerator.num_processes > 1:
-        raise SettingsError("models are compared in one process: start compare.py without accelerate launch")
-    set_seed(options.seed)
-    torch.set_float32_matmul_precision(options.matmul_precision)
-    prepared = prepare(accelerator, make(settings, text.tokenizer), text.corpus, options)
-    batches = endless(prepared.loader, Position())
-    seconds = []
-    for _ in range(options.steps):
-        began = time.monotonic()
-        loss, _ = take_step(accelerator, prepared, batches, options)
-        seconds.append(time.monotonic() - began)
-        if not math.isfinite(loss):
-            return {"diverged": True}
-        advance()
-    model = accelerator.unwrap_model(prepared.model)
-    held_out = evaluate(accelerator, prepared.model, prepared.validation)
-    if not math.isfinite(held_out):
-        return {"diverged": True}
-    return {
-        "diverged": False,
-        "loss": held_out,
-        "bits_per_byte": bits(held_out, text.corpus),
-        "tokens_per_second": options.grad_accum * options.batch_size * settings.block_size / statistics.median(seconds),
-        "seconds": sum(seconds),
-    } | look_at(model.eval(), text, options.seed)
-
-
-def look_at(model: PreTrainedModel, text: Text, seed: int) -> dict[str, Any]:
-    """What a trained model costs, how often it fires, and how it writes."""
-    total, without = parameter_counts(model)
-    written = write(model, text.prompts, text.tokenizer.eos_token_id, seed)
-    window = text.corpus.validation[:1].to(model.device)
-    rates = _rates(model, text)
-    if isinstance(model, GPT2LMHeadModel):
-        model.set_attn_implementation("eager")  # products that can be counted
-    profile = generated_token(model, window)
-    return {
-        "parameters": total,
-        "parameters_without_vocabulary": without,
-        "joules": profile.joules,
-        "joules_with_sram": profile.joules_under("45nm-fp32-sram"),
-        "macs": profile.macs,
-        "acs": profile.acs,
-        "repetition": repetition(written),
-        "coherence": coherence(text.tokenizer.batch_decode(written), text.prompts.rests),
-        "firing_rates": rates,
-    }
-
-
-@torch.no_grad()
-def _rates(model: PreTrainedModel, text: Text) -> dict[str, float]:
-    """Of every layer of neurons on held-out blocks; empty where nothing fires."""
-    try:
-        monitor = SpikeMonitor(model)
-    except ValueError:
-        return {}
-    with monitor:
-        for batch in text.corpus.validation[:64].split(8):
-            model(input_ids=batch.to(model.device), use_cache=False)
-    return monitor.rates()
-
-
-def _name(kind: str, lr: float, seed: int) -> str:
-    return f"{kind}, peak lr {lr}, seed {seed}"
+    return float(min(finished, key=lambda run: run["loss"])["lr"])
 
 
 #: What is shown: title, and how a figure is written.
 FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
-    "parameters_without_vocabulary": ("parameters", "{:,}".format),
+    "parameters": ("parameters", "{:,}".format),
+    "parameters_without_vocabulary": ("without embedding and head", "{:,}".format),
     "lr": ("peak learning rate", "{:g}".format),
     "loss": ("nats per token", "{:.3f}".format),
     "bits_per_byte": ("bits per byte", "{:.3f}".format),
     "tokens_per_second": ("tokens/s", "{:,.0f}".format),
+    "macs": ("MACs a token", "{:,.0f}".format),
+    "acs": ("ACs a token", "{:,.0f}".format),
     "joules": ("µJ a token", lambda joules: f"{1e6 * joules:.2f}"),
     "joules_with_sram": ("µJ with SRAM", lambda joules: f"{1e6 * joules:.2f}"),
     "repetition": ("repetition", "{:.1%}".format),
@@ -289,88 +126,156 @@ FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 
 
-def table(results: dict[str, Any], kinds: list[str], seeds: list[int]) -> list[list[str]]:
+def table(comparison: Comparison) -> list[list[str]]:
     """A column a model, mean and range over seeds; and the held-out text itself."""
-    columns: dict[str, list[dict[str, float]]] = {}
-    for kind in kinds:
-        runs = [results["runs"][_name(kind, results["lr"][kind], seed)] for seed in seeds]
-        columns[kind] = [run for run in runs if not run["diverged"]]
-    columns["held-out text"] = [results["held_out_text"]]
+    columns = {kind: list(comparison.done(kind).values()) for kind in comparison.runs}
+    columns["held-out text"] = [comparison.about["held_out_text"]]
     shown = [["", *columns]]
     for figure, (title, show) in FIGURES.items():
         shown.append(
-            [title, *(_spread([run[figure] for run in runs if figure in run], show) for runs in columns.values())]
+            [title, *(spread([run[figure] for run in runs if figure in run], show) for runs in columns.values())]
         )
     return shown
 
 
-def notes(results: dict[str, Any], kinds: list[str], seeds: list[int]) -> str:
+def rate_tables(comparison: Comparison) -> list[list[list[str]]]:
+    """Firing rates: one table for all models with the same layers, a line a layer."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for kind in comparison.runs:
+        layers = {layer: None for run in comparison.done(kind).values() for layer in run["firing_rates"]}
+        if layers:
+            alike.setdefault(tuple(layers), []).append(kind)
+    tables = []
+    for layers, kinds in alike.items():
+        rates = {kind: [run["firing_rates"] for run in comparison.done(kind).values()] for kind in kinds}
+        lines = [
+            [layer, *(spread([r[layer] for r in rates[kind]], "{:.1%}".format) for kind in kinds)] for layer in layers
+        ]
+        tables.append([["layer", *kinds], *lines])
+    return tables
+
+
+def gaps(comparison: Comparison) -> list[str]:
+    """How the spike-fed models stand to the others, seed by seed."""
+    sentences = []
+    for ours in ("spike-fed", "spiking-values"):
+        for other in ("dense-twin", "gpt2", "published", "recency"):
+            if ours in comparison.runs and other in comparison.runs:
+                one, two = comparison.done(ours), comparison.done(other)
+                both = [seed for seed in comparison.seeds if seed in one and seed in two]
+                nats = [one[seed]["loss"] - two[seed]["loss"] for seed in both]
+                ratio = [one[seed]["bits_per_byte"] / two[seed]["bits_per_byte"] - 1 for seed in both]
+                if both:
+                    sentences.append(
+                        f"{ours} against {other}: {spread(ratio, '{:+.1%}'.format)} bits per byte, "
+                        f"{spread(nats, '{:+.3f}'.format)} nats per token"
+                    )
+    return sentences
+
+
+def notes(comparison: Comparison) -> str:
     """What the figures of the table are."""
-    lost = [name for name, run in results["runs"].items() if run["diverged"] and run["kind"] in kinds]
-    counted = ", ".join(f"{name} {loss:.3f}" for name, loss in results["baselines"].items())
-    tried = ", ".join(f"{lr:g}" for lr in results["tried"])
+    about, seeds = comparison.about, comparison.seeds
+    counted = ", ".join(f"{name} {loss:.3f}" for name, loss in about["baselines"].items())
+    tried = ", ".join(f"{lr:g}" for lr in sorted(comparison.tried))
+    diverged = "; ".join(comparison.diverged) or "none"
     return (
-        f"Mean (range) over seeds {', '.join(map(str, seeds))}; text: {results['text']}; by counting alone, nats per token: "
-        f"{counted}. Peak learning rates tried at seed {seeds[0]}: {tried}; diverged: {'; '.join(lost) or 'none'}. Parameters "
-        "without embedding and head; tokens/s in training; energy of a generated token at the end of a block, 45 nm, float32. "
-        f"Samples: after {results['held_out_text']['prompts']} held-out beginnings; repetition is the share of 4-grams that "
+        f"Mean (range) over seeds {', '.join(map(str, seeds))}; text: {about['text']}; by counting alone, nats per token: "
+        f"{counted}. Peak learning rates tried at seed {seeds[0]}: {tried}; diverged: {diverged}. "
+        "tokens/s in training; operations and energy of a generated token at the end of a block, 45 nm, float32. "
+        f"Samples: after {about['held_out_text']['prompts']} held-out beginnings; repetition is the share of 4-grams that "
         "stood there before, topic coherence the chance that a sample is nearer to the document of its prompt than to another "
         "(TF-IDF; 0.5 says nothing)."
     )
 
 
-def _spread(values: list[float], show: Callable[[float], str]) -> str:
+def spread(values: list[float], show: Callable[[float], str]) -> str:
     """Mean, and range where there is one."""
     if not values:
         return ""
     low, high = show(min(values)), show(max(values))
-    return low if low == high else f"{show(statistics.mean(values))} ({low}–{high})"
+    return low if low == high else f"{show(statistics.mean(values))} ({low} to {high})"
 
 
-def markdown(results: dict[str, Any], kinds: list[str], seeds: list[int], command: str) -> str:
-    """The table, with what made it."""
-    head, *rows = table(results, kinds, seeds)
-    lines = "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
-    return f"{lines}\n\n{notes(results, kinds, seeds)}\n\n`{command}`\n"
+def markdown_table(lines: list[list[str]]) -> str:
+    """Lines of cells, the first of which is the head."""
+    head, *rows = lines
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
+
+
+def markdown(comparison: Comparison, command: str) -> str:
+    """Everything that is shown, with what made it."""
+    parts = [markdown_table(table(comparison)), notes(comparison)]
+    parts += ["\n".join(f"- {sentence}" for sentence in gaps(comparison))] if gaps(comparison) else []
+    parts += [markdown_table(lines) for lines in rate_tables(comparison)]
+    return "\n\n".join([*parts, f"`{command}`"]) + "\n"
+
+
+def command_line(arguments: list[str] | None, script: str) -> str:
+    """The command that was given."""
+    return shlex.join(["python", *(sys.argv if arguments is None else [script, *arguments])])
+
+
+def common_arguments(parser: argparse.ArgumentParser, out: str) -> None:
+    """What every comparison can be told."""
+    parser.add_argument("--config", default="tiny", help="a name from configs/, or a YAML file (default: tiny)")
+    parser.add_argument("--data", help="text file, folder or dataset name (default: the config's)")
+    parser.add_argument("--validation-data", help="other text to validate on (default: part of the data)")
+    parser.add_argument("--steps", type=number(1, kind=int), help="optimizer steps (default: the config's)")
+    parser.add_argument("--seeds", nargs="+", type=number(0, 2**32 - 1, int), default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path(out), help=f"folder for the runs and tables (default: {out})")
+
+
+def trials_from(options: argparse.Namespace) -> Trials:
+    """The trials that the common arguments ask for."""
+    settings = read_config(options.config)
+    given = {name: getattr(options, name) for name in ("data", "validation_data", "steps")}
+    changes = {name: value for name, value in given.items() if value is not None}
+    return Trials(replace(settings, training=replace(settings.training, **changes)), options.out)
+
+
+def quietly() -> None:
+    """Nothing on the screen but our own."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    keep_freed_memory()
+
+
+def unique(values: Iterable[Any]) -> list[Any]:
+    """In their order, each once."""
+    return list(dict.fromkeys(values))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--config", default="tiny", help="a name from configs/, or a YAML file (default: tiny)")
-    parser.add_argument("--data", help="text file, folder or dataset name (default: the config's)")
-    parser.add_argument("--steps", type=number(1, kind=int), help="optimizer steps (default: the config's)")
+    common_arguments(parser, "runs/compare")
     parser.add_argument("--models", nargs="+", choices=KINDS, default=list(KINDS), help="default: all of them")
-    parser.add_argument("--seeds", nargs="+", type=number(0, 2**32 - 1, int), default=[0, 1, 2])
     parser.add_argument(
         "--lrs", nargs="+", type=number(1e-9), help="peak learning rates to choose from (default: the config's)"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder for results.json and table.md")
     options = parser.parse_args(arguments)
-    options.models, options.seeds = list(dict.fromkeys(options.models)), list(dict.fromkeys(options.seeds))
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    keep_freed_memory()
+    quietly()
     try:
-        settings = read_config(options.config)
-        changes = {name: getattr(options, name) for name in ("data", "steps") if getattr(options, name) is not None}
-        settings = replace(settings, training=replace(settings.training, **changes))
-        options.out.mkdir(parents=True, exist_ok=True)
-        lrs = options.lrs or [settings.training.lr]
-        results = compare(settings, options.models, options.seeds, lrs, options.out)
-        command = shlex.join(["python", *(sys.argv if arguments is None else ["compare.py", *arguments])])
-        write_text(options.out / "table.md", markdown(results, options.models, options.seeds, command))
+        trials = trials_from(options)
+        kinds = {kind: KINDS[kind] for kind in unique(options.models)}
+        lrs = unique(options.lrs or [trials.settings.training.lr])
+        comparison = compare(trials, kinds, unique(options.seeds), lrs)
+        write_text(options.out / "table.md", markdown(comparison, command_line(arguments, "compare.py")))
     except (SettingsError, DataError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on with the runs that are missing", file=sys.stderr)
         return 130
-    head, *rows = table(results, options.models, options.seeds)
     console = Console()
-    print_table(console, settings.name, head, rows)
-    console.print(notes(results, options.models, options.seeds), highlight=False, markup=False)
-    print(f"table in {options.out / 'table.md'}, all figures in {options.out / 'results.json'}")
+    for title, lines in [
+        (trials.settings.name, table(comparison)),
+        *(("firing rates", t) for t in rate_tables(comparison)),
+    ]:
+        print_table(console, title, lines[0], lines[1:])
+    console.print("\n".join([notes(comparison), *gaps(comparison)]), highlight=False, markup=False)
+    print(f"table in {options.out / 'table.md'}, all figures in {options.out / 'runs'}")
     return 0
 
 

@@ -1,7 +1,8 @@
 """NordForCausalLM: the Nord spiking language model, assembled from the parts of nord_snn.
 
-``embedding -> encoder -> input_lif -> blocks -> readout -> norm -> head``. Every token position is a row of neurons that
-starts from rest in every forward pass; positions meet only in the resonance of the blocks.
+``embedding -> encoder -> input_lif -> blocks -> readout -> norm -> head``; with spike-fed blocks, whose stream is of
+currents, ``embedding -> encoder -> blocks -> stream_norm -> readout -> norm -> head``. Every token position is a row of
+neurons that starts from rest in every forward pass; positions meet only in the resonance of the blocks.
 """
 
 from functools import partial
@@ -89,8 +90,10 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
             fast_scale=config.fast_scale,
             slow_scale=config.slow_scale,
         )
-        self.input_lif = make_neuron(neuron, width)
+        published = config.block == "nord"
+        self.input_lif = make_neuron(neuron, width) if published else nn.Identity()
         self.blocks = nn.ModuleList(_block(config, neuron) for _ in range(config.num_hidden_layers))
+        self.stream_norm = nn.Identity() if published else nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.readout = MembraneReadout(width, neuron=neuron)
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
@@ -143,7 +146,7 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
                 remember = partial(past_key_values.update, layer_idx=index)
                 through = partial(through, remember=remember, window=self.config.max_position_embeddings)
             x = self._gradient_checkpointing_func(through, x) if self._recomputes() else through(x)
-        hidden = self.norm(self.readout(x))  # [B, S, D]
+        hidden = self.norm(self.readout(self.stream_norm(x)))  # [B, S, D]
         logits = self.lm_head(hidden[:, -logits_to_keep:])
         loss = None
         if labels is not None:

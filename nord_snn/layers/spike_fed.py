@@ -17,12 +17,15 @@ class SpikeFedResonance(Binding):
 
     For spikes s::
 
-        q, k = lif_q(W_q s), lif_k(W_k s);  v[t] = W_v s[t], or lif_v(W_v s)[t]
+        q, k = lif_q(norm_q(W_q s)), lif_k(norm_k(W_k s));  v[t] = W_v s[t], or lif_v(norm_v(W_v s))[t]
         c[t] = softmax over the kept keys of (temperature * coincidences - recency * distance) @ v[t]
-        out  = W_o lif_o(gain * c)
+        out  = W_o lif_o(norm_o(c))
 
     Weights are the same at all steps, so scores and softmax are computed once; values are of each step, where
     :class:`CoFiringResonance` has their mean. With values that spike, mixing positions is additions, too.
+
+    A sum over few spikes is a small current, and a mean over many keys a smaller one: without the norms the neurons behind
+    them are all but silent before training, and the more so the deeper they stand.
 
     Args:
         n_features: D.
@@ -30,11 +33,11 @@ class SpikeFedResonance(Binding):
         top_k: keys kept per query.
         recency: see :class:`CoFiringResonance`.
         spiking_values: whether values are spikes.
-        context_gain: strength of the context as a current.
         causal: whether a position sees only itself and earlier ones.
         neuron: factory of all neurons, see :mod:`nord_snn.neurons.factory`; None for ``AssociativeLIFNode`` with its 64
             clusters.
         backend: of the resonance itself, see :func:`nord_snn.ops.resonance`.
+        norm_eps: of the layer norms.
 
     Shapes: spikes ``[T, B, S, D]`` -> currents ``[T, B, S, D]``; every call starts from rest.
 
@@ -58,14 +61,20 @@ class SpikeFedResonance(Binding):
         top_k: int = 64,
         recency: bool = False,
         spiking_values: bool = False,
-        context_gain: float = 4.0,
         causal: bool = True,
         neuron: NeuronFactory | None = None,
         backend: str = "auto",
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__(n_features, n_heads, top_k, recency, causal, neuron, backend)
-        self.context_gain = context_gain
-        self.lif_v = make_neuron(neuron, n_features) if spiking_values else None
+        self.norm_q = nn.LayerNorm(n_features, eps=norm_eps)
+        self.norm_k = nn.LayerNorm(n_features, eps=norm_eps)
+        if spiking_values:
+            self.norm_v = nn.LayerNorm(n_features, eps=norm_eps)
+            self.lif_v: nn.Module | None = make_neuron(neuron, n_features)
+        else:
+            self.lif_v = None
+        self.norm_o = nn.LayerNorm(n_features, eps=norm_eps)
         self.lif_o = make_neuron(neuron, n_features)
 
     def forward(
@@ -82,13 +91,14 @@ class SpikeFedResonance(Binding):
         ``[B, H, S, T * D/H]``; values that spike are bits as well.
         """
         check_features(spikes, self.n_features, type(self).__name__, "[T, B, S, D]")
-        q, k = fire_from_rest(self.lif_q, self.q_proj(spikes)), fire_from_rest(self.lif_k, self.k_proj(spikes))
+        q = fire_from_rest(self.lif_q, self.norm_q(self.q_proj(spikes)))
+        k = fire_from_rest(self.lif_k, self.norm_k(self.k_proj(spikes)))
         v = self.v_proj(spikes)
         if self.lif_v is not None:
-            v = fire_from_rest(self.lif_v, v)
+            v = fire_from_rest(self.lif_v, self.norm_v(v))
             remember = None if remember is None else self._in_bits(remember, v)
         context = self.bind(q, k, self._side_by_side(v), lengths, remember, window)
-        current = self.context_gain * self._one_after_the_other(context, len(spikes))
+        current = self.norm_o(self._one_after_the_other(context, len(spikes)))
         return self.o_proj(fire_from_rest(self.lif_o, current))
 
     def _in_bits(self, remember: Remember, v: Tensor) -> Remember:
@@ -109,10 +119,6 @@ class SpikeFedResonance(Binding):
         """The way back."""
         return wide.unflatten(-1, (self.n_heads, steps, -1)).permute(3, 0, 1, 2, 4).flatten(3)
 
-    def extra_repr(self) -> str:
-        """What the submodules do not show."""
-        return f"{super().extra_repr()}, context_gain={self.context_gain}"
-
 
 class SpikeFedBlock(nn.Module):
     """One block in which a layer of neurons stands before every linear map.
@@ -120,9 +126,10 @@ class SpikeFedBlock(nn.Module):
     ::
 
         x = x + g1 * resonance(lif1(norm1(x)))
-        x = x + g2 * down(lif_h(up(lif2(norm2(x)))))
+        x = x + g2 * down(lif_h(norm_h(up(lif2(norm2(x))))))
 
-    The stream x holds currents, real numbers at each step, and is never clamped; g1 and g2 are learnable per channel.
+    The stream x holds currents, real numbers at each step, and is never clamped; g1 and g2 are learnable per channel. Before
+    every layer of neurons stands a norm, so that these get currents of one size at any width and depth.
 
     Args:
         n_features: D.
@@ -133,7 +140,7 @@ class SpikeFedBlock(nn.Module):
         spiking_values: see :class:`SpikeFedResonance`.
         residual_scale: initial g1 and g2.
         resonance: False leaves the resonance, its norm and its neurons out, so that positions never meet: the control.
-        norm_eps: of both layer norms.
+        norm_eps: of all layer norms.
         neuron: factory of all neurons, see :mod:`nord_snn.neurons.factory`; None for
             ``AssociativeLIFNode`` with its 64 clusters.
 
@@ -144,7 +151,7 @@ class SpikeFedBlock(nn.Module):
             is given.
 
     Source: this library, from the parts of the Nord block; currents on the residual stream and spikes before every product
-    as in spike-driven transformers (Yao et al. 2023).
+    as in spike-driven transformers (Yao et al. 2023), a norm before every neuron as in Spikformer (Zhou et al. 2023).
 
     Example:
         >>> block = SpikeFedBlock(64, n_heads=4, hidden_features=128)
@@ -171,7 +178,7 @@ class SpikeFedBlock(nn.Module):
             self.norm1 = nn.LayerNorm(n_features, eps=norm_eps)
             self.lif1 = make_neuron(neuron, n_features)
             self.resonance: SpikeFedResonance | None = SpikeFedResonance(
-                n_features, n_heads, top_k, recency, spiking_values, neuron=neuron
+                n_features, n_heads, top_k, recency, spiking_values, neuron=neuron, norm_eps=norm_eps
             )
             self.resonance_gain = nn.Parameter(torch.empty(n_features))
         else:
@@ -179,6 +186,7 @@ class SpikeFedBlock(nn.Module):
         self.norm2 = nn.LayerNorm(n_features, eps=norm_eps)
         self.lif2 = make_neuron(neuron, n_features)
         self.up = nn.Linear(n_features, hidden_features, bias=False)
+        self.norm_h = nn.LayerNorm(hidden_features, eps=norm_eps)
         self.lif_h = make_neuron(neuron, hidden_features)
         self.down = nn.Linear(hidden_features, n_features, bias=False)
         self.ffn_gain = nn.Parameter(torch.empty(n_features))
@@ -203,5 +211,5 @@ class SpikeFedBlock(nn.Module):
         if self.resonance is not None:
             spikes = fire_from_rest(self.lif1, self.norm1(x))
             x = x + self.resonance_gain * self.resonance(spikes, lengths=lengths, remember=remember, window=window)
-        hidden = self.up(fire_from_rest(self.lif2, self.norm2(x)))
+        hidden = self.norm_h(self.up(fire_from_rest(self.lif2, self.norm2(x))))
         return x + self.ffn_gain * self.down(fire_from_rest(self.lif_h, hidden))

@@ -1,4 +1,4 @@
-"""compare.py: both models see the same, are of one size, and the measures of their samples measure what they say."""
+"""compare.py: all models see the same, are of one size, and the measures of their samples measure what they say."""
 
 import json
 import shutil
@@ -7,13 +7,16 @@ import compare as compare_script
 import pytest
 import torch
 import train as train_script
+import trials
 from accelerate.state import AcceleratorState
 from card import parameter_counts
-from compare import gpt2, nord
+from compare import spread
+from configuration_nord import NordConfig
 from data import DataError, train_tokenizer
 from helpers import WORDS, make_text, write_config
 from samples import coherence, cut_prompts, repetition, write
 from settings import read_config
+from variants import KINDS, gpt2, nord
 
 
 @pytest.fixture(autouse=True)
@@ -34,38 +37,73 @@ def text(tmp_path):
     return path
 
 
-def test_the_two_are_of_one_size(tokenizer, tmp_path):
-    for config in ("tiny", "small", str(write_config(tmp_path))):
+@pytest.fixture
+def spike_fed(tmp_path):
+    """A config whose blocks are spike-fed."""
+
+    def write(**changes):
+        return write_config(tmp_path, block="spike_fed", refractory_steps=0, **changes)
+
+    return write
+
+
+def test_all_are_of_one_size(tokenizer, spike_fed):
+    for config in ("tiny", "small", str(spike_fed())):
         settings = read_config(config)
         with torch.device("meta"):
-            ours, theirs = nord(settings, tokenizer), gpt2(settings, tokenizer)
-        (whole, ours_without), (_, theirs_without) = parameter_counts(ours), parameter_counts(theirs)
+            models = {kind: make(settings, tokenizer) for kind, make in KINDS.items()}
+        counts = {kind: parameter_counts(model) for kind, model in models.items()}
+        ours = models["spike-fed"]
         neuron = 2 * ours.config.hidden_size + 1  # one more in each feed-forward
-        assert abs(ours_without - theirs_without) <= neuron * ours.config.num_hidden_layers / 2
-        assert theirs.config.n_embd == ours.config.hidden_size
-        assert theirs.config.n_layer == ours.config.num_hidden_layers
-        assert whole - ours_without == 2 * ours.config.vocab_size * ours.config.hidden_size
+        difference = counts["spike-fed"][1] - counts["gpt2"][1]
+        assert abs(difference) <= neuron * ours.config.num_hidden_layers / 2
+        for kind, model in models.items():
+            whole, without = counts[kind]
+            assert model.config.hidden_size == ours.config.hidden_size
+            assert model.config.num_hidden_layers == ours.config.num_hidden_layers
+            assert whole - without == 2 * ours.config.vocab_size * ours.config.hidden_size
+            assert abs(without / counts["spike-fed"][1] - 1) < 0.25, kind
 
 
-def test_nord_is_trained_as_train_does_it(tmp_path, text):
+def test_the_kinds_are_what_they_are_called(tokenizer, spike_fed):
+    settings = read_config(str(spike_fed(threshold=0.5)))
+    configs = {kind: make(settings, tokenizer).config for kind, make in KINDS.items()}
+    default = NordConfig()
+    for kind in ("published", "recency"):
+        for field in ("t_fast", "t_slow", "threshold", "refractory_steps", "surrogate", "block", "top_k"):
+            assert getattr(configs[kind], field) == getattr(default, field), field
+        assert configs[kind].recency is (kind == "recency")
+    for kind in ("spike-fed", "spiking-values", "dense-twin"):
+        assert configs[kind].block == "spike_fed"
+        assert configs[kind].threshold == 0.5
+        assert configs[kind].spiking_values is (kind == "spiking-values")
+        assert configs[kind].dense is (kind == "dense-twin")
+
+
+def test_a_model_is_trained_as_train_does_it(tmp_path, text, spike_fed):
     """Step for step: to the same loss on the held-out text."""
-    config = write_config(tmp_path, steps=5)
-    arguments = ["--config", str(config), "--data", str(text)]
+    arguments = ["--config", str(spike_fed(steps=5)), "--data", str(text)]
     assert train_script.main([*arguments, "--seed", "3", "--out", str(tmp_path / "runs"), "--no-report"]) == 0
     expected = json.loads((tmp_path / "runs" / "test-0001" / "results.json").read_text())
     AcceleratorState._reset_state(reset_partial_state=True)
     out = tmp_path / "compare"
-    assert compare_script.main([*arguments, "--models", "nord", "--seeds", "3", "--out", str(out)]) == 0
-    (run,) = json.loads((out / "results.json").read_text())["runs"].values()
+    assert compare_script.main([*arguments, "--models", "spike-fed", "--seeds", "3", "--out", str(out)]) == 0
+    (run,) = runs_in(out)
     assert run["loss"] == pytest.approx(expected["validation_loss"], rel=1e-6)
     assert run["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=1e-6)
 
 
-def test_the_command_goes_on_where_it_stopped_and_chooses_by_the_held_out_loss(tmp_path, text, capsys, monkeypatch):
+def runs_in(out):
+    return [json.loads(path.read_text()) for path in sorted((out / "runs").glob("*.json"))]
+
+
+def test_the_command_goes_on_where_it_stopped_and_chooses_by_the_held_out_loss(
+    tmp_path, text, capsys, monkeypatch, spike_fed
+):
     out = tmp_path / "compare"
-    arguments = ["--config", str(write_config(tmp_path, steps=4)), "--data", str(text), "--out", str(out)]
-    arguments += ["--seeds", "0", "1", "--lrs", "1e-6", "1e-2"]
-    train_one, trained = compare_script.train_one, []
+    arguments = ["--config", str(spike_fed(steps=4)), "--data", str(text), "--out", str(out)]
+    arguments += ["--seeds", "0", "1", "--lrs", "1e-6", "1e-2", "--models"]
+    train_one, trained = trials.train_one, []
 
     def counted(settings, *others):
         trained.append((settings.training.seed, settings.training.lr))
@@ -73,43 +111,62 @@ def test_the_command_goes_on_where_it_stopped_and_chooses_by_the_held_out_loss(t
             raise KeyboardInterrupt
         return train_one(settings, *others)
 
-    monkeypatch.setattr(compare_script, "train_one", counted)
-    assert compare_script.main(arguments) == 130
+    monkeypatch.setattr(trials, "train_one", counted)
+    both = [*arguments, "spike-fed", "gpt2"]
+    assert compare_script.main(both) == 130
     assert "goes on with the runs that are missing" in capsys.readouterr().err
-    assert compare_script.main(arguments) == 0
+    assert compare_script.main(both) == 0
     assert trained == [(0, 1e-6), (0, 1e-2), (1, 1e-2), (0, 1e-6), (0, 1e-6), (0, 1e-2), (1, 1e-2)]
-    results = json.loads((out / "results.json").read_text())
-    assert results["lr"] == {"nord": 1e-2, "gpt2": 1e-2}
-    for run in results["runs"].values():
-        assert bool(run["firing_rates"]) == (run["kind"] == "nord")
-        assert bool(run["acs"]) <= (run["kind"] == "nord")
+    for run in runs_in(out):
+        assert bool(run["firing_rates"]) == (run["kind"] == "spike-fed")
+        assert bool(run["acs"]) <= (run["kind"] == "spike-fed")
         assert run["joules"] < run["joules_with_sram"]
     shown = (out / "table.md").read_text()
-    assert shown.startswith("|  | nord | gpt2 | held-out text |")
+    assert shown.startswith("|  | spike-fed | gpt2 | held-out text |")
+    assert "| peak learning rate | 0.01 | 0.01 |  |" in shown
     assert "bigram, interpolated" in shown
     assert "compare.py --config" in shown
     assert "Peak learning rates tried at seed 0: 1e-06, 0.01; diverged: none" in shown
-    assert compare_script.main(arguments) == 0
+    assert compare_script.main(both) == 0
     assert len(trained) == 7
-    alone = [*arguments, "--models", "gpt2", "--seeds", "0", "1", "2"]  # a seed that the other one has not
+    alone = [*arguments, "gpt2", "--seeds", "0", "1", "2"]  # a seed that the other one has not
     assert compare_script.main(alone) == 0
     assert trained[7:] == [(2, 1e-2)]
     assert (out / "table.md").read_text().startswith("|  | gpt2 | held-out text |")
     capsys.readouterr()
-    assert compare_script.main([*arguments, "--steps", "5"]) == 1
+    assert compare_script.main([*both, "--steps", "5"]) == 1
     assert "of another config or text; give another --out" in capsys.readouterr().err
-    (out / "results.json").write_text("[]")
-    assert compare_script.main(arguments) == 1
-    assert "results.json: not written by compare.py, or damaged" in capsys.readouterr().err
+    next((out / "runs").glob("*.json")).write_text("[]")
+    assert compare_script.main(both) == 1
+    assert "not written by this program, or damaged" in capsys.readouterr().err
+    (out / "about.json").write_text("[]")
+    assert compare_script.main(both) == 1
+    assert "about.json: not written by this program, or damaged" in capsys.readouterr().err
 
 
-def test_a_rate_at_which_it_diverges_is_not_chosen_and_said(tmp_path, text):
-    config = write_config(tmp_path, steps=3, max_grad_norm=1e30)
+def test_gaps_and_rates_are_those_of_the_runs(tmp_path, text, spike_fed):
+    out = tmp_path / "compare"
+    arguments = ["--config", str(spike_fed(steps=3)), "--data", str(text), "--out", str(out), "--seeds", "0", "1"]
+    assert compare_script.main([*arguments, "--models", "spike-fed", "spiking-values", "dense-twin", "published"]) == 0
+    shown, loss = (out / "table.md").read_text(), {(run["kind"], run["seed"]): run["loss"] for run in runs_in(out)}
+    ratios = [loss["spike-fed", seed] / loss["dense-twin", seed] - 1 for seed in (0, 1)]
+    assert f"- spike-fed against dense-twin: {spread(ratios, '{:+.1%}'.format)} bits per byte" in shown
+    differences = [loss["spiking-values", seed] - loss["published", seed] for seed in (0, 1)]
+    assert f"{spread(differences, '{:+.3f}'.format)} nats per token" in shown
+    assert "against gpt2" not in shown
+    for head in ("| layer | spike-fed |", "| layer | spiking-values |", "| layer | published |"):
+        assert head in shown
+    (first, *_) = (run for run in runs_in(out) if run["kind"] == "spiking-values")
+    assert "blocks.0.resonance.lif_v" in first["firing_rates"]
+
+
+def test_a_rate_at_which_it_diverges_is_not_chosen_and_said(tmp_path, text, spike_fed):
+    config = spike_fed(steps=3, max_grad_norm=1e30)
     arguments = ["--config", str(config), "--data", str(text), "--out", str(tmp_path / "out")]
-    assert compare_script.main([*arguments, "--models", "nord", "--seeds", "0", "--lrs", "1e30", "1e-3"]) == 0
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["lr"] == {"nord": 1e-3}
-    assert "diverged: nord, peak lr 1e+30, seed 0" in (tmp_path / "out" / "table.md").read_text()
+    assert compare_script.main([*arguments, "--models", "spike-fed", "--seeds", "0", "--lrs", "1e30", "1e-3"]) == 0
+    shown = (tmp_path / "out" / "table.md").read_text()
+    assert "| peak learning rate | 0.001 |" in shown
+    assert "diverged: spike-fed, peak lr 1e+30, seed 0" in shown
 
 
 @pytest.mark.parametrize(
@@ -119,8 +176,9 @@ def test_a_rate_at_which_it_diverges_is_not_chosen_and_said(tmp_path, text):
         ({"max_position_embeddings": 1000}, "tokens; expected two at least"),
         (
             {"lr": 1e30, "max_grad_norm": 1e30},
-            "nord diverged with every peak learning rate: give lower ones with --lrs",
+            "spike-fed diverged with every peak learning rate: give lower ones with --lrs",
         ),
+        ({"block": "nord"}, "expected a config with block: spike_fed in its section model"),
     ],
 )
 def test_bad_input_gets_one_sentence(tmp_path, text, capsys, change, message):
@@ -128,9 +186,9 @@ def test_bad_input_gets_one_sentence(tmp_path, text, capsys, change, message):
         shutil.copy(text, tmp_path / "longer.jsonl")
         change["block_size"] = 1000
         text.write_text("".join(json.dumps({"text": make_text(300 if s else 9000, s)}) + "\n" for s in range(20)))
-    config = write_config(tmp_path, **change)
+    config = write_config(tmp_path, **({"block": "spike_fed"} | change))
     arguments = ["--config", str(config), "--data", str(text), "--out", str(tmp_path / "out"), "--seeds", "0"]
-    assert compare_script.main(arguments) == 1
+    assert compare_script.main([*arguments, "--models", "spike-fed"]) == 1
     assert message in capsys.readouterr().err
 
 

@@ -81,7 +81,7 @@ def test_every_product_of_the_blocks_sees_spikes():
 
 
 def test_the_twin_lacks_nothing_but_the_neurons():
-    spiking, dense = (NordForCausalLM(NordConfig(**SMALL, **KINDS[kind])) for kind in ("spikes", "dense"))
+    spiking, dense = (NordForCausalLM(NordConfig(**SMALL, **KINDS[kind])) for kind in ("currents", "dense"))
     kept = {name for name, _ in spiking.named_parameters() if "lif" not in name}
     assert kept == {name for name, _ in dense.named_parameters()}
     assert parameter_counts(dense)[1] < parameter_counts(spiking)[1]

@@ -50,19 +50,34 @@ def test_the_resonance_is_the_equation_step_by_step():
     torch.manual_seed(0)
     layer = lively(SpikeFedResonance(16, 2, top_k=3, recency=True, neuron=node))
     spikes = (torch.rand(7, 2, 6, 16) < 0.3).float()
-    q, k = fire_from_rest(layer.lif_q, layer.q_proj(spikes)), fire_from_rest(layer.lif_k, layer.k_proj(spikes))
+    q = fire_from_rest(layer.lif_q, layer.norm_q(layer.q_proj(spikes)))
+    k = fire_from_rest(layer.lif_k, layer.norm_k(layer.k_proj(spikes)))
     v = layer.v_proj(spikes)
     context = torch.stack([reference(q, k, v[t], 2, 3, layer.temperature, layer.recency, True) for t in range(7)])
-    expected = layer.o_proj(fire_from_rest(layer.lif_o, 4 * context))
+    expected = layer.o_proj(fire_from_rest(layer.lif_o, layer.norm_o(context)))
     assert torch.allclose(layer(spikes), expected, atol=1e-6)
 
 
 def test_the_block_is_the_equation():
     layer, x = block(), 4 * torch.randn(9, 2, 6, 16)
     y = x + layer.resonance_gain * layer.resonance(fire_from_rest(layer.lif1, layer.norm1(x)))
-    hidden = fire_from_rest(layer.lif_h, layer.up(fire_from_rest(layer.lif2, layer.norm2(y))))
+    hidden = fire_from_rest(layer.lif_h, layer.norm_h(layer.up(fire_from_rest(layer.lif2, layer.norm2(y)))))
     assert torch.equal(layer(x), y + layer.ffn_gain * layer.down(hidden))
     assert torch.equal(layer.resonance_gain, torch.full((16,), 0.5))
+
+
+@pytest.mark.parametrize("width", [32, 256])
+@pytest.mark.parametrize("spiking_values", [False, True])
+def test_every_layer_fires_before_training_at_any_width_and_depth(width, spiking_values):
+    torch.manual_seed(0)
+    sizes = (width, 2, 2 * width)
+    blocks = nn.ModuleList(SpikeFedBlock(*sizes, spiking_values=spiking_values, neuron=node) for _ in range(6))
+    x = torch.randn(1, 3, 9, width).repeat(10, 1, 1, 1)  # the same current at each step
+    with SpikeMonitor(blocks) as monitor, torch.no_grad():
+        for layer in blocks:
+            x = layer(x)
+    assert min(monitor.rates().values()) > 0.005
+    assert max(monitor.rates().values()) < 0.25
 
 
 def test_gradients_reach_every_parameter_through_the_spikes():
@@ -118,7 +133,7 @@ def test_a_sequence_that_grows_is_bound_and_counted_as_if_it_were_whole(kind, ba
 
 
 def test_dense_twin_has_the_same_shapes_and_all_but_the_neurons_parameters():
-    spiking, dense = block(spiking_values=True), SpikeFedBlock(16, 2, 32, recency=True, neuron=SmoothActivation)
+    spiking, dense = block(), SpikeFedBlock(16, 2, 32, recency=True, neuron=SmoothActivation)
     kept = {name: p.shape for name, p in spiking.named_parameters() if "lif" not in name}
     assert kept == {name: p.shape for name, p in dense.named_parameters()}
     assert dense(torch.randn(1, 2, 6, 16)).shape == (1, 2, 6, 16)

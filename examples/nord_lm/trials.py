@@ -1,0 +1,209 @@
+"""Training runs that are compared: the same steps on the same text, each written down in a file of its own."""
+
+import hashlib
+import math
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from baselines import bigram_loss, uniform_loss, unigram_loss
+from card import parameter_counts
+from checkpoints import CheckpointError, read_json, write_json
+from data import Corpus
+from energy import generated_token
+from evaluate import held_out_text, read_text
+from samples import Prompts, coherence, cut_prompts, repetition, write
+from settings import Settings, SettingsError
+from train import Position, accelerate, bits, endless, evaluate, prepare, prepare_text, take_step
+from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from variants import Maker
+
+from nord_snn.monitor import SpikeMonitor
+
+__all__ = ["Text", "Trials", "prepare_for", "train_one"]
+
+MOST_TOKENS = 400_000  # of held-out text, in which prompts are looked for
+ABOUT = {"settings", "text", "bytes_per_token", "baselines", "held_out_text"}
+
+
+class Text(NamedTuple):
+    """What all models are trained on, validated on and asked to go on from."""
+
+    tokenizer: PreTrainedTokenizerBase
+    corpus: Corpus
+    prompts: Prompts
+
+
+class Trials:
+    """The runs of one config on one text.
+
+    Each is a file in ``out/runs``, so a command that was stopped goes on with those that are missing, and several commands may
+    work on one folder at a time. ``about`` says what the text is and how well counting alone predicts it.
+
+    Args:
+        settings: what all have in common.
+        out: the folder.
+
+    Raises:
+        SettingsError: a setting is not for comparisons, or ``out`` holds runs of other settings.
+        DataError: the text cannot be used.
+        CheckpointError: a file is damaged.
+    """
+
+    def __init__(self, settings: Settings, out: Path) -> None:
+        if settings.training.compile or settings.training.gradient_checkpointing:
+            raise SettingsError("models are compared without compile and gradient_checkpointing: leave them out")
+        self.settings, self.out = settings, out
+        (out / "runs").mkdir(parents=True, exist_ok=True)
+        self.text = prepare_for(settings, out)
+        self.about = self._about()
+
+    def _about(self) -> dict[str, Any]:
+        """What all runs have in common; computed anew where it is not on file."""
+        path = self.out / "about.json"
+        corpus, digest = self.text.corpus, self.settings.digest()
+        ours = hashlib.blake2b(f"{digest} {corpus.fingerprint}".encode(), digest_size=16).hexdigest()
+        if path.exists():
+            about = read_json(path)
+            if not isinstance(about, dict) or not about.keys() >= ABOUT:
+                raise CheckpointError(f"{path}: not written by this program, or damaged")
+            if about["settings"] != ours:
+                raise SettingsError(f"{path}: of another config or text; give another --out")
+            return about
+        about = {"settings": ours} | describe_text(self.text)
+        write_json(path, about)
+        return about
+
+    def on_file(self) -> list[dict[str, Any]]:
+        """All runs that were written down."""
+        return [_read(path) for path in sorted((self.out / "runs").glob("*.json"))]
+
+    def run(self, kind: str, make: Maker, lr: float, seed: int, advance: Callable[[], None]) -> dict[str, Any]:
+        """Train and measure a model, unless that was done.
+
+        Args:
+            kind: its name.
+            make: makes it.
+            lr: peak learning rate.
+            seed: of its initial weights and the order of the text.
+            advance: is called after every step.
+        """
+        name = re.sub(r"[^\w.+-]+", "-", kind)
+        path = self.out / "runs" / f"{name}_lr{lr:g}_seed{seed}.json"
+        if path.exists():
+            return _read(path)
+        settings = replace(self.settings, training=replace(self.settings.training, lr=lr, seed=seed))
+        run = {"kind": kind, "lr": lr, "seed": seed} | train_one(settings, make, self.text, self.out, advance)
+        write_json(path, run)
+        return run
+
+
+def _read(path: Path) -> dict[str, Any]:
+    run = read_json(path)
+    if not isinstance(run, dict) or not run.keys() >= {"kind", "lr", "seed", "diverged"}:
+        raise CheckpointError(f"{path}: not written by this program, or damaged")
+    return run
+
+
+def prepare_for(settings: Settings, out: Path) -> Text:
+    """Tokenizer, blocks and prompts."""
+    set_seed(settings.training.seed)
+    tokenizer, corpus = prepare_text(accelerate(settings, out), settings, None)
+    held = read_text(held_out_text(settings.training), tokenizer, MOST_TOKENS)
+    return Text(tokenizer, corpus, cut_prompts(held.documents, tokenizer, settings.block_size))
+
+
+def describe_text(text: Text) -> dict[str, Any]:
+    """What is known without a model: baselines, and how the held-out text itself is written."""
+    corpus, written, size = text.corpus, text.prompts.written, len(text.tokenizer)
+    return {
+        "text": corpus.name,
+        "bytes_per_token": corpus.bytes_per_token,
+        "baselines": {
+            "uniform": uniform_loss(size),
+            "unigram": unigram_loss(corpus.sample, corpus.validation, size),
+            "bigram, interpolated": bigram_loss(corpus.sample, corpus.validation, size),
+        },
+        "held_out_text": {
+            "repetition": repetition(written),
+            "coherence": coherence(text.tokenizer.batch_decode(written), text.prompts.rests),
+            "prompts": len(written),
+        },
+    }
+
+
+def train_one(
+    settings: Settings,
+    make: Maker,
+    text: Text,
+    out: Path,
+    advance: Callable[[], None],
+) -> dict[str, Any]:
+    """The same steps as ``train.py``'s, in the same order."""
+    options = settings.training
+    accelerator = accelerate(settings, out)
+    if accelerator.num_processes > 1:
+        raise SettingsError("models are compared in one process: start without accelerate launch")
+    set_seed(options.seed)
+    torch.set_float32_matmul_precision(options.matmul_precision)
+    prepared = prepare(accelerator, make(settings, text.tokenizer), text.corpus, options)
+    batches = endless(prepared.loader, Position())
+    seconds = []
+    for _ in range(options.steps):
+        began = time.monotonic()
+        loss, _ = take_step(accelerator, prepared, batches, options)
+        seconds.append(time.monotonic() - began)
+        if not math.isfinite(loss):
+            return {"diverged": True}
+        advance()
+    model = accelerator.unwrap_model(prepared.model)
+    held_out = evaluate(accelerator, prepared.model, prepared.validation)
+    if not math.isfinite(held_out):
+        return {"diverged": True}
+    return {
+        "diverged": False,
+        "loss": held_out,
+        "bits_per_byte": bits(held_out, text.corpus),
+        "tokens_per_second": options.grad_accum * options.batch_size * settings.block_size / statistics.median(seconds),
+        "seconds": sum(seconds),
+    } | look_at(model.eval(), text, options.seed)
+
+
+def look_at(model: PreTrainedModel, text: Text, seed: int) -> dict[str, Any]:
+    """What a trained model costs, how often it fires, and how it writes."""
+    total, without = parameter_counts(model)
+    written = write(model, text.prompts, text.tokenizer.eos_token_id, seed)
+    window = text.corpus.validation[:1].to(model.device)
+    rates = _rates(model, text)
+    if isinstance(model, GPT2LMHeadModel):
+        model.set_attn_implementation("eager")  # products that can be counted
+    profile = generated_token(model, window)
+    return {
+        "parameters": total,
+        "parameters_without_vocabulary": without,
+        "joules": profile.joules,
+        "joules_with_sram": profile.joules_under("45nm-fp32-sram"),
+        "macs": profile.macs,
+        "acs": profile.acs,
+        "repetition": repetition(written),
+        "coherence": coherence(text.tokenizer.batch_decode(written), text.prompts.rests),
+        "firing_rates": rates,
+    }
+
+
+@torch.no_grad()
+def _rates(model: PreTrainedModel, text: Text) -> dict[str, float]:
+    """Of every layer of neurons on held-out blocks; empty where nothing fires."""
+    try:
+        monitor = SpikeMonitor(model)
+    except ValueError:
+        return {}
+    with monitor:
+        for batch in text.corpus.validation[:64].split(8):
+            model(input_ids=batch.to(model.device), use_cache=False)
+    return monitor.rates()

@@ -1,0 +1,112 @@
+"""The models that are set beside each other: one config, with fields changed, or a GPT-2 of its size."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from card import parameter_counts
+from modeling_nord import NordForCausalLM
+from settings import Settings, SettingsError
+from train import model_config
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["KINDS", "Maker", "gpt2", "nord", "variant"]
+
+Maker = Callable[[Settings, PreTrainedTokenizerBase], PreTrainedModel]
+
+#: Fields that say how large a model is. With none but these a config is the published model of that size. The clusters are
+#: among them because the cascade's total gain grows with their number: the published 64 saturate a small width.
+SIZES = {
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "n_clusters",
+    "vocab_size",
+}
+
+
+def nord(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model of the config."""
+    return NordForCausalLM(model_config(settings, tokenizer))
+
+
+def variant(**changes: Any) -> Maker:
+    """The model of the config with fields changed."""
+
+    def make(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        return nord(replace(settings, model=settings.model | changes), tokenizer)
+
+    return make
+
+
+def published(**changes: Any) -> Maker:
+    """The published model in the sizes of the config, with fields changed."""
+
+    def make(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        sizes = {name: value for name, value in settings.model.items() if name in SIZES}
+        return nord(replace(settings, model=sizes | changes), tokenizer)
+
+    return make
+
+
+def spike_fed(**changes: Any) -> Maker:
+    """The spike-fed model of the config, with fields changed.
+
+    Raises:
+        SettingsError: the config's blocks are others.
+    """
+
+    def make(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        if settings.model.get("block") != "spike_fed":
+            raise SettingsError(f"{settings.name}: expected a config with block: spike_fed in its section model")
+        return variant(**changes)(settings, tokenizer)
+
+    return make
+
+
+def gpt2(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A GPT-2 with as many parameters without embedding and head, to within one neuron of its feed-forwards.
+
+    Raises:
+        SettingsError: its attention alone has more.
+    """
+    config = model_config(settings, tokenizer)
+    with torch.device("meta"):
+        wanted = parameter_counts(NordForCausalLM(config))[1]
+
+    def of(n_inner: int) -> GPT2Config:
+        return GPT2Config(
+            vocab_size=config.vocab_size,
+            n_positions=config.max_position_embeddings,
+            n_embd=config.hidden_size,
+            n_layer=config.num_hidden_layers,
+            n_head=config.num_attention_heads,
+            n_inner=n_inner,
+            tie_word_embeddings=False,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+
+    with torch.device("meta"):
+        one, two = (parameter_counts(GPT2LMHeadModel(of(n)))[1] for n in (1, 2))
+    n_inner = 1 + round((wanted - one) / (two - one))
+    if n_inner < 1:
+        raise SettingsError(f"a GPT-2 of this width has {one:,} parameters at least, more than the {wanted:,} of Nord")
+    return GPT2LMHeadModel(of(n_inner))
+
+
+#: What ``compare.py`` trains, by name.
+KINDS: dict[str, Maker] = {
+    "published": published(),
+    "recency": published(recency=True),
+    "spike-fed": spike_fed(spiking_values=False),
+    "spiking-values": spike_fed(spiking_values=True),
+    "dense-twin": spike_fed(spiking_values=False, dense=True, t_fast=1, t_slow=0),
+    "gpt2": gpt2,
+}
