@@ -32,7 +32,7 @@ from generate import number
 from progress import print_table
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from settings import SettingsError, read_config
+from settings import Settings, SettingsError, read_config
 from train import keep_freed_memory
 from transformers.utils import logging
 from trials import Trials
@@ -142,14 +142,14 @@ def rate_tables(comparison: Comparison) -> list[list[list[str]]]:
     """Firing rates: one table for all models with the same layers, a line a layer."""
     alike: dict[tuple[str, ...], list[str]] = {}
     for kind in comparison.runs:
-        layers = {layer: None for run in comparison.done(kind).values() for layer in run["firing_rates"]}
+        layers = unique(layer for run in comparison.done(kind).values() for layer in run["firing_rates"])
         if layers:
             alike.setdefault(tuple(layers), []).append(kind)
     tables = []
-    for layers, kinds in alike.items():
+    for names, kinds in alike.items():
         rates = {kind: [run["firing_rates"] for run in comparison.done(kind).values()] for kind in kinds}
         lines = [
-            [layer, *(spread([r[layer] for r in rates[kind]], "{:.1%}".format) for kind in kinds)] for layer in layers
+            [layer, *(spread([r[layer] for r in rates[kind]], "{:.1%}".format) for kind in kinds)] for layer in names
         ]
         tables.append([["layer", *kinds], *lines])
     return tables
@@ -216,22 +216,24 @@ def command_line(arguments: list[str] | None, script: str) -> str:
     return shlex.join(["python", *(sys.argv if arguments is None else [script, *arguments])])
 
 
-def common_arguments(parser: argparse.ArgumentParser, out: str) -> None:
+def common_arguments(parser: argparse.ArgumentParser, out: str, steps: bool = True) -> None:
     """What every comparison can be told."""
     parser.add_argument("--config", default="tiny", help="a name from configs/, or a YAML file (default: tiny)")
     parser.add_argument("--data", help="text file, folder or dataset name (default: the config's)")
     parser.add_argument("--validation-data", help="other text to validate on (default: part of the data)")
-    parser.add_argument("--steps", type=number(1, kind=int), help="optimizer steps (default: the config's)")
+    if steps:
+        parser.add_argument("--steps", type=number(1, kind=int), help="optimizer steps (default: the config's)")
     parser.add_argument("--seeds", nargs="+", type=number(0, 2**32 - 1, int), default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path(out), help=f"folder for the runs and tables (default: {out})")
 
 
-def trials_from(options: argparse.Namespace) -> Trials:
-    """The trials that the common arguments ask for."""
+def settings_for(
+    options: argparse.Namespace, fields: tuple[str, ...] = ("data", "validation_data", "steps")
+) -> Settings:
+    """The config with those fields of the training that were given."""
     settings = read_config(options.config)
-    given = {name: getattr(options, name) for name in ("data", "validation_data", "steps")}
-    changes = {name: value for name, value in given.items() if value is not None}
-    return Trials(replace(settings, training=replace(settings.training, **changes)), options.out)
+    changes = {name: getattr(options, name) for name in fields if getattr(options, name) is not None}
+    return replace(settings, training=replace(settings.training, **changes))
 
 
 def quietly() -> None:
@@ -257,7 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     quietly()
     try:
-        trials = trials_from(options)
+        trials = Trials(settings_for(options), options.out)
         kinds = {kind: KINDS[kind] for kind in unique(options.models)}
         lrs = unique(options.lrs or [trials.settings.training.lr])
         comparison = compare(trials, kinds, unique(options.seeds), lrs)

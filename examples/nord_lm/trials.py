@@ -5,7 +5,8 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,10 +26,21 @@ from variants import Maker
 
 from nord_snn.monitor import SpikeMonitor
 
-__all__ = ["Text", "Trials", "prepare_for", "train_one"]
+__all__ = ["AfterStep", "Learner", "Text", "Trials", "nobody", "prepare_for", "train_one"]
+
+#: Is told the loss of every step, when the weights have changed.
+AfterStep = Callable[[float], None]
+#: What learns beside the optimizer for as long as a model is trained.
+Learner = Callable[[PreTrainedModel], AbstractContextManager[AfterStep]]
 
 MOST_TOKENS = 400_000  # of held-out text, in which prompts are looked for
 ABOUT = {"settings", "text", "bytes_per_token", "baselines", "held_out_text"}
+
+
+@contextmanager
+def nobody(model: PreTrainedModel) -> Iterator[AfterStep]:
+    """The optimizer learns alone."""
+    yield lambda loss: None
 
 
 class Text(NamedTuple):
@@ -48,6 +60,7 @@ class Trials:
     Args:
         settings: what all have in common.
         out: the folder.
+        text: what ``prepare_for`` made of the same text; None to make it.
 
     Raises:
         SettingsError: a setting is not for comparisons, or ``out`` holds runs of other settings.
@@ -55,12 +68,12 @@ class Trials:
         CheckpointError: a file is damaged.
     """
 
-    def __init__(self, settings: Settings, out: Path) -> None:
+    def __init__(self, settings: Settings, out: Path, text: Text | None = None) -> None:
         if settings.training.compile or settings.training.gradient_checkpointing:
             raise SettingsError("models are compared without compile and gradient_checkpointing: leave them out")
         self.settings, self.out = settings, out
         (out / "runs").mkdir(parents=True, exist_ok=True)
-        self.text = prepare_for(settings, out)
+        self.text = text or prepare_for(settings, out)
         self.about = self._about()
 
     def _about(self) -> dict[str, Any]:
@@ -83,7 +96,15 @@ class Trials:
         """All runs that were written down."""
         return [_read(path) for path in sorted((self.out / "runs").glob("*.json"))]
 
-    def run(self, kind: str, make: Maker, lr: float, seed: int, advance: Callable[[], None]) -> dict[str, Any]:
+    def run(
+        self,
+        kind: str,
+        make: Maker,
+        lr: float,
+        seed: int,
+        advance: Callable[[], None],
+        learner: Learner = nobody,
+    ) -> dict[str, Any]:
         """Train and measure a model, unless that was done.
 
         Args:
@@ -92,13 +113,14 @@ class Trials:
             lr: peak learning rate.
             seed: of its initial weights and the order of the text.
             advance: is called after every step.
+            learner: what else learns.
         """
         name = re.sub(r"[^\w.+-]+", "-", kind)
         path = self.out / "runs" / f"{name}_lr{lr:g}_seed{seed}.json"
         if path.exists():
             return _read(path)
         settings = replace(self.settings, training=replace(self.settings.training, lr=lr, seed=seed))
-        run = {"kind": kind, "lr": lr, "seed": seed} | train_one(settings, make, self.text, self.out, advance)
+        run = {"kind": kind, "lr": lr, "seed": seed} | train_one(settings, make, self.text, self.out, advance, learner)
         write_json(path, run)
         return run
 
@@ -143,6 +165,7 @@ def train_one(
     text: Text,
     out: Path,
     advance: Callable[[], None],
+    learner: Learner = nobody,
 ) -> dict[str, Any]:
     """The same steps as ``train.py``'s, in the same order."""
     options = settings.training
@@ -151,17 +174,19 @@ def train_one(
         raise SettingsError("models are compared in one process: start without accelerate launch")
     set_seed(options.seed)
     torch.set_float32_matmul_precision(options.matmul_precision)
-    prepared = prepare(accelerator, make(settings, text.tokenizer), text.corpus, options)
+    model = make(settings, text.tokenizer)
+    prepared = prepare(accelerator, model, text.corpus, options)
     batches = endless(prepared.loader, Position())
     seconds = []
-    for _ in range(options.steps):
-        began = time.monotonic()
-        loss, _ = take_step(accelerator, prepared, batches, options)
-        seconds.append(time.monotonic() - began)
-        if not math.isfinite(loss):
-            return {"diverged": True}
-        advance()
-    model = accelerator.unwrap_model(prepared.model)
+    with learner(model) as after_step:
+        for _ in range(options.steps):
+            began = time.monotonic()
+            loss, _ = take_step(accelerator, prepared, batches, options)
+            if not math.isfinite(loss):
+                return {"diverged": True}
+            after_step(loss)
+            seconds.append(time.monotonic() - began)
+            advance()
     held_out = evaluate(accelerator, prepared.model, prepared.validation)
     if not math.isfinite(held_out):
         return {"diverged": True}

@@ -120,6 +120,14 @@ class SpikeFedResonance(Binding):
         return wide.unflatten(-1, (self.n_heads, steps, -1)).permute(3, 0, 1, 2, 4).flatten(3)
 
 
+class _StrongNorm(nn.LayerNorm):
+    """A layer norm whose scale starts at 2."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.constant_(self.weight, 2.0)
+
+
 class SpikeFedBlock(nn.Module):
     """One block in which a layer of neurons stands before every linear map.
 
@@ -129,7 +137,8 @@ class SpikeFedBlock(nn.Module):
         x = x + g2 * down(lif_h(norm_h(up(lif2(norm2(x))))))
 
     The stream x holds currents, real numbers at each step, and is never clamped; g1 and g2 are learnable per channel. Before
-    every layer of neurons stands a norm, so that these get currents of one size at any width and depth.
+    every layer of neurons stands a norm, so that these get currents of one size at any width and depth; that of the hidden
+    neurons starts at 2, because training silences most of these where it starts at 1.
 
     Args:
         n_features: D.
@@ -186,7 +195,7 @@ class SpikeFedBlock(nn.Module):
         self.norm2 = nn.LayerNorm(n_features, eps=norm_eps)
         self.lif2 = make_neuron(neuron, n_features)
         self.up = nn.Linear(n_features, hidden_features, bias=False)
-        self.norm_h = nn.LayerNorm(hidden_features, eps=norm_eps)
+        self.norm_h = _StrongNorm(hidden_features, eps=norm_eps)
         self.lif_h = make_neuron(neuron, hidden_features)
         self.down = nn.Linear(hidden_features, n_features, bias=False)
         self.ffn_gain = nn.Parameter(torch.empty(n_features))

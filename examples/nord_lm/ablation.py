@@ -1,0 +1,332 @@
+"""What each mechanism is worth: both blocks with one thing changed at a time, over seeds.
+
+    python examples/nord_lm/ablation.py                                 # tiny, three seeds, both blocks
+    python examples/nord_lm/ablation.py --blocks spike-fed --only cascade clamp
+
+The published block is taken with recency here, so that both know the order of the positions. Every run has the config's peak
+learning rate and the same tokens in the same order; what is shown is the held-out loss, and by how much it is higher without
+the mechanism, seed by seed. Runs are kept as those of ``compare.py`` are.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from checkpoints import CheckpointError, write_text
+from compare import command_line, common_arguments, markdown_table, quietly, settings_for, spread, unique
+from data import DataError
+from progress import print_table
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from settings import SettingsError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trials import AfterStep, Learner, Trials, nobody
+from variants import Maker, published, spike_fed
+
+from nord_snn.layers import LeakyClamp, SpikeFedBlock, SpikeFedResonance
+from nord_snn.learning_rules import RewardModulatedSTDP
+
+__all__ = ["ABLATIONS", "Ablation", "ablate"]
+
+Surgery = Callable[[PreTrainedModel], None]
+
+
+class Ablation(NamedTuple):
+    """One change to a model.
+
+    Attributes:
+        mechanism: what it is about.
+        says: the change, in words.
+        changes: fields of the model's config.
+        surgery: done to the model that was made.
+        learner: what else learns.
+    """
+
+    mechanism: str
+    says: str
+    changes: dict[str, Any] = {}  # noqa: RUF012  # never written to
+    surgery: Surgery | None = None
+    learner: Learner = nobody
+
+
+class ConstantCurrent(nn.Module):
+    """In the encoder's place: the same current at every step."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.projection, self.steps = encoder.projection, encoder.t_fast + encoder.t_slow
+        self.scale = nn.Parameter(encoder.fast_scale.detach() / 2)  # the gates start at 1/2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[*, D]`` -> ``[T, *, D]``."""
+        current = self.projection(x) * self.scale
+        return current.expand(self.steps, *current.shape)
+
+
+class Unclamped(nn.Module):
+    """In LeakyClamp's place: the sum itself."""
+
+    def forward(self, x: Tensor, branch: Tensor, gain: Tensor) -> Tensor:
+        """``x + gain * branch``."""
+        return x + gain * branch
+
+
+class ClampedBranch(nn.Module):
+    """In LeakyClamp's place: what is added is clamped, and not the stream."""
+
+    def __init__(self, n_features: int) -> None:
+        super().__init__()
+        self.clamp = LeakyClamp(n_features)
+
+    def forward(self, x: Tensor, branch: Tensor, gain: Tensor) -> Tensor:
+        """``x + gain * clamp(branch)``."""
+        return x + gain * self.clamp(branch)
+
+
+def constant_current(model: PreTrainedModel) -> None:
+    """The encoder without its scales of time."""
+    model.encoder = ConstantCurrent(model.encoder)
+
+
+def without_clamps(model: PreTrainedModel) -> None:
+    """The published blocks with a stream that nothing cuts."""
+    for block in model.blocks:
+        block.clamp = Unclamped()
+
+
+def clamped_branches(model: PreTrainedModel) -> None:
+    """What a feed-forward adds is clamped; in spike-fed blocks what the resonance adds is, too."""
+    width = model.config.hidden_size
+    for block in model.blocks:
+        if isinstance(block, SpikeFedBlock):
+            resonance = cast(SpikeFedResonance, block.resonance)
+            for map_out in (resonance.o_proj, block.down):
+                map_out.add_module("clamp", LeakyClamp(width))
+                map_out.register_forward_hook(lambda module, _, x: module.clamp(x))
+        else:
+            block.clamp = ClampedBranch(width)
+
+
+def clamped_stream(model: PreTrainedModel, floor: float = -0.1) -> None:
+    """Spike-fed blocks with the published block's clamp behind each."""
+    for block in model.blocks:
+        block.clamp = LeakyClamp(model.config.hidden_size, floor=floor)
+        block.register_forward_hook(lambda module, _, x: module.clamp(x))
+
+
+@contextmanager
+def stdp(model: PreTrainedModel, rate: float, sign: float = 1.0) -> Iterator[AfterStep]:
+    """STDP between the two layers of neurons of each feed-forward, rewarded where the loss is below its running mean."""
+
+    def rule(index: int, block: Any) -> RewardModulatedSTDP:
+        fed = isinstance(block, SpikeFedBlock)
+        synapse, neurons = (block.up, block.lif_h) if fed else (block.ffn.down, block.ffn.lif2)
+        return RewardModulatedSTDP(
+            step_mode="m",
+            synapse=synapse,
+            sn=neurons,
+            a_plus=rate,
+            a_minus=rate,
+            reduction="mean",
+            bounds=None,
+            baseline=None,
+            name=f"blocks.{index}",
+        )
+
+    rules = [rule(index, block) for index, block in enumerate(model.blocks)]
+
+    @torch.no_grad()
+    def after_step(loss: float) -> None:
+        for rule in rules:
+            rule.apply(cast(Tensor, rule.step(loss=loss, on_grad=False, scale=sign)))
+
+    try:
+        yield after_step
+    finally:
+        for rule in rules:
+            rule.close()
+
+
+_RATES = {"0.05": 0.05, "1": 1.0}
+_STDP = [
+    *(
+        Ablation("STDP", f"STDP while it trains, rate {name}", learner=partial(stdp, rate=rate))
+        for name, rate in _RATES.items()
+    ),
+    Ablation("STDP", "control: rate 1, reward of the opposite sign", learner=partial(stdp, rate=1.0, sign=-1.0)),
+]
+_BOTH = [
+    Ablation("cascade", "no cascade", {"n_clusters": None}),
+    Ablation("encoder", "the same current at every step", surgery=constant_current),
+    Ablation("resonance", "no resonance: positions never meet", {"resonance": False}),
+    Ablation("resonance", "no recency", {"recency": False}),
+    *_STDP,
+]
+
+
+def _steps(fast: int, slow: int) -> Ablation:
+    return Ablation("time", f"T = {fast + slow} ({fast} fast, {slow} slow)", {"t_fast": fast, "t_slow": slow})
+
+
+def _rest(steps: int) -> Ablation:
+    return Ablation("refractory", f"{steps} steps of rest after a spike", {"refractory_steps": steps})
+
+
+def _floor(floor: float) -> Ablation:
+    return Ablation("clamp", f"floor of the clamp starts at {floor}", {"clamp_floor": floor})
+
+
+#: The model of each block that is changed, and the changes.
+ABLATIONS: dict[str, tuple[Callable[..., Maker], list[Ablation]]] = {
+    "published": (
+        partial(published, recency=True),
+        [
+            Ablation("clamp", "no clamp", surgery=without_clamps),
+            Ablation("clamp", "clamp on what is added, not on the stream", surgery=clamped_branches),
+            _floor(-1.0),
+            _floor(-0.01),
+            *_BOTH,
+            *map(_rest, (0, 1)),
+            *(_steps(*steps) for steps in ((5, 1), (3, 1), (1, 1))),
+        ],
+    ),
+    "spike-fed": (
+        partial(spike_fed, spiking_values=False),
+        [
+            Ablation("clamp", "published clamp on the stream", surgery=clamped_stream),
+            Ablation("clamp", "the same, its floor starts at -1", surgery=partial(clamped_stream, floor=-1.0)),
+            Ablation("clamp", "clamp on what is added", surgery=clamped_branches),
+            *_BOTH,
+            *map(_rest, (1, 2)),
+            *(_steps(*steps) for steps in ((8, 2), (5, 1), (1, 1))),
+        ],
+    ),
+}
+
+
+def maker(make: Callable[..., Maker], ablation: Ablation) -> Maker:
+    """The model with the change."""
+
+    def changed(settings: Any, tokenizer: Any) -> PreTrainedModel:
+        model = make(**ablation.changes)(settings, tokenizer)
+        if ablation.surgery is not None:
+            ablation.surgery(model)
+        return model
+
+    return changed
+
+
+class Row(NamedTuple):
+    """What came out of one change: runs by seed, and those without it."""
+
+    block: str
+    ablation: Ablation
+    runs: dict[int, dict[str, Any]]
+    whole: dict[int, dict[str, Any]]
+
+    @property
+    def losses(self) -> list[float]:
+        """Held-out loss of each seed, in nats per token."""
+        return [run["loss"] for run in self.runs.values() if not run["diverged"]]
+
+    @property
+    def differences(self) -> list[float]:
+        """By how much the loss of each seed is higher than without the change."""
+        return [
+            run["loss"] - self.whole[seed]["loss"]
+            for seed, run in self.runs.items()
+            if not run["diverged"] and not self.whole[seed]["diverged"]
+        ]
+
+
+WHOLE = Ablation("", "the whole model")
+
+
+def ablate(
+    trials: Trials, blocks: list[str], mechanisms: list[str], seeds: list[int], lrs: dict[str, float]
+) -> list[Row]:
+    """Train every change of the blocks with every seed."""
+    rows = []
+    with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), transient=True) as bars:
+
+        def one(block: str, ablation: Ablation, seed: int) -> dict[str, Any]:
+            bar = bars.add_task(f"{block}, {ablation.says}, seed {seed}", total=trials.settings.training.steps)
+            make = maker(ABLATIONS[block][0], ablation)
+            try:
+                return trials.run(
+                    f"{block}: {ablation.says}", make, lrs[block], seed, lambda: bars.advance(bar), ablation.learner
+                )
+            finally:
+                bars.remove_task(bar)
+
+        for block in blocks:
+            whole = {seed: one(block, WHOLE, seed) for seed in seeds}
+            rows.append(Row(block, WHOLE, whole, whole))
+            chosen = [ablation for ablation in ABLATIONS[block][1] if ablation.mechanism in mechanisms]
+            rows += [
+                Row(block, ablation, {seed: one(block, ablation, seed) for seed in seeds}, whole) for ablation in chosen
+            ]
+    return rows
+
+
+def table(rows: list[Row], block: str) -> list[list[str]]:
+    """A line a change."""
+    lines = [["mechanism", "change", "nats per token", "more than whole", "rates of the layers", "tokens/s"]]
+    for row in rows:
+        if row.block != block:
+            continue
+        rates = [rate for run in row.runs.values() if not run["diverged"] for rate in run["firing_rates"].values()]
+        speeds = [run["tokens_per_second"] for run in row.runs.values() if not run["diverged"]]
+        lines.append(
+            [
+                row.ablation.mechanism,
+                row.ablation.says,
+                spread(row.losses, "{:.3f}".format) or "diverged",
+                "" if row.ablation is WHOLE else spread(row.differences, "{:+.3f}".format),
+                f"{min(rates):.1%} to {max(rates):.1%}" if rates else "",
+                spread(speeds, "{:,.0f}".format),
+            ]
+        )
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    common_arguments(parser, "runs/ablation")
+    mechanisms = unique(ablation.mechanism for _, ablations in ABLATIONS.values() for ablation in ablations)
+    parser.add_argument("--blocks", nargs="+", choices=ABLATIONS, default=list(ABLATIONS), help="default: both")
+    parser.add_argument("--only", nargs="+", choices=mechanisms, default=mechanisms, help="mechanisms (default: all)")
+    options = parser.parse_args(arguments)
+    quietly()
+    try:
+        trials = Trials(settings_for(options), options.out)
+        blocks = unique(options.blocks)
+        lrs = dict.fromkeys(blocks, trials.settings.training.lr)
+        rows = ablate(trials, blocks, options.only, unique(options.seeds), lrs)
+        tables = {block: table(rows, block) for block in blocks}
+        note = f"Mean (range) over seeds {', '.join(map(str, unique(options.seeds)))}; text: {trials.about['text']}."
+        parts = [f"## {block}\n\n{markdown_table(lines)}" for block, lines in tables.items()]
+        text = "\n\n".join([*parts, note, f"`{command_line(arguments, 'ablation.py')}`"]) + "\n"
+        write_text(options.out / "table.md", text)
+    except (SettingsError, DataError, CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with the runs that are missing", file=sys.stderr)
+        return 130
+    console = Console()
+    for block, lines in tables.items():
+        print_table(console, block, lines[0], lines[1:])
+    console.print(note, highlight=False, markup=False)
+    print(f"tables in {options.out / 'table.md'}, all figures in {options.out / 'runs'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,270 @@
+"""How the loss falls with parameters and tokens: spike-fed, its dense twin and a GPT-2, at several sizes, with fitted curves.
+
+    python examples/nord_lm/scaling.py --data books.txt
+    python examples/nord_lm/scaling.py --sizes 64x2 128x2 256x4 --steps 250 500 --seeds 0
+
+A size is width x blocks, with heads of 32 and a feed-forward twice as wide. At each size every model chooses among the
+``--lrs`` at the first seed and the smallest number of steps; then it is trained with each number of steps, each a whole run with
+a schedule of its own. The curve of a model is ``L(N, D) = E + A / N^a + B / D^b`` (Hoffmann et al. 2022), N its parameters
+without embedding and head, D the tokens that it saw, fitted by least squares with Huber's loss. Runs are kept as those of
+``compare.py`` are.
+"""
+
+import argparse
+import io
+import itertools
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from checkpoints import CheckpointError, write_bytes, write_text
+from compare import best, command_line, common_arguments, markdown_table, quietly, settings_for, spread, unique
+from data import DataError
+from generate import number
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from progress import print_table
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from scipy.optimize import least_squares
+from settings import Settings, SettingsError
+from trials import Text, Trials, prepare_for
+from variants import KINDS
+
+__all__ = ["Curve", "Point", "fit", "picture"]
+
+MODELS = ("spike-fed", "dense-twin", "gpt2")
+COLOURS = {"spike-fed": "#c44e52", "dense-twin": "#4878a8", "gpt2": "#6b6b6b"}
+HEAD = 32  # width of a head
+FEWEST = 6  # points that a curve of five numbers is fitted to
+
+
+class Size(NamedTuple):
+    """Width and number of blocks."""
+
+    width: int
+    blocks: int
+
+    def __str__(self) -> str:
+        """As it is given."""
+        return f"{self.width}x{self.blocks}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Size":
+        """From ``128x2``."""
+        match = re.fullmatch(r"(\d+)x(\d+)", text)
+        if match is None or int(match[1]) % HEAD or not int(match[1]) or not int(match[2]):
+            raise argparse.ArgumentTypeError(
+                f"expected width x blocks, the width a multiple of {HEAD}, such as 128x2, got {text!r}"
+            )
+        return cls(int(match[1]), int(match[2]))
+
+    def of(self, settings: Settings, steps: int) -> Settings:
+        """The settings at this size."""
+        model = {
+            "hidden_size": self.width,
+            "num_hidden_layers": self.blocks,
+            "num_attention_heads": self.width // HEAD,
+            "intermediate_size": 2 * self.width,
+        }
+        return replace(settings, model=settings.model | model, training=replace(settings.training, steps=steps))
+
+
+class Point(NamedTuple):
+    """One run."""
+
+    kind: str
+    size: Size
+    parameters: int
+    tokens: int
+    lr: float
+    loss: float
+    bits_per_byte: float
+
+
+class Curve(NamedTuple):
+    """``L(N, D) = floor + a / N^alpha + b / D^beta``, in nats per token."""
+
+    floor: float
+    a: float
+    alpha: float
+    b: float
+    beta: float
+
+    def __call__(self, parameters: Any, tokens: Any) -> Any:
+        """The loss, of numbers or arrays."""
+        return self.floor + self.a / parameters**self.alpha + self.b / tokens**self.beta
+
+    def __str__(self) -> str:
+        """The equation."""
+        return f"{self.floor:.2f} + {self.a:.3g} / N^{self.alpha:.2f} + {self.b:.3g} / D^{self.beta:.2f}"
+
+
+def fit(points: list[Point]) -> Curve | None:
+    """The curve that the points of one model lie nearest to; None where there are too few to say.
+
+    N is taken in units of 100,000 parameters and D of a million tokens while it is fitted; every number is positive. The best
+    of several starts is taken.
+    """
+    sizes, budgets = {point.parameters for point in points}, {point.tokens for point in points}
+    if len(points) < FEWEST or len(sizes) < 2 or len(budgets) < 2:
+        return None
+    n = np.array([point.parameters for point in points]) / 1e5
+    d = np.array([point.tokens for point in points]) / 1e6
+    losses = np.array([point.loss for point in points])
+
+    def residuals(x: Any) -> Any:
+        floor, a, alpha, b, beta = np.exp(x)
+        return floor + a * n**-alpha + b * d**-beta - losses
+
+    starts = itertools.product((0.5, 0.9), (0.1, 0.5), (0.1, 0.5), (0.1, 0.5), (0.3,))
+    least = losses.min()
+    fits = [
+        least_squares(residuals, np.log([least * floor, a, alpha, b, beta]), loss="huber", f_scale=0.02)
+        for floor, a, alpha, b, beta in starts
+    ]
+    floor, a, alpha, b, beta = np.exp(min(fits, key=lambda found: found.cost).x)
+    return Curve(float(floor), float(a * 1e5**alpha), float(alpha), float(b * 1e6**beta), float(beta))
+
+
+def picture(points: list[Point], curves: dict[str, Curve | None]) -> Figure:
+    """Loss against parameters for the most tokens, and against tokens for each size; points are runs."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    by_size, by_tokens = figure.subplots(1, 2, sharey=True)
+    most, largest = max(point.tokens for point in points), max(point.size for point in points)
+    _panel(by_size, [point for point in points if point.tokens == most], curves, "parameters")
+    _panel(by_tokens, [point for point in points if point.size == largest], curves, "tokens")
+    by_size.set(xlabel="parameters without embedding and head", ylabel="held-out loss, nats per token")
+    by_size.set_title(f"{most:,} tokens", fontsize="medium")
+    by_tokens.set(xlabel="tokens seen")
+    by_tokens.set_title(f"width {largest.width}, {largest.blocks} blocks", fontsize="medium")
+    by_size.legend()
+    return figure
+
+
+def _panel(axis: Axes, points: list[Point], curves: dict[str, Curve | None], field: str) -> None:
+    for kind in unique(point.kind for point in points):
+        own = [point for point in points if point.kind == kind]
+        x = [getattr(point, field) for point in own]
+        axis.scatter(x, [point.loss for point in own], s=14, color=COLOURS[kind], label=kind)
+        curve = curves[kind]
+        if curve is not None:
+            line = np.geomspace(min(x) * 0.9, max(x) * 1.1)
+            fixed = own[0].tokens if field == "parameters" else own[0].parameters
+            losses = curve(line, fixed) if field == "parameters" else curve(fixed, line)
+            axis.plot(line, losses, color=COLOURS[kind], linewidth=1)
+    axis.set_xscale("log")
+    axis.grid(alpha=0.3)
+
+
+def measure(
+    settings: Settings,
+    sizes: list[Size],
+    steps: list[int],
+    kinds: list[str],
+    seeds: list[int],
+    lrs: list[float],
+    out: Path,
+) -> list[Point]:
+    """Train what is missing."""
+    text: Text | None = None
+    points = []
+    with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), transient=True) as bars:
+        for size in sizes:
+            chosen: dict[str, float] = {}
+            for budget in sorted(steps):
+                here = size.of(settings, budget)
+                text = text or prepare_for(here, out)  # the same at every size
+                trials = Trials(here, out / str(size) / str(budget), text)
+                for kind in kinds:
+                    tried = [_one(trials, kind, lr, seeds[0], bars) for lr in lrs] if kind not in chosen else []
+                    chosen[kind] = chosen.get(kind) or best(kind, tried)
+                    runs = [_one(trials, kind, chosen[kind], seed, bars) for seed in seeds]
+                    points += [_point(kind, size, here, run) for run in runs if not run["diverged"]]
+    return points
+
+
+def _one(trials: Trials, kind: str, lr: float, seed: int, bars: Progress) -> dict[str, Any]:
+    steps = trials.settings.training.steps
+    bar = bars.add_task(f"{trials.out.parent.name}, {steps} steps, {kind}, peak lr {lr:g}, seed {seed}", total=steps)
+    try:
+        return trials.run(kind, KINDS[kind], lr, seed, lambda: bars.advance(bar))
+    finally:
+        bars.remove_task(bar)
+
+
+def _point(kind: str, size: Size, settings: Settings, run: dict[str, Any]) -> Point:
+    options = settings.training
+    tokens = options.steps * options.batch_size * options.grad_accum * settings.block_size
+    parameters = run["parameters_without_vocabulary"]
+    return Point(kind, size, parameters, tokens, run["lr"], run["loss"], run["bits_per_byte"])
+
+
+def table(points: list[Point]) -> list[list[str]]:
+    """A line for each size and number of tokens, a column a model."""
+    kinds = unique(point.kind for point in points)
+    lines = [
+        ["size", "parameters", "tokens", *kinds, *(f"spike-fed / {kind}" for kind in kinds if kind != "spike-fed")]
+    ]
+    for size, tokens in unique((point.size, point.tokens) for point in points):
+        own = {kind: [p for p in points if (p.kind, p.size, p.tokens) == (kind, size, tokens)] for kind in kinds}
+        means = {kind: float(np.mean([p.bits_per_byte for p in here])) for kind, here in own.items() if here}
+        ratios = [
+            f"{means['spike-fed'] / means[kind] - 1:+.1%}" if {"spike-fed", kind} <= means.keys() else ""
+            for kind in kinds
+            if kind != "spike-fed"
+        ]
+        counts = [f"{here[0].parameters:,}" for here in own.values() if here]
+        cells = [spread([p.loss for p in own[kind]], "{:.3f}".format) for kind in kinds]
+        lines.append([str(size), counts[0], f"{tokens:,}", *cells, *(ratios if "spike-fed" in kinds else [])])
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    common_arguments(parser, "runs/scaling", steps=False)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all of them")
+    sizes = [Size(64, 2), Size(128, 2), Size(192, 3), Size(256, 4)]
+    parser.add_argument(
+        "--sizes", nargs="+", type=Size.parse, default=sizes, help=f"default: {' '.join(map(str, sizes))}"
+    )
+    parser.add_argument("--steps", nargs="+", type=number(1, kind=int), default=[260, 520, 1040])
+    parser.add_argument("--lrs", nargs="+", type=number(1e-9), default=[2e-3, 4e-3, 8e-3])
+    options = parser.parse_args(arguments)
+    quietly()
+    try:
+        settings = settings_for(options, ("data", "validation_data"))
+        options.out.mkdir(parents=True, exist_ok=True)
+        seeds, kinds = unique(options.seeds), unique(options.models)
+        points = measure(
+            settings, unique(options.sizes), unique(options.steps), kinds, seeds, unique(options.lrs), options.out
+        )
+        curves = {kind: fit([point for point in points if point.kind == kind]) for kind in kinds}
+        said = [f"- {kind}: L(N, D) = {curve or 'too few points to fit'}" for kind, curve in curves.items()]
+        note = f"Nats per token, mean (range) over seeds {', '.join(map(str, seeds))}; ratios of bits per byte. Fitted:"
+        command = command_line(arguments, "scaling.py")
+        text = "\n\n".join([markdown_table(table(points)), note, "\n".join(said), f"`{command}`"]) + "\n"
+        write_text(options.out / "table.md", text)
+        drawn = io.BytesIO()
+        picture(points, curves).savefig(drawn, format="png", dpi=120)
+        write_bytes(options.out / "scaling.png", drawn.getvalue())
+    except (SettingsError, DataError, CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with the runs that are missing", file=sys.stderr)
+        return 130
+    head, *rows = table(points)
+    console = Console()
+    print_table(console, settings.name, head, rows)
+    console.print("\n".join([note, *said]), highlight=False, markup=False)
+    print(f"table in {options.out / 'table.md'}, picture in {options.out / 'scaling.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""ablation.py: every change changes what it says and nothing else, and its loss is compared seed by seed."""
+
+import json
+
+import ablation as ablation_script
+import pytest
+import torch
+from ablation import ABLATIONS, WHOLE, maker
+from accelerate.state import AcceleratorState
+from compare import spread
+from data import train_tokenizer
+from helpers import fire_easily, make_text, write_config
+from settings import read_config
+
+from nord_snn.layers import LeakyClamp
+from nord_snn.monitor import SpikeMonitor
+
+EVERY = [(block, ablation) for block, (_, ablations) in ABLATIONS.items() for ablation in ablations]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([make_text()], 300)
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return read_config(str(write_config(tmp_path, block="spike_fed", refractory_steps=0)))
+
+
+def build(settings, tokenizer, block, ablation):
+    torch.manual_seed(0)
+    model = maker(ABLATIONS[block][0], ablation)(settings, tokenizer).eval()
+    fire_easily(model)
+    return model
+
+
+@pytest.mark.parametrize(("block", "ablation"), EVERY, ids=lambda value: getattr(value, "says", value))
+def test_every_change_makes_another_model_that_learns(settings, tokenizer, block, ablation):
+    ids = torch.randint(50, (3, 10), generator=torch.Generator().manual_seed(0))
+    changed = build(settings, tokenizer, block, ablation)
+    with ablation.learner(changed) as after_step:
+        before = {name: p.clone() for name, p in changed.named_parameters()}
+        loss = changed(input_ids=ids, labels=ids).loss
+        loss.backward()
+        after_step(loss.item() + 1)  # which is the baseline
+        changed(input_ids=ids)
+        after_step(loss.item())
+    learned = {name for name, p in changed.named_parameters() if not torch.equal(p, before[name])}
+    if ablation.mechanism == "STDP":
+        assert learned == {"blocks.0.up.weight" if block == "spike-fed" else "blocks.0.ffn.down.weight"}
+        return
+    assert not learned
+    whole = build(settings, tokenizer, block, WHOLE)
+    if "clamp_floor" in ablation.changes:  # which so small a model does not reach
+        assert changed.blocks[0].clamp.floor[0] == ablation.changes["clamp_floor"] != whole.blocks[0].clamp.floor[0]
+        return
+    assert whole(input_ids=ids, labels=ids).loss != loss
+    silent = [n for n, p in changed.named_parameters() if p.requires_grad and p.grad is None]
+    assert silent == []
+
+
+def test_changes_take_out_what_they_say(settings, tokenizer):
+    def has(block, says, kind):
+        (found,) = (ablation for ablation in ABLATIONS[block][1] if ablation.says == says)
+        return any(isinstance(module, kind) for module in build(settings, tokenizer, block, found).modules())
+
+    assert not has("published", "no clamp", LeakyClamp)
+    assert has("published", "clamp on what is added, not on the stream", LeakyClamp)
+    assert not any(isinstance(m, LeakyClamp) for m in build(settings, tokenizer, "spike-fed", WHOLE).modules())
+    assert has("spike-fed", "published clamp on the stream", LeakyClamp)
+    for block in ABLATIONS:
+        (constant,) = (a for a in ABLATIONS[block][1] if a.says == "the same current at every step")
+        currents = build(settings, tokenizer, block, constant).encoder(torch.randn(2, 16))
+        assert torch.equal(currents, currents[:1].expand_as(currents))
+        assert len(currents) == (10 if block == "published" else 4)
+
+
+def test_a_clamped_stream_has_nothing_below_its_floor(settings, tokenizer):
+    (clamped,) = (a for a in ABLATIONS["spike-fed"][1] if a.says == "published clamp on the stream")
+    model, seen = build(settings, tokenizer, "spike-fed", clamped), []
+    model.stream_norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].min()))
+    model(input_ids=torch.randint(50, (3, 10)))
+    assert seen[0] >= -0.1
+
+
+def test_the_opposite_reward_changes_the_weights_the_other_way(settings, tokenizer):
+    ids, changes = torch.randint(50, (3, 10), generator=torch.Generator().manual_seed(0)), []
+    stdp = [a for a in ABLATIONS["spike-fed"][1] if a.mechanism == "STDP"][1:]
+    for ablation in stdp:
+        model = build(settings, tokenizer, "spike-fed", ablation)
+        before = model.blocks[0].up.weight.clone()
+        with ablation.learner(model) as after_step:
+            for loss in (5.0, 4.0):
+                model(input_ids=ids)
+                after_step(loss)
+            assert model.blocks[0].up._forward_hooks or model.blocks[0].up._forward_pre_hooks
+        changes.append(model.blocks[0].up.weight - before)
+        assert not model.blocks[0].up._forward_hooks
+        with SpikeMonitor(model):
+            model(input_ids=ids)
+    assert changes[0].abs().sum() > 0
+    assert torch.allclose(changes[0], -changes[1], atol=1e-7)
+
+
+def test_the_table_is_that_of_the_runs(tmp_path, capsys):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": make_text(300, seed)}) + "\n" for seed in range(20)))
+    config, out = write_config(tmp_path, block="spike_fed", steps=3), tmp_path / "out"
+    arguments = ["--config", str(config), "--data", str(text), "--seeds", "0", "1", "--out", str(out)]
+    arguments += ["--blocks", "spike-fed", "--only", "cascade"]
+    assert ablation_script.main(arguments) == 0
+    runs = [json.loads(path.read_text()) for path in (out / "runs").glob("*.json")]
+    loss = {(run["kind"], run["seed"]): run["loss"] for run in runs}
+    assert len(loss) == 4
+    differences = [loss["spike-fed: no cascade", s] - loss["spike-fed: the whole model", s] for s in (0, 1)]
+    shown = (out / "table.md").read_text()
+    assert "| cascade | no cascade | " in shown
+    assert f" | {spread(differences, '{:+.3f}'.format)} | " in shown
+    assert "ablation.py --config" in shown
+    assert "no cascade" in capsys.readouterr().out
+    assert ablation_script.main([*arguments, "--blocks", "published", "--steps", "9"]) == 1
+    assert "give another --out" in capsys.readouterr().err
