@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from checkpoints import CheckpointError, write_text
 from compare import command_line, common_arguments, markdown_table, quietly, settings_for, spread, unique
+from configuration_nord import NordConfig
 from data import DataError
 from progress import print_table
 from rich.console import Console
@@ -119,6 +120,19 @@ def clamped_stream(model: PreTrainedModel, floor: float = -0.1) -> None:
         block.register_forward_hook(lambda module, _, x: module.clamp(x))
 
 
+def without_norms(model: PreTrainedModel) -> None:
+    """Spike-fed blocks whose neurons behind a linear map get its currents as they are, and those behind the mixing four times."""
+
+    def four_times(module: nn.Module, inputs: Any) -> tuple[Tensor]:
+        return (4 * inputs[0],)
+
+    for block in model.blocks:
+        resonance = cast(SpikeFedResonance, block.resonance)
+        for layer, norm in ((block, "norm_h"), (resonance, "norm_q"), (resonance, "norm_k"), (resonance, "norm_o")):
+            setattr(layer, norm, nn.Identity())
+        resonance.norm_o.register_forward_pre_hook(four_times)
+
+
 @contextmanager
 def stdp(model: PreTrainedModel, rate: float, sign: float = 1.0) -> Iterator[AfterStep]:
     """STDP between the two layers of neurons of each feed-forward, rewarded where the loss is below its running mean."""
@@ -177,6 +191,11 @@ def _rest(steps: int) -> Ablation:
     return Ablation("refractory", f"{steps} steps of rest after a spike", {"refractory_steps": steps})
 
 
+#: Fields that make the neurons, and how many steps they have.
+NEURONS = ("t_fast", "t_slow", "threshold", "beta_mem", "beta_syn", "refractory_steps", "surrogate", "alpha")
+_PUBLISHED_NEURONS = {name: getattr(NordConfig(), name) for name in NEURONS}
+
+
 def _floor(floor: float) -> Ablation:
     return Ablation("clamp", f"floor of the clamp starts at {floor}", {"clamp_floor": floor})
 
@@ -193,6 +212,7 @@ ABLATIONS: dict[str, tuple[Callable[..., Maker], list[Ablation]]] = {
             *_BOTH,
             *map(_rest, (0, 1)),
             *(_steps(*steps) for steps in ((5, 1), (3, 1), (1, 1))),
+            Ablation("neurons", "neurons and steps of the spike-fed config", {"keep": NEURONS}),
         ],
     ),
     "spike-fed": (
@@ -204,6 +224,9 @@ ABLATIONS: dict[str, tuple[Callable[..., Maker], list[Ablation]]] = {
             *_BOTH,
             *map(_rest, (1, 2)),
             *(_steps(*steps) for steps in ((8, 2), (5, 1), (1, 1))),
+            Ablation("neurons", "neurons and steps of the published model", _PUBLISHED_NEURONS),
+            Ablation("surrogate", "published surrogate", {"surrogate": "nord_atan", "alpha": 4.0}),
+            Ablation("norms", "no norms behind linear maps and mixing", surgery=without_norms),
         ],
     ),
 }

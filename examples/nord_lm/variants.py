@@ -1,6 +1,6 @@
 """The models that are set beside each other: one config, with fields changed, or a GPT-2 of its size."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -42,12 +42,12 @@ def variant(**changes: Any) -> Maker:
     return make
 
 
-def published(**changes: Any) -> Maker:
-    """The published model in the sizes of the config, with fields changed."""
+def published(keep: Collection[str] = (), **changes: Any) -> Maker:
+    """The published model in the sizes of the config, and in what else is to be kept of it, with fields changed."""
 
     def make(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        sizes = {name: value for name, value in settings.model.items() if name in SIZES}
-        return nord(replace(settings, model=sizes | changes), tokenizer)
+        kept = {name: value for name, value in settings.model.items() if name in SIZES or name in keep}
+        return nord(replace(settings, model=kept | changes), tokenizer)
 
     return make
 

@@ -305,14 +305,15 @@ def plot(outcomes: dict[str, list[Outcome]], path: Path) -> None:
 
 
 def train_models(runs: Path, n_seeds: int) -> list[Path]:
-    """One small Nord for each seed, the defaults of ``train.py``; those that are finished are not trained again."""
+    """One small published Nord for each seed; those that are finished are not trained again."""
     models = []
     for seed in range(n_seeds):
         out = runs / f"seed-{seed}"
         finished = sorted(out.glob("*/results.json"))
         if not finished:
             print(f"training the model of seed {seed}", flush=True)
-            command = [sys.executable, str(LANGUAGE_MODEL / "train.py"), "--seed", str(seed), "--out", str(out)]
+            command = [sys.executable, str(LANGUAGE_MODEL / "train.py"), "--config", "tiny-published"]
+            command += ["--seed", str(seed), "--out", str(out)]
             subprocess.run(command, check=True)
             finished = sorted(out.glob("*/results.json"))
         models.append(finished[-1].parent / "model")

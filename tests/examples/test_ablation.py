@@ -60,7 +60,10 @@ def test_every_change_makes_another_model_that_learns(settings, tokenizer, block
     if "clamp_floor" in ablation.changes:  # which so small a model does not reach
         assert changed.blocks[0].clamp.floor[0] == ablation.changes["clamp_floor"] != whole.blocks[0].clamp.floor[0]
         return
-    assert whole(input_ids=ids, labels=ids).loss != loss
+    before = whole(input_ids=ids, labels=ids).loss
+    before.backward()
+    gradients = [model.encoder.projection.weight.grad for model in (whole, changed)]
+    assert before != loss or (ablation.mechanism == "surrogate" and not torch.equal(*gradients))
     silent = [n for n, p in changed.named_parameters() if p.requires_grad and p.grad is None]
     assert silent == []
 

@@ -309,16 +309,22 @@ def test_bad_input_is_named():
 
 def test_the_configs_are_the_ones_promised():
     from settings import CONFIGS, Settings
+    from variants import SIZES
 
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"tiny", "small", "nord-144m"}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"tiny", "small", "base", "nord-144m", "tiny-published"}
     published = Settings.read(CONFIGS / "nord-144m.yaml")
     assert published.model_config().to_dict() == NordConfig().to_dict()
     training = published.training
     assert (training.lr, training.weight_decay, training.beta1, training.beta2) == (6e-4, 0.05, 0.9, 0.95)
     assert (training.batch_size, training.grad_accum, published.block_size) == (4, 12, 512)
     assert training.tokenizer == "meta-llama/Llama-3.2-1B"
-    for name in ("tiny", "small"):
-        assert Settings.read(CONFIGS / f"{name}.yaml").model_config().recency
+    spike_fed = [Settings.read(CONFIGS / f"{name}.yaml") for name in ("tiny", "small", "base")]
+    mechanisms = [{k: v for k, v in settings.model.items() if k not in SIZES} for settings in spike_fed]
+    assert mechanisms[0] == mechanisms[1] == mechanisms[2]
+    assert mechanisms[0]["block"] == "spike_fed"
+    assert mechanisms[0]["recency"]
+    small_published = Settings.read(CONFIGS / "tiny-published.yaml")
+    assert {k: v for k, v in small_published.model.items() if k not in SIZES} == {"recency": True}
 
 
 SHARDED = """
