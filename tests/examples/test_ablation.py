@@ -30,7 +30,7 @@ def tokenizer():
 
 @pytest.fixture
 def settings(tmp_path):
-    return read_config(str(write_config(tmp_path, block="spike_fed", refractory_steps=0)))
+    return read_config(str(write_config(tmp_path, block="spike_fed", refractory_steps=0, surrogate="sigmoid")))
 
 
 def build(settings, tokenizer, block, ablation):
