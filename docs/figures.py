@@ -291,7 +291,7 @@ def spike_fed() -> None:
     for axis, (name, made) in zip(axes, blocks.items(), strict=True):
         with torch.no_grad():
             for parameter_name, parameter in made.named_parameters():
-                if parameter_name.endswith("v_threshold"):
+                if name == "NordBlock" and parameter_name.endswith("v_threshold"):
                     parameter.fill_(0.05)  # as lively as after training
         profile = profile_energy(made, x)
         labels = [
