@@ -1,6 +1,6 @@
-"""What each mechanism is worth: both blocks with one thing changed at a time, over seeds.
+"""What each mechanism is worth: both blocks, and the dense twin, with one thing changed at a time, over seeds.
 
-    python examples/nord_lm/ablation.py                                 # tiny, three seeds, both blocks
+    python examples/nord_lm/ablation.py                                 # tiny, three seeds, all blocks
     python examples/nord_lm/ablation.py --blocks spike-fed --only cascade clamp
 
 The published block is taken with recency here, so that both know the order of the positions. Every run has the config's peak
@@ -27,7 +27,7 @@ from settings import SettingsError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trials import AfterStep, Learner, Trials, nobody
-from variants import Maker, published, spike_fed
+from variants import DENSE, Maker, published, spike_fed
 
 from nord_snn.layers import LeakyClamp, SpikeFedBlock, SpikeFedResonance
 from nord_snn.learning_rules import RewardModulatedSTDP
@@ -133,6 +133,17 @@ def without_norms(model: PreTrainedModel) -> None:
         resonance.norm_o.register_forward_pre_hook(four_times)
 
 
+def without_stream_norm(model: PreTrainedModel) -> None:
+    """A readout that gets the stream as it is."""
+    model.stream_norm = nn.Identity()
+
+
+def without_these_norms(model: PreTrainedModel) -> None:
+    """Both: norms before the first neurons of each half of a block are left."""
+    without_norms(model)
+    without_stream_norm(model)
+
+
 @contextmanager
 def stdp(model: PreTrainedModel, rate: float, sign: float = 1.0) -> Iterator[AfterStep]:
     """STDP between the two layers of neurons of each feed-forward, rewarded where the loss is below its running mean."""
@@ -200,6 +211,13 @@ def _floor(floor: float) -> Ablation:
     return Ablation("clamp", f"floor of the clamp starts at {floor}", {"clamp_floor": floor})
 
 
+_NORMS = [
+    Ablation("norms", "no norms behind linear maps and mixing", surgery=without_norms),
+    Ablation("norms", "no norm before the readout", surgery=without_stream_norm),
+    Ablation("norms", "neither of these norms", surgery=without_these_norms),
+]
+
+
 #: The model of each block that is changed, and the changes.
 ABLATIONS: dict[str, tuple[Callable[..., Maker], list[Ablation]]] = {
     "published": (
@@ -226,7 +244,14 @@ ABLATIONS: dict[str, tuple[Callable[..., Maker], list[Ablation]]] = {
             *(_steps(*steps) for steps in ((8, 2), (5, 1), (1, 1))),
             Ablation("neurons", "neurons and steps of the published model", _PUBLISHED_NEURONS),
             Ablation("surrogate", "published surrogate", {"surrogate": "nord_atan", "alpha": 4.0}),
-            Ablation("norms", "no norms behind linear maps and mixing", surgery=without_norms),
+            *_NORMS,
+        ],
+    ),
+    "dense-twin": (
+        partial(spike_fed, spiking_values=False, **DENSE),
+        [
+            *(ablation for ablation in _BOTH if ablation.mechanism == "resonance"),
+            *_NORMS,
         ],
     ),
 }
@@ -323,7 +348,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     common_arguments(parser, "runs/ablation")
     mechanisms = unique(ablation.mechanism for _, ablations in ABLATIONS.values() for ablation in ablations)
-    parser.add_argument("--blocks", nargs="+", choices=ABLATIONS, default=list(ABLATIONS), help="default: both")
+    parser.add_argument("--blocks", nargs="+", choices=ABLATIONS, default=list(ABLATIONS), help="default: all")
     parser.add_argument("--only", nargs="+", choices=mechanisms, default=mechanisms, help="mechanisms (default: all)")
     options = parser.parse_args(arguments)
     quietly()

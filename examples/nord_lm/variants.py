@@ -28,6 +28,10 @@ SIZES = {
 }
 
 
+#: Fields that make a model its own dense twin.
+DENSE = {"dense": True, "t_fast": 1, "t_slow": 0}
+
+
 def nord(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The model of the config."""
     return NordForCausalLM(model_config(settings, tokenizer))
@@ -107,6 +111,6 @@ KINDS: dict[str, Maker] = {
     "recency": published(recency=True),
     "spike-fed": spike_fed(spiking_values=False),
     "spiking-values": spike_fed(spiking_values=True),
-    "dense-twin": spike_fed(spiking_values=False, dense=True, t_fast=1, t_slow=0),
+    "dense-twin": spike_fed(spiking_values=False, **DENSE),
     "gpt2": gpt2,
 }
