@@ -68,11 +68,11 @@ def test_the_command_trains_every_size_and_draws(tmp_path, capsys):
     text.write_text("".join(json.dumps({"text": make_text(300, seed)}) + "\n" for seed in range(20)))
     config, out = write_config(tmp_path, block="spike_fed"), tmp_path / "out"
     arguments = ["--config", str(config), "--data", str(text), "--out", str(out), "--sizes", "32x1", "64x1"]
-    arguments += ["--steps", "2", "4", "--seeds", "0", "1", "--lrs", "1e-3", "1e-2", "--models", "dense-twin", "gpt2"]
+    arguments += ["--steps", "2", "4", "--seeds", "0", "--lrs", "1e-3", "1e-2", "--models", "gpt2"]
     assert scaling_script.main(arguments) == 0
     for size in ("32x1", "64x1"):  # the rate is chosen once, with the fewest steps
-        assert len(list((out / size / "2" / "runs").glob("*.json"))) == 2 * (2 + 1)
-        assert len(list((out / size / "4" / "runs").glob("*.json"))) == 2 * 2
+        assert len(list((out / size / "2" / "runs").glob("*.json"))) == 2
+        assert len(list((out / size / "4" / "runs").glob("*.json"))) == 1
     shown = (out / "table.md").read_text()
     assert "| 64x1 | " in shown
     assert "- gpt2: L(N, D) = " in shown
