@@ -311,7 +311,7 @@ def test_a_run_without_checkpoints_cannot_be_resumed(tmp_path, text, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config", "huge"], "neither one of nord-144m, small, tiny nor a file"),
+        (["--config", "huge"], "neither one of base, nord-144m, small, tiny, tiny-published nor a file"),
         (["--block-size", "100"], "block_size 100 is longer than the model's max_position_embeddings of 24"),
         (["--steps", "0"], "steps must be at least 1, got 0"),
         (["--lr", "-1"], "lr must be positive, got -1.0"),
