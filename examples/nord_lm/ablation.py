@@ -16,14 +16,12 @@ from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
-from checkpoints import CheckpointError, write_text
-from compare import command_line, common_arguments, markdown_table, quietly, settings_for, spread, unique
+from checkpoints import write_text
+from commands import command_line, common_arguments, markdown_table, run_trials, settings_for, spread, unique
 from configuration_nord import NordConfig
-from data import DataError
 from progress import print_table
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from settings import SettingsError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trials import AfterStep, Learner, Trials, nobody
@@ -351,29 +349,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--blocks", nargs="+", choices=ABLATIONS, default=list(ABLATIONS), help="default: all")
     parser.add_argument("--only", nargs="+", choices=mechanisms, default=mechanisms, help="mechanisms (default: all)")
     options = parser.parse_args(arguments)
-    quietly()
-    try:
-        trials = Trials(settings_for(options), options.out)
-        blocks = unique(options.blocks)
-        lrs = dict.fromkeys(blocks, trials.settings.training.lr)
-        rows = ablate(trials, blocks, options.only, unique(options.seeds), lrs)
-        tables = {block: table(rows, block) for block in blocks}
-        note = f"Mean (range) over seeds {', '.join(map(str, unique(options.seeds)))}; text: {trials.about['text']}."
-        parts = [f"## {block}\n\n{markdown_table(lines)}" for block, lines in tables.items()]
-        text = "\n\n".join([*parts, note, f"`{command_line(arguments, 'ablation.py')}`"]) + "\n"
-        write_text(options.out / "table.md", text)
-    except (SettingsError, DataError, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on with the runs that are missing", file=sys.stderr)
-        return 130
+    return run_trials(lambda: _run(options, command_line(arguments, "ablation.py")))
+
+
+def _run(options: argparse.Namespace, command: str) -> None:
+    trials = Trials(settings_for(options), options.out)
+    blocks, seeds = unique(options.blocks), unique(options.seeds)
+    lrs = dict.fromkeys(blocks, trials.settings.training.lr)
+    rows = ablate(trials, blocks, options.only, seeds, lrs)
+    tables = {block: table(rows, block) for block in blocks}
+    note = f"Mean (range) over seeds {', '.join(map(str, seeds))}; text: {trials.about['text']}."
+    parts = [f"## {block}\n\n{markdown_table(lines)}" for block, lines in tables.items()]
+    write_text(options.out / "table.md", "\n\n".join([*parts, note, f"`{command}`"]) + "\n")
     console = Console()
     for block, lines in tables.items():
         print_table(console, block, lines[0], lines[1:])
     console.print(note, highlight=False, markup=False)
     print(f"tables in {options.out / 'table.md'}, all figures in {options.out / 'runs'}")
-    return 0
 
 
 if __name__ == "__main__":

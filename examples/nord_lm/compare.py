@@ -18,23 +18,25 @@ may work on the same folder at the same time.
 """
 
 import argparse
-import shlex
-import statistics
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-from checkpoints import CheckpointError, write_text
-from data import DataError
+from checkpoints import write_text
+from commands import (
+    command_line,
+    common_arguments,
+    markdown_table,
+    run_trials,
+    settings_for,
+    spread,
+    unique,
+)
 from generate import number
 from progress import print_table
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from settings import Settings, SettingsError, read_config
-from train import keep_freed_memory
-from transformers.utils import logging
+from settings import SettingsError
 from trials import Trials
 from variants import KINDS, Maker
 
@@ -189,63 +191,12 @@ def notes(comparison: Comparison) -> str:
     )
 
 
-def spread(values: list[float], show: Callable[[float], str]) -> str:
-    """Mean, and range where there is one."""
-    if not values:
-        return ""
-    low, high = show(min(values)), show(max(values))
-    return low if low == high else f"{show(statistics.mean(values))} ({low} to {high})"
-
-
-def markdown_table(lines: list[list[str]]) -> str:
-    """Lines of cells, the first of which is the head."""
-    head, *rows = lines
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
-
-
 def markdown(comparison: Comparison, command: str) -> str:
     """Everything that is shown, with what made it."""
     parts = [markdown_table(table(comparison)), notes(comparison)]
     parts += ["\n".join(f"- {sentence}" for sentence in gaps(comparison))] if gaps(comparison) else []
     parts += [markdown_table(lines) for lines in rate_tables(comparison)]
     return "\n\n".join([*parts, f"`{command}`"]) + "\n"
-
-
-def command_line(arguments: list[str] | None, script: str) -> str:
-    """The command that was given."""
-    return shlex.join(["python", *(sys.argv if arguments is None else [script, *arguments])])
-
-
-def common_arguments(parser: argparse.ArgumentParser, out: str, steps: bool = True) -> None:
-    """What every comparison can be told."""
-    parser.add_argument("--config", default="tiny", help="a name from configs/, or a YAML file (default: tiny)")
-    parser.add_argument("--data", help="text file, folder or dataset name (default: the config's)")
-    parser.add_argument("--validation-data", help="other text to validate on (default: part of the data)")
-    if steps:
-        parser.add_argument("--steps", type=number(1, kind=int), help="optimizer steps (default: the config's)")
-    parser.add_argument("--seeds", nargs="+", type=number(0, 2**32 - 1, int), default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=Path(out), help=f"folder for the runs and tables (default: {out})")
-
-
-def settings_for(
-    options: argparse.Namespace, fields: tuple[str, ...] = ("data", "validation_data", "steps")
-) -> Settings:
-    """The config with those fields of the training that were given."""
-    settings = read_config(options.config)
-    changes = {name: getattr(options, name) for name in fields if getattr(options, name) is not None}
-    return replace(settings, training=replace(settings.training, **changes))
-
-
-def quietly() -> None:
-    """Nothing on the screen but our own."""
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    keep_freed_memory()
-
-
-def unique(values: Iterable[Any]) -> list[Any]:
-    """In their order, each once."""
-    return list(dict.fromkeys(values))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -257,19 +208,15 @@ def main(arguments: list[str] | None = None) -> int:
         "--lrs", nargs="+", type=number(1e-9), help="peak learning rates to choose from (default: the config's)"
     )
     options = parser.parse_args(arguments)
-    quietly()
-    try:
-        trials = Trials(settings_for(options), options.out)
-        kinds = {kind: KINDS[kind] for kind in unique(options.models)}
-        lrs = unique(options.lrs or [trials.settings.training.lr])
-        comparison = compare(trials, kinds, unique(options.seeds), lrs)
-        write_text(options.out / "table.md", markdown(comparison, command_line(arguments, "compare.py")))
-    except (SettingsError, DataError, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on with the runs that are missing", file=sys.stderr)
-        return 130
+    return run_trials(lambda: _run(options, command_line(arguments, "compare.py")))
+
+
+def _run(options: argparse.Namespace, command: str) -> None:
+    trials = Trials(settings_for(options), options.out)
+    kinds = {kind: KINDS[kind] for kind in unique(options.models)}
+    lrs = unique(options.lrs or [trials.settings.training.lr])
+    comparison = compare(trials, kinds, unique(options.seeds), lrs)
+    write_text(options.out / "table.md", markdown(comparison, command))
     console = Console()
     for title, lines in [
         (trials.settings.name, table(comparison)),
@@ -278,7 +225,6 @@ def main(arguments: list[str] | None = None) -> int:
         print_table(console, title, lines[0], lines[1:])
     console.print("\n".join([notes(comparison), *gaps(comparison)]), highlight=False, markup=False)
     print(f"table in {options.out / 'table.md'}, all figures in {options.out / 'runs'}")
-    return 0
 
 
 if __name__ == "__main__":

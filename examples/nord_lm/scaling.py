@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from checkpoints import CheckpointError, write_bytes, write_text
-from compare import best, command_line, common_arguments, markdown_table, quietly, settings_for, spread, unique
-from data import DataError
+from checkpoints import write_bytes, write_text
+from commands import command_line, common_arguments, markdown_table, run_trials, settings_for, spread, unique
+from compare import best
 from generate import number
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -30,7 +30,7 @@ from progress import print_table
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from scipy.optimize import least_squares
-from settings import Settings, SettingsError
+from settings import Settings
 from trials import Text, Trials, prepare_for
 from variants import KINDS
 
@@ -235,35 +235,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", nargs="+", type=number(1, kind=int), default=[260, 520, 1040])
     parser.add_argument("--lrs", nargs="+", type=number(1e-9), default=[2e-3, 4e-3, 8e-3])
     options = parser.parse_args(arguments)
-    quietly()
-    try:
-        settings = settings_for(options, ("data", "validation_data"))
-        options.out.mkdir(parents=True, exist_ok=True)
-        seeds, kinds = unique(options.seeds), unique(options.models)
-        points = measure(
-            settings, unique(options.sizes), unique(options.steps), kinds, seeds, unique(options.lrs), options.out
-        )
-        curves = {kind: fit([point for point in points if point.kind == kind]) for kind in kinds}
-        said = [f"- {kind}: L(N, D) = {curve or 'too few points to fit'}" for kind, curve in curves.items()]
-        note = f"Nats per token, mean (range) over seeds {', '.join(map(str, seeds))}; ratios of bits per byte. Fitted:"
-        command = command_line(arguments, "scaling.py")
-        text = "\n\n".join([markdown_table(table(points)), note, "\n".join(said), f"`{command}`"]) + "\n"
-        write_text(options.out / "table.md", text)
-        drawn = io.BytesIO()
-        picture(points, curves).savefig(drawn, format="png", dpi=120)
-        write_bytes(options.out / "scaling.png", drawn.getvalue())
-    except (SettingsError, DataError, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on with the runs that are missing", file=sys.stderr)
-        return 130
+    return run_trials(lambda: _run(options, command_line(arguments, "scaling.py")))
+
+
+def _run(options: argparse.Namespace, command: str) -> None:
+    settings = settings_for(options, ("data", "validation_data"))
+    options.out.mkdir(parents=True, exist_ok=True)
+    seeds, kinds = unique(options.seeds), unique(options.models)
+    sizes, steps, lrs = (unique(values) for values in (options.sizes, options.steps, options.lrs))
+    points = measure(settings, sizes, steps, kinds, seeds, lrs, options.out)
+    curves = {kind: fit([point for point in points if point.kind == kind]) for kind in kinds}
+    said = [f"- {kind}: L(N, D) = {curve or 'too few points to fit'}" for kind, curve in curves.items()]
+    note = f"Nats per token, mean (range) over seeds {', '.join(map(str, seeds))}; ratios of bits per byte. Fitted:"
+    parts = [markdown_table(table(points)), note, "\n".join(said), f"`{command}`"]
+    write_text(options.out / "table.md", "\n\n".join(parts) + "\n")
+    drawn = io.BytesIO()
+    picture(points, curves).savefig(drawn, format="png", dpi=120)
+    write_bytes(options.out / "scaling.png", drawn.getvalue())
     head, *rows = table(points)
     console = Console()
     print_table(console, settings.name, head, rows)
     console.print("\n".join([note, *said]), highlight=False, markup=False)
     print(f"table in {options.out / 'table.md'}, picture in {options.out / 'scaling.png'}")
-    return 0
 
 
 if __name__ == "__main__":

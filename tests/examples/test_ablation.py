@@ -7,7 +7,7 @@ import pytest
 import torch
 from ablation import ABLATIONS, WHOLE, maker
 from accelerate.state import AcceleratorState
-from compare import spread
+from commands import spread
 from data import train_tokenizer
 from helpers import fire_easily, make_text, write_config
 from settings import read_config

@@ -10,7 +10,7 @@ import train as train_script
 import trials
 from accelerate.state import AcceleratorState
 from card import parameter_counts
-from compare import spread
+from commands import spread
 from configuration_nord import NordConfig
 from data import DataError, train_tokenizer
 from helpers import WORDS, make_text, write_config

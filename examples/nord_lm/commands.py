@@ -1,0 +1,79 @@
+"""What the commands that compare models have in common: their arguments, their errors, and how their tables are written."""
+
+import argparse
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from checkpoints import CheckpointError
+from data import DataError
+from generate import number
+from settings import Settings, SettingsError, read_config
+from train import keep_freed_memory
+from transformers.utils import logging
+
+__all__ = ["command_line", "common_arguments", "markdown_table", "run_trials", "settings_for", "spread", "unique"]
+
+
+def run_trials(work: Callable[[], None]) -> int:
+    """Do the work of a command; returns its exit status. What goes wrong is one sentence on standard error."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    keep_freed_memory()
+    try:
+        work()
+    except (SettingsError, DataError, CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with the runs that are missing", file=sys.stderr)
+        return 130
+    return 0
+
+
+def command_line(arguments: list[str] | None, script: str) -> str:
+    """The command that was given."""
+    return shlex.join(["python", *(sys.argv if arguments is None else [script, *arguments])])
+
+
+def common_arguments(parser: argparse.ArgumentParser, out: str, steps: bool = True) -> None:
+    """What every comparison can be told."""
+    parser.add_argument("--config", default="tiny", help="a name from configs/, or a YAML file (default: tiny)")
+    parser.add_argument("--data", help="text file, folder or dataset name (default: the config's)")
+    parser.add_argument("--validation-data", help="other text to validate on (default: part of the data)")
+    if steps:
+        parser.add_argument("--steps", type=number(1, kind=int), help="optimizer steps (default: the config's)")
+    parser.add_argument("--seeds", nargs="+", type=number(0, 2**32 - 1, int), default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path(out), help=f"folder for the runs and tables (default: {out})")
+
+
+def settings_for(
+    options: argparse.Namespace, fields: tuple[str, ...] = ("data", "validation_data", "steps")
+) -> Settings:
+    """The config with those fields of the training that were given."""
+    settings = read_config(options.config)
+    changes = {name: getattr(options, name) for name in fields if getattr(options, name) is not None}
+    return replace(settings, training=replace(settings.training, **changes))
+
+
+def unique(values: Iterable[Any]) -> list[Any]:
+    """In their order, each once."""
+    return list(dict.fromkeys(values))
+
+
+def spread(values: list[float], show: Callable[[float], str]) -> str:
+    """Mean, and range where there is one."""
+    if not values:
+        return ""
+    low, high = show(min(values)), show(max(values))
+    return low if low == high else f"{show(statistics.mean(values))} ({low} to {high})"
+
+
+def markdown_table(lines: list[list[str]]) -> str:
+    """Lines of cells, the first of which is the head."""
+    head, *rows = lines
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
