@@ -16,8 +16,16 @@ from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
-from checkpoints import write_text
-from commands import command_line, common_arguments, markdown_table, run_trials, settings_for, spread, unique
+from commands import (
+    command_line,
+    common_arguments,
+    markdown_table,
+    run_trials,
+    settings_for,
+    spread,
+    unique,
+    write_results,
+)
 from configuration_nord import NordConfig
 from progress import print_table
 from rich.console import Console
@@ -360,12 +368,12 @@ def _run(options: argparse.Namespace, command: str) -> None:
     tables = {block: table(rows, block) for block in blocks}
     note = f"Mean (range) over seeds {', '.join(map(str, seeds))}; text: {trials.about['text']}."
     parts = [f"## {block}\n\n{markdown_table(lines)}" for block, lines in tables.items()]
-    write_text(options.out / "table.md", "\n\n".join([*parts, note, f"`{command}`"]) + "\n")
+    write_results(options.out, [*parts, note, f"`{command}`"], trials.on_file())
     console = Console()
     for block, lines in tables.items():
         print_table(console, block, lines[0], lines[1:])
     console.print(note, highlight=False, markup=False)
-    print(f"tables in {options.out / 'table.md'}, all figures in {options.out / 'runs'}")
+    print(f"tables in {options.out / 'table.md'}, all figures in {options.out / 'runs.jsonl'}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the commands that compare models have in common: their arguments, their errors, and how their tables are written."""
 
 import argparse
+import json
 import shlex
 import statistics
 import sys
@@ -9,14 +10,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from checkpoints import CheckpointError
+from checkpoints import CheckpointError, write_text
 from data import DataError
 from generate import number
 from settings import Settings, SettingsError, read_config
 from train import keep_freed_memory
 from transformers.utils import logging
 
-__all__ = ["command_line", "common_arguments", "markdown_table", "run_trials", "settings_for", "spread", "unique"]
+__all__ = [
+    "command_line",
+    "common_arguments",
+    "markdown_table",
+    "run_trials",
+    "settings_for",
+    "spread",
+    "unique",
+    "write_results",
+]
 
 
 def run_trials(work: Callable[[], None]) -> int:
@@ -77,3 +87,9 @@ def markdown_table(lines: list[list[str]]) -> str:
     """Lines of cells, the first of which is the head."""
     head, *rows = lines
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
+
+
+def write_results(out: Path, parts: list[str], runs: Iterable[dict[str, Any]]) -> None:
+    """``table.md`` of these parts, and ``runs.jsonl``: all figures of all runs, a line a run."""
+    write_text(out / "runs.jsonl", "".join(json.dumps(run) + "\n" for run in runs))
+    write_text(out / "table.md", "\n\n".join(parts) + "\n")

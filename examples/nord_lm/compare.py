@@ -22,7 +22,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from checkpoints import write_text
 from commands import (
     command_line,
     common_arguments,
@@ -31,6 +30,7 @@ from commands import (
     settings_for,
     spread,
     unique,
+    write_results,
 )
 from generate import number
 from progress import print_table
@@ -191,12 +191,12 @@ def notes(comparison: Comparison) -> str:
     )
 
 
-def markdown(comparison: Comparison, command: str) -> str:
-    """Everything that is shown, with what made it."""
+def markdown(comparison: Comparison, command: str) -> list[str]:
+    """The parts of what is shown, with what made it."""
     parts = [markdown_table(table(comparison)), notes(comparison)]
     parts += ["\n".join(f"- {sentence}" for sentence in gaps(comparison))] if gaps(comparison) else []
     parts += [markdown_table(lines) for lines in rate_tables(comparison)]
-    return "\n\n".join([*parts, f"`{command}`"]) + "\n"
+    return [*parts, f"`{command}`"]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -216,7 +216,7 @@ def _run(options: argparse.Namespace, command: str) -> None:
     kinds = {kind: KINDS[kind] for kind in unique(options.models)}
     lrs = unique(options.lrs or [trials.settings.training.lr])
     comparison = compare(trials, kinds, unique(options.seeds), lrs)
-    write_text(options.out / "table.md", markdown(comparison, command))
+    write_results(options.out, markdown(comparison, command), trials.on_file())
     console = Console()
     for title, lines in [
         (trials.settings.name, table(comparison)),
@@ -224,7 +224,7 @@ def _run(options: argparse.Namespace, command: str) -> None:
     ]:
         print_table(console, title, lines[0], lines[1:])
     console.print("\n".join([notes(comparison), *gaps(comparison)]), highlight=False, markup=False)
-    print(f"table in {options.out / 'table.md'}, all figures in {options.out / 'runs'}")
+    print(f"table in {options.out / 'table.md'}, all figures in {options.out / 'runs.jsonl'}")
 
 
 if __name__ == "__main__":

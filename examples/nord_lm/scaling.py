@@ -20,8 +20,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from checkpoints import write_bytes, write_text
-from commands import command_line, common_arguments, markdown_table, run_trials, settings_for, spread, unique
+from checkpoints import write_bytes
+from commands import (
+    command_line,
+    common_arguments,
+    markdown_table,
+    run_trials,
+    settings_for,
+    spread,
+    unique,
+    write_results,
+)
 from compare import best
 from generate import number
 from matplotlib.axes import Axes
@@ -74,15 +83,37 @@ class Size(NamedTuple):
 
 
 class Point(NamedTuple):
-    """One run."""
+    """One run.
 
-    kind: str
+    Attributes:
+        size: of the model.
+        tokens: that it saw.
+        run: as it was written down.
+    """
+
     size: Size
-    parameters: int
     tokens: int
-    lr: float
-    loss: float
-    bits_per_byte: float
+    run: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """Name of the model."""
+        return str(self.run["kind"])
+
+    @property
+    def parameters(self) -> int:
+        """Without embedding and head."""
+        return int(self.run["parameters_without_vocabulary"])
+
+    @property
+    def loss(self) -> float:
+        """Held-out, in nats per token."""
+        return float(self.run["loss"])
+
+    @property
+    def rates(self) -> list[float]:
+        """Of every layer of neurons."""
+        return list(self.run["firing_rates"].values())
 
 
 class Curve(NamedTuple):
@@ -183,7 +214,7 @@ def measure(
                     tried = [_one(trials, kind, lr, seeds[0], bars) for lr in lrs] if kind not in chosen else []
                     chosen[kind] = chosen.get(kind) or best(kind, tried)
                     runs = [_one(trials, kind, chosen[kind], seed, bars) for seed in seeds]
-                    points += [_point(kind, size, here, run) for run in runs if not run["diverged"]]
+                    points += [Point(size, _tokens(here), run) for run in runs if not run["diverged"]]
     return points
 
 
@@ -196,31 +227,49 @@ def _one(trials: Trials, kind: str, lr: float, seed: int, bars: Progress) -> dic
         bars.remove_task(bar)
 
 
-def _point(kind: str, size: Size, settings: Settings, run: dict[str, Any]) -> Point:
+def _tokens(settings: Settings) -> int:
     options = settings.training
-    tokens = options.steps * options.batch_size * options.grad_accum * settings.block_size
-    parameters = run["parameters_without_vocabulary"]
-    return Point(kind, size, parameters, tokens, run["lr"], run["loss"], run["bits_per_byte"])
+    return options.steps * options.batch_size * options.grad_accum * settings.block_size
 
 
 def table(points: list[Point]) -> list[list[str]]:
-    """A line for each size and number of tokens, a column a model."""
+    """A line for each size and number of tokens: losses, ratios of bits per byte seed by seed, rates of all layers."""
     kinds = unique(point.kind for point in points)
-    lines = [
-        ["size", "parameters", "tokens", *kinds, *(f"spike-fed / {kind}" for kind in kinds if kind != "spike-fed")]
-    ]
+    others = [kind for kind in kinds if kind != "spike-fed"] if "spike-fed" in kinds else []
+    lines = [["size", "parameters", "tokens", *kinds, *(f"spike-fed / {kind}" for kind in others), "rates"]]
     for size, tokens in unique((point.size, point.tokens) for point in points):
-        own = {kind: [p for p in points if (p.kind, p.size, p.tokens) == (kind, size, tokens)] for kind in kinds}
-        means = {kind: float(np.mean([p.bits_per_byte for p in here])) for kind, here in own.items() if here}
-        ratios = [
-            f"{means['spike-fed'] / means[kind] - 1:+.1%}" if {"spike-fed", kind} <= means.keys() else ""
-            for kind in kinds
-            if kind != "spike-fed"
-        ]
-        counts = [f"{here[0].parameters:,}" for here in own.values() if here]
-        cells = [spread([p.loss for p in own[kind]], "{:.3f}".format) for kind in kinds]
-        lines.append([str(size), counts[0], f"{tokens:,}", *cells, *(ratios if "spike-fed" in kinds else [])])
+        here = [point for point in points if (point.size, point.tokens) == (size, tokens)]
+        losses = {kind: [point.loss for point in here if point.kind == kind] for kind in kinds}
+        bits = {(point.kind, point.run["seed"]): point.run["bits_per_byte"] for point in here}
+        seeds = unique(seed for _, seed in bits)
+        ratios = {
+            kind: [
+                bits["spike-fed", s] / bits[kind, s] - 1 for s in seeds if {("spike-fed", s), (kind, s)} <= bits.keys()
+            ]
+            for kind in others
+        }
+        rates = [rate for point in here for rate in point.rates]
+        lines.append(
+            [
+                str(size),
+                f"{here[0].parameters:,}",
+                f"{tokens:,}",
+                *(spread(losses[kind], "{:.3f}".format) for kind in kinds),
+                *(spread(ratios[kind], "{:+.1%}".format) for kind in others),
+                f"{min(rates):.1%} to {max(rates):.1%}" if rates else "",
+            ]
+        )
     return lines
+
+
+def said(points: list[Point], curves: dict[str, Curve | None]) -> list[str]:
+    """A sentence for each model: its curve, and the learning rates that it was trained with."""
+    sentences = []
+    for kind, curve in curves.items():
+        lrs = unique((str(point.size), point.run["lr"]) for point in points if point.kind == kind)
+        rates = ", ".join(f"{size} {lr:g}" for size, lr in lrs)
+        sentences.append(f"- {kind}: L(N, D) = {curve or 'too few points to fit'}; peak learning rates: {rates}")
+    return sentences
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -245,17 +294,21 @@ def _run(options: argparse.Namespace, command: str) -> None:
     sizes, steps, lrs = (unique(values) for values in (options.sizes, options.steps, options.lrs))
     points = measure(settings, sizes, steps, kinds, seeds, lrs, options.out)
     curves = {kind: fit([point for point in points if point.kind == kind]) for kind in kinds}
-    said = [f"- {kind}: L(N, D) = {curve or 'too few points to fit'}" for kind, curve in curves.items()]
-    note = f"Nats per token, mean (range) over seeds {', '.join(map(str, seeds))}; ratios of bits per byte. Fitted:"
-    parts = [markdown_table(table(points)), note, "\n".join(said), f"`{command}`"]
-    write_text(options.out / "table.md", "\n\n".join(parts) + "\n")
+    sentences = said(points, curves)
+    note = (
+        f"Nats per token, mean (range) over seeds {', '.join(map(str, seeds))}; ratios of bits per byte; "
+        "rates are the lowest and highest of all layers of neurons. Fitted:"
+    )
+    parts = [markdown_table(table(points)), note, "\n".join(sentences), f"`{command}`"]
+    runs = ({"size": str(point.size), "tokens": point.tokens} | point.run for point in points)
+    write_results(options.out, parts, runs)
     drawn = io.BytesIO()
     picture(points, curves).savefig(drawn, format="png", dpi=120)
     write_bytes(options.out / "scaling.png", drawn.getvalue())
     head, *rows = table(points)
     console = Console()
     print_table(console, settings.name, head, rows)
-    console.print("\n".join([note, *said]), highlight=False, markup=False)
+    console.print("\n".join([note, *sentences]), highlight=False, markup=False)
     print(f"table in {options.out / 'table.md'}, picture in {options.out / 'scaling.png'}")
 
 

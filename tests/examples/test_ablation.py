@@ -122,6 +122,7 @@ def test_the_table_is_that_of_the_runs(tmp_path, capsys):
     loss = {(run["kind"], run["seed"]): run["loss"] for run in runs}
     assert len(loss) == 4
     differences = [loss["spike-fed: no cascade", s] - loss["spike-fed: the whole model", s] for s in (0, 1)]
+    assert sorted(map(json.dumps, runs)) == sorted((out / "runs.jsonl").read_text().splitlines())
     shown = (out / "table.md").read_text()
     assert "| cascade | no cascade | " in shown
     assert f" | {spread(differences, '{:+.3f}'.format)} | " in shown

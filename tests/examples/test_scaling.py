@@ -8,7 +8,7 @@ import pytest
 import scaling as scaling_script
 from accelerate.state import AcceleratorState
 from helpers import make_text, write_config
-from scaling import Curve, Point, Size, fit, table
+from scaling import Curve, Point, Size, fit, said, table
 from settings import read_config
 
 
@@ -17,10 +17,23 @@ def _fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def run(kind, seed, parameters, loss, **rates):
+    """As the program writes it down."""
+    return {
+        "kind": kind,
+        "seed": seed,
+        "lr": 1e-3,
+        "loss": loss,
+        "bits_per_byte": loss / 2,
+        "parameters_without_vocabulary": parameters,
+        "firing_rates": rates,
+    }
+
+
 def points(curve, noise=0.0):
     generator = np.random.default_rng(0)
     return [
-        Point("gpt2", Size(64, 2), n, d, 1e-3, curve(n, d) + noise * generator.normal(), 1.0)
+        Point(Size(64, 2), d, run("gpt2", 0, n, curve(n, d) + noise * generator.normal()))
         for n in (70_000, 280_000, 950_000, 2_200_000)
         for d in (266_240, 532_480, 1_064_960)
     ]
@@ -54,13 +67,22 @@ def test_sizes(tmp_path):
             Size.parse(wrong)
 
 
-def test_ratios_are_of_the_means():
-    def point(kind, bits):
-        return Point(kind, Size(64, 2), 1000, 2000, 1e-3, 2 * bits, bits)
-
-    head, line = table([point("spike-fed", 2.0), point("spike-fed", 2.2), point("gpt2", 2.0)])
-    assert head == ["size", "parameters", "tokens", "spike-fed", "gpt2", "spike-fed / gpt2"]
-    assert line == ["64x2", "1,000", "2,000", "4.200 (4.000 to 4.400)", "4.000", "+5.0%"]
+def test_ratios_are_seed_by_seed():
+    here = Size(64, 2)
+    losses = {("spike-fed", 0): 4.0, ("spike-fed", 1): 4.4, ("spike-fed", 2): 1.0, ("gpt2", 1): 4.0, ("gpt2", 0): 4.0}
+    rates = {"lif": 0.1, "readout": 0.04}
+    found = [
+        Point(here, 2000, run(kind, seed, 1000, loss, **(rates if kind != "gpt2" else {})))
+        for (kind, seed), loss in losses.items()
+    ]
+    head, line = table(found)
+    assert head == ["size", "parameters", "tokens", "spike-fed", "gpt2", "spike-fed / gpt2", "rates"]
+    assert line[:3] == ["64x2", "1,000", "2,000"]
+    assert line[3:] == ["3.133 (1.000 to 4.400)", "4.000", "+5.0% (+0.0% to +10.0%)", "4.0% to 10.0%"]
+    (gpt2,) = (point for point in found if point.kind == "gpt2" and point.run["seed"] == 0)
+    head, line = table([gpt2])
+    assert (len(head), line[3:]) == (5, ["4.000", ""])
+    assert said(found, {"gpt2": None}) == ["- gpt2: L(N, D) = too few points to fit; peak learning rates: 64x2 0.001"]
 
 
 def test_the_command_trains_every_size_and_draws(tmp_path, capsys):
@@ -76,6 +98,9 @@ def test_the_command_trains_every_size_and_draws(tmp_path, capsys):
     shown = (out / "table.md").read_text()
     assert "| 64x1 | " in shown
     assert "- gpt2: L(N, D) = " in shown
+    runs = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
+    assert {(one["size"], one["seed"]) for one in runs} == {("32x1", 0), ("64x1", 0)}
+    assert len(runs) == 4
     assert (out / "scaling.png").read_bytes()[:4] == b"\x89PNG"
     before = shown
     assert scaling_script.main(arguments) == 0
