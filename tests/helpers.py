@@ -46,7 +46,16 @@ CONFIG: dict[str, dict[str, Any]] = {
 }
 
 #: Fields of the model that ``CONFIG`` leaves alone.
-MODEL_FIELDS = {"block", "threshold", "refractory_steps", "surrogate", "spiking_values", "dense"}
+MODEL_FIELDS = {
+    "block",
+    "threshold",
+    "refractory_steps",
+    "surrogate",
+    "spiking_values",
+    "dense",
+    "tie_word_embeddings",
+    "top_k",
+}
 
 
 def load_reference(name: str) -> Any:

@@ -3,9 +3,10 @@
     python examples/nord_lm/ablation.py                                 # tiny, three seeds, all blocks
     python examples/nord_lm/ablation.py --blocks spike-fed --only cascade clamp
 
-The published block is taken with recency here, so that both know the order of the positions. Every run has the config's peak
-learning rate and the same tokens in the same order; what is shown is the held-out loss, and by how much it is higher without
-the mechanism, seed by seed. Runs are kept as those of ``compare.py`` are.
+``recency`` is the published block with scores that fall with distance, so that all know the order of the positions. Every run
+has the config's peak learning rate, also where another would suit the change better, and the same tokens in the same order;
+what is shown is the held-out loss, and by how much it is higher without the mechanism, seed by seed. Runs are kept as those of
+``compare.py`` are.
 """
 
 import argparse
@@ -23,17 +24,25 @@ from commands import (
     run_trials,
     settings_for,
     spread,
+    steps_argument,
     unique,
     write_results,
 )
 from configuration_nord import NordConfig
 from progress import print_table
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from trials import AfterStep, Learner, Trials, nobody
-from variants import DENSE, Maker, published, spike_fed
+from trials import AfterStep, Learner, Trials, nobody, progress_bars
+from variants import (
+    DENSE,
+    Maker,
+    published,
+    spike_fed,
+    without_norms,
+    without_stream_norm,
+    without_these_norms,
+)
 
 from nord_snn.layers import LeakyClamp, SpikeFedBlock, SpikeFedResonance
 from nord_snn.learning_rules import RewardModulatedSTDP
@@ -62,12 +71,13 @@ class Ablation(NamedTuple):
 
 
 class ConstantCurrent(nn.Module):
-    """In the encoder's place: the same current at every step."""
+    """In the encoder's place: the same current at every step, at first as strong as the encoder's is on average."""
 
     def __init__(self, encoder: Any) -> None:
         super().__init__()
         self.projection, self.steps = encoder.projection, encoder.t_fast + encoder.t_slow
-        self.scale = nn.Parameter(encoder.fast_scale.detach() / 2)  # the gates start at 1/2
+        gates = (encoder.fast_basis.sigmoid() * encoder.fast_scale, encoder.slow_basis.sigmoid() * encoder.slow_scale)
+        self.scale = nn.Parameter(torch.cat(gates).mean().detach())
 
     def forward(self, x: Tensor) -> Tensor:
         """``[*, D]`` -> ``[T, *, D]``."""
@@ -124,30 +134,6 @@ def clamped_stream(model: PreTrainedModel, floor: float = -0.1) -> None:
     for block in model.blocks:
         block.clamp = LeakyClamp(model.config.hidden_size, floor=floor)
         block.register_forward_hook(lambda module, _, x: module.clamp(x))
-
-
-def without_norms(model: PreTrainedModel) -> None:
-    """Spike-fed blocks whose neurons behind a linear map get its currents as they are, and those behind the mixing four times."""
-
-    def four_times(module: nn.Module, inputs: Any) -> tuple[Tensor]:
-        return (4 * inputs[0],)
-
-    for block in model.blocks:
-        resonance = cast(SpikeFedResonance, block.resonance)
-        for layer, norm in ((block, "norm_h"), (resonance, "norm_q"), (resonance, "norm_k"), (resonance, "norm_o")):
-            setattr(layer, norm, nn.Identity())
-        resonance.norm_o.register_forward_pre_hook(four_times)
-
-
-def without_stream_norm(model: PreTrainedModel) -> None:
-    """A readout that gets the stream as it is."""
-    model.stream_norm = nn.Identity()
-
-
-def without_these_norms(model: PreTrainedModel) -> None:
-    """Both: norms before the first neurons of each half of a block are left."""
-    without_norms(model)
-    without_stream_norm(model)
 
 
 @contextmanager
@@ -226,7 +212,7 @@ _NORMS = [
 
 #: The model of each block that is changed, and the changes.
 ABLATIONS: dict[str, tuple[Callable[..., Maker], list[Ablation]]] = {
-    "published": (
+    "recency": (
         partial(published, recency=True),
         [
             Ablation("clamp", "no clamp", surgery=without_clamps),
@@ -301,22 +287,14 @@ class Row(NamedTuple):
 WHOLE = Ablation("", "the whole model")
 
 
-def ablate(
-    trials: Trials, blocks: list[str], mechanisms: list[str], seeds: list[int], lrs: dict[str, float]
-) -> list[Row]:
+def ablate(trials: Trials, blocks: list[str], mechanisms: list[str], seeds: list[int]) -> list[Row]:
     """Train every change of the blocks with every seed."""
-    rows = []
-    with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), transient=True) as bars:
+    rows, lr = [], trials.settings.training.lr
+    with progress_bars() as bars:
 
         def one(block: str, ablation: Ablation, seed: int) -> dict[str, Any]:
-            bar = bars.add_task(f"{block}, {ablation.says}, seed {seed}", total=trials.settings.training.steps)
             make = maker(ABLATIONS[block][0], ablation)
-            try:
-                return trials.run(
-                    f"{block}: {ablation.says}", make, lrs[block], seed, lambda: bars.advance(bar), ablation.learner
-                )
-            finally:
-                bars.remove_task(bar)
+            return trials.run(f"{block}: {ablation.says}", make, lr, seed, bars, ablation.learner)
 
         for block in blocks:
             whole = {seed: one(block, WHOLE, seed) for seed in seeds}
@@ -330,20 +308,20 @@ def ablate(
 
 def table(rows: list[Row], block: str) -> list[list[str]]:
     """A line a change."""
-    lines = [["mechanism", "change", "nats per token", "more than whole", "rates of the layers", "tokens/s"]]
+    lines = [["mechanism", "change", "nats per token", "more than whole", "rates of the layers"]]
     for row in rows:
         if row.block != block:
             continue
         rates = [rate for run in row.runs.values() if not run["diverged"] for rate in run["firing_rates"].values()]
-        speeds = [run["tokens_per_second"] for run in row.runs.values() if not run["diverged"]]
+        diverged = len(row.runs) - len(row.losses)
+        lost = f"{diverged} of {len(row.runs)} diverged" if diverged else ""
         lines.append(
             [
                 row.ablation.mechanism,
                 row.ablation.says,
-                spread(row.losses, "{:.3f}".format) or "diverged",
+                ", ".join(filter(None, (spread(row.losses, "{:.3f}".format), lost))),
                 "" if row.ablation is WHOLE else spread(row.differences, "{:+.3f}".format),
                 f"{min(rates):.1%} to {max(rates):.1%}" if rates else "",
-                spread(speeds, "{:,.0f}".format),
             ]
         )
     return lines
@@ -353,6 +331,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     common_arguments(parser, "runs/ablation")
+    steps_argument(parser)
     mechanisms = unique(ablation.mechanism for _, ablations in ABLATIONS.values() for ablation in ablations)
     parser.add_argument("--blocks", nargs="+", choices=ABLATIONS, default=list(ABLATIONS), help="default: all")
     parser.add_argument("--only", nargs="+", choices=mechanisms, default=mechanisms, help="mechanisms (default: all)")
@@ -361,12 +340,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, command: str) -> None:
-    trials = Trials(settings_for(options), options.out)
+    trials = Trials(settings_for(options, ("data", "validation_data", "steps")), options.out)
     blocks, seeds = unique(options.blocks), unique(options.seeds)
-    lrs = dict.fromkeys(blocks, trials.settings.training.lr)
-    rows = ablate(trials, blocks, options.only, seeds, lrs)
+    rows = ablate(trials, blocks, options.only, seeds)
     tables = {block: table(rows, block) for block in blocks}
-    note = f"Mean (range) over seeds {', '.join(map(str, seeds))}; text: {trials.about['text']}."
+    note = (
+        f"Mean (range) over seeds {', '.join(map(str, seeds))}; text: {trials.about['text']}; peak learning rate "
+        f"{trials.settings.training.lr:g} in all. Rates are the lowest and highest of all layers of neurons."
+    )
     parts = [f"## {block}\n\n{markdown_table(lines)}" for block, lines in tables.items()]
     write_results(options.out, [*parts, note, f"`{command}`"], trials.on_file())
     console = Console()

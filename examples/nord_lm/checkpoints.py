@@ -94,8 +94,8 @@ def write_text(path: Path, content: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file in one move."""
-    beside = unfinished(path)
+    """Write a file in one move; of several processes that write the same one the last wins."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         beside.write_bytes(content)
         os.replace(beside, path)

@@ -13,7 +13,7 @@ from typing import Any
 from checkpoints import CheckpointError, write_text
 from data import DataError
 from generate import number
-from settings import Settings, SettingsError, read_config
+from settings import Settings, SettingsError, absolute_paths, read_config
 from train import keep_freed_memory
 from transformers.utils import logging
 
@@ -24,6 +24,7 @@ __all__ = [
     "run_trials",
     "settings_for",
     "spread",
+    "steps_argument",
     "unique",
     "write_results",
 ]
@@ -50,24 +51,25 @@ def command_line(arguments: list[str] | None, script: str) -> str:
     return shlex.join(["python", *(sys.argv if arguments is None else [script, *arguments])])
 
 
-def common_arguments(parser: argparse.ArgumentParser, out: str, steps: bool = True) -> None:
+def common_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     """What every comparison can be told."""
     parser.add_argument("--config", default="tiny", help="a name from configs/, or a YAML file (default: tiny)")
     parser.add_argument("--data", help="text file, folder or dataset name (default: the config's)")
     parser.add_argument("--validation-data", help="other text to validate on (default: part of the data)")
-    if steps:
-        parser.add_argument("--steps", type=number(1, kind=int), help="optimizer steps (default: the config's)")
     parser.add_argument("--seeds", nargs="+", type=number(0, 2**32 - 1, int), default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path(out), help=f"folder for the runs and tables (default: {out})")
 
 
-def settings_for(
-    options: argparse.Namespace, fields: tuple[str, ...] = ("data", "validation_data", "steps")
-) -> Settings:
+def steps_argument(parser: argparse.ArgumentParser) -> None:
+    """For a command that trains all models with the same number of steps."""
+    parser.add_argument("--steps", type=number(1, kind=int), help="optimizer steps (default: the config's)")
+
+
+def settings_for(options: argparse.Namespace, fields: tuple[str, ...] = ("data", "validation_data")) -> Settings:
     """The config with those fields of the training that were given."""
     settings = read_config(options.config)
     changes = {name: getattr(options, name) for name in fields if getattr(options, name) is not None}
-    return replace(settings, training=replace(settings.training, **changes))
+    return replace(settings, training=replace(settings.training, **changes | absolute_paths(changes)))
 
 
 def unique(values: Iterable[Any]) -> list[Any]:

@@ -5,16 +5,17 @@
     python examples/nord_lm/compare.py --models spike-fed dense-twin
 
 All have the same width, blocks, heads, vocabulary and window, and get the same tokens in the same order, the same schedule and
-the same number of learning rates to choose from: with several ``--lrs`` each is trained with each of them at the first seed,
-and all its runs take the peak learning rate at which it was best there on the held-out text.
+the same search for a peak learning rate: with several ``--lrs`` each is trained with each of them at the first seed, and where
+the best on the held-out text is the lowest or the highest, with half or twice of it, until it is neither. All its runs take
+that rate.
 
 ``published`` is the published model in these sizes; ``recency`` the same with scores that fall with distance; ``spike-fed`` the
 config itself; ``spiking-values`` the same where values spike, too; ``dense-twin`` the same with smooth activations and one time
-step, so that only the spikes are missing; ``gpt2`` has feed-forwards as wide as it takes to have as many parameters without
-embedding and head.
+step, so that only the spikes are missing; ``dense-plain`` the twin without the norms that stand there for the neurons' sake;
+``gpt2`` has feed-forwards as wide as it takes to have as many parameters without embedding and head.
 
-Every run is written down when it ends: the same command again goes on where it stopped, and commands for other seeds or models
-may work on the same folder at the same time.
+Every run is written down when it ends: the same command again goes on where it stopped, and commands for other models may work
+on the same folder at the same time.
 """
 
 import argparse
@@ -29,15 +30,15 @@ from commands import (
     run_trials,
     settings_for,
     spread,
+    steps_argument,
     unique,
     write_results,
 )
 from generate import number
 from progress import print_table
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from settings import SettingsError
-from trials import Trials
+from trials import COUNTED, Trials, progress_bars
 from variants import KINDS, Maker
 
 __all__ = ["Comparison", "compare"]
@@ -58,13 +59,13 @@ class Comparison:
         self.about, self.seeds = trials.about, seeds
         self.lrs: dict[str, float] = {}
         self.runs: dict[str, Runs] = {}
-        self.tried: set[float] = set()
+        self.tried: dict[str, set[float]] = {}
         self.diverged: list[str] = []
 
     def add(self, kind: str, lr: float, runs: Runs, tried: list[dict[str, Any]]) -> None:
         """Add a kind with all that was tried at the first seed."""
         self.lrs[kind], self.runs[kind] = lr, runs
-        self.tried |= {run["lr"] for run in tried}
+        self.tried[kind] = {run["lr"] for run in tried}
         names = {(run["lr"], run["seed"]) for run in [*tried, *runs.values()] if run["diverged"]}
         self.diverged += [f"{kind}, peak lr {lr:g}, seed {seed}" for lr, seed in sorted(names)]
 
@@ -80,23 +81,34 @@ def compare(trials: Trials, kinds: dict[str, Maker], seeds: list[int], lrs: list
         SettingsError: a kind cannot be made of this config, or diverged with every learning rate.
     """
     comparison = Comparison(trials, seeds)
-    steps = trials.settings.training.steps
-    with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), transient=True) as bars:
+    with progress_bars() as bars:
+        for kind, make in kinds.items():
 
-        def one(kind: str, lr: float, seed: int) -> dict[str, Any]:
-            bar = bars.add_task(f"{kind}, peak lr {lr:g}, seed {seed}", total=steps)
-            try:
-                return trials.run(kind, kinds[kind], lr, seed, lambda: bars.advance(bar))
-            finally:
-                bars.remove_task(bar)
+            def one(lr: float, seed: int, kind: str = kind, make: Maker = make) -> dict[str, Any]:
+                return trials.run(kind, make, lr, seed, bars)
 
-        for kind in kinds:
-            for lr in lrs:
-                one(kind, lr, seeds[0])
-            tried = [run for run in trials.on_file() if (run["kind"], run["seed"]) == (kind, seeds[0])]
+            tried = search(kind, lrs, lambda lr: one(lr, seeds[0]))  # is called here
             chosen = best(kind, tried)
-            comparison.add(kind, chosen, {seed: one(kind, chosen, seed) for seed in seeds}, tried)
+            comparison.add(kind, chosen, {seed: one(chosen, seed) for seed in seeds}, tried)
     return comparison
+
+
+def search(kind: str, lrs: list[float], train: Callable[[float], dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs with these peak learning rates, and beyond them with half or twice the best until it is neither end.
+
+    A single rate is not searched for.
+
+    Raises:
+        SettingsError: all runs diverged.
+    """
+    runs = {lr: train(lr) for lr in lrs}
+    while len(runs) > 1:
+        chosen = best(kind, list(runs.values()))
+        if min(runs) < chosen < max(runs):
+            break
+        beyond = chosen / 2 if chosen == min(runs) else chosen * 2
+        runs[beyond] = train(beyond)
+    return list(runs.values())
 
 
 def best(kind: str, tried: list[dict[str, Any]]) -> float:
@@ -161,7 +173,7 @@ def gaps(comparison: Comparison) -> list[str]:
     """How the spike-fed models stand to the others, seed by seed."""
     sentences = []
     for ours in ("spike-fed", "spiking-values"):
-        for other in ("dense-twin", "gpt2", "published", "recency"):
+        for other in ("dense-twin", "dense-plain", "gpt2", "published", "recency"):
             if ours in comparison.runs and other in comparison.runs:
                 one, two = comparison.done(ours), comparison.done(other)
                 both = [seed for seed in comparison.seeds if seed in one and seed in two]
@@ -179,12 +191,13 @@ def notes(comparison: Comparison) -> str:
     """What the figures of the table are."""
     about, seeds = comparison.about, comparison.seeds
     counted = ", ".join(f"{name} {loss:.3f}" for name, loss in about["baselines"].items())
-    tried = ", ".join(f"{lr:g}" for lr in sorted(comparison.tried))
+    tried = "; ".join(f"{kind} {', '.join(f'{lr:g}' for lr in sorted(lrs))}" for kind, lrs in comparison.tried.items())
     diverged = "; ".join(comparison.diverged) or "none"
     return (
         f"Mean (range) over seeds {', '.join(map(str, seeds))}; text: {about['text']}; by counting alone, nats per token: "
         f"{counted}. Peak learning rates tried at seed {seeds[0]}: {tried}; diverged: {diverged}. "
-        "tokens/s in training; operations and energy of a generated token at the end of a block, 45 nm, float32. "
+        f"tokens/s in training; operations and energy of a generated token at the end of a block, mean of {COUNTED} held-out "
+        "blocks, 45 nm, float32. "
         f"Samples: after {about['held_out_text']['prompts']} held-out beginnings; repetition is the share of 4-grams that "
         "stood there before, topic coherence the chance that a sample is nearer to the document of its prompt than to another "
         "(TF-IDF; 0.5 says nothing)."
@@ -203,16 +216,20 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     common_arguments(parser, "runs/compare")
+    steps_argument(parser)
     parser.add_argument("--models", nargs="+", choices=KINDS, default=list(KINDS), help="default: all of them")
     parser.add_argument(
-        "--lrs", nargs="+", type=number(1e-9), help="peak learning rates to choose from (default: the config's)"
+        "--lrs",
+        nargs="+",
+        type=number(1e-9),
+        help="peak learning rates to begin with (default: the config's, and no search)",
     )
     options = parser.parse_args(arguments)
     return run_trials(lambda: _run(options, command_line(arguments, "compare.py")))
 
 
 def _run(options: argparse.Namespace, command: str) -> None:
-    trials = Trials(settings_for(options), options.out)
+    trials = Trials(settings_for(options, ("data", "validation_data", "steps")), options.out)
     kinds = {kind: KINDS[kind] for kind in unique(options.models)}
     lrs = unique(options.lrs or [trials.settings.training.lr])
     comparison = compare(trials, kinds, unique(options.seeds), lrs)

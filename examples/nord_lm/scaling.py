@@ -3,11 +3,13 @@
     python examples/nord_lm/scaling.py --data books.txt
     python examples/nord_lm/scaling.py --sizes 64x2 128x2 256x4 --steps 250 500 --seeds 0
 
-A size is width x blocks, with heads of 32 and a feed-forward twice as wide. At each size every model chooses among the
-``--lrs`` at the first seed and the smallest number of steps; then it is trained with each number of steps, each a whole run with
-a schedule of its own. The curve of a model is ``L(N, D) = E + A / N^a + B / D^b`` (Hoffmann et al. 2022), N its parameters
-without embedding and head, D the tokens that it saw, fitted by least squares with Huber's loss. Runs are kept as those of
-``compare.py`` are.
+A size is width x blocks, with heads of 32 and a feed-forward twice as wide. At each size every model searches for its peak
+learning rate as in ``compare.py``, beginning with the ``--lrs``, at the first seed and the smallest number of steps; then it is
+trained with each number of steps, each a whole run with a schedule of its own. The curve of a model is
+``L(N, D) = E + A / N^a + B / D^b`` (Hoffmann et al. 2022), N its parameters without embedding and head, D the tokens that it
+saw (again, where the text is shorter), fitted by least squares with Huber's loss; intervals are those of the fit to its own
+predictions with its residuals drawn anew. It says how the runs lie, and little of what is beyond them. Runs are kept as those
+of ``compare.py`` are.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import io
 import itertools
 import re
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,24 +34,25 @@ from commands import (
     unique,
     write_results,
 )
-from compare import best
+from compare import best, search
 from generate import number
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from progress import print_table
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from scipy.optimize import least_squares
 from settings import Settings
-from trials import Text, Trials, prepare_for
+from trials import Text, Trials, prepare_for, progress_bars
 from variants import KINDS
 
-__all__ = ["Curve", "Point", "fit", "picture"]
+__all__ = ["Curve", "Point", "fit", "intervals", "picture"]
 
-MODELS = ("spike-fed", "dense-twin", "gpt2")
-COLOURS = {"spike-fed": "#c44e52", "dense-twin": "#4878a8", "gpt2": "#6b6b6b"}
+COLOURS = {"spike-fed": "#c44e52", "dense-twin": "#4878a8", "dense-plain": "#55a868", "gpt2": "#6b6b6b"}
+MODELS = tuple(COLOURS)
 HEAD = 32  # width of a head
-FEWEST = 6  # points that a curve of five numbers is fitted to
+FEWEST = 3  # different numbers of parameters, and of tokens, without which an exponent is anything
+DRAWS = 200  # of the residuals, for intervals
 
 
 class Size(NamedTuple):
@@ -79,7 +83,8 @@ class Size(NamedTuple):
             "num_attention_heads": self.width // HEAD,
             "intermediate_size": 2 * self.width,
         }
-        return replace(settings, model=settings.model | model, training=replace(settings.training, steps=steps))
+        training = replace(settings.training, steps=steps)
+        return replace(settings, name=f"{self}, {steps} steps", model=settings.model | model, training=training)
 
 
 class Point(NamedTuple):
@@ -137,41 +142,60 @@ class Curve(NamedTuple):
 def fit(points: list[Point]) -> Curve | None:
     """The curve that the points of one model lie nearest to; None where there are too few to say.
 
-    N is taken in units of 100,000 parameters and D of a million tokens while it is fitted; every number is positive. The best
-    of several starts is taken.
+    The best of several starts is taken.
     """
     sizes, budgets = {point.parameters for point in points}, {point.tokens for point in points}
-    if len(points) < FEWEST or len(sizes) < 2 or len(budgets) < 2:
+    if min(len(sizes), len(budgets)) < FEWEST:
         return None
-    n = np.array([point.parameters for point in points]) / 1e5
-    d = np.array([point.tokens for point in points]) / 1e6
-    losses = np.array([point.loss for point in points])
+    least = min(point.loss for point in points)
+    starts = itertools.product((0.5 * least, 0.9 * least), (0.1, 0.5), (0.1, 0.5), (0.1, 0.5), (0.3,))
+    return _nearest(points, [point.loss for point in points], starts)
+
+
+def _nearest(points: list[Point], losses: Any, starts: Iterable[tuple[float, ...]]) -> Curve:
+    """N is taken in units of 100,000 parameters and D of a million tokens while it is fitted; every number is positive."""
+    n, d = _coordinates(points)
 
     def residuals(x: Any) -> Any:
         floor, a, alpha, b, beta = np.exp(x)
-        return floor + a * n**-alpha + b * d**-beta - losses
+        return floor + a * (n / 1e5) ** -alpha + b * (d / 1e6) ** -beta - losses
 
-    starts = itertools.product((0.5, 0.9), (0.1, 0.5), (0.1, 0.5), (0.1, 0.5), (0.3,))
-    least = losses.min()
-    fits = [
-        least_squares(residuals, np.log([least * floor, a, alpha, b, beta]), loss="huber", f_scale=0.02)
-        for floor, a, alpha, b, beta in starts
-    ]
+    fits = [least_squares(residuals, np.log(start), loss="huber", f_scale=0.02) for start in starts]
     floor, a, alpha, b, beta = np.exp(min(fits, key=lambda found: found.cost).x)
     return Curve(float(floor), float(a * 1e5**alpha), float(alpha), float(b * 1e6**beta), float(beta))
 
 
+def _coordinates(points: list[Point]) -> tuple[Any, Any]:
+    return np.array([point.parameters for point in points], float), np.array([point.tokens for point in points], float)
+
+
+def intervals(points: list[Point], curve: Curve) -> dict[str, tuple[float, float]]:
+    """95 % of what is fitted to the curve's own predictions with residuals drawn anew, for floor and exponents."""
+    predicted = curve(*_coordinates(points))
+    residuals = np.array([point.loss for point in points]) - predicted
+    generator = np.random.default_rng(0)
+    start = (curve.floor, curve.a / 1e5**curve.alpha, curve.alpha, curve.b / 1e6**curve.beta, curve.beta)
+    drawn = [_nearest(points, predicted + generator.choice(residuals, len(points)), [start]) for _ in range(DRAWS)]
+    names = {"E": "floor", "a": "alpha", "b": "beta"}
+    ends = {name: np.percentile([getattr(c, field) for c in drawn], (2.5, 97.5)) for name, field in names.items()}
+    return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
+
+
 def picture(points: list[Point], curves: dict[str, Curve | None]) -> Figure:
-    """Loss against parameters for the most tokens, and against tokens for each size; points are runs."""
+    """Loss against parameters for the most tokens, and against tokens for every size; points are runs."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     by_size, by_tokens = figure.subplots(1, 2, sharey=True)
-    most, largest = max(point.tokens for point in points), max(point.size for point in points)
+    most = max(point.tokens for point in points)
     _panel(by_size, [point for point in points if point.tokens == most], curves, "parameters")
-    _panel(by_tokens, [point for point in points if point.size == largest], curves, "tokens")
+    for size in unique(point.size for point in points):
+        here = [point for point in points if point.size == size]
+        _panel(by_tokens, here, curves, "tokens")
+        last = min(here, key=lambda point: (-point.tokens, point.loss))
+        by_tokens.annotate(f" {size}", (last.tokens * 1.1, last.loss), fontsize="small", va="center")
     by_size.set(xlabel="parameters without embedding and head", ylabel="held-out loss, nats per token")
     by_size.set_title(f"{most:,} tokens", fontsize="medium")
     by_tokens.set(xlabel="tokens seen")
-    by_tokens.set_title(f"width {largest.width}, {largest.blocks} blocks", fontsize="medium")
+    by_tokens.set_title("every size", fontsize="medium")
     by_size.legend()
     return figure
 
@@ -203,7 +227,7 @@ def measure(
     """Train what is missing."""
     text: Text | None = None
     points = []
-    with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), transient=True) as bars:
+    with progress_bars() as bars:
         for size in sizes:
             chosen: dict[str, float] = {}
             for budget in sorted(steps):
@@ -211,20 +235,15 @@ def measure(
                 text = text or prepare_for(here, out)  # the same at every size
                 trials = Trials(here, out / str(size) / str(budget), text)
                 for kind in kinds:
-                    tried = [_one(trials, kind, lr, seeds[0], bars) for lr in lrs] if kind not in chosen else []
-                    chosen[kind] = chosen.get(kind) or best(kind, tried)
-                    runs = [_one(trials, kind, chosen[kind], seed, bars) for seed in seeds]
-                    points += [Point(size, _tokens(here), run) for run in runs if not run["diverged"]]
+                    if kind not in chosen:
+                        chosen[kind] = best(kind, search(kind, lrs, _with_rate(trials, kind, seeds[0], bars)))
+                    runs = [_with_rate(trials, kind, seed, bars)(chosen[kind]) for seed in seeds]
+                    points += [Point(size, _tokens(here), run) for run in runs]
     return points
 
 
-def _one(trials: Trials, kind: str, lr: float, seed: int, bars: Progress) -> dict[str, Any]:
-    steps = trials.settings.training.steps
-    bar = bars.add_task(f"{trials.out.parent.name}, {steps} steps, {kind}, peak lr {lr:g}, seed {seed}", total=steps)
-    try:
-        return trials.run(kind, KINDS[kind], lr, seed, lambda: bars.advance(bar))
-    finally:
-        bars.remove_task(bar)
+def _with_rate(trials: Trials, kind: str, seed: int, bars: Progress) -> Callable[[float], dict[str, Any]]:
+    return lambda lr: trials.run(kind, KINDS[kind], lr, seed, bars)
 
 
 def _tokens(settings: Settings) -> int:
@@ -266,42 +285,48 @@ def said(points: list[Point], curves: dict[str, Curve | None]) -> list[str]:
     """A sentence for each model: its curve, and the learning rates that it was trained with."""
     sentences = []
     for kind, curve in curves.items():
-        lrs = unique((str(point.size), point.run["lr"]) for point in points if point.kind == kind)
-        rates = ", ".join(f"{size} {lr:g}" for size, lr in lrs)
-        sentences.append(f"- {kind}: L(N, D) = {curve or 'too few points to fit'}; peak learning rates: {rates}")
+        own = [point for point in points if point.kind == kind]
+        rates = ", ".join(f"{size} {lr:g}" for size, lr in unique((str(point.size), point.run["lr"]) for point in own))
+        ends = intervals(own, curve) if curve else {}
+        within = ", ".join(f"{name} {low:.2f} to {high:.2f}" for name, (low, high) in ends.items())
+        shown = f"L(N, D) = {curve} (95 %: {within})" if curve else "too few sizes and numbers of tokens for a curve"
+        sentences.append(f"- {kind}: {shown}; peak learning rates: {rates}")
     return sentences
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    common_arguments(parser, "runs/scaling", steps=False)
+    common_arguments(parser, "runs/scaling")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all of them")
     sizes = [Size(64, 2), Size(128, 2), Size(192, 3), Size(256, 4)]
     parser.add_argument(
         "--sizes", nargs="+", type=Size.parse, default=sizes, help=f"default: {' '.join(map(str, sizes))}"
     )
     parser.add_argument("--steps", nargs="+", type=number(1, kind=int), default=[260, 520, 1040])
-    parser.add_argument("--lrs", nargs="+", type=number(1e-9), default=[2e-3, 4e-3, 8e-3])
+    parser.add_argument(
+        "--lrs", nargs="+", type=number(1e-9), default=[2e-3, 4e-3, 8e-3], help="to begin the search with"
+    )
     options = parser.parse_args(arguments)
     return run_trials(lambda: _run(options, command_line(arguments, "scaling.py")))
 
 
 def _run(options: argparse.Namespace, command: str) -> None:
-    settings = settings_for(options, ("data", "validation_data"))
+    settings = settings_for(options)
     options.out.mkdir(parents=True, exist_ok=True)
     seeds, kinds = unique(options.seeds), unique(options.models)
     sizes, steps, lrs = (unique(values) for values in (options.sizes, options.steps, options.lrs))
-    points = measure(settings, sizes, steps, kinds, seeds, lrs, options.out)
+    runs = measure(settings, sizes, steps, kinds, seeds, lrs, options.out)
+    points = [point for point in runs if not point.run["diverged"]]
+    diverged = [f"{p.size}, {p.tokens:,} tokens, {p.kind}, seed {p.run['seed']}" for p in runs if p.run["diverged"]]
     curves = {kind: fit([point for point in points if point.kind == kind]) for kind in kinds}
     sentences = said(points, curves)
     note = (
         f"Nats per token, mean (range) over seeds {', '.join(map(str, seeds))}; ratios of bits per byte; "
-        "rates are the lowest and highest of all layers of neurons. Fitted:"
+        f"rates are the lowest and highest of all layers of neurons; diverged: {'; '.join(diverged) or 'none'}. Fitted:"
     )
     parts = [markdown_table(table(points)), note, "\n".join(sentences), f"`{command}`"]
-    runs = ({"size": str(point.size), "tokens": point.tokens} | point.run for point in points)
-    write_results(options.out, parts, runs)
+    write_results(options.out, parts, ({"size": str(p.size), "tokens": p.tokens} | p.run for p in runs))
     drawn = io.BytesIO()
     picture(points, curves).savefig(drawn, format="png", dpi=120)
     write_bytes(options.out / "scaling.png", drawn.getvalue())

@@ -207,11 +207,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     fields = {f.name for f in dataclasses.fields(TrainingSettings)}
     changes = {name: value for name, value in vars(options).items() if name in fields}
-    options.changes = changes | _absolute_paths(changes)
+    options.changes = changes | absolute_paths(changes)
     return options
 
 
-def _absolute_paths(training: dict[str, Any]) -> dict[str, Any]:
+def absolute_paths(training: dict[str, Any]) -> dict[str, Any]:
     """Those settings that name a file or folder which exists, absolute, so that a run can be resumed from anywhere."""
     given = {name: training.get(name) for name in ("data", "validation_data", "tokenizer")}
     return {name: str(Path(value).resolve()) for name, value in given.items() if value and Path(value).exists()}
@@ -231,7 +231,7 @@ def settings_from(options: argparse.Namespace) -> Settings:
     if model.get("dense"):
         raise SettingsError("a dense model has no neurons to train here: it is a control for compare.py")
     training = dataclasses.replace(settings.training, **options.changes)
-    return Settings(name, model, dataclasses.replace(training, **_absolute_paths(dataclasses.asdict(training))))
+    return Settings(name, model, dataclasses.replace(training, **absolute_paths(dataclasses.asdict(training))))
 
 
 def read_config(name: str) -> Settings:

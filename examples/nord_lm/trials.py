@@ -18,6 +18,7 @@ from checkpoints import CheckpointError, read_json, write_json
 from data import Corpus
 from energy import generated_token
 from evaluate import held_out_text, read_text
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from samples import Prompts, coherence, cut_prompts, repetition, write
 from settings import Settings, SettingsError
 from train import Position, accelerate, bits, endless, evaluate, prepare, prepare_text, take_step
@@ -26,7 +27,7 @@ from variants import Maker
 
 from nord_snn.monitor import SpikeMonitor
 
-__all__ = ["AfterStep", "Learner", "Text", "Trials", "nobody", "prepare_for", "train_one"]
+__all__ = ["AfterStep", "Learner", "Text", "Trials", "nobody", "prepare_for", "progress_bars", "train_one"]
 
 #: Is told the loss of every step, when the weights have changed.
 AfterStep = Callable[[float], None]
@@ -34,6 +35,7 @@ AfterStep = Callable[[float], None]
 Learner = Callable[[PreTrainedModel], AbstractContextManager[AfterStep]]
 
 MOST_TOKENS = 400_000  # of held-out text, in which prompts are looked for
+COUNTED = 16  # held-out blocks, at the end of which a generated token is counted
 ABOUT = {"settings", "text", "bytes_per_token", "baselines", "held_out_text"}
 
 
@@ -55,7 +57,8 @@ class Trials:
     """The runs of one config on one text.
 
     Each is a file in ``out/runs``, so a command that was stopped goes on with those that are missing, and several commands may
-    work on one folder at a time. ``about`` says what the text is and how well counting alone predicts it.
+    work on one folder at a time. A run is known by model, learning rate and seed: after a change to the code of a model give
+    another folder. ``about`` says what the text is and how well counting alone predicts it.
 
     Args:
         settings: what all have in common.
@@ -102,7 +105,7 @@ class Trials:
         make: Maker,
         lr: float,
         seed: int,
-        advance: Callable[[], None],
+        bars: Progress,
         learner: Learner = nobody,
     ) -> dict[str, Any]:
         """Train and measure a model, unless that was done.
@@ -112,17 +115,30 @@ class Trials:
             make: makes it.
             lr: peak learning rate.
             seed: of its initial weights and the order of the text.
-            advance: is called after every step.
+            bars: show how far it is.
             learner: what else learns.
         """
         name = re.sub(r"[^\w.+-]+", "-", kind)
         path = self.out / "runs" / f"{name}_lr{lr:g}_seed{seed}.json"
+        asked = {"kind": kind, "lr": lr, "seed": seed}
         if path.exists():
-            return _read(path)
+            run = _read(path)
+            if run.items() >= asked.items():
+                return run
+            raise CheckpointError(f"{path}: holds another run than {kind}, peak lr {lr:g}, seed {seed}")
         settings = replace(self.settings, training=replace(self.settings.training, lr=lr, seed=seed))
-        run = {"kind": kind, "lr": lr, "seed": seed} | train_one(settings, make, self.text, self.out, advance, learner)
+        bar = bars.add_task(f"{settings.name}: {kind}, peak lr {lr:g}, seed {seed}", total=settings.training.steps)
+        try:
+            run = asked | train_one(settings, make, self.text, self.out, lambda: bars.advance(bar), learner)
+        finally:
+            bars.remove_task(bar)
         write_json(path, run)
         return run
+
+
+def progress_bars() -> Progress:
+    """For the runs of a command."""
+    return Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), transient=True)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -203,18 +219,18 @@ def look_at(model: PreTrainedModel, text: Text, seed: int) -> dict[str, Any]:
     """What a trained model costs, how often it fires, and how it writes."""
     total, without = parameter_counts(model)
     written = write(model, text.prompts, text.tokenizer.eos_token_id, seed)
-    window = text.corpus.validation[:1].to(model.device)
     rates = _rates(model, text)
     if isinstance(model, GPT2LMHeadModel):
         model.set_attn_implementation("eager")  # products that can be counted
-    profile = generated_token(model, window)
+    blocks = text.corpus.validation[:COUNTED].to(model.device).split(1)
+    profiles = [generated_token(model, block) for block in blocks]
     return {
         "parameters": total,
         "parameters_without_vocabulary": without,
-        "joules": profile.joules,
-        "joules_with_sram": profile.joules_under("45nm-fp32-sram"),
-        "macs": profile.macs,
-        "acs": profile.acs,
+        "joules": statistics.mean(profile.joules for profile in profiles),
+        "joules_with_sram": statistics.mean(profile.joules_under("45nm-fp32-sram") for profile in profiles),
+        "macs": statistics.mean(profile.macs for profile in profiles),
+        "acs": statistics.mean(profile.acs for profile in profiles),
         "repetition": repetition(written),
         "coherence": coherence(text.tokenizer.batch_decode(written), text.prompts.rests),
         "firing_rates": rates,
@@ -224,11 +240,9 @@ def look_at(model: PreTrainedModel, text: Text, seed: int) -> dict[str, Any]:
 @torch.no_grad()
 def _rates(model: PreTrainedModel, text: Text) -> dict[str, float]:
     """Of every layer of neurons on held-out blocks; empty where nothing fires."""
-    try:
-        monitor = SpikeMonitor(model)
-    except ValueError:
+    if isinstance(model, GPT2LMHeadModel) or model.config.dense:
         return {}
-    with monitor:
+    with SpikeMonitor(model) as monitor:
         for batch in text.corpus.validation[:64].split(8):
             model(input_ids=batch.to(model.device), use_cache=False)
     return monitor.rates()

@@ -2,21 +2,24 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from card import parameter_counts
 from modeling_nord import NordForCausalLM
 from settings import Settings, SettingsError
+from torch import Tensor, nn
 from train import model_config
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["KINDS", "Maker", "gpt2", "nord", "variant"]
+from nord_snn.layers import SpikeFedResonance
+
+__all__ = ["KINDS", "Maker", "gpt2", "nord", "variant", "without_norms", "without_stream_norm", "without_these_norms"]
 
 Maker = Callable[[Settings, PreTrainedTokenizerBase], PreTrainedModel]
 
-#: Fields that say how large a model is. With none but these a config is the published model of that size. The clusters are
-#: among them because the cascade's total gain grows with their number: the published 64 saturate a small width.
+#: Fields that say how large a model is and what it keeps. With none but these a config is the published model of that size. The
+#: clusters are among them because the cascade's total gain grows with their number: the published 64 saturate a small width.
 SIZES = {
     "hidden_size",
     "num_hidden_layers",
@@ -24,6 +27,8 @@ SIZES = {
     "intermediate_size",
     "max_position_embeddings",
     "n_clusters",
+    "tie_word_embeddings",
+    "top_k",
     "vocab_size",
 }
 
@@ -74,6 +79,8 @@ def spike_fed(**changes: Any) -> Maker:
 def gpt2(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A GPT-2 with as many parameters without embedding and head, to within one neuron of its feed-forwards.
 
+    Its table of positions counts among these.
+
     Raises:
         SettingsError: its attention alone has more.
     """
@@ -89,7 +96,7 @@ def gpt2(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMo
             n_layer=config.num_hidden_layers,
             n_head=config.num_attention_heads,
             n_inner=n_inner,
-            tie_word_embeddings=False,
+            tie_word_embeddings=config.tie_word_embeddings,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
@@ -105,6 +112,37 @@ def gpt2(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMo
     return GPT2LMHeadModel(of(n_inner))
 
 
+def without_norms(model: PreTrainedModel) -> None:
+    """Spike-fed blocks whose neurons behind a linear map get its currents as they are, and those behind the mixing four times."""
+
+    def four_times(module: nn.Module, inputs: Any) -> tuple[Tensor]:
+        return (4 * inputs[0],)
+
+    for block in model.blocks:
+        resonance = cast(SpikeFedResonance, block.resonance)
+        for layer, norm in ((block, "norm_h"), (resonance, "norm_q"), (resonance, "norm_k"), (resonance, "norm_o")):
+            setattr(layer, norm, nn.Identity())
+        resonance.norm_o.register_forward_pre_hook(four_times)
+
+
+def without_stream_norm(model: PreTrainedModel) -> None:
+    """A readout that gets the stream as it is."""
+    model.stream_norm = nn.Identity()
+
+
+def without_these_norms(model: PreTrainedModel) -> None:
+    """Both: norms before the first neurons of each half of a block are left."""
+    without_norms(model)
+    without_stream_norm(model)
+
+
+def dense_plain(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The dense twin without the norms that stand there for the neurons' sake: it is better off without them."""
+    model = spike_fed(spiking_values=False, **DENSE)(settings, tokenizer)
+    without_these_norms(model)
+    return model
+
+
 #: What ``compare.py`` trains, by name.
 KINDS: dict[str, Maker] = {
     "published": published(),
@@ -112,5 +150,6 @@ KINDS: dict[str, Maker] = {
     "spike-fed": spike_fed(spiking_values=False),
     "spiking-values": spike_fed(spiking_values=True),
     "dense-twin": spike_fed(spiking_values=False, **DENSE),
+    "dense-plain": dense_plain,
     "gpt2": gpt2,
 }

@@ -5,7 +5,7 @@ import json
 import ablation as ablation_script
 import pytest
 import torch
-from ablation import ABLATIONS, WHOLE, maker
+from ablation import ABLATIONS, WHOLE, Ablation, Row, maker
 from accelerate.state import AcceleratorState
 from commands import spread
 from data import train_tokenizer
@@ -60,6 +60,10 @@ def test_every_change_makes_another_model_that_learns(settings, tokenizer, block
     if "clamp_floor" in ablation.changes:  # which so small a model does not reach
         assert changed.blocks[0].clamp.floor[0] == ablation.changes["clamp_floor"] != whole.blocks[0].clamp.floor[0]
         return
+    shared = {
+        n: p for n, p in changed.state_dict().items() if getattr(whole.state_dict().get(n), "shape", None) == p.shape
+    }
+    whole.load_state_dict(shared, strict=False)
     before = whole(input_ids=ids, labels=ids).loss
     before.backward()
     gradients = [model.encoder.projection.weight.grad for model in (whole, changed)]
@@ -73,15 +77,17 @@ def test_changes_take_out_what_they_say(settings, tokenizer):
         (found,) = (ablation for ablation in ABLATIONS[block][1] if ablation.says == says)
         return any(isinstance(module, kind) for module in build(settings, tokenizer, block, found).modules())
 
-    assert not has("published", "no clamp", LeakyClamp)
-    assert has("published", "clamp on what is added, not on the stream", LeakyClamp)
+    assert not has("recency", "no clamp", LeakyClamp)
+    assert has("recency", "clamp on what is added, not on the stream", LeakyClamp)
     assert not any(isinstance(m, LeakyClamp) for m in build(settings, tokenizer, "spike-fed", WHOLE).modules())
     assert has("spike-fed", "published clamp on the stream", LeakyClamp)
-    for block in ("published", "spike-fed"):
+    for block in ("recency", "spike-fed"):
         (constant,) = (a for a in ABLATIONS[block][1] if a.says == "the same current at every step")
-        currents = build(settings, tokenizer, block, constant).encoder(torch.randn(2, 16))
+        x = torch.randn(2, 16)
+        currents, whole = (build(settings, tokenizer, block, a).encoder(x) for a in (constant, WHOLE))
+        assert currents.std().item() == pytest.approx(whole.mean(0).std().item(), rel=0.1)
         assert torch.equal(currents, currents[:1].expand_as(currents))
-        assert len(currents) == (10 if block == "published" else 4)
+        assert len(currents) == (10 if block == "recency" else 4)
 
 
 def test_a_clamped_stream_has_nothing_below_its_floor(settings, tokenizer):
@@ -111,6 +117,21 @@ def test_the_opposite_reward_changes_the_weights_the_other_way(settings, tokeniz
     assert torch.allclose(changes[0], -changes[1], atol=1e-7)
 
 
+def test_runs_that_diverged_are_counted():
+    def runs(*losses):
+        return {s: {"diverged": loss is None, "loss": loss, "firing_rates": {}} for s, loss in enumerate(losses)}
+
+    whole = runs(4.0, 4.1, None)
+    rows = [
+        Row("recency", Ablation("clamp", "a change"), found, whole)
+        for found in (runs(4.3, None, 4.0), runs(None, None, None))
+    ]
+    assert [line[2:4] for line in ablation_script.table(rows, "recency")[1:]] == [
+        ["4.150 (4.000 to 4.300), 1 of 3 diverged", "+0.300"],
+        ["3 of 3 diverged", ""],
+    ]
+
+
 def test_the_table_is_that_of_the_runs(tmp_path, capsys):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": make_text(300, seed)}) + "\n" for seed in range(20)))
@@ -128,5 +149,5 @@ def test_the_table_is_that_of_the_runs(tmp_path, capsys):
     assert f" | {spread(differences, '{:+.3f}'.format)} | " in shown
     assert "ablation.py --config" in shown
     assert "no cascade" in capsys.readouterr().out
-    assert ablation_script.main([*arguments, "--blocks", "published", "--steps", "9"]) == 1
+    assert ablation_script.main([*arguments, "--blocks", "recency", "--steps", "9"]) == 1
     assert "give another --out" in capsys.readouterr().err

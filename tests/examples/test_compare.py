@@ -1,6 +1,7 @@
 """compare.py: all models see the same, are of one size, and the measures of their samples measure what they say."""
 
 import json
+import math
 import shutil
 
 import compare as compare_script
@@ -11,6 +12,7 @@ import trials
 from accelerate.state import AcceleratorState
 from card import parameter_counts
 from commands import spread
+from compare import best, search
 from configuration_nord import NordConfig
 from data import DataError, train_tokenizer
 from helpers import WORDS, make_text, write_config
@@ -48,7 +50,8 @@ def spike_fed(tmp_path):
 
 
 def test_all_are_of_one_size(tokenizer, spike_fed):
-    for config in ("tiny", "small", str(spike_fed())):
+    tied = {"tie_word_embeddings": True, "top_k": 3}
+    for config in ("tiny", "small", str(spike_fed()), str(spike_fed(name="tied", **tied))):
         settings = read_config(config)
         with torch.device("meta"):
             models = {kind: make(settings, tokenizer) for kind, make in KINDS.items()}
@@ -61,7 +64,9 @@ def test_all_are_of_one_size(tokenizer, spike_fed):
             whole, without = counts[kind]
             assert model.config.hidden_size == ours.config.hidden_size
             assert model.config.num_hidden_layers == ours.config.num_hidden_layers
-            assert whole - without == 2 * ours.config.vocab_size * ours.config.hidden_size
+            tables = 1 if ours.config.tie_word_embeddings else 2
+            assert whole - without == tables * ours.config.vocab_size * ours.config.hidden_size
+            assert getattr(model.config, "top_k", None) in (ours.config.top_k, None)
             assert abs(without / counts["spike-fed"][1] - 1) < 0.25, kind
 
 
@@ -73,11 +78,11 @@ def test_the_kinds_are_what_they_are_called(tokenizer, spike_fed):
         for field in ("t_fast", "t_slow", "threshold", "refractory_steps", "surrogate", "block", "top_k"):
             assert getattr(configs[kind], field) == getattr(default, field), field
         assert configs[kind].recency is (kind == "recency")
-    for kind in ("spike-fed", "spiking-values", "dense-twin"):
+    for kind in ("spike-fed", "spiking-values", "dense-twin", "dense-plain"):
         assert configs[kind].block == "spike_fed"
         assert configs[kind].threshold == 0.5
         assert configs[kind].spiking_values is (kind == "spiking-values")
-        assert configs[kind].dense is (kind == "dense-twin")
+        assert configs[kind].dense is kind.startswith("dense")
 
 
 def test_a_model_is_trained_as_train_does_it(tmp_path, text, spike_fed):
@@ -106,17 +111,19 @@ def test_the_command_goes_on_where_it_stopped_and_chooses_by_the_held_out_loss(
     train_one, trained = trials.train_one, []
 
     def counted(settings, *others):
-        trained.append((settings.training.seed, settings.training.lr))
-        if len(trained) == 4:
+        lr = settings.training.lr
+        trained.append((settings.training.seed, lr))
+        if len(trained) == 5:
             raise KeyboardInterrupt
-        return train_one(settings, *others)
+        return train_one(settings, *others) | {"loss": 2 + abs(math.log(lr / 1e-2))}
 
     monkeypatch.setattr(trials, "train_one", counted)
     both = [*arguments, "spike-fed", "gpt2"]
     assert compare_script.main(both) == 130
     assert "goes on with the runs that are missing" in capsys.readouterr().err
     assert compare_script.main(both) == 0
-    assert trained == [(0, 1e-6), (0, 1e-2), (1, 1e-2), (0, 1e-6), (0, 1e-6), (0, 1e-2), (1, 1e-2)]
+    whole = [(0, 1e-6), (0, 1e-2), (0, 2e-2), (1, 1e-2)]  # and beyond the best, where it is the highest
+    assert trained == [*whole, (0, 1e-6), *whole]
     for run in runs_in(out):
         assert bool(run["firing_rates"]) == (run["kind"] == "spike-fed")
         assert bool(run["acs"]) <= (run["kind"] == "spike-fed")
@@ -126,22 +133,44 @@ def test_the_command_goes_on_where_it_stopped_and_chooses_by_the_held_out_loss(
     assert "| peak learning rate | 0.01 | 0.01 |  |" in shown
     assert "bigram, interpolated" in shown
     assert "compare.py --config" in shown
-    assert "Peak learning rates tried at seed 0: 1e-06, 0.01; diverged: none" in shown
+    assert "tried at seed 0: spike-fed 1e-06, 0.01, 0.02; gpt2 1e-06, 0.01, 0.02; diverged: none" in shown
     assert compare_script.main(both) == 0
-    assert len(trained) == 7
+    assert len(trained) == 9
     alone = [*arguments, "gpt2", "--seeds", "0", "1", "2"]  # a seed that the other one has not
     assert compare_script.main(alone) == 0
-    assert trained[7:] == [(2, 1e-2)]
+    assert trained[9:] == [(2, 1e-2)]
     assert (out / "table.md").read_text().startswith("|  | gpt2 | held-out text |")
     capsys.readouterr()
     assert compare_script.main([*both, "--steps", "5"]) == 1
     assert "of another config or text; give another --out" in capsys.readouterr().err
-    next((out / "runs").glob("*.json")).write_text("[]")
+    one, other, *_ = sorted((out / "runs").glob("*.json"))
+    one.write_bytes(other.read_bytes())
+    assert compare_script.main(both) == 1
+    assert "holds another run than gpt2, peak lr 0.01, seed 0" in capsys.readouterr().err
+    one.write_text("[]")
     assert compare_script.main(both) == 1
     assert "not written by this program, or damaged" in capsys.readouterr().err
     (out / "about.json").write_text("[]")
     assert compare_script.main(both) == 1
     assert "about.json: not written by this program, or damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("lrs", "optimum", "tried"),
+    [
+        ([2.0, 4.0, 8.0], 4.0, [2, 4, 8]),
+        ([4.0, 8.0], 1.0, [4, 8, 2, 1, 0.5]),
+        ([1.0, 2.0], 8.0, [1, 2, 4, 8, 16]),
+        ([4.0], 1.0, [4]),
+    ],
+)
+def test_the_search_ends_where_both_neighbours_are_worse(lrs, optimum, tried):
+    def train(lr):
+        return {"lr": lr, "diverged": lr > 8, "loss": abs(math.log(lr / optimum))}
+
+    runs = search("a model", lrs, train)
+    assert [run["lr"] for run in runs] == tried
+    assert best("a model", runs) == (optimum if len(lrs) > 1 else 4.0)
 
 
 def test_gaps_and_rates_are_those_of_the_runs(tmp_path, text, spike_fed):
@@ -163,7 +192,8 @@ def test_gaps_and_rates_are_those_of_the_runs(tmp_path, text, spike_fed):
 def test_a_rate_at_which_it_diverges_is_not_chosen_and_said(tmp_path, text, spike_fed):
     config = spike_fed(steps=3, max_grad_norm=1e30)
     arguments = ["--config", str(config), "--data", str(text), "--out", str(tmp_path / "out")]
-    assert compare_script.main([*arguments, "--models", "spike-fed", "--seeds", "0", "--lrs", "1e30", "1e-3"]) == 0
+    arguments += ["--models", "spike-fed", "--seeds", "0", "--lrs", "1e-9", "1e30", "1e-3"]
+    assert compare_script.main(arguments) == 0
     shown = (tmp_path / "out" / "table.md").read_text()
     assert "| peak learning rate | 0.001 |" in shown
     assert "diverged: spike-fed, peak lr 1e+30, seed 0" in shown

@@ -8,7 +8,7 @@ import pytest
 import scaling as scaling_script
 from accelerate.state import AcceleratorState
 from helpers import make_text, write_config
-from scaling import Curve, Point, Size, fit, said, table
+from scaling import Curve, Point, Size, fit, intervals, picture, said, table
 from settings import read_config
 
 
@@ -49,10 +49,34 @@ def test_the_fit_finds_the_curve_that_the_points_lie_on():
     assert str(curve) == "2.00 + 40 / N^0.35 + 150 / D^0.36"
 
 
+def test_intervals_are_as_wide_as_the_points_are_uncertain():
+    curve = Curve(floor=2.0, a=40.0, alpha=0.35, b=150.0, beta=0.36)
+    widths = []
+    for noise in (0.002, 0.02):
+        noisy = points(curve, noise)
+        found = intervals(noisy, fit(noisy))
+        assert found["a"][0] < curve.alpha < found["a"][1]
+        widths.append(found["a"][1] - found["a"][0])
+    assert 3 * widths[0] < widths[1]
+
+
 def test_too_few_points_are_not_fitted():
     whole = points(Curve(2.0, 40.0, 0.35, 150.0, 0.36))
-    assert fit(whole[:5]) is None
-    assert fit([point for point in whole if point.tokens == 266_240] * 3) is None
+    assert fit([point for point in whole if point.tokens > 266_240] * 3) is None
+    assert fit([point for point in whole if point.parameters > 280_000] * 3) is None
+    assert fit([point for point in whole if point.parameters > 70_000]) is not None
+
+
+def test_the_picture_has_every_run_and_the_curves():
+    whole = points(Curve(2.0, 40.0, 0.35, 150.0, 0.36))
+    by_size, by_tokens = picture(whole, {"gpt2": fit(whole)}).axes
+    assert sum(len(dots.get_offsets()) for dots in by_size.collections) == 4
+    (line,) = by_size.lines
+    dots = by_size.collections[0].get_offsets()
+    assert np.interp(np.log(dots[:, 0]), np.log(line.get_xdata()), line.get_ydata()) == pytest.approx(
+        dots[:, 1], abs=0.01
+    )
+    assert sum(len(dots.get_offsets()) for dots in by_tokens.collections) == len(whole)
 
 
 def test_sizes(tmp_path):
@@ -82,7 +106,12 @@ def test_ratios_are_seed_by_seed():
     (gpt2,) = (point for point in found if point.kind == "gpt2" and point.run["seed"] == 0)
     head, line = table([gpt2])
     assert (len(head), line[3:]) == (5, ["4.000", ""])
-    assert said(found, {"gpt2": None}) == ["- gpt2: L(N, D) = too few points to fit; peak learning rates: 64x2 0.001"]
+    few = "too few sizes and numbers of tokens for a curve"
+    assert said(found, {"gpt2": None}) == [f"- gpt2: {few}; peak learning rates: 64x2 0.001"]
+    whole = points(Curve(2.0, 40.0, 0.35, 150.0, 0.36), noise=0.001)
+    (sentence,) = said(whole, {"gpt2": fit(whole)})
+    assert "N^0.3" in sentence
+    assert " (95 %: E 1.9" in sentence
 
 
 def test_the_command_trains_every_size_and_draws(tmp_path, capsys):
@@ -90,14 +119,14 @@ def test_the_command_trains_every_size_and_draws(tmp_path, capsys):
     text.write_text("".join(json.dumps({"text": make_text(300, seed)}) + "\n" for seed in range(20)))
     config, out = write_config(tmp_path, block="spike_fed"), tmp_path / "out"
     arguments = ["--config", str(config), "--data", str(text), "--out", str(out), "--sizes", "32x1", "64x1"]
-    arguments += ["--steps", "2", "4", "--seeds", "0", "--lrs", "1e-3", "1e-2", "--models", "gpt2"]
+    arguments += ["--steps", "2", "4", "--seeds", "0", "--lrs", "1e-3", "4e-3", "--models", "gpt2"]
     assert scaling_script.main(arguments) == 0
     for size in ("32x1", "64x1"):  # the rate is chosen once, with the fewest steps
-        assert len(list((out / size / "2" / "runs").glob("*.json"))) == 2
+        assert len(list((out / size / "2" / "runs").glob("*.json"))) >= 3
         assert len(list((out / size / "4" / "runs").glob("*.json"))) == 1
     shown = (out / "table.md").read_text()
     assert "| 64x1 | " in shown
-    assert "- gpt2: L(N, D) = " in shown
+    assert "- gpt2: too few sizes" in shown
     runs = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
     assert {(one["size"], one["seed"]) for one in runs} == {("32x1", 0), ("64x1", 0)}
     assert len(runs) == 4
