@@ -1,4 +1,4 @@
-"""Nord as published, Nord with every product fed by spikes, its dense twin, and a GPT-2: one protocol for all.
+"""Nord as published, Nord with every linear map fed by spikes, its dense twin, and a GPT-2: one protocol for all.
 
     python examples/nord_lm/compare.py                                  # tiny, three seeds
     python examples/nord_lm/compare.py --config small --data books.txt --lrs 1e-3 3e-3

@@ -48,7 +48,7 @@ class NordConfig(PreTrainedConfig):
         top_k: keys kept per query in the resonance.
         recency: whether scores fall with distance; the published model has no positions at all.
         clamp_floor: initial floor of the leaky clamps.
-        block: ``"nord"``, the published block, or ``"spike_fed"``, in which every product sees spikes.
+        block: ``"nord"``, the published block, or ``"spike_fed"``, in which every linear map sees spikes.
         spiking_values: whether the values of a spike-fed resonance are spikes.
         dense: the control: smooth activations in the place of all neurons, and one time step.
         backend: backend of the neurons, see ``nord_snn.ops.associative_lif``.

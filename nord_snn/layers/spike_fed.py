@@ -1,4 +1,4 @@
-"""SpikeFedBlock: every product of the block sees spikes, and the stream of currents between blocks is never cut."""
+"""SpikeFedBlock: every linear map of the block sees spikes, and the stream of currents between blocks is never cut."""
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ __all__ = ["SpikeFedBlock", "SpikeFedResonance"]
 
 
 class SpikeFedResonance(Binding):
-    """Resonance whose every product sees spikes: those that come in, and those of the context that it binds.
+    """Resonance whose every linear map sees spikes: those that come in, and those of the context that it binds.
 
     For spikes s::
 
@@ -25,7 +25,7 @@ class SpikeFedResonance(Binding):
     :class:`CoFiringResonance` has their mean. With values that spike, mixing positions is additions, too.
 
     A sum over few spikes is a small current, and a mean over many keys a smaller one: without the norms the neurons behind
-    them are all but silent before training, and the more so the deeper they stand.
+    them are all but silent before training.
 
     Args:
         n_features: D.
@@ -45,7 +45,7 @@ class SpikeFedResonance(Binding):
         ValueError: H does not divide D, the input has another rank or width, or 64 does not divide a width and no ``neuron``
             is given.
 
-    Source: the resonance of the Nord spiking language model; that all products see spikes is this library's.
+    Source: the resonance of the Nord spiking language model; that all its linear maps see spikes is this library's.
 
     Example:
         >>> layer = SpikeFedResonance(64, n_heads=4)
@@ -159,8 +159,8 @@ class SpikeFedBlock(nn.Module):
         ValueError: H does not divide D, the input has another rank or width, or 64 does not divide a width and no ``neuron``
             is given.
 
-    Source: this library, from the parts of the Nord block; currents on the residual stream and spikes before every product
-    as in spike-driven transformers (Yao et al. 2023), a norm before every neuron as in Spikformer (Zhou et al. 2023).
+    Source: this library, from the parts of the Nord block; currents on the residual stream and spikes before every linear
+    map as in spike-driven transformers (Yao et al. 2023), a norm before every neuron as in Spikformer (Zhou et al. 2023).
 
     Example:
         >>> block = SpikeFedBlock(64, n_heads=4, hidden_features=128)
