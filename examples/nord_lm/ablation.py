@@ -46,6 +46,7 @@ from variants import (
 
 from nord_snn.layers import LeakyClamp, SpikeFedBlock, SpikeFedResonance
 from nord_snn.learning_rules import RewardModulatedSTDP
+from nord_snn.neurons import AssociativeLIFNode
 
 __all__ = ["ABLATIONS", "Ablation", "ablate"]
 
@@ -127,6 +128,16 @@ def clamped_branches(model: PreTrainedModel) -> None:
                 map_out.register_forward_hook(lambda module, _, x: module.clamp(x))
         else:
             block.clamp = ClampedBranch(width)
+
+
+def clamped_currents(model: PreTrainedModel) -> None:
+    """Nothing cuts the stream; what every layer of neurons in the blocks gets is clamped."""
+    if model.config.block == "nord":
+        without_clamps(model)
+    for block in model.blocks:
+        for neurons in [module for module in block.modules() if isinstance(module, AssociativeLIFNode)]:
+            neurons.add_module("clamp", LeakyClamp(neurons.n_features))
+            neurons.register_forward_pre_hook(lambda module, inputs: (module.clamp(inputs[0]),))
 
 
 def clamped_stream(model: PreTrainedModel, floor: float = -0.1) -> None:
@@ -217,6 +228,7 @@ ABLATIONS: dict[str, tuple[Callable[..., Maker], list[Ablation]]] = {
         [
             Ablation("clamp", "no clamp", surgery=without_clamps),
             Ablation("clamp", "clamp on what is added, not on the stream", surgery=clamped_branches),
+            Ablation("clamp", "clamp on the currents of all neurons, not on the stream", surgery=clamped_currents),
             _floor(-1.0),
             _floor(-0.01),
             *_BOTH,
@@ -231,6 +243,7 @@ ABLATIONS: dict[str, tuple[Callable[..., Maker], list[Ablation]]] = {
             Ablation("clamp", "published clamp on the stream", surgery=clamped_stream),
             Ablation("clamp", "the same, its floor starts at -1", surgery=partial(clamped_stream, floor=-1.0)),
             Ablation("clamp", "clamp on what is added", surgery=clamped_branches),
+            Ablation("clamp", "clamp on the currents of all neurons", surgery=clamped_currents),
             *_BOTH,
             *map(_rest, (1, 2)),
             *(_steps(*steps) for steps in ((8, 2), (5, 1), (1, 1))),
