@@ -202,7 +202,8 @@ def _steps(fast: int, slow: int) -> Ablation:
 
 
 def _rest(steps: int) -> Ablation:
-    return Ablation("refractory", f"{steps} steps of rest after a spike", {"refractory_steps": steps})
+    rest = {0: "no rest", 1: "one step of rest"}.get(steps, f"{steps} steps of rest")
+    return Ablation("refractory", f"{rest} after a spike", {"refractory_steps": steps})
 
 
 #: Fields that make the neurons, and how many steps they have.

@@ -1,13 +1,14 @@
 """ablation.py: every change changes what it says and nothing else, and its loss is compared seed by seed."""
 
 import json
+from pathlib import Path
 
 import ablation as ablation_script
 import pytest
 import torch
 from ablation import ABLATIONS, WHOLE, Ablation, Row, maker
 from accelerate.state import AcceleratorState
-from commands import spread
+from commands import markdown_table, spread
 from data import train_tokenizer
 from helpers import fire_easily, make_text, write_config
 from settings import read_config
@@ -15,6 +16,7 @@ from settings import read_config
 from nord_snn.layers import LeakyClamp
 from nord_snn.monitor import SpikeMonitor
 
+DOCS = Path(__file__).parents[2] / "docs"
 EVERY = [(block, ablation) for block, (_, ablations) in ABLATIONS.items() for ablation in ablations]
 
 
@@ -151,3 +153,16 @@ def test_the_table_is_that_of_the_runs(tmp_path, capsys):
     assert "no cascade" in capsys.readouterr().out
     assert ablation_script.main([*arguments, "--blocks", "recency", "--steps", "9"]) == 1
     assert "give another --out" in capsys.readouterr().err
+
+
+def test_the_page_has_the_tables_of_the_runs():
+    runs: dict[str, dict[int, dict]] = {}
+    for line in (DOCS / "runs" / "ablation.jsonl").read_text().splitlines():
+        run = json.loads(line)
+        runs.setdefault(run["kind"], {})[run["seed"]] = run
+    page = (DOCS / "results.md").read_text(encoding="utf-8")
+    for block, (_, ablations) in ABLATIONS.items():
+        whole = runs[f"{block}: {WHOLE.says}"]
+        rows = [Row(block, a, runs.pop(f"{block}: {a.says}"), whole) for a in (WHOLE, *ablations)]
+        assert markdown_table(ablation_script.table(rows, block)) in page
+    assert not runs
