@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import compare as compare_script
 import pytest
@@ -19,6 +20,8 @@ from helpers import WORDS, make_text, write_config
 from samples import coherence, cut_prompts, repetition, write
 from settings import read_config
 from variants import KINDS, gpt2, nord
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture(autouse=True)
@@ -262,3 +265,15 @@ def test_samples_are_as_long_as_the_text_and_a_seed_repeats_them(tokenizer, tmp_
     assert not (written == tokenizer.eos_token_id).any()
     assert torch.equal(written, write(model, prompts, tokenizer.eos_token_id, 1))
     assert not torch.equal(written, write(model, prompts, tokenizer.eos_token_id, 2))
+
+
+@pytest.mark.parametrize("name", ["default", "books-tiny"])
+def test_the_page_has_the_losses_of_the_runs(name):
+    runs: dict[tuple[str, float], list[float]] = {}
+    for line in (DOCS / "runs" / f"{name}.jsonl").read_text().splitlines():
+        run = json.loads(line)
+        runs.setdefault((run["kind"], run["lr"]), []).append(run["loss"])
+    chosen = [spread(losses, "{:.3f}".format) for losses in runs.values() if len(losses) > 1]
+    assert len(chosen) == len(KINDS)
+    (row,) = (line for line in (DOCS / "results.md").read_text().splitlines() if set(chosen) <= set(line.split(" | ")))
+    assert row.startswith("| nats per token | ")
