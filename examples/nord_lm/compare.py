@@ -37,6 +37,7 @@ from commands import (
 from generate import number
 from progress import print_table
 from rich.console import Console
+from rich.progress import Progress
 from settings import SettingsError
 from trials import COUNTED, Trials, progress_bars
 from variants import KINDS, Maker
@@ -83,17 +84,13 @@ def compare(trials: Trials, kinds: dict[str, Maker], seeds: list[int], lrs: list
     comparison = Comparison(trials, seeds)
     with progress_bars() as bars:
         for kind, make in kinds.items():
-
-            def one(lr: float, seed: int, kind: str = kind, make: Maker = make) -> dict[str, Any]:
-                return trials.run(kind, make, lr, seed, bars)
-
-            tried = search(kind, lrs, lambda lr: one(lr, seeds[0]))  # is called here
+            tried = search(trials, kind, make, lrs, seeds[0], bars)
             chosen = best(kind, tried)
-            comparison.add(kind, chosen, {seed: one(chosen, seed) for seed in seeds}, tried)
+            comparison.add(kind, chosen, {seed: trials.run(kind, make, chosen, seed, bars) for seed in seeds}, tried)
     return comparison
 
 
-def search(kind: str, lrs: list[float], train: Callable[[float], dict[str, Any]]) -> list[dict[str, Any]]:
+def search(trials: Trials, kind: str, make: Maker, lrs: list[float], seed: int, bars: Progress) -> list[dict[str, Any]]:
     """The runs with these peak learning rates, and beyond them with half or twice the best until it is neither end.
 
     A single rate is not searched for.
@@ -101,13 +98,13 @@ def search(kind: str, lrs: list[float], train: Callable[[float], dict[str, Any]]
     Raises:
         SettingsError: all runs diverged.
     """
-    runs = {lr: train(lr) for lr in lrs}
+    runs = {lr: trials.run(kind, make, lr, seed, bars) for lr in lrs}
     while len(runs) > 1:
         chosen = best(kind, list(runs.values()))
         if min(runs) < chosen < max(runs):
             break
         beyond = chosen / 2 if chosen == min(runs) else chosen * 2
-        runs[beyond] = train(beyond)
+        runs[beyond] = trials.run(kind, make, beyond, seed, bars)
     return list(runs.values())
 
 

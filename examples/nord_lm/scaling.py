@@ -17,7 +17,7 @@ import io
 import itertools
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +40,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from progress import print_table
 from rich.console import Console
-from rich.progress import Progress
 from scipy.optimize import least_squares
 from settings import Settings
 from trials import Text, Trials, prepare_for, progress_bars
@@ -235,15 +234,12 @@ def measure(
                 text = text or prepare_for(here, out)  # the same at every size
                 trials = Trials(here, out / str(size) / str(budget), text)
                 for kind in kinds:
+                    make = KINDS[kind]
                     if kind not in chosen:
-                        chosen[kind] = best(kind, search(kind, lrs, _with_rate(trials, kind, seeds[0], bars)))
-                    runs = [_with_rate(trials, kind, seed, bars)(chosen[kind]) for seed in seeds]
+                        chosen[kind] = best(kind, search(trials, kind, make, lrs, seeds[0], bars))
+                    runs = [trials.run(kind, make, chosen[kind], seed, bars) for seed in seeds]
                     points += [Point(size, _tokens(here), run) for run in runs]
     return points
-
-
-def _with_rate(trials: Trials, kind: str, seed: int, bars: Progress) -> Callable[[float], dict[str, Any]]:
-    return lambda lr: trials.run(kind, KINDS[kind], lr, seed, bars)
 
 
 def _tokens(settings: Settings) -> int:

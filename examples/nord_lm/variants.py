@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from card import parameter_counts
@@ -118,11 +118,11 @@ def without_norms(model: PreTrainedModel) -> None:
     def four_times(module: nn.Module, inputs: Any) -> tuple[Tensor]:
         return (4 * inputs[0],)
 
-    for block in model.blocks:
-        resonance = cast(SpikeFedResonance, block.resonance)
-        for layer, norm in ((block, "norm_h"), (resonance, "norm_q"), (resonance, "norm_k"), (resonance, "norm_o")):
+    for layer in model.blocks.modules():
+        for norm in {"norm_h", "norm_q", "norm_k", "norm_v", "norm_o"} & dict(layer.named_children()).keys():
             setattr(layer, norm, nn.Identity())
-        resonance.norm_o.register_forward_pre_hook(four_times)
+        if isinstance(layer, SpikeFedResonance):
+            layer.norm_o.register_forward_pre_hook(four_times)
 
 
 def without_stream_norm(model: PreTrainedModel) -> None:

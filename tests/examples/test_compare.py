@@ -16,12 +16,13 @@ from commands import spread
 from compare import best, search
 from configuration_nord import NordConfig
 from data import DataError, train_tokenizer
-from helpers import WORDS, make_text, write_config
+from helpers import WORDS, make_text, two_processes, write_config
 from samples import coherence, cut_prompts, repetition, write
 from settings import read_config
 from variants import KINDS, gpt2, nord
 
 DOCS = Path(__file__).parents[2] / "docs"
+EXAMPLE = Path(compare_script.__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -168,10 +169,11 @@ def test_the_command_goes_on_where_it_stopped_and_chooses_by_the_held_out_loss(
     ],
 )
 def test_the_search_ends_where_both_neighbours_are_worse(lrs, optimum, tried):
-    def train(lr):
-        return {"lr": lr, "diverged": lr > 8, "loss": abs(math.log(lr / optimum))}
+    class Fake:
+        def run(self, kind, make, lr, seed, bars):
+            return {"lr": lr, "diverged": lr > 8, "loss": abs(math.log(lr / optimum))}
 
-    runs = search("a model", lrs, train)
+    runs = search(Fake(), "a model", gpt2, lrs, 0, None)
     assert [run["lr"] for run in runs] == tried
     assert best("a model", runs) == (optimum if len(lrs) > 1 else 4.0)
 
@@ -223,6 +225,21 @@ def test_bad_input_gets_one_sentence(tmp_path, text, capsys, change, message):
     arguments = ["--config", str(config), "--data", str(text), "--out", str(tmp_path / "out"), "--seeds", "0"]
     assert compare_script.main([*arguments, "--models", "spike-fed"]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_two_commands_may_write_the_same_file(tmp_path):
+    two_processes(
+        f"""
+import pathlib, sys
+sys.path.insert(0, {str(EXAMPLE)!r})
+from checkpoints import write_text
+for _ in range(300):
+    write_text(pathlib.Path(sys.argv[2]) / "about.json", sys.argv[1] * 100_000)
+""",
+        tmp_path,
+    )
+    assert (tmp_path / "about.json").read_text() in ("0" * 100_000, "1" * 100_000)
+    assert [path.name for path in tmp_path.iterdir()] == ["about.json"]
 
 
 # --- samples
