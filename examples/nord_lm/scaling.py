@@ -38,6 +38,7 @@ from compare import best, search
 from generate import number
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, NullLocator
 from progress import print_table
 from rich.console import Console
 from scipy.optimize import least_squares
@@ -181,21 +182,23 @@ def intervals(points: list[Point], curve: Curve) -> dict[str, tuple[float, float
 
 
 def picture(points: list[Point], curves: dict[str, Curve | None]) -> Figure:
-    """Loss against parameters for the most tokens, and against tokens for every size; points are runs."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    by_size, by_tokens = figure.subplots(1, 2, sharey=True)
-    most = max(point.tokens for point in points)
-    _panel(by_size, [point for point in points if point.tokens == most], curves, "parameters")
-    for size in unique(point.size for point in points):
-        here = [point for point in points if point.size == size]
-        _panel(by_tokens, here, curves, "tokens")
-        last = min(here, key=lambda point: (-point.tokens, point.loss))
-        by_tokens.annotate(f" {size}", (last.tokens * 1.1, last.loss), fontsize="small", va="center")
-    by_size.set(xlabel="parameters without embedding and head", ylabel="held-out loss, nats per token")
-    by_size.set_title(f"{most:,} tokens", fontsize="medium")
-    by_tokens.set(xlabel="tokens seen")
-    by_tokens.set_title("every size", fontsize="medium")
-    by_size.legend()
+    """Above, loss against parameters for each number of tokens; below, against tokens for each size. Points are runs."""
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
+    by_tokens = {f"{n:,} tokens": [p for p in points if p.tokens == n] for n in unique(p.tokens for p in points)}
+    by_size = {str(size): [p for p in points if p.size == size] for size in unique(p.size for p in points)}
+    losses = [point.loss for point in points]
+    for row, field, groups in ((above, "parameters", by_tokens), (below, "tokens", by_size)):
+        panels = row.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+        for axis, (title, group) in zip(panels, groups.items(), strict=True):
+            _panel(axis, group, curves, field)
+            axis.set_title(title, fontsize="medium")
+        panels[0].set_ylim(min(losses) - 0.1, max(losses) + 0.1)
+        row.supylabel("held-out loss, nats per token", fontsize="medium")
+        row.supxlabel(
+            {"parameters": "parameters without embedding and head", "tokens": "tokens seen"}[field], fontsize="medium"
+        )
+    above.axes[-1].legend(fontsize="small")
     return figure
 
 
@@ -211,6 +214,10 @@ def _panel(axis: Axes, points: list[Point], curves: dict[str, Curve | None], fie
             losses = curve(line, fixed) if field == "parameters" else curve(fixed, line)
             axis.plot(line, losses, color=COLOURS[kind], linewidth=1)
     axis.set_xscale("log")
+    if field == "tokens":  # few and known, while a logarithmic axis would write its powers over one another
+        axis.set_xticks(unique(point.tokens for point in points), minor=False)
+        axis.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))
+        axis.xaxis.set_minor_locator(NullLocator())
     axis.grid(alpha=0.3)
 
 
@@ -232,7 +239,7 @@ def measure(
             for budget in sorted(steps):
                 here = size.of(settings, budget)
                 text = text or prepare_for(here, out)  # the same at every size
-                trials = Trials(here, out / str(size) / str(budget), text)
+                trials = Trials(here, out / str(size) / str(budget), text, samples=False)
                 for kind in kinds:
                     make = KINDS[kind]
                     if kind not in chosen:

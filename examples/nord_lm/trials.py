@@ -64,6 +64,7 @@ class Trials:
         settings: what all have in common.
         out: the folder.
         text: what ``prepare_for`` made of the same text; None to make it.
+        samples: let every model write, and measure what it wrote.
 
     Raises:
         SettingsError: a setting is not for comparisons, or ``out`` holds runs of other settings.
@@ -71,10 +72,10 @@ class Trials:
         CheckpointError: a file is damaged.
     """
 
-    def __init__(self, settings: Settings, out: Path, text: Text | None = None) -> None:
+    def __init__(self, settings: Settings, out: Path, text: Text | None = None, samples: bool = True) -> None:
         if settings.training.compile or settings.training.gradient_checkpointing:
             raise SettingsError("models are compared without compile and gradient_checkpointing: leave them out")
-        self.settings, self.out = settings, out
+        self.settings, self.out, self.samples = settings, out, samples
         (out / "runs").mkdir(parents=True, exist_ok=True)
         self.text = text or prepare_for(settings, out)
         self.about = self._about()
@@ -129,7 +130,9 @@ class Trials:
         settings = replace(self.settings, training=replace(self.settings.training, lr=lr, seed=seed))
         bar = bars.add_task(f"{settings.name}: {kind}, peak lr {lr:g}, seed {seed}", total=settings.training.steps)
         try:
-            run = asked | train_one(settings, make, self.text, self.out, lambda: bars.advance(bar), learner)
+            run = asked | train_one(
+                settings, make, self.text, self.out, lambda: bars.advance(bar), learner, self.samples
+            )
         finally:
             bars.remove_task(bar)
         write_json(path, run)
@@ -182,6 +185,7 @@ def train_one(
     out: Path,
     advance: Callable[[], None],
     learner: Learner = nobody,
+    samples: bool = True,
 ) -> dict[str, Any]:
     """The same steps as ``train.py``'s, in the same order."""
     options = settings.training
@@ -212,13 +216,13 @@ def train_one(
         "bits_per_byte": bits(held_out, text.corpus),
         "tokens_per_second": options.grad_accum * options.batch_size * settings.block_size / statistics.median(seconds),
         "seconds": sum(seconds),
-    } | look_at(model.eval(), text, options.seed)
+    } | look_at(model.eval(), text, options.seed, samples)
 
 
-def look_at(model: PreTrainedModel, text: Text, seed: int) -> dict[str, Any]:
+def look_at(model: PreTrainedModel, text: Text, seed: int, samples: bool = True) -> dict[str, Any]:
     """What a trained model costs, how often it fires, and how it writes."""
     total, without = parameter_counts(model)
-    written = write(model, text.prompts, text.tokenizer.eos_token_id, seed)
+    written = _as_written(model, text, seed) if samples else {}
     rates = _rates(model, text)
     if isinstance(model, GPT2LMHeadModel):
         model.set_attn_implementation("eager")  # products that can be counted
@@ -231,9 +235,15 @@ def look_at(model: PreTrainedModel, text: Text, seed: int) -> dict[str, Any]:
         "joules_with_sram": statistics.mean(profile.joules_under("45nm-fp32-sram") for profile in profiles),
         "macs": statistics.mean(profile.macs for profile in profiles),
         "acs": statistics.mean(profile.acs for profile in profiles),
+        "firing_rates": rates,
+    } | written
+
+
+def _as_written(model: PreTrainedModel, text: Text, seed: int) -> dict[str, float]:
+    written = write(model, text.prompts, text.tokenizer.eos_token_id, seed)
+    return {
         "repetition": repetition(written),
         "coherence": coherence(text.tokenizer.batch_decode(written), text.prompts.rests),
-        "firing_rates": rates,
     }
 
 

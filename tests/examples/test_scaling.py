@@ -33,8 +33,8 @@ def run(kind, seed, parameters, loss, **rates):
 def points(curve, noise=0.0):
     generator = np.random.default_rng(0)
     return [
-        Point(Size(64, 2), d, run("gpt2", 0, n, curve(n, d) + noise * generator.normal()))
-        for n in (70_000, 280_000, 950_000, 2_200_000)
+        Point(Size(width, 2), d, run("gpt2", 0, n, curve(n, d) + noise * generator.normal()))
+        for width, n in ((64, 70_000), (128, 280_000), (192, 950_000), (256, 2_200_000))
         for d in (266_240, 532_480, 1_064_960)
     ]
 
@@ -69,14 +69,16 @@ def test_too_few_points_are_not_fitted():
 
 def test_the_picture_has_every_run_and_the_curves():
     whole = points(Curve(2.0, 40.0, 0.35, 150.0, 0.36))
-    by_size, by_tokens = picture(whole, {"gpt2": fit(whole)}).axes
-    assert sum(len(dots.get_offsets()) for dots in by_size.collections) == 4
-    (line,) = by_size.lines
-    dots = by_size.collections[0].get_offsets()
-    assert np.interp(np.log(dots[:, 0]), np.log(line.get_xdata()), line.get_ydata()) == pytest.approx(
-        dots[:, 1], abs=0.01
-    )
-    assert sum(len(dots.get_offsets()) for dots in by_tokens.collections) == len(whole)
+    budgets, sizes = {point.tokens for point in whole}, {point.size for point in whole}
+    panels = picture(whole, {"gpt2": fit(whole)}).axes
+    by_tokens, by_size = panels[: len(budgets)], panels[len(budgets) :]
+    assert len(by_size) == len(sizes)
+    for panel in panels:
+        (line,), (scattered,) = panel.lines, panel.collections
+        dots = scattered.get_offsets()
+        assert len(dots) == (len(sizes) if panel in by_tokens else len(budgets))
+        curve = np.interp(np.log(dots[:, 0]), np.log(line.get_xdata()), line.get_ydata())
+        assert curve == pytest.approx(dots[:, 1], abs=0.01)
 
 
 def test_sizes(tmp_path):
@@ -130,6 +132,7 @@ def test_the_command_trains_every_size_and_draws(tmp_path, capsys):
     runs = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
     assert {(one["size"], one["seed"]) for one in runs} == {("32x1", 0), ("64x1", 0)}
     assert len(runs) == 4
+    assert all("repetition" not in one for one in runs)  # nobody reads samples here, and they take their time
     assert (out / "scaling.png").read_bytes()[:4] == b"\x89PNG"
     before = shown
     assert scaling_script.main(arguments) == 0
