@@ -3,9 +3,10 @@
     python examples/nord_lm/scaling.py --data books.txt
     python examples/nord_lm/scaling.py --sizes 64x2 128x2 256x4 --steps 250 500 --seeds 0
 
-A size is width x blocks, with heads of 32 and a feed-forward twice as wide. At each size every model searches for its peak
-learning rate as in ``compare.py``, beginning with the ``--lrs``, at the first seed and the smallest number of steps; then it is
-trained with each number of steps, each a whole run with a schedule of its own. The curve of a model is
+A size is width x blocks, with heads of 32 and a feed-forward twice as wide. At each size and with each number of steps, which
+is a whole run with a schedule of its own, every model searches for its peak learning rate as in ``compare.py`` at the first
+seed: beginning with the ``--lrs``, later with half, once and twice what was best at the size before, or else with fewer steps,
+since short runs and small models want higher rates. The curve of a model is
 ``L(N, D) = E + A / N^a + B / D^b`` (Hoffmann et al. 2022), N its parameters without embedding and head, D the tokens that it
 saw (again, where the text is shorter), fitted by least squares with Huber's loss; intervals are those of the fit to its own
 predictions with its residuals drawn anew. It says how the runs lie, and little of what is beyond them. Runs are kept as those
@@ -233,19 +234,19 @@ def measure(
     """Train what is missing."""
     text: Text | None = None
     points = []
+    chosen: dict[tuple[str, int], float] = {}  # at the last size
+    before: dict[str, float] = {}  # with the last number of steps
     with progress_bars() as bars:
-        for size in sizes:
-            chosen: dict[str, float] = {}
-            for budget in sorted(steps):
-                here = size.of(settings, budget)
-                text = text or prepare_for(here, out)  # the same at every size
-                trials = Trials(here, out / str(size) / str(budget), text, samples=False)
-                for kind in kinds:
-                    make = KINDS[kind]
-                    if kind not in chosen:
-                        chosen[kind] = best(kind, search(trials, kind, make, lrs, seeds[0], bars))
-                    runs = [trials.run(kind, make, chosen[kind], seed, bars) for seed in seeds]
-                    points += [Point(size, _tokens(here), run) for run in runs]
+        for size, budget in itertools.product(sizes, sorted(steps)):
+            here = size.of(settings, budget)
+            text = text or prepare_for(here, out)  # the same at every size
+            trials = Trials(here, out / str(size) / str(budget), text, samples=False)
+            for kind in kinds:
+                make, near = KINDS[kind], chosen.get((kind, budget), before.get(kind))
+                first = [near / 2, near, near * 2] if near and len(lrs) > 1 else lrs
+                lr = best(kind, search(trials, kind, make, first, seeds[0], bars))
+                chosen[kind, budget] = before[kind] = lr
+                points += [Point(size, _tokens(here), trials.run(kind, make, lr, seed, bars)) for seed in seeds]
     return points
 
 
@@ -308,7 +309,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--steps", nargs="+", type=number(1, kind=int), default=[260, 520, 1040])
     parser.add_argument(
-        "--lrs", nargs="+", type=number(1e-9), default=[2e-3, 4e-3, 8e-3], help="to begin the search with"
+        "--lrs", nargs="+", type=number(1e-9), default=[8e-3, 1.6e-2, 3.2e-2], help="to begin the search with"
     )
     options = parser.parse_args(arguments)
     return run_trials(lambda: _run(options, command_line(arguments, "scaling.py")))

@@ -1,6 +1,7 @@
 """scaling.py: the fit finds the curve that points were made from, sizes are what they say, and the picture is drawn."""
 
 import argparse
+import itertools
 import json
 
 import numpy as np
@@ -121,11 +122,12 @@ def test_the_command_trains_every_size_and_draws(tmp_path, capsys):
     text.write_text("".join(json.dumps({"text": make_text(300, seed)}) + "\n" for seed in range(20)))
     config, out = write_config(tmp_path, block="spike_fed"), tmp_path / "out"
     arguments = ["--config", str(config), "--data", str(text), "--out", str(out), "--sizes", "32x1", "64x1"]
-    arguments += ["--steps", "2", "4", "--seeds", "0", "--lrs", "1e-3", "4e-3", "--models", "gpt2"]
+    arguments += ["--steps", "2", "4", "--seeds", "0", "--lrs", "1e-3", "2e-3", "4e-3", "--models", "gpt2"]
     assert scaling_script.main(arguments) == 0
-    for size in ("32x1", "64x1"):  # the rate is chosen once, with the fewest steps
-        assert len(list((out / size / "2" / "runs").glob("*.json"))) >= 3
-        assert len(list((out / size / "4" / "runs").glob("*.json"))) == 1
+    runs = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
+    for run, (size, steps) in zip(runs, itertools.product(("32x1", "64x1"), ("2", "4")), strict=True):
+        tried = {file.name for file in (out / size / steps / "runs").glob("*.json")}
+        assert {f"gpt2_lr{factor * run['lr']:g}_seed0.json" for factor in (0.5, 1, 2)} <= tried
     shown = (out / "table.md").read_text()
     assert "| 64x1 | " in shown
     assert "- gpt2: too few sizes" in shown
