@@ -76,6 +76,12 @@ def test_every_layer_and_rule_is_on_a_page() -> None:
             assert thing in text, thing
 
 
+def test_the_reference_has_every_layer_and_neuron() -> None:
+    reference = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    names = [*importlib.import_module("nord_snn.layers").__all__, "AssociativeLIFNode", "SmoothActivation"]
+    assert [name for name in names if name not in reference] == []
+
+
 def test_every_figure_can_be_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     monkeypatch.delitem(sys.modules, "figures", raising=False)

@@ -30,6 +30,8 @@ PUBLIC = {
         "MembraneReadout",
         "MultiScaleTemporalEncoder",
         "NordBlock",
+        "SpikeFedBlock",
+        "SpikeFedResonance",
         "SpikingFeedForward",
     },
     "nord_snn.learning_rules": {

@@ -303,6 +303,7 @@ WHOLE = Ablation("", "the whole model")
 
 def ablate(trials: Trials, blocks: list[str], mechanisms: list[str], seeds: list[int]) -> list[Row]:
     """Train every change of the blocks with every seed."""
+    trials.check(maker(ABLATIONS[block][0], WHOLE) for block in blocks)
     rows, lr = [], trials.settings.training.lr
     with progress_bars() as bars:
 
@@ -354,7 +355,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, command: str) -> None:
-    trials = Trials(settings_for(options, ("data", "validation_data", "steps")), options.out)
+    trials = Trials(settings_for(options, ("data", "validation_data", "steps")), options.out, samples=False)
     blocks, seeds = unique(options.blocks), unique(options.seeds)
     rows = ablate(trials, blocks, options.only, seeds)
     tables = {block: table(rows, block) for block in blocks}

@@ -81,6 +81,7 @@ def compare(trials: Trials, kinds: dict[str, Maker], seeds: list[int], lrs: list
     Raises:
         SettingsError: a kind cannot be made of this config, or diverged with every learning rate.
     """
+    trials.check(kinds.values())
     comparison = Comparison(trials, seeds)
     with progress_bars() as bars:
         for kind, make in kinds.items():
@@ -128,10 +129,10 @@ FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "loss": ("nats per token", "{:.3f}".format),
     "bits_per_byte": ("bits per byte", "{:.3f}".format),
     "tokens_per_second": ("tokens/s", "{:,.0f}".format),
-    "macs": ("MACs a token", "{:,.0f}".format),
-    "acs": ("ACs a token", "{:,.0f}".format),
-    "joules": ("µJ a token", lambda joules: f"{1e6 * joules:.2f}"),
-    "joules_with_sram": ("µJ with SRAM", lambda joules: f"{1e6 * joules:.2f}"),
+    "macs": ("multiply-accumulates a token", "{:,.0f}".format),
+    "acs": ("additions a token", "{:,.0f}".format),
+    "joules": ("µJ a token, without memory", lambda joules: f"{1e6 * joules:.2f}"),
+    "joules_with_sram": ("the same with all memory in SRAM", lambda joules: f"{1e6 * joules:.2f}"),
     "repetition": ("repetition", "{:.1%}".format),
     "coherence": ("topic coherence", "{:.3f}".format),
 }

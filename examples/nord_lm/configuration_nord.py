@@ -47,7 +47,7 @@ class NordConfig(PreTrainedConfig):
         resonance: False builds the control in which positions never meet.
         top_k: keys kept per query in the resonance.
         recency: whether scores fall with distance; the published model has no positions at all.
-        clamp_floor: initial floor of the leaky clamps.
+        clamp_floor: initial floor of the leaky clamps of the published block; the other has none.
         block: ``"nord"``, the published block, or ``"spike_fed"``, in which every linear map sees spikes.
         spiking_values: whether the values of a spike-fed resonance are spikes.
         dense: the control: smooth activations in the place of all neurons, and one time step.
@@ -109,6 +109,8 @@ class NordConfig(PreTrainedConfig):
             raise ValueError(
                 "spiking_values are those of block='spike_fed': the published block has the mean over time"
             )
+        if self.clamp_floor != NordConfig.clamp_floor and self.block != "nord":
+            raise ValueError("clamp_floor is of block='nord': no other block has a leaky clamp")
         if self.dense and (self.t_fast, self.t_slow) != (1, 0):
             raise ValueError(
                 f"a dense model has one time step: t_fast=1 and t_slow=0, got {self.t_fast} and {self.t_slow}"

@@ -54,7 +54,6 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = ""
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("NordBlock", "SpikeFedBlock")
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012  # transformers reads it off the class
 
     def __init__(self, config: NordConfig) -> None:
@@ -97,6 +96,8 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
         self.readout = MembraneReadout(width, neuron=neuron)
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
+        # Who spreads a model over devices looks each of these up in it and gives up where one is not there.
+        self._no_split_modules = {type(block).__name__ for block in self.blocks}
         self.post_init()
 
     @can_return_tuple

@@ -39,7 +39,8 @@ def cut_prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase, window: in
             break
     if len(found) < 2:
         raise DataError(
-            f"{len(found)} of {len(texts)} documents have {prompt + continuation + window} tokens; expected two at least"
+            f"{len(found)} of {len(texts)} documents have {prompt + continuation + window} tokens, two are needed: "
+            "give longer documents, or a config with a shorter window (max_position_embeddings)"
         )
     whole = torch.tensor([ids[: prompt + continuation] for ids in found])
     rests = [tokenizer.decode(ids[prompt + continuation :]) for ids in found]

@@ -44,7 +44,7 @@ from progress import print_table
 from rich.console import Console
 from scipy.optimize import least_squares
 from settings import Settings
-from trials import Text, Trials, prepare_for, progress_bars
+from trials import Trials, check_makers, prepare_for, progress_bars
 from variants import KINDS
 
 __all__ = ["Curve", "Point", "fit", "intervals", "picture"]
@@ -232,15 +232,16 @@ def measure(
     out: Path,
 ) -> list[Point]:
     """Train what is missing."""
-    text: Text | None = None
+    text = prepare_for(sizes[0].of(settings, steps[0]), out, samples=False)  # the same at every size
+    for size in sizes:
+        check_makers((KINDS[kind] for kind in kinds), size.of(settings, steps[0]), text)
     points = []
     chosen: dict[tuple[str, int], float] = {}  # at the last size
     before: dict[str, float] = {}  # with the last number of steps
     with progress_bars() as bars:
         for size, budget in itertools.product(sizes, sorted(steps)):
             here = size.of(settings, budget)
-            text = text or prepare_for(here, out)  # the same at every size
-            trials = Trials(here, out / str(size) / str(budget), text, samples=False)
+            trials = Trials(here, out / str(size) / str(budget), text)
             for kind in kinds:
                 make, near = KINDS[kind], chosen.get((kind, budget), before.get(kind))
                 first = [near / 2, near, near * 2] if near and len(lrs) > 1 else lrs

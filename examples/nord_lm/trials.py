@@ -5,7 +5,7 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,13 +21,24 @@ from evaluate import held_out_text, read_text
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from samples import Prompts, coherence, cut_prompts, repetition, write
 from settings import Settings, SettingsError
+from torch import Tensor
 from train import Position, accelerate, bits, endless, evaluate, prepare, prepare_text, take_step
 from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from variants import Maker
 
 from nord_snn.monitor import SpikeMonitor
 
-__all__ = ["AfterStep", "Learner", "Text", "Trials", "nobody", "prepare_for", "progress_bars", "train_one"]
+__all__ = [
+    "AfterStep",
+    "Learner",
+    "Text",
+    "Trials",
+    "check_makers",
+    "nobody",
+    "prepare_for",
+    "progress_bars",
+    "train_one",
+]
 
 #: Is told the loss of every step, when the weights have changed.
 AfterStep = Callable[[float], None]
@@ -36,7 +47,7 @@ Learner = Callable[[PreTrainedModel], AbstractContextManager[AfterStep]]
 
 MOST_TOKENS = 400_000  # of held-out text, in which prompts are looked for
 COUNTED = 16  # held-out blocks, at the end of which a generated token is counted
-ABOUT = {"settings", "text", "bytes_per_token", "baselines", "held_out_text"}
+ABOUT = {"settings", "text", "bytes_per_token", "baselines"}
 
 
 @contextmanager
@@ -46,11 +57,11 @@ def nobody(model: PreTrainedModel) -> Iterator[AfterStep]:
 
 
 class Text(NamedTuple):
-    """What all models are trained on, validated on and asked to go on from."""
+    """What all models are trained on, validated on and, where there are samples, asked to go on from."""
 
     tokenizer: PreTrainedTokenizerBase
     corpus: Corpus
-    prompts: Prompts
+    prompts: Prompts | None
 
 
 class Trials:
@@ -64,7 +75,7 @@ class Trials:
         settings: what all have in common.
         out: the folder.
         text: what ``prepare_for`` made of the same text; None to make it.
-        samples: let every model write, and measure what it wrote.
+        samples: let every model write, and measure what it wrote; with a ``text``, whether there are prompts decides.
 
     Raises:
         SettingsError: a setting is not for comparisons, or ``out`` holds runs of other settings.
@@ -75,9 +86,9 @@ class Trials:
     def __init__(self, settings: Settings, out: Path, text: Text | None = None, samples: bool = True) -> None:
         if settings.training.compile or settings.training.gradient_checkpointing:
             raise SettingsError("models are compared without compile and gradient_checkpointing: leave them out")
-        self.settings, self.out, self.samples = settings, out, samples
+        self.settings, self.out = settings, out
         (out / "runs").mkdir(parents=True, exist_ok=True)
-        self.text = text or prepare_for(settings, out)
+        self.text = text or prepare_for(settings, out, samples)
         self.about = self._about()
 
     def _about(self) -> dict[str, Any]:
@@ -91,10 +102,20 @@ class Trials:
                 raise CheckpointError(f"{path}: not written by this program, or damaged")
             if about["settings"] != ours:
                 raise SettingsError(f"{path}: of another config or text; give another --out")
+            if self.text.prompts is not None and "held_out_text" not in about:
+                raise SettingsError(f"{path}: of runs without samples; give another --out")
             return about
         about = {"settings": ours} | describe_text(self.text)
         write_json(path, about)
         return about
+
+    def check(self, makers: Iterable[Maker]) -> None:
+        """Make each model once, without its memory: what cannot be made is refused before anything is trained.
+
+        Raises:
+            SettingsError: a model cannot be made of these settings.
+        """
+        check_makers(makers, self.settings, self.text)
 
     def on_file(self) -> list[dict[str, Any]]:
         """All runs that were written down."""
@@ -130,9 +151,7 @@ class Trials:
         settings = replace(self.settings, training=replace(self.settings.training, lr=lr, seed=seed))
         bar = bars.add_task(f"{settings.name}: {kind}, peak lr {lr:g}, seed {seed}", total=settings.training.steps)
         try:
-            run = asked | train_one(
-                settings, make, self.text, self.out, lambda: bars.advance(bar), learner, self.samples
-            )
+            run = asked | train_one(settings, make, self.text, self.out, lambda: bars.advance(bar), learner)
         finally:
             bars.remove_task(bar)
         write_json(path, run)
@@ -151,18 +170,27 @@ def _read(path: Path) -> dict[str, Any]:
     return run
 
 
-def prepare_for(settings: Settings, out: Path) -> Text:
-    """Tokenizer, blocks and prompts."""
+def check_makers(makers: Iterable[Maker], settings: Settings, text: Text) -> None:
+    """See :meth:`Trials.check`."""
+    with torch.device("meta"):
+        for make in makers:
+            make(settings, text.tokenizer)
+
+
+def prepare_for(settings: Settings, out: Path, samples: bool = True) -> Text:
+    """Tokenizer, blocks and, for samples, prompts."""
     set_seed(settings.training.seed)
     tokenizer, corpus = prepare_text(accelerate(settings, out), settings, None)
+    if not samples:
+        return Text(tokenizer, corpus, None)
     held = read_text(held_out_text(settings.training), tokenizer, MOST_TOKENS)
     return Text(tokenizer, corpus, cut_prompts(held.documents, tokenizer, settings.block_size))
 
 
 def describe_text(text: Text) -> dict[str, Any]:
     """What is known without a model: baselines, and how the held-out text itself is written."""
-    corpus, written, size = text.corpus, text.prompts.written, len(text.tokenizer)
-    return {
+    corpus, size = text.corpus, len(text.tokenizer)
+    about = {
         "text": corpus.name,
         "bytes_per_token": corpus.bytes_per_token,
         "baselines": {
@@ -170,11 +198,17 @@ def describe_text(text: Text) -> dict[str, Any]:
             "unigram": unigram_loss(corpus.sample, corpus.validation, size),
             "bigram, interpolated": bigram_loss(corpus.sample, corpus.validation, size),
         },
-        "held_out_text": {
-            "repetition": repetition(written),
-            "coherence": coherence(text.tokenizer.batch_decode(written), text.prompts.rests),
-            "prompts": len(written),
-        },
+    }
+    if text.prompts is None:
+        return about
+    written = text.prompts.written
+    return about | {"held_out_text": _writing(text, text.prompts, written) | {"prompts": len(written)}}
+
+
+def _writing(text: Text, prompts: Prompts, written: Tensor) -> dict[str, float]:
+    return {
+        "repetition": repetition(written),
+        "coherence": coherence(text.tokenizer.batch_decode(written), prompts.rests),
     }
 
 
@@ -185,7 +219,6 @@ def train_one(
     out: Path,
     advance: Callable[[], None],
     learner: Learner = nobody,
-    samples: bool = True,
 ) -> dict[str, Any]:
     """The same steps as ``train.py``'s, in the same order."""
     options = settings.training
@@ -216,13 +249,16 @@ def train_one(
         "bits_per_byte": bits(held_out, text.corpus),
         "tokens_per_second": options.grad_accum * options.batch_size * settings.block_size / statistics.median(seconds),
         "seconds": sum(seconds),
-    } | look_at(model.eval(), text, options.seed, samples)
+    } | look_at(model.eval(), text, options.seed)
 
 
-def look_at(model: PreTrainedModel, text: Text, seed: int, samples: bool = True) -> dict[str, Any]:
-    """What a trained model costs, how often it fires, and how it writes."""
+def look_at(model: PreTrainedModel, text: Text, seed: int) -> dict[str, Any]:
+    """What a trained model costs, how often it fires, and, where there are prompts, how it writes."""
     total, without = parameter_counts(model)
-    written = _as_written(model, text, seed) if samples else {}
+    written = {}
+    if text.prompts is not None:
+        ids = write(model, text.prompts, text.tokenizer.eos_token_id, seed)
+        written = _writing(text, text.prompts, ids)
     rates = _rates(model, text)
     if isinstance(model, GPT2LMHeadModel):
         model.set_attn_implementation("eager")  # products that can be counted
@@ -237,14 +273,6 @@ def look_at(model: PreTrainedModel, text: Text, seed: int, samples: bool = True)
         "acs": statistics.mean(profile.acs for profile in profiles),
         "firing_rates": rates,
     } | written
-
-
-def _as_written(model: PreTrainedModel, text: Text, seed: int) -> dict[str, float]:
-    written = write(model, text.prompts, text.tokenizer.eos_token_id, seed)
-    return {
-        "repetition": repetition(written),
-        "coherence": coherence(text.tokenizer.batch_decode(written), text.prompts.rests),
-    }
 
 
 @torch.no_grad()

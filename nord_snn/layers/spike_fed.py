@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from nord_snn.layers.resonance import Binding, Remember
-from nord_snn.neurons import NeuronFactory, fire_from_rest, make_neuron
+from nord_snn.neurons import AssociativeLIFNode, NeuronFactory, SmoothActivation, fire_from_rest, make_neuron
 from nord_snn.ops import pack_spikes
 from nord_snn.ops.checks import check_features
 from nord_snn.ops.resonance import unpack_spikes
@@ -32,12 +32,12 @@ class SpikeFedResonance(Binding):
         n_heads: H; D must be a multiple of it.
         top_k: keys kept per query.
         recency: see :class:`CoFiringResonance`.
-        spiking_values: whether values are spikes.
         causal: whether a position sees only itself and earlier ones.
         neuron: factory of all neurons, see :mod:`nord_snn.neurons.factory`; None for ``AssociativeLIFNode`` with its 64
             clusters.
         backend: of the resonance itself, see :func:`nord_snn.ops.resonance`.
         norm_eps: of the layer norms.
+        spiking_values: whether values are spikes.
 
     Shapes: spikes ``[T, B, S, D]`` -> currents ``[T, B, S, D]``; every call starts from rest.
 
@@ -60,11 +60,11 @@ class SpikeFedResonance(Binding):
         n_heads: int,
         top_k: int = 64,
         recency: bool = False,
-        spiking_values: bool = False,
         causal: bool = True,
         neuron: NeuronFactory | None = None,
         backend: str = "auto",
         norm_eps: float = 1e-5,
+        spiking_values: bool = False,
     ) -> None:
         super().__init__(n_features, n_heads, top_k, recency, causal, neuron, backend)
         self.norm_q = nn.LayerNorm(n_features, eps=norm_eps)
@@ -96,14 +96,15 @@ class SpikeFedResonance(Binding):
         v = self.v_proj(spikes)
         if self.lif_v is not None:
             v = fire_from_rest(self.lif_v, self.norm_v(v))
-            remember = None if remember is None else self._in_bits(remember, v)
+            if remember is not None and not isinstance(self.lif_v, SmoothActivation):
+                remember = self._in_bits(remember, v)
         context = self.bind(q, k, self._side_by_side(v), lengths, remember, window)
         current = self.norm_o(self._one_after_the_other(context, len(spikes)))
         return self.o_proj(fire_from_rest(self.lif_o, current))
 
     def _in_bits(self, remember: Remember, v: Tensor) -> Remember:
         """The same memory for values that are spikes ``[T, B, S, D]``: it gets and gives bits."""
-        bits = pack_spikes(v, self.n_heads)
+        bits = pack_spikes(v, self.n_heads, trusted=type(self.lif_v) is AssociativeLIFNode)
 
         def through(keys: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
             keys, values = remember(keys, bits)
@@ -146,12 +147,12 @@ class SpikeFedBlock(nn.Module):
         hidden_features: hidden width of the feed-forward.
         top_k: keys kept per query.
         recency: see :class:`CoFiringResonance`.
-        spiking_values: see :class:`SpikeFedResonance`.
         residual_scale: initial g1 and g2.
         resonance: False leaves the resonance, its norm and its neurons out, so that positions never meet: the control.
         norm_eps: of all layer norms.
         neuron: factory of all neurons, see :mod:`nord_snn.neurons.factory`; None for
             ``AssociativeLIFNode`` with its 64 clusters.
+        spiking_values: see :class:`SpikeFedResonance`.
 
     Shapes: ``[T, B, S, D]`` -> ``[T, B, S, D]``; every call starts from rest.
 
@@ -175,11 +176,11 @@ class SpikeFedBlock(nn.Module):
         hidden_features: int,
         top_k: int = 64,
         recency: bool = False,
-        spiking_values: bool = False,
         residual_scale: float = 0.5,
         resonance: bool = True,
         norm_eps: float = 1e-5,
         neuron: NeuronFactory | None = None,
+        spiking_values: bool = False,
     ) -> None:
         super().__init__()
         self.n_features, self.residual_scale = n_features, residual_scale
@@ -187,7 +188,13 @@ class SpikeFedBlock(nn.Module):
             self.norm1 = nn.LayerNorm(n_features, eps=norm_eps)
             self.lif1 = make_neuron(neuron, n_features)
             self.resonance: SpikeFedResonance | None = SpikeFedResonance(
-                n_features, n_heads, top_k, recency, spiking_values, neuron=neuron, norm_eps=norm_eps
+                n_features,
+                n_heads,
+                top_k,
+                recency,
+                neuron=neuron,
+                norm_eps=norm_eps,
+                spiking_values=spiking_values,
             )
             self.resonance_gain = nn.Parameter(torch.empty(n_features))
         else:

@@ -103,7 +103,8 @@ class EnergyProfile:
         multiplications: in neurons' updates, the cascade's products included.
         additions: in neurons' updates, the cascade's additions included.
         state_bytes: state of neurons, read and written at each step.
-        elementwise: outputs of pointwise float operations, means, sums, softmax, pooling and normalisation.
+        elementwise: outputs of pointwise float operations, means, sums, softmax, pooling and normalisation; in a resonance, each
+            score that is scaled, each that recency lowers, and each weight of a key that is kept.
         twin_elementwise: the same of the dense twin: what runs at every step once, and one activation for each neuron.
         time_steps: T of the network.
     """
@@ -356,12 +357,21 @@ class EnergyProfiler(TorchDispatchMode):
         if packet in _HANDLERS:
             _HANDLERS[packet](self, args, out)
         elif _computes(func) and _floats(out):
-            steps = self._names[-1][1] if self._names else 0
-            outputs = (out[0] if isinstance(out, tuple) else out).numel()
-            self._elementwise[steps] = self._elementwise.get(steps, 0) + outputs
+            if not self._grows():
+                self.outputs(
+                    (out[0] if isinstance(out, tuple) else out).numel(), self._names[-1][1] if self._names else 0
+                )
         elif any(part in str(packet) for part in _UNKNOWN):
             raise ValueError(f"cannot count {packet}: what it costs is not known here")
         return out
+
+    def _grows(self) -> bool:
+        """Whether a resonance with a cache runs, which is counted as such: on the backend torch its parts are seen as well."""
+        return bool(self._names) and self._names[-1][0] in self._grown
+
+    def outputs(self, number: int, lead: int) -> None:
+        """Elementwise work in a module whose input has this leading dimension."""
+        self._elementwise[lead] = self._elementwise.get(lead, 0) + number
 
     def product(self, kind: str) -> ProductCost:
         """The entry of the innermost module that runs."""
@@ -375,8 +385,8 @@ class EnergyProfiler(TorchDispatchMode):
         """``a [*, M, K] @ b [*, K, N]``."""
         batch, (m, k, n) = out.numel() // max(out.shape[-1] * out.shape[-2], 1), (*a.shape[-2:], b.shape[-1])
         weight = b if self._is_weight(b) else a if self._is_weight(a) else None
-        if weight is None and self._names and self._names[-1][0] in self._grown:
-            return  # a resonance with a cache on the backend torch: counted as such
+        if weight is None and self._grows():
+            return
         entry = self.product("activations" if weight is None else "linear")
         entry.dense += batch * m * k * n
         # An active element of a meets n outputs, one of b meets m.
@@ -422,10 +432,11 @@ class EnergyProfiler(TorchDispatchMode):
         """Coincidences of each query with the keys it may bind to, and the values of those it keeps."""
         scores = resonance_scores(coincidences(q, k, n_heads), temperature, recency, causal)
         values = v.unflatten(-1, (n_heads, -1)).transpose(1, 2)
-        self.coincidences(q, _binary(k), k.shape[2], scores > -torch.inf)
-        self.values(
-            keep_best(scores, top_k) & (scores > -torch.inf), values, len(q) if v.shape[-1] > q.shape[-1] else 1
-        )
+        seen = scores > -torch.inf
+        kept = keep_best(scores, top_k) & seen
+        self.coincidences(q, _binary(k), k.shape[2], seen)
+        self.weights(seen, kept, recency)
+        self.values(kept, values, len(q) if v.shape[-1] > q.shape[-1] else 1)
 
     def earlier(self, name: str, module: Any, keys: Tensor, values: Tensor, window: int | None) -> None:
         """The same of new positions with what a cache holds, ``keys [B, H, S_all, *]`` and ``values``, their own included."""
@@ -447,6 +458,7 @@ class EnergyProfiler(TorchDispatchMode):
             seen = seen & (position[total - new :, None] - position < window)
         self.coincidences(q, _binary(keys), total, seen)
         kept = keep_best(scores.masked_fill(~seen, -torch.inf), module.top_k) & seen
+        self.weights(seen, kept, module.recency)
         self.values(kept, values, steps if values.shape[-1] > width else 1)
 
     def coincidences(self, q: Tensor, binary_keys: bool, n_keys: int, seen: Tensor) -> None:
@@ -465,6 +477,11 @@ class EnergyProfiler(TorchDispatchMode):
         keys = steps * batch * n_keys * width
         entry.activation_bytes += _stored(q) + (ceil(keys / 8) if binary_keys else keys * q.element_size())
         entry.dense_activation_bytes += (q.numel() + keys) * q.element_size()
+
+    def weights(self, seen: Tensor, kept: Tensor, recency: Tensor | None) -> None:
+        """Coincidences become scores, and those of the keys that are kept a softmax, once for all steps."""
+        scored = int(seen.sum())
+        self.outputs(scored + (0 if recency is None else scored) + int(kept.sum()), 0)
 
     def values(self, kept: Tensor, values: Tensor, steps: int) -> None:
         """Mixing of ``values [B, H, n_keys, V/H]`` of those keys that are kept, ``[B, H, S, n_keys]``."""

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import compare as compare_script
 import pytest
@@ -12,8 +13,8 @@ import train as train_script
 import trials
 from accelerate.state import AcceleratorState
 from card import parameter_counts
-from commands import spread
-from compare import best, search
+from commands import markdown_table, spread
+from compare import Comparison, best, gaps, rate_tables, search, table
 from configuration_nord import NordConfig
 from data import DataError, train_tokenizer
 from helpers import WORDS, make_text, two_processes, write_config
@@ -208,7 +209,7 @@ def test_a_rate_at_which_it_diverges_is_not_chosen_and_said(tmp_path, text, spik
     ("change", "message"),
     [
         ({"compile": True}, "without compile and gradient_checkpointing"),
-        ({"max_position_embeddings": 1000}, "tokens; expected two at least"),
+        ({"max_position_embeddings": 1000}, "tokens, two are needed: give longer documents"),
         (
             {"lr": 1e30, "max_grad_norm": 1e30},
             "spike-fed diverged with every peak learning rate: give lower ones with --lrs",
@@ -223,8 +224,11 @@ def test_bad_input_gets_one_sentence(tmp_path, text, capsys, change, message):
         text.write_text("".join(json.dumps({"text": make_text(300 if s else 9000, s)}) + "\n" for s in range(20)))
     config = write_config(tmp_path, **({"block": "spike_fed"} | change))
     arguments = ["--config", str(config), "--data", str(text), "--out", str(tmp_path / "out"), "--seeds", "0"]
-    assert compare_script.main([*arguments, "--models", "spike-fed"]) == 1
+    assert (
+        compare_script.main([*arguments, "--models", *(["published"] if "block" in change else []), "spike-fed"]) == 1
+    )
     assert message in capsys.readouterr().err
+    assert not list((tmp_path / "out" / "runs").glob("*lr0.0*.json"))  # before anything was trained
 
 
 def test_two_commands_may_write_the_same_file(tmp_path):
@@ -268,7 +272,7 @@ def test_prompts_are_beginnings_and_samples_go_on_from_them(tokenizer):
     assert prompts.written.shape == (4, 12)
     for text, ids, written, rest in zip(texts, prompts.ids, prompts.written, prompts.rests, strict=False):
         assert tokenizer.decode(ids) + tokenizer.decode(written) + rest == text
-    with pytest.raises(DataError, match="1 of 2 documents have 42 tokens; expected two at least"):
+    with pytest.raises(DataError, match="1 of 2 documents have 42 tokens, two are needed: give longer"):
         cut_prompts(texts[3:], tokenizer, 24)
 
 
@@ -285,13 +289,26 @@ def test_samples_are_as_long_as_the_text_and_a_seed_repeats_them(tokenizer, tmp_
 
 
 @pytest.mark.parametrize("name", ["default", "books-tiny"])
-def test_the_page_has_the_losses_of_the_runs(name):
-    runs: dict[tuple[str, float], list[float]] = {}
-    for line in (DOCS / "runs" / f"{name}.jsonl").read_text().splitlines():
-        run = json.loads(line)
-        runs.setdefault((run["kind"], run["lr"]), []).append(run["loss"])
-    chosen = [spread(losses, "{:.3f}".format) for losses in runs.values() if len(losses) > 1]
-    assert len(chosen) == len(KINDS)
-    rows = [line.strip("| ").split(" | ") for line in (DOCS / "results.md").read_text(encoding="utf-8").splitlines()]
-    (row,) = (row for row in rows if set(chosen) <= set(row))
-    assert row[0] == "nats per token"
+def test_the_page_has_what_came_out(name):
+    page = (DOCS / "results.md").read_text(encoding="utf-8").splitlines()
+    found = comparison_of(name)
+    assert all(len(runs) == len(SEEDS) for runs in found.runs.values())
+    for lines in (table(found), *rate_tables(found)):
+        assert set(markdown_table(lines).splitlines()) <= set(page)
+    assert {f"- {sentence}" for sentence in gaps(found)} <= set(page)
+
+
+SEEDS = [0, 1, 2]
+
+
+def comparison_of(name):
+    """The comparison whose runs are kept beside the page."""
+    runs = [json.loads(line) for line in (DOCS / "runs" / f"{name}.jsonl").read_text().splitlines()]
+    found = Comparison(SimpleNamespace(about=json.loads((DOCS / "runs" / f"{name}.about.json").read_text())), SEEDS)
+    for kind in KINDS:
+        own = [run for run in runs if run["kind"] == kind]
+        tried = [run for run in own if run["seed"] == SEEDS[0]]
+        if tried:
+            chosen = best(kind, tried)
+            found.add(kind, chosen, {run["seed"]: run for run in own if run["lr"] == chosen}, tried)
+    return found

@@ -119,7 +119,7 @@ def test_ratios_are_seed_by_seed():
 
 def test_the_command_trains_every_size_and_draws(tmp_path, capsys):
     text = tmp_path / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": make_text(300, seed)}) + "\n" for seed in range(20)))
+    text.write_text("".join(json.dumps({"text": make_text(30, seed)}) + "\n" for seed in range(200)))
     config, out = write_config(tmp_path, block="spike_fed"), tmp_path / "out"
     arguments = ["--config", str(config), "--data", str(text), "--out", str(out), "--sizes", "32x1", "64x1"]
     arguments += ["--steps", "2", "4", "--seeds", "0", "--lrs", "1e-3", "2e-3", "4e-3", "--models", "gpt2"]

@@ -20,6 +20,7 @@ SMALL = {
 KINDS = {
     "currents": {"block": "spike_fed"},
     "spikes": {"block": "spike_fed", "spiking_values": True},
+    "dense, values as well": {"block": "spike_fed", "spiking_values": True, "dense": True, "t_fast": 1, "t_slow": 0},
     "dense": {"block": "spike_fed", "dense": True, "t_fast": 1, "t_slow": 0},
     "dense published": {"dense": True, "t_fast": 1, "t_slow": 0},
 }
@@ -94,6 +95,10 @@ def test_the_twin_lacks_nothing_but_the_neurons():
     [
         ({"block": "other"}, "block must be 'nord' or 'spike_fed', got 'other'"),
         ({"spiking_values": True}, "spiking_values are those of block='spike_fed'"),
+        (
+            {"block": "spike_fed", "clamp_floor": -1.0},
+            "clamp_floor is of block='nord': no other block has a leaky clamp",
+        ),
         ({"dense": True}, "a dense model has one time step: t_fast=1 and t_slow=0, got 8 and 2"),
     ],
 )

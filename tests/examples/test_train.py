@@ -19,10 +19,12 @@ import train as train_script
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from checkpoints import CheckpointError, latest_checkpoint, new_run_folder, write_folder, write_json
 from helpers import make_text, write_config
 from safetensors.torch import load_file, save_file
-from settings import Settings, SettingsError
+from settings import Settings, SettingsError, read_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 TRAIN = Path(train_script.__file__)
@@ -493,7 +495,18 @@ def test_the_accelerate_configs_are_ones_that_accelerate_reads():
         assert config.num_processes == 8
         assert config.mixed_precision == "bf16"
     sharded = load_config_from_file(str(folder / "fsdp.yaml")).fsdp_config
-    assert sharded["fsdp_transformer_layer_cls_to_wrap"] == modeling_nord.NordForCausalLM._no_split_modules[0]
+    assert (
+        "fsdp_transformer_layer_cls_to_wrap" not in sharded
+    )  # the model says which, since there are two kinds of blocks
+    assert (sharded["fsdp_version"], sharded["fsdp_auto_wrap_policy"]) == (2, "TRANSFORMER_BASED_WRAP")
+
+
+@pytest.mark.parametrize("config", ["tiny", "tiny-published"])
+def test_fsdp_spreads_a_model_block_by_block(config):
+    model = modeling_nord.NordForCausalLM(read_config(config).model_config())
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP")
+    wrapped = fsdp2_prepare_auto_wrap_policy(plugin, model)
+    assert [name for name, module in model.named_modules() if wrapped(module)] == ["blocks.0", "blocks.1"]
 
 
 def losses(run: Path) -> list[float]:

@@ -295,9 +295,12 @@ def test_what_cannot_be_counted_is_refused():
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_positions_that_come_one_by_one_cost_what_the_whole_sequence_does(window):
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_positions_that_come_one_by_one_cost_what_the_whole_sequence_does(window, backend):
     """With a cache of key spikes: the same products in all, and each position once."""
-    layer = CoFiringResonance(16, 2, top_k=3, neuron=lambda n: AssociativeLIFNode(n, n_clusters=4))
+    layer = CoFiringResonance(
+        16, 2, top_k=3, recency=True, neuron=lambda n: AssociativeLIFNode(n, n_clusters=4), backend=backend
+    )
     x = 5 * torch.randn(6, 2, 7, 16)
     whole = profile_energy(layer, x)
     held = []
@@ -319,3 +322,8 @@ def test_positions_that_come_one_by_one_cost_what_the_whole_sequence_does(window
     if window is not None:
         assert only(one_by_one, "coincidences").dense == 2 * (1 + 2 + 3 + 4 * 4) * 6 * 16
     assert one_by_one.neuron_ops == whole.neuron_ops
+    pairs = 2 * 2 * sum(min(position, window or 7) for position in range(1, 8))
+    scores, kept, mean, slopes = 2 * pairs, 2 * 2 * (1 + 2 + 5 * 3), 2 * 7 * 16, 2
+    assert one_by_one.elementwise == scores + kept + mean + slopes
+    if window is None:
+        assert (whole.elementwise, whole.twin_elementwise) == (one_by_one.elementwise, one_by_one.twin_elementwise)
