@@ -288,7 +288,7 @@ def test_samples_are_as_long_as_the_text_and_a_seed_repeats_them(tokenizer, tmp_
     assert not torch.equal(written, write(model, prompts, tokenizer.eos_token_id, 2))
 
 
-@pytest.mark.parametrize("name", ["default", "books-tiny"])
+@pytest.mark.parametrize("name", ["default", "books-tiny", "books-small"])
 def test_the_page_has_what_came_out(name):
     page = (DOCS / "results.md").read_text(encoding="utf-8").splitlines()
     found = comparison_of(name)
