@@ -3,11 +3,13 @@
 import argparse
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import scaling as scaling_script
 from accelerate.state import AcceleratorState
+from commands import markdown_table
 from helpers import make_text, write_config
 from scaling import Curve, Point, Size, fit, intervals, picture, said, table
 from settings import read_config
@@ -115,6 +117,14 @@ def test_ratios_are_seed_by_seed():
     (sentence,) = said(whole, {"gpt2": fit(whole)})
     assert "N^0.3" in sentence
     assert " (95 %: E 1.9" in sentence
+
+
+def test_the_page_has_what_came_out():
+    docs = Path(__file__).parents[2] / "docs"
+    runs = [json.loads(line) for line in (docs / "runs" / "scaling.jsonl").read_text().splitlines()]
+    found = [Point(Size.parse(run["size"]), run["tokens"], run) for run in runs]
+    page = (docs / "results.md").read_text(encoding="utf-8").splitlines()
+    assert set(markdown_table(table(found)).splitlines()) <= set(page)
 
 
 def test_the_command_trains_every_size_and_draws(tmp_path, capsys):
