@@ -147,6 +147,12 @@ def clamped_stream(model: PreTrainedModel, floor: float = -0.1) -> None:
         block.register_forward_hook(lambda module, _, x: module.clamp(x))
 
 
+def distance_alone(model: PreTrainedModel) -> None:
+    """Scores that count no coincidences: positions are mixed by their distance, whatever their queries and keys are."""
+    for block in model.blocks:
+        block.resonance.temperature.requires_grad_(False).zero_()
+
+
 @contextmanager
 def stdp(model: PreTrainedModel, rate: float, sign: float = 1.0) -> Iterator[AfterStep]:
     """STDP between the two layers of neurons of each feed-forward, rewarded where the loss is below its running mean."""
@@ -193,6 +199,7 @@ _BOTH = [
     Ablation("encoder", "the same current at every step", surgery=constant_current),
     Ablation("resonance", "no resonance: positions never meet", {"resonance": False}),
     Ablation("resonance", "no recency", {"recency": False}),
+    Ablation("resonance", "recency alone, no coincidences", surgery=distance_alone),
     *_STDP,
 ]
 

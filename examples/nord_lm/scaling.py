@@ -6,8 +6,8 @@
 A size is width x blocks, with heads of 32 and a feed-forward twice as wide. At each size and with each number of steps, which
 is a whole run with a schedule of its own, every model searches for its peak learning rate as in ``compare.py`` at the first
 seed: beginning with the ``--lrs``, later with half, once and twice what was best at the size before, or else with fewer steps,
-since short runs and small models want higher rates. Over the rate the loss of so small a GPT-2 has two valleys, for
-which a second search always begins with lower ones. The curve of a model is
+since short runs and small models often want higher rates; and, where several are given, a second time beginning with lower
+ones, because the loss can have two valleys over the rate (that of a small GPT-2 has). The curve of a model is
 ``L(N, D) = E + A / N^a + B / D^b`` (Hoffmann et al. 2022), N its parameters without embedding and head, D the tokens that it
 saw (again, where the text is shorter), fitted by least squares with Huber's loss; intervals are those of the fit to its own
 predictions with its residuals drawn anew. It says how the runs lie, and little of what is beyond them. Runs are kept as those
@@ -52,8 +52,7 @@ __all__ = ["Curve", "Point", "fit", "intervals", "picture"]
 
 COLOURS = {"spike-fed": "#c44e52", "dense-twin": "#4878a8", "dense-plain": "#55a868", "gpt2": "#6b6b6b"}
 MODELS = tuple(COLOURS)
-#: Where a second search begins: that from above ended in the worse of two valleys.
-ALSO = {"gpt2": [1e-3, 2e-3, 4e-3]}
+LOWER = [1e-3, 2e-3, 4e-3]  # where the second search begins
 HEAD = 32  # width of a head
 FEWEST = 3  # different numbers of parameters, and of tokens, without which an exponent is anything
 DRAWS = 200  # of the residuals, for intervals
@@ -247,8 +246,7 @@ def measure(
             trials = Trials(here, out / str(size) / str(budget), text)
             for kind in kinds:
                 make, near = KINDS[kind], chosen.get((kind, budget), before.get(kind))
-                starts = [[near / 2, near, near * 2] if near else lrs]
-                starts = [*starts, *([ALSO[kind]] if kind in ALSO else [])] if len(lrs) > 1 else [lrs]
+                starts = [[near / 2, near, near * 2] if near else lrs, LOWER] if len(lrs) > 1 else [lrs]
                 lr = best(kind, [run for start in starts for run in search(trials, kind, make, start, seeds[0], bars)])
                 chosen[kind, budget] = before[kind] = lr
                 points += [Point(size, _tokens(here), trials.run(kind, make, lr, seed, bars)) for seed in seeds]

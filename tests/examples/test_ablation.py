@@ -65,6 +65,9 @@ def test_every_change_makes_another_model_that_learns(settings, tokenizer, block
     shared = {
         n: p for n, p in changed.state_dict().items() if getattr(whole.state_dict().get(n), "shape", None) == p.shape
     }
+    for name, parameter in changed.named_parameters():
+        if not parameter.requires_grad:  # what the change has fixed
+            del shared[name]
     whole.load_state_dict(shared, strict=False)
     before = whole(input_ids=ids, labels=ids).loss
     before.backward()
@@ -90,6 +93,19 @@ def test_changes_take_out_what_they_say(settings, tokenizer):
         assert currents.std().item() == pytest.approx(whole.mean(0).std().item(), rel=0.1)
         assert torch.equal(currents, currents[:1].expand_as(currents))
         assert len(currents) == (10 if block == "recency" else 4)
+
+
+@pytest.mark.parametrize("block", ABLATIONS)
+def test_where_recency_is_alone_queries_and_keys_say_nothing(settings, tokenizer, block):
+    (alone,) = (a for a in ABLATIONS[block][1] if a.says == "recency alone, no coincidences")
+    ids = torch.randint(50, (3, 10), generator=torch.Generator().manual_seed(0))
+    for ablation, same in ((WHOLE, False), (alone, True)):
+        model = build(settings, tokenizer, block, ablation)
+        before = model(input_ids=ids).logits
+        model.blocks[0].resonance.q_proj.weight.data.mul_(-1)
+        assert torch.equal(model(input_ids=ids).logits, before) is same
+        model.blocks[0].resonance.recency_log.data.add_(1)
+        assert not torch.equal(model(input_ids=ids).logits, before)
 
 
 def test_a_clamped_stream_has_nothing_below_its_floor(settings, tokenizer):

@@ -9,7 +9,7 @@ from energy import generated_token
 from generate import load_model
 from helpers import fire_easily, make_text, write_config
 from modeling_nord import NordForCausalLM
-from settings import SettingsError, parse_arguments, settings_from
+from settings import SettingsError, parse_arguments, read_config, settings_from
 
 from nord_snn.monitor import SpikeMonitor, profile_energy
 
@@ -79,6 +79,17 @@ def test_every_product_of_the_blocks_sees_spikes():
     assert outside == {"encoder.projection", "readout", "lm_head"}
     token = generated_token(model, ids[:1])
     assert {product.name for product in token.products if product.macs} == outside
+
+
+@pytest.mark.parametrize("config", ["tiny", "small", "base"])
+def test_every_layer_of_the_configs_fires_before_training(config):
+    torch.manual_seed(0)
+    fields = NordConfig(**read_config(config).model)
+    model = NordForCausalLM(fields)
+    with SpikeMonitor(model) as monitor, torch.no_grad():
+        model(input_ids=torch.randint(fields.vocab_size, (2, 64)))
+    assert min(monitor.rates().values()) > 0.005
+    assert max(monitor.rates().values()) < 0.25
 
 
 def test_the_twin_lacks_nothing_but_the_neurons():

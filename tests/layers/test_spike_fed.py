@@ -15,6 +15,12 @@ def node(n):
     return AssociativeLIFNode(n, n_clusters=4)
 
 
+def restless(n):
+    """The neuron of examples/nord_lm/configs/tiny.yaml."""
+    decays = {"threshold": 1.0, "beta_mem": 0.5, "beta_syn": 0.2}
+    return AssociativeLIFNode(n, n_clusters=8, refractory_steps=0, surrogate="sigmoid", alpha=3.0, **decays)
+
+
 def lively(layer):
     """With thresholds so low that every layer of neurons fires."""
     with torch.no_grad():
@@ -68,11 +74,12 @@ def test_the_block_is_the_equation():
 
 @pytest.mark.parametrize("width", [32, 256])
 @pytest.mark.parametrize("spiking_values", [False, True])
-def test_every_layer_fires_before_training_at_any_width_and_depth(width, spiking_values):
+@pytest.mark.parametrize(("neuron", "steps"), [(node, 10), (restless, 4)])
+def test_every_layer_fires_before_training_at_any_width_and_depth(width, spiking_values, neuron, steps):
     torch.manual_seed(0)
     sizes = (width, 2, 2 * width)
-    blocks = nn.ModuleList(SpikeFedBlock(*sizes, spiking_values=spiking_values, neuron=node) for _ in range(6))
-    x = torch.randn(1, 3, 9, width).repeat(10, 1, 1, 1)  # the same current at each step
+    blocks = nn.ModuleList(SpikeFedBlock(*sizes, spiking_values=spiking_values, neuron=neuron) for _ in range(6))
+    x = torch.randn(1, 3, 9, width).repeat(steps, 1, 1, 1)  # the same current at each step
     with SpikeMonitor(blocks) as monitor, torch.no_grad():
         for layer in blocks:
             x = layer(x)
