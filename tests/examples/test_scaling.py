@@ -125,6 +125,18 @@ def test_the_page_has_what_came_out():
     found = [Point(Size.parse(run["size"]), run["tokens"], run) for run in runs]
     page = (docs / "results.md").read_text(encoding="utf-8").splitlines()
     assert set(markdown_table(table(found)).splitlines()) <= set(page)
+    tried = [json.loads(line) for line in (docs / "runs" / "scaling-search.jsonl").read_text().splitlines()]
+    for run in (point.run for point in found if point.run["seed"] == 0):  # nothing that was tried is better
+        same = [one for one in tried if all(one[key] == run[key] for key in ("size", "tokens", "kind", "seed"))]
+        assert min(one["lr"] for one in same) < run["lr"] < max(one["lr"] for one in same)
+        assert all(one["diverged"] or one["loss"] > run["loss"] for one in same)
+    for slower in ("half", "quarter"):
+        lines = (docs / "runs" / f"scaling-{slower}.jsonl").read_text().splitlines()
+        runs = [Point(Size.parse(run["size"]), run["tokens"], run) for run in map(json.loads, lines)]
+        for line in table(runs)[1:]:
+            assert line[3] in "".join(page)
+            low, high = (end.rstrip("%") for end in line[-1].split(" to "))
+            assert f"{low} to {high} %" in "".join(page)
 
 
 def test_the_command_trains_every_size_and_draws(tmp_path, capsys):
