@@ -11,7 +11,7 @@ ones, because the loss can have two valleys over the rate (that of a small GPT-2
 ``L(N, D) = E + A / N^a + B / D^b`` (Hoffmann et al. 2022), N its parameters without embedding and head, D the tokens that it
 saw (again, where the text is shorter), fitted by least squares with Huber's loss; intervals are those of the fit to its own
 predictions with its residuals drawn anew. It says how the runs lie, and little of what is beyond them. Runs are kept as those
-of ``compare.py`` are.
+of ``compare.py`` are; ``runs.jsonl`` has those that searched, too.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from settings import Settings
 from trials import Trials, check_makers, prepare_for, progress_bars
 from variants import KINDS
 
-__all__ = ["Curve", "Point", "fit", "intervals", "picture"]
+__all__ = ["Curve", "Point", "chosen", "fit", "intervals", "picture"]
 
 COLOURS = {"spike-fed": "#c44e52", "dense-twin": "#4878a8", "dense-plain": "#55a868", "gpt2": "#6b6b6b"}
 MODELS = tuple(COLOURS)
@@ -233,24 +233,39 @@ def measure(
     lrs: list[float],
     out: Path,
 ) -> list[Point]:
-    """Train what is missing."""
+    """Train what is missing; gives all runs, those that searched for a learning rate as well."""
     text = prepare_for(sizes[0].of(settings, steps[0]), out, samples=False)  # the same at every size
     for size in sizes:
         check_makers((KINDS[kind] for kind in kinds), size.of(settings, steps[0]), text)
     points = []
-    chosen: dict[tuple[str, int], float] = {}  # at the last size
+    last: dict[tuple[str, int], float] = {}  # at the last size
     before: dict[str, float] = {}  # with the last number of steps
     with progress_bars() as bars:
         for size, budget in itertools.product(sizes, sorted(steps)):
             here = size.of(settings, budget)
             trials = Trials(here, out / str(size) / str(budget), text)
             for kind in kinds:
-                make, near = KINDS[kind], chosen.get((kind, budget), before.get(kind))
-                starts = [[near / 2, near, near * 2] if near else lrs, LOWER] if len(lrs) > 1 else [lrs]
-                lr = best(kind, [run for start in starts for run in search(trials, kind, make, start, seeds[0], bars)])
-                chosen[kind, budget] = before[kind] = lr
-                points += [Point(size, _tokens(here), trials.run(kind, make, lr, seed, bars)) for seed in seeds]
+                make, near = KINDS[kind], last.get((kind, budget), before.get(kind))
+                first = [near / 2, near, near * 2] if near else lrs
+                starts = [lrs] if len(lrs) == 1 else [first, LOWER]
+                tried = [run for start in starts for run in search(trials, kind, make, start, seeds[0], bars)]
+                lr = last[kind, budget] = before[kind] = best(kind, tried)
+                again = [trials.run(kind, make, lr, seed, bars) for seed in seeds[1:]]
+                runs = {(run["lr"], run["seed"]): run for run in [*tried, *again]}  # both searches may try a rate
+                points += [Point(size, _tokens(here), run) for run in runs.values()]
     return points
+
+
+def chosen(points: list[Point], seed: int) -> list[Point]:
+    """Of each model, size and number of tokens the runs with the learning rate that was best at this seed."""
+    groups: dict[tuple[Size, int, str], list[Point]] = {}
+    for point in points:
+        groups.setdefault((point.size, point.tokens, point.kind), []).append(point)
+    kept = []
+    for (_, _, kind), group in groups.items():
+        lr = best(kind, [point.run for point in group if point.run["seed"] == seed])
+        kept += [point for point in group if point.run["lr"] == lr]
+    return kept
 
 
 def _tokens(settings: Settings) -> int:
@@ -289,11 +304,15 @@ def table(points: list[Point]) -> list[list[str]]:
 
 
 def said(points: list[Point], curves: dict[str, Curve | None]) -> list[str]:
-    """A sentence for each model: its curve, and the learning rates that it was trained with."""
+    """A sentence for each model: its curve, and at each size its learning rates, in the order of the numbers of tokens."""
     sentences = []
     for kind, curve in curves.items():
         own = [point for point in points if point.kind == kind]
-        rates = ", ".join(f"{size} {lr:g}" for size, lr in unique((str(point.size), point.run["lr"]) for point in own))
+        trained = {(point.size, point.tokens): f"{point.run['lr']:g}" for point in own}
+        rates = "; ".join(
+            f"{size} {', '.join(lr for (at, _), lr in trained.items() if at == size)}"
+            for size in unique(size for size, _ in trained)
+        )
         ends = intervals(own, curve) if curve else {}
         within = ", ".join(f"{name} {low:.2f} to {high:.2f}" for name, (low, high) in ends.items())
         shown = f"L(N, D) = {curve} (95 %: {within})" if curve else "too few sizes and numbers of tokens for a curve"
@@ -312,7 +331,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--steps", nargs="+", type=number(1, kind=int), default=[260, 520, 1040])
     parser.add_argument(
-        "--lrs", nargs="+", type=number(1e-9), default=[8e-3, 1.6e-2, 3.2e-2], help="to begin the search with"
+        "--lrs",
+        nargs="+",
+        type=number(1e-9),
+        default=[8e-3, 1.6e-2, 3.2e-2],
+        help="to begin the first search with; a single one is taken",
     )
     options = parser.parse_args(arguments)
     return run_trials(lambda: _run(options, command_line(arguments, "scaling.py")))
@@ -323,17 +346,19 @@ def _run(options: argparse.Namespace, command: str) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     seeds, kinds = unique(options.seeds), unique(options.models)
     sizes, steps, lrs = (unique(values) for values in (options.sizes, options.steps, options.lrs))
-    runs = measure(settings, sizes, steps, kinds, seeds, lrs, options.out)
+    tried = measure(settings, sizes, steps, kinds, seeds, lrs, options.out)
+    runs = chosen(tried, seeds[0])
     points = [point for point in runs if not point.run["diverged"]]
     diverged = [f"{p.size}, {p.tokens:,} tokens, {p.kind}, seed {p.run['seed']}" for p in runs if p.run["diverged"]]
     curves = {kind: fit([point for point in points if point.kind == kind]) for kind in kinds}
     sentences = said(points, curves)
     note = (
         f"Nats per token, mean (range) over seeds {', '.join(map(str, seeds))}; ratios of bits per byte; "
-        f"rates are the lowest and highest of all layers of neurons; diverged: {'; '.join(diverged) or 'none'}. Fitted:"
+        f"rates are the lowest and highest of all layers of neurons; diverged: {'; '.join(diverged) or 'none'}. "
+        "Fitted, with peak learning rates in the order of the numbers of tokens:"
     )
     parts = [markdown_table(table(points)), note, "\n".join(sentences), f"`{command}`"]
-    write_results(options.out, parts, ({"size": str(p.size), "tokens": p.tokens} | p.run for p in runs))
+    write_results(options.out, parts, ({"size": str(p.size), "tokens": p.tokens} | p.run for p in tried))
     drawn = io.BytesIO()
     picture(points, curves).savefig(drawn, format="png", dpi=120)
     write_bytes(options.out / "scaling.png", drawn.getvalue())

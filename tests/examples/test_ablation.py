@@ -171,6 +171,22 @@ def test_the_table_is_that_of_the_runs(tmp_path, capsys):
     assert "give another --out" in capsys.readouterr().err
 
 
+def test_queries_and_keys_without_norms_are_silent_before_training_and_after_it(tokenizer):
+    (bare,) = (a for a in ABLATIONS["spike-fed"][1] if a.says == "no norms behind linear maps and mixing")
+    lines = (DOCS / "runs" / "ablation.jsonl").read_text().splitlines()
+    trained = [run["firing_rates"] for run in map(json.loads, lines) if run["kind"] == f"spike-fed: {bare.says}"]
+    assert len(trained) == 3
+    for ablation, silent in ((WHOLE, False), (bare, True)):
+        torch.manual_seed(0)
+        model = maker(ABLATIONS["spike-fed"][0], ablation)(read_config("tiny"), tokenizer)
+        with SpikeMonitor(model) as monitor, torch.no_grad():
+            model(input_ids=torch.randint(len(tokenizer), (2, 64)))
+        for rates in (monitor.rates(), *(trained if silent else [])):
+            scored = [rate for layer, rate in rates.items() if layer.endswith(("lif_q", "lif_k"))]
+            assert len(scored) == 4
+            assert all((rate == 0) is silent for rate in scored)
+
+
 def test_the_page_has_the_tables_of_the_runs():
     runs: dict[str, dict[int, dict]] = {}
     for line in (DOCS / "runs" / "ablation.jsonl").read_text().splitlines():

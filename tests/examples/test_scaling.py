@@ -11,7 +11,7 @@ import scaling as scaling_script
 from accelerate.state import AcceleratorState
 from commands import markdown_table
 from helpers import make_text, write_config
-from scaling import Curve, Point, Size, fit, intervals, picture, said, table
+from scaling import Curve, Point, Size, chosen, fit, intervals, picture, said, table
 from settings import read_config
 
 
@@ -121,22 +121,26 @@ def test_ratios_are_seed_by_seed():
 
 def test_the_page_has_what_came_out():
     docs = Path(__file__).parents[2] / "docs"
-    runs = [json.loads(line) for line in (docs / "runs" / "scaling.jsonl").read_text().splitlines()]
-    found = [Point(Size.parse(run["size"]), run["tokens"], run) for run in runs]
-    page = (docs / "results.md").read_text(encoding="utf-8").splitlines()
-    assert set(markdown_table(table(found)).splitlines()) <= set(page)
-    tried = [json.loads(line) for line in (docs / "runs" / "scaling-search.jsonl").read_text().splitlines()]
-    for run in (point.run for point in found if point.run["seed"] == 0):  # nothing that was tried is better
-        same = [one for one in tried if all(one[key] == run[key] for key in ("size", "tokens", "kind", "seed"))]
-        assert min(one["lr"] for one in same) < run["lr"] < max(one["lr"] for one in same)
-        assert all(one["diverged"] or one["loss"] > run["loss"] for one in same)
+
+    def on_file(name):
+        lines = (docs / "runs" / f"{name}.jsonl").read_text().splitlines()
+        return [Point(Size.parse(run["size"]), run["tokens"], run) for run in map(json.loads, lines)]
+
+    page = (docs / "results.md").read_text(encoding="utf-8")
+    tried = on_file("scaling")
+    found = chosen(tried, seed=0)
+    assert set(markdown_table(table(found)).splitlines()) <= set(page.splitlines())
+    curves = {kind: fit([point for point in found if point.kind == kind]) for kind in scaling_script.MODELS}
+    for sentence in said(found, curves):
+        assert sentence in page
+    for point in found:
+        rates = {one.run["lr"] for one in tried if one[:2] == point[:2] and one.kind == point.kind}
+        assert min(rates) < point.run["lr"] < max(rates)
     for slower in ("half", "quarter"):
-        lines = (docs / "runs" / f"scaling-{slower}.jsonl").read_text().splitlines()
-        runs = [Point(Size.parse(run["size"]), run["tokens"], run) for run in map(json.loads, lines)]
-        for line in table(runs)[1:]:
-            assert line[3] in "".join(page)
+        for line in table(on_file(f"scaling-{slower}"))[1:]:
+            assert line[3] in page
             low, high = (end.rstrip("%") for end in line[-1].split(" to "))
-            assert f"{low} to {high} %" in "".join(page)
+            assert f"{low} to {high} %" in page
 
 
 def test_the_command_trains_every_size_and_draws(tmp_path, capsys):
@@ -147,15 +151,15 @@ def test_the_command_trains_every_size_and_draws(tmp_path, capsys):
     arguments += ["--steps", "2", "4", "--seeds", "0", "--lrs", "1e-3", "2e-3", "4e-3", "--models", "gpt2"]
     assert scaling_script.main(arguments) == 0
     runs = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
-    for run, (size, steps) in zip(runs, itertools.product(("32x1", "64x1"), ("2", "4")), strict=True):
+    points = [Point(Size.parse(run["size"]), run["tokens"], run) for run in runs]
+    for point, (size, steps) in zip(chosen(points, 0), itertools.product(("32x1", "64x1"), ("2", "4")), strict=True):
         tried = {file.name for file in (out / size / steps / "runs").glob("*.json")}
-        assert {f"gpt2_lr{factor * run['lr']:g}_seed0.json" for factor in (0.5, 1, 2)} <= tried
+        assert {f"gpt2_lr{factor * point.run['lr']:g}_seed0.json" for factor in (0.5, 1, 2)} <= tried
+        assert len(tried) == sum(other[:2] == point[:2] for other in points)
     shown = (out / "table.md").read_text()
     assert "| 64x1 | " in shown
     assert "- gpt2: too few sizes" in shown
-    runs = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
     assert {(one["size"], one["seed"]) for one in runs} == {("32x1", 0), ("64x1", 0)}
-    assert len(runs) == 4
     assert all("repetition" not in one for one in runs)  # nobody reads samples here, and they take their time
     assert (out / "scaling.png").read_bytes()[:4] == b"\x89PNG"
     before = shown
