@@ -4,8 +4,9 @@ Every op runs in plain PyTorch, the backend ``"torch"``: its reference, and the 
 kernels beside it. ``"auto"`` takes the fastest that can run the call at hand and logs, once, why the others cannot (logger
 ``nord_snn``, level INFO); a backend asked for by name either runs or raises and says why it cannot.
 
-The environment variable ``NORD_SNN_BACKEND``, read when nord_snn is imported, stands in for ``"auto"``:
-``NORD_SNN_BACKEND=torch`` runs everything in plain PyTorch.
+The environment variable ``NORD_SNN_BACKEND``, read whenever a backend is chosen, stands in for ``"auto"``:
+``NORD_SNN_BACKEND=torch`` runs everything in plain PyTorch. Code that torch.compile has made keeps the backend that was chosen
+while it was traced.
 """
 
 import functools
@@ -19,13 +20,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nord_snn._compat.torch import constant_when_compiled
+
 __all__ = ["BACKENDS", "Backend", "BackendChoice", "Call", "choose_backend", "chooser", "implementations_of"]
 
 #: Every name that ``backend=`` takes, besides ``"auto"``, slowest first.
 BACKENDS = ("torch", "numba", "cupy", "triton")
 
 _ENVIRONMENT = "NORD_SNN_BACKEND"
-_DEFAULT = os.environ.get(_ENVIRONMENT, "auto")
 
 _logger = logging.getLogger("nord_snn")
 _logged: set[tuple[str, str]] = set()
@@ -92,8 +94,9 @@ def choose_backend(op: str, implementations: Mapping[str, Backend], requested: s
         ValueError: the name is unknown.
         RuntimeError: the backend asked for cannot run this call; the message says why and what to do.
     """
-    if requested == "auto" and _DEFAULT != "auto":
-        requested, asked = _DEFAULT, f"{_ENVIRONMENT}={_DEFAULT}"
+    default = _default()
+    if requested == "auto" and default != "auto":
+        requested, asked = default, f"{_ENVIRONMENT}={default}"
     else:
         asked = f"backend {requested!r}"
     if requested != "auto" and requested not in BACKENDS:
@@ -120,14 +123,19 @@ def choose_backend(op: str, implementations: Mapping[str, Backend], requested: s
 def chooser(op: str, implementations: Mapping[str, Backend]) -> Callable[..., str]:
     """What an op asks in every call: the name that :func:`choose_backend` gives for ``(requested, *call)``, remembered."""
 
-    @torch.compiler.assume_constant_result
+    @constant_when_compiled
     def choose(requested: str, *call: Any) -> str:
-        key = (op, requested, _DEFAULT, _triton_interprets(), call)
+        key = (op, requested, _default(), _triton_interprets(), call)
         if key not in _remembered:
             _remembered[key] = choose_backend(op, implementations, requested, Call(*call)).name
         return _remembered[key]
 
     return choose
+
+
+def _default() -> str:
+    """What stands in for ``"auto"``."""
+    return os.environ.get(_ENVIRONMENT, "auto")
 
 
 def _verdict(op: str, implementations: Mapping[str, Backend], name: str, call: Call) -> Verdict:

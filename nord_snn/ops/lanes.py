@@ -15,9 +15,9 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
-from numba.np.arrayobj import make_array
+
+from nord_snn._compat.numba import call_intrinsic, data_pointer, pointer_type, stack_slot
 
 __all__ = [
     "WIDTH",
@@ -80,11 +80,8 @@ def _first(builder: Any, count: Any) -> Any:
 
 def _masked(builder: Any, name: str, vector: ir.VectorType, result: Any, *operands: Any) -> Any:
     """Call LLVM's masked load or store."""
-    kind = ir.FunctionType(result, [operand.type for operand in operands])
     bits = {"float": 32, "double": 64}[str(vector.element)]
-    return builder.call(
-        cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.{name}.v{WIDTH}f{bits}.p0"), operands
-    )
+    return call_intrinsic(builder, f"llvm.masked.{name}.v{WIDTH}f{bits}.p0", result, list(operands))
 
 
 @intrinsic
@@ -92,7 +89,7 @@ def pointer(typing, array):
     """Where the elements of a contiguous array begin."""
 
     def generate(context, builder, signature, arguments):
-        return make_array(signature.args[0])(context, builder, arguments[0]).data
+        return data_pointer(context, builder, signature.args[0], arguments[0])
 
     return types.CPointer(array.dtype)(array), generate
 
@@ -122,10 +119,8 @@ def prefetch(typing, source, index):
     """Fetch the cache line of ``source[index]`` while something else is computed."""
 
     def generate(context, builder, signature, arguments):
-        byte = ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
-        ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(ask, [builder.bitcast(builder.gep(arguments[0], arguments[1:]), byte), _I32(0), _I32(3), _I32(1)])
+        where = builder.bitcast(builder.gep(arguments[0], arguments[1:]), pointer_type(ir.IntType(8)))
+        call_intrinsic(builder, "llvm.prefetch.p0", ir.VoidType(), [where, _I32(0), _I32(3), _I32(1)])
         return context.get_dummy_value()
 
     return types.void(source, types.intp), generate
@@ -134,7 +129,7 @@ def prefetch(typing, source, index):
 def _at(context: Any, builder: Any, dtype: types.Type, begin: Any, index: Any) -> tuple[Any, ir.VectorType, int]:
     """Where a vector begins, its type, and its alignment: that of a single number."""
     vector = _vector(context, dtype)
-    return builder.bitcast(builder.gep(begin, [index]), vector.as_pointer()), vector, dtype.bitwidth // 8
+    return builder.bitcast(builder.gep(begin, [index]), pointer_type(vector)), vector, dtype.bitwidth // 8
 
 
 @intrinsic
@@ -155,7 +150,7 @@ def load_first(typing, source, index, count):
     def generate(context, builder, signature, arguments):
         where, vector, align = _at(context, builder, source.dtype, *arguments[:2])
         count = arguments[2]
-        loaded = cgutils.alloca_once(builder, vector)
+        loaded = stack_slot(builder, vector)
         with builder.if_else(builder.icmp_signed(">=", count, count.type(WIDTH)), likely=True) as (whole, part):
             with whole:
                 builder.store(builder.load(where, align=align), loaded)
@@ -266,9 +261,7 @@ def fused(typing, a, b, c):
 
     def generate(context, builder, signature, arguments):
         vector = _vector(context, a.dtype)
-        kind = ir.FunctionType(vector, [vector] * 3)
-        name = f"llvm.fmuladd.v{WIDTH}f{a.dtype.bitwidth}"
-        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
+        return call_intrinsic(builder, f"llvm.fmuladd.v{WIDTH}f{a.dtype.bitwidth}", vector, arguments)
 
     return a(a, b, c), generate
 

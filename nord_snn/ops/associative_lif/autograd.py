@@ -8,8 +8,8 @@ from torch import Tensor
 from nord_snn.ops.associative_lif.reference import AssociativeLIFState, reference
 from nord_snn.ops.cascade import check_cascade
 from nord_snn.ops.checks import check_features, check_scalar, compute_dtype, without_autocast
-from nord_snn.ops.differentiable import differentiable
 from nord_snn.ops.dispatch import BackendChoice, Call, choose_backend, chooser, implementations_of
+from nord_snn.ops.registration import Kernel, register_op
 from nord_snn.ops.surrogate import SurrogateLike, resolve_surrogate
 
 __all__ = ["IMPLEMENTATIONS", "associative_lif", "associative_lif_backend"]
@@ -78,7 +78,7 @@ def associative_lif(
         alpha: sharpness of a named surrogate.
         return_v_seq: also return the membranes after reset.
         backend: ``"auto"``, ``"torch"``, ``"numba"``, ``"triton"`` or ``"cupy"``; see :mod:`nord_snn.ops.dispatch`. The
-            kernels are differentiable once; a second derivative needs ``"torch"``.
+            kernels are differentiable once; a second derivative needs ``"torch"``, and is refused elsewhere.
 
     Returns:
         ``(spikes [T, N, D], v_seq [T, N, D] or None, last state)``.
@@ -185,8 +185,7 @@ def _scalar(beta: float | Tensor, x_seq: Tensor, name: str) -> Tensor:
     return torch.full((1,), beta, dtype=dtype, device=x_seq.device)
 
 
-@torch.library.custom_op("nord_snn::associative_lif", mutates_args=())
-def _associative_lif(
+def _forward(
     x: Tensor,
     v: Tensor | None,
     i_syn: Tensor | None,
@@ -226,8 +225,7 @@ def _of_the_cascade(grad: Tensor, weight: Tensor | None, gain: Tensor | None, n_
     return grad * gain[:, None], (grad * weight).sum(1)
 
 
-@_associative_lif.register_fake
-def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *_, keep_v, _ = arguments
     T, N, D = x.shape
     v_last, i_last = (x.new_empty(N, D, dtype=compute_dtype(x)) for _ in range(2))
@@ -235,8 +233,7 @@ def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
     return x.new_empty(x.shape), v_seq, v_last, i_last, refractory_last
 
 
-@torch.library.custom_op("nord_snn::associative_lif_backward", mutates_args=())
-def _associative_lif_backward(
+def _backward(
     grad_spikes: Tensor,
     grad_v_seq: Tensor | None,
     grad_v_last: Tensor | None,
@@ -264,8 +261,7 @@ def _associative_lif_backward(
     return *grads, *_of_the_cascade(grad_coupling, weight, gain, D)
 
 
-@_associative_lif_backward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, v, _, _, threshold, beta_mem, beta_syn, weight = arguments[4:12]
     C = 0 if weight is None else weight.shape[0]
     grad_v, grad_i = (threshold.new_empty(0 if v is None else x.shape[1], x.shape[2]) for _ in range(2))
@@ -306,4 +302,11 @@ def _gradients(ctx: Any, *grads: Tensor | None, run: Any) -> tuple[Tensor | None
     return (x_grad, *state, None, threshold_grad, mem_grad, syn_grad, *cascade, *[None] * 6)
 
 
-_run = differentiable(_associative_lif, _associative_lif_backward, _setup_context, _gradients)
+_run = register_op(
+    "associative_lif",
+    Kernel(_forward, _forward_fake),
+    Kernel(_backward, _backward_fake),
+    _setup_context,
+    _gradients,
+    second_derivative="backend='torch' has one",
+)

@@ -37,7 +37,7 @@ __all__ = ["SURROGATE_IDS", "backward", "forward"]
 SURROGATE_IDS = {"nord_atan": 0, "atan": 1, "sigmoid": 2, "fast_sigmoid": 3}
 
 _COMPILE: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
-_LANES = "2b4b29ff0b24"  # how the SHA-256 of lanes.py begins: Numba's cache notices a change of this file alone
+_LANES = "768ebc5945fe"  # SHA-256 of lanes.py and _compat/numba.py: Numba's cache notices a change of this file alone
 
 _TILE = 512  # neurons that one loop handles: their state fits into the first-level cache
 _ROW = _TILE + 16  # a little off the powers of two, whose multiples share the same few sets of the cache

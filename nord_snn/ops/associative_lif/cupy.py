@@ -720,7 +720,8 @@ def backward(
         ]
         options = _options(kernel, x.dtype, D, C, SURROGATE_IDS[surrogate])
         _launch(kernel, options, x.device, blocks, plan.threads, args)
-    beta_mem_sum, beta_syn_sum = grad_betas.sum(0)
+    # Two sums and not the halves of one: outputs of an op must not share memory.
+    beta_mem_sum, beta_syn_sum = grad_betas[:, 0].sum(), grad_betas[:, 1].sum()
     return (
         grad_x,
         grad_v,

@@ -550,7 +550,8 @@ def backward(
             enable_fp_fusion=False,
             **plan.constants,
         )
-    grad_beta_mem, grad_beta_syn = grad_betas.sum(0)
+    # Two sums and not the halves of one: outputs of an op must not share memory.
+    grad_beta_mem, grad_beta_syn = grad_betas[:, 0].sum(), grad_betas[:, 1].sum()
     with torch.autocast(x.device.type, enabled=False):
         grad_coupling = grad_sums.flatten(0, 1).T @ sums.flatten(0, 1)
     return (

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from nord_snn.ops.checks import check_features, compute_dtype
-from nord_snn.ops.differentiable import differentiable
 from nord_snn.ops.dispatch import chooser, implementations_of
 from nord_snn.ops.leaky_clamp.reference import reference
+from nord_snn.ops.registration import Kernel, register_op
 
 __all__ = ["IMPLEMENTATIONS", "leaky_clamp"]
 
@@ -36,7 +36,8 @@ def leaky_clamp(
         gain: ``[D]``; given with ``branch``, and only then.
         leak: slope of the negative side, ``[D]``.
         floor: lower bound of the negative side, ``[D]``.
-        backend: ``"auto"``, ``"torch"`` or ``"numba"``; see :mod:`nord_snn.ops.dispatch`. The kernel is differentiable once.
+        backend: ``"auto"``, ``"torch"`` or ``"numba"``; see :mod:`nord_snn.ops.dispatch`. The kernel is
+            differentiable once; a second derivative needs ``"torch"``, and is refused elsewhere.
 
     Returns:
         ``[*, D]``.
@@ -82,27 +83,23 @@ def _check(x: Tensor, branch: Tensor | None, gain: Tensor | None, leak: Tensor, 
         raise ValueError(f"gain must be [D] = {list(leak.shape)}, got {list(gain.shape)}")
 
 
-@torch.library.custom_op("nord_snn::leaky_clamp", mutates_args=())
-def _leaky_clamp(
+def _forward(
     x: Tensor, branch: Tensor | None, gain: Tensor | None, leak: Tensor, floor: Tensor, backend: str
 ) -> Tensor:
     return IMPLEMENTATIONS[backend].kernel().forward(x, branch, gain, leak, floor)
 
 
-@_leaky_clamp.register_fake
-def _(x: Tensor, *arguments: Any) -> Tensor:
+def _forward_fake(x: Tensor, *arguments: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("nord_snn::leaky_clamp_backward", mutates_args=())
-def _leaky_clamp_backward(
+def _backward(
     grad: Tensor, x: Tensor, branch: Tensor | None, gain: Tensor | None, leak: Tensor, floor: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return IMPLEMENTATIONS[backend].kernel().backward(grad, x, branch, gain, leak, floor)
 
 
-@_leaky_clamp_backward.register_fake
-def _(
+def _backward_fake(
     grad: Tensor, x: Tensor, branch: Tensor | None, gain: Tensor | None, leak: Tensor, floor: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grad_branch = leak.new_empty(0) if branch is None else branch.new_empty(branch.shape)
@@ -124,4 +121,11 @@ def _gradients(ctx: Any, grad: Tensor, run: Any) -> tuple[Tensor | None, ...]:
     return x, *added, leak, floor, None
 
 
-_run = differentiable(_leaky_clamp, _leaky_clamp_backward, _setup_context, _gradients)
+_run = register_op(
+    "leaky_clamp",
+    Kernel(_forward, _forward_fake),
+    Kernel(_backward, _backward_fake),
+    _setup_context,
+    _gradients,
+    second_derivative="backend='torch' has one",
+)

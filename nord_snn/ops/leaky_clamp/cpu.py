@@ -14,7 +14,7 @@ from nord_snn.ops.threads import as_many_threads_as_torch
 __all__ = ["backward", "forward"]
 
 _COMPILE: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
-_LANES = "2b4b29ff0b24"  # how the SHA-256 of lanes.py begins: Numba's cache notices a change of this file alone
+_LANES = "768ebc5945fe"  # SHA-256 of lanes.py and _compat/numba.py: Numba's cache notices a change of this file alone
 
 
 @njit(**_COMPILE)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from nord_snn.ops.checks import check_scalar, compute_dtype, without_autocast
-from nord_snn.ops.differentiable import differentiable
 from nord_snn.ops.dispatch import chooser, implementations_of
+from nord_snn.ops.registration import Kernel, register_op
 
 __all__ = ["IMPLEMENTATIONS", "check_heads", "choose", "resonance"]
 
@@ -47,8 +47,8 @@ def resonance(
     best. Sums are float32 (float64 for float64 values), also under autocast, so counts are exact; the
     context is rounded once to the dtype of ``v``.
 
-    Peak memory grows linearly with S, forward and backward. Differentiable once; for a second derivative take
-    ``reference.py`` of this folder.
+    Peak memory grows linearly with S, forward and backward. Differentiable once; a second derivative is
+    refused, and ``reference.py`` of this folder has one.
 
     Args:
         q: query spikes ``[T, B, S, D]``, floating (with gradient) or bool.
@@ -112,8 +112,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, n_heads: int, top_k: int, recency: T
         raise ValueError(f"recency must have shape [H] = [{n_heads}], got {list(recency.shape)}")
 
 
-@torch.library.custom_op("nord_snn::resonance", mutates_args=())
-def _resonance(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -130,8 +129,7 @@ def _resonance(
         return kernel.forward(q, k, v, temperature, recency, n_heads, top_k, causal, remember)
 
 
-@_resonance.register_fake
-def _(
+def _forward_fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -153,8 +151,7 @@ def _(
     )
 
 
-@torch.library.custom_op("nord_snn::resonance_backward", mutates_args=())
-def _resonance_backward(
+def _backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -177,8 +174,7 @@ def _resonance_backward(
         )
 
 
-@_resonance_backward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _, q, k, v, temperature, recency, *_, n_heads, _, _, spikes_too, _ = arguments
     grad_q, grad_k = (x.new_empty(x.shape if spikes_too else 0) for x in (q, k))
     return (
@@ -205,4 +201,11 @@ def _gradients(ctx: Any, grad: Tensor | None, *_: None, run: Any) -> tuple[Tenso
     return *(gradient if need else None for gradient, need in zip(gradients, needed[:5], strict=True)), *[None] * 5
 
 
-_run = differentiable(_resonance, _resonance_backward, _setup_context, _gradients)
+_run = register_op(
+    "resonance",
+    Kernel(_forward, _forward_fake),
+    Kernel(_backward, _backward_fake),
+    _setup_context,
+    _gradients,
+    second_derivative="nord_snn/ops/resonance/reference.py has one",
+)

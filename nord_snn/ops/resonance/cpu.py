@@ -40,7 +40,7 @@ from nord_snn.ops.threads import as_many_threads_as_torch
 __all__ = ["backward", "cached", "forward", "saved_shapes"]
 
 _COMPILE: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
-_LANES = "2b4b29ff0b24"  # how the SHA-256 of lanes.py begins: Numba's cache notices a change of this file alone
+_LANES = "768ebc5945fe"  # SHA-256 of lanes.py and _compat/numba.py: Numba's cache notices a change of this file alone
 _BLOCK = 64  # queries whose lists are walked over together, step by step
 _NEAR = 256  # the most recent keys, which are fetched a step ahead
 _AHEAD = 8  # positions to fetch ahead: a head's neurons are short pieces of memory far apart, which no cache guesses
