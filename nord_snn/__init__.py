@@ -4,17 +4,14 @@ The parts live one level down and are imported from there: :mod:`nord_snn.neuron
 :mod:`nord_snn.learning_rules`, :mod:`nord_snn.monitor`, and the pure functions under them in :mod:`nord_snn.ops`.
 """
 
-from importlib.metadata import version
-
 from spikingjelly.activation_based import functional
 from torch import nn
 
+from nord_snn._compat.spikingjelly import forget_module_list
+from nord_snn._version import __version__
 from nord_snn.neurons.foreign import is_snntorch
-from nord_snn.neurons.releases import forget_module_list
 
 __all__ = ["__version__", "reset"]
-
-__version__ = version("nord-snn")
 
 
 def reset(net: nn.Module) -> None:

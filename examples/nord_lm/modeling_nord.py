@@ -6,23 +6,22 @@ neurons that starts from rest in every forward pass; positions meet only in the 
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    Cache,
-    DynamicCache,
-    GenerationConfig,
-    GenerationMixin,
-    PreTrainedModel,
-)
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from nord_snn._compat.transformers import (
+    CACHE,
+    CausalLM,
+    cache_from,
+    causal_lm_output,
+    check_growing_cache,
+    refuse_unknown_keywords,
+)
 from nord_snn.layers import MembraneReadout, MultiScaleTemporalEncoder, NordBlock, SpikeFedBlock
 from nord_snn.neurons import AssociativeLIFNode, NeuronFactory, SmoothActivation, fire_from_rest, make_neuron
 
@@ -33,11 +32,24 @@ except ImportError:
 
 __all__ = ["NordForCausalLM"]
 
-GROWING = (DynamicLayer, DynamicSlidingWindowLayer)
-NOT_OFFERED = ("inputs_embeds", "position_ids", "output_hidden_states", "output_attentions")
+_NO_PACKING = "rows hold one sequence each, none are packed"
+#: What causal language models of transformers may be asked for, and this one does not have.
+NOT_OFFERED = {
+    "position_ids": "it has no position encoding; the attention mask says where a row's tokens begin",
+    "token_type_ids": "it has one kind of token",
+    "output_hidden_states": "its stream has time steps; put forward hooks on model.blocks",
+    "output_attentions": "no matrix of scores is kept",
+    "output_router_logits": "it has no experts",
+    "is_causal": "it is causal, always",
+    "cu_seq_lens_q": _NO_PACKING,
+    "cu_seq_lens_k": _NO_PACKING,
+    "max_length_q": _NO_PACKING,
+    "max_length_k": _NO_PACKING,
+    "seq_idx": _NO_PACKING,
+}
 
 
-class NordForCausalLM(PreTrainedModel, GenerationMixin):
+class NordForCausalLM(CausalLM):
     """The Nord language model with its head, as an ordinary causal language model of transformers.
 
     Args:
@@ -54,7 +66,7 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = ""
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012  # transformers reads it off the class
+    tied_weights: ClassVar[dict[str, str]] = {"lm_head.weight": "embed_tokens.weight"}
 
     def __init__(self, config: NordConfig) -> None:
         # transformers would read the resonance's top_k as the sampler's and start generate() with it.
@@ -96,20 +108,23 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
         self.readout = MembraneReadout(width, neuron=neuron)
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
-        # Who spreads a model over devices looks each of these up in it and gives up where one is not there.
-        self._no_split_modules = {type(block).__name__ for block in self.blocks}
+        self.keep_whole(self.blocks)
         self.post_init()
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
-        **kwargs: Any,
+        logits_to_keep: int | Tensor = 0,
+        *,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **others: Any,
     ) -> CausalLMOutputWithPast:
         """Logits for every position, and the loss if there are labels.
 
@@ -121,47 +136,62 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: token ids ``[B, S]``, S at most ``max_position_embeddings``; with a cache, the new ones.
             attention_mask: 1 for tokens and 0 for padding, which may stand before or behind the tokens of a row;
                 ``[B, S]``, or with a cache one column for every position since it was begun. None: all are tokens.
-            past_key_values: keys and values of what came before; is appended to.
+            past_key_values: keys and values of what came before; is appended to. The name of ``cache`` up to transformers 5.23.
             labels: ``[B, S]``, the same ids, -100 where nothing is to be predicted; the shift is done here.
             use_cache: return a cache; default: as the configuration says, but not while training or where there are labels.
-            logits_to_keep: compute logits for the last that many positions only; 0 for all.
-            kwargs: passed on to the loss (``num_items_in_batch``).
+            logits_to_keep: compute logits for the last that many positions only, 0 for all, or for the positions in a tensor
+                of integers.
+            cache: keys and values of what came before; is appended to.
+            inputs_embeds: in place of ``input_ids``, what the embedding would have made of them, ``[B, S, D]``.
+            num_items_in_batch: divide the loss by this number, not by that of the labels here, as ``Trainer`` does where it
+                accumulates gradients.
+            others: what transformers' models know and this one does not offer may be None or False.
 
         Raises:
+            TypeError: a keyword that nobody knows, a cache under both of its names, or not one of ``input_ids`` and
+                ``inputs_embeds``.
             ValueError: wrong rank, too long, padding between tokens, or something is asked for that the model does not have.
             RuntimeError: a gradient through earlier positions in a cache; call it under ``torch.no_grad()``.
         """
-        self._check(input_ids, past_key_values, kwargs)
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        lengths = self._lengths(input_ids, attention_mask, seen)
+        refuse_unknown_keywords(type(self).__name__, others, NOT_OFFERED)
+        cache = cache_from(cache, past_key_values)
+        embedded = self._embedded(input_ids, inputs_embeds)
+        if cache is not None:
+            check_growing_cache(cache, self.config.max_position_embeddings)
+        seen = cache.get_seq_length() if cache is not None else 0
+        lengths = self._lengths(embedded, attention_mask, seen)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
-        if self._recomputes() and (use_cache or past_key_values is not None):
+        if self._recomputes() and (use_cache or cache is not None):
             raise ValueError("with gradient checkpointing there is no cache: pass use_cache=False")
-        if past_key_values is None and use_cache:
-            past_key_values = DynamicCache(config=self.config)
-        x = fire_from_rest(self.input_lif, self.encoder(self.embed_tokens(input_ids)))  # [T, B, S, D]
+        if cache is None and use_cache:
+            cache = DynamicCache(config=self.config)
+        x = fire_from_rest(self.input_lif, self.encoder(embedded))  # [T, B, S, D]
         for index, block in enumerate(self.blocks):
             through = partial(block, lengths=lengths)
-            if past_key_values is not None:
-                remember = partial(past_key_values.update, layer_idx=index)
+            if cache is not None:
+                remember = partial(cache.update, layer_idx=index)
                 through = partial(through, remember=remember, window=self.config.max_position_embeddings)
-            x = self._gradient_checkpointing_func(through, x) if self._recomputes() else through(x)
+            x = self.recompute(through, x) if self._recomputes() else through(x)
         hidden = self.norm(self.readout(self.stream_norm(x)))  # [B, S, D]
-        logits = self.lm_head(hidden[:, -logits_to_keep:])
+        logits = self.lm_head(hidden[:, _kept(logits_to_keep, labels)])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+        return causal_lm_output(loss, logits, cache if use_cache else None)
 
-    def _assisted_decoding(self, *args: Any, generation_config: GenerationConfig, **kwargs: Any) -> Any:
+    def check_assisted_length(self, length: int) -> None:
         """Candidates are tried several at a time, which is exact as long as the window need not slide."""
-        if generation_config.max_length > self.config.max_position_embeddings:
+        if length > self.config.max_position_embeddings:
             raise ValueError(
                 "decoding with an assistant or prompt lookup must end within max_position_embeddings = "
-                f"{self.config.max_position_embeddings}, got max_length {generation_config.max_length}"
+                f"{self.config.max_position_embeddings}, got max_length {length}"
             )
-        return super()._assisted_decoding(*args, generation_config=generation_config, **kwargs)
 
     def _recomputes(self) -> bool:
         """Whether blocks are computed again in the backward pass instead of kept."""
@@ -170,52 +200,56 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
-        past_key_values: Cache | None = None,
         attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """What ``forward`` gets next. Without a cache the window slides over what is longer, and all of it is computed."""
+        if inputs_embeds is not None and not is_first_iteration and kwargs.get(CACHE) is None:
+            raise ValueError("generate() from inputs_embeds needs the cache, which alone has seen them: use_cache=True")
         inputs = super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
+            input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
-        inputs["input_ids"] = inputs["input_ids"][:, -self.config.max_position_embeddings :]
+        given = "input_ids" if inputs.get("inputs_embeds") is None else "inputs_embeds"
+        inputs[given] = inputs[given][:, -self.config.max_position_embeddings :]
         if inputs.get("attention_mask") is not None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            inputs["attention_mask"] = inputs["attention_mask"][:, -(seen + inputs["input_ids"].shape[1]) :]
-        inputs.pop("position_ids", None)  # the model has none
+            cache = inputs.get(CACHE)
+            seen = cache.get_seq_length() if cache is not None else 0
+            inputs["attention_mask"] = inputs["attention_mask"][:, -(seen + inputs[given].shape[1]) :]
         return inputs
 
-    def _check(self, input_ids: Tensor, past: Cache | None, others: dict[str, Any]) -> None:
-        if refused := [name for name in NOT_OFFERED if others.get(name) is not None and others[name] is not False]:
-            raise ValueError(f"NordForCausalLM does not offer {', '.join(refused)}")
-        if input_ids.ndim != 2 or input_ids.is_floating_point():
-            raise ValueError(f"input_ids must be integers [B, S], got {list(input_ids.shape)} of {input_ids.dtype}")
-        if input_ids.shape[1] == 0:
-            raise ValueError("input_ids [B, S] must have at least one position")
-        if input_ids.shape[1] > self.config.max_position_embeddings:
+    def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """What the encoder gets, ``[B, S, D]``, after a look at its shape."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise TypeError("pass either input_ids [B, S] or inputs_embeds [B, S, D]")
+        name, x = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
+        assert x is not None
+        if input_ids is not None and (x.ndim != 2 or x.is_floating_point()):
+            raise ValueError(f"input_ids must be integers [B, S], got {list(x.shape)} of {x.dtype}")
+        width = self.config.hidden_size
+        if inputs_embeds is not None and (x.ndim != 3 or x.shape[2] != width or not x.is_floating_point()):
             raise ValueError(
-                f"input_ids have {input_ids.shape[1]} positions, more than "
+                f"inputs_embeds must be floating [B, S, D] with D = {width}, got {list(x.shape)} of {x.dtype}"
+            )
+        if x.shape[1] == 0:
+            raise ValueError(f"{name} must have at least one position, got {list(x.shape)}")
+        if x.shape[1] > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{name} have {x.shape[1]} positions, more than "
                 f"max_position_embeddings = {self.config.max_position_embeddings}"
             )
-        if past is not None:
-            layers = past.layers if isinstance(past, DynamicCache) else [past]
-            if strange := sorted({type(layer).__name__ for layer in layers if type(layer) not in GROWING}):
-                raise ValueError(
-                    f"past_key_values must be a DynamicCache, whose layers grow and stay exact, got {strange[0]}"
-                )
-            for layer in layers:
-                window = getattr(layer, "sliding_window", self.config.max_position_embeddings)
-                if window != self.config.max_position_embeddings:
-                    raise ValueError(
-                        f"past_key_values were made for a window of {window} positions, and max_position_embeddings is "
-                        f"{self.config.max_position_embeddings}: use DynamicCache(config=model.config)"
-                    )
+        return self.embed_tokens(x) if inputs_embeds is None else x
 
-    def _lengths(self, input_ids: Tensor, attention_mask: Tensor | None, seen: int) -> Tensor | None:
+    def _lengths(self, embedded: Tensor, attention_mask: Tensor | None, seen: int) -> Tensor | None:
         """Positions of each row from its first token on, ``[B]``; None if no row has padding in front."""
         if attention_mask is None or not self.config.resonance:  # without it no position sees another
             return None
-        expected = [input_ids.shape[0], seen + input_ids.shape[1]]
+        expected = [embedded.shape[0], seen + embedded.shape[1]]
         if list(attention_mask.shape) != expected:
             positions = "S" if not seen else f"{seen} cached + S"
             raise ValueError(f"attention_mask must be [B, {positions}] = {expected}, got {list(attention_mask.shape)}")
@@ -231,21 +265,29 @@ class NordForCausalLM(PreTrainedModel, GenerationMixin):
         first = tokens.int().argmax(1)
         return tokens.shape[1] - first if first.any() else None
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
+    def initialize(self, module: nn.Module) -> None:
         """Embedding kaiming-uniform with a = sqrt(5), everything else as its own ``reset_parameters`` says."""
-        # A module may have got some of its parameters from a checkpoint: those stay.
-        loaded = {
-            parameter: parameter.clone()
-            for parameter in module.parameters(recurse=False)
-            if getattr(parameter, "_is_hf_initialized", False)
-        }
         if isinstance(module, nn.Embedding):
             nn.init.kaiming_uniform_(module.weight, a=5**0.5)
         elif hasattr(module, "reset_parameters"):
             module.reset_parameters()  # type: ignore[operator]
-        for parameter, value in loaded.items():
-            parameter.copy_(value)
+
+
+def _kept(logits_to_keep: int | Tensor, labels: Tensor | None) -> slice | Tensor:
+    """Which positions logits are computed for."""
+    everything = not isinstance(logits_to_keep, Tensor) and logits_to_keep == 0
+    if labels is not None and not everything:
+        raise ValueError(f"with labels there are logits for every position: logits_to_keep=0, got {logits_to_keep}")
+    if isinstance(logits_to_keep, Tensor):
+        if logits_to_keep.ndim != 1 or logits_to_keep.is_floating_point():
+            raise ValueError(
+                f"logits_to_keep must be a number or a tensor of positions [K], got {list(logits_to_keep.shape)} of "
+                f"{logits_to_keep.dtype}"
+            )
+        return logits_to_keep
+    if logits_to_keep < 0:
+        raise ValueError(f"logits_to_keep must be at least 0, got {logits_to_keep}")
+    return slice(-logits_to_keep, None) if logits_to_keep else slice(None)
 
 
 def _block(config: NordConfig, neuron: NeuronFactory) -> nn.Module:

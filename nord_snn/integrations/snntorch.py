@@ -4,11 +4,11 @@ from typing import Any
 
 import snntorch
 import torch
-from snntorch._neurons.neurons import SpikingNeuron
 from torch import Tensor, nn
 
+from nord_snn._compat.snntorch import SynapticWithOwnState
+from nord_snn._compat.torch import KeepsStatePrecision, is_view, without_graph
 from nord_snn.neurons import AssociativeLIFNode
-from nord_snn.neurons.memories import cut, moved
 from nord_snn.ops import AssociativeLIFState
 from nord_snn.ops.checks import check_features, compute_dtype
 from nord_snn.ops.surrogate import SurrogateLike
@@ -29,7 +29,7 @@ class _StrictNode(AssociativeLIFNode):
         return threshold + (above - threshold).detach()
 
 
-class AssociativeSynaptic(snntorch.Synaptic):
+class AssociativeSynaptic(SynapticWithOwnState):
     """Associative LIF neurons with the signature and the habits of ``snntorch.Synaptic``: one step a call.
 
     The equations are those of :func:`nord_snn.ops.associative_lif`, with two differences from
@@ -88,11 +88,7 @@ class AssociativeSynaptic(snntorch.Synaptic):
     ) -> None:
         if theirs := sorted(_NOT_OURS & more.keys()):
             raise TypeError(f"AssociativeSynaptic subtracts its threshold at once and has no {', '.join(theirs)}")
-        # Past Synaptic's own __init__, whose buffers would shadow what the node has; utils.reset finds instances in the list.
-        nn.Module.__init__(self)
-        SpikingNeuron.instances.append(self)
-        self.init_hidden, self.output = init_hidden, output
-        self.inhibition, self.state_quant, self._reset_mechanism = False, False, "subtract"
+        super().__init__(init_hidden, output)
         self.node = _StrictNode(
             n_features,
             n_clusters,
@@ -112,6 +108,7 @@ class AssociativeSynaptic(snntorch.Synaptic):
         self._mem: Tensor
         self._refractory: Tensor
         self._fresh = True  # the states were put here from outside, by a reset as a rule
+        self.register()
 
     @property
     def alpha(self) -> Tensor:
@@ -166,7 +163,7 @@ class AssociativeSynaptic(snntorch.Synaptic):
         state = self._state(input_, syn, mem)
         spk, after = self._step(input_, state)
         # snnTorch detaches states in place, which views refuse.
-        self._syn, self._mem = (x.clone() if x._is_view() else x for x in (after.i_syn, after.v))
+        self._syn, self._mem = (x.clone() if is_view(x) else x for x in (after.i_syn, after.v))
         self._refractory = after.refractory
         self._fresh = False
         return spk if self.init_hidden and not self.output else (spk, self._syn, self._mem)
@@ -210,23 +207,12 @@ class AssociativeSynaptic(snntorch.Synaptic):
         dtype = compute_dtype(x)
         return AssociativeLIFState(mem.to(x.device, dtype), syn.to(x.device, dtype), refractory.to(x.device))
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move the states along, but never to fewer bits."""
-        states = {name: moved(value, fn) for name, value in self._buffers.items()}
-        super()._apply(fn, recurse=recurse)
-        self._buffers.update(states)
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles have the states, but not the graph behind them."""
-        return self.__dict__ | {"_buffers": {name: cut(value) for name, value in self._buffers.items()}}
-
     def extra_repr(self) -> str:
         """What snnTorch's side of it is."""
         return f"init_hidden={self.init_hidden}, output={self.output}"
 
 
-class MultiStep(nn.Module):
+class MultiStep(KeepsStatePrecision):
     """A snnTorch neuron over a whole sequence from rest, so that it can stand where a Nord layer asks for a ``neuron``.
 
     Args:
@@ -252,7 +238,7 @@ class MultiStep(nn.Module):
 
     def __init__(self, neuron: nn.Module) -> None:
         super().__init__()
-        if not isinstance(neuron, SpikingNeuron):
+        if not isinstance(neuron, snntorch.SpikingNeuron):
             raise TypeError(f"MultiStep takes a neuron of snnTorch, got {type(neuron).__name__}")
         self.neuron = neuron
         self.store_v_seq = False
@@ -269,14 +255,17 @@ class MultiStep(nn.Module):
             for name, value in held.items():
                 setattr(self.neuron, name, value)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move the stored membranes along, but never to fewer bits."""
-        self.v_seq = moved(self.v_seq, fn)
-        return super()._apply(fn, recurse=recurse)
+    def get_state(self) -> dict[str, Any]:
+        """Return the stored membranes."""
+        return {"v_seq": self.v_seq}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Set the stored membranes."""
+        self.v_seq = state["v_seq"]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles have the stored membranes, but not the graph behind them."""
-        return self.__dict__ | {"v_seq": cut(self.v_seq)}
+        """Return what copies and pickles have: the stored membranes, but not the graph behind them."""
+        return self.__dict__ | {"v_seq": without_graph(self.v_seq)}
 
     def _run(self, x_seq: Tensor) -> Tensor:
         states = self._rest(x_seq[0])

@@ -10,6 +10,7 @@ import torch
 from spikingjelly.activation_based import base
 from torch import Tensor, nn
 
+from nord_snn._compat.torch import padding_on_both_sides, version_of
 from nord_snn.learning_rules.plastic import PlasticPart
 from nord_snn.learning_rules.ranks import mean_over_ranks, together
 from nord_snn.ops import ConvGeometry
@@ -67,7 +68,7 @@ class Learner(base.MemoryModule):
         super().__init__()
         if not isinstance(synapse, (nn.Linear, nn.Conv1d, nn.Conv2d)):
             raise TypeError(f"synapse must be a Linear, Conv1d or Conv2d of torch.nn, got {type(synapse).__name__}")
-        if not isinstance(synapse._parameters.get("weight"), nn.Parameter):
+        if "weight" not in dict(synapse.named_parameters(recurse=False)):
             raise TypeError(
                 f"the weight of a {type(synapse).__name__} with a parametrization is computed from others and cannot learn itself"
             )
@@ -209,7 +210,7 @@ class Learner(base.MemoryModule):
         if spikes.is_inference():
             spikes = spikes.clone()  # torch keeps no version of these
         else:
-            self._versions.append((spikes, spikes._version))
+            self._versions.append((spikes, version_of(spikes)))
         record.append(spikes)
 
     def _forget_record(self) -> None:
@@ -255,7 +256,7 @@ class Learner(base.MemoryModule):
         mode = getattr(self.sn, "step_mode", self.step_mode)
         if mode != self.step_mode:
             raise ValueError(f"the neurons behind {self.name} have step_mode {mode!r}, the learner {self.step_mode!r}")
-        if any(spikes._version != version for spikes, version in self._versions):
+        if any(version_of(spikes) != version for spikes, version in self._versions):
             raise RuntimeError(
                 f"spikes before or behind {self.name} were written into after they were recorded (a buffer that is used "
                 "again, or a layer with inplace=True): give the network a new tensor in every call; reset() forgets the record"
@@ -368,12 +369,10 @@ class _Hook:
 def _geometry(synapse: nn.Linear | nn.Conv1d | nn.Conv2d) -> ConvGeometry | None:
     if isinstance(synapse, nn.Linear):
         return None
-    sides = synapse._reversed_padding_repeated_twice  # also for padding="same", where the two sides may differ
-    pairs = [(int(sides[i]), int(sides[i + 1])) for i in range(0, len(sides), 2)]
     return ConvGeometry(
         tuple(synapse.kernel_size),
         tuple(synapse.stride),
-        tuple(reversed(pairs)),
+        padding_on_both_sides(synapse),
         tuple(synapse.dilation),
         synapse.groups,
         synapse.padding_mode,

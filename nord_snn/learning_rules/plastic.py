@@ -2,11 +2,11 @@
 
 import hashlib
 import json
+import operator
 import os
-import signal
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -96,12 +96,14 @@ class PlasticPart:
             raise ValueError(
                 "apply expects a finite weight change that keeps the weights finite; the weights are untouched"
             )
-        with _uninterrupted():
-            if self._trained is None or self._written is None:
-                self._trained, self._written = weight.detach().clone(), weight.detach().clone()
-            self._trained[index] = self._without_added(index)  # what an optimizer did since belongs to it
-            self._written[index] = new
-            weight[index] = new
+        if self._trained is None or self._written is None:
+            self._written = weight.detach().clone()
+            self._trained = self._written.clone()
+        _without_interruption(
+            partial(operator.setitem, self._trained, index, self._without_added(index)),  # an optimizer's part included
+            partial(operator.setitem, self._written, index, new),
+            partial(operator.setitem, weight, index, new),
+        )
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -111,10 +113,11 @@ class PlasticPart:
         Bit for bit where nothing else has changed the weight since; elsewhere (an optimizer ran in between) what was added
         is subtracted from what it is now. Does nothing if nothing was added.
         """
-        if self._trained is not None:
-            with _uninterrupted():
-                self.weight.copy_(self.trained)
-                self._trained = self._written = None
+        if self._trained is not None and self._written is not None:
+            _without_interruption(
+                partial(self.weight.copy_, self.trained),
+                partial(self.__dict__.update, _trained=None, _written=None),
+            )
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -128,9 +131,10 @@ class PlasticPart:
         new = (trained.double() + delta.to(trained.device).double()).to(trained.dtype)
         if not new.isfinite().all():
             raise ValueError("the weights would not be finite any more; they are untouched")
-        with _uninterrupted():
-            self._trained, self._written = trained, new.clone()
-            self.weight.copy_(new)
+        _without_interruption(
+            partial(self.__dict__.update, _trained=trained, _written=new.clone()),
+            partial(self.weight.copy_, new),
+        )
 
     def _without_added(self, index: slice | Tensor) -> Tensor:
         weight = self.weight
@@ -147,20 +151,13 @@ class PlasticPart:
         return torch.minimum(torch.maximum(new, old.clamp(max=lower)), old.clamp(min=upper))
 
 
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back until a weight and what is remembered of it agree again."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
-        yield  # Ctrl-C comes to the main thread alone, and a handler that is not Python's cannot be put back
-        return
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if came:
-        signal.raise_signal(signal.SIGINT)
+def _without_interruption(*writes: Callable[[], object]) -> None:
+    """Run functions of C one after the other, with no place for Ctrl-C between them.
+
+    Python handles signals between bytecodes, and ``deque``, ``map`` and ``partial`` execute none. So the weight and the record
+    of what was added to it always agree, without a signal handler, which belongs to the application.
+    """
+    deque(map(operator.call, writes), maxlen=0)
 
 
 class HasPlasticPart(Protocol):

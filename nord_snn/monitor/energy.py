@@ -8,8 +8,8 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from nord_snn._compat.torch import TorchDispatchMode, operators_by_private_name, without_dispatch_modes
 from nord_snn.neurons import AssociativeLIFNode
 from nord_snn.neurons.foreign import is_neuron
 from nord_snn.ops.resonance import unpack_spikes
@@ -542,7 +542,7 @@ class EnergyProfiler(TorchDispatchMode):
 
         def listening(keys: Tensor, values: Tensor) -> Any:
             held = remember(keys, values)
-            with _disable_current_modes():
+            with without_dispatch_modes():
                 self.earlier(name, module, held[0], held[1], window)
             return held
 
@@ -556,7 +556,7 @@ class EnergyProfiler(TorchDispatchMode):
             if name.rpartition(".")[2] == "lif_q" and output is not None:
                 self._fired[name] = output
             if is_neuron(module) and output is not None:
-                with _disable_current_modes():  # what is computed here is not the network's
+                with without_dispatch_modes():  # what is computed here is not the network's
                     self.neurons(name, module, output[0] if isinstance(output, tuple) else output)
             self._grown.discard(name)
             self._names.pop()
@@ -604,13 +604,20 @@ _HANDLERS: dict[Any, Callable[[EnergyProfiler, Any, Any], None]] = {
 
 #: Work that is no product and that torch does not call pointwise: an output each.
 _OTHER_WORK = {
-    *(_aten.mean, _aten.sum, _aten._softmax, _aten._log_softmax, _aten.avg_pool2d, _aten.max_pool2d_with_indices),
-    *(_aten.native_layer_norm, _aten.native_batch_norm, _aten.native_group_norm, _aten._native_batch_norm_legit),
-    *(_aten._native_batch_norm_legit_no_training, _aten.leaky_relu, _aten.hardswish, _aten.log_sigmoid_forward),
-    *(_aten._prelu_kernel, _aten.glu, _nord.leaky_clamp),
-    *(_aten.avg_pool3d, _aten._adaptive_avg_pool2d, _aten._adaptive_avg_pool3d, _aten.adaptive_max_pool2d),
+    *(_aten.mean, _aten.sum, _aten.avg_pool2d, _aten.max_pool2d_with_indices, _aten.native_layer_norm),
+    *(_aten.native_batch_norm, _aten.native_group_norm, _aten.leaky_relu, _aten.hardswish, _aten.log_sigmoid_forward),
+    *(_aten.glu, _nord.leaky_clamp, _aten.avg_pool3d, _aten.adaptive_max_pool2d),
     *(_aten.max_pool3d_with_indices, _aten.amax, _aten.amin, _aten.max, _aten.min, _aten.var, _aten.var_mean),
     *(_aten.std, _aten.prod, _aten.cumsum, _aten.linalg_vector_norm),
+    *operators_by_private_name(
+        "_softmax",
+        "_log_softmax",
+        "_native_batch_norm_legit",
+        "_native_batch_norm_legit_no_training",
+        "_prelu_kernel",
+        "_adaptive_avg_pool2d",
+        "_adaptive_avg_pool3d",
+    ),
 }
 
 #: Products that are hidden in one call.
@@ -623,7 +630,7 @@ _UNKNOWN = (
     "rnn",
     "mkldnn",
     "cdist",
-    "_int_mm",
+    "aten._int_mm",
     "scaled_mm",
-    "_trilinear",
+    "aten._trilinear",
 )

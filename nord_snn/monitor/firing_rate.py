@@ -1,6 +1,5 @@
 """SpikeMonitor: who fires how often, counted from the spikes themselves."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -11,6 +10,7 @@ import torch
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, distributed, nn
 
+from nord_snn._compat.torch import observe_forward, stop_observing_forward
 from nord_snn.neurons.foreign import is_neuron, runs_snntorch
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "features_of",
     "neuron_layers",
     "spikes_of",
-    "watch_compiled",
 ]
 
 
@@ -69,8 +68,9 @@ class SpikeMonitor:
     each step and neuron of a layer, on the layer's device: memory does not grow, and nothing waits for a GPU before a figure
     is asked for. Without a monitor a network has no hooks and costs what it always did.
 
-    It works under ``torch.compile``, with ``fullgraph=True`` too. Compiled code does not notice hooks that come later, so a new
-    monitor has all of it compiled anew; :meth:`pause` and :meth:`resume` do not. Under DDP every process counts what it ran
+    It works under ``torch.compile``, with ``fullgraph=True`` too, whichever comes first. Code that was compiled with one of the
+    watched neurons in it is compiled again under the first monitor, and only that code; later monitors use it again, and
+    without a monitor the earlier code runs. Under DDP every process counts what it ran
     itself; :meth:`gather` adds them up.
 
     Args:
@@ -115,7 +115,6 @@ class SpikeMonitor:
         except ValueError:
             self.close()  # nobody will have this monitor to close it
             raise
-        watch_compiled()
 
     def pause(self) -> None:
         """Count nothing until :meth:`resume`."""
@@ -125,7 +124,7 @@ class SpikeMonitor:
     def resume(self) -> None:
         """Go on counting."""
         for counter in self._counters.values():
-            counter.on = bool(counter.hooks)
+            counter.on = counter.watching
 
     def clear(self) -> None:
         """Start counting anew."""
@@ -160,7 +159,7 @@ class SpikeMonitor:
             counter.gather()
 
     def close(self) -> None:
-        """Take the hooks off; the counts stay readable."""
+        """Stop watching; the counts stay readable."""
         for counter in self._counters.values():
             counter.close()
 
@@ -212,12 +211,6 @@ def features_of(module: nn.Module, spikes: Tensor, feature_dims: int | None) -> 
     return spikes.shape[spikes.ndim - feature_dims :]
 
 
-def watch_compiled() -> None:
-    """Compiled code does not notice hooks that come later: have it compiled anew."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
-
-
 def check_feature_dims(feature_dims: int | None) -> None:
     """Raise a ValueError unless some dimension tells neurons apart."""
     if feature_dims is not None and feature_dims < 1:
@@ -230,33 +223,31 @@ class _Counter:
     def __init__(self, name: str, module: nn.Module, feature_dims: int | None, max_steps: int) -> None:
         self.name, self.module, self.max_steps = name, module, max_steps
         self.feature_dims = feature_dims
-        self.hooks = [module.register_forward_hook(self.count)]
-        if isinstance(module, BaseNode):
-            self.hooks.append(module.register_forward_pre_hook(self.place))
         self.step = 0  # of the next single step
-        self.on = True
+        self.on = self.watching = True
         self.clear()
+        observe_forward(module, self)
 
     def __deepcopy__(self, memo: Any) -> "_Counter":
-        return self  # a copy of the network takes its hook along, which counts nothing there
+        return self  # a copy of the network takes its observers along, which count nothing there
 
     def clear(self) -> None:
         self.counts: Tensor | None = None  # [T, *, D]
         self.rows: Tensor | None = None  # [T]; a tensor, since code is compiled anew for every other number
 
     def close(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        self.hooks, self.on = [], False  # compiled code has the hooks in it
+        stop_observing_forward(self.module, self)
+        self.on = self.watching = False
 
-    def place(self, module: Any, inputs: Any) -> None:
-        """A node at rest begins a sequence, one that holds state goes on with it."""
-        if module.step_mode == "s":
+    def before(self, module: Any) -> None:
+        """Find the time step: a node at rest begins a sequence, one that holds state goes on with it."""
+        if isinstance(module, BaseNode) and module.step_mode == "s":
             self.step = min(self.step + 1, self.max_steps - 1) if isinstance(module.v, Tensor) else 0
 
     @torch.no_grad()
-    def count(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if not self.on or module is not self.module:  # a deep copy of the network took the hook along
+    def after(self, module: nn.Module, output: Any) -> None:
+        """Count what the module fired."""
+        if not self.on or module is not self.module:  # a deep copy of the network took the observer along
             return
         spikes, whole = spikes_of(module, output)
         first = 0 if whole else self.step

@@ -1,13 +1,13 @@
 """RowRates: how much the network fires for each image of a batch, each token of a text."""
 
-from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from nord_snn.monitor.firing_rate import check_feature_dims, features_of, neuron_layers, spikes_of, watch_compiled
+from nord_snn._compat.torch import observe_forward, stop_observing_forward
+from nord_snn.monitor.firing_rate import check_feature_dims, features_of, neuron_layers, spikes_of
 
 __all__ = ["RowRates"]
 
@@ -44,10 +44,7 @@ class RowRates:
         self._spikes: dict[str, Tensor] = {}
         self._chances: dict[str, int] = {}
         self._neurons: dict[str, int] = {}
-        self._hooks = [
-            module.register_forward_hook(partial(self._count, name)) for name, module in self._layers.items()
-        ]
-        watch_compiled()
+        self._observers = [_LayerObserver(self, name, module) for name, module in self._layers.items()]
 
     def take(self) -> dict[str, Tensor]:
         """Rates ``[N, *]`` of each layer that has run since the last time; counting starts anew."""
@@ -60,9 +57,9 @@ class RowRates:
         return dict(self._neurons)
 
     def close(self) -> None:
-        """Take the hooks off; what was counted can still be taken."""
-        for hook in self._hooks:
-            hook.remove()
+        """Stop counting; what was counted can still be taken."""
+        for observer in self._observers:
+            stop_observing_forward(observer.module, observer)
 
     def __enter__(self) -> Self:
         """Count until the block ends."""
@@ -74,14 +71,9 @@ class RowRates:
         """Stop counting."""
         self.close()
 
-    def __deepcopy__(self, memo: Any) -> Self:
-        """A copy of the network takes its hook along, which counts nothing there."""
-        return self
-
     @torch.no_grad()
-    def _count(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        if module is not self._layers[name]:  # a deep copy of the network took the hook along
-            return
+    def count(self, name: str, module: nn.Module, output: Any) -> None:
+        """Add what a layer has returned."""
         spikes, _ = spikes_of(module, output)
         features = features_of(module, spikes, self.feature_dims)
         rows = spikes.shape[1 : spikes.ndim - len(features)]
@@ -94,3 +86,22 @@ class RowRates:
         self._spikes[name] = new if before is None else before + new
         self._chances[name] = self._chances.get(name, 0) + len(spikes) * features.numel()
         self._neurons[name] = features.numel()
+
+
+class _LayerObserver:
+    """Hands on what one layer returns."""
+
+    def __init__(self, rates: RowRates, name: str, module: nn.Module) -> None:
+        self.rates, self.name, self.module = rates, name, module
+        observe_forward(module, self)
+
+    def __deepcopy__(self, memo: Any) -> "_LayerObserver":
+        return self  # a copy of the network takes its observers along, which count nothing there
+
+    def before(self, module: nn.Module) -> None:
+        """Do nothing."""
+
+    def after(self, module: nn.Module, output: Any) -> None:
+        """Count, unless ``module`` is a copy."""
+        if module is self.module:
+            self.rates.count(self.name, module, output)

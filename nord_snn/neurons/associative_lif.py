@@ -4,11 +4,10 @@ import math
 from typing import Any
 
 import torch
-from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
 
+from nord_snn._compat.spikingjelly import StatefulNode
 from nord_snn.neurons.cascade import AssociativeCascade
-from nord_snn.neurons.memories import cut, moved
 from nord_snn.ops import AssociativeLIFState, BackendChoice, associative_lif, which_backend
 from nord_snn.ops.checks import check_features, compute_dtype
 from nord_snn.ops.dispatch import BACKENDS
@@ -20,7 +19,7 @@ _States = tuple[object, ...]
 _Tensors = tuple[Tensor, ...]
 
 
-class AssociativeLIFNode(BaseNode):
+class AssociativeLIFNode(StatefulNode):
     """Current-based LIF neurons with learnable thresholds, a refractory period and an associative cascade.
 
     The equations are those of :func:`nord_snn.ops.associative_lif`. Learnable are the threshold of every neuron, both
@@ -103,7 +102,6 @@ class AssociativeLIFNode(BaseNode):
         self.register_memory("refractory", 0)
         self.n_features, self.alpha, self.backend = n_features, alpha, backend
         self.v_reset, self.refractory_steps = v_reset, refractory_steps
-        self.v_seq: Tensor | None
         if not hasattr(self, "v_seq"):  # in SpikingJelly 0.0.0.0.14 it is a memory, which reset() clears
             self.register_memory("v_seq", None)
         self._initial = (float(threshold), _logit(beta_mem, "beta_mem"), _logit(beta_syn, "beta_syn"))
@@ -178,26 +176,6 @@ class AssociativeLIFNode(BaseNode):
             earlier = None if multi or stateless else self.v_seq
             self.v_seq = v_seq if earlier is None else torch.cat((earlier, v_seq))
         return spikes if multi else spikes.squeeze(0)
-
-    def detach(self) -> None:
-        """Cut the graph behind the memories, for truncated backpropagation through time."""
-        for name, value in self._memories.items():  # not in place, as BaseNode does: the memories may be views
-            if isinstance(value, Tensor):
-                self._memories[name] = value.detach()
-        if self.v_seq is not None:
-            self.v_seq = self.v_seq.detach()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move the state along, but never to fewer bits: states stay float32 in a half-precision network."""
-        self._memories.update({name: moved(value, fn) for name, value in self._memories.items()})
-        if "v_seq" in self.__dict__:
-            self.v_seq = moved(self.v_seq, fn)
-        return nn.Module._apply(self, fn, recurse=recurse)  # BaseNode's own would halve them
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles have the state, but not the graph behind it."""
-        parts = self.__dict__ | {"_memories": {name: cut(value) for name, value in self._memories.items()}}
-        return parts | {"v_seq": cut(parts["v_seq"])} if "v_seq" in parts else parts
 
     def single_step_functional_forward(
         self, inputs: _Tensors, states: _States, **kwargs: object

@@ -16,8 +16,8 @@ from spikingjelly.activation_based import base, functional
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
 
+from nord_snn._compat.spikingjelly import reset_value
 from nord_snn.neurons.associative_lif import AssociativeLIFNode
-from nord_snn.neurons.releases import reset_value
 
 __all__ = ["NeuronFactory", "fire_from_rest", "make_neuron"]
 

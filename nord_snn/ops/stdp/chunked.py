@@ -5,8 +5,6 @@ powers never grow; from chunk to chunk the last trace is handed on. Rows never i
 only some of them, and beside inputs and outputs a call holds the traces of one chunk.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -39,10 +37,12 @@ def chunked(
     n_rows = max(1, min(SUMMANDS // steps, NUMBERS // (steps * max(1, pre[0, :1].numel()))))
     own = [None if trace is None else trace.to(dtype, copy=True) for trace in traces]
     last = Traces(*own)  # type: ignore[arg-type]  # the first two are there
-    plus, minus, slow_x, slow_y = (
-        _powers(decay, steps, dtype, pre.device)
-        for decay in (pairing.decay_plus, pairing.decay_minus, pairing.decay_x, pairing.decay_y)
-    )
+    decays = {pairing.decay_plus, pairing.decay_minus}
+    if last.slow_pre is not None:
+        decays |= {pairing.decay_x, pairing.decay_y}
+    powers = _powers(decays, steps, dtype, pre.device)
+    plus, minus = powers[pairing.decay_plus], powers[pairing.decay_minus]
+    slow_x, slow_y = powers.get(pairing.decay_x, plus), powers.get(pairing.decay_y, plus)
     strengthening = weakening = correlate(last.post[:0], last.pre[:0])  # zeros of the right shape
     for row in range(0, N, n_rows):
         rows = slice(row, row + n_rows)
@@ -65,12 +65,13 @@ def chunked(
     return strengthening, weakening, last
 
 
-@functools.lru_cache(maxsize=64)  # a learner that is called step by step would spend most of its time here
-def _powers(decay: float, steps: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``decay^(t - s)`` for t in 0..steps-1 and s in -1..t, zero above: ``[steps, steps + 1]``."""
-    step = torch.arange(-1, steps, device=device, dtype=torch.float64)
-    lag = step[1:, None] - step
-    return (decay ** lag.clamp(min=0)).tril(1).to(dtype)
+def _powers(decays: set[float], steps: int, dtype: torch.dtype, device: torch.device) -> dict[float, Tensor]:
+    """For each decay ``decay^(t - s)`` for t in 0..steps-1 and s in -1..t, zero above: ``[steps, steps + 1]``."""
+    if steps == 1:  # a learner that is called step by step spends most of its time around the arithmetic
+        return {decay: torch.tensor([[decay, 1.0]], dtype=dtype, device=device) for decay in decays}
+    step = torch.arange(steps + 1, dtype=torch.float64, device=device)
+    lag = (step[1:, None] - step).clamp_(min=0)
+    return {decay: (decay**lag).tril_(1).to(dtype) for decay in decays}
 
 
 def _traces(x: Tensor, before: Tensor, powers: Tensor) -> Tensor:
