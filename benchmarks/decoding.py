@@ -10,6 +10,7 @@ from language_model import NordConfig, NordForCausalLM
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from nord_snn._compat.transformers import cache_of
 from nord_snn.monitor import SpikeMonitor
 
 __all__ = ["CONTEXTS", "Speed", "cache_bytes", "firing_model", "gate", "measure"]
@@ -75,10 +76,10 @@ def gate(net: NordForCausalLM) -> str:
     """Compare the logits behind a prompt, taken token by token from the cache, with those of one pass over all of it."""
     ids = prompt(80)
     whole = net(input_ids=ids, logits_to_keep=16, use_cache=False).logits
-    past = net(input_ids=ids[:, :64], logits_to_keep=1).past_key_values
+    past = cache_of(net(input_ids=ids[:, :64], logits_to_keep=1))
     worst = 0.0
     for at in range(64, 80):
-        logits = net(input_ids=ids[:, at : at + 1], past_key_values=past).logits
+        logits = net(input_ids=ids[:, at : at + 1], cache=past).logits
         worst = max(worst, float((logits[:, 0] - whole[:, at - 64]).abs().max()))
     if worst > 1e-5:
         raise SystemExit(f"correctness gate: logits from the cache are off by {worst:.1e}")
@@ -106,5 +107,5 @@ def measure(net: NordForCausalLM) -> dict[tuple[int, bool], Speed]:
 def cache_bytes(net: NordForCausalLM) -> int:
     """What a position takes in the cache."""
     with torch.no_grad():
-        past = net(input_ids=prompt(16), logits_to_keep=1).past_key_values
+        past = cache_of(net(input_ids=prompt(16), logits_to_keep=1))
     return sum(x.numel() * x.element_size() for layer in past.layers for x in (layer.keys, layer.values)) // 16

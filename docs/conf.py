@@ -1,10 +1,10 @@
 """Sphinx: ``sphinx-build -W docs build/docs`` makes the pages."""
 
-from importlib.metadata import version as installed
+from nord_snn import __version__
 
 project = "nord-snn"
 author = "nord-snn contributors"
-release = version = installed("nord-snn")
+release = version = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 myst_enable_extensions = ["dollarmath"]

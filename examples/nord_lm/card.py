@@ -1,7 +1,6 @@
 """The model card: what stands beside the weights for whoever finds them, ``README.md`` of a model's folder."""
 
 import json
-from importlib.metadata import version
 from typing import Any
 
 import yaml
@@ -9,6 +8,8 @@ from configuration_nord import NordConfig
 from huggingface_hub import ModelCardData
 from modeling_nord import NordForCausalLM
 from transformers import PreTrainedModel
+
+from nord_snn import __version__
 
 __all__ = ["model_card", "parameter_counts"]
 
@@ -50,7 +51,7 @@ def model_card(
     total, without = parameter_counts(model)
     facts = {"parameters": f"{total:,}", "without embedding and head": f"{without:,}"} | _facts(results)
     parts = [
-        f"---\n{data.to_yaml()}\n---\n\n# A Nord spiking language model\n\n{origin} nord-snn {version('nord-snn')}.",
+        f"---\n{data.to_yaml()}\n---\n\n# A Nord spiking language model\n\n{origin} nord-snn {__version__}.",
         _table(("", ""), facts),
         USE,
     ]

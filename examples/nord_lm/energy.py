@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
+from nord_snn._compat.transformers import CACHE, cache_of
 from nord_snn.monitor import CONVENTIONS, EnergyProfile, EnergyProfiler
 
 __all__ = ["generated_token", "sentence"]
@@ -32,9 +33,9 @@ def generated_token(model: PreTrainedModel, ids: Tensor) -> EnergyProfile:
         model: a causal language model in eval mode; of GPT-2 and its like with ``attn_implementation="eager"``.
         ids: token ids, S at least 2.
     """
-    cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
+    cache = cache_of(model(input_ids=ids[:, :-1], use_cache=True))
     with EnergyProfiler(model) as profiler:
-        model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+        model(input_ids=ids[:, -1:], use_cache=True, **{CACHE: cache})
     return profiler.profile
 
 

@@ -206,8 +206,6 @@ class NordForCausalLM(CausalLM):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """What ``forward`` gets next. Without a cache the window slides over what is longer, and all of it is computed."""
-        if inputs_embeds is not None and not is_first_iteration and kwargs.get(CACHE) is None:
-            raise ValueError("generate() from inputs_embeds needs the cache, which alone has seen them: use_cache=True")
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             attention_mask=attention_mask,
@@ -217,10 +215,14 @@ class NordForCausalLM(CausalLM):
         )
         given = "input_ids" if inputs.get("inputs_embeds") is None else "inputs_embeds"
         inputs[given] = inputs[given][:, -self.config.max_position_embeddings :]
-        if inputs.get("attention_mask") is not None:
-            cache = inputs.get(CACHE)
+        mask, cache = inputs.get("attention_mask"), inputs.get(CACHE)
+        if mask is not None:
             seen = cache.get_seq_length() if cache is not None else 0
-            inputs["attention_mask"] = inputs["attention_mask"][:, -(seen + inputs[given].shape[1]) :]
+            if given == "input_ids" and not seen and mask.ndim == 2 and mask.shape[1] != input_ids.shape[1]:
+                raise ValueError(
+                    f"attention_mask must be [B, S] = {list(input_ids.shape)} as the tokens are, got {list(mask.shape)}"
+                )
+            inputs["attention_mask"] = mask[:, -(seen + inputs[given].shape[1]) :]
         return inputs
 
     def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:

@@ -4,7 +4,6 @@ import base64
 import io
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from uncertainty import MADE, Read, distinguish, open_others
 
+from nord_snn import __version__
 from nord_snn.monitor import CONVENTIONS, EnergyProfile, LayerActivity, RowRates, SpikeMonitor
 from nord_snn.neurons import AssociativeLIFNode
 
@@ -211,7 +211,7 @@ def _about(subject: Subject) -> dict[str, Any]:
         "text": subject.name,
         "command": subject.command,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
-        "nord_snn": version("nord-snn"),
+        "nord_snn": __version__,
         "torch": torch.__version__,
         "device": str(subject.model.device),
         "parameters": total,

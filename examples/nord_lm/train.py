@@ -15,7 +15,6 @@ import resource
 import shlex
 import signal
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -65,6 +64,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, get_cosine_with_min_lr_schedule_with_warmup
 from transformers.utils import logging
 
+from nord_snn._compat.accelerate import begin_accumulation_anew, log_into
+from nord_snn._compat.tensorboard import leave_write_errors_to_the_caller
 from nord_snn.monitor import SpikeMonitor
 
 SAMPLE_PROMPT_TOKENS, SAMPLE_TOKENS = 16, 64
@@ -88,8 +89,6 @@ def train(settings: Settings, out: Path, resume: Path | None, with_report: bool 
     accelerator = accelerate(settings, out)
     set_seed(options.seed)
     torch.set_float32_matmul_precision(options.matmul_precision)
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
     with Progress(options.steps, visible=accelerator.is_local_main_process) as progress:
         tokenizer, corpus = prepare_text(accelerator, settings, resume)
         nord = NordForCausalLM(model_config(settings, tokenizer))
@@ -385,7 +384,7 @@ def restore(accelerator: Accelerator, run: Path, corpus: Corpus, progress: Progr
     check_digests(checkpoint, about.pop("digests", None))
     try:
         accelerator.load_state(str(checkpoint))
-        accelerator.step = 0  # its count of micro-batches: a checkpoint may be from the middle of a step that broke off
+        begin_accumulation_anew(accelerator)
         position = Position(**about)
     except Exception as error:  # every part has its own way of not fitting
         reason = " ".join(str(error).split())[:300]
@@ -399,13 +398,11 @@ class Log:
 
     def __init__(self, accelerator: Accelerator, run: Path, options: TrainingSettings, progress: Progress) -> None:
         self.accelerator, self.progress, self.works = accelerator, progress, True
-        accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(run)
-        # The writer thread has no other way to say that the disk is full than a traceback; __call__ will meet the same error.
-        threading.excepthook = lambda failure: (
-            None if failure.exc_type is OSError else threading.__excepthook__(failure)
-        )
+        log_into(accelerator, run)
         config = {k: v for k, v in asdict(options).items() if v is not None}
         self._try(lambda: accelerator.init_trackers("tensorboard", config=config))
+        if self.works and accelerator.is_main_process:
+            leave_write_errors_to_the_caller(accelerator.get_tracker("tensorboard", unwrap=True))
 
     def __call__(self, step: int, **values: float) -> None:
         """Log values of a step."""
@@ -576,6 +573,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.disable_progress_bar()  # of transformers; the panel shows what there is to see
     logging.set_verbosity_error()  # it warns where text grows past the context, over which this model slides
     options = parse_arguments(arguments)
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     try:
         return train(settings_from(options), options.out, options.resume, options.with_report)
     except (SettingsError, DataError, CheckpointError, FloatingPointError, OSError) as error:  # OSError: a full disk

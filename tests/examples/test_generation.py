@@ -1,11 +1,17 @@
 """Decoding with a cache: the same logits, spikes and tokens as without one."""
 
+import inspect
+
 import pytest
 import torch
 from configuration_nord import NordConfig
-from modeling_nord import NordForCausalLM
-from transformers import DynamicCache, EncoderDecoderCache
+from data import train_tokenizer
+from helpers import make_text
+from modeling_nord import NOT_OFFERED, NordForCausalLM
+from transformers import DynamicCache, EncoderDecoderCache, LlamaForCausalLM, pipeline
+from transformers.utils import TransformersKwargs
 
+from nord_snn._compat.transformers import CACHE, cache_of
 from nord_snn.neurons import AssociativeLIFNode
 
 CONFIGS = [
@@ -71,9 +77,9 @@ def test_logits_and_spikes_are_those_of_a_full_forward(number, pieces):
     for length in pieces:
         end += length
         out = model(
-            input_ids=ids[:, end - length : end], attention_mask=mask[:, :end], past_key_values=past, use_cache=True
+            input_ids=ids[:, end - length : end], attention_mask=mask[:, :end], cache=past, use_cache=True
         )
-        past = out.past_key_values
+        past = cache_of(out)
         logits.append(out.logits)
     tokens = mask.bool()
     assert torch.allclose(torch.cat(logits, 1)[tokens], whole[tokens], atol=1e-5)
@@ -115,6 +121,95 @@ def test_generate_gives_the_same_tokens_with_and_without(way, number):
         assert torch.equal(results[0][1, 9:], alone[0, 4:])
 
 
+def test_the_cache_goes_by_either_name_and_not_by_both():
+    """``past_key_values`` up to transformers 5.23, ``cache`` from 5.24 on; a model that misses one sees the last token only."""
+    model = make()
+    ids = torch.randint(50, (2, 9))
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits[:, -1]
+        for name in ("cache", "past_key_values"):
+            past = cache_of(model(input_ids=ids[:, :-1]))
+            assert past.get_seq_length() == 8
+            assert torch.allclose(model(input_ids=ids[:, -1:], **{name: past}).logits[:, -1], whole, atol=1e-5)
+    with pytest.raises(TypeError, match="past_key_values is the old name of cache"):
+        model(input_ids=ids, cache=past, past_key_values=past)
+
+
+def test_keywords_are_taken_or_refused_by_name():
+    model = make()
+    ids = torch.randint(50, (2, 9))
+    with pytest.raises(TypeError, match="does not know the keyword 'nobody_knows_this'"):
+        model(input_ids=ids, nobody_knows_this=1)
+    with pytest.raises(TypeError, match="'atention_mask'"):
+        model(input_ids=ids, atention_mask=None)
+    for name in NOT_OFFERED:
+        assert torch.equal(model(input_ids=ids, **{name: None}).logits, model(input_ids=ids).logits)
+        with pytest.raises(ValueError, match=f"does not offer {name}: "):
+            model(input_ids=ids, **{name: torch.ones(2, 9)})
+    for call in ({}, {"input_ids": ids, "inputs_embeds": model.embed_tokens(ids)}):
+        with pytest.raises(TypeError, match="either input_ids"):
+            model(**call)
+    with pytest.raises(ValueError, match=r"inputs_embeds must be floating \[B, S, D\] with D = 16"):
+        model(inputs_embeds=torch.zeros(2, 9, 15))
+    assert torch.equal(model(inputs_embeds=model.embed_tokens(ids)).logits, model(input_ids=ids).logits)
+    logits = model(input_ids=ids).logits
+    assert torch.allclose(model(input_ids=ids, logits_to_keep=torch.tensor([1, 4])).logits, logits[:, [1, 4]], atol=1e-6)
+    assert torch.allclose(model(input_ids=ids, logits_to_keep=3).logits, logits[:, -3:], atol=1e-6)
+    for wrong in (-1, torch.tensor([0.5])):
+        with pytest.raises(ValueError, match="logits_to_keep must be"):
+            model(input_ids=ids, logits_to_keep=wrong)
+    with pytest.raises(ValueError, match="logits for every position"):
+        model(input_ids=ids, labels=ids, logits_to_keep=1)
+    loss = model(input_ids=ids, labels=ids).loss
+    assert torch.allclose(model(input_ids=ids, labels=ids, num_items_in_batch=32).loss, loss * 16 / 32)
+
+
+def test_what_transformers_models_take_is_known_here():
+    """A keyword that a new release adds to its causal models is to be taken or refused by name, not met in a bug report."""
+    theirs = set(inspect.signature(LlamaForCausalLM.forward).parameters) | set(TransformersKwargs.__annotations__)
+    ours = set(inspect.signature(NordForCausalLM.forward).parameters) | set(NOT_OFFERED)
+    assert theirs - ours <= {"kwargs"}
+
+
+def test_generate_goes_on_from_embeddings():
+    model = make()
+    ids = torch.randint(1, 50, (2, 9))
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    embedded = model.embed_tokens(ids)
+    got = model.generate(inputs_embeds=embedded, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert torch.equal(got, expected[:, 9:])
+    with pytest.raises(ValueError, match=r"\[B, S\] = \[2, 9\] as the tokens are, got \[2, 12\]"):
+        model.generate(ids, attention_mask=torch.ones(2, 12), max_new_tokens=8, pad_token_id=0)
+
+
+def test_a_pipeline_writes_the_same_with_and_without_a_cache():
+    tokenizer = train_tokenizer([make_text(400)], 300)
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
+    model = make(vocab_size=len(tokenizer), positions=64)
+    write = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    prompts = ["the neuron fires and rests", "a spike"]
+    written = [
+        write(prompts, max_new_tokens=12, do_sample=False, use_cache=use_cache, batch_size=2)
+        for use_cache in (True, False)
+    ]
+    assert written[0] == written[1]
+    lengths = []
+    model.embed_tokens.register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
+    (alone,) = write(prompts[1], max_new_tokens=4, do_sample=False)
+    assert lengths[1:] == [1] * 3  # the cache is used
+    assert written[0][1][0]["generated_text"].startswith(alone["generated_text"])  # padding changes nothing
+
+
+def test_an_assistant_changes_nothing_and_ends_within_the_window():
+    model, assistant = make(1), make(1, layers=1)
+    ids = torch.randint(1, 50, (1, 9))
+    plain = model.generate(ids, max_new_tokens=23, do_sample=False, use_cache=False, pad_token_id=0)
+    helped = model.generate(ids, max_new_tokens=23, do_sample=False, assistant_model=assistant, pad_token_id=0)
+    assert torch.equal(plain, helped)
+    with pytest.raises(ValueError, match="within max_position_embeddings = 32, got max_length 33"):
+        model.generate(ids, max_new_tokens=24, do_sample=False, assistant_model=assistant, pad_token_id=0)
+
+
 def test_only_new_tokens_are_computed():
     model = make()
     lengths = []
@@ -142,9 +237,9 @@ def test_the_window_slides(prompt):
 @torch.no_grad()
 def test_the_cache_stops_growing():
     model = make(positions=12)
-    past = model(input_ids=torch.randint(50, (1, 12))).past_key_values
+    past = cache_of(model(input_ids=torch.randint(50, (1, 12))))
     for _ in range(5):
-        past = model(input_ids=torch.randint(50, (1, 1)), past_key_values=past).past_key_values
+        past = cache_of(model(input_ids=torch.randint(50, (1, 1)), cache=past))
     assert past.get_seq_length() == 17
     assert {layer.keys.shape[2] for layer in past.layers} == {11}  # and the new one makes twelve
     assert past.layers[0].keys.shape == (1, 2, 11, 24)  # 10 steps of 16 bits, in whole words of 64: 24 bytes
@@ -164,13 +259,13 @@ def test_without_resonance_the_last_token_is_enough():
 def test_a_cache_is_made_where_it_is_wanted():
     model = make()
     ids = torch.randint(50, (1, 6))
-    assert model(input_ids=ids).past_key_values is not None
-    assert model(input_ids=ids, labels=ids).past_key_values is None
-    assert model(input_ids=ids, use_cache=False).past_key_values is None
-    assert model.train()(input_ids=ids).past_key_values is None
-    past = model(input_ids=ids, use_cache=True).past_key_values
+    assert cache_of(model(input_ids=ids)) is not None
+    assert cache_of(model(input_ids=ids, labels=ids)) is None
+    assert cache_of(model(input_ids=ids, use_cache=False)) is None
+    assert cache_of(model.train()(input_ids=ids)) is None
+    past = cache_of(model(input_ids=ids, use_cache=True))
     with pytest.raises(RuntimeError, match=r"under torch.no_grad\(\)"):
-        model(input_ids=ids[:, :1], past_key_values=past)
+        model(input_ids=ids[:, :1], cache=past)
 
 
 def test_candidates_from_the_prompt_change_nothing_and_end_within_the_window():
@@ -191,11 +286,11 @@ def test_caches_that_would_change_what_they_hold_are_refused():
     with pytest.raises(ValueError, match="must be a DynamicCache, whose layers grow and stay exact, got StaticCache"):
         model.generate(ids, max_new_tokens=3, cache_implementation="static", pad_token_id=0)
     with pytest.raises(ValueError, match="must be a DynamicCache, whose layers grow and stay exact, got tuple"):
-        model(input_ids=ids, past_key_values=((ids, ids),))
+        model(input_ids=ids, cache=((ids, ids),))
     with pytest.raises(ValueError, match="got EncoderDecoderCache"):
-        model(input_ids=ids, past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()))
+        model(input_ids=ids, cache=EncoderDecoderCache(DynamicCache(), DynamicCache()))
     with pytest.raises(ValueError, match="for a window of 7 positions, and max_position_embeddings is 32"):
-        model(input_ids=ids, past_key_values=DynamicCache(config=make(positions=7).config))
+        model(input_ids=ids, cache=DynamicCache(config=make(positions=7).config))
 
 
 def test_a_plain_cache_has_the_same_window():
@@ -203,7 +298,7 @@ def test_a_plain_cache_has_the_same_window():
     model = make(1, positions=12)
     ids = torch.randint(1, 50, (1, 8))
     tokens = [
-        model.generate(ids, max_new_tokens=15, do_sample=False, past_key_values=past, pad_token_id=0)
+        model.generate(ids, max_new_tokens=15, do_sample=False, pad_token_id=0, **{CACHE: past})
         for past in (DynamicCache(), None)
     ]
     assert torch.equal(*tokens)
@@ -213,9 +308,9 @@ def test_a_plain_cache_has_the_same_window():
 def test_masks_that_do_not_fit_are_named():
     model = make()
     ids = torch.randint(50, (1, 6))
-    past = model(input_ids=ids).past_key_values
+    past = cache_of(model(input_ids=ids))
     with pytest.raises(ValueError, match=r"\[B, 6 cached \+ S\] = \[1, 7\], got \[1, 1\]"):
-        model(input_ids=ids[:, :1], past_key_values=past, attention_mask=torch.ones(1, 1))
+        model(input_ids=ids[:, :1], cache=past, attention_mask=torch.ones(1, 1))
     with pytest.raises(ValueError, match="got some between them"):
         model(input_ids=ids, attention_mask=torch.tensor([[1, 1, 0, 1, 1, 1]]))
     with pytest.raises(ValueError, match="got some between them"):  # behind the prompt, and tokens behind it
