@@ -178,8 +178,6 @@ def test_generate_goes_on_from_embeddings():
     embedded = model.embed_tokens(ids)
     got = model.generate(inputs_embeds=embedded, max_new_tokens=8, do_sample=False, pad_token_id=0)
     assert torch.equal(got, expected[:, 9:])
-    with pytest.raises(ValueError, match=r"\[B, S\] = \[2, 9\] as the tokens are, got \[2, 12\]"):
-        model.generate(ids, attention_mask=torch.ones(2, 12), max_new_tokens=8, pad_token_id=0)
 
 
 def test_a_pipeline_writes_the_same_with_and_without_a_cache():
@@ -313,5 +311,8 @@ def test_masks_that_do_not_fit_are_named():
         model(input_ids=ids[:, :1], cache=past, attention_mask=torch.ones(1, 1))
     with pytest.raises(ValueError, match="got some between them"):
         model(input_ids=ids, attention_mask=torch.tensor([[1, 1, 0, 1, 1, 1]]))
+    wider = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
+    with pytest.raises(ValueError, match=r"\[B, S\] = \[1, 6\] as the tokens are, got \[1, 8\]"):
+        model.generate(ids, attention_mask=wider, max_new_tokens=8, pad_token_id=0)
     with pytest.raises(ValueError, match="got some between them"):  # behind the prompt, and tokens behind it
         model.generate(ids, attention_mask=torch.tensor([[1, 1, 1, 1, 0, 0]]), max_new_tokens=3, pad_token_id=0)
