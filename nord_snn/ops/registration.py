@@ -1,4 +1,4 @@
-"""Register a kernel with ``torch.library``: an op with gradients that torch.compile, modes and tensor subclasses see."""
+"""Register kernels with ``torch.library``, as ops that torch.compile, dispatch modes and tensor subclasses see."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nord_snn._compat.torch import dispatch_mode_is_active
 
-__all__ = ["Kernel", "register_op"]
+__all__ = ["Kernel", "register_op", "register_op_without_gradient"]
 
 
 class Kernel(NamedTuple):
@@ -63,10 +63,21 @@ def register_op(
     parts = {"forward": staticmethod(forward_with_context), "backward": staticmethod(run_backward)}
     direct: Any = type(f"nord_snn_{name}", (torch.autograd.Function,), parts)  # profilers show this name
 
+    return _through_the_dispatcher_if_needed(op, direct.apply)
+
+
+def register_op_without_gradient(name: str, kernel: Kernel) -> Callable[..., Any]:
+    """Register ``nord_snn::name``; return the function to call, as :func:`register_op` does."""
+    op = torch.library.custom_op(f"nord_snn::{name}", kernel.run, mutates_args=())
+    op.register_fake(kernel.fake)
+    return _through_the_dispatcher_if_needed(op, kernel.run)
+
+
+def _through_the_dispatcher_if_needed(op: Callable[..., Any], direct: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
         if torch.compiler.is_compiling() or dispatch_mode_is_active() or _any_subclass(arguments):
             return op(*arguments)
-        return direct.apply(*arguments)
+        return direct(*arguments)
 
     return call
 
@@ -100,9 +111,10 @@ def _refuse_second_derivative(gradients: Callable[..., Any], name: str, cure: st
 
     @functools.wraps(gradients)
     def wrapped(ctx: Any, *grads: Any, run: Any) -> Any:
-        results = gradients(ctx, *grads, run=run)
         if not torch.is_grad_enabled():
-            return results
+            return gradients(ctx, *grads, run=run)
+        with torch.no_grad():
+            results = gradients(ctx, *grads, run=run)
         sources = [x for x in (*grads, *ctx.saved_tensors) if x is not None and x.requires_grad]
         return tuple(None if x is None else _Refusal.apply(message, x, *sources) for x in results)
 

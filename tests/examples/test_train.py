@@ -478,9 +478,11 @@ def test_the_published_size_takes_a_step(tmp_path):
     assert results["peak_memory_mb"] < 8000
 
 
-@pytest.mark.slow
-def test_compiled_blocks_learn_the_same(tmp_path, text):
-    results = []
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_blocks_learn_the_same(tmp_path, text, monkeypatch, backend):
+    """With aot_eager all but the code that Inductor writes: graphs, guards, our ops, and monitors over compiled blocks."""
+    compile_module, results = torch.nn.Module.compile, []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend=backend, fullgraph=True))
     for switch in ("--no-compile", "--compile"):
         assert run(tmp_path, text, "--steps", "3", switch) == 0
         results.append(json.loads((tmp_path / "runs" / f"test-000{len(results) + 1}" / "results.json").read_text()))

@@ -222,6 +222,7 @@ def test_a_monitor_leaves_no_hook_behind():
     net = NordBlock(16, 2, 32, neuron=lambda n: AssociativeLIFNode(n, n_clusters=4))
     SpikeMonitor(net).close()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+    assert not any("forward" in module.__dict__ or "nord_snn" in str(list(module.__dict__)) for module in net.modules())
 
 
 def test_multistep_and_what_it_runs_are_one_layer():

@@ -105,50 +105,9 @@ def test_a_broken_source_does_not_compile(nvrtc):
 # ---- run, on the CPU or on a GPU
 
 
-@pytest.fixture(scope="session")
-def emulate(tmp_path_factory):
-    """A stand-in for ``_launch`` that compiles the kernels as C++ and runs them on the CPU."""
-    compiler = next((path for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), None)
-    if compiler is None:
-        pytest.skip("no C++ compiler is installed, so the CUDA source cannot be run on the CPU")
-    folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    built: dict[Any, Any] = {}
-
-    def build(kernel: str, options: tuple[str, ...], source: str) -> Any:
-        path = folder / f"{len(built)}.cpp"
-        path.write_text(f'#include "cuda_on_cpu.h"\n{source}\nLAUNCHABLE({kernel})\n')
-        flags = ["-O0", "-std=c++17", "-ffp-contract=off", "-w", "-shared", "-fPIC", f"-I{Path(__file__).parent}"]
-        done = subprocess.run(
-            [compiler, *flags, *options, str(path), "-o", str(path.with_suffix(".so"))],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return getattr(ctypes.CDLL(str(path.with_suffix(".so"))), f"launch_{kernel}")
-
-    def launch(kernel, options, device, grid, block, args):
-        key = (kernel, options, kernels._SOURCES[kernel])
-        if key not in built:
-            built[key] = build(*key)
-        assert grid >= 1
-        assert 1 <= block <= 1024
-        values = []
-        for value in args:
-            if isinstance(value, float):
-                values.append(ctypes.c_double(value))
-            else:
-                pointer = value.data_ptr() if isinstance(value, torch.Tensor) else value or 0
-                values.append(ctypes.c_longlong(pointer))
-        addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        assert built[key](grid, block, addresses) == 0, "the threads of a block passed different numbers of barriers"
-
-    return launch
-
-
 @pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
-def device(request, monkeypatch):
-    """Where the kernels run. Memory that they are given is full of NaN, so what they leave out shows."""
+def device(request, monkeypatch, memory_full_of_nan):
+    """Where the kernels run."""
     if request.param == "gpu":
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
@@ -156,13 +115,6 @@ def device(request, monkeypatch):
     else:
         monkeypatch.setattr(kernels, "_launch", request.getfixturevalue("emulate"))
     monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 1)  # blocks have several groups of rows to do
-    empty = torch.empty
-
-    def filled(*shape, **options):
-        tensor = empty(*shape, **options)
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else -(2**31))
-
-    monkeypatch.setattr(torch, "empty", filled)
     return torch.device("cuda" if request.param == "gpu" else "cpu")
 
 

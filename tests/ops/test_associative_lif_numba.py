@@ -174,19 +174,6 @@ def test_non_contiguous_input_and_gradient():
     assert relative_error(got, expected) < 1e-4
 
 
-def test_every_element_of_every_buffer_is_written(monkeypatch):
-    """Fresh memory holds anything; here it holds NaN."""
-    empty = torch.empty
-
-    def filled(*shape, **options):
-        made = empty(*shape, **options)
-        return made.fill_(torch.nan if made.is_floating_point() else 99)
-
-    leaves, refractory = leaves_for(5, 7, 12, 3, False)
-    monkeypatch.setattr(torch, "empty", filled)
-    assert_equal(leaves, refractory)
-
-
 def test_whoever_watches_ops_sees_the_op_and_gets_the_same():
     """Unwatched, the kernel is called without the dispatcher; a counter of operations must still find it."""
 
@@ -240,21 +227,6 @@ def test_compiled_without_a_graph_break_a_block_gives_the_same():
     out.square().sum().backward()
     for name, parameter in block.named_parameters():
         assert relative_error(parameter.grad, gradients[name]) < 1e-4, name
-
-
-def test_the_op_is_one_that_torch_can_trust():
-    """Schema, fake implementation and autograd registration, by torch's own examination."""
-    leaves, refractory = leaves_for(3, 2, 6, 3, True)
-    weight, gain = torch.rand(3, 3, requires_grad=True), torch.rand(3, requires_grad=True)
-    arguments = (
-        leaves["x"], leaves["v"], leaves["i_syn"], refractory, leaves["threshold"], leaves["beta_mem"], leaves["beta_syn"],
-        weight, gain, -0.1, 2, "nord_atan", 4.0, True, "numba",
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.nord_snn.associative_lif.default, arguments)
-    torch.library.opcheck(
-        torch.ops.nord_snn.associative_lif.default,
-        (leaves["x"], None, None, None, *arguments[4:7], None, None, *arguments[9:]),
-    )
 
 
 def test_a_surrogate_of_ones_own_runs_on_the_reference_and_the_log_says_why(caplog, monkeypatch):

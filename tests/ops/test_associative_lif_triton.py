@@ -1,7 +1,6 @@
 """The Triton kernels of the associative LIF op against its reference, interpreted on the CPU and compiled on a GPU."""
 
 import importlib
-import importlib.util
 from types import ModuleType
 from typing import NamedTuple
 
@@ -13,8 +12,6 @@ from nord_snn.ops.associative_lif.reference import AssociativeLIFState, referenc
 from nord_snn.ops.surrogate import SURROGATES, resolve_surrogate
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-interpreter = importlib.import_module("triton.runtime.interpreter")
-tl = triton.language
 
 NAME = "nord_snn.ops.associative_lif.triton"
 EPSILON = 1e-5  # spikes must agree wherever |u - threshold| is larger
@@ -27,35 +24,14 @@ class Kernels(NamedTuple):
     device: str
 
 
-@pytest.fixture(scope="module")
-def interpreted():
-    """The module once more, decorated for the interpreter; whoever else imports it gets the compiled one."""
-    spec = importlib.util.spec_from_file_location("interpreted_triton", importlib.util.find_spec(NAME).origin)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def kernels(request, monkeypatch):
-    """The kernels and the device they run on; whatever they allocate is filled with NaN beforehand."""
+def kernels(request, memory_full_of_nan):
+    """The kernels and the device they run on."""
     if request.param == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
-        module = importlib.import_module(NAME)
-    else:
-        module = request.getfixturevalue("interpreted")
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-        monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call_and_tidy_up)
-        for name in ("sum", "zeros"):  # Triton's own kernels, decorated when Triton was imported
-            function = getattr(tl, name)
-            if isinstance(function, triton.JITFunction):
-                monkeypatch.setattr(tl, name, interpreter.InterpretedFunction(function.fn))
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, filled_with_nan(getattr(owner, name)))
-    return Kernels(module, request.param)
+        return Kernels(importlib.import_module(NAME), request.param)
+    return Kernels(request.getfixturevalue("interpreter"), request.param)
 
 
 @pytest.fixture
@@ -63,23 +39,6 @@ def small_tiles(kernels, monkeypatch):
     """Two programs that share many tiles, so that loops over blocks, columns and rows run at small sizes."""
     monkeypatch.setattr(kernels.module, "_TILE", 8)
     monkeypatch.setattr(kernels.module, "_programs", lambda plan, device, warps: min(2, plan.blocks))
-
-
-def call_and_tidy_up(self, *args, **kwargs):
-    """Call a kernel from a kernel, as the interpreter does, and leave ``triton.language`` to others as it was."""
-    scope = interpreter._patch_lang(self.fn)
-    try:
-        return self.rewrite()(*args, **kwargs)
-    finally:
-        scope.restore()
-
-
-def filled_with_nan(allocate):
-    def allocate_filled(*args, **kwargs):
-        out = allocate(*args, **kwargs)
-        return out.fill_(float("nan") if out.is_floating_point() else -12345)
-
-    return allocate_filled
 
 
 def make_call(T, N, D, C, state=True, dtype=torch.float32, device="cpu", seed=0):

@@ -349,21 +349,7 @@ def test_torch_knows_the_op_and_compiles_it_without_a_break(monkeypatch, backend
     assert len(set(remembered)) == 2
 
 
-def test_every_element_of_every_buffer_is_written(monkeypatch):
-    """Fresh memory holds anything; here it holds NaN."""
-    made = {}
-    for name in ("empty", "empty_like"):
-        original = made[name] = getattr(torch, name)
-
-        def filled(*shape, original=original, **options):
-            tensor = original(*shape, **options)
-            return tensor.fill_(torch.nan if tensor.is_floating_point() else 99)
-
-        monkeypatch.setattr(torch, name, filled)
-    new_empty = torch.Tensor.new_empty
-    monkeypatch.setattr(
-        torch.Tensor, "new_empty", lambda self, *shape, **o: new_empty(self, *shape, **o).zero_().sub_(9)
-    )
+def test_every_element_of_every_buffer_is_written(memory_full_of_nan):
     for T, top_k, causal in ((5, 4, True), (5, 4, False), (1, 9, True), (1, 9, False)):  # remembered, and not
         inputs = (spikes(T, 2, 70, 6), spikes(T, 2, 70, 6), torch.randn(2, 70, 6), torch.tensor([0.5]), torch.rand(2))
         sizes = {"n_heads": 2, "top_k": top_k, "causal": causal}

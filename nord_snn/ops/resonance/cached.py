@@ -4,11 +4,14 @@ Keys that were counted once never change, so a sequence that grows token by toke
 eight to a byte: for T = 10 steps and 64 neurons a head, 80 bytes take the place of 2,560.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from nord_snn.ops.checks import check_scalar, compute_dtype, without_autocast
 from nord_snn.ops.dispatch import implementations_of
+from nord_snn.ops.registration import Kernel, register_op_without_gradient
 from nord_snn.ops.resonance.autograd import check_heads, choose
 from nord_snn.ops.resonance.reference import keep_best, resonance_scores
 
@@ -118,10 +121,32 @@ def resonance_cached(
         check_spikes(q)
     lengths = None if lengths is None else lengths.long()
     name = "torch" if numbers else choose(backend, values.device.type, values.dtype, values.shape[-1])
-    n_all = keys.shape[2]
+    window = keys.shape[2] if window is None else window
+    dtype = compute_dtype(values)
+    if not isinstance(temperature, Tensor):
+        temperature = torch.full((), temperature, dtype=dtype, device=values.device)
+    return _run(q, keys, values, top_k, temperature.to(dtype).reshape(()), recency, lengths, window, name)
+
+
+def _cached(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    top_k: int,
+    temperature: Tensor,
+    recency: Tensor | None,
+    lengths: Tensor | None,
+    window: int,
+    backend: str,
+) -> Tensor:
     with without_autocast(values):
-        cached = _KERNELS[name].kernel().cached
-        return cached(q, keys, values, top_k, temperature, recency, lengths, n_all if window is None else window)
+        return _KERNELS[backend].kernel().cached(q, keys, values, top_k, temperature, recency, lengths, window)
+
+
+def _cached_fake(q: Tensor, keys: Tensor, values: Tensor, *arguments: Any) -> Tensor:
+    return values.new_empty(q.shape[1], q.shape[2], values.shape[1] * values.shape[3])
+
+
 
 
 def check_spikes(x: Tensor) -> None:
@@ -194,3 +219,6 @@ def cached(
     weights = scores.masked_fill(~keep_best(scores, top_k), -torch.inf).softmax(-1)
     weights = weights.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)  # padding has nothing to choose from
     return (weights @ values.to(dtype)).transpose(1, 2).flatten(-2).to(values.dtype)
+
+
+_run = register_op_without_gradient("resonance_cached", Kernel(_cached, _cached_fake))

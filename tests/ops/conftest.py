@@ -1,0 +1,110 @@
+"""Where the kernels run in these tests: on the CPU, in Triton's interpreter, as C++ in place of CUDA, and on a GPU."""
+
+import ctypes
+import importlib
+import importlib.util
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+TRITON = "nord_snn.ops.associative_lif.triton"
+CUPY = "nord_snn.ops.associative_lif.cupy"
+
+
+@pytest.fixture
+def memory_full_of_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill whatever is allocated, so that an element that a kernel does not write shows."""
+
+    def filled(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def allocate_filled(*args: Any, **kwargs: Any) -> torch.Tensor:
+            out = allocate(*args, **kwargs)
+            return out.fill_(torch.nan if out.is_floating_point() else 99 if out.dtype.itemsize < 4 else -12345)
+
+        return allocate_filled
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> ModuleType:
+    """The Triton kernels once more, decorated for the interpreter; whoever else imports them gets the compiled ones."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    spec = importlib.util.spec_from_file_location("interpreted_triton", importlib.util.find_spec(TRITON).origin)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def interpreter(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The same, ready to run: kernels that are called from kernels are interpreted too."""
+    triton, machinery = importlib.import_module("triton"), importlib.import_module("triton.runtime.interpreter")
+
+    def call_and_tidy_up(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call a kernel from a kernel, as the interpreter does, and leave ``triton.language`` to others as it was."""
+        scope = machinery._patch_lang(self.fn)
+        try:
+            return self.rewrite()(*args, **kwargs)
+        finally:
+            scope.restore()
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(machinery.InterpretedFunction, "__call__", call_and_tidy_up)
+    for name in ("sum", "zeros"):  # Triton's own kernels, decorated when Triton was imported
+        function = getattr(triton.language, name)
+        if isinstance(function, triton.JITFunction):
+            monkeypatch.setattr(triton.language, name, machinery.InterpretedFunction(function.fn))
+    return interpreted
+
+
+@pytest.fixture(scope="session")
+def emulate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., None]]:
+    """A stand-in for ``_launch`` of the CUDA kernels that compiles them as C++ and runs them on the CPU."""
+    kernels = importlib.import_module(CUPY)
+    compiler = next((path for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), None)
+    if compiler is None:
+        pytest.skip("no C++ compiler is installed, so the CUDA source cannot be run on the CPU")
+    folder = tmp_path_factory.mktemp("cuda_on_cpu")
+    built: dict[Any, Any] = {}
+
+    def build(kernel: str, options: tuple[str, ...], source: str) -> Any:
+        path = folder / f"{len(built)}.cpp"
+        path.write_text(f'#include "cuda_on_cpu.h"\n{source}\nLAUNCHABLE({kernel})\n')
+        flags = ["-O0", "-std=c++17", "-ffp-contract=off", "-w", "-shared", "-fPIC", f"-I{Path(__file__).parent}"]
+        done = subprocess.run(
+            [compiler, *flags, *options, str(path), "-o", str(path.with_suffix(".so"))],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return getattr(ctypes.CDLL(str(path.with_suffix(".so"))), f"launch_{kernel}")
+
+    def launch(
+        kernel: str, options: tuple[str, ...], device: torch.device, grid: int, block: int, args: list[Any]
+    ) -> None:
+        key = (kernel, options, kernels._SOURCES[kernel])
+        if key not in built:
+            built[key] = build(*key)
+        assert grid >= 1
+        assert 1 <= block <= 1024
+        values = []
+        for value in args:
+            if isinstance(value, float):
+                values.append(ctypes.c_double(value))
+            else:
+                pointer = value.data_ptr() if isinstance(value, torch.Tensor) else value or 0
+                values.append(ctypes.c_longlong(pointer))
+        addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        assert built[key](grid, block, addresses) == 0, "the threads of a block passed different numbers of barriers"
+
+    return launch

@@ -1,0 +1,208 @@
+"""What importing and using nord_snn does to the rest of the process: nothing."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from nord_snn.learning_rules import STDP, PlasticPart
+from nord_snn.monitor import RowRates, SpikeMonitor
+from nord_snn.neurons import AssociativeLIFNode
+from nord_snn.ops import resonance, stdp, which_backend
+
+ROOT = Path(__file__).parents[1]
+EVERYTHING = "import nord_snn, nord_snn.neurons, nord_snn.layers, nord_snn.learning_rules, nord_snn.monitor, nord_snn.ops"
+
+
+def run(code: str, **environment: str) -> str:
+    """What a new process prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_loads_no_compiler():
+    """TorchDynamo alone takes longer than all of nord_snn; Numba and Triton are loaded with the first kernel."""
+    loaded = run(f"import sys; {EVERYTHING}; print([name for name in sys.modules if '.' not in name or '_dynamo' in name])")
+    assert not {"torch._dynamo", "numba", "llvmlite", "sympy", "matplotlib", "transformers"} & set(eval(loaded))
+
+
+def test_importing_changes_no_setting():
+    """Handlers, hooks, random state, precision, threads and warnings are what they were."""
+    look = """
+import json, random, signal, sys, threading, warnings
+import torch
+from spikingjelly.activation_based import neuron
+def look():
+    return [
+        str(signal.getsignal(signal.SIGINT)), sys.excepthook is sys.__excepthook__,
+        threading.excepthook is threading.__excepthook__, torch.initial_seed(), torch.rand(0).dtype.itemsize,
+        random.getstate()[1][0], torch.get_float32_matmul_precision(), torch.get_num_threads(), len(warnings.filters),
+        torch.is_grad_enabled(), str(torch.get_default_dtype()), sys.getrecursionlimit(),
+    ]
+before = look()
+"""
+    assert json.loads(run(f"{look}{EVERYTHING}\nprint(json.dumps(before == look()))")) is True
+
+
+def test_a_source_tree_imports_without_installation(tmp_path):
+    """A copy of the package alone, found by its path; the version stands in a file of it."""
+    shutil.copytree(ROOT / "nord_snn", tmp_path / "nord_snn", ignore=shutil.ignore_patterns("__pycache__"))
+    code = (
+        "import importlib.metadata as m\n"
+        "def absent(name): raise m.PackageNotFoundError(name)\n"
+        "m.version = absent\n"
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import nord_snn; print(nord_snn.__file__, nord_snn.__version__)"
+    )
+    file, version = run(code).split()
+    assert Path(file).is_relative_to(tmp_path)
+    assert version == (ROOT / "nord_snn" / "_version.py").read_text().rpartition("= ")[2].strip().strip('"')
+
+
+# --- monitors and other people's compiled code
+
+
+class Counting:
+    """A backend of torch.compile that counts the graphs it is given."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        """Run it as it is."""
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.mark.parametrize("kind", [SpikeMonitor, RowRates])
+def test_a_monitor_leaves_compiled_code_of_others_alone(kind):
+    """Networks of the same class as well; only code with a watched neuron in it is compiled again, and only once."""
+    torch._dynamo.reset()  # torch counts the recompilations of all networks together, up to a limit
+    others, own = Counting(), Counting()
+    theirs = torch.compile(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), backend=others)
+    neighbour = torch.compile(nn.Sequential(nn.Linear(8, 8), node()), backend=others)
+    net = nn.Sequential(nn.Linear(8, 8), node())
+    compiled = torch.compile(net, backend=own, fullgraph=True)
+    x = torch.randn(5, 3, 8)
+    with torch.no_grad():
+        for _ in range(2):  # from rest, and with state
+            for call in (theirs, neighbour, compiled):
+                call(x)
+        before, first = others.graphs, own.graphs
+        for number in range(12):  # more than torch's limit of recompilations
+            with kind(net) as monitor:
+                for call in (theirs, neighbour, compiled):
+                    call(x)
+                rate = monitor.rates()["1"] if kind is SpikeMonitor else monitor.take()["1"].mean()
+                assert rate > 0
+            compiled(x)
+            if number == 0:
+                watched = own.graphs
+        assert others.graphs == before
+        assert first < watched <= first + 4
+        assert own.graphs == watched  # later monitors use what the first has had compiled
+
+
+def node() -> AssociativeLIFNode:
+    """Fires often."""
+    return AssociativeLIFNode(8, n_clusters=4, step_mode="m", threshold=0.01, backend="torch")
+
+
+def test_a_patched_forward_of_others_runs_and_comes_back():
+    """Accelerate's hooks, for one, are such patches."""
+    net = node()
+    calls = []
+
+    def patched(*args, **kwargs):
+        calls.append(args)
+        return type(net).forward(net, *args, **kwargs)
+
+    net.forward = patched
+    with SpikeMonitor(net) as first, SpikeMonitor(net) as second:
+        net(torch.rand(4, 2, 8))
+        net.reset()
+    assert len(calls) == 1
+    assert first.rates() == second.rates() != {}
+    assert net.forward is patched
+
+
+# --- the rest of the process
+
+
+def test_apply_leaves_the_handler_of_ctrl_c_alone(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("signal handlers belong to the application")
+
+    monkeypatch.setattr(signal, "signal", refuse)
+    part = PlasticPart(nn.Linear(3, 2, bias=False))
+    part.apply(torch.ones(2, 3))
+    part.apply(torch.ones(1, 3), rows=torch.tensor([1]))
+    part.replace(torch.ones(2, 3, dtype=torch.float64))
+    part.revert()
+
+
+def test_no_module_keeps_a_tensor():
+    """After every op has run: neither in a cache nor in a global of a module."""
+    import gc
+
+    pre = (torch.rand(5, 3, 4) < 0.5).float()
+    stdp(pre, pre)
+    resonance(pre[..., None, :], pre[..., None, :], torch.rand(3, 1, 4), n_heads=2, top_k=2, temperature=1.0)
+    net = nn.Sequential(nn.Linear(4, 4, bias=False), AssociativeLIFNode(4, n_clusters=2, step_mode="m"))
+    rule = STDP(step_mode="m", synapse=net[0], sn=net[1])
+    net(pre)
+    rule.step(on_grad=False)
+    del rule, net
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] != "nord_snn":
+            continue
+        for label, value in vars(module).items():
+            held = [value, *(value.values() if isinstance(value, dict) else ())]
+            assert not any(isinstance(x, torch.Tensor) for x in held), f"{name}.{label}"
+            if hasattr(value, "cache_info"):
+                kept = [x for x in gc.get_referents(value) for x in (x.values() if isinstance(x, dict) else [x])]
+                assert not any(isinstance(x, torch.Tensor) for x in kept), f"{name}.{label}"
+
+
+def test_the_environment_variable_is_read_when_a_backend_is_chosen(monkeypatch):
+    x = torch.zeros(2, 1, 4)
+    for name in ("torch", "auto"):
+        monkeypatch.setenv("NORD_SNN_BACKEND", name)
+        assert (which_backend(x).name == "torch") == (name == "torch" or "numba" in str(which_backend(x).others))
+
+
+def test_a_log_that_fails_is_reported_to_the_caller_alone(tmp_path, monkeypatch):
+    from torch.utils.tensorboard import SummaryWriter
+
+    from nord_snn._compat.tensorboard import leave_write_errors_to_the_caller
+
+    reports = []
+    hook = reports.append
+    monkeypatch.setattr(threading, "excepthook", hook)
+    for error, others in ((OSError(28, "No space left on device"), 0), (RuntimeError("a bug"), 1)):
+        writer = SummaryWriter(tmp_path)
+        leave_write_errors_to_the_caller(writer)
+        asynchronous = writer.file_writer.event_writer._async_writer
+
+        def fail(*_, error=error):
+            raise error
+
+        asynchronous._writer.write = fail
+        with pytest.raises(type(error)):
+            for step in range(200):
+                writer.add_scalar("x", 1.0, step)
+                writer.flush()
+        asynchronous._worker.join(10)
+        assert len(reports) == others
+    assert threading.excepthook is hook
