@@ -21,6 +21,8 @@ import torch
 from language_model import keep_freed_memory
 from timing import Row, copy_bandwidth, peak_bytes, race, race_apart
 
+from nord_snn._compat.torch import allow_recompilations
+
 OUT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 CPU_NEURONS = (((10, 1024, 128), 16), ((10, 2048, 512), 64))
 GPU_NEURONS = ((10, 65536, 512), 64)
@@ -81,7 +83,7 @@ def neuron_tables(
         floor_ms = 1e3 * moved / copy_bandwidth(device, x.numel() * x.element_size())
         page.say("Forward and backward:\n" if backward else "Forward, no gradient:\n")
         page.table(rows, "plain loop", floor_ms, f"{moved / 1e6:.0f} MB at the copy bandwidth")
-        torch._dynamo.reset()
+        torch.compiler.reset()
         gc.collect()
 
 
@@ -99,7 +101,7 @@ def resonance_tables(page: Page, seconds: float) -> None:
             floor_ms,
             f"{moved / 1e6:.0f} MB at the copy bandwidth",
         )
-        torch._dynamo.reset()
+        torch.compiler.reset()
     page.say("Most memory alive at once in forward and backward, MB, by context length S, q and k [4, 1, S, 64]:\n")
     lengths = (512, 1024, 2048, 4096)
     page.say("| S | " + " | ".join(map(str, lengths)) + " |\n|---|" + "---|" * len(lengths))
@@ -215,7 +217,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    torch._dynamo.config.cache_size_limit = 64
+    allow_recompilations(64)
     keep_freed_memory()  # else glibc's giving back and fetching of pages is what many of these times are made of
     page = Page()
     page.say("# Benchmarks\n")

@@ -12,12 +12,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ALLOWED = {
-    "ops": set(),
-    "neurons": {"ops"},
+    "_compat": set(),
+    "ops": {"_compat"},
+    "neurons": {"_compat", "ops"},
     "layers": {"ops", "neurons"},
-    "learning_rules": {"ops"},
-    "monitor": {"ops", "neurons"},
-    "integrations": {"ops", "neurons", "layers", "learning_rules", "monitor"},
+    "learning_rules": {"_compat", "ops"},
+    "monitor": {"_compat", "ops", "neurons"},
+    "integrations": {"_compat", "ops", "neurons", "layers", "learning_rules", "monitor"},
 }
 PUBLIC = {
     "nord_snn": {"__version__", "reset"},
@@ -50,6 +51,15 @@ PUBLIC = {
     "nord_snn.integrations.nir": {"deviation", "export_to_nir", "import_from_nir", "simulate"},
 }
 INTEGRATIONS = {"snntorch": {"snntorch"}, "nir": {"nir", "numpy"}}  # a file or a folder each
+COMPAT = {  # a file a library
+    "torch.py": set(),
+    "spikingjelly.py": set(),
+    "snntorch.py": {"snntorch"},
+    "numba.py": {"numba", "llvmlite"},
+    "transformers.py": {"transformers"},
+    "accelerate.py": {"accelerate"},
+    "tensorboard.py": set(),
+}
 KERNELS = {
     "memory.py": {"numpy"},
     "threads.py": {"numba"},
@@ -98,7 +108,8 @@ def test_the_core_imports_nothing_that_the_core_does_not_ask_for():
     """Kernel files alone ask for more, and they are imported only when their library is there."""
     allowed = {"nord_snn", "torch", "spikingjelly", "safetensors"} | sys.stdlib_module_names
     for path in SOURCES:
-        more = INTEGRATIONS.get(path.stem, INTEGRATIONS.get(path.parent.name, KERNELS.get(path.name, set())))
+        by_name = COMPAT if path.parent.name == "_compat" else KERNELS
+        more = by_name.get(path.name, INTEGRATIONS.get(path.stem, INTEGRATIONS.get(path.parent.name, set())))
         assert {name.split(".")[0] for name in imported(path)} <= allowed | more, path
 
 
@@ -114,7 +125,8 @@ def test_kernel_files_are_imported_by_name_and_only_when_they_can_run():
 
 def test_kernels_are_compiled_again_when_their_vectors_change():
     """A kernel in Numba's cache is taken for current as long as its own file is; so that file names the other's content."""
-    digest = hashlib.sha256((ROOT / "nord_snn" / "ops" / "lanes.py").read_bytes()).hexdigest()[:12]
+    parts = (ROOT / "nord_snn" / "ops" / "lanes.py", ROOT / "nord_snn" / "_compat" / "numba.py")
+    digest = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:12]
     for path in (ROOT / "nord_snn" / "ops").rglob("cpu.py"):
         source = path.read_text(encoding="utf-8")
         assert "nord_snn.ops.lanes" not in source or f'_LANES = "{digest}"' in source, f"{path}: _LANES is {digest} now"

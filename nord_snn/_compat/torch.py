@@ -14,6 +14,7 @@ __all__ = [
     "ForwardObserver",
     "KeepsStatePrecision",
     "TorchDispatchMode",
+    "allow_recompilations",
     "constant_when_compiled",
     "dispatch_mode_is_active",
     "is_view",
@@ -38,6 +39,11 @@ def constant_when_compiled(function: Function) -> Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def allow_recompilations(number: int) -> None:
+    """Let torch.compile compile one function for that many kinds of arguments; for programs, since it is process-wide."""
+    torch._dynamo.config.recompile_limit = number
 
 
 def dispatch_mode_is_active() -> bool:
@@ -96,11 +102,11 @@ def without_graph(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-class KeepsStatePrecision(nn.Module):
-    """A module whose state moves with it, but stays float32 in a half-precision network.
+class KeepsStatePrecision:
+    """Makes a module one whose state moves with it, but stays float32 in a half-precision network.
 
     ``to``, ``half``, ``cuda`` and the like all end in ``Module._apply``, which torch offers no public way to follow. Stands
-    first among the base classes; :meth:`get_state` and :meth:`set_state` say what is state.
+    before the base class that is a module; :meth:`get_state` and :meth:`set_state` say what is state.
     """
 
     def get_state(self) -> dict[str, Any]:
@@ -114,7 +120,7 @@ class KeepsStatePrecision(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         state = {name: moved_state(value, fn) for name, value in self.get_state().items()}
         # Module's own, not that of classes between: SpikingJelly's takes no ``recurse``.
-        nn.Module._apply(self, fn, recurse=recurse)
+        nn.Module._apply(self, fn, recurse=recurse)  # type: ignore[arg-type]
         self.set_state(state)
         return self
 

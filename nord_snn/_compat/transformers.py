@@ -53,7 +53,7 @@ def causal_lm_output(loss: Tensor | None, logits: Tensor, cache: Cache | None) -
 
 def cache_of(output: CausalLMOutputWithPast) -> Cache | None:
     """Return the cache in an output of any release."""
-    return output[CACHE] if CACHE in output else None
+    return output.get(CACHE)
 
 
 def check_growing_cache(cache: Any, window: int) -> None:

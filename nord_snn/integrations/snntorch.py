@@ -212,7 +212,7 @@ class AssociativeSynaptic(SynapticWithOwnState):
         return f"init_hidden={self.init_hidden}, output={self.output}"
 
 
-class MultiStep(KeepsStatePrecision):
+class MultiStep(KeepsStatePrecision, nn.Module):
     """A snnTorch neuron over a whole sequence from rest, so that it can stand where a Nord layer asks for a ``neuron``.
 
     Args:

@@ -76,9 +76,7 @@ def test_logits_and_spikes_are_those_of_a_full_forward(number, pieces):
     past, logits, end = None, [], 0
     for length in pieces:
         end += length
-        out = model(
-            input_ids=ids[:, end - length : end], attention_mask=mask[:, :end], cache=past, use_cache=True
-        )
+        out = model(input_ids=ids[:, end - length : end], attention_mask=mask[:, :end], cache=past, use_cache=True)
         past = cache_of(out)
         logits.append(out.logits)
     tokens = mask.bool()
@@ -153,7 +151,9 @@ def test_keywords_are_taken_or_refused_by_name():
         model(inputs_embeds=torch.zeros(2, 9, 15))
     assert torch.equal(model(inputs_embeds=model.embed_tokens(ids)).logits, model(input_ids=ids).logits)
     logits = model(input_ids=ids).logits
-    assert torch.allclose(model(input_ids=ids, logits_to_keep=torch.tensor([1, 4])).logits, logits[:, [1, 4]], atol=1e-6)
+    assert torch.allclose(
+        model(input_ids=ids, logits_to_keep=torch.tensor([1, 4])).logits, logits[:, [1, 4]], atol=1e-6
+    )
     assert torch.allclose(model(input_ids=ids, logits_to_keep=3).logits, logits[:, -3:], atol=1e-6)
     for wrong in (-1, torch.tensor([0.5])):
         with pytest.raises(ValueError, match="logits_to_keep must be"):

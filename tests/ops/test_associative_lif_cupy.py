@@ -7,8 +7,6 @@ same numbers thread by thread; what a GPU adds, its memory and its compiler, is 
 import ctypes
 import importlib
 import importlib.util
-import shutil
-import subprocess
 import sys
 import types
 from pathlib import Path

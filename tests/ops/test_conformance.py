@@ -59,7 +59,12 @@ def lif(
             "transposed": lambda: 2 * torch.randn(D, N, T).permute(2, 1, 0),
             "strided": lambda: 2 * torch.randn(T, N, 2 * D)[..., ::2],
         }[layout]()
-        made = {"x": x, "threshold": torch.rand(D) + 0.1, "beta_mem": torch.tensor([0.8]), "beta_syn": torch.tensor([0.5])}
+        made = {
+            "x": x,
+            "threshold": torch.rand(D) + 0.1,
+            "beta_mem": torch.tensor([0.8]),
+            "beta_syn": torch.tensor([0.5]),
+        }
         if C is not None:
             made |= {"weight": torch.rand(C, C), "gain": torch.rand(C) + 0.5}
         if state:
@@ -125,7 +130,17 @@ def clamp(*shape: int, adds: bool, layout: str = "contiguous") -> Case:
 
 
 def binding(
-    T: int, B: int, S: int, D: int, V: int, H: int, *, top_k: int, recency: bool, causal: bool, layout: str = "contiguous"
+    T: int,
+    B: int,
+    S: int,
+    D: int,
+    V: int,
+    H: int,
+    *,
+    top_k: int,
+    recency: bool,
+    causal: bool,
+    layout: str = "contiguous",
 ) -> Case:
     """The resonance."""
 
@@ -139,7 +154,9 @@ def binding(
     def call(given: Tensors, backend: str) -> Outputs:
         slope = given.get("recency")
         sizes = {"n_heads": H, "top_k": top_k, "causal": causal, "backend": backend}
-        return (resonance(given["q"], given["k"], given["v"], temperature=given["temperature"], recency=slope, **sizes),)
+        return (
+            resonance(given["q"], given["k"], given["v"], temperature=given["temperature"], recency=slope, **sizes),
+        )
 
     def reference(given: Tensors) -> Outputs:
         q, k, v, temperature = (given[name] for name in ("q", "k", "v", "temperature"))
@@ -268,9 +285,7 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch, backend: str, module: Any) -> Non
 def on(device: str, case: Case, *, gradient: bool) -> Tensors:
     """Inputs, always the same ones."""
     torch.manual_seed(1)
-    return {
-        name: x.to(device).requires_grad_(gradient and x.is_floating_point()) for name, x in case.inputs().items()
-    }
+    return {name: x.to(device).requires_grad_(gradient and x.is_floating_point()) for name, x in case.inputs().items()}
 
 
 def run(function: Callable[[Tensors], Outputs], given: Tensors) -> tuple[Outputs, Tensors]:
@@ -332,16 +347,19 @@ def opcheck(op: str, backend: str, device: str) -> None:
     """Schema, fake implementation and gradients, by torch's own examination, of the op and of its backward pass."""
     for case in CASES[op].values():
         with Calls() as calls:
-            run(lambda given, case=case: case.call(given, backend), on(device, case, gradient=op not in WITHOUT_GRADIENT))
+            run(
+                lambda given, case=case: case.call(given, backend),
+                on(device, case, gradient=op not in WITHOUT_GRADIENT),
+            )
         expected = [f"nord_snn.{op}.default"] + ([] if op in WITHOUT_GRADIENT else [f"nord_snn.{op}_backward.default"])
         assert [str(function) for function, _ in calls.seen] == expected
         for function, arguments in calls.seen:
             backward = str(function).endswith("_backward.default")
             smooth = not backward and op not in WITHOUT_GRADIENT
             arguments = tree_map(
-                lambda x, smooth=smooth: x.detach().clone().requires_grad_(smooth and x.is_floating_point())
-                if isinstance(x, Tensor)
-                else x,
+                lambda x, smooth=smooth: (
+                    x.detach().clone().requires_grad_(smooth and x.is_floating_point()) if isinstance(x, Tensor) else x
+                ),
                 arguments,
             )
             tests = ("test_schema", "test_faketensor") if not smooth else None
@@ -449,9 +467,7 @@ EVERYTHING = [
 
 
 @pytest.mark.parametrize(("lane", "op", "backend", "mode"), EVERYTHING)
-def test_it_conforms(
-    request: pytest.FixtureRequest, device: str, lane: str, op: str, backend: str, mode: str
-) -> None:
+def test_it_conforms(request: pytest.FixtureRequest, device: str, lane: str, op: str, backend: str, mode: str) -> None:
     if mode == "nan-memory":
         request.getfixturevalue("memory_full_of_nan")
     modes = {"opcheck": opcheck, "compiled": compiled, "autocast": autocast, "subclass": subclass}
@@ -470,9 +486,7 @@ def test_every_op_and_backend_is_in_a_lane() -> None:
 
 
 @pytest.mark.parametrize("mode", ["opcheck", "compiled"])
-def test_outputs_that_share_memory_are_found(
-    interpreter: Any, monkeypatch: pytest.MonkeyPatch, mode: str
-) -> None:
+def test_outputs_that_share_memory_are_found(interpreter: Any, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     """Two views of one tensor, as ``grads.sum(0)`` unpacked gives them: the eager call does not mind, the others do."""
     backward = interpreter.backward
 

@@ -285,7 +285,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _gradients(ctx: Any, *grads: Tensor | None, run: Any) -> tuple[Tensor | None, ...]:
     grad_spikes, grad_v_seq, grad_v_last, grad_i_last, _ = grads
-    if grad_v_seq is not None and not len(grad_v_seq):  # no membranes were kept; torch.compile has a gradient all the same
+    if grad_v_seq is not None and not len(
+        grad_v_seq
+    ):  # no membranes were kept; torch.compile has a gradient all the same
         grad_v_seq = None
     x, v, *others = ctx.saved_tensors
     x_grad, v_grad, i_grad, threshold_grad, mem_grad, syn_grad, weight_grad, gain_grad = run(

@@ -147,8 +147,6 @@ def _cached_fake(q: Tensor, keys: Tensor, values: Tensor, *arguments: Any) -> Te
     return values.new_empty(q.shape[1], q.shape[2], values.shape[1] * values.shape[3])
 
 
-
-
 def check_spikes(x: Tensor) -> None:
     """Raise a ValueError unless everything is 0 or 1."""
     if x.dtype != torch.bool and not torch.equal((x != 0).to(x.dtype), x):

@@ -213,8 +213,8 @@ def reward_modulated_stdp(
     Example:
         >>> pre, post = torch.ones(4, 2, 3), torch.ones(4, 2, 5)
         >>> both, _ = reward_modulated_stdp(pre, post, torch.tensor([1.0, -1.0]), a_minus=0.0)
-        >>> both.abs().max().item()  # what one row gains the other loses
-        0.0
+        >>> bool(both.abs().max() < 1e-6)  # what one row gains the other loses
+        True
     """
     decays = _decays(tau_plus=tau_plus, tau_minus=tau_minus)
     pairing = Pairing(decays["tau_plus"], decays["tau_minus"], a_plus, a_minus)

@@ -1,0 +1,354 @@
+"""Private names of other libraries stand in ``nord_snn/_compat``, and what stands there does what it says."""
+
+import ast
+import copy
+import importlib
+import inspect
+import pickle
+import pkgutil
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from spikingjelly.activation_based import base, functional, layer, neuron
+from torch import nn
+
+import nord_snn
+from nord_snn._compat import spikingjelly as compat_spikingjelly
+from nord_snn._compat import torch as compat
+
+ROOT = Path(__file__).parents[1]
+OURS = [
+    path
+    for folder in ("nord_snn", "examples", "benchmarks", "docs")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if "build" not in path.parts
+]
+#: Private by their form, public by their documentation.
+PUBLIC = {"_fields", "_asdict", "_replace", "_make"}  # of named tuples
+#: Set on whatever is derived from a class: by Python, torch and transformers, the last by ``_compat/transformers.py``.
+GENERATED = {"_abc_impl", "_is_protocol", "_is_internal", "_backward_cls", "_auto_class", "_tied_weights_keys"}
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not (name.startswith("__") and name.endswith("__")) and name not in PUBLIC
+
+
+def names_defined(trees: list[ast.Module]) -> set[str]:
+    """Every function, class, variable, argument and attribute that our own code sets."""
+    names = set()
+    for tree in trees:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+            elif isinstance(node, ast.arg):
+                names.add(node.arg)
+            elif (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.ctx, ast.Store)
+                and ast.unparse(node.value) == "self"
+            ):
+                names.add(node.attr)
+    return names
+
+
+def foreign_names(tree: ast.Module, known: set[str]) -> list[str]:
+    """Private names in a file that none of our files defines."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and not node.module.startswith("nord_snn"):
+            parts = [*node.module.split("."), *(alias.name for alias in node.names)]
+            found += [f"from {node.module}" for part in parts if is_private(part)]
+        elif isinstance(node, ast.Import):
+            parts = [part for alias in node.names for part in alias.name.split(".")]
+            found += [f"import {part}" for part in parts if is_private(part)]
+        elif isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in known:
+            found.append(ast.unparse(node))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "setattr"):
+            named = [x.value for x in node.args[1:2] if isinstance(x, ast.Constant)]
+            found += [name for name in named if is_private(name) and name not in known]
+    return found
+
+
+def test_private_names_of_others_stand_in_compat_alone():
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in OURS}
+    outside = {path: tree for path, tree in trees.items() if path.parent.name != "_compat"}
+    known = names_defined(list(outside.values()))
+    found = {
+        str(path.relative_to(ROOT)): names for path, tree in outside.items() if (names := foreign_names(tree, known))
+    }
+    assert found == {}
+
+
+def test_the_search_for_private_names_finds_them():
+    code = "from torch._inductor import config\nimport torch._dynamo\nx._version\ngetattr(y, '_hidden')\nself._own = 1\nself._own"
+    tree = ast.parse(code)
+    assert len(foreign_names(tree, names_defined([tree]))) == 4
+
+
+def test_no_class_overrides_what_others_call_private():
+    """Outside of _compat: whatever a base class of another library calls private may change without a word."""
+    names = [module.name for module in pkgutil.walk_packages(nord_snn.__path__, "nord_snn.")]
+    names += [path.stem for path in sorted((ROOT / "examples" / "nord_lm").glob("*.py"))]
+    for name in names:
+        if name.endswith("__main__") or "._compat" in name:
+            continue
+        try:
+            module = importlib.import_module(name)
+        except ImportError:  # a kernel whose library is not here
+            continue
+        for kind in vars(module).values():
+            if not inspect.isclass(kind) or kind.__module__ != name:
+                continue
+            for attribute in vars(kind):
+                owners = [
+                    owner
+                    for owner in kind.__mro__[1:]
+                    if attribute in vars(owner) and owner.__module__.partition(".")[0] != "nord_snn"
+                ]
+                if is_private(attribute) and attribute not in GENERATED:
+                    assert not owners, f"{name}.{kind.__name__}.{attribute} is one of {owners}"
+
+
+# --- torch
+
+
+def test_a_constant_is_computed_while_torch_compiles():
+    calls = []
+
+    @compat.constant_when_compiled
+    def choose(name: str) -> str:
+        calls.append(name)
+        return {"a": "abs"}[name]
+
+    run = torch.compile(lambda x: getattr(x, choose("a"))() + 1, backend="eager", fullgraph=True)
+    for _ in range(3):
+        assert run(-torch.ones(2)).tolist() == [2.0, 2.0]
+    assert calls == ["a"]
+
+
+def test_modes_are_seen_and_left():
+    class Nothing(compat.TorchDispatchMode):
+        def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+            raise AssertionError("left")
+
+    assert not compat.dispatch_mode_is_active()
+    with Nothing():
+        assert compat.dispatch_mode_is_active()
+        with compat.without_dispatch_modes():
+            assert torch.ones(2).sum() == 2
+
+
+def test_versions_and_views():
+    x = torch.zeros(3)
+    before = compat.version_of(x)
+    x.add_(1)
+    assert compat.version_of(x) > before
+    assert compat.is_view(x[1:])
+    assert not compat.is_view(x)
+
+
+@pytest.mark.parametrize("padding", ["same", "valid", (2, 1)])
+def test_padding_is_what_the_convolution_adds(padding):
+    conv = nn.Conv2d(1, 1, (4, 3), padding=padding, bias=False)
+    (top, bottom), (left, right) = compat.padding_on_both_sides(conv)
+    x = torch.randn(1, 1, 9, 8)
+    padded = nn.functional.pad(x, (left, right, top, bottom))
+    assert torch.allclose(conv(x), nn.functional.conv2d(padded, conv.weight), atol=1e-6)
+
+
+def test_operators_by_private_name_are_those_that_modes_see():
+    seen = set()
+
+    class Seen(compat.TorchDispatchMode):
+        def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+            seen.add(function.overloadpacket)
+            return function(*args, **(kwargs or {}))
+
+    with Seen():
+        torch.rand(2, 3).softmax(-1).log_softmax(-1)
+    assert compat.operators_by_private_name("_softmax", "_log_softmax") <= seen
+
+
+class Stateful(compat.KeepsStatePrecision, nn.Module):
+    """Has a parameter and a state."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.state = nn.Parameter(torch.ones(2)), torch.full((2,), 1 / 3)
+
+    def get_state(self):
+        """The state."""
+        return {"state": self.state}
+
+    def set_state(self, state):
+        """Set it."""
+        self.state = state["state"]
+
+
+def test_state_moves_but_never_to_fewer_bits():
+    module = Stateful()
+    half = module.half()
+    assert (half.weight.dtype, half.state.dtype) == (torch.float16, torch.float32)
+    assert torch.equal(half.state, torch.full((2,), 1 / 3))
+    assert module.double().state.dtype == torch.float64
+    assert module.to_empty(device="cpu").state.tolist() == pytest.approx([1 / 3] * 2)  # state outlives empty memory
+    assert module.to("meta").state.is_meta
+
+
+class Observer:
+    """Writes down what it is called with."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def before(self, module):
+        """Before the forward."""
+        self.seen.append(("before", module))
+
+    def after(self, module, output):
+        """After it."""
+        self.seen.append(("after", module))
+
+
+def test_observers_see_every_forward_until_they_leave():
+    net, first, second = nn.Sequential(nn.Linear(2, 2)), Observer(), Observer()
+    linear = net[0]
+    compat.observe_forward(linear, first)
+    compat.observe_forward(linear, second)
+    net(torch.ones(1, 2))
+    assert first.seen == second.seen == [("before", linear), ("after", linear)]
+    duplicate = copy.deepcopy(net)
+    duplicate[0].weight.data.zero_()
+    assert torch.equal(duplicate(torch.ones(1, 2))[0], linear.bias)  # its own forward, not that of the original
+    assert first.seen[-1] == ("after", duplicate[0])  # and observers are told which module ran
+    compat.stop_observing_forward(linear, first)
+    compat.stop_observing_forward(linear, first)
+    first.seen.clear()
+    net(torch.ones(1, 2))
+    assert first.seen == []
+    compat.stop_observing_forward(linear, second)
+    assert linear.__dict__.keys() == nn.Linear(2, 2).__dict__.keys()
+
+
+def test_an_observed_module_is_pickled_with_the_forward_of_its_class():
+    module, observer = nn.Linear(2, 2), Observer()
+    compat.observe_forward(module, observer)
+    loaded = pickle.loads(pickle.dumps(module))
+    assert torch.equal(loaded(torch.ones(1, 2)), module(torch.ones(1, 2)))
+    assert loaded.forward.__func__ is nn.Linear.forward
+    compat.observe_forward(loaded, observer)
+    observer.seen.clear()
+    loaded(torch.ones(1, 2))
+    assert len(observer.seen) == 2
+
+
+def test_a_patch_that_came_later_stays():
+    module, observer = nn.Linear(2, 2), Observer()
+    compat.observe_forward(module, observer)
+    ours = module.forward
+    module.forward = types.MethodType(lambda self, x: ours(x) + 1, module)
+    compat.stop_observing_forward(module, observer)
+    x = torch.ones(1, 2)
+    assert torch.allclose(module(x), nn.functional.linear(x, module.weight, module.bias) + 1)
+    assert observer.seen == []
+
+
+# --- SpikingJelly
+
+
+def test_reset_values_are_those_that_reset_restores():
+    node = neuron.LIFNode(v_reset=None)
+    assert compat_spikingjelly.reset_value(node, "v") == 0.0
+    node(torch.ones(2))
+    assert isinstance(node.v, torch.Tensor)
+    assert compat_spikingjelly.reset_value(node, "v") == 0.0
+
+
+def test_the_list_of_modules_is_forgotten():
+    net = nn.Sequential(layer.Linear(2, 2), neuron.IFNode())
+    functional.reset_net(net)
+    net[0] = neuron.IFNode()
+    net(torch.full((2,), 9.0))
+    compat_spikingjelly.forget_module_list(net)
+    functional.reset_net(net)
+    assert net[0].v == 0.0
+
+
+def test_a_stateful_node_is_a_node_of_spikingjelly():
+    assert issubclass(compat_spikingjelly.StatefulNode, neuron.BaseNode)
+    assert issubclass(compat_spikingjelly.StatefulNode, base.MemoryModule)
+    assert compat_spikingjelly.is_release_2 == hasattr(functional, "invalidate_reset_cache")
+
+
+# --- snnTorch, Numba, transformers, accelerate
+
+
+def test_snntorchs_reset_finds_ours_and_not_one_that_was_refused():
+    snntorch = pytest.importorskip("snntorch")
+    from snntorch import utils
+
+    from nord_snn.integrations.snntorch import AssociativeSynaptic
+
+    lif = AssociativeSynaptic(8, n_clusters=4)
+    assert isinstance(lif, snntorch.Synaptic)
+    with pytest.raises(ValueError, match="multiple"):
+        AssociativeSynaptic(9, n_clusters=4)
+    lif(2 * torch.rand(3, 8))
+    utils.reset(nn.Sequential(lif))
+    assert not lif.mem.any()
+
+
+def test_numbas_private_names_build_a_kernel():
+    pytest.importorskip("numba")
+    import numba
+    import numpy as np
+
+    from nord_snn.ops.lanes import WIDTH, fused, load, load_first, pointer, prefetch, store
+
+    @numba.njit
+    def kernel(a, b):
+        x, out = pointer(a), pointer(b)
+        prefetch(x, 0)
+        store(out, 0, fused(load(x, 0), load(x, 0), load_first(x, 0, 3)))
+
+    a, b = np.arange(WIDTH, dtype=np.float32), np.empty(WIDTH, dtype=np.float32)
+    kernel(a, b)
+    assert np.array_equal(b, a * a + np.where(np.arange(WIDTH) < 3, a, 0))
+
+
+def test_the_cache_has_the_name_of_the_installed_release():
+    transformers = pytest.importorskip("transformers")
+    from nord_snn._compat.transformers import CACHE, cache_from, cache_of, causal_lm_output
+
+    theirs = inspect.signature(transformers.LlamaForCausalLM.forward).parameters
+    assert CACHE in theirs
+    assert ("cache" in theirs) == (CACHE == "cache")
+    cache = transformers.DynamicCache()
+    assert cache_of(causal_lm_output(None, torch.zeros(1), cache)) is cache
+    assert cache_of(causal_lm_output(None, torch.zeros(1), None)) is None
+    assert cache_from(cache, None) is cache_from(None, cache) is cache
+
+
+def test_accelerate_counts_anew_and_logs_where_it_is_told(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    from nord_snn._compat.accelerate import begin_accumulation_anew, log_into
+
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = accelerator.prepare(nn.Linear(2, 2))
+    synced = []
+    for restart in (False, True):
+        with accelerator.accumulate(model):
+            synced.append(accelerator.sync_gradients)
+        if restart:
+            break
+        begin_accumulation_anew(accelerator)
+    assert synced == [False, False]  # without a new start the second would be the end of an accumulation
+    log_into(accelerator, tmp_path)
+    assert accelerator.logging_dir == str(tmp_path)
