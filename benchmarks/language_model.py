@@ -13,7 +13,7 @@ from spikingjelly.activation_based import neuron, surrogate
 from torch import Tensor, nn
 
 from nord_snn.neurons import AssociativeLIFNode
-from nord_snn.ops.resonance.reference import reference
+from nord_snn.ops.topk_resonance.reference import reference
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "nord_lm"))
 from configuration_nord import NordConfig

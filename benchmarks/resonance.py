@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nord_snn.ops import resonance
-from nord_snn.ops.resonance.reference import reference
+from nord_snn.ops.topk_resonance.reference import reference
 
 __all__ = ["case", "contestants", "floor", "gate"]
 

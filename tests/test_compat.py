@@ -310,13 +310,13 @@ def test_numbas_private_names_build_a_kernel():
     import numba
     import numpy as np
 
-    from nord_snn.ops.lanes import WIDTH, fused, load, load_first, pointer, prefetch, store
+    from nord_snn.ops._numba.simd import WIDTH, fused, load, masked_load, pointer, prefetch, store
 
     @numba.njit
     def kernel(a, b):
         x, out = pointer(a), pointer(b)
         prefetch(x, 0)
-        store(out, 0, fused(load(x, 0), load(x, 0), load_first(x, 0, 3)))
+        store(out, 0, fused(load(x, 0), load(x, 0), masked_load(x, 0, 3)))
 
     a, b = np.arange(WIDTH, dtype=np.float32), np.empty(WIDTH, dtype=np.float32)
     kernel(a, b)
@@ -352,3 +352,24 @@ def test_accelerate_counts_anew_and_logs_where_it_is_told(tmp_path):
     assert synced == [False, False]  # without a new start the second would be the end of an accumulation
     log_into(accelerator, tmp_path)
     assert accelerator.logging_dir == str(tmp_path)
+
+
+def test_a_kernel_is_compiled_again_when_what_it_is_made_of_changes(tmp_path, monkeypatch):
+    """Numba's own cache would go on with the old machine code of a function that another file has changed."""
+    pytest.importorskip("numba")
+    from nord_snn._compat.numba import cached_njit
+
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    import numba
+
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+
+    def function(x):
+        return x + 1
+
+    hits = []
+    for stamp in ("one", "one", "two"):
+        kernel = cached_njit(function, stamp)
+        assert kernel(1) == 2
+        hits.append(sum(kernel.stats.cache_hits.values()))
+    assert hits == [0, 1, 0]

@@ -1,7 +1,6 @@
 """The house rules: imports run one way, and the public names are the ones that are promised."""
 
 import ast
-import hashlib
 import importlib
 import inspect
 import sys
@@ -61,10 +60,11 @@ COMPAT = {  # a file a library
     "tensorboard.py": set(),
 }
 KERNELS = {
-    "memory.py": {"numpy"},
+    "tensors.py": {"numpy"},
     "threads.py": {"numba"},
-    "lanes.py": {"llvmlite", "numba"},
-    "cpu.py": {"numba", "numpy"},
+    "simd.py": {"llvmlite", "numba"},
+    "scores.py": {"numpy"},
+    "numba.py": {"numba", "numpy"},
     "triton.py": {"triton"},
     "cupy.py": {"cupy"},
 }
@@ -114,22 +114,10 @@ def test_the_core_imports_nothing_that_the_core_does_not_ask_for():
 
 
 def test_kernel_files_are_imported_by_name_and_only_when_they_can_run():
-    names = {
-        f"nord_snn.ops.{op}.{Path(kernel).stem}"
-        for op in ("associative_lif", "leaky_clamp", "resonance", "stdp")
-        for kernel in KERNELS
-    }
+    ops = [path.parent.name for path in (ROOT / "nord_snn" / "ops").glob("*/op.py")]
+    names = {f"nord_snn.ops.{op}.{backend}" for op in ops for backend in ("numba", "triton", "cupy")}
     for path in SOURCES:
         assert not imported(path) & names, path
-
-
-def test_kernels_are_compiled_again_when_their_vectors_change():
-    """A kernel in Numba's cache is taken for current as long as its own file is; so that file names the other's content."""
-    parts = (ROOT / "nord_snn" / "ops" / "lanes.py", ROOT / "nord_snn" / "_compat" / "numba.py")
-    digest = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:12]
-    for path in (ROOT / "nord_snn" / "ops").rglob("cpu.py"):
-        source = path.read_text(encoding="utf-8")
-        assert "nord_snn.ops.lanes" not in source or f'_LANES = "{digest}"' in source, f"{path}: _LANES is {digest} now"
 
 
 def test_every_extra_that_leads_to_transformers_caps_torch_itself():
@@ -141,3 +129,21 @@ def test_every_extra_that_leads_to_transformers_caps_torch_itself():
     for name in ("lm", "all", "test", "dev"):
         assert "torch>=2.11,<2.12" in extras[name], name
     assert not any("cupy" in requirement or "cuda" in requirement for requirement in extras["all"])
+
+
+OP_FILES = {"__init__.py", "reference.py", "op.py"}
+
+
+def test_every_folder_of_an_op_has_the_same_files():
+    """And its modules can be imported by their dotted names: no function of the package has the name of a folder."""
+    folders = sorted(path.parent for path in (ROOT / "nord_snn" / "ops").glob("*/op.py"))
+    assert len(folders) == 5
+    for folder in folders:
+        assert {path.name for path in folder.iterdir()} >= OP_FILES
+        name = f"nord_snn.ops.{folder.name}.reference"
+        scope = {}
+        exec(f"import {name} as module", scope)
+        assert scope["module"] is sys.modules[name]
+        assert not hasattr(importlib.import_module("nord_snn.ops"), folder.name) or inspect.ismodule(
+            getattr(importlib.import_module("nord_snn.ops"), folder.name)
+        )

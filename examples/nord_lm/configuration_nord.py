@@ -6,8 +6,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from nord_snn.ops.cascade import check_clusters
+from nord_snn.ops.checks import check_heads
 from nord_snn.ops.dispatch import BACKENDS
-from nord_snn.ops.resonance import check_heads
 from nord_snn.ops.surrogate import resolve_surrogate
 
 __all__ = ["NordConfig"]

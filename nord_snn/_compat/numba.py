@@ -1,16 +1,33 @@
-"""Private names of Numba and llvmlite that the vectors of ``ops/lanes.py`` are made with. Tested with Numba 0.68.
+"""Private names of Numba and llvmlite that the kernels and their vectors are made with. Tested with Numba 0.68.
 
-Numba's documented extension interface (``numba.extending``) has no pointers to array data, no calls of LLVM intrinsics and
-no stack slots; what it has for them lies in ``numba.core`` and ``numba.np``, which Numba may change in any release.
+Numba's documented extension interface (``numba.extending``) has no pointers to array data, no calls of LLVM intrinsics, no
+stack slots, and no way to say what a cache depends on. What it has for them lies in ``numba.core`` and ``numba.np``, which
+may change in any release.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
+from numba import njit
 from numba.core import cgutils
 from numba.np.arrayobj import make_array
 
-__all__ = ["call_intrinsic", "data_pointer", "pointer_type", "stack_slot"]
+__all__ = ["cached_njit", "call_intrinsic", "data_pointer", "pointer_type", "stack_slot"]
+
+
+def cached_njit(function: Callable[..., Any], stamp: str, **options: Any) -> Any:
+    """Compile ``function``, cached on disk for as long as its file and ``stamp`` stay the same.
+
+    ``njit(cache=True)`` notices a change of the function's own file alone, and would run machine code that was made of
+    an earlier version of what the function calls.
+    """
+    dispatcher = njit(**options)(function)
+    if hasattr(dispatcher, "enable_caching"):  # under NUMBA_DISABLE_JIT it is the function itself
+        dispatcher.enable_caching()
+        file = dispatcher._cache._cache_file
+        file._source_stamp = (file._source_stamp, stamp)
+    return dispatcher
 
 
 def call_intrinsic(builder: Any, name: str, result: ir.Type, operands: list[Any]) -> Any:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from nord_snn.neurons import AssociativeLIFNode, NeuronFactory, SmoothActivation, fire_from_rest, make_neuron
 from nord_snn.ops import pack_spikes, resonance, resonance_cached
-from nord_snn.ops.checks import check_features
-from nord_snn.ops.resonance import check_heads, check_spikes
+from nord_snn.ops.cached_resonance.packing import check_spikes
+from nord_snn.ops.checks import check_features, check_heads
 
 __all__ = ["Binding", "CoFiringResonance", "Remember"]
 

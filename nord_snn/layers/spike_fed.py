@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from nord_snn.layers.resonance import Binding, Remember
 from nord_snn.neurons import AssociativeLIFNode, NeuronFactory, SmoothActivation, fire_from_rest, make_neuron
 from nord_snn.ops import pack_spikes
+from nord_snn.ops.cached_resonance.packing import unpack_spikes
 from nord_snn.ops.checks import check_features
-from nord_snn.ops.resonance import unpack_spikes
 
 __all__ = ["SpikeFedBlock", "SpikeFedResonance"]
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from nord_snn._compat.torch import TorchDispatchMode, operators_by_private_name, without_dispatch_modes
 from nord_snn.neurons import AssociativeLIFNode
 from nord_snn.neurons.foreign import is_neuron
-from nord_snn.ops.resonance import unpack_spikes
-from nord_snn.ops.resonance.reference import coincidences, keep_best, resonance_scores
+from nord_snn.ops.cached_resonance.packing import unpack_spikes
+from nord_snn.ops.topk_resonance.reference import coincidences, keep_best, resonance_scores
 
 __all__ = ["CONVENTIONS", "Convention", "EnergyProfile", "EnergyProfiler", "ProductCost", "profile_energy"]
 

@@ -1,23 +1,30 @@
-"""``python -m nord_snn.ops``: the backends, and for each whether it runs here or why not."""
+"""``python -m nord_snn.ops``: which backends every op has, and for each backend whether it runs here or why not."""
 
-from nord_snn.ops.associative_lif.autograd import IMPLEMENTATIONS
-from nord_snn.ops.dispatch import BACKENDS
+import nord_snn.ops  # noqa: F401  # enters all ops
+from nord_snn.ops.dispatch import BACKENDS, OPS
+
+__all__ = ["table"]
 
 
 def table() -> str:
-    """One line a backend: name, the device it is for, whether it runs, and the version or the reason."""
-    lines = [("backend", "device", "runs", "")]
+    """Return a table of ops and backends, and below it a line for each backend."""
+    lines = [("op", *BACKENDS)]
+    lines += [(op, *("yes" if name in made else "-" for name in BACKENDS)) for op, made in sorted(OPS.items())]
+    known = {name: backend for made in OPS.values() for name, backend in made.items()}
+    below = [("backend", "device", "runs here", "")]
     for name in BACKENDS:
-        backend = IMPLEMENTATIONS[name]
-        runs, reason = backend.available()
-        lines.append((name, backend.device, "yes" if runs else "no", reason))
-    widths = [max(len(line[column]) for line in lines) for column in range(3)]
+        support = known[name].available()
+        below.append((name, known[name].device, "yes" if support.runs else "no", support.reason))
+    return f"{_aligned(lines)}\n\n{_aligned(below)}"
+
+
+def _aligned(lines: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[3]]).rstrip()
-        for line in lines
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
 
 
 if __name__ == "__main__":
-    print("associative_lif, slowest first; backend='auto' takes the last one that runs on the tensor's device\n")
+    print("backend='auto' takes the last backend of a row that runs on the device of its input\n")
     print(table())

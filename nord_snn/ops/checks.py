@@ -9,6 +9,7 @@ __all__ = [
     "check_bounds",
     "check_dependence",
     "check_features",
+    "check_heads",
     "check_numbers",
     "check_scalar",
     "check_time_constants",
@@ -41,6 +42,14 @@ def check_features(x: Tensor, n_features: int, owner: str, layout: str = "[T, N,
         raise ValueError(f"{owner} expects shape {layout} with {names[-1]} = {n_features}, got {list(x.shape)}")
     if names[0] == "T" and x.shape[0] == 0:
         raise ValueError(f"{owner} expects shape {layout} with at least one time step, got T = 0")
+
+
+def check_heads(n_features: int, n_heads: int) -> None:
+    """Raise a ValueError unless ``n_heads`` divide ``n_features``."""
+    if n_heads < 1 or n_features % n_heads:
+        raise ValueError(
+            f"the width D must be a multiple of the number of heads H, got D = {n_features} and H = {n_heads}"
+        )
 
 
 def check_scalar(value: float | Tensor, name: str) -> None:

@@ -22,7 +22,17 @@ import torch
 
 from nord_snn._compat.torch import constant_when_compiled
 
-__all__ = ["BACKENDS", "Backend", "BackendChoice", "Call", "choose_backend", "chooser", "implementations_of"]
+__all__ = [
+    "BACKENDS",
+    "OPS",
+    "Backend",
+    "BackendChoice",
+    "Call",
+    "Support",
+    "backend_selector",
+    "choose_backend",
+    "register_backends",
+]
 
 #: Every name that ``backend=`` takes, besides ``"auto"``, slowest first.
 BACKENDS = ("torch", "numba", "cupy", "triton")
@@ -31,27 +41,30 @@ _ENVIRONMENT = "NORD_SNN_BACKEND"
 
 _logger = logging.getLogger("nord_snn")
 _logged: set[tuple[str, str]] = set()
-_remembered: dict[tuple[Any, ...], str] = {}
+_choice_cache: dict[tuple[Any, ...], str] = {}
 
-Verdict = tuple[bool, str]
+
+class Support(NamedTuple):
+    """Whether a backend can run, and its version or the reason why not."""
+
+    runs: bool
+    reason: str
 
 
 class Call(NamedTuple):
-    """What a backend looks at before it takes a call: plain values, so that the choice is a constant to torch.compile.
+    """What a backend is chosen by: plain values, so that the choice is a constant to torch.compile.
 
     Attributes:
         device: type of the device, such as ``"cuda"``.
         dtype: of the input.
-        n_features: D.
-        n_clusters: C of the cascade, 0 for none.
-        surrogate: its name; ``"callable"`` for one of the caller's own, empty where spikes play no part.
+        n_features: width of the input, D.
+        options: what else the kernels of an op look at, as its ``op.py`` names it, such as ``("n_clusters", 64)``.
     """
 
     device: str
     dtype: torch.dtype
     n_features: int
-    n_clusters: int = 0
-    surrogate: str = ""
+    options: tuple[tuple[str, Any], ...] = ()
 
 
 class Backend(NamedTuple):
@@ -59,14 +72,14 @@ class Backend(NamedTuple):
 
     Attributes:
         device: the type of device that ``"auto"`` takes it for, or ``"any"``.
-        available: can it run here at all? ``(answer, reason)``.
-        accepts: can it run this call? ``(answer, reason)``.
-        kernel: imports the file with its functions, ``forward`` and ``backward`` of a kernel.
+        available: whether it can run on this machine.
+        accepts: whether it can run a call.
+        kernel: imports its file.
     """
 
     device: str
-    available: Callable[[], Verdict]
-    accepts: Callable[[Call], Verdict]
+    available: Callable[[], Support]
+    accepts: Callable[[Call], Support]
     kernel: Callable[[], Any]
 
 
@@ -120,17 +133,17 @@ def choose_backend(op: str, implementations: Mapping[str, Backend], requested: s
     return choice
 
 
-def chooser(op: str, implementations: Mapping[str, Backend]) -> Callable[..., str]:
-    """What an op asks in every call: the name that :func:`choose_backend` gives for ``(requested, *call)``, remembered."""
+def backend_selector(op: str, implementations: Mapping[str, Backend]) -> Callable[[str, Call], str]:
+    """Return a cached function ``(requested, call) -> name`` for :func:`choose_backend`."""
 
     @constant_when_compiled
-    def choose(requested: str, *call: Any) -> str:
+    def select(requested: str, *call: Any) -> str:
         key = (op, requested, _default(), _triton_interprets(), call)
-        if key not in _remembered:
-            _remembered[key] = choose_backend(op, implementations, requested, Call(*call)).name
-        return _remembered[key]
+        if key not in _choice_cache:
+            _choice_cache[key] = choose_backend(op, implementations, requested, Call(*call)).name
+        return _choice_cache[key]
 
-    return choose
+    return lambda requested, call: select(requested, *call)
 
 
 def _default() -> str:
@@ -138,9 +151,9 @@ def _default() -> str:
     return os.environ.get(_ENVIRONMENT, "auto")
 
 
-def _verdict(op: str, implementations: Mapping[str, Backend], name: str, call: Call) -> Verdict:
+def _verdict(op: str, implementations: Mapping[str, Backend], name: str, call: Call) -> Support:
     if name not in implementations:
-        return False, f"nord-snn has no {name} kernel for {op}"
+        return Support(False, f"nord-snn has no {name} kernel for {op}")
     backend = implementations[name]
     runs, reason = backend.available()
     return backend.accepts(call) if runs else (runs, reason)
@@ -153,59 +166,67 @@ def _log_once(op: str, choice: BackendChoice) -> None:
         _logger.info(line)
 
 
-def implementations_of(op: str, *kernels: str, plain: str = "reference") -> dict[str, Backend]:
-    """The backend ``torch``, whose file is ``plain``, and these kernels of an op, all in the folder of its name."""
+#: Every op and its backends, by name; filled by :func:`register_backends`.
+OPS: dict[str, dict[str, Backend]] = {}
 
-    def kernel(name: str) -> Callable[[], ModuleType]:
-        return lambda: importlib.import_module(f"nord_snn.ops.{op}.{_FILES.get(name, plain)}")
 
-    runs = (True, "plain PyTorch")
-    made = {"torch": Backend("any", lambda: runs, lambda call: runs, kernel("torch"))}
+def register_backends(op: str, folder: str, *kernels: str, plain: str = "reference") -> dict[str, Backend]:
+    """Enter an op with its backends into :data:`OPS`, and return them by name.
+
+    Args:
+        op: name of the public function.
+        folder: of ``nord_snn/ops``, where the files are.
+        kernels: backends besides ``"torch"``, each in a file of its name. Such a file may have a function
+            ``accepts(call: Call) -> Support``.
+        plain: file of the backend ``"torch"``.
+    """
+    runs = Support(True, "plain PyTorch")
+    made = {"torch": Backend("any", lambda: runs, lambda call: runs, _importer(folder, plain))}
     for name in kernels:
-        load = kernel(name)
-        accepts = functools.partial(_accepts, name, load)
-        made[name] = Backend(_DEVICES[name], _AVAILABLE[name], accepts, load)
+        load = _importer(folder, name)
+        made[name] = Backend(_DEVICES[name], _AVAILABLE[name], functools.partial(_accepts, name, load), load)
+    OPS[op] = made
     return made
 
 
-def _accepts(name: str, load: Callable[[], ModuleType], call: Call) -> Verdict:
+def _importer(folder: str, file: str) -> Callable[[], ModuleType]:
+    return lambda: importlib.import_module(f"nord_snn.ops.{folder}.{file}")
+
+
+def _accepts(name: str, load: Callable[[], ModuleType], call: Call) -> Support:
     device = "cpu" if name == "triton" and _triton_interprets() else _DEVICES[name]
     if call.device != device:
-        return False, f"it runs on {device} tensors, and these are on {call.device}"
+        return Support(False, f"it runs on {device} tensors, and these are on {call.device}")
     if device == "cuda" and call.dtype == torch.float64:
-        return False, "it computes in float32, and these are float64"
+        return Support(False, "it computes in float32, and these are float64")
     if call.n_features == 0:
-        return False, "there is nothing to compute"
+        return Support(False, "there is nothing to compute")
     try:
         kernel = load()
     except Exception as error:  # say it: Numba, for one, wants a folder to keep what it compiles, see NUMBA_CACHE_DIR
-        return False, f"its kernels do not load ({type(error).__name__}: {error})"
-    if call.surrogate and call.surrogate not in kernel.SURROGATE_IDS:
-        return False, f"it does not know the surrogate {call.surrogate!r}: it has {sorted(kernel.SURROGATE_IDS)}"
-    if hasattr(kernel, "accepts"):
-        return kernel.accepts(call.n_features, call.n_clusters)
-    return True, "runs"
+        return Support(False, f"its kernels do not load ({type(error).__name__}: {error})")
+    return kernel.accepts(call) if hasattr(kernel, "accepts") else Support(True, "runs")
 
 
 @functools.cache
-def _numba_available() -> Verdict:
+def _numba_available() -> Support:
     """Is Numba installed, and does it import?"""
     return _imports("numba", "Numba", "pip install 'nord-snn[cpu]'")
 
 
 @functools.cache
-def _triton_available() -> Verdict:
+def _triton_available() -> Support:
     """Is Triton there, and a GPU that it compiles for (or its interpreter switched on, for tests)?"""
-    runs, reason = (True, "") if _triton_interprets() else _has_gpu()
-    return _imports("triton", "Triton", "it comes with PyTorch's CUDA builds for Linux") if runs else (runs, reason)
+    gpu = Support(True, "") if _triton_interprets() else _has_gpu()
+    return _imports("triton", "Triton", "it comes with PyTorch's CUDA builds for Linux") if gpu.runs else gpu
 
 
 @functools.cache
-def _cupy_available() -> Verdict:
+def _cupy_available() -> Support:
     """Is CuPy installed for the CUDA version of this PyTorch, and is there a GPU?"""
-    runs, reason = _has_gpu()
+    gpu = _has_gpu()
     major = (torch.version.cuda or "").split(".")[0]
-    return _imports("cupy", "CuPy", f"pip install 'nord-snn[cuda{major}]'") if runs else (runs, reason)
+    return _imports("cupy", "CuPy", f"pip install 'nord-snn[cuda{major}]'") if gpu.runs else gpu
 
 
 def _triton_interprets() -> bool:
@@ -213,24 +234,22 @@ def _triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _imports(module: str, title: str, cure: str) -> Verdict:
+def _imports(module: str, title: str, cure: str) -> Support:
     if importlib.util.find_spec(module) is None:
-        return False, f"{title} is not installed: {cure}"
+        return Support(False, f"{title} is not installed: {cure}")
     try:
         version = getattr(importlib.import_module(module), "__version__", "")
     except Exception as error:  # a broken installation must not break the others
-        return False, f"{title} is installed but does not import ({type(error).__name__}: {error}): {cure}"
-    return True, f"{title} {version}"
+        return Support(False, f"{title} is installed but does not import ({type(error).__name__}: {error}): {cure}")
+    return Support(True, f"{title} {version}")
 
 
-def _has_gpu() -> Verdict:
+def _has_gpu() -> Support:
     if not torch.cuda.is_available():
-        return False, "it needs a CUDA GPU, and " + (
-            "this PyTorch was built without CUDA" if torch.version.cuda is None else "PyTorch sees none"
-        )
-    return True, torch.cuda.get_device_name()
+        why = "this PyTorch was built without CUDA" if torch.version.cuda is None else "PyTorch sees none"
+        return Support(False, f"it needs a CUDA GPU, and {why}")
+    return Support(True, torch.cuda.get_device_name())
 
 
-_FILES = {"numba": "cpu", "cupy": "cupy", "triton": "triton"}
 _DEVICES = {"numba": "cpu", "cupy": "cuda", "triton": "cuda"}
 _AVAILABLE = {"numba": _numba_available, "cupy": _cupy_available, "triton": _triton_available}

@@ -8,7 +8,7 @@ from torch import nn
 from nord_snn.layers import NordBlock, SpikeFedBlock, SpikeFedResonance
 from nord_snn.monitor import EnergyProfiler, SpikeMonitor, profile_energy
 from nord_snn.neurons import AssociativeLIFNode, SmoothActivation, fire_from_rest
-from nord_snn.ops.resonance.reference import reference
+from nord_snn.ops.topk_resonance.reference import reference
 
 
 def node(n):

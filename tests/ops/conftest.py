@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-TRITON = "nord_snn.ops.associative_lif.triton"
-CUPY = "nord_snn.ops.associative_lif.cupy"
+TRITON = "nord_snn.ops.lif.triton"
+CUPY = "nord_snn.ops.lif.cupy"
 
 
 @pytest.fixture

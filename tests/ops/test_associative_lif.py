@@ -263,7 +263,7 @@ def test_a_backend_that_cannot_run_names_the_cure(monkeypatch):
         associative_lif(x, **arguments, backend="cuda")
     with monkeypatch.context() as patch:
         patch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
-        patch.setattr(dispatch, "_remembered", {})
+        patch.setattr(dispatch, "_choice_cache", {})
         dispatch._numba_available.cache_clear()
         assert which_backend(x).name == "torch"
         with pytest.raises(RuntimeError, match=r"Numba is not installed: pip install 'nord-snn\[cpu\]'"):

@@ -16,10 +16,10 @@ import pytest
 import torch
 from helpers import relative_error
 
-from nord_snn.ops.associative_lif.reference import AssociativeLIFState, reference
+from nord_snn.ops.lif.reference import AssociativeLIFState, reference
 from nord_snn.ops.surrogate import SURROGATES, resolve_surrogate
 
-kernels = importlib.import_module("nord_snn.ops.associative_lif.cupy")
+kernels = importlib.import_module("nord_snn.ops.lif.cupy")
 
 FORWARD, BACKWARD = "associative_lif_forward", "associative_lif_backward"
 EPSILON = 1e-5  # spikes must agree wherever |u - threshold| is larger
@@ -430,10 +430,10 @@ def test_every_plan_fits_the_device_and_covers_every_neuron():
             padded = -(-C // 4) * 4
             coupling = 4 * C * (C | 1) if kernels._coupling_is_shared(C) else 4
             assert 4 * (2 * plan.rows * padded + plan.threads) + coupling <= 48 * 1024
-            assert kernels.accepts(D, C) == (True, "runs")
+            assert kernels.fits(D, C) == (True, "runs")
 
 
 def test_too_many_clusters_are_refused_with_a_reason():
-    runs, reason = kernels.accepts(5000, 5000)
+    runs, reason = kernels.fits(5000, 5000)
     assert not runs
     assert "room for 4096 clusters, not 5000" in reason

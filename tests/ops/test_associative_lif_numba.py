@@ -231,7 +231,7 @@ def test_compiled_without_a_graph_break_a_block_gives_the_same():
 
 def test_a_surrogate_of_ones_own_runs_on_the_reference_and_the_log_says_why(caplog, monkeypatch):
     monkeypatch.setattr(dispatch, "_logged", set())
-    monkeypatch.setattr(dispatch, "_remembered", {})
+    monkeypatch.setattr(dispatch, "_choice_cache", {})
     x = torch.randn(3, 2, 6)
     own = SURROGATES["atan"].primitive
     with caplog.at_level(logging.INFO, logger="nord_snn"):

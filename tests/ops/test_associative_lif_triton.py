@@ -8,12 +8,12 @@ import pytest
 import torch
 from helpers import relative_error
 
-from nord_snn.ops.associative_lif.reference import AssociativeLIFState, reference
+from nord_snn.ops.lif.reference import AssociativeLIFState, reference
 from nord_snn.ops.surrogate import SURROGATES, resolve_surrogate
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-NAME = "nord_snn.ops.associative_lif.triton"
+NAME = "nord_snn.ops.lif.triton"
 EPSILON = 1e-5  # spikes must agree wherever |u - threshold| is larger
 # By how much writing changes a value; the interpreter cuts a bfloat16 off where a GPU rounds it.
 ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
@@ -240,10 +240,10 @@ def test_the_same_call_gives_the_same_bits(kernels):
 
 
 def test_it_says_which_rows_it_takes(interpreted):
-    assert interpreted.accepts(512, 64)[0]
-    assert interpreted.accepts(100_000, 0)[0]  # without a cascade rows are cut
-    assert interpreted.accepts(130, 130)[0]
-    accepted, reason = interpreted.accepts(65536, 64)
+    assert interpreted.fits(512, 64)[0]
+    assert interpreted.fits(100_000, 0)[0]  # without a cascade rows are cut
+    assert interpreted.fits(130, 130)[0]
+    accepted, reason = interpreted.fits(65536, 64)
     assert not accepted
     assert "D = 65536 in C = 64 clusters takes 65536" in reason
 

@@ -17,15 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from nord_snn.ops import associative_lif, leaky_clamp, pack_spikes, resonance, resonance_cached, stdp
-from nord_snn.ops.associative_lif.reference import AssociativeLIFState
-from nord_snn.ops.associative_lif.reference import reference as lif_reference
-from nord_snn.ops.dispatch import Backend
-from nord_snn.ops.leaky_clamp.reference import reference as clamp_reference
-from nord_snn.ops.resonance.reference import reference as resonance_reference
-from nord_snn.ops.stdp.correlation import dense
-from nord_snn.ops.stdp.reference import Pairing, rest
-from nord_snn.ops.stdp.reference import reference as stdp_reference
+from nord_snn.ops.clamp.reference import reference as clamp_reference
+from nord_snn.ops.dispatch import OPS, Backend, Support
+from nord_snn.ops.lif.reference import AssociativeLIFState
+from nord_snn.ops.lif.reference import reference as lif_reference
+from nord_snn.ops.plasticity.correlation import dense
+from nord_snn.ops.plasticity.reference import Pairing, rest
+from nord_snn.ops.plasticity.reference import reference as stdp_reference
 from nord_snn.ops.surrogate import resolve_surrogate
+from nord_snn.ops.topk_resonance.reference import reference as resonance_reference
 
 Tensors = dict[str, Tensor]
 Outputs = tuple[Tensor, ...]
@@ -264,7 +264,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, lane
     if lane == "interpreter":
         _stand_in(monkeypatch, "triton", request.getfixturevalue("interpreter"))
     if lane == "cuda-as-c++":
-        kernels = importlib.import_module("nord_snn.ops.associative_lif.cupy")
+        kernels = importlib.import_module("nord_snn.ops.lif.cupy")
         monkeypatch.setattr(kernels, "_launch", request.getfixturevalue("emulate"))
         monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 1)
         _stand_in(monkeypatch, "cupy", kernels)
@@ -273,10 +273,11 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, lane
 
 def _stand_in(monkeypatch: pytest.MonkeyPatch, backend: str, module: Any) -> None:
     """Let a backend for GPUs take tensors on the CPU."""
-    op = importlib.import_module("nord_snn.ops.associative_lif.autograd")
-    runs = (True, "stands in for a GPU")
-    monkeypatch.setitem(op.IMPLEMENTATIONS, backend, Backend("cpu", lambda: runs, lambda call: runs, lambda: module))
-    monkeypatch.setattr(importlib.import_module("nord_snn.ops.dispatch"), "_remembered", {})
+    runs = Support(True, "stands in for a GPU")
+    monkeypatch.setitem(
+        OPS["associative_lif"], backend, Backend("cpu", lambda: runs, lambda call: runs, lambda: module)
+    )
+    monkeypatch.setattr(importlib.import_module("nord_snn.ops.dispatch"), "_choice_cache", {})
 
 
 # --- the modes
@@ -478,8 +479,7 @@ def test_it_conforms(request: pytest.FixtureRequest, device: str, lane: str, op:
 def test_every_op_and_backend_is_in_a_lane() -> None:
     """An op or a kernel that is new has to enter the table above."""
     known = {(op, backend) for pairs in LANES.values() for op, backend in pairs}
-    for op in ("associative_lif", "leaky_clamp", "resonance"):
-        made = importlib.import_module(f"nord_snn.ops.{op}.autograd").IMPLEMENTATIONS
+    for op, made in OPS.items():
         assert {(op, backend) for backend in made} <= known
     for name in dir(torch.ops.nord_snn):  # what was called so far, at least
         assert name.removesuffix("_backward") in {*CASES, "name"} or name.startswith("_")

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nord_snn.ops import dispatch, resonance
-from nord_snn.ops.resonance import blockwise
-from nord_snn.ops.resonance.autograd import IMPLEMENTATIONS
-from nord_snn.ops.resonance.reference import coincidences, keep_best, reference, resonance_scores
+from nord_snn.ops.topk_resonance import blockwise_torch as blockwise
+from nord_snn.ops.topk_resonance.op import IMPLEMENTATIONS
+from nord_snn.ops.topk_resonance.reference import coincidences, keep_best, reference, resonance_scores
 
 CASES = load_reference("resonance")
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nord_snn.ops import pack_spikes, resonance, resonance_cached
-from nord_snn.ops.resonance import unpack_spikes
-from nord_snn.ops.resonance.reference import reference
+from nord_snn.ops.cached_resonance.packing import unpack_spikes
+from nord_snn.ops.topk_resonance.reference import reference
 
 
 @pytest.fixture(params=["torch", "numba"])

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nord_snn.ops import STDPState, reward_from_loss, stdp
-from nord_snn.ops.stdp import chunked
-from nord_snn.ops.stdp.correlation import dense
-from nord_snn.ops.stdp.reference import Pairing, Traces, reference
+from nord_snn.ops.plasticity import chunked_torch as chunked
+from nord_snn.ops.plasticity.correlation import dense
+from nord_snn.ops.plasticity.reference import Pairing, Traces, reference
 
 CASES = load_reference("stdp")
 

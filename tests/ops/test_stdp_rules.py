@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from nord_snn.learning_rules.learner import _geometry
 from nord_snn.ops import ConvGeometry, RewardSTDPState, reward_modulated_stdp, stdp, triplet_stdp
-from nord_snn.ops.stdp import chunked
+from nord_snn.ops.plasticity import chunked_torch as chunked
 
 PAIR = {"tau_plus": 7.0, "tau_minus": 11.0, "a_plus": 0.005, "a_minus": 0.007}
 TRIPLET = {

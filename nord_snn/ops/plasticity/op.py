@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from nord_snn.ops.checks import check_dependence, check_time_constants, compute_dtype
-from nord_snn.ops.stdp.chunked import chunked
-from nord_snn.ops.stdp.correlation import ConvGeometry, dense
-from nord_snn.ops.stdp.reference import (
+from nord_snn.ops.dispatch import register_backends
+from nord_snn.ops.plasticity.chunked_torch import chunked
+from nord_snn.ops.plasticity.correlation import ConvGeometry, dense
+from nord_snn.ops.plasticity.reference import (
     Correlate,
     Pairing,
     RewardSTDPState,
@@ -19,7 +20,9 @@ from nord_snn.ops.stdp.reference import (
     weight_dependence,
 )
 
-__all__ = ["reward_modulated_stdp", "stdp", "triplet_stdp"]
+__all__ = ["IMPLEMENTATIONS", "reward_modulated_stdp", "stdp", "triplet_stdp"]
+
+IMPLEMENTATIONS = register_backends("stdp", "plasticity", plain="chunked_torch")
 
 
 @torch.no_grad()

@@ -15,7 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["SURROGATE_IDS", "accepts", "backward", "forward"]
+from nord_snn.ops.dispatch import Call, Support
+from nord_snn.ops.lif.support import knows_surrogate
+
+__all__ = ["SURROGATE_IDS", "accepts", "backward", "fits", "forward"]
 
 #: The rows of :data:`nord_snn.ops.SURROGATES` that ``slope`` knows.
 SURROGATE_IDS = {"nord_atan": 0, "atan": 1, "sigmoid": 2, "fast_sigmoid": 3}
@@ -529,14 +532,21 @@ def _plan(n_features: int, n_clusters: int) -> _Plan:
     return _Plan(clusters, lanes, groups, rows, shares * -(-members // groups))
 
 
-def accepts(n_features: int, n_clusters: int) -> tuple[bool, str]:
+def accepts(call: Call) -> Support:
+    """Return whether the kernels can run a call."""
+    known = knows_surrogate(call, SURROGATE_IDS)
+    return fits(call.n_features, dict(call.options)["n_clusters"]) if known.runs else known
+
+
+def fits(n_features: int, n_clusters: int) -> Support:
     """Whether the kernels can run D neurons in C clusters (0: no cascade), and if not why."""
     if n_clusters > _MOST_CLUSTERS:
-        return False, (
+        return Support(
+            False,
             f"the CUDA kernel keeps sums over clusters in shared memory, which has room for {_MOST_CLUSTERS} clusters, "
-            f"not {n_clusters}"
+            f"not {n_clusters}",
         )
-    return True, "runs"
+    return Support(True, "runs")
 
 
 def _coupling_is_shared(n_clusters: int) -> bool:

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["NUMBERS", "address", "ready"]
+__all__ = ["NUMPY_TYPES", "as_contiguous", "data_pointer"]
 
 #: What a kernel computes in. By a number of that type it knows what lies at an address.
-NUMBERS: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64}
+NUMPY_TYPES: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64}
 
 
-def ready(x: Tensor, dtype: torch.dtype) -> Tensor:
+def as_contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x`` in this dtype and contiguous; itself, where it is. The caller keeps it while a kernel works with its address.
 
     Raises:
@@ -23,6 +23,6 @@ def ready(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype is dtype and x.is_contiguous() else x.to(dtype).contiguous()
 
 
-def address(x: Tensor | None) -> int:
+def data_pointer(x: Tensor | None) -> int:
     """Where the elements of a contiguous tensor begin; 0 for none."""
     return 0 if x is None else x.data_ptr()

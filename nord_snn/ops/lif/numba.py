@@ -4,40 +4,44 @@ A block of rows walks through all time steps while its state stays in the cache;
 then back. Why the loops are written sixteen neurons at a time, and with pointers, the README of this folder says.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
 
-from nord_snn.ops.checks import compute_dtype
-from nord_snn.ops.lanes import (
+from nord_snn.ops._numba.compiling import kernel, parallel_kernel
+from nord_snn.ops._numba.simd import (
     WIDTH,
-    at_address,
-    at_least,
-    beyond,
+    advance,
+    as_pointer,
+    broadcast,
     fused,
-    larger,
+    ge_mask,
     load,
-    load_first,
+    masked_load,
+    masked_store,
+    maximum,
     prefetch,
-    splat,
+    reduce_sum,
     store,
-    store_first,
-    total,
     where,
 )
-from nord_snn.ops.memory import NUMBERS, address, ready
-from nord_snn.ops.threads import as_many_threads_as_torch
+from nord_snn.ops._numba.tensors import NUMPY_TYPES, as_contiguous, data_pointer
+from nord_snn.ops._numba.threads import as_many_threads_as_torch
+from nord_snn.ops.checks import compute_dtype
+from nord_snn.ops.dispatch import Call, Support
+from nord_snn.ops.lif.support import knows_surrogate
 
-__all__ = ["SURROGATE_IDS", "backward", "forward"]
+__all__ = ["SURROGATE_IDS", "accepts", "backward", "forward"]
 
 #: The rows of :data:`nord_snn.ops.SURROGATES` that ``_slopes`` knows.
 SURROGATE_IDS = {"nord_atan": 0, "atan": 1, "sigmoid": 2, "fast_sigmoid": 3}
 
-_COMPILE: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
-_LANES = "768ebc5945fe"  # SHA-256 of lanes.py and _compat/numba.py: Numba's cache notices a change of this file alone
+
+def accepts(call: Call) -> Support:
+    """Return whether the kernels can run a call."""
+    return knows_surrogate(call, SURROGATE_IDS)
+
 
 _TILE = 512  # neurons that one loop handles: their state fits into the first-level cache
 _ROW = _TILE + 16  # a little off the powers of two, whose multiples share the same few sets of the cache
@@ -52,15 +56,15 @@ _TOGETHER = (
 )
 
 
-@njit(**_COMPILE)
+@kernel
 def _read(given, source, at, n, target, offset):
     """``target[offset:] = source[at:]``, or zeros where nothing is given; zeros also up to the end of the last vector."""
-    zero = splat(target, 0)
+    zero = broadcast(target, 0)
     for d in range(0, n, WIDTH):
-        store(target, offset + d, load_first(source, at + d, n - d) if given else zero)
+        store(target, offset + d, masked_load(source, at + d, n - d) if given else zero)
 
 
-@njit(**_COMPILE)
+@kernel
 def _step(
     x, spikes, v_seq, at, ahead, n, state, s, felt, fired, lo, record, q, held, keep_v, keep, v_reset, refractory_steps,
     beta_mem, beta_syn,
@@ -69,25 +73,25 @@ def _step(
 
     What is needed next, ``ahead`` of this, is fetched meanwhile: every time step lies elsewhere, which no cache guesses.
     """
-    one, zero, reset, rest = splat(x, 1), splat(x, 0), splat(x, v_reset), splat(x, refractory_steps)
-    keeps_v, keeps_i = splat(x, beta_mem), splat(x, beta_syn)
+    one, zero, reset, rest = broadcast(x, 1), broadcast(x, 0), broadcast(x, v_reset), broadcast(x, refractory_steps)
+    keeps_v, keeps_i = broadcast(x, beta_mem), broadcast(x, beta_syn)
     lets_in = one - keeps_v
     for d in range(0, n, WIDTH):
         prefetch(x, at + ahead + d)
         before = load(state, s + _CURRENT + d) + load(felt, lo + d)
-        current = keeps_i * before + load_first(x, at + d, n - d)
+        current = keeps_i * before + masked_load(x, at + d, n - d)
         v = load(state, s + _V + d)
         refractory = load(state, s + _REFRACTORY + d)
-        resting = at_least(refractory, one)
+        resting = ge_mask(refractory, one)
         threshold = load(state, s + _THRESHOLD + d)
         u = where(resting, reset, keeps_v * v + lets_in * current)
         distance = u - threshold
-        fires = at_least(distance, zero)
+        fires = ge_mask(distance, zero)
         spike = where(fires, one, zero)
         after = u - spike * threshold
         store(state, s + _V + d, after)
         store(state, s + _CURRENT + d, current)
-        store(state, s + _REFRACTORY + d, where(fires, rest, larger(refractory - one, zero)))
+        store(state, s + _REFRACTORY + d, where(fires, rest, maximum(refractory - one, zero)))
         store(fired, lo + d, spike)
         if keep:
             store(record, q + _SLOPE + d, distance)
@@ -96,27 +100,27 @@ def _step(
             held[(lo + d) // WIDTH] = resting
         else:
             prefetch(spikes, at + ahead + d)
-            store_first(spikes, at + d, n - d, spike)
+            masked_store(spikes, at + d, n - d, spike)
             if keep_v:
-                store_first(v_seq, at + d, n - d, after)
+                masked_store(v_seq, at + d, n - d, after)
 
 
-@njit(**_COMPILE)
+@kernel
 def _step_back(
     grad_spikes, given_v_seq, grad_v_seq, grad_x, at, ahead, n, state, s, grad_fired, grad_current, lo, record, q, held,
     beta_sums, beta_mem, beta_syn,
 ):  # fmt: skip
     """The same step backwards; the cascade's part comes in as ``grad_fired``."""
-    keeps_v, keeps_i = splat(record, beta_mem), splat(record, beta_syn)
-    zero, lets_in = splat(record, 0), splat(record, 1) - keeps_v
+    keeps_v, keeps_i = broadcast(record, beta_mem), broadcast(record, beta_syn)
+    zero, lets_in = broadcast(record, 0), broadcast(record, 1) - keeps_v
     grad_beta_mem, grad_beta_syn = load(beta_sums, 0), load(beta_sums, WIDTH)
     for d in range(0, n, WIDTH):
         prefetch(grad_spikes, at + ahead + d)
         prefetch(grad_x, at + ahead + d)
         grad_v = load(state, s + _GRAD_V + d)
         if given_v_seq:
-            grad_v = grad_v + load_first(grad_v_seq, at + d, n - d)
-        from_above = load_first(grad_spikes, at + d, n - d) + load(grad_fired, lo + d)
+            grad_v = grad_v + masked_load(grad_v_seq, at + d, n - d)
+        from_above = masked_load(grad_spikes, at + d, n - d) + load(grad_fired, lo + d)
         grad_spike = from_above - load(state, s + _THRESHOLD + d) * grad_v
         through = grad_spike * load(record, q + _SLOPE + d)
         grad_u = where(held[(lo + d) // WIDTH], zero, grad_v + through)
@@ -126,22 +130,22 @@ def _step_back(
         store(state, s + _GRAD_THRESHOLD + d, load(state, s + _GRAD_THRESHOLD + d) - through)
         store(state, s + _GRAD_V + d, keeps_v * grad_u)
         store(grad_current, lo + d, keeps_i * grad_i)
-        store_first(grad_x, at + d, n - d, grad_i)
+        masked_store(grad_x, at + d, n - d, grad_i)
     store(beta_sums, 0, grad_beta_mem)
     store(beta_sums, WIDTH, grad_beta_syn)
 
 
-@njit(**_COMPILE)
+@kernel
 def _slopes(surrogate, alpha, record, q, n):
     """Surrogate derivative in place of membrane minus threshold."""
-    one, zero = splat(record, 1), splat(record, 0)
+    one, zero = broadcast(record, 1), broadcast(record, 0)
     if surrogate == 0:
-        scale, peak = splat(record, alpha), splat(record, alpha / (2 * np.pi))
+        scale, peak = broadcast(record, alpha), broadcast(record, alpha / (2 * np.pi))
         for d in range(0, n, WIDTH):
             z = scale * load(record, q + d)
             store(record, q + d, peak / (one + z * z))
     elif surrogate == 1:
-        scale, peak = splat(record, alpha * np.pi / 2), splat(record, alpha / 2)
+        scale, peak = broadcast(record, alpha * np.pi / 2), broadcast(record, alpha / 2)
         for d in range(0, n, WIDTH):
             z = scale * load(record, q + d)
             store(record, q + d, peak / (one + z * z))
@@ -150,31 +154,31 @@ def _slopes(surrogate, alpha, record, q, n):
             record[q + d] = np.exp(-abs(alpha * record[q + d]))  # an even function: the side that cannot overflow
         for d in range(0, n, WIDTH):
             z = load(record, q + d)
-            store(record, q + d, splat(record, alpha) * z / ((one + z) * (one + z)))
+            store(record, q + d, broadcast(record, alpha) * z / ((one + z) * (one + z)))
     else:
-        scale = splat(record, alpha)
+        scale = broadcast(record, alpha)
         for d in range(0, n, WIDTH):
             distance = load(record, q + d)
-            z = one + scale * larger(distance, zero - distance)
+            z = one + scale * maximum(distance, zero - distance)
             store(record, q + d, one / (z * z))
 
 
-@njit(**_COMPILE)
+@kernel
 def _product(sums, at, coupling, c, clusters, width):
     """``sums[at:] @ coupling[:, c:]`` for WIDTH columns; four sums, since one would wait for itself."""
-    first, second, third, fourth = splat(sums, 0), splat(sums, 0), splat(sums, 0), splat(sums, 0)
+    first, second, third, fourth = broadcast(sums, 0), broadcast(sums, 0), broadcast(sums, 0), broadcast(sums, 0)
     fours = clusters - clusters % 4
     for k in range(0, fours, 4):
-        first = fused(splat(sums, sums[at + k]), load(coupling, k * width + c), first)
-        second = fused(splat(sums, sums[at + k + 1]), load(coupling, (k + 1) * width + c), second)
-        third = fused(splat(sums, sums[at + k + 2]), load(coupling, (k + 2) * width + c), third)
-        fourth = fused(splat(sums, sums[at + k + 3]), load(coupling, (k + 3) * width + c), fourth)
+        first = fused(broadcast(sums, sums[at + k]), load(coupling, k * width + c), first)
+        second = fused(broadcast(sums, sums[at + k + 1]), load(coupling, (k + 1) * width + c), second)
+        third = fused(broadcast(sums, sums[at + k + 2]), load(coupling, (k + 2) * width + c), third)
+        fourth = fused(broadcast(sums, sums[at + k + 3]), load(coupling, (k + 3) * width + c), fourth)
     for k in range(fours, clusters):
-        first = fused(splat(sums, sums[at + k]), load(coupling, k * width + c), first)
+        first = fused(broadcast(sums, sums[at + k]), load(coupling, k * width + c), first)
     return (first + second) + (third + fourth)
 
 
-@njit(**_COMPILE)
+@kernel
 def _couple(source, rows, members, clusters, coupling, width, sums, at, current, target):
     """Per row: the sums over the members of each cluster, ``sums @ coupling``, and that to every member of each cluster.
 
@@ -184,7 +188,7 @@ def _couple(source, rows, members, clusters, coupling, width, sums, at, current,
     for row in range(rows):
         begin, out = row * members * clusters, at + row * width
         for c in range(0, width, WIDTH):
-            even, odd = splat(sums, 0), splat(sums, 0)
+            even, odd = broadcast(sums, 0), broadcast(sums, 0)
             for m in range(0, members - 1, 2):
                 even = even + load(source, begin + m * clusters + c)
                 odd = odd + load(source, begin + (m + 1) * clusters + c)
@@ -196,10 +200,10 @@ def _couple(source, rows, members, clusters, coupling, width, sums, at, current,
         for m in range(members):
             for c in range(0, width, WIDTH):
                 store(target, begin + m * clusters + c, load(current, c))
-    store(target, rows * members * clusters, splat(target, 0))
+    store(target, rows * members * clusters, broadcast(target, 0))
 
 
-@njit(**_COMPILE)
+@kernel
 def _multiply(grad_sums, sums, rows, clusters, width, grad_coupling):
     """``grad_coupling [clusters, width] += grad_sums.T @ sums``, over ``rows`` rows of each; four clusters at a time."""
     fours = clusters - clusters % 4
@@ -210,10 +214,10 @@ def _multiply(grad_sums, sums, rows, clusters, width, grad_coupling):
             third, fourth = load(grad_coupling, at + 2 * width), load(grad_coupling, at + 3 * width)
             for row in range(0, rows * width, width):
                 sums_of_row = load(sums, row + k)
-                first = fused(splat(sums, grad_sums[row + c]), sums_of_row, first)
-                second = fused(splat(sums, grad_sums[row + c + 1]), sums_of_row, second)
-                third = fused(splat(sums, grad_sums[row + c + 2]), sums_of_row, third)
-                fourth = fused(splat(sums, grad_sums[row + c + 3]), sums_of_row, fourth)
+                first = fused(broadcast(sums, grad_sums[row + c]), sums_of_row, first)
+                second = fused(broadcast(sums, grad_sums[row + c + 1]), sums_of_row, second)
+                third = fused(broadcast(sums, grad_sums[row + c + 2]), sums_of_row, third)
+                fourth = fused(broadcast(sums, grad_sums[row + c + 3]), sums_of_row, fourth)
             store(grad_coupling, at, first)
             store(grad_coupling, at + width, second)
             store(grad_coupling, at + 2 * width, third)
@@ -221,11 +225,11 @@ def _multiply(grad_sums, sums, rows, clusters, width, grad_coupling):
         for c in range(fours, clusters):
             product = load(grad_coupling, c * width + k)
             for row in range(0, rows * width, width):
-                product = fused(splat(sums, grad_sums[row + c]), load(sums, row + k), product)
+                product = fused(broadcast(sums, grad_sums[row + c]), load(sums, row + k), product)
             store(grad_coupling, c * width + k, product)
 
 
-@njit(**_COMPILE)
+@kernel
 def _begin(start, length, tiles, given, v, i_syn, refractory, state, felt):
     """The state that a block of rows starts from: rest, where none is given."""
     for tile in range(tiles):
@@ -235,22 +239,22 @@ def _begin(start, length, tiles, given, v, i_syn, refractory, state, felt):
         _read(given, i_syn, start + lo, n, state, s + _CURRENT)
         _read(given, refractory, start + lo, n, state, s + _REFRACTORY)
     for d in range(0, tiles * _TILE + WIDTH, WIDTH):
-        store(felt, d, splat(felt, 0))
+        store(felt, d, broadcast(felt, 0))
 
 
-@njit(**_COMPILE)
+@kernel
 def _forward_rows(
     first, last, rows, tiles, T, N, D, clusters, width, x, given, v, i_syn, refractory, threshold, beta_mem, beta_syn,
     coupling, v_reset, refractory_steps, keep_v, spikes, v_seq, v_last, i_last, refractory_last, scratch,
 ):  # fmt: skip
     """Blocks ``first`` to ``last`` of ``rows`` rows each."""
     members, reach = D // max(clusters, 1), tiles * _TILE + WIDTH
-    nothing = at_address(0, np.uint16(0))
+    nothing = as_pointer(0, np.uint16(0))
     state = scratch
-    felt = beyond(state, tiles * _STATE)
-    fired = beyond(felt, reach)
-    sums = beyond(fired, reach)
-    current = beyond(sums, rows * width)
+    felt = advance(state, tiles * _STATE)
+    fired = advance(felt, reach)
+    sums = advance(fired, reach)
+    current = advance(sums, rows * width)
     for d in range(rows * D):
         state[d // _TILE * _STATE + _THRESHOLD + d % _TILE] = threshold[d % D]
     for block in range(first, last):
@@ -272,13 +276,13 @@ def _forward_rows(
             lo, s = tile * _TILE, tile * _STATE
             n = min(_TILE, length - lo)
             for d in range(0, n, WIDTH):
-                store_first(v_last, start + lo + d, n - d, load(state, s + _V + d))
-                store_first(i_last, start + lo + d, n - d, load(state, s + _CURRENT + d) + load(felt, lo + d))
+                masked_store(v_last, start + lo + d, n - d, load(state, s + _V + d))
+                masked_store(i_last, start + lo + d, n - d, load(state, s + _CURRENT + d) + load(felt, lo + d))
             for d in range(n):
                 refractory_last[start + lo + d] = state[s + _REFRACTORY + d]
 
 
-@njit(**_COMPILE)
+@kernel
 def _backward_rows(
     first, last, rows, tiles, T, N, D, clusters, width, grad_spikes, given_v_seq, grad_v_seq, given_v_last, grad_v_last,
     given_i_last, grad_i_last, x, given, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, coupling_back,
@@ -291,16 +295,16 @@ def _backward_rows(
     """
     members, reach = D // max(clusters, 1), tiles * _TILE + WIDTH
     state = scratch
-    felt = beyond(state, tiles * _STATE)
-    fired = beyond(felt, reach)
-    grad_fired = beyond(fired, reach)
-    grad_current = beyond(grad_fired, reach)
-    sums = beyond(grad_current, reach)
-    grad_sums = beyond(sums, T * rows * width)
-    current = beyond(grad_sums, T * rows * width)
-    beta_sums = beyond(current, width)
-    coupling_sums = beyond(beta_sums, 2 * WIDTH)
-    grad_threshold, grad_betas, grad_coupling = shared, beyond(shared, D), beyond(shared, D + 2)
+    felt = advance(state, tiles * _STATE)
+    fired = advance(felt, reach)
+    grad_fired = advance(fired, reach)
+    grad_current = advance(grad_fired, reach)
+    sums = advance(grad_current, reach)
+    grad_sums = advance(sums, T * rows * width)
+    current = advance(grad_sums, T * rows * width)
+    beta_sums = advance(current, width)
+    coupling_sums = advance(beta_sums, 2 * WIDTH)
+    grad_threshold, grad_betas, grad_coupling = shared, advance(shared, D), advance(shared, D + 2)
     for d in range(rows * D):
         state[d // _TILE * _STATE + _THRESHOLD + d % _TILE] = threshold[d % D]
     for block in range(first, last):
@@ -320,7 +324,7 @@ def _backward_rows(
                 n = min(_TILE, length - lo)
                 _step(
                     x, x, x, t * N + start + lo, ahead, n, state, tile * _STATE, felt, fired, lo, record, q,
-                    beyond(held, t * tiles * _HELD), False, True, v_reset, refractory_steps, beta_mem, beta_syn,
+                    advance(held, t * tiles * _HELD), False, True, v_reset, refractory_steps, beta_mem, beta_syn,
                 )  # fmt: skip
                 _slopes(surrogate, alpha, record, q + _SLOPE, n)
             if clusters:
@@ -337,7 +341,7 @@ def _backward_rows(
                 _step_back(
                     grad_spikes, given_v_seq, grad_v_seq, grad_x, t * N + start + lo, -N if t else 0, n, state,
                     tile * _STATE, grad_fired, grad_current, lo, record, (t * tiles + tile) * _RECORD,
-                    beyond(held, t * tiles * _HELD), beta_sums, beta_mem, beta_syn,
+                    advance(held, t * tiles * _HELD), beta_sums, beta_mem, beta_syn,
                 )  # fmt: skip
         for tile in range(tiles if given else 0):
             lo, s = tile * _TILE, tile * _STATE
@@ -345,8 +349,8 @@ def _backward_rows(
                 grad_v[start + lo + d] = state[s + _GRAD_V + d]
                 grad_i[start + lo + d] = grad_current[lo + d]
         for kind in range(2):
-            grad_betas[kind] += total(load(beta_sums, kind * WIDTH))
-            store(beta_sums, kind * WIDTH, splat(beta_sums, 0))
+            grad_betas[kind] += reduce_sum(load(beta_sums, kind * WIDTH))
+            store(beta_sums, kind * WIDTH, broadcast(beta_sums, 0))
         _multiply(grad_sums, sums, T * count, clusters, width, coupling_sums)
         if (block - first) % _TOGETHER == 0 or block == last - 1:
             for c in range(clusters * width):
@@ -358,7 +362,7 @@ def _backward_rows(
             grad_threshold[(lo + d) % D] += state[s + _GRAD_THRESHOLD + d]
 
 
-@njit(parallel=True, **_COMPILE)
+@parallel_kernel
 def _forward(
     chunks, blocks, rows, tiles, T, N, D, clusters, width, x, v, i_syn, refractory, threshold, beta_mem, beta_syn,
     coupling, v_reset, refractory_steps, keep_v, spikes, v_seq, v_last, i_last, refractory_last, scratch, own,
@@ -368,14 +372,14 @@ def _forward(
     for c in prange(chunks):
         _forward_rows(
             c * blocks // chunks, (c + 1) * blocks // chunks, rows, tiles, T, N, D, clusters, width,
-            at_address(x, like), v != 0, at_address(v, like), at_address(i_syn, like), at_address(refractory, like),
-            at_address(threshold, like), beta_mem, beta_syn, at_address(coupling, like), v_reset, refractory_steps,
-            keep_v, at_address(spikes, like), at_address(v_seq, like), at_address(v_last, like),
-            at_address(i_last, like), at_address(refractory_last, integer), beyond(at_address(scratch, like), c * own),
+            as_pointer(x, like), v != 0, as_pointer(v, like), as_pointer(i_syn, like), as_pointer(refractory, like),
+            as_pointer(threshold, like), beta_mem, beta_syn, as_pointer(coupling, like), v_reset, refractory_steps,
+            keep_v, as_pointer(spikes, like), as_pointer(v_seq, like), as_pointer(v_last, like),
+            as_pointer(i_last, like), as_pointer(refractory_last, integer), advance(as_pointer(scratch, like), c * own),
         )  # fmt: skip
 
 
-@njit(parallel=True, **_COMPILE)
+@parallel_kernel
 def _backward(
     chunks, blocks, rows, tiles, T, N, D, clusters, width, grad_spikes, grad_v_seq, grad_v_last, grad_i_last, x, v,
     i_syn, refractory, threshold, beta_mem, beta_syn, coupling, coupling_back, v_reset, refractory_steps, surrogate,
@@ -386,15 +390,15 @@ def _backward(
     for c in prange(chunks):
         _backward_rows(
             c * blocks // chunks, (c + 1) * blocks // chunks, rows, tiles, T, N, D, clusters, width,
-            at_address(grad_spikes, like), grad_v_seq != 0, at_address(grad_v_seq, like), grad_v_last != 0,
-            at_address(grad_v_last, like), grad_i_last != 0, at_address(grad_i_last, like), at_address(x, like),
-            v != 0, at_address(v, like), at_address(i_syn, like), at_address(refractory, like),
-            at_address(threshold, like), beta_mem, beta_syn, at_address(coupling, like),
-            at_address(coupling_back, like), v_reset, refractory_steps, surrogate, alpha,
-            beyond(at_address(record, like), c * T * tiles * _RECORD),
-            beyond(at_address(held, bits), c * T * tiles * _HELD), beyond(at_address(scratch, like), c * own),
-            at_address(grad_x, like), at_address(grad_v, like), at_address(grad_i, like),
-            beyond(at_address(shared, wide), c * summed),
+            as_pointer(grad_spikes, like), grad_v_seq != 0, as_pointer(grad_v_seq, like), grad_v_last != 0,
+            as_pointer(grad_v_last, like), grad_i_last != 0, as_pointer(grad_i_last, like), as_pointer(x, like),
+            v != 0, as_pointer(v, like), as_pointer(i_syn, like), as_pointer(refractory, like),
+            as_pointer(threshold, like), beta_mem, beta_syn, as_pointer(coupling, like),
+            as_pointer(coupling_back, like), v_reset, refractory_steps, surrogate, alpha,
+            advance(as_pointer(record, like), c * T * tiles * _RECORD),
+            advance(as_pointer(held, bits), c * T * tiles * _HELD), advance(as_pointer(scratch, like), c * own),
+            as_pointer(grad_x, like), as_pointer(grad_v, like), as_pointer(grad_i, like),
+            advance(as_pointer(shared, wide), c * summed),
         )  # fmt: skip
 
 
@@ -410,7 +414,7 @@ def _sizes(x: Tensor, coupling: Tensor | None, threads: int) -> tuple[int, ...]:
 
 
 def _ready(*tensors: Tensor | None, dtype: torch.dtype) -> list[Tensor | None]:
-    return [None if x is None else ready(x, dtype) for x in tensors]
+    return [None if x is None else as_contiguous(x, dtype) for x in tensors]
 
 
 def _padded(coupling: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -418,7 +422,7 @@ def _padded(coupling: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if coupling is None:
         return None
     missing = -coupling.shape[0] % WIDTH
-    return ready(torch.nn.functional.pad(coupling, (0, missing)) if missing else coupling, dtype)
+    return as_contiguous(torch.nn.functional.pad(coupling, (0, missing)) if missing else coupling, dtype)
 
 
 def forward(
@@ -437,7 +441,7 @@ def forward(
     """Spikes, membranes (empty unless ``keep_v``) and the last state; the arguments are those of the op in ``autograd.py``."""
     T, N, D = x.shape
     dtype = compute_dtype(x)
-    number = NUMBERS[dtype]
+    number = NUMPY_TYPES[dtype]
     spikes, v_seq = torch.empty(T, N, D, dtype=dtype), torch.empty(T if keep_v else 0, N, D, dtype=dtype)
     v_last, i_last = torch.empty(N, D, dtype=dtype), torch.empty(N, D, dtype=dtype)
     refractory_last = torch.empty(N, D, dtype=torch.int32)
@@ -449,14 +453,14 @@ def forward(
         scratch = torch.zeros(chunks, tiles * _STATE + 2 * (tiles * _TILE + WIDTH) + (rows + 1) * width, dtype=dtype)
         _forward(
             *sizes,
-            *map(address, given),
+            *map(data_pointer, given),
             number(beta_mem.item()),
             number(beta_syn.item()),
-            address(ahead),
+            data_pointer(ahead),
             number(v_reset),
             number(refractory_steps),
             keep_v,
-            *map(address, (spikes, v_seq, v_last, i_last, refractory_last, scratch)),
+            *map(data_pointer, (spikes, v_seq, v_last, i_last, refractory_last, scratch)),
             scratch.shape[1],
         )
     return spikes.to(x.dtype), v_seq.to(x.dtype), v_last, i_last, refractory_last
@@ -483,7 +487,7 @@ def backward(
     """Gradients of x, v, i_syn (empty without a state), threshold, both betas and coupling (empty without one)."""
     T, N, D = x.shape
     dtype = compute_dtype(x)
-    number = NUMBERS[dtype]
+    number = NUMPY_TYPES[dtype]
     grad_x = torch.empty(T, N, D, dtype=dtype)
     grad_v, grad_i = (torch.empty(0 if v is None else N, D, dtype=dtype) for _ in range(2))
     given = _ready(grad_spikes, grad_v_seq, grad_v_last, grad_i_last, x, v, i_syn, refractory, threshold, dtype=dtype)
@@ -497,18 +501,18 @@ def backward(
         shared = torch.zeros(chunks, D + 2 + C * width, dtype=torch.float64)
         _backward(
             *sizes,
-            *map(address, given),
+            *map(data_pointer, given),
             number(beta_mem.item()),
             number(beta_syn.item()),
-            address(ahead),
-            address(back),
+            data_pointer(ahead),
+            data_pointer(back),
             number(v_reset),
             number(refractory_steps),
             SURROGATE_IDS[surrogate],
             number(alpha),
-            *map(address, (record, held, scratch)),
+            *map(data_pointer, (record, held, scratch)),
             of_a_chunk,
-            *map(address, (grad_x, grad_v, grad_i, shared)),
+            *map(data_pointer, (grad_x, grad_v, grad_i, shared)),
         )
     sums = shared.sum(0)
     grad_threshold, grad_beta_mem, grad_beta_syn, grad_coupling = (

@@ -21,23 +21,23 @@ from nord_snn._compat.numba import call_intrinsic, data_pointer, pointer_type, s
 
 __all__ = [
     "WIDTH",
+    "advance",
     "as_integers",
-    "at_address",
-    "at_least",
-    "beyond",
+    "as_pointer",
+    "broadcast",
     "count_bits",
-    "differing",
     "fused",
-    "larger",
+    "ge_mask",
+    "iota",
     "load",
-    "load_first",
+    "masked_load",
+    "masked_store",
+    "maximum",
+    "ne_mask",
     "pointer",
     "prefetch",
-    "splat",
-    "steps",
+    "reduce_sum",
     "store",
-    "store_first",
-    "total",
     "where",
 ]
 
@@ -95,7 +95,7 @@ def pointer(typing, array):
 
 
 @intrinsic
-def at_address(typing, address, like):
+def as_pointer(typing, address, like):
     """A pointer to numbers of the type of ``like`` that begin at this address."""
 
     def generate(context, builder, signature, arguments):
@@ -105,7 +105,7 @@ def at_address(typing, address, like):
 
 
 @intrinsic
-def beyond(typing, source, index):
+def advance(typing, source, index):
     """A pointer to ``source[index:]``."""
 
     def generate(context, builder, signature, arguments):
@@ -144,7 +144,7 @@ def load(typing, source, index):
 
 
 @intrinsic
-def load_first(typing, source, index, count):
+def masked_load(typing, source, index, count):
     """The same, but only the first ``count`` are read, where there are fewer than ``WIDTH``; the others are 0."""
 
     def generate(context, builder, signature, arguments):
@@ -176,7 +176,7 @@ def store(typing, target, index, lanes):
 
 
 @intrinsic
-def store_first(typing, target, index, count, lanes):
+def masked_store(typing, target, index, count, lanes):
     """The same, but only the first ``count`` are written, where there are fewer than ``WIDTH``."""
 
     def generate(context, builder, signature, arguments):
@@ -193,7 +193,7 @@ def store_first(typing, target, index, count, lanes):
 
 
 @intrinsic
-def splat(typing, like, number):
+def broadcast(typing, like, number):
     """``WIDTH`` times the same number, in the dtype that the pointer ``like`` points to."""
 
     def generate(context, builder, signature, arguments):
@@ -203,7 +203,7 @@ def splat(typing, like, number):
 
 
 @intrinsic
-def total(typing, lanes):
+def reduce_sum(typing, lanes):
     """The sum of all lanes, as a number."""
 
     def generate(context, builder, signature, arguments):
@@ -223,7 +223,7 @@ def total(typing, lanes):
 
 
 @intrinsic
-def at_least(typing, a, b):
+def ge_mask(typing, a, b):
     """An integer with one bit for each lane, set where ``a >= b``: not where one is NaN."""
 
     def generate(context, builder, signature, arguments):
@@ -245,7 +245,7 @@ def where(typing, bits, yes, no):
 
 
 @intrinsic
-def larger(typing, a, b):
+def maximum(typing, a, b):
     """The larger of each two; ``b`` where one is NaN."""
 
     def generate(context, builder, signature, arguments):
@@ -267,7 +267,7 @@ def fused(typing, a, b, c):
 
 
 @intrinsic
-def steps(typing, like):
+def iota(typing, like):
     """``0, 1, 2, ...`` in the dtype that the pointer ``like`` points to."""
 
     def generate(context, builder, signature, arguments):
@@ -277,7 +277,7 @@ def steps(typing, like):
 
 
 @intrinsic
-def differing(typing, a, b):
+def ne_mask(typing, a, b):
     """An integer with one bit for each lane, set where a and b differ or one is NaN."""
 
     def generate(context, builder, signature, arguments):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nord_snn.ops.checks import compute_dtype
-from nord_snn.ops.stdp.reference import Correlate, Pairing, Traces
+from nord_snn.ops.plasticity.reference import Correlate, Pairing, Traces
 
 __all__ = ["chunked"]
 

@@ -19,7 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["SURROGATE_IDS", "accepts", "backward", "forward"]
+from nord_snn.ops.dispatch import Call, Support
+from nord_snn.ops.lif.support import knows_surrogate
+
+__all__ = ["SURROGATE_IDS", "accepts", "backward", "fits", "forward"]
 
 #: The rows of :data:`nord_snn.ops.SURROGATES` that ``_surrogate`` knows.
 SURROGATE_IDS = {"nord_atan": 0, "atan": 1, "sigmoid": 2, "fast_sigmoid": 3}
@@ -384,16 +387,23 @@ def _segments(n_steps: int, plan: _Plan) -> tuple[int, int]:
     return length, triton.cdiv(n_steps, length)
 
 
-def accepts(n_features: int, n_clusters: int) -> tuple[bool, str]:
+def accepts(call: Call) -> Support:
+    """Return whether the kernels can run a call."""
+    known = knows_surrogate(call, SURROGATE_IDS)
+    return fits(call.n_features, dict(call.options)["n_clusters"]) if known.runs else known
+
+
+def fits(n_features: int, n_clusters: int) -> Support:
     """Whether the kernels can run rows of ``n_features`` neurons in ``n_clusters`` clusters (0: no cascade), and if not, why."""
     if n_clusters:
         tile = triton.next_power_of_2(n_features // n_clusters) * triton.next_power_of_2(n_clusters)
         if tile > _LARGEST_TILE:
-            return False, (
+            return Support(
+                False,
                 f"a program holds the whole row that a cascade couples, {_LARGEST_TILE} neurons at most, and D = {n_features} "
-                f"in C = {n_clusters} clusters takes {tile} once members and clusters are padded to powers of two"
+                f"in C = {n_clusters} clusters takes {tile} once members and clusters are padded to powers of two",
             )
-    return True, "runs"
+    return Support(True, "runs")
 
 
 def _float(x: Tensor | None) -> Tensor | None:

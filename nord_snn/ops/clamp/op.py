@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from nord_snn.ops.checks import check_features, compute_dtype
-from nord_snn.ops.dispatch import chooser, implementations_of
-from nord_snn.ops.leaky_clamp.reference import reference
+from nord_snn.ops.clamp.reference import reference
+from nord_snn.ops.dispatch import Call, backend_selector, register_backends
 from nord_snn.ops.registration import Kernel, register_op
 
 __all__ = ["IMPLEMENTATIONS", "leaky_clamp"]
 
-IMPLEMENTATIONS = implementations_of("leaky_clamp", "numba")
-_choose = chooser("leaky_clamp", IMPLEMENTATIONS)
+IMPLEMENTATIONS = register_backends("leaky_clamp", "clamp", "numba")
+_choose = backend_selector("leaky_clamp", IMPLEMENTATIONS)
 
 
 def leaky_clamp(
@@ -55,7 +55,7 @@ def leaky_clamp(
         tensor([ 2.0000, -0.2500, -1.0000])
     """
     _check(x, branch, gain, leak, floor)
-    name = _choose(backend, x.device.type, x.dtype, x.shape[-1])
+    name = _choose(backend, Call(x.device.type, x.dtype, x.shape[-1]))
     dtype = compute_dtype(x)
     leak, floor = leak.to(dtype), floor.to(dtype)
     gain = None if gain is None else gain.to(dtype)

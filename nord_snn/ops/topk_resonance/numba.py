@@ -11,67 +11,34 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
 
-from nord_snn.ops.checks import compute_dtype
-from nord_snn.ops.lanes import (
+from nord_snn.ops._numba.compiling import kernel, parallel_kernel
+from nord_snn.ops._numba.scores import pack, penalize, select_best, softmax, weighted_values
+from nord_snn.ops._numba.simd import (
     WIDTH,
-    as_integers,
-    at_address,
-    beyond,
+    advance,
+    broadcast,
     count_bits,
-    differing,
     fused,
-    larger,
-    load,
-    load_first,
+    masked_load,
+    masked_store,
+    ne_mask,
     pointer,
     prefetch,
-    splat,
-    steps,
-    store,
-    store_first,
-    total,
+    reduce_sum,
 )
-from nord_snn.ops.memory import NUMBERS, address, ready
-from nord_snn.ops.threads import as_many_threads_as_torch
+from nord_snn.ops._numba.threads import as_many_threads_as_torch
+from nord_snn.ops.checks import compute_dtype
 
-__all__ = ["backward", "cached", "forward", "saved_shapes"]
+__all__ = ["backward", "forward", "saved_shapes"]
 
-_COMPILE: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
-_LANES = "768ebc5945fe"  # SHA-256 of lanes.py and _compat/numba.py: Numba's cache notices a change of this file alone
 _BLOCK = 64  # queries whose lists are walked over together, step by step
 _NEAR = 256  # the most recent keys, which are fetched a step ahead
-_AHEAD = 8  # positions to fetch ahead: a head's neurons are short pieces of memory far apart, which no cache guesses
 
 
-@njit(**_COMPILE)
-def _pack(x, shape, b, h, width, bits, across, along):
-    """Spikes of one head as words, word w of position s at ``bits[w * across + s * along]``; true if all are 0 or 1."""
-    T, B, S, D = shape
-    zero, one = splat(x, 0), splat(x, 1)
-    strange = 0
-    for s in range(S):
-        word, filled, w = 0, 0, 0
-        for t in range(T):
-            at = ((t * B + b) * S + s) * D + h * width
-            for c in range(0, width, WIDTH):
-                prefetch(x, at + _AHEAD * D + c)
-                spikes = load_first(x, at + c, width - c)
-                fired = differing(spikes, zero)
-                strange |= fired & differing(spikes, one)
-                word |= fired << filled
-                filled += WIDTH
-                if filled == 64:
-                    bits[w * across + s * along] = word
-                    word, filled, w = 0, 0, w + 1
-        if filled:
-            bits[w * across + s * along] = word
-    return strange == 0
-
-
-@njit(**_COMPILE)
+@kernel
 def _count(q_bits, k_bits, i, keys, words, S, counts, scores):
     """``scores[j]``: coincidences of query i with each of the first keys, from their words."""
     for j in range(keys):
@@ -85,94 +52,27 @@ def _count(q_bits, k_bits, i, keys, words, S, counts, scores):
         scores[j] = counts[j]
 
 
-@njit(**_COMPILE)
+@kernel
 def _multiply(q, k, shape, b, h, width, i, keys, scores):
     """The same for real numbers in the place of spikes."""
     T, B, S, D = shape
     last = keys - 1
     for j in range(0, keys, 4):  # four sums, since one would wait for itself
-        a, b_, c_, d = splat(scores, 0), splat(scores, 0), splat(scores, 0), splat(scores, 0)
+        a, b_, c_, d = broadcast(scores, 0), broadcast(scores, 0), broadcast(scores, 0), broadcast(scores, 0)
         for t in range(T):
             at = (t * B + b) * S * D + h * width
             for w in range(0, width, WIDTH):
-                spikes = load_first(q, at + i * D + w, width - w)
-                a = fused(spikes, load_first(k, at + j * D + w, width - w), a)
-                b_ = fused(spikes, load_first(k, at + min(j + 1, last) * D + w, width - w), b_)
-                c_ = fused(spikes, load_first(k, at + min(j + 2, last) * D + w, width - w), c_)
-                d = fused(spikes, load_first(k, at + min(j + 3, last) * D + w, width - w), d)
+                spikes = masked_load(q, at + i * D + w, width - w)
+                a = fused(spikes, masked_load(k, at + j * D + w, width - w), a)
+                b_ = fused(spikes, masked_load(k, at + min(j + 1, last) * D + w, width - w), b_)
+                c_ = fused(spikes, masked_load(k, at + min(j + 2, last) * D + w, width - w), c_)
+                d = fused(spikes, masked_load(k, at + min(j + 3, last) * D + w, width - w), d)
         # Beyond the last key it is the last one again.
-        scores[j], scores[min(j + 1, last)] = total(a), total(b_)
-        scores[min(j + 2, last)], scores[min(j + 3, last)] = total(c_), total(d)
+        scores[j], scores[min(j + 1, last)] = reduce_sum(a), reduce_sum(b_)
+        scores[min(j + 2, last)], scores[min(j + 3, last)] = reduce_sum(c_), reduce_sum(d)
 
 
-@njit(**_COMPILE)
-def _penalise(scores, i, keys, temperature, slope):
-    """From counts to scores, to the bit as the reference has them."""
-    per_count, per_step, zero = splat(scores, temperature), splat(scores, slope), splat(scores, 0)
-    for j in range(0, keys, WIDTH):
-        before = splat(scores, i - j) - steps(scores)
-        penalty = per_step * larger(before, zero - before)
-        store(scores, j, load(scores, j) * per_count - penalty)
-
-
-@njit(**_COMPILE)
-def _select(scores, keys, top_k, most, order, kept):
-    """Write the positions of the best ``top_k`` of ``keys`` scores, ascending; among equals the most recent. How many."""
-    if keys <= top_k:
-        for j in range(keys):
-            kept[j] = j
-        return keys
-    patterns = as_integers(scores)
-    for j in range(keys):
-        pattern = np.int64(patterns[j])
-        ordered = pattern if pattern >= 0 else -(pattern & most)  # as the floats are ordered; -0 equals 0
-        order[j] = ordered if scores[j] == scores[j] else most  # NaN is best, as to torch.topk
-    low = high = order[0]
-    for j in range(keys):
-        low, high = min(low, order[j]), max(high, order[j])
-    while low < high:  # at least top_k are as good as low, fewer are better than high
-        middle = (low | high) - ((low ^ high) >> 1)
-        better = 0
-        for j in range(keys):
-            better += order[j] >= middle
-        if better >= top_k:
-            low = middle
-        else:
-            high = middle - 1
-        if better == top_k:
-            break
-    above = 0
-    for j in range(keys):
-        above += order[j] > low
-    # Where the bisection ended early, exactly top_k are as good as ``low`` and none of them is to be left out.
-    oldest, room = keys, top_k - above
-    while room > 0:
-        oldest -= 1
-        room -= order[oldest] == low
-    n = 0
-    for j in range(keys):
-        kept[n] = j
-        n += (order[j] > low) | ((order[j] == low) & (j >= oldest))
-    return top_k
-
-
-@njit(**_COMPILE)
-def _weigh(scores, kept, n, weights):
-    """Softmax over the kept scores."""
-    best = scores[kept[0]]
-    for m in range(1, n):
-        best = max(best, scores[kept[m]])
-    for m in range(n):
-        weights[m] = np.exp(scores[kept[m]] - best)
-    sums = splat(weights, 0)
-    for m in range(0, n, WIDTH):
-        sums = sums + load_first(weights, m, n - m)
-    share = splat(weights, 1) / splat(weights, total(sums))
-    for m in range(0, n, WIDTH):
-        store_first(weights, m, n - m, load_first(weights, m, n - m) * share)
-
-
-@njit(**_COMPILE)
+@kernel
 def _list_keys(
     i, binary, q, k, shape, b, h, width, q_bits, k_bits, words, temperature, slope, top_k, causal, most,
     counts, scores, kept, weights,
@@ -184,36 +84,13 @@ def _list_keys(
         _count(q_bits, k_bits, i, keys, words, S, counts, scores)
     else:
         _multiply(q, k, shape, b, h, width, i, keys, scores)
-    _penalise(scores, i, keys, temperature, slope)
-    n = _select(scores, keys, top_k, most, counts, kept)
-    _weigh(scores, kept, n, weights)
+    penalize(scores, i, keys, temperature, slope)
+    n = select_best(scores, keys, top_k, most, counts, kept)
+    softmax(scores, kept, n, weights)
     return n
 
 
-@njit(**_COMPILE)
-def _pull(rows, at, stride, count, kept, weights, n):
-    """The weighted sum of the kept rows, of WIDTH columns; four sums, since one would wait for itself."""
-    a, b, c, d = splat(rows, 0), splat(rows, 0), splat(rows, 0), splat(rows, 0)
-    fours = n - n % 4
-    for m in range(0, fours, 4):
-        a = fused(splat(rows, weights[m]), load_first(rows, at + kept[m] * stride, count), a)
-        b = fused(splat(rows, weights[m + 1]), load_first(rows, at + kept[m + 1] * stride, count), b)
-        c = fused(splat(rows, weights[m + 2]), load_first(rows, at + kept[m + 2] * stride, count), c)
-        d = fused(splat(rows, weights[m + 3]), load_first(rows, at + kept[m + 3] * stride, count), d)
-    for m in range(fours, n):
-        a = fused(splat(rows, weights[m]), load_first(rows, at + kept[m] * stride, count), a)
-    return (a + b) + (c + d)
-
-
-@njit(**_COMPILE)
-def _mix(v, at, n_features, width, kept, weights, n, context, to):
-    """The weighted sum of the kept values of one head."""
-    for c in range(0, width, WIDTH):
-        mixed = _pull(v, at + c, n_features, width - c, kept, weights, n)
-        store_first(context, to + c, width - c, mixed)
-
-
-@njit(**_COMPILE)
+@kernel
 def _forward_heads(
     first, last, q, k, v, temperature, recency, n_heads, top_k, causal, most, words, bits, counts, scores, kept,
     weights, remember, context,
@@ -226,47 +103,47 @@ def _forward_heads(
     q_bits, k_bits, counts_, scores_ = pointer(bits[0]), pointer(bits[1]), pointer(counts), pointer(scores)
     for head in range(first, last):
         b, h = head // n_heads, head % n_heads
-        binary = _pack(q_, shape, b, h, width, q_bits, 1, words)
-        binary &= _pack(k_, shape, b, h, width, k_bits, S, 1)
+        binary = pack(q_, shape, b, h, width, q_bits, 1, words)
+        binary &= pack(k_, shape, b, h, width, k_bits, S, 1)
         at, slope = b * S * V + h * of_v, recency[h] if len(recency) else temperature * 0
         for i in range(S):
             row = (head * S + i) * stride if remember else 0
             n = _list_keys(
                 i, binary, q_, k_, shape, b, h, width, q_bits, k_bits, words, temperature, slope, top_k, causal, most,
-                counts_, scores_, beyond(kept_, row), beyond(weights_, row),
+                counts_, scores_, advance(kept_, row), advance(weights_, row),
             )  # fmt: skip
-            _mix(v_, at, V, of_v, beyond(kept_, row), beyond(weights_, row), n, context_, at + i * V)
+            weighted_values(v_, at, V, of_v, advance(kept_, row), advance(weights_, row), n, context_, at + i * V)
 
 
-@njit(**_COMPILE)
+@kernel
 def _back_to_scores(grad, v, grad_v, at, n_features, width, i, kept, weights, n, grad_scores):
     """Of one query: the scores' gradients ``w * (g - sum(w * g))``, where ``g = grad . v``; adds to the values' gradients.
 
     Returns the sum of distance times gradient, which is what the slope gets, turned around.
     """
-    mean = splat(v, 0)
+    mean = broadcast(v, 0)
     for m in range(n):
-        product = splat(v, 0)
+        product = broadcast(v, 0)
         for c in range(0, width, WIDTH):
-            from_above = load_first(grad, at + i * n_features + c, width - c)
+            from_above = masked_load(grad, at + i * n_features + c, width - c)
             value = at + kept[m] * n_features + c
-            product = fused(from_above, load_first(v, value, width - c), product)
-            share = fused(splat(v, weights[m]), from_above, load_first(grad_v, value, width - c))
-            store_first(grad_v, value, width - c, share)
-        grad_scores[m] = total(product)
+            product = fused(from_above, masked_load(v, value, width - c), product)
+            share = fused(broadcast(v, weights[m]), from_above, masked_load(grad_v, value, width - c))
+            masked_store(grad_v, value, width - c, share)
+        grad_scores[m] = reduce_sum(product)
     for m in range(0, n, WIDTH):
-        mean = fused(load_first(weights, m, n - m), load_first(grad_scores, m, n - m), mean)
-    middle = splat(v, total(mean))
+        mean = fused(masked_load(weights, m, n - m), masked_load(grad_scores, m, n - m), mean)
+    middle = broadcast(v, reduce_sum(mean))
     for m in range(0, n, WIDTH):
-        off = load_first(grad_scores, m, n - m) - middle
-        store_first(grad_scores, m, n - m, load_first(weights, m, n - m) * off)
+        off = masked_load(grad_scores, m, n - m) - middle
+        masked_store(grad_scores, m, n - m, masked_load(weights, m, n - m) * off)
     by_distance = 0.0
     for m in range(n):
         by_distance += grad_scores[m] * abs(i - kept[m])
     return by_distance
 
 
-@njit(**_COMPILE)
+@kernel
 def _gather(kept, grad_scores, stride, i, last, S, top_k, causal, place, keys, shares):
     """One list for the queries i to ``last``, at most four: every key that one of them keeps, with the four scores'
     gradients (0 where it is not kept). How many keys.
@@ -287,46 +164,46 @@ def _gather(kept, grad_scores, stride, i, last, S, top_k, causal, place, keys, s
     return found
 
 
-@njit(**_COMPILE)
+@kernel
 def _back_to_spikes(q, k, grad_q, grad_k, at, n_features, width, i, last, keys, shares, n, temperature, spikes_too):
     """Of one step and the queries i to ``last``, at most four: the gradients of their spikes and of their keys' spikes.
 
     Four queries share what is read and written of a key. Returns ``q . (sum of scores' gradients times k)``, what the
     temperature gets: its gradient is the sum of gradient times count, and the counts are ``q . k``.
     """
-    scale, zero, counted = splat(q, temperature), splat(q, 0), splat(q, 0)
+    scale, zero, counted = broadcast(q, temperature), broadcast(q, 0), broadcast(q, 0)
     a, b, c, d = at + i * n_features, at + (i + 1) * n_features, at + (i + 2) * n_features, at + (i + 3) * n_features
     for w in range(0, width, WIDTH):
         # Where there are fewer than four queries, nothing is read, and nothing written, of the others.
         of_a, of_b, of_c, of_d = (
             width - w, width - w if last > i + 1 else 0, width - w if last > i + 2 else 0, width - w if last > i + 3 else 0
         )  # fmt: skip
-        q_a, q_b = load_first(q, a + w, of_a), load_first(q, b + w, of_b)
-        q_c, q_d = load_first(q, c + w, of_c), load_first(q, d + w, of_d)
-        fired = differing(q_a, zero) | differing(q_b, zero) | differing(q_c, zero) | differing(q_d, zero)
+        q_a, q_b = masked_load(q, a + w, of_a), masked_load(q, b + w, of_b)
+        q_c, q_d = masked_load(q, c + w, of_c), masked_load(q, d + w, of_d)
+        fired = ne_mask(q_a, zero) | ne_mask(q_b, zero) | ne_mask(q_c, zero) | ne_mask(q_d, zero)
         if fired == 0 and not spikes_too:
             continue
         sum_a, sum_b, sum_c, sum_d = zero, zero, zero, zero
         for m in range(n):
-            share_a, share_b = splat(q, shares[4 * m]), splat(q, shares[4 * m + 1])
-            share_c, share_d = splat(q, shares[4 * m + 2]), splat(q, shares[4 * m + 3])
+            share_a, share_b = broadcast(q, shares[4 * m]), broadcast(q, shares[4 * m + 1])
+            share_c, share_d = broadcast(q, shares[4 * m + 2]), broadcast(q, shares[4 * m + 3])
             key = at + keys[m] * n_features + w
-            spikes = load_first(k, key, width - w)
+            spikes = masked_load(k, key, width - w)
             sum_a, sum_b = fused(share_a, spikes, sum_a), fused(share_b, spikes, sum_b)
             sum_c, sum_d = fused(share_c, spikes, sum_c), fused(share_d, spikes, sum_d)
             if spikes_too and fired != 0:  # silent queries leave their keys alone
                 pushed = fused(share_a, q_a, share_b * q_b) + fused(share_c, q_c, share_d * q_d)
-                store_first(grad_k, key, width - w, fused(scale, pushed, load_first(grad_k, key, width - w)))
+                masked_store(grad_k, key, width - w, fused(scale, pushed, masked_load(grad_k, key, width - w)))
         if spikes_too:
-            store_first(grad_q, a + w, of_a, scale * sum_a)
-            store_first(grad_q, b + w, of_b, scale * sum_b)
-            store_first(grad_q, c + w, of_c, scale * sum_c)
-            store_first(grad_q, d + w, of_d, scale * sum_d)
+            masked_store(grad_q, a + w, of_a, scale * sum_a)
+            masked_store(grad_q, b + w, of_b, scale * sum_b)
+            masked_store(grad_q, c + w, of_c, scale * sum_c)
+            masked_store(grad_q, d + w, of_d, scale * sum_d)
         counted = fused(q_a, sum_a, fused(q_b, sum_b, fused(q_c, sum_c, fused(q_d, sum_d, counted))))
-    return total(counted)
+    return reduce_sum(counted)
 
 
-@njit(**_COMPILE)
+@kernel
 def _ask_for(rows, at, first, last, n_features, width):
     """Fetch these rows of a head for the next step while this one is worked on."""
     for i in range(first, last):
@@ -334,7 +211,7 @@ def _ask_for(rows, at, first, last, n_features, width):
             prefetch(rows, at + i * n_features + c)
 
 
-@njit(**_COMPILE)
+@kernel
 def _backward_heads(
     first, last, grad, q, k, v, temperature, recency, n_heads, top_k, causal, spikes_too, most, words, bits, counts,
     scores, kept, weights, remembered, grad_scores, place, found, keys, shares, grad_q, grad_k, grad_v,
@@ -360,8 +237,8 @@ def _backward_heads(
         slope = recency[h] if len(recency) else temperature * 0
         binary = True
         if not remembered:
-            binary = _pack(q_, shape, b, h, width, q_bits, 1, words)
-            binary &= _pack(k_, shape, b, h, width, k_bits, S, 1)
+            binary = pack(q_, shape, b, h, width, q_bits, 1, words)
+            binary &= pack(k_, shape, b, h, width, k_bits, S, 1)
         for start in range(0, S, _BLOCK):
             stop = min(start + _BLOCK, S)
             for i in range(start, stop):
@@ -370,17 +247,17 @@ def _backward_heads(
                 if not remembered:
                     _list_keys(
                         i, binary, q_, k_, shape, b, h, width, q_bits, k_bits, words, temperature, slope, top_k, causal,
-                        most, counts_, scores_, beyond(kept_, row), beyond(weights_, row),
+                        most, counts_, scores_, advance(kept_, row), advance(weights_, row),
                     )  # fmt: skip
                 grad_recency[head] -= _back_to_scores(
-                    grad_, v_, grad_v_, at_v, V, of_v, i, beyond(kept_, row), beyond(weights_, row), n,
-                    beyond(grad_scores_, (i - start) * stride),
+                    grad_, v_, grad_v_, at_v, V, of_v, i, advance(kept_, row), advance(weights_, row), n,
+                    advance(grad_scores_, (i - start) * stride),
                 )  # fmt: skip
             for i in range(start, stop, 4):
                 row, group = (head * S + i if remembered else i - start) * stride, (i - start) // 4
                 found_[group] = _gather(
-                    beyond(kept_, row), beyond(grad_scores_, (i - start) * stride), stride, i, min(i + 4, stop), S, top_k,
-                    causal, place_, beyond(keys_, group * reach), beyond(shares_, 4 * group * reach),
+                    advance(kept_, row), advance(grad_scores_, (i - start) * stride), stride, i, min(i + 4, stop), S, top_k,
+                    causal, place_, advance(keys_, group * reach), advance(shares_, 4 * group * reach),
                 )  # fmt: skip
             for t in range(T):
                 after = min(t + 1, T - 1) * B * S * D + at
@@ -394,61 +271,12 @@ def _backward_heads(
                     group = (i - start) // 4
                     grad_temperature[head] += _back_to_spikes(
                         q_, k_, grad_q_, grad_k_, t * B * S * D + at, D, width, i, min(i + 4, stop),
-                        beyond(keys_, group * reach), beyond(shares_, 4 * group * reach), found_[group], temperature,
+                        advance(keys_, group * reach), advance(shares_, 4 * group * reach), found_[group], temperature,
                         spikes_too,
                     )  # fmt: skip
 
 
-@njit(**_COMPILE)
-def _cached_heads(
-    first, last, q, shape, keys, n_all, values, of_v, temperature, recency, has_recency, starts, window, n_heads, top_k, most,
-    words, bits, counts, scores, kept, weights, context,
-):  # fmt: skip
-    """Heads ``first`` to ``last`` for the last S positions of ``n_all``; of a sequence nothing before its start is seen."""
-    _, _, S, D = shape
-    width = D // n_heads
-    for head in range(first, last):
-        b, h = head // n_heads, head % n_heads
-        _pack(q, shape, b, h, width, bits, 1, words)
-        slope = recency[h] if has_recency else temperature * 0
-        for row in range(S):
-            i, to = n_all - S + row, ((b * S + row) * n_heads + h) * of_v
-            oldest = max(starts[b], i - window + 1)
-            seen = i + 1 - oldest
-            for j in range(seen):
-                counts[j] = 0
-                for w in range(words):
-                    counts[j] += count_bits(bits[row * words + w] & keys[(head * n_all + oldest + j) * words + w])
-                scores[j] = counts[j]
-            if seen > 0:
-                _penalise(scores, i - oldest, seen, temperature, slope)
-                n = _select(scores, seen, top_k, most, counts, kept)
-                _weigh(scores, kept, n, weights)
-                _mix(values, (head * n_all + oldest) * of_v, of_v, of_v, kept, weights, n, context, to)
-            else:
-                for c in range(of_v):
-                    context[to + c] = 0
-
-
-@njit(parallel=True, **_COMPILE)
-def _cached(
-    like, chunks, q, T, B, S, D, keys, n_all, values, of_v, temperature, recency, starts, window, n_heads, top_k, most, words,
-    bits, counts, scores, kept, weights, context,
-):  # fmt: skip
-    """Tensors are addresses; ``recency`` is 0 where there is none."""
-    heads, long, short = B * n_heads, np.int64(0), np.int32(0)
-    for c in prange(chunks):
-        _cached_heads(
-            c * heads // chunks, (c + 1) * heads // chunks, at_address(q, like), (T, B, S, D), at_address(keys, long),
-            n_all, at_address(values, like), of_v, temperature, at_address(recency, like), recency != 0,
-            at_address(starts, long), window, n_heads, top_k, most, words, beyond(at_address(bits, long), c * S * words),
-            beyond(at_address(counts, long), c * n_all), beyond(at_address(scores, like), c * (n_all + WIDTH)),
-            beyond(at_address(kept, short), c * (top_k + 1)), beyond(at_address(weights, like), c * (top_k + 1)),
-            at_address(context, like),
-        )  # fmt: skip
-
-
-@njit(parallel=True, **_COMPILE)
+@parallel_kernel
 def _forward(
     chunks, q, k, v, temperature, recency, n_heads, top_k, causal, most, words, bits, counts, scores, kept, weights,
     remember, context,
@@ -462,7 +290,7 @@ def _forward(
         )  # fmt: skip
 
 
-@njit(parallel=True, **_COMPILE)
+@parallel_kernel
 def _backward(
     chunks, grad, q, k, v, temperature, recency, n_heads, top_k, causal, spikes_too, most, words, bits, counts, scores,
     kept, weights, remembered, grad_scores, place, found, keys, shares, grad_q, grad_k, grad_v, grad_temperature,
@@ -619,67 +447,6 @@ def backward(
         grad_temperature,
         grad_recency if recency is not None else like,
     )
-
-
-def cached(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    top_k: int,
-    temperature: float | Tensor,
-    recency: Tensor | None,
-    lengths: Tensor | None,
-    window: int,
-) -> Tensor:
-    """Context of the last positions from keys that are bits; the arguments are those of ``resonance_cached``."""
-    dtype, wanted = compute_dtype(values), values.dtype
-    number = NUMBERS[dtype]
-    T, B, S, D = q.shape
-    H, n_all, n_bytes = keys.shape[1:]
-    words, top_k = n_bytes // 8, min(top_k, n_all)
-    of_v = values.shape[3]
-    context = torch.empty(B, S, H * of_v, dtype=dtype)
-    starts = torch.zeros(B, dtype=torch.int64) if lengths is None else (n_all - lengths).clamp(min=0)
-    q, keys, values, starts = (
-        ready(q, dtype),
-        ready(keys, torch.uint8),
-        ready(values, dtype),
-        ready(starts, torch.int64),
-    )
-    slopes = None if recency is None else ready(recency, dtype)
-    with as_many_threads_as_torch() as threads:
-        chunks = max(1, min(B * H, 2 * threads))
-        scratch = (
-            torch.empty(chunks, S * words, dtype=torch.int64),
-            torch.empty(chunks, n_all, dtype=torch.int64),
-            torch.empty(chunks, n_all + WIDTH, dtype=dtype),
-            torch.empty(chunks, top_k + 1, dtype=torch.int32),
-            torch.empty(chunks, top_k + 1, dtype=dtype),
-        )
-        _cached(
-            number(0),
-            chunks,
-            address(q),
-            T,
-            B,
-            S,
-            D,
-            address(keys),
-            n_all,
-            address(values),
-            of_v,
-            number(float(temperature)),
-            address(slopes),
-            address(starts),
-            min(window, n_all),
-            H,
-            top_k,
-            np.int64(torch.iinfo(_INTEGERS[dtype]).max),
-            words,
-            *map(address, scratch),
-            address(context),
-        )
-    return context.to(wanted)
 
 
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}

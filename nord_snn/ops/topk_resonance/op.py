@@ -5,22 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nord_snn.ops.checks import check_scalar, compute_dtype, without_autocast
-from nord_snn.ops.dispatch import chooser, implementations_of
+from nord_snn.ops.checks import check_heads, check_scalar, compute_dtype, without_autocast
+from nord_snn.ops.dispatch import Call, backend_selector, register_backends
 from nord_snn.ops.registration import Kernel, register_op
 
-__all__ = ["IMPLEMENTATIONS", "check_heads", "choose", "resonance"]
+__all__ = ["IMPLEMENTATIONS", "resonance"]
 
-IMPLEMENTATIONS = implementations_of("resonance", "numba", plain="blockwise")
-choose = chooser("resonance", IMPLEMENTATIONS)
-
-
-def check_heads(n_features: int, n_heads: int) -> None:
-    """Raise a ValueError unless ``n_heads`` divide ``n_features``."""
-    if n_heads < 1 or n_features % n_heads:
-        raise ValueError(
-            f"the width D must be a multiple of the number of heads H, got D = {n_features} and H = {n_heads}"
-        )
+IMPLEMENTATIONS = register_backends("resonance", "topk_resonance", "numba", plain="blockwise_torch")
+_choose = backend_selector("resonance", IMPLEMENTATIONS)
 
 
 def resonance(
@@ -88,7 +80,7 @@ def resonance(
     recency = None if recency is None else recency.to(dtype)
     inputs = (q, k, v, temperature, recency)
     remember = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    name = choose(backend, v.device.type, v.dtype, v.shape[-1])
+    name = _choose(backend, Call(v.device.type, v.dtype, v.shape[-1]))
     return _run(*inputs, n_heads, top_k, causal, remember, name)[0]
 
 
@@ -207,5 +199,5 @@ _run = register_op(
     Kernel(_backward, _backward_fake),
     _setup_context,
     _gradients,
-    second_derivative="nord_snn/ops/resonance/reference.py has one",
+    second_derivative="nord_snn/ops/topk_resonance/reference.py has one",
 )

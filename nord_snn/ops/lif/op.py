@@ -5,17 +5,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nord_snn.ops.associative_lif.reference import AssociativeLIFState, reference
 from nord_snn.ops.cascade import check_cascade
 from nord_snn.ops.checks import check_features, check_scalar, compute_dtype, without_autocast
-from nord_snn.ops.dispatch import BackendChoice, Call, choose_backend, chooser, implementations_of
+from nord_snn.ops.dispatch import BackendChoice, Call, backend_selector, choose_backend, register_backends
+from nord_snn.ops.lif.reference import AssociativeLIFState, reference
 from nord_snn.ops.registration import Kernel, register_op
 from nord_snn.ops.surrogate import SurrogateLike, resolve_surrogate
 
 __all__ = ["IMPLEMENTATIONS", "associative_lif", "associative_lif_backend"]
 
-IMPLEMENTATIONS = implementations_of("associative_lif", "numba", "cupy", "triton")
-_choose = chooser("associative_lif", IMPLEMENTATIONS)
+IMPLEMENTATIONS = register_backends("associative_lif", "lif", "numba", "cupy", "triton")
+_choose = backend_selector("associative_lif", IMPLEMENTATIONS)
 
 
 def associative_lif_backend(
@@ -27,7 +27,8 @@ def associative_lif_backend(
 
 def _call(x_seq: Tensor, surrogate: SurrogateLike, n_clusters: int | None) -> Call:
     name = surrogate if isinstance(surrogate, str) else "callable"
-    return Call(x_seq.device.type, x_seq.dtype, x_seq.shape[-1], n_clusters or 0, name)
+    options = (("n_clusters", n_clusters or 0), ("surrogate", name))
+    return Call(x_seq.device.type, x_seq.dtype, x_seq.shape[-1], options)
 
 
 def associative_lif(
@@ -100,7 +101,7 @@ def associative_lif(
     _check(x_seq, state, threshold, cascade_weight, cascade_gain, refractory_steps)
     resolve_surrogate(surrogate, alpha)
     n_clusters = None if cascade_gain is None else cascade_gain.shape[0]
-    name = _choose(backend, *_call(x_seq, surrogate, n_clusters))
+    name = _choose(backend, _call(x_seq, surrogate, n_clusters))
     dtype = compute_dtype(x_seq)
     with without_autocast(x_seq):
         state = None if state is None else _state_in(dtype, state)

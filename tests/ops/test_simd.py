@@ -4,18 +4,18 @@ import numpy as np
 import pytest
 from numba import njit
 
-from nord_snn.ops import lanes
-from nord_snn.ops.lanes import WIDTH
+from nord_snn.ops._numba import simd
+from nord_snn.ops._numba.simd import WIDTH
 
 pytestmark = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 
 
 @njit
 def _copy(source, target, loaded, index, count):
-    x, y = lanes.pointer(source), lanes.pointer(target)
-    lanes.prefetch(x, index)
-    lanes.store(lanes.pointer(loaded), 0, lanes.load_first(x, index, count))
-    lanes.store_first(y, index, count, lanes.load(x, index) + lanes.splat(x, 1))
+    x, y = simd.pointer(source), simd.pointer(target)
+    simd.prefetch(x, index)
+    simd.store(simd.pointer(loaded), 0, simd.masked_load(x, index, count))
+    simd.masked_store(y, index, count, simd.load(x, index) + simd.broadcast(x, 1))
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, WIDTH - 1, WIDTH, WIDTH + 3])
@@ -30,18 +30,18 @@ def test_only_the_first_are_read_and_written(dtype, count):
 
 @njit
 def _arithmetic(a, b, result):
-    x, y, out = lanes.pointer(a), lanes.pointer(b), lanes.pointer(result)
-    p, q = lanes.load(x, 0), lanes.load(lanes.beyond(y, WIDTH), -WIDTH)
-    lanes.store(out, 0, p + q)
-    lanes.store(out, WIDTH, p - q)
-    lanes.store(out, 2 * WIDTH, p * q)
-    lanes.store(out, 3 * WIDTH, p / q)
-    lanes.store(out, 4 * WIDTH, lanes.larger(p, q))
-    reaches = lanes.at_least(p, q)
-    lanes.store(out, 5 * WIDTH, lanes.where(reaches, p, lanes.splat(x, 7)))
-    lanes.store(out, 6 * WIDTH, lanes.fused(p, q, lanes.steps(x)))
-    differing = lanes.differing(p, q)
-    return lanes.total(p), reaches, differing, lanes.count_bits(differing), lanes.as_integers(x)[0]
+    x, y, out = simd.pointer(a), simd.pointer(b), simd.pointer(result)
+    p, q = simd.load(x, 0), simd.load(simd.advance(y, WIDTH), -WIDTH)
+    simd.store(out, 0, p + q)
+    simd.store(out, WIDTH, p - q)
+    simd.store(out, 2 * WIDTH, p * q)
+    simd.store(out, 3 * WIDTH, p / q)
+    simd.store(out, 4 * WIDTH, simd.maximum(p, q))
+    reaches = simd.ge_mask(p, q)
+    simd.store(out, 5 * WIDTH, simd.where(reaches, p, simd.broadcast(x, 7)))
+    simd.store(out, 6 * WIDTH, simd.fused(p, q, simd.iota(x)))
+    differing = simd.ne_mask(p, q)
+    return simd.reduce_sum(p), reaches, differing, simd.count_bits(differing), simd.as_integers(x)[0]
 
 
 def test_every_lane_is_computed_by_itself(dtype):
@@ -67,7 +67,7 @@ def test_every_lane_is_computed_by_itself(dtype):
 
 @njit
 def _through_an_address(address, like, n):
-    lanes.store_first(lanes.at_address(address, like), 1, n - 1, lanes.splat(lanes.at_address(address, like), 7))
+    simd.masked_store(simd.as_pointer(address, like), 1, n - 1, simd.broadcast(simd.as_pointer(address, like), 7))
 
 
 def test_an_address_is_as_good_as_an_array(dtype):

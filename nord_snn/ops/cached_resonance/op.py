@@ -9,57 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nord_snn.ops.checks import check_scalar, compute_dtype, without_autocast
-from nord_snn.ops.dispatch import implementations_of
+from nord_snn.ops.cached_resonance.packing import BITS, STEP, WORD, check_spikes
+from nord_snn.ops.checks import check_heads, check_scalar, compute_dtype, without_autocast
+from nord_snn.ops.dispatch import Call, backend_selector, register_backends
 from nord_snn.ops.registration import Kernel, register_op_without_gradient
-from nord_snn.ops.resonance.autograd import check_heads, choose
-from nord_snn.ops.resonance.reference import keep_best, resonance_scores
 
-__all__ = ["check_spikes", "pack_spikes", "resonance_cached", "unpack_spikes"]
+__all__ = ["IMPLEMENTATIONS", "resonance_cached"]
 
-_BITS, _WORD = 8, 64
-_STEP = 16  # a step's neurons are filled up to whole vectors of the kernels
-
-_KERNELS = implementations_of("resonance", "numba", plain="cached")
-
-
-def pack_spikes(k: Tensor, n_heads: int, *, trusted: bool = False) -> Tensor:
-    """Spikes as bits, head by head.
-
-    Args:
-        k: ``[T, B, S, D]`` of zeros and ones.
-        n_heads: H; D must be a multiple of it.
-        trusted: do not look whether there are only zeros and ones, for which a GPU would have to be waited for.
-
-    Returns:
-        uint8 ``[B, H, S, bytes]``: neuron n of a head at step t is bit ``16 * ceil(D/H / 16) * t + n``, the lowest bit of a
-        byte first; filled up with zeros to a multiple of 64 bits.
-
-    Raises:
-        ValueError: wrong rank, H does not divide D, or something is neither 0 nor 1.
-
-    Example:
-        >>> pack_spikes(torch.ones(1, 1, 1, 4), n_heads=2)[0, :, 0].tolist()
-        [[3, 0, 0, 0, 0, 0, 0, 0], [3, 0, 0, 0, 0, 0, 0, 0]]
-    """
-    if k.ndim != 4:
-        raise ValueError(f"pack_spikes expects spikes [T, B, S, D], got {list(k.shape)}")
-    check_heads(k.shape[-1], n_heads)
-    if not trusted:
-        check_spikes(k)
-    heads = (k != 0).unflatten(-1, (n_heads, -1)).permute(1, 3, 2, 0, 4)  # [B, H, S, T, D/H]
-    steps = torch.nn.functional.pad(heads, (0, -heads.shape[-1] % _STEP)).flatten(-2)
-    filled = torch.nn.functional.pad(steps, (0, -steps.shape[-1] % _WORD))
-    worth = 2 ** torch.arange(_BITS, dtype=torch.uint8, device=k.device)
-    return (filled.unflatten(-1, (-1, _BITS)) * worth).sum(-1, dtype=torch.uint8)
-
-
-def unpack_spikes(keys: Tensor, n_steps: int, width: int) -> Tensor:
-    """The bits of :func:`pack_spikes` as bool ``[B, H, S, T * D/H]``, for T steps of D/H neurons each."""
-    worth = torch.arange(_BITS, dtype=torch.uint8, device=keys.device)
-    bits = ((keys.unsqueeze(-1) >> worth) & 1).bool().flatten(-2)
-    padded = width + -width % _STEP
-    return bits[..., : n_steps * padded].unflatten(-1, (n_steps, padded))[..., :width].flatten(-2)
+IMPLEMENTATIONS = register_backends("resonance_cached", "cached_resonance", "numba")
+_choose = backend_selector("resonance_cached", IMPLEMENTATIONS)
 
 
 def resonance_cached(
@@ -120,7 +78,7 @@ def resonance_cached(
     if not trusted and not numbers:
         check_spikes(q)
     lengths = None if lengths is None else lengths.long()
-    name = "torch" if numbers else choose(backend, values.device.type, values.dtype, values.shape[-1])
+    name = "torch" if numbers else _choose(backend, Call(values.device.type, values.dtype, values.shape[-1]))
     window = keys.shape[2] if window is None else window
     dtype = compute_dtype(values)
     if not isinstance(temperature, Tensor):
@@ -140,17 +98,11 @@ def _cached(
     backend: str,
 ) -> Tensor:
     with without_autocast(values):
-        return _KERNELS[backend].kernel().cached(q, keys, values, top_k, temperature, recency, lengths, window)
+        return IMPLEMENTATIONS[backend].kernel().forward(q, keys, values, top_k, temperature, recency, lengths, window)
 
 
 def _cached_fake(q: Tensor, keys: Tensor, values: Tensor, *arguments: Any) -> Tensor:
     return values.new_empty(q.shape[1], q.shape[2], values.shape[1] * values.shape[3])
-
-
-def check_spikes(x: Tensor) -> None:
-    """Raise a ValueError unless everything is 0 or 1."""
-    if x.dtype != torch.bool and not torch.equal((x != 0).to(x.dtype), x):
-        raise ValueError("expected spikes of zeros and ones: others cannot be kept as bits")
 
 
 def _check(
@@ -170,7 +122,7 @@ def _check(
     (T, B, S, D), (_, H, n_all, n_bytes) = q.shape, keys.shape
     check_heads(D, H)
     width = D // H
-    expected = T * width if keys.is_floating_point() else -(-T * (width + -width % _STEP) // _WORD) * _WORD // _BITS
+    expected = T * width if keys.is_floating_point() else -(-T * (width + -width % STEP) // WORD) * WORD // BITS
     if keys.shape[0] != B or n_bytes != expected or n_all < S:
         raise ValueError(
             f"keys must be [B, H, S_all, bytes] = [{B}, {H}, at least {S}, {expected}] for these queries, got "
@@ -188,35 +140,6 @@ def _check(
         raise ValueError(f"recency must have shape [H] = [{H}], got {list(recency.shape)}")
     if lengths is not None and (lengths.shape != (B,) or lengths.is_floating_point() or lengths.dtype == torch.bool):
         raise ValueError(f"lengths must be integers [B] = [{B}], got {list(lengths.shape)} of {lengths.dtype}")
-
-
-def cached(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    top_k: int,
-    temperature: float | Tensor,
-    recency: Tensor | None,
-    lengths: Tensor | None,
-    window: int,
-) -> Tensor:
-    """The backend ``torch``: the bits unpacked, and then as in ``reference.py``; the arguments are the op's."""
-    dtype = compute_dtype(values)
-    n_steps, _, S, _ = q.shape
-    H, n_all = keys.shape[1:3]
-    width = q.shape[-1] // H
-    queries = q.to(dtype).unflatten(-1, (H, width)).permute(1, 3, 2, 0, 4).flatten(-2)  # [B, H, S, T * D/H]
-    keys = keys if keys.is_floating_point() else unpack_spikes(keys, n_steps, width)
-    counts = queries @ keys.to(dtype).mT
-    scores = resonance_scores(counts, temperature, None if recency is None else recency.to(dtype), causal=True)
-    position = torch.arange(n_all, device=q.device)
-    unseen = position[n_all - S :, None] - position >= window
-    if lengths is not None:
-        unseen = unseen | (position < n_all - lengths[:, None, None, None])
-    scores = scores.masked_fill(unseen, -torch.inf)
-    weights = scores.masked_fill(~keep_best(scores, top_k), -torch.inf).softmax(-1)
-    weights = weights.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)  # padding has nothing to choose from
-    return (weights @ values.to(dtype)).transpose(1, 2).flatten(-2).to(values.dtype)
 
 
 _run = register_op_without_gradient("resonance_cached", Kernel(_cached, _cached_fake))

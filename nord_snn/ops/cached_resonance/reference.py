@@ -1,0 +1,39 @@
+"""The resonance of new positions with cached ones in plain PyTorch: the bits unpacked, then as without a cache."""
+
+import torch
+from torch import Tensor
+
+from nord_snn.ops.cached_resonance.packing import unpack_spikes
+from nord_snn.ops.checks import compute_dtype
+from nord_snn.ops.topk_resonance.reference import keep_best, resonance_scores
+
+__all__ = ["forward"]
+
+
+def forward(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    top_k: int,
+    temperature: float | Tensor,
+    recency: Tensor | None,
+    lengths: Tensor | None,
+    window: int,
+) -> Tensor:
+    """Return the context ``[B, S, V]`` of the new positions; the arguments are those of ``resonance_cached``."""
+    dtype = compute_dtype(values)
+    n_steps, _, S, _ = q.shape
+    H, n_all = keys.shape[1:3]
+    width = q.shape[-1] // H
+    queries = q.to(dtype).unflatten(-1, (H, width)).permute(1, 3, 2, 0, 4).flatten(-2)  # [B, H, S, T * D/H]
+    keys = keys if keys.is_floating_point() else unpack_spikes(keys, n_steps, width)
+    counts = queries @ keys.to(dtype).mT
+    scores = resonance_scores(counts, temperature, None if recency is None else recency.to(dtype), causal=True)
+    position = torch.arange(n_all, device=q.device)
+    unseen = position[n_all - S :, None] - position >= window
+    if lengths is not None:
+        unseen = unseen | (position < n_all - lengths[:, None, None, None])
+    scores = scores.masked_fill(unseen, -torch.inf)
+    weights = scores.masked_fill(~keep_best(scores, top_k), -torch.inf).softmax(-1)
+    weights = weights.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)  # padding has nothing to choose from
+    return (weights @ values.to(dtype)).transpose(1, 2).flatten(-2).to(values.dtype)

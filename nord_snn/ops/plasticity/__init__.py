@@ -1,0 +1,1 @@
+"""Spike-timing-dependent plasticity. The formula is in ``reference.py``, the public functions in ``op.py``."""

@@ -1,0 +1,1 @@
+"""Temporal co-firing resonance. The formula is in ``reference.py``, the public function in ``op.py``."""
