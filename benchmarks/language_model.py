@@ -1,24 +1,19 @@
 """One training step of the language model: width 128, 4 blocks, 4 heads, FFN 256, vocabulary 2,048, batch 8 x 128."""
 
 import importlib.util
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from nordlm.training.runtime import keep_freed_memory
 from spikingjelly.activation_based import neuron, surrogate
 from torch import Tensor, nn
 
+from nord_snn.models.nord import NordConfig, NordForCausalLM
 from nord_snn.neurons import AssociativeLIFNode
 from nord_snn.ops.topk_resonance.reference import reference
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "nord_lm"))
-from configuration_nord import NordConfig
-from modeling_nord import NordForCausalLM
-from train import keep_freed_memory
 
 __all__ = ["BATCH", "FLOOR", "LENGTH", "contestants", "gate", "keep_freed_memory"]
 

@@ -1,6 +1,7 @@
 """Fixtures for all tests."""
 
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -14,8 +15,10 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
-    """Seed and precision as they are at the start of a process: training sets both."""
+    """Seed, precision and compiled code as they are at the start of a process."""
     torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:  # torch limits how often one piece of code is compiled in a process
+        torch.compiler.reset()
     yield
     torch.set_float32_matmul_precision("highest")
 

@@ -17,6 +17,7 @@ ALLOWED = {
     "layers": {"ops", "neurons"},
     "learning_rules": {"_compat", "ops"},
     "monitor": {"_compat", "ops", "neurons"},
+    "models": {"_compat", "ops", "neurons", "layers"},
     "integrations": {"_compat", "ops", "neurons", "layers", "learning_rules", "monitor"},
 }
 PUBLIC = {
@@ -45,6 +46,7 @@ PUBLIC = {
         "load_plastic",
         "save_plastic",
     },
+    "nord_snn.models.nord": {"NordConfig", "NordForCausalLM"},
     "nord_snn.monitor": {"SpikeMonitor"},
     "nord_snn.integrations.snntorch": {"AssociativeSynaptic", "MultiStep"},
     "nord_snn.integrations.nir": {"deviation", "export_to_nir", "import_from_nir", "simulate"},
@@ -109,6 +111,10 @@ def test_the_core_imports_nothing_that_the_core_does_not_ask_for():
     allowed = {"nord_snn", "torch", "spikingjelly", "safetensors"} | sys.stdlib_module_names
     for path in SOURCES:
         by_name = COMPAT if path.parent.name == "_compat" else KERNELS
+        if path.relative_to(ROOT / "nord_snn").parts[0] == "models":
+            by_name = {
+                name: {"transformers", "huggingface_hub"} for name in ("configuration_nord.py", "modeling_nord.py")
+            }
         more = by_name.get(path.name, INTEGRATIONS.get(path.stem, INTEGRATIONS.get(path.parent.name, set())))
         assert {name.split(".")[0] for name in imported(path)} <= allowed | more, path
 
@@ -147,3 +153,14 @@ def test_every_folder_of_an_op_has_the_same_files():
         assert not hasattr(importlib.import_module("nord_snn.ops"), folder.name) or inspect.ismodule(
             getattr(importlib.import_module("nord_snn.ops"), folder.name)
         )
+
+
+def test_no_script_changes_the_search_path():
+    for path in (ROOT / folder for folder in ("nord_snn", "examples", "studies", "benchmarks", "docs")):
+        for file in path.rglob("*.py"):
+            assert "sys.path" not in file.read_text(encoding="utf-8"), file
+
+
+def test_the_files_of_the_recipe_are_short():
+    for file in (ROOT / "examples" / "nord_lm").rglob("*.py"):
+        assert len(file.read_text(encoding="utf-8").splitlines()) <= 350, file

@@ -7,145 +7,30 @@
 
 Nats per token, perplexity and bits per byte: a window of the model's context slides over the text. Every token is scored
 once, with at least ``context - stride`` tokens before it (but for the first ones): a smaller stride costs more and predicts
-better. ``--ood`` and ``--report``: see ``uncertainty.py`` and ``report.py``.
+better. ``--ood`` and ``--report``: see ``ood_detection.py`` and ``report.py`` in ``nordlm/analysis``.
 """
 
 import argparse
 import math
 import shlex
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from checkpoints import CheckpointError, write_json
-from data import DataError, Documents, encode, load_corpus, read_documents, split
-from generate import ModelError, newest_model, number, open_model
-from modeling_nord import NordForCausalLM
-from progress import print_table
-from report import PAGE, Subject, check_folder, uncertainty_sentence, write_report
+from nordlm.analysis.ood_detection import MADE, distinguish, open_others, passage_length
+from nordlm.analysis.perplexity import score
+from nordlm.analysis.report import PAGE, Subject, check_folder, uncertainty_sentence, write_report
+from nordlm.cli import number
+from nordlm.data.sources import read_documents
+from nordlm.errors import DataError, ModelError, RecipeError
+from nordlm.inference.loading import newest_model, open_model
+from nordlm.training.checkpoints import write_json
+from nordlm.training.held_out import STREAMED_WINDOWS, held_out_of, read_text
+from nordlm.training.progress import print_table
 from rich.console import Console
-from rich.progress import track
-from settings import Settings, SettingsError, TrainingSettings, read_run
-from torch import Tensor
-from torch.nn import functional as F
-from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
-from uncertainty import MADE, distinguish, open_others, passage_length
 
 from nord_snn.monitor import SpikeMonitor
-
-__all__ = ["STREAMED_WINDOWS", "Text", "held_out_text", "read_text", "score", "windows"]
-
-STREAMED_WINDOWS = 1024  # of a text that is streamed, unless more is asked for: as many as train.py validates on
-
-
-class Text(NamedTuple):
-    """Documents; their tokens, an end-of-text token before the first and behind each; and their bytes in UTF-8."""
-
-    documents: list[str]
-    tokens: Tensor
-    n_bytes: int
-
-
-class Window(NamedTuple):
-    """Inputs ``[begin, end)`` of a text, of which the last ``scored`` predict a token that no window before did."""
-
-    begin: int
-    end: int
-    scored: int
-
-
-def held_out_text(training: TrainingSettings) -> Documents:
-    """What a run with these settings is validated on.
-
-    Raises:
-        DataError: the text is not there any more.
-    """
-    if training.validation_data is not None:
-        return read_documents(training.validation_data)
-    whole = read_documents(training.data)
-    return replace(whole, name=f"{whole.name}, held out", read=split(whole, training.held_out)[1])
-
-
-def held_out_of(run: Path, tokenizer: PreTrainedTokenizerBase) -> Documents:
-    """What the run in a folder was validated on, after a look at whether its text still is what it was.
-
-    Which documents are held out depends on the text: after a change some would be among them that were trained on. A
-    stream is too long to be looked at.
-
-    Raises:
-        SettingsError: the folder has no settings of a run, or they are damaged.
-        DataError: the text is another one, or not there any more.
-    """
-    settings = Settings.read(run / "settings.yaml")
-    documents = held_out_text(settings.training)
-    if documents.streamed or not (run / "run.json").is_file():
-        return documents
-    training = settings.training
-    validation = None if training.validation_data is None else read_documents(training.validation_data)
-    corpus = load_corpus(read_documents(training.data), tokenizer, settings.block_size, training.held_out, validation)
-    if corpus.fingerprint != read_run(run)["fingerprint"]:
-        raise DataError(
-            f"{corpus.name} is no longer what the run in {run} was trained on, so that what it held out is not known: name a "
-            "TEXT to evaluate on"
-        )
-    return documents
-
-
-def read_text(documents: Documents, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> Text:
-    """The whole documents of a source, up to about ``max_tokens``."""
-    texts: list[str] = []
-    parts, n_tokens = [torch.tensor([tokenizer.eos_token_id], dtype=torch.int32)], 0
-    for text in documents.read():
-        texts.append(text)
-        parts.extend(encode([text], tokenizer))
-        n_tokens += len(parts[-1])
-        if max_tokens is not None and n_tokens >= max_tokens:
-            break
-    return Text(texts, torch.cat(parts).long(), sum(len(text.encode()) for text in texts))
-
-
-def windows(n_predicted: int, context: int, stride: int) -> Iterator[Window]:
-    """Cover ``n_predicted`` tokens, each predicted once."""
-    done = 0
-    while done < n_predicted:
-        end = min(n_predicted, done + (stride if done else context))
-        yield Window(max(0, end - context), end, end - done)
-        done = end
-
-
-@torch.no_grad()
-def score(
-    model: NordForCausalLM, tokens: Tensor, context: int, stride: int, batch_size: int = 8, visible: bool = False
-) -> float:
-    """Nats for all tokens but the first.
-
-    Args:
-        model: in eval mode.
-        tokens: ``[n]``, n at least 2.
-        context: tokens that a window sees, at most the model's.
-        stride: tokens that a window goes on, at most ``context``.
-        batch_size: windows of one size computed together.
-        visible: whether to show progress.
-    """
-    groups: list[list[Window]] = []
-    for window in windows(len(tokens) - 1, context, stride):
-        last = groups[-1] if groups else []
-        same = last and (last[0].end - last[0].begin, last[0].scored) == (window.end - window.begin, window.scored)
-        if same and len(last) < batch_size:
-            last.append(window)
-        else:
-            groups.append([window])
-    total = 0.0
-    for group in track(groups, "evaluating", disable=not visible, transient=True):
-        ids = torch.stack([tokens[w.begin : w.end] for w in group]).to(model.device)
-        targets = torch.stack([tokens[w.end - w.scored + 1 : w.end + 1] for w in group]).to(model.device)
-        logits = model(input_ids=ids, logits_to_keep=group[0].scored, use_cache=False).logits
-        total += F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum").double().item()
-    return total
 
 
 def evaluate(options: argparse.Namespace, visible: bool = False) -> dict[str, Any]:
@@ -238,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
         results = evaluate(options, console.is_terminal)
         if options.json is not None:
             write_json(options.json, results)
-    except (ModelError, DataError, SettingsError, CheckpointError, OSError) as error:
+    except (RecipeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -33,25 +33,26 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
+from nordlm.analysis.perplexity import score
+from nordlm.cli import number
+from nordlm.data.corpus import encode, split
+from nordlm.data.sources import read_documents
+from nordlm.errors import DataError, ModelError
+from nordlm.inference.loading import open_model
+from nordlm.inference.plasticity import Control, Plasticity, PlasticityError, plasticity_arguments
+from nordlm.training.checkpoints import CheckpointError, write_json
+from nordlm.training.progress import print_table
+from nordlm.training.settings import Settings, SettingsError
 from rich.console import Console
 from rich.progress import track
 from scipy import stats
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from nord_snn.models.nord import NordForCausalLM
 
 LANGUAGE_MODEL = Path(__file__).parents[1] / "nord_lm"
-sys.path.insert(0, str(LANGUAGE_MODEL))
-
-from checkpoints import CheckpointError, write_json  # noqa: E402
-from data import DataError, encode, read_documents, split  # noqa: E402
-from evaluate import score  # noqa: E402
-from generate import ModelError, number, open_model  # noqa: E402
-from modeling_nord import NordForCausalLM  # noqa: E402
-from plasticity import Control, Plasticity, PlasticityError, plasticity_arguments  # noqa: E402
-from progress import print_table  # noqa: E402
-from settings import Settings, SettingsError  # noqa: E402
-from transformers import PreTrainedTokenizerBase  # noqa: E402
-from transformers.utils import logging  # noqa: E402
-
 CONTROLS, ABLATIONS = ("off", "shuffled", "zero"), ("tokens", "steps")
 COLOURS = {
     "on": "tab:green",

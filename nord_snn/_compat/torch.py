@@ -15,6 +15,7 @@ __all__ = [
     "KeepsStatePrecision",
     "TorchDispatchMode",
     "allow_recompilations",
+    "assert_in_graph",
     "constant_when_compiled",
     "dispatch_mode_is_active",
     "is_view",
@@ -26,6 +27,7 @@ __all__ = [
     "version_of",
     "without_dispatch_modes",
     "without_graph",
+    "without_torch_function",
 ]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -59,6 +61,16 @@ def without_dispatch_modes() -> AbstractContextManager[Any]:
 def version_of(x: Tensor) -> int:
     """Return how often ``x`` was written into; autograd compares this number, and shows it nowhere else."""
     return x._version
+
+
+def assert_in_graph(condition: Tensor, message: str) -> None:
+    """Raise a RuntimeError when compiled code runs and ``condition`` does not hold; no branch is compiled for it."""
+    torch._assert_async(condition, message)
+
+
+def without_torch_function() -> AbstractContextManager[Any]:
+    """Call tensor methods in C, also under a ``TorchFunctionMode`` such as ``with torch.device(...)``."""
+    return torch._C.DisableTorchFunction()
 
 
 def is_view(x: Tensor) -> bool:
@@ -141,6 +153,16 @@ class ForwardObserver(Protocol):
 _OBSERVERS, _INNER = "_nord_snn_observers", "_nord_snn_forward"
 
 
+class _Observers(tuple):
+    """Observers of a module; copies and pickles of the module have none."""
+
+    def __deepcopy__(self, memo: Any) -> "_Observers":
+        return _Observers()
+
+    def __reduce__(self) -> Any:
+        return _Observers, ()
+
+
 def observe_forward(module: nn.Module, observer: ForwardObserver) -> None:
     """Call ``observer`` around every forward of ``module``, also in code that was compiled before.
 
@@ -151,28 +173,51 @@ def observe_forward(module: nn.Module, observer: ForwardObserver) -> None:
     """
     if not _is_observed(module):
         setattr(module, _INNER, module.__dict__.get("forward"))  # somebody else's patch, or None
-        setattr(module, _OBSERVERS, ())
+        setattr(module, _OBSERVERS, _Observers())
         module.forward = MethodType(forward, module)  # a copy of the module gets a method of its own
-    setattr(module, _OBSERVERS, (*getattr(module, _OBSERVERS), observer))
+        module._replicate_for_data_parallel = MethodType(_replicate_for_data_parallel, module)  # type: ignore[method-assign]
+    setattr(module, _OBSERVERS, _Observers((*getattr(module, _OBSERVERS), observer)))
 
 
 def stop_observing_forward(module: nn.Module, observer: ForwardObserver) -> None:
     """Take an observer off again; do nothing if it is not there."""
-    left = tuple(other for other in getattr(module, _OBSERVERS, ()) if other is not observer)
-    if left or not _is_observed(module):  # or somebody has patched ``forward`` on top of this
+    left = _Observers(other for other in getattr(module, _OBSERVERS, ()) if other is not observer)
+    if not left and _has(module, forward):
+        _restore(module)
+    elif _is_observed(module):  # others observe it, too, or somebody has patched ``forward`` on top of this
         setattr(module, _OBSERVERS, left)
-        return
+    else:  # somebody has put another ``forward`` in the place of this
+        _forget(module)
+
+
+def _is_observed(module: nn.Module) -> bool:
+    """Whether our forward is there, or below somebody else's patch."""
+    patched = "forward" in module.__dict__ and not _has(module, type(module).forward)
+    return _has(module, forward) or (patched and _INNER in module.__dict__)
+
+
+def _has(module: nn.Module, function: Any) -> bool:
+    return getattr(module.__dict__.get("forward"), "__func__", None) is function
+
+
+def _restore(module: nn.Module) -> None:
     inner = getattr(module, _INNER)
     del module.forward
     if inner is not None:
         module.forward = inner
-    delattr(module, _INNER)
-    delattr(module, _OBSERVERS)
+    _forget(module)
 
 
-def _is_observed(module: nn.Module) -> bool:
-    patched = module.__dict__.get("forward")
-    return isinstance(patched, MethodType) and patched.__func__ is forward
+def _forget(module: nn.Module) -> None:
+    for name in (_OBSERVERS, _INNER, "_replicate_for_data_parallel"):
+        module.__dict__.pop(name, None)
+
+
+def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
+    """A replica for ``DataParallel`` has a copy of ``__dict__``, and in it the method of the original."""
+    replica = type(self)._replicate_for_data_parallel(self)
+    _restore(replica)
+    return replica
 
 
 def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 __all__ = [
     "CACHE",
@@ -22,6 +23,7 @@ __all__ = [
     "causal_lm_output",
     "check_growing_cache",
     "refuse_unknown_keywords",
+    "register_causal_lm",
 ]
 
 #: What the installed release calls the cache.
@@ -42,7 +44,9 @@ def cache_from(cache: Cache | None, past_key_values: Cache | None) -> Cache | No
         TypeError: it was passed under both.
     """
     if cache is not None and past_key_values is not None:
-        raise TypeError("past_key_values is the old name of cache: pass one of them")
+        raise TypeError(
+            f"past_key_values is the old name of cache: pass one of them; generate() of this transformers takes {CACHE}"
+        )
     return past_key_values if cache is None else cache
 
 
@@ -92,6 +96,11 @@ def refuse_unknown_keywords(owner: str, keywords: dict[str, Any], not_offered: d
             raise TypeError(f"{owner} does not know the keyword {name!r}")
         if value is not None and value is not False:
             raise ValueError(f"{owner} does not offer {name}: {not_offered[name]}")
+
+
+def register_causal_lm(model_type: str, name: str) -> None:
+    """Enter a class among the causal language models: by its name ``Trainer`` knows that labels are shifted."""
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] = name
 
 
 class CausalLM(PreTrainedModel, GenerationMixin):

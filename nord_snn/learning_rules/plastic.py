@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nord_snn._compat.torch import without_torch_function
 from nord_snn.ops.checks import check_bounds
 
 __all__ = ["PlasticPart", "load_plastic", "save_plastic"]
@@ -125,9 +126,11 @@ class PlasticPart:
         """Make ``delta`` all that was ever added; the bounds were for what a rule adds and are not asked.
 
         Raises:
-            ValueError: the sum would not be finite; the weight is untouched.
+            ValueError: another shape, or the sum would not be finite; the weight is untouched.
         """
         trained = self.trained.clone()
+        if delta.shape != trained.shape:
+            raise ValueError(f"replace expects a change of shape {list(trained.shape)}, got {list(delta.shape)}")
         new = (trained.double() + delta.to(trained.device).double()).to(trained.dtype)
         if not new.isfinite().all():
             raise ValueError("the weights would not be finite any more; they are untouched")
@@ -157,7 +160,8 @@ def _without_interruption(*writes: Callable[[], object]) -> None:
     Python handles signals between bytecodes, and ``deque``, ``map`` and ``partial`` execute none. So the weight and the record
     of what was added to it always agree, without a signal handler, which belongs to the application.
     """
-    deque(map(operator.call, writes), maxlen=0)
+    with without_torch_function():
+        deque(map(operator.call, writes), maxlen=0)
 
 
 class HasPlasticPart(Protocol):

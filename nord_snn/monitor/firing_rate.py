@@ -70,8 +70,8 @@ class SpikeMonitor:
 
     It works under ``torch.compile``, with ``fullgraph=True`` too, whichever comes first. Code that was compiled with one of the
     watched neurons in it is compiled again under the first monitor, and only that code; later monitors use it again, and
-    without a monitor the earlier code runs. Under DDP every process counts what it ran
-    itself; :meth:`gather` adds them up.
+    without a monitor the earlier code runs. Nodes in step mode ``"s"`` are compiled for each time step, up to torch's limit.
+    Under DDP every process counts what it ran itself; :meth:`gather` adds them up.
 
     Args:
         net: any module; its neurons (ours, SpikingJelly's and snnTorch's) are watched under their names in ``net``, a neuron
@@ -223,13 +223,10 @@ class _Counter:
     def __init__(self, name: str, module: nn.Module, feature_dims: int | None, max_steps: int) -> None:
         self.name, self.module, self.max_steps = name, module, max_steps
         self.feature_dims = feature_dims
-        self.step = 0  # of the next single step
+        self.step = self.place = 0  # of the last single step, and of the one that runs
         self.on = self.watching = True
         self.clear()
         observe_forward(module, self)
-
-    def __deepcopy__(self, memo: Any) -> "_Counter":
-        return self  # a copy of the network takes its observers along, which count nothing there
 
     def clear(self) -> None:
         self.counts: Tensor | None = None  # [T, *, D]
@@ -242,12 +239,14 @@ class _Counter:
     def before(self, module: Any) -> None:
         """Find the time step: a node at rest begins a sequence, one that holds state goes on with it."""
         if isinstance(module, BaseNode) and module.step_mode == "s":
-            self.step = min(self.step + 1, self.max_steps - 1) if isinstance(module.v, Tensor) else 0
+            self.place = min(self.step + 1, self.max_steps - 1) if isinstance(module.v, Tensor) else 0
 
+    @torch.inference_mode(False)  # counts outlive it
     @torch.no_grad()
     def after(self, module: nn.Module, output: Any) -> None:
         """Count what the module fired."""
-        if not self.on or module is not self.module:  # a deep copy of the network took the observer along
+        self.step = self.place  # only now: a step that raised was none
+        if not self.on:
             return
         spikes, whole = spikes_of(module, output)
         first = 0 if whole else self.step

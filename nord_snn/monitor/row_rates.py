@@ -42,7 +42,7 @@ class RowRates:
         check_feature_dims(feature_dims)
         self._layers, self.feature_dims = neuron_layers(net), feature_dims
         self._spikes: dict[str, Tensor] = {}
-        self._chances: dict[str, int] = {}
+        self._chances: dict[str, Tensor] = {}  # tensors, since code is compiled again for every other number
         self._neurons: dict[str, int] = {}
         self._observers = [_LayerObserver(self, name, module) for name, module in self._layers.items()]
 
@@ -84,7 +84,8 @@ class RowRates:
                 f"rows of '{name}' were {list(before.shape)} and are {list(new.shape)} now: take() the rates before"
             )
         self._spikes[name] = new if before is None else before + new
-        self._chances[name] = self._chances.get(name, 0) + len(spikes) * features.numel()
+        chances = new.new_full((), len(spikes) * features.numel())
+        self._chances[name] = chances if before is None else self._chances[name] + chances
         self._neurons[name] = features.numel()
 
 
@@ -95,13 +96,9 @@ class _LayerObserver:
         self.rates, self.name, self.module = rates, name, module
         observe_forward(module, self)
 
-    def __deepcopy__(self, memo: Any) -> "_LayerObserver":
-        return self  # a copy of the network takes its observers along, which count nothing there
-
     def before(self, module: nn.Module) -> None:
         """Do nothing."""
 
     def after(self, module: nn.Module, output: Any) -> None:
-        """Count, unless ``module`` is a copy."""
-        if module is self.module:
-            self.rates.count(self.name, module, output)
+        """Count."""
+        self.rates.count(self.name, module, output)

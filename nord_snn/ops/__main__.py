@@ -8,10 +8,10 @@ __all__ = ["table"]
 
 def table() -> str:
     """Return a table of ops and backends, and below it a line for each backend."""
-    lines = [("op", *BACKENDS)]
+    lines: list[tuple[str, ...]] = [("op", *BACKENDS)]
     lines += [(op, *("yes" if name in made else "-" for name in BACKENDS)) for op, made in sorted(OPS.items())]
     known = {name: backend for made in OPS.values() for name, backend in made.items()}
-    below = [("backend", "device", "runs here", "")]
+    below: list[tuple[str, ...]] = [("backend", "device", "runs here", "")]
     for name in BACKENDS:
         support = known[name].available()
         below.append((name, known[name].device, "yes" if support.runs else "no", support.reason))

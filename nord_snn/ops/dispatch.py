@@ -148,7 +148,7 @@ def backend_selector(op: str, implementations: Mapping[str, Backend]) -> Callabl
 
 def _default() -> str:
     """What stands in for ``"auto"``."""
-    return os.environ.get(_ENVIRONMENT, "auto")
+    return os.environ.get(_ENVIRONMENT) or "auto"
 
 
 def _verdict(op: str, implementations: Mapping[str, Backend], name: str, call: Call) -> Support:
@@ -156,7 +156,7 @@ def _verdict(op: str, implementations: Mapping[str, Backend], name: str, call: C
         return Support(False, f"nord-snn has no {name} kernel for {op}")
     backend = implementations[name]
     runs, reason = backend.available()
-    return backend.accepts(call) if runs else (runs, reason)
+    return backend.accepts(call) if runs else Support(runs, reason)
 
 
 def _log_once(op: str, choice: BackendChoice) -> None:

@@ -113,12 +113,23 @@ def _refuse_second_derivative(gradients: Callable[..., Any], name: str, cure: st
     def wrapped(ctx: Any, *grads: Any, run: Any) -> Any:
         if not torch.is_grad_enabled():
             return gradients(ctx, *grads, run=run)
+        once = _Unpacked(ctx)
         with torch.no_grad():
-            results = gradients(ctx, *grads, run=run)
-        sources = [x for x in (*grads, *ctx.saved_tensors) if x is not None and x.requires_grad]
+            results = gradients(once, *grads, run=run)
+        sources = [x for x in (*grads, *once.saved_tensors) if x is not None and x.requires_grad]
         return tuple(None if x is None else _Refusal.apply(message, x, *sources) for x in results)
 
     return wrapped
+
+
+class _Unpacked:
+    """A context whose saved tensors were unpacked once, as activation checkpointing allows."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
 
 
 class _Refusal(torch.autograd.Function):

@@ -8,10 +8,10 @@ import pytest
 import torch
 from ablation import ABLATIONS, WHOLE, Ablation, Row, maker
 from accelerate.state import AcceleratorState
-from commands import markdown_table, spread
-from data import train_tokenizer
 from helpers import fire_easily, make_text, write_config
-from settings import read_config
+from nordlm.data.corpus import train_tokenizer
+from nordlm.training.settings import read_config
+from study_cli import markdown_table, spread
 
 from nord_snn.layers import LeakyClamp
 from nord_snn.monitor import SpikeMonitor

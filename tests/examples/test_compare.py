@@ -12,15 +12,17 @@ import torch
 import train as train_script
 import trials
 from accelerate.state import AcceleratorState
-from card import parameter_counts
-from commands import markdown_table, spread
 from compare import Comparison, best, gaps, rate_tables, search, table
-from configuration_nord import NordConfig
-from data import DataError, train_tokenizer
 from helpers import WORDS, make_text, two_processes, write_config
-from samples import coherence, cut_prompts, repetition, write
-from settings import read_config
+from nordlm.data.corpus import train_tokenizer
+from nordlm.errors import DataError
+from nordlm.training.model_card import parameter_counts
+from nordlm.training.settings import read_config
+from sample_quality import coherence, cut_prompts, repetition, write
+from study_cli import markdown_table, spread
 from variants import KINDS, gpt2, nord
+
+from nord_snn.models.nord import NordConfig
 
 DOCS = Path(__file__).parents[2] / "docs"
 EXAMPLE = Path(compare_script.__file__).parent
@@ -236,7 +238,7 @@ def test_two_commands_may_write_the_same_file(tmp_path):
         f"""
 import pathlib, sys
 sys.path.insert(0, {str(EXAMPLE)!r})
-from checkpoints import write_text
+from nordlm.training.checkpoints import write_text
 for _ in range(300):
     write_text(pathlib.Path(sys.argv[2]) / "about.json", sys.argv[1] * 100_000)
 """,

@@ -2,28 +2,18 @@
 
 import json
 
-import data as data_module
 import datasets
 import pytest
 import torch
-from baselines import bigram_loss, uniform_loss, unigram_loss
-from data import (
-    Blocks,
-    DataError,
-    Documents,
-    StreamedBlocks,
-    encode,
-    load_corpus,
-    load_tokenizer,
-    pack,
-    python_documentation,
-    read_documents,
-    split,
-    train_tokenizer,
-)
 from helpers import make_text
 from hypothesis import given
 from hypothesis import strategies as st
+from nordlm.data import corpus as corpus_module
+from nordlm.data import sources
+from nordlm.data.baselines import bigram_loss, uniform_loss, unigram_loss
+from nordlm.data.corpus import Blocks, StreamedBlocks, encode, load_corpus, load_tokenizer, pack, split, train_tokenizer
+from nordlm.data.sources import Documents, python_documentation, read_documents
+from nordlm.errors import DataError
 
 TEXTS = [f"document {i} says {i * i} and rests" for i in range(60)]
 
@@ -249,9 +239,9 @@ def test_text_that_spells_a_special_token_is_text(tokenizer):
 
 
 def test_what_a_stream_leaves_out_is_counted_to_its_end(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(data_module, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in TEXTS) + "\nbroken")
-    monkeypatch.setattr(data_module, "BASELINE_TOKENS", 50)
+    monkeypatch.setattr(corpus_module, "BASELINE_TOKENS", 50)
     corpus = load_corpus(read_documents(str(tmp_path / "a.jsonl")), tokenizer, 8, held_out=0.1, max_validation_blocks=1)
     list(corpus.train)
     assert corpus.notes() == [f"left out 1: lines that are not JSON (first: {tmp_path}/a.jsonl:61)"]

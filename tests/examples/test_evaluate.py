@@ -7,12 +7,12 @@ import evaluate as evaluate_script
 import pytest
 import torch
 import yaml
-from configuration_nord import NordConfig
-from evaluate import score, windows
 from helpers import make_text
 from hypothesis import given
 from hypothesis import strategies as st
-from modeling_nord import NordForCausalLM
+from nordlm.analysis.perplexity import score, windows
+
+from nord_snn.models.nord import NordConfig, NordForCausalLM
 
 SMALL = {
     "vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,

@@ -4,14 +4,14 @@ import inspect
 
 import pytest
 import torch
-from configuration_nord import NordConfig
-from data import train_tokenizer
 from helpers import make_text
-from modeling_nord import NOT_OFFERED, NordForCausalLM
+from nordlm.data.corpus import train_tokenizer
 from transformers import DynamicCache, EncoderDecoderCache, LlamaForCausalLM, pipeline
 from transformers.utils import TransformersKwargs
 
 from nord_snn._compat.transformers import CACHE, cache_of
+from nord_snn.models.nord import NordConfig
+from nord_snn.models.nord.modeling_nord import NOT_OFFERED, NordForCausalLM
 from nord_snn.neurons import AssociativeLIFNode
 
 CONFIGS = [

@@ -4,21 +4,17 @@ import copy
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-import configuration_nord
 import pytest
 import torch
-from configuration_nord import NordConfig
-from convert_original import load_original, main, our_name, to_original
+from convert_original import main
 from helpers import DATA, load_reference, relative_error
-from modeling_nord import NordForCausalLM
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
+from nord_snn.models.nord import NordConfig, NordForCausalLM
+from nord_snn.models.nord.original import load_original, our_name, to_original
 from nord_snn.monitor import SpikeMonitor
-
-RECIPE = Path(configuration_nord.__file__).parent
 
 SMALL = {
     "vocab_size": 50,
@@ -308,7 +304,7 @@ def test_bad_input_is_named():
 
 
 def test_the_configs_are_the_ones_promised():
-    from settings import CONFIGS, Settings
+    from nordlm.training.settings import CONFIGS, Settings
     from variants import SIZES
 
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"tiny", "small", "base", "nord-144m", "tiny-published"}
@@ -332,9 +328,7 @@ import os, sys, torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-sys.path.insert(0, sys.argv[3])
-from configuration_nord import NordConfig
-from modeling_nord import NordForCausalLM
+from nord_snn.models.nord import NordConfig, NordForCausalLM
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -359,7 +353,7 @@ def test_parameters_spread_over_processes_learn_the_same(tmp_path):
     settings, ids = SMALL | {"recency": True}, torch.randint(50, (2, 10))
     torch.save((settings, ids), tmp_path / "case.pt")
     started = [
-        subprocess.Popen([sys.executable, "-c", SHARDED, str(rank), str(tmp_path), str(RECIPE)], stderr=subprocess.PIPE)
+        subprocess.Popen([sys.executable, "-c", SHARDED, str(rank), str(tmp_path)], stderr=subprocess.PIPE)
         for rank in range(2)
     ]
     for process in started:
@@ -373,3 +367,40 @@ def test_parameters_spread_over_processes_learn_the_same(tmp_path):
     assert sum(result[0] for result in results).item() / 2 == pytest.approx(loss.item(), abs=1e-5)
     for name, parameter in model.named_parameters():
         assert relative_error(results[0][1][name], parameter.grad) < 5e-4, name
+
+
+@pytest.mark.parametrize("block", ["nord", "spike_fed"])
+def test_the_whole_model_compiles_without_a_graph_break(block):
+    """With padding, too: no branch may depend on the mask."""
+    torch.manual_seed(0)
+    model = NordForCausalLM(NordConfig(**SMALL, recency=True, block=block))
+    ids, mask = torch.randint(50, (2, 10)), torch.ones(2, 10, dtype=torch.long)
+    mask[1, :4] = 0
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for given in ({}, {"attention_mask": mask}):
+        results = []
+        for run in (model, compiled):
+            loss = run(input_ids=ids, labels=ids, **given).loss
+            results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+        for one, other in zip(*results, strict=True):
+            assert torch.allclose(one, other, atol=1e-6)
+    with pytest.raises(RuntimeError, match="got some between them"):
+        compiled(input_ids=ids, attention_mask=mask.roll(2, 1), labels=ids)
+
+
+def test_trainer_shifts_labels_where_it_computes_the_loss(tmp_path):
+    """With label smoothing it does, for the causal models that it knows by name."""
+    ids = torch.randint(50, (4, 10))
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    model = NordForCausalLM(NordConfig(**SMALL)).eval()
+    arguments = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, report_to="none", use_cpu=True)
+    loss = Trainer(model=model, args=arguments, eval_dataset=rows).evaluate()["eval_loss"]
+    log = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    expected = -(0.9 * log.gather(-1, ids[:, 1:, None])[..., 0] + 0.1 * log.mean(-1)).mean()
+    assert loss == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_outputs_that_are_not_offered_are_refused_in_the_configuration_too():
+    for field in ("output_hidden_states", "output_attentions"):
+        with pytest.raises(ValueError, match=f"{field} is not offered"):
+            NordConfig(**SMALL, **{field: True})

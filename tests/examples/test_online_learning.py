@@ -7,8 +7,8 @@ import shutil
 import online_learning as script
 import pytest
 import torch
-from generate import open_model
 from helpers import fire_easily, make_text
+from nordlm.inference.loading import open_model
 from online_learning import Outcome, compare, helps, interval, percent_old
 
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from generate import open_model
 from helpers import fire_easily
-from modeling_nord import NordForCausalLM
-from plasticity import Control, Plasticity, PlasticityError, synapse_names
+from nordlm.inference.loading import open_model
+from nordlm.inference.plasticity import Control, Plasticity, PlasticityError, synapse_names
+
+from nord_snn.models.nord import NordForCausalLM
 
 BLOCKS = ["blocks.*.ffn.down"]
 

@@ -10,15 +10,17 @@ from html.parser import HTMLParser
 import energy as energy_script
 import evaluate as evaluate_script
 import pytest
-import report as report_script
 import torch
 import train as train_script
-from checkpoints import CheckpointError
-from generate import open_model
 from helpers import fire_easily, make_text, write_config
-from report import PAGE, Subject, write_report
-from settings import Settings
-from uncertainty import open_others
+from nordlm.analysis import report as report_script
+from nordlm.analysis import token_energy
+from nordlm.analysis.ood_detection import open_others
+from nordlm.analysis.report import PAGE, Subject, write_report
+from nordlm.inference.loading import open_model
+from nordlm.training.checkpoints import CheckpointError
+from nordlm.training.held_out import held_out_text
+from nordlm.training.settings import Settings
 
 from nord_snn.monitor import EnergyProfile, ProductCost, SpikeMonitor
 
@@ -135,10 +137,10 @@ def test_a_report_that_cannot_be_written_does_not_fail_the_training(tmp_path, mo
     def full(*_):
         raise CheckpointError("the disk is full")
 
-    monkeypatch.setattr(train_script, "write_report", full)
+    monkeypatch.setattr(report_script, "write_report", full)
     assert train_script.main([*arguments, "--out", str(tmp_path / "runs")]) == 0
     assert "warning: no report was written (the disk is full)" in capsys.readouterr().out
-    monkeypatch.setattr(train_script, "write_report", lambda *_: 1 / 0)
+    monkeypatch.setattr(report_script, "write_report", lambda *_: 1 / 0)
     assert train_script.main([*arguments, "--out", str(tmp_path / "runs")]) == 0
     assert "warning: no report was written (division by zero)" in capsys.readouterr().out
     assert train_script.main([*arguments, "--out", str(tmp_path / "runs"), "--no-report"]) == 0
@@ -224,7 +226,7 @@ def test_other_texts_by_themselves_go_into_the_json(trained, tmp_path, capsys):
 def test_without_a_text_it_is_the_one_that_the_run_held_out(trained, capsys):
     assert evaluate_script.main(["--model", str(trained / "model")]) == 0
     assert "text.txt, held out" in " ".join(capsys.readouterr().out.split())
-    documents = evaluate_script.held_out_text(Settings.read(trained / "settings.yaml").training)
+    documents = held_out_text(Settings.read(trained / "settings.yaml").training)
     whole = (trained.parent.parent / "text.txt").read_text()
     held = "".join(documents.read())
     assert 0 < len(held) < len(whole)
@@ -250,7 +252,7 @@ def test_a_text_that_has_changed_since_is_not_taken_for_held_out(trained, tmp_pa
 def test_a_generated_token_costs_its_own_products_and_not_those_of_the_others(subject):
     ids = report_script._blocks(subject)[:1]
     config = subject.model.config
-    profile = energy_script.generated_token(subject.model, ids)
+    profile = token_energy.generated_token(subject.model, ids)
     dense = {product.name: product.dense for product in profile.products}
     assert dense["lm_head"] == config.hidden_size * config.vocab_size
     assert dense["blocks.0.resonance.v_proj"] == config.hidden_size**2
@@ -263,12 +265,12 @@ def test_a_generated_token_costs_its_own_products_and_not_those_of_the_others(su
 def test_the_sentence_goes_with_the_figures(macs, acs, ratio):
     product = ProductCost("up", "linear", dense=4000, macs=macs, acs=acs, calls=1, steps=4)
     profile = EnergyProfile([product], time_steps=4)
-    assert f"costs {ratio} times the energy of its dense twin without memory" in energy_script.sentence(profile)
+    assert f"costs {ratio} times the energy of its dense twin without memory" in token_energy.sentence(profile)
     fed, repeated = (100, 0) if not macs else (0, 100)
     assert f"spikes feed {fed}%, {repeated}% see numbers at each of 4 steps, and 0% see numbers once" in (
-        energy_script.sentence(profile)
+        token_energy.sentence(profile)
     )
-    assert "{" not in energy_script.sentence(profile)
+    assert "{" not in token_energy.sentence(profile)
 
 
 def test_the_energy_command(trained, tmp_path, capsys):

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import scaling as scaling_script
 from accelerate.state import AcceleratorState
-from commands import markdown_table
 from helpers import make_text, write_config
+from nordlm.training.settings import read_config
 from scaling import Curve, Point, Size, chosen, fit, intervals, picture, said, table
-from settings import read_config
+from study_cli import markdown_table
 
 
 @pytest.fixture(autouse=True)

@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from card import parameter_counts
-from configuration_nord import NordConfig
 from convert_original import to_original
-from energy import generated_token
-from generate import load_model
 from helpers import fire_easily, make_text, write_config
-from modeling_nord import NordForCausalLM
-from settings import SettingsError, parse_arguments, read_config, settings_from
+from nordlm.analysis.token_energy import generated_token
+from nordlm.inference.loading import load_model
+from nordlm.training.model_card import parameter_counts
+from nordlm.training.settings import SettingsError, parse_arguments, read_config, settings_from
 
+from nord_snn.models.nord import NordConfig, NordForCausalLM
 from nord_snn.monitor import SpikeMonitor, profile_energy
 
 SMALL = {

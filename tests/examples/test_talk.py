@@ -1,5 +1,6 @@
 """generate.py, chat.py and the progress panel: what a person types and sees."""
 
+import argparse
 import io
 import re
 import shutil
@@ -8,14 +9,18 @@ import chat as chat_script
 import generate
 import pytest
 import torch
-from activity import measure, zone_means
-from chat import Chat
-from generate import ModelError, newest_model, open_model, sampling
 from helpers import fire_easily
-from plasticity import Plasticity
-from progress import Progress, duration
+from nordlm.analysis.token_activity import measure, zone_means
+from nordlm.errors import ModelError
+from nordlm.inference.chat_session import Chat
+from nordlm.inference.loading import newest_model, open_model
+from nordlm.inference.plasticity import Plasticity
+from nordlm.inference.sampling import sampling
+from nordlm.training.progress import Progress, duration
 from rich.console import Console
 from transformers import GPT2Config, GPT2LMHeadModel
+
+from nord_snn.models.nord import NordForCausalLM
 
 
 @pytest.fixture
@@ -47,7 +52,7 @@ def test_what_stops_a_generation_gives_no_traceback(model_folder, capsys, monkey
         def fail(*_, error=error, **__):
             raise error
 
-        monkeypatch.setattr(generate.NordForCausalLM, "generate", fail)
+        monkeypatch.setattr(NordForCausalLM, "generate", fail)
         assert generate.main(["--model", str(model_folder), "x"]) == status
     assert "error: probability tensor contains nan" in capsys.readouterr().err
 
@@ -112,9 +117,7 @@ def talk(model_folder):
     model, tokenizer = open_model(model_folder)
     fire_easily(model)
     console = Console(file=io.StringIO(), width=120)
-    options = chat_script.argparse.Namespace(
-        temperature=0.8, max_new_tokens=4, top_k=10, top_p=1.0, repetition_penalty=1.1
-    )
+    options = argparse.Namespace(temperature=0.8, max_new_tokens=4, top_k=10, top_p=1.0, repetition_penalty=1.1)
     return Chat(model, tokenizer, options, console), console.file
 
 

@@ -10,22 +10,28 @@ import sys
 import time
 from pathlib import Path
 
-import checkpoints
-import data
-import modeling_nord
 import pytest
 import torch
 import train as train_script
 import yaml
+from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
-from checkpoints import CheckpointError, latest_checkpoint, new_run_folder, write_folder, write_json
 from helpers import make_text, write_config
+from nordlm.data import corpus as corpus_module
+from nordlm.data import sources
+from nordlm.data.corpus import train_tokenizer
+from nordlm.errors import DataError
+from nordlm.training import checkpoints, loop
+from nordlm.training.checkpoints import CheckpointError, latest_checkpoint, new_run_folder, write_folder, write_json
+from nordlm.training.progress import Progress
+from nordlm.training.settings import Settings, SettingsError, read_config
 from safetensors.torch import load_file, save_file
-from settings import Settings, SettingsError, read_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from nord_snn.models.nord import NordForCausalLM
 
 TRAIN = Path(train_script.__file__)
 
@@ -148,7 +154,7 @@ def test_a_resumed_run_reaches_the_same_weights_bit_for_bit(tmp_path, text, monk
     """Stopped by a signal in the second epoch, after a step whose accumulation reached across the epochs, then resumed."""
     config = write_config(tmp_path, steps=40, batch_size=8)
     assert run(tmp_path, text, config=config, out="whole") == 0
-    update = train_script.Progress.update
+    update = Progress.update
 
     def interrupt(self, step, *rest):
         update(self, step, *rest)
@@ -156,8 +162,8 @@ def test_a_resumed_run_reaches_the_same_weights_bit_for_bit(tmp_path, text, monk
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_script.Progress, "update", interrupt)
-        assert run(tmp_path, text, config=config, out="parts") == train_script.INTERRUPTED
+        patch.setattr(Progress, "update", interrupt)
+        assert run(tmp_path, text, config=config, out="parts") == loop.INTERRUPTED
     part = tmp_path / "parts" / "test-0001"
     assert latest_checkpoint(part).name == "checkpoint-000027"
     position = json.loads((part / "checkpoint-000027" / "position.json").read_text())
@@ -220,8 +226,8 @@ def test_relative_paths_of_a_config_are_kept_absolute(tmp_path, text, monkeypatc
 
 
 def test_a_stopped_run_says_how_to_go_on(tmp_path, text, monkeypatch, capsys):
-    monkeypatch.setattr(train_script.Progress, "update", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    assert run(tmp_path, text) == train_script.INTERRUPTED
+    monkeypatch.setattr(Progress, "update", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert run(tmp_path, text) == loop.INTERRUPTED
     assert f"--resume {tmp_path / 'runs' / 'test-0001'}" in capsys.readouterr().out
 
 
@@ -365,7 +371,7 @@ def test_a_vocabulary_that_does_not_fit_the_tokenizer_is_named(tmp_path, text, t
 
 
 def test_a_loss_that_is_not_a_number_stops_with_a_sentence(tmp_path, text, capsys, monkeypatch):
-    monkeypatch.setattr(train_script.math, "isfinite", lambda x: False)
+    monkeypatch.setattr(loop.math, "isfinite", lambda x: False)
     assert "the loss became" in refused(capsys, run(tmp_path, text))
 
 
@@ -374,7 +380,7 @@ def test_a_loss_that_is_not_a_number_stops_with_a_sentence(tmp_path, text, capsy
 
 def test_a_full_disk_is_named_and_training_goes_on(tmp_path, text, capsys, monkeypatch):
     """The second checkpoint meets a full disk; the first stays whole and the run ends as if nothing had been."""
-    save_state = train_script.Accelerator.save_state
+    save_state = Accelerator.save_state
     calls = []
 
     def full(self, folder, **more):
@@ -383,7 +389,7 @@ def test_a_full_disk_is_named_and_training_goes_on(tmp_path, text, capsys, monke
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train_script.Accelerator, "save_state", full)
+    monkeypatch.setattr(Accelerator, "save_state", full)
     assert run(tmp_path, text) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "warning: " in out
@@ -398,7 +404,7 @@ def test_a_disk_that_is_full_at_the_end_fails_with_one_sentence(tmp_path, text, 
     def full(self, folder, **more):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train_script.Accelerator, "save_state", full)
+    monkeypatch.setattr(Accelerator, "save_state", full)
     assert "No space left on device" in refused(capsys, run(tmp_path, text, "--steps", "2"))
 
 
@@ -426,7 +432,7 @@ def test_a_log_that_cannot_be_written_does_not_end_the_training(tmp_path, text, 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train_script.Accelerator, "log", full)
+    monkeypatch.setattr(Accelerator, "log", full)
     assert run(tmp_path, text) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert out.count("the TensorBoard log cannot be written (No space left on device); training goes on without") == 1
@@ -437,22 +443,22 @@ def test_a_log_that_cannot_be_written_does_not_end_the_training(tmp_path, text, 
 
 
 def test_a_stream_is_resumed_bit_for_bit_and_breaks_off_without_loss(tmp_path, text, monkeypatch, capsys):
-    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
     config = write_config(tmp_path, steps=40, batch_size=8)
     assert run(tmp_path, text, config=config, out="whole") == 0
     whole = tmp_path / "whole" / "test-0001"
-    pack = data.pack
+    pack = corpus_module.pack
     passes = []
 
     def break_off(encoded, block_size):
         passes.append(0)
         for n, block in enumerate(pack(encoded, block_size)):
             if len(passes) == 2 and n == 100:  # in the middle of the second epoch
-                raise data.DataError("the stream broke off")
+                raise DataError("the stream broke off")
             yield block
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, "pack", break_off)
+        patch.setattr(corpus_module, "pack", break_off)
         assert "the stream broke off" in refused(capsys, run(tmp_path, text, config=config, out="parts"))
     part = tmp_path / "parts" / "test-0001"
     position = json.loads((latest_checkpoint(part) / "position.json").read_text())
@@ -466,7 +472,7 @@ def test_a_stream_is_resumed_bit_for_bit_and_breaks_off_without_loss(tmp_path, t
 def test_the_published_size_takes_a_step(tmp_path):
     """144 M parameters, context 512, in float32 on a CPU: a micro-batch of one block, two of them a step."""
     (tmp_path / "text.txt").write_text(make_text(12_000))
-    data.train_tokenizer([make_text()], 1000).save_pretrained(tmp_path / "tokenizer")
+    train_tokenizer([make_text()], 1000).save_pretrained(tmp_path / "tokenizer")
     files = ["--data", str(tmp_path / "text.txt"), "--tokenizer", str(tmp_path / "tokenizer"), "--out", str(tmp_path)]
     shortened = ["--steps", "1", "--batch-size", "1", "--grad-accum", "2", "--mixed-precision", "no"]
     command = [sys.executable, str(TRAIN), "--config", "nord-144m", *files, *shortened]
@@ -505,7 +511,7 @@ def test_the_accelerate_configs_are_ones_that_accelerate_reads():
 
 @pytest.mark.parametrize("config", ["tiny", "tiny-published"])
 def test_fsdp_spreads_a_model_block_by_block(config):
-    model = modeling_nord.NordForCausalLM(read_config(config).model_config())
+    model = NordForCausalLM(read_config(config).model_config())
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP")
     wrapped = fsdp2_prepare_auto_wrap_policy(plugin, model)
     assert [name for name, module in model.named_modules() if wrapped(module)] == ["blocks.0", "blocks.1"]
@@ -522,8 +528,9 @@ def losses(run: Path) -> list[float]:
 STREAMED = """
 import sys
 sys.path.insert(0, {folder!r})
-import data, train
-data.IN_MEMORY_BYTES = 0
+import train
+from nordlm.data import sources
+sources.IN_MEMORY_BYTES = 0
 sys.exit(train.main())
 """
 
@@ -537,7 +544,7 @@ def test_two_processes_share_one_run_and_it_can_be_resumed(tmp_path, text, strea
     if streamed:
         script = tmp_path / "streamed.py"
         script.write_text(STREAMED.format(folder=str(TRAIN.parent)))
-        monkeypatch.setattr(data, "IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
     command = [sys.executable, *launch, str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     first = [*command, "--no-report", "--config", str(config), "--data", str(text), "--out", str(tmp_path / "runs")]

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from activity import KINDS, kinds_of, measure, pieces, rates_by_kind, zone, zone_means
-from configuration_nord import NordConfig
-from data import DataError, train_tokenizer
 from helpers import fire_easily, make_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from modeling_nord import NordForCausalLM
+from nordlm.analysis.ood_detection import LEARNED, MADE, auroc, cut, distinguish, interval, open_others, other_texts
+from nordlm.analysis.token_activity import KINDS, kinds_of, measure, pieces, rates_by_kind, zone, zone_means
+from nordlm.data.corpus import train_tokenizer
+from nordlm.errors import DataError
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
-from uncertainty import LEARNED, MADE, auroc, cut, distinguish, interval, open_others, other_texts
 
+from nord_snn.models.nord import NordConfig, NordForCausalLM
 from nord_snn.monitor import SpikeMonitor
 
 TEXTS = [make_text(400, seed) for seed in range(8)]

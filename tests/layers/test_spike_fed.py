@@ -16,7 +16,7 @@ def node(n):
 
 
 def restless(n):
-    """The neuron of examples/nord_lm/configs/tiny.yaml."""
+    """The neuron of examples/nord_lm/nordlm/configs/tiny.yaml."""
     decays = {"threshold": 1.0, "beta_mem": 0.5, "beta_syn": 0.2}
     return AssociativeLIFNode(n, n_clusters=8, refractory_steps=0, surrogate="sigmoid", alpha=3.0, **decays)
 

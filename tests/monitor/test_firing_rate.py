@@ -291,3 +291,26 @@ def test_what_several_processes_counted_is_added_up(tmp_path):
         (b_steps, whole.per_step),
     ):
         assert torch.allclose(got, expected)
+
+
+def test_a_step_that_fails_is_no_step():
+    node = AssociativeLIFNode(8, n_clusters=4)
+    x = torch.rand(2, 3, 8)
+    with SpikeMonitor(node) as monitor:
+        node(x[0])
+        with pytest.raises(ValueError, match="holds state"):
+            node(torch.rand(7, 8))
+        node(x[1])
+    assert len(monitor.activity()[""].per_step) == 2
+
+
+def test_counting_begins_in_inference_mode_and_goes_on_outside():
+    """As evaluation before training does."""
+    node = AssociativeLIFNode(8, n_clusters=4, step_mode="m")
+    x = 3 * torch.rand(5, 2, 8)
+    with SpikeMonitor(node) as monitor:
+        with torch.inference_mode():
+            spikes = node(x, stateless=True)
+        node(x, stateless=True)
+    assert monitor.rates()[""] == pytest.approx(spikes.mean().item())
+    assert monitor.activity()[""].rows == 2 * 2 * 5

@@ -108,3 +108,13 @@ def test_compiled_networks_are_counted():
     with RowRates(net) as rows:
         spikes = compiled(x)
         assert torch.allclose(rows.take()[""], spikes.mean((0, 2)))
+
+
+def test_compiled_code_counts_many_calls_without_being_compiled_again():
+    net = nn.Sequential(AssociativeLIFNode(8, n_clusters=4, step_mode="m", backend="torch"))
+    compiled = torch.compile(lambda x: net[0](x, stateless=True), backend="eager", fullgraph=True)
+    x = 2 * torch.rand(5, 3, 8)
+    with RowRates(net) as rows:
+        for _ in range(20):  # more than torch compiles one piece of code
+            spikes = compiled(x)
+        assert torch.allclose(rows.take()["0"], spikes.mean((0, 2)))

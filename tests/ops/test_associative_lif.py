@@ -280,10 +280,26 @@ def test_the_environment_variable_stands_in_for_auto(monkeypatch):
         which_backend(x)
 
 
-def test_the_table_of_backends_names_each_with_its_reason():
-    lines = {line.split()[0]: line for line in backend_table().splitlines()}
+def test_the_table_has_every_op_and_names_each_backend_with_its_reason():
+    ops, _, backends = backend_table().partition("\n\n")
+    lines = {line.split()[0]: line.split()[1:] for line in ops.splitlines()}
+    assert lines["op"] == ["torch", "numba", "cupy", "triton"]
+    assert lines["associative_lif"] == ["yes"] * 4
+    assert lines["stdp"] == ["yes", "-", "-", "-"]
+    assert set(lines) == {"op", "associative_lif", "leaky_clamp", "resonance", "resonance_cached", "stdp"}
+    lines = {line.split()[0]: line for line in backends.splitlines()}
     assert set(lines) == {"backend", "torch", "numba", "cupy", "triton"}
     assert "plain PyTorch" in lines["torch"]
+
+
+def test_every_op_can_be_asked_what_it_runs_on():
+    x = torch.zeros(2, 3, 8)
+    for op in ("associative_lif", "leaky_clamp", "resonance", "resonance_cached", "stdp"):
+        assert which_backend(x, "torch", op=op).name == "torch"
+    with pytest.raises(RuntimeError, match="nord-snn has no numba kernel for stdp"):
+        which_backend(x, "numba", op="stdp")
+    with pytest.raises(ValueError, match="unknown op 'lif': expected one of"):
+        which_backend(x, op="lif")
 
 
 GOOD = {"threshold": torch.ones(6), "beta_mem": 0.9, "beta_syn": 0.5}

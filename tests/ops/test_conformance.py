@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from helpers import relative_error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -500,3 +501,16 @@ def test_outputs_that_share_memory_are_found(interpreter: Any, monkeypatch: pyte
     eager("associative_lif", "triton", "cpu")
     with pytest.raises(Exception, match="may not alias"):
         {"opcheck": opcheck, "compiled": compiled}[mode]("associative_lif", "triton", "cpu")
+
+
+def test_first_derivatives_with_a_graph_pass_through_activation_checkpointing() -> None:
+    """It hands saved tensors out once."""
+    x, leak, floor = torch.randn(4, 8, requires_grad=True), torch.rand(8), -torch.rand(8)
+
+    def loss(checkpointed: bool) -> Tensor:
+        run = lambda x: leaky_clamp(x, leak=leak, floor=floor)  # noqa: E731
+        y = torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False) if checkpointed else run(x)
+        return y.square().sum()
+
+    expected, got = (torch.autograd.grad(loss(c), x, create_graph=True)[0] for c in (False, True))
+    assert torch.equal(expected, got)

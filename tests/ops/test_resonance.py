@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nord_snn.ops import dispatch, resonance
+from nord_snn.ops import resonance
 from nord_snn.ops.topk_resonance import blockwise_torch as blockwise
 from nord_snn.ops.topk_resonance.op import IMPLEMENTATIONS
 from nord_snn.ops.topk_resonance.reference import coincidences, keep_best, reference, resonance_scores
@@ -22,7 +22,7 @@ def backend(request, monkeypatch):
     """Everything here holds for each of them."""
     if request.param == "numba":
         pytest.importorskip("numba", reason="the CPU kernels need Numba: pip install 'nord-snn[cpu]'")
-    monkeypatch.setattr(dispatch, "_DEFAULT", request.param)
+    monkeypatch.setenv("NORD_SNN_BACKEND", request.param)
     return request.param
 
 

@@ -61,6 +61,7 @@ def resonance_cached(
     Source: the Nord spiking language model; keys and values kept as in transformers' decoders.
 
     Example:
+        >>> from nord_snn.ops import pack_spikes
         >>> q = k = torch.eye(3).reshape(1, 1, 3, 3)                # position i fires neuron i
         >>> keys, values = pack_spikes(k, n_heads=1), torch.eye(3)[None, None]
         >>> resonance_cached(q[:, :, 2:], keys, values, top_k=1, temperature=1.0)

@@ -91,7 +91,7 @@ def _backward(like, chunks, N, D, grad, x, branch, gain, leak, floor, grad_x, gr
 
 
 def forward(x: Tensor, branch: Tensor | None, gain: Tensor | None, leak: Tensor, floor: Tensor) -> Tensor:
-    """``x [*, D]`` plus the branch, clamped; the arguments are those of the op in ``autograd.py``."""
+    """``x [*, D]`` plus the branch, clamped; the arguments are those of the op in ``op.py``."""
     dtype, D = compute_dtype(x), x.shape[-1]
     y = torch.empty(x.shape, dtype=dtype)
     held = [None if part is None else as_contiguous(part, dtype) for part in (x, branch, gain, leak, floor)]

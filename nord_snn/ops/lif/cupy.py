@@ -628,7 +628,7 @@ def forward(
     refractory_steps: int,
     keep_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Spikes, membranes (empty unless ``keep_v``) and the last state; the arguments are those of the op in ``autograd.py``."""
+    """Spikes, membranes (empty unless ``keep_v``) and the last state; the arguments are those of the op in ``op.py``."""
     T, N, D = x.shape
     kernel = "associative_lif_forward"
     spikes = torch.empty(T, N, D, dtype=x.dtype, device=x.device)

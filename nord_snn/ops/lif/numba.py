@@ -438,7 +438,7 @@ def forward(
     refractory_steps: int,
     keep_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Spikes, membranes (empty unless ``keep_v``) and the last state; the arguments are those of the op in ``autograd.py``."""
+    """Spikes, membranes (empty unless ``keep_v``) and the last state; the arguments are those of the op in ``op.py``."""
     T, N, D = x.shape
     dtype = compute_dtype(x)
     number = NUMPY_TYPES[dtype]

@@ -435,7 +435,7 @@ def forward(
     refractory_steps: int,
     keep_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Spikes, membranes (empty unless ``keep_v``) and the last state; the arguments are those of the op in ``autograd.py``."""
+    """Spikes, membranes (empty unless ``keep_v``) and the last state; the arguments are those of the op in ``op.py``."""
     T, N, D = x.shape
     x = x.contiguous()
     spikes, v_seq = torch.empty_like(x), x.new_empty(T if keep_v else 0, N, D)

@@ -5,14 +5,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from card import parameter_counts
-from modeling_nord import NordForCausalLM
-from settings import Settings, SettingsError
+from nordlm.training.loop import model_config
+from nordlm.training.model_card import parameter_counts
+from nordlm.training.settings import Settings, SettingsError
 from torch import Tensor, nn
-from train import model_config
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from nord_snn.layers import SpikeFedResonance
+from nord_snn.models.nord import NordForCausalLM
 
 __all__ = ["KINDS", "Maker", "gpt2", "nord", "variant", "without_norms", "without_stream_norm", "without_these_norms"]
 

@@ -5,8 +5,6 @@ from types import TracebackType
 from typing import Self
 
 import torch
-from activity import zone_means
-from modeling_nord import NordForCausalLM
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -16,7 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from nord_snn.models.nord import NordForCausalLM
 from nord_snn.monitor import RowRates
+from nordlm.analysis.token_activity import zone_means
 
 __all__ = ["AnswerRates", "LiveRates"]
 

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nordlm.errors import CheckpointError
+
 __all__ = [
-    "CheckpointError",
     "check_digests",
     "checkpoint_step",
     "digests",
@@ -31,10 +32,6 @@ __all__ = [
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 KEPT = 2
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or is not one; the message says why and what is still whole."""
 
 
 def new_run_folder(parent: Path, name: str) -> Path:

@@ -2,44 +2,40 @@
 
 import base64
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import plots
 import torch
-from activity import KINDS, kinds_of, pieces, rates_by_kind, zone
-from card import parameter_counts
-from checkpoints import CheckpointError, read_json, write_folder, write_json, write_text
-from data import DataError, Documents
-from energy import generated_token, sentence
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
-from modeling_nord import NordForCausalLM
 from spikingjelly.activation_based.monitor import OutputMonitor
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from uncertainty import MADE, Read, distinguish, open_others
 
 from nord_snn import __version__
+from nord_snn.models.nord import NordForCausalLM
 from nord_snn.monitor import CONVENTIONS, EnergyProfile, LayerActivity, RowRates, SpikeMonitor
 from nord_snn.neurons import AssociativeLIFNode
+from nordlm.analysis import plots
+from nordlm.analysis.curves import read_results, training_curves
+from nordlm.analysis.heat_map import heat_map
+from nordlm.analysis.ood_detection import MADE, distinguish, open_others
+from nordlm.analysis.token_activity import KINDS, kinds_of, rates_by_kind
+from nordlm.analysis.token_energy import generated_token, sentence
+from nordlm.data.sources import Documents
+from nordlm.errors import DataError
+from nordlm.training.checkpoints import CheckpointError, write_folder, write_json, write_text
+from nordlm.training.model_card import parameter_counts
 
 __all__ = ["PAGE", "Subject", "check_folder", "uncertainty_sentence", "write_report"]
 
 PAGE, DATA = "index.html", "report.json"
 PICTURES = ("rates", "steps", "neurons", "raster", "kinds", "energy", "auroc", "training")
-HEAT = (
-    "firing rate while a token is read",
-    "loss: how unexpected a token was, nats",
-    "entropy: how unsure the model was before a token, nats",
-)
 BLOCKS = 64  # of the known text, in which rates are counted
-RASTER_TOKENS, HEAT_TOKENS = 12, 96
+RASTER_TOKENS = 12
 OF_THE_RUN = ("steps", "tokens", "seed", "validation_loss", "bits_per_byte", "unigram_loss", "bigram_loss")
-SMOOTH = 0.02  # of a training curve: the part of it over which a line is averaged
 
 
 class Subject(NamedTuple):
@@ -158,12 +154,12 @@ def _measure(
         content["uncertainty"] = {"auroc": {}, "left_out": [str(error)]}
     else:
         content["uncertainty"] = told | {"sentence": uncertainty_sentence(told["auroc"])}
-        heat = _heat({"known text": known} | measured, tokenizer)
+        heat = heat_map({"known text": known} | measured, tokenizer)
     if content["uncertainty"]["auroc"]:
         figures["auroc"] = plots.auroc(content["uncertainty"]["auroc"])
-    if subject.run is not None and (curves := _curves(subject.run)) is not None:
+    if subject.run is not None and (curves := training_curves(subject.run)) is not None:
         losses, fired = curves
-        results = _results(subject.run)
+        results = read_results(subject.run)
         baselines = {name: results[f"{name}_loss"] for name in ("unigram", "bigram") if f"{name}_loss" in results}
         figures["training"] = plots.training(losses, fired, baselines)
         content["training"] = {"loss": losses, "rates": fired}
@@ -217,7 +213,7 @@ def _about(subject: Subject) -> dict[str, Any]:
         "parameters": total,
         "parameters_without_vocabulary": without,
         "on_this_text": subject.results,
-        "of_the_run": {name: value for name, value in _results(subject.run).items() if name in OF_THE_RUN},
+        "of_the_run": {name: value for name, value in read_results(subject.run).items() if name in OF_THE_RUN},
     }
 
 
@@ -265,102 +261,6 @@ def uncertainty_sentence(auroc: dict[str, dict[str, dict[str, float]]]) -> str:
         )
         said.append(f"{how} {other} ({rate['auroc']:.2f}; loss {loss['auroc']:.2f})")
     return f"Beside the known text, the network {', '.join(said)}." if said else ""
-
-
-def _curves(run: Path) -> tuple[dict[str, dict[int, float]], dict[str, dict[int, float]]] | None:
-    """Losses, and rates of the parts of the model, by step; None where there is no log."""
-    if not (run / "tensorboard").is_dir():
-        return None
-    log = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
-    log.Reload()  # of a damaged file what stands before the damage
-    names = log.Tags()["scalars"]
-    if "loss" not in names:
-        return None
-    losses = {"training": _smooth(_scalars(log, "loss"))}
-    if "held_out_loss" in names:
-        losses["held out"] = _scalars(log, "held_out_loss")
-    if {"steps", "validation_loss"} <= (results := _results(run)).keys():
-        losses.setdefault("held out", {})[results["steps"]] = results["validation_loss"]
-    layers: dict[str, list[dict[int, float]]] = {}
-    for name in names:
-        if name.startswith("rate/"):
-            layers.setdefault(zone(name.removeprefix("rate/")), []).append(_scalars(log, name))
-    fired = {part: _smooth(_mean(of)) for part, of in layers.items()}
-    return losses, fired
-
-
-def _results(run: Path | None) -> dict[str, Any]:
-    """Of a run that has finished; nothing where that file is damaged, which only the curves need."""
-    if run is None or not (run / "results.json").is_file():
-        return {}
-    try:
-        results = read_json(run / "results.json")
-    except CheckpointError:
-        return {}
-    return results if isinstance(results, dict) else {}
-
-
-def _scalars(log: EventAccumulator, name: str) -> dict[int, float]:
-    """By step; where a run went on from a checkpoint, what came later."""
-    return {event.step: event.value for event in log.Scalars(name)}
-
-
-def _mean(curves: list[dict[int, float]]) -> dict[int, float]:
-    """Of the layers of a part, all counting the same: the log does not know how wide they are."""
-    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-    return {step: sum(curve[step] for curve in curves) / len(curves) for step in steps}
-
-
-def _smooth(values: dict[int, float]) -> dict[int, float]:
-    """A running mean over the points around each."""
-    wide = max(1, round(SMOOTH * len(values)))
-    numbers = list(values.values())
-    windows = [numbers[max(0, i - wide // 2) : i + wide // 2 + 1] for i in range(len(numbers))]
-    return {step: sum(window) / len(window) for step, window in zip(values, windows, strict=True)}
-
-
-def _heat(
-    read: dict[str, Read], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, dict[str, list[tuple[str, str, float]]]]:
-    """Text -> score -> pieces of a passage, what to say of each, and how dark it is, from 0 to 1.
-
-    Loss and entropy stand at the token that was to be predicted, the rate at the one that is read.
-    """
-    scales: list[tuple[float, float]] = []
-    found: dict[str, dict[str, list[tuple[str, str, float]]]] = {}
-    for name, (passages, of) in read.items():
-        some = slice(0, max(1, HEAT_TOKENS // passages.tokens.shape[1]))
-        unknown = of.loss.new_full((len(of.loss), 1), torch.nan)  # the first token of a passage was not predicted
-        values = (of.mean_rate(), torch.cat((unknown, of.loss), 1), torch.cat((unknown, of.entropy[:, :-1]), 1))
-        scales = scales or [_scale(value) for value in values]  # of the known text, which comes first
-        found[name] = {
-            score: [
-                cell
-                for ids, row in zip(passages.tokens[some], value[some], strict=True)
-                for cell in _cells(ids, row, scale, score, tokenizer)
-            ]
-            for score, scale, value in zip(HEAT, scales, values, strict=True)
-        }
-    return found
-
-
-def _scale(values: Tensor) -> tuple[float, float]:
-    """What is palest and what is darkest: 2 % of the known text lie beyond each."""
-    low, high = values.flatten().nanquantile(torch.tensor([0.02, 0.98])).tolist()
-    return low, max(high, low + 1e-9)
-
-
-def _cells(
-    ids: Tensor, row: Tensor, scale: tuple[float, float], score: str, tokenizer: PreTrainedTokenizerBase
-) -> Iterable[tuple[str, str, float]]:
-    low, high = scale
-    for text, begin, end in pieces(ids, tokenizer):
-        value = row[begin:end].nanmean().item()
-        if value != value:
-            yield text, "not predicted", 0.0
-            continue
-        said = f"{value:.2%}" if score == HEAT[0] else f"{value:.2f}"
-        yield text, said, min(max((value - low) / (high - low), 0.0), 1.0)
 
 
 def _png(figure: Figure) -> bytes:

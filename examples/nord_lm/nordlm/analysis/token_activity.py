@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
-from modeling_nord import NordForCausalLM
 from rich.progress import track
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
+from nord_snn.models.nord import NordForCausalLM
 from nord_snn.monitor import RowRates
 
 __all__ = ["KINDS", "Measured", "kinds_of", "measure", "pieces", "rates_by_kind", "zone", "zone_means"]

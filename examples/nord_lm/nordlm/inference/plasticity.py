@@ -25,8 +25,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
-from generate import number
-from modeling_nord import NordForCausalLM
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -38,17 +36,16 @@ from nord_snn.learning_rules import (
     load_plastic,
     save_plastic,
 )
+from nord_snn.models.nord import NordForCausalLM
 from nord_snn.ops import reward_modulated_stdp
+from nordlm.cli import number
+from nordlm.errors import PlasticityError
 
 __all__ = ["Control", "Plasticity", "PlasticityError", "plasticity_arguments", "synapse_names"]
 
 #: Change per pair of spikes, by synapse, as ``examples/online_learning`` found it.
 RATES = {"lm_head": 5e-5, "ffn.down": 0.05}
 REWARDS = ("error", "loss")
-
-
-class PlasticityError(ValueError):
-    """What was asked for cannot learn; the message says what can."""
 
 
 class Reading(NamedTuple):

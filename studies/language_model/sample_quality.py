@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from data import DataError
+from nordlm.errors import DataError
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed

@@ -4,12 +4,11 @@ import json
 from typing import Any
 
 import yaml
-from configuration_nord import NordConfig
 from huggingface_hub import ModelCardData
-from modeling_nord import NordForCausalLM
 from transformers import PreTrainedModel
 
 from nord_snn import __version__
+from nord_snn.models.nord import NordConfig, NordForCausalLM
 
 __all__ = ["model_card", "parameter_counts"]
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from checkpoints import CheckpointError, read_json, write_text
-from configuration_nord import NordConfig
 from huggingface_hub.errors import StrictDataclassError
+
+from nord_snn.models.nord import NordConfig
+from nordlm.errors import SettingsError
+from nordlm.training.checkpoints import CheckpointError, read_json, write_text
 
 __all__ = [
     "Settings",
-    "SettingsError",
     "TrainingSettings",
     "parse_arguments",
     "read_config",
@@ -25,11 +26,7 @@ __all__ = [
     "settings_from",
 ]
 
-CONFIGS = Path(__file__).parent / "configs"
-
-
-class SettingsError(ValueError):
-    """The settings cannot be used; the message says what was expected."""
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def _setting(default: Any, description: str, **more: Any) -> Any:

@@ -16,15 +16,18 @@ from typing import Any, NamedTuple
 
 import spikingjelly
 import torch
-from activity import Measured, measure
-from data import DataError, Documents, encode, python_files, read_documents
-from modeling_nord import NordForCausalLM
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from nord_snn.models.nord import NordForCausalLM
+from nordlm.analysis.token_activity import Measured, measure
+from nordlm.data.corpus import encode
+from nordlm.data.sources import Documents, python_files, read_documents
+from nordlm.errors import DataError
 
 __all__ = [
     "LEARNED",

@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from checkpoints import CheckpointError, write_text
-from data import DataError
-from generate import number
-from settings import Settings, SettingsError, absolute_paths, read_config
-from train import keep_freed_memory
+from nordlm.cli import number
+from nordlm.errors import DataError
+from nordlm.training.checkpoints import CheckpointError, write_text
+from nordlm.training.runtime import keep_freed_memory
+from nordlm.training.settings import Settings, SettingsError, absolute_paths, read_config
 from transformers.utils import logging
 
 __all__ = [

@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from baselines import bigram_loss, uniform_loss, unigram_loss
-from card import parameter_counts
-from checkpoints import CheckpointError, read_json, write_json
-from data import Corpus
-from energy import generated_token
-from evaluate import held_out_text, read_text
+from nordlm.analysis.token_energy import generated_token
+from nordlm.data.baselines import bigram_loss, uniform_loss, unigram_loss
+from nordlm.data.corpus import Corpus
+from nordlm.training.checkpoints import CheckpointError, read_json, write_json
+from nordlm.training.held_out import held_out_text, read_text
+from nordlm.training.loop import Position, accelerate, bits, endless, evaluate, prepare, prepare_text, take_step
+from nordlm.training.model_card import parameter_counts
+from nordlm.training.settings import Settings, SettingsError
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from samples import Prompts, coherence, cut_prompts, repetition, write
-from settings import Settings, SettingsError
+from sample_quality import Prompts, coherence, cut_prompts, repetition, write
 from torch import Tensor
-from train import Position, accelerate, bits, endless, evaluate, prepare, prepare_text, take_step
 from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from variants import Maker
 

@@ -6,9 +6,9 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
-from uncertainty import LEARNED
 
 from nord_snn.monitor import CONVENTIONS, EnergyProfile, LayerActivity
+from nordlm.analysis.ood_detection import LEARNED
 
 __all__ = ["auroc", "energy", "kinds", "neurons", "raster", "rates", "steps", "training"]
 

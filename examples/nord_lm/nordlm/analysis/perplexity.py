@@ -1,0 +1,65 @@
+"""How well a model predicts a text: a window of its context slides over it."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from rich.progress import track
+from torch import Tensor
+from torch.nn import functional as F
+
+from nord_snn.models.nord import NordForCausalLM
+
+__all__ = [
+    "Window",
+    "score",
+    "windows",
+]
+
+
+class Window(NamedTuple):
+    """Inputs ``[begin, end)`` of a text, of which the last ``scored`` predict a token that no window before did."""
+
+    begin: int
+    end: int
+    scored: int
+
+
+def windows(n_predicted: int, context: int, stride: int) -> Iterator[Window]:
+    """Cover ``n_predicted`` tokens, each predicted once."""
+    done = 0
+    while done < n_predicted:
+        end = min(n_predicted, done + (stride if done else context))
+        yield Window(max(0, end - context), end, end - done)
+        done = end
+
+
+@torch.no_grad()
+def score(
+    model: NordForCausalLM, tokens: Tensor, context: int, stride: int, batch_size: int = 8, visible: bool = False
+) -> float:
+    """Nats for all tokens but the first.
+
+    Args:
+        model: in eval mode.
+        tokens: ``[n]``, n at least 2.
+        context: tokens that a window sees, at most the model's.
+        stride: tokens that a window goes on, at most ``context``.
+        batch_size: windows of one size computed together.
+        visible: whether to show progress.
+    """
+    groups: list[list[Window]] = []
+    for window in windows(len(tokens) - 1, context, stride):
+        last = groups[-1] if groups else []
+        same = last and (last[0].end - last[0].begin, last[0].scored) == (window.end - window.begin, window.scored)
+        if same and len(last) < batch_size:
+            last.append(window)
+        else:
+            groups.append([window])
+    total = 0.0
+    for group in track(groups, "evaluating", disable=not visible, transient=True):
+        ids = torch.stack([tokens[w.begin : w.end] for w in group]).to(model.device)
+        targets = torch.stack([tokens[w.end - w.scored + 1 : w.end + 1] for w in group]).to(model.device)
+        logits = model(input_ids=ids, logits_to_keep=group[0].scored, use_cache=False).logits
+        total += F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum").double().item()
+    return total

@@ -1,0 +1,242 @@
+"""Where text comes from: files, a dataset of the hub, or CPython's own documentation.
+
+Nothing is left out silently: what cannot be used is counted and listed in ``Documents.notes``.
+"""
+
+import ast
+import inspect
+import json
+import sysconfig
+import tokenize
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nordlm.errors import DataError
+
+__all__ = [
+    "Documents",
+    "first_line",
+    "python_files",
+    "read_documents",
+]
+
+TEXT_FIELDS = ("text", "content", "passage")
+
+IN_MEMORY_BYTES = 1 << 30  # local text up to this size is held in memory
+
+SECTION_CHARACTERS = (
+    4096  # a .txt file has no documents of its own: it is cut at line ends into sections of about this size
+)
+
+
+@dataclass
+class Documents:
+    """Where text comes from: calling ``read`` starts a new pass over the documents."""
+
+    name: str
+    read: Callable[[], Iterator[str]]
+    streamed: bool
+    skipped: Counter[str] = field(default_factory=Counter)  # what one pass could not use, by reason
+    first_skipped: dict[str, str] = field(default_factory=dict)  # and where that happened first
+
+    def skip(self, reason: str, where: str) -> None:
+        """Count something that cannot be used."""
+        self.skipped[reason] += 1
+        self.first_skipped.setdefault(reason, where)
+
+    def notes(self) -> list[str]:
+        """One sentence for each reason why something was left out."""
+        return [f"left out {n}: {reason} (first: {self.first_skipped[reason]})" for reason, n in self.skipped.items()]
+
+
+def read_documents(source: str | None = None) -> Documents:
+    """Open a source of text.
+
+    Args:
+        source: None for CPython's own documentation; a ``.txt``, ``.jsonl`` or ``.parquet`` file, or a folder of these;
+            else the name of a Hugging Face dataset, ``owner/name`` or ``owner/name:config``, which is streamed.
+
+    Raises:
+        DataError: nothing is there, or it is not text.
+    """
+    if source is None:
+        return _in_memory(Documents("the documentation inside CPython", python_documentation, streamed=False))
+    if not source:
+        raise DataError("the name of the text is empty; expected a file, a folder or a dataset owner/name")
+    path = Path(source)
+    if path.exists():
+        return _local(path)
+    if path.suffix in READERS or path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
+        raise DataError(f"{source}: no such file or folder; expected .txt, .jsonl or .parquet, or a dataset owner/name")
+    return _from_hub(source)
+
+
+def python_documentation() -> Iterator[str]:
+    """Documents of the running Python: the topics of ``help()``, and the docstrings of each module of the standard library.
+
+    Sources are parsed and not imported. They differ a little from one Python release to the next.
+    """
+    library = Path(sysconfig.get_path("stdlib"))
+    topics = ast.parse((library / "pydoc_data" / "topics.py").read_text(encoding="utf-8"))
+    yield from next(ast.literal_eval(node.value) for node in topics.body if isinstance(node, ast.Assign)).values()
+    for path in python_files(library):
+        if text := _docstrings(path):
+            yield text
+
+
+def python_files(folder: Path) -> Iterator[Path]:
+    """The sources in a folder in a fixed order, but for tests and what others have installed."""
+    elsewhere = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
+    for path in sorted(folder.rglob("*.py")):
+        if elsewhere.isdisjoint(path.relative_to(folder).parts):
+            yield path
+
+
+def _docstrings(path: Path) -> str:
+    with tokenize.open(path) as file:
+        tree = ast.parse(file.read())
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented))
+    return "\n\n".join(inspect.cleandoc(text) for text in texts if text)
+
+
+def _local(path: Path) -> Documents:
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    usable = [p for p in files if p.suffix in READERS]
+    if not usable:
+        raise DataError(f"{path}: expected .txt, .jsonl or .parquet {'files in it' if path.is_dir() else ''}".rstrip())
+    documents = Documents(str(path), read=lambda: iter(()), streamed=_size(usable) > IN_MEMORY_BYTES)
+
+    def read() -> Iterator[str]:
+        documents.skipped.clear()  # a new pass counts anew
+        for other in files:
+            if other.suffix not in READERS:
+                documents.skip("files that are not .txt, .jsonl or .parquet", str(other))
+        for file in usable:
+            yield from READERS[file.suffix](file, documents)
+
+    documents.read = read
+    for file in usable:
+        if file.stat().st_size == 0:
+            raise DataError(f"{file}: the file is empty; expected text")
+    return documents if documents.streamed else _in_memory(documents)
+
+
+def _in_memory(documents: Documents) -> Documents:
+    """Read once what is read several times: for the tokenizer, for training and for the held-out side."""
+    texts = list(documents.read())
+    if not texts:
+        notes = "; ".join(documents.notes())
+        raise DataError(f"{documents.name}: no text found" + (f" ({notes})" if notes else ""))
+    documents.read = lambda: iter(texts)
+    return documents
+
+
+def _size(files: list[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # as it is, but for a byte order mark
+            for line in file:
+                if "\0" in line:
+                    raise DataError(f"{path}: the file is binary; expected UTF-8 text")
+                yield line
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: the file is not UTF-8 text ({error.reason})") from error
+
+
+def _read_txt(path: Path, documents: Documents) -> Iterator[str]:
+    section: list[str] = []
+    length = 0
+    for line in _lines(path):
+        # a line without end, as whole books are sometimes stored, is cut too
+        for start in range(0, len(line), SECTION_CHARACTERS):
+            section.append(line[start : start + SECTION_CHARACTERS])
+            length += len(section[-1])
+            if length >= SECTION_CHARACTERS:
+                yield "".join(section)
+                section, length = [], 0
+    if "".join(section).strip():
+        yield "".join(section)
+
+
+def _read_jsonl(path: Path, documents: Documents) -> Iterator[str]:
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):  # also numbers and nestings beyond what Python reads
+            documents.skip("lines that are not JSON", f"{path}:{number}")
+            continue
+        yield from _text_of(record, documents, f"{path}:{number}")
+
+
+def _read_parquet(path: Path, documents: Documents) -> Iterator[str]:
+    import datasets  # pandas, which it loads, takes longer than all else here
+
+    try:
+        records = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        for number, record in enumerate(records):
+            yield from _text_of(record, documents, f"{path} row {number}")
+    except DataError:
+        raise
+    except Exception as error:  # pyarrow and datasets raise many kinds for one broken file
+        raise DataError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
+
+
+READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+
+
+def _text_of(record: Any, documents: Documents, where: str) -> Iterator[str]:
+    for name in TEXT_FIELDS:
+        text = record.get(name) if isinstance(record, dict) else None
+        if isinstance(text, str) and text.strip():
+            if _is_unicode(text):
+                yield text
+            else:
+                documents.skip("records that are not valid Unicode", where)
+            return
+    documents.skip(f"records without text in a field {', '.join(TEXT_FIELDS[:-1])} or {TEXT_FIELDS[-1]}", where)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can spell half a surrogate pair
+        return False
+    return True
+
+
+def _from_hub(source: str) -> Documents:
+    import datasets
+
+    name, _, config = source.partition(":")
+    try:
+        records = datasets.load_dataset(name, config or None, split="train", streaming=True)
+    except Exception as error:  # no network, no such name, no permission: one sentence for each
+        raise DataError(
+            f"{source}: neither a file nor a dataset that can be opened ({type(error).__name__}: {first_line(error)})"
+        ) from error
+    documents = Documents(source, read=lambda: iter(()), streamed=True)
+
+    def read() -> Iterator[str]:
+        documents.skipped.clear()
+        try:
+            for number, record in enumerate(records):
+                yield from _text_of(record, documents, f"{source} record {number}")
+        except Exception as error:  # whatever the network does in the middle of a stream
+            raise DataError(f"{source}: the stream broke off ({type(error).__name__}: {first_line(error)})") from error
+
+    documents.read = read
+    return documents
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

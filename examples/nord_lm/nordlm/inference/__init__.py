@@ -1,0 +1,1 @@
+"""Trained models: loading, sampling, talking, learning while reading."""

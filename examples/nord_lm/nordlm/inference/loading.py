@@ -1,0 +1,79 @@
+"""Load a trained model and its tokenizer."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers.utils import logging
+
+from nord_snn.models.nord import NordForCausalLM
+from nordlm.data.corpus import check_vocabulary
+from nordlm.errors import ModelError
+
+__all__ = [
+    "load_model",
+    "newest_model",
+    "open_for",
+    "open_model",
+]
+
+
+def newest_model(runs: Path = Path("runs")) -> Path:
+    """The model of the run that finished last."""
+    finished = [path for path in runs.glob("*/results.json") if (path.parent / "model").is_dir()]  # not of compare.py
+    finished.sort(key=lambda path: path.stat().st_mtime)
+    if not finished:
+        raise ModelError(
+            f"no finished run in {runs}/: train one with examples/nord_lm/train.py, or give --model FOLDER"
+        )
+    return finished[-1].parent / "model"
+
+
+def load_model(folder: Path) -> NordForCausalLM:
+    """The model of a folder that ``train.py`` wrote, whole.
+
+    Raises:
+        ModelError: something is missing or does not fit.
+    """
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder}: no model here; expected a folder with config.json, model.safetensors and a tokenizer"
+        )
+    try:
+        model, loading = NordForCausalLM.from_pretrained(folder, output_loading_info=True)
+    except Exception as error:  # a wrong, truncated or foreign file fails in many ways
+        raise ModelError(f"{folder}: the model cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+    if wrong := {kind: sorted(map(str, names)) for kind, names in loading.items() if names}:
+        kind, names = next(iter(wrong.items()))
+        raise ModelError(
+            f"{folder}: the weights do not fit the configuration ({kind.replace('_', ' ')}: {', '.join(names[:3])})"
+        )
+    return model
+
+
+def open_model(folder: Path) -> tuple[NordForCausalLM, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a folder that ``train.py`` wrote.
+
+    Raises:
+        ModelError: something is missing or does not fit.
+    """
+    model = load_model(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise ModelError(
+            f"{folder}: no usable tokenizer beside the model ({' '.join(str(error).split())[:300]})"
+        ) from error
+    check_vocabulary(tokenizer, model.config.vocab_size)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval(), tokenizer
+
+
+def open_for(options: argparse.Namespace) -> tuple[NordForCausalLM, PreTrainedTokenizerBase]:
+    """Model and tokenizer for the command line, seeded and without transformers' own messages."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # it warns where text grows past the context, over which this model slides
+    if options.seed is not None:
+        set_seed(options.seed)
+    return open_model(options.model or newest_model())

@@ -1,0 +1,40 @@
+"""How the next token is chosen: arguments of ``generate`` and of the command line."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from nordlm.cli import number, temperature
+
+__all__ = [
+    "sampling",
+    "sampling_arguments",
+]
+
+
+def sampling(temperature: float, top_k: int, top_p: float, repetition_penalty: float) -> dict[str, Any]:
+    """Arguments for ``generate``; temperature 0 takes the best token each time."""
+    if temperature == 0:
+        return {"do_sample": False, "repetition_penalty": repetition_penalty}
+    return {
+        "do_sample": True,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+    }
+
+
+def sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that ``generate.py`` and ``chat.py`` share."""
+    parser.add_argument(
+        "--model", type=Path, help="folder with model and tokenizer (default: of the newest run in runs/)"
+    )
+    parser.add_argument("--max-new-tokens", type=number(1, kind=int), default=100)
+    parser.add_argument("--temperature", type=temperature, default=0.8, help="0 takes the best token each time")
+    parser.add_argument("--top-k", type=number(0, kind=int), default=50, help="sample from that many tokens; 0: all")
+    parser.add_argument(
+        "--top-p", type=number(0, 1), default=0.95, help="sample from the best tokens of this probability"
+    )
+    parser.add_argument("--repetition-penalty", type=number(0.01, 100), default=1.1, help="1: none")
+    parser.add_argument("--seed", type=number(0, 2**32 - 1, int), help="for the same text again")

@@ -1,0 +1,230 @@
+"""The training loop, from the first step to the results."""
+
+import itertools
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, skip_first_batches
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, get_cosine_with_min_lr_schedule_with_warmup
+
+from nord_snn.models.nord import NordForCausalLM
+from nord_snn.monitor import SpikeMonitor
+from nordlm.data.corpus import Blocks, Corpus
+from nordlm.errors import CheckpointError, DataError
+from nordlm.training.results import finish, measure, summarize, write_report_page
+from nordlm.training.run import Position, Run, accelerate, begin, bits, describe, prepare_text, restore, save
+from nordlm.training.runtime import Log, StopRequest
+from nordlm.training.settings import Settings, TrainingSettings
+
+__all__ = [
+    "INTERRUPTED",
+    "Prepared",
+    "endless",
+    "evaluate",
+    "model_config",
+    "parameter_groups",
+    "prepare",
+    "take_step",
+    "train",
+]
+
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
+
+
+@dataclass
+class Prepared:
+    """What a training step needs, on its device and wrapped for its processes."""
+
+    model: nn.Module
+    optimizer: Any
+    scheduler: Any
+    loader: Any
+    validation: Any
+
+
+def train(settings: Settings, out: Path, resume: Path | None, with_report: bool = True) -> int:
+    """Train from start to finish; return the exit status.
+
+    Args:
+        settings: of the run.
+        out: a numbered folder is made in here for a new run.
+        resume: folder of the run to go on with, or None.
+        with_report: write a page with pictures at the end.
+    """
+    options = settings.training
+    accelerator = accelerate(settings, out)
+    set_seed(options.seed)
+    torch.set_float32_matmul_precision(options.matmul_precision)
+    with Run.progress_for(options, accelerator) as progress:
+        tokenizer, corpus = prepare_text(accelerator, settings, resume)
+        nord = NordForCausalLM(model_config(settings, tokenizer))
+        if options.gradient_checkpointing:
+            nord.activation_checkpointing_enable()
+        if options.compile:
+            for block in nord.blocks:
+                block.compile()
+        describe(progress, settings, nord, tokenizer, corpus)
+        prepared = prepare(accelerator, nord, corpus, options)
+        folder = resume or begin(accelerator, settings, tokenizer, corpus, out)
+        run = Run(accelerator, settings, tokenizer, corpus, folder, progress)
+        progress.say(f"run {folder}")
+        position = restore(run) if resume else Position()
+        log = Log(accelerator, folder, options, progress)
+        stop = StopRequest()
+        progress.begin(position.step)
+        _train_steps(run, prepared, position, log, stop)
+        save(run, position)
+        if position.step < options.steps:
+            progress.say(f"stopped at step {position.step}; go on with: python {sys.argv[0]} --resume {folder}")
+            log.close()
+            return INTERRUPTED
+        stop.give_back()
+        progress.say("evaluating on the held-out text")
+        with SpikeMonitor(accelerator.unwrap_model(prepared.model)) as monitor:
+            validation_loss = evaluate(accelerator, prepared.model, prepared.validation)
+        results = measure(run, prepared.model, position, validation_loss, monitor.rates())
+
+    weights = accelerator.get_state_dict(prepared.model)  # where they are spread over processes, all have a part in it
+    try:
+        if accelerator.is_main_process:
+            finish(run, accelerator.unwrap_model(prepared.model), weights, results)
+            trained = NordForCausalLM.from_pretrained(folder / "model").to(accelerator.device).eval()
+            summarize(run, trained, results)
+    finally:
+        accelerator.wait_for_everyone()  # the others: leaving before the first is done would break the group off
+    log.close()
+    if with_report and accelerator.is_main_process:  # it takes its time, and the other processes need not wait
+        write_report_page(run, trained)
+    return 0
+
+
+def _train_steps(run: Run, prepared: Prepared, position: Position, log: Log, stop: StopRequest) -> None:
+    """Take training steps from ``position`` on, which is moved, until the last or until a stop is asked for."""
+    accelerator, options, progress = run.accelerator, run.settings.training, run.progress
+    monitor = SpikeMonitor(accelerator.unwrap_model(prepared.model))
+    batches = endless(prepared.loader, position)
+    step_tokens = options.grad_accum * options.batch_size * run.settings.block_size * accelerator.num_processes
+    while position.step < options.steps and not stop.agreed(accelerator):
+        began, before = time.monotonic(), replace(position)
+        try:
+            mean_loss, grad_norm = take_step(accelerator, prepared, batches, options)
+        except DataError:  # a stream broke off, or something in it is no text: nothing that was learned is lost
+            save(run, before)
+            raise
+        seconds = time.monotonic() - began
+        position.step, position.tokens = position.step + 1, position.tokens + step_tokens
+        position.seconds += seconds
+
+        last = position.step == options.steps
+        if position.step % options.log_every == 0 or position.step == 1 or last:
+            lr, rates, speed = prepared.scheduler.get_last_lr()[0], monitor.rates(), step_tokens / seconds
+            progress.update(position.step, mean_loss, lr, speed, rates)
+            log(position.step, loss=mean_loss, lr=lr, grad_norm=grad_norm, tokens_per_second=speed)
+            log(position.step, **{f"rate/{name}": rate for name, rate in rates.items()})
+            monitor.clear()
+        if not math.isfinite(mean_loss):
+            raise FloatingPointError(f"the loss became {mean_loss} at step {position.step}: lower --lr and start again")
+        if position.step % options.eval_every == 0 and not last:
+            monitor.pause()
+            held_out = evaluate(accelerator, prepared.model, prepared.validation, options.eval_blocks)
+            monitor.resume()
+            per_byte = bits(held_out, run.corpus)
+            progress.say(f"step {position.step}: held-out loss {held_out:.4f}, {per_byte:.3f} bits per byte")
+            log(position.step, held_out_loss=held_out, bits_per_byte=per_byte)
+        if position.step % options.save_every == 0 and not last:
+            try:
+                save(run, position)
+            except CheckpointError as error:  # the disk may have room again by the next one
+                progress.say(f"warning: {error}; training goes on")
+    monitor.close()
+
+
+def model_config(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Return the model's configuration; a vocabulary trained here on a short text may be smaller than asked for."""
+    size = settings.model_config().vocab_size if settings.training.tokenizer else len(tokenizer)
+    return settings.model_config(
+        vocab_size=size, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id
+    )
+
+
+def prepare(accelerator: Accelerator, model: nn.Module, corpus: Corpus, options: TrainingSettings) -> Prepared:
+    """Make AdamW, its schedule (warm-up, then cosine) and the batches."""
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, options.weight_decay),
+        lr=options.lr,
+        betas=(options.beta1, options.beta2),
+        fused=accelerator.device.type in ("cpu", "cuda"),  # one pass over the parameters
+    )
+    scheduler = get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer, options.warmup_steps, options.steps, min_lr_rate=options.min_lr_ratio
+    )
+    shuffle = isinstance(corpus.train, Blocks)  # a stream keeps its order
+    loader = DataLoader(corpus.train, options.batch_size, shuffle=shuffle, drop_last=True)
+    validation = DataLoader(Blocks(corpus.validation), options.batch_size)
+    return Prepared(*accelerator.prepare(model, optimizer, scheduler, loader, validation))
+
+
+def take_step(
+    accelerator: Accelerator, prepared: Prepared, batches: Iterator[Tensor], options: TrainingSettings
+) -> tuple[float, float]:
+    """Take one optimizer step over ``grad_accum`` micro-batches.
+
+    Returns:
+        The mean loss, and the norm of the gradient before clipping.
+    """
+    model, optimizer = prepared.model, prepared.optimizer
+    loss = torch.zeros((), device=accelerator.device)
+    for _ in range(options.grad_accum):
+        batch = next(batches)
+        with accelerator.accumulate(model):
+            micro_loss = model(input_ids=batch, labels=batch).loss
+            accelerator.backward(micro_loss)
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        loss += micro_loss.detach() / options.grad_accum
+    prepared.scheduler.step()
+    return accelerator.reduce(loss, "mean").item(), float(grad_norm)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Group parameters for an optimizer: weight decay on matrices, none on 1-D parameters."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def endless(loader: Any, position: Position) -> Iterator[Tensor]:
+    """Yield batches from ``position`` on, epoch after epoch, and keep the position."""
+    for epoch in itertools.count(position.epoch):
+        loader.set_epoch(epoch)
+        for batch in skip_first_batches(loader, position.batches) if position.batches else loader:
+            position.batches += 1
+            yield batch
+        position.epoch, position.batches = epoch + 1, 0
+
+
+@torch.no_grad()
+def evaluate(accelerator: Accelerator, model: nn.Module, loader: Any, max_blocks: int | None = None) -> float:
+    """Return the mean loss in nats per token over held-out blocks."""
+    model.eval()
+    losses: list[Tensor] = []
+    for batch in loader:
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
+        per_token = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+        losses.extend(accelerator.gather_for_metrics(per_token.view(len(batch), -1).mean(1)))
+        if max_blocks is not None and len(losses) >= max_blocks:
+            break
+    model.train()
+    return torch.stack(losses[:max_blocks]).double().mean().item()

@@ -1,0 +1,111 @@
+"""What a finished run leaves: results, a model folder, a summary on the terminal, a report."""
+
+import resource
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nord_snn.models.nord import NordForCausalLM
+from nordlm.data.baselines import bigram_loss, uniform_loss, unigram_loss
+from nordlm.data.corpus import StreamedBlocks
+from nordlm.training.checkpoints import write_folder, write_json
+from nordlm.training.held_out import STREAMED_WINDOWS, held_out_text, read_text
+from nordlm.training.model_card import model_card
+from nordlm.training.progress import duration, print_table
+from nordlm.training.run import Position, Run, bits
+
+__all__ = ["finish", "measure", "summarize", "write_report_page"]
+
+SAMPLE_PROMPT_TOKENS, SAMPLE_TOKENS = 16, 64
+
+
+def measure(
+    run: Run, model: nn.Module, position: Position, validation_loss: float, rates: dict[str, float]
+) -> dict[str, Any]:
+    """Return everything for ``results.json``."""
+    unwrapped, corpus = run.accelerator.unwrap_model(model), run.corpus
+    vocab_size = unwrapped.config.vocab_size
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes, on macOS bytes
+    return {
+        "validation_loss": validation_loss,
+        "bits_per_byte": bits(validation_loss, corpus),
+        "uniform_loss": uniform_loss(vocab_size),
+        "unigram_loss": unigram_loss(corpus.sample, corpus.validation, vocab_size),
+        "bigram_loss": bigram_loss(corpus.sample, corpus.validation, vocab_size),
+        "firing_rates": rates,
+        "tokens": position.tokens,
+        "tokens_per_second": position.tokens / position.seconds,
+        "seconds": position.seconds,
+        "peak_memory_mb": peak / (1 << 20 if sys.platform == "darwin" else 1 << 10),
+        "peak_gpu_memory_mb": torch.cuda.max_memory_allocated() / (1 << 20) if torch.cuda.is_available() else 0.0,
+        "steps": position.step,
+        "parameters": unwrapped.num_parameters(),
+        "resonance": unwrapped.config.resonance,
+        "seed": run.settings.training.seed,
+        "text": corpus.name,
+        "left_out": corpus.notes(),
+    }
+
+
+def finish(run: Run, model: NordForCausalLM, weights: dict[str, Tensor], results: dict[str, Any]) -> None:
+    """Write the model as a folder that ``from_pretrained`` opens, with a card, and the results."""
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder, state_dict=weights)
+        run.tokenizer.save_pretrained(folder)
+        text = model_card(model, "Trained with", results, asdict(run.settings.training))
+        (folder / "README.md").write_text(text, encoding="utf-8")
+
+    write_folder(run.folder / "model", write)
+    write_json(run.folder / "results.json", results)
+
+
+def summarize(run: Run, model: NordForCausalLM, results: dict[str, Any]) -> None:
+    """Print a sample, and the results beside the baselines."""
+    progress, tokenizer, corpus = run.progress, run.tokenizer, run.corpus
+    prompt = corpus.validation[:1, :SAMPLE_PROMPT_TOKENS].to(model.device)
+    ids = model.generate(
+        prompt, do_sample=True, top_p=0.9, max_new_tokens=SAMPLE_TOKENS, pad_token_id=tokenizer.eos_token_id
+    )
+    progress.say(f"\nheld-out text: {tokenizer.decode(prompt[0])}")
+    progress.say(f"the model goes on: {tokenizer.decode(ids[0, prompt.shape[1] :])}\n")
+
+    names = {"uniform": "uniform", "unigram": "unigram", "bigram, interpolated": "bigram", "this model": "validation"}
+    losses = {title: results[f"{name}_loss"] for title, name in names.items()}
+    rows = [
+        [title, f"{loss:.4f}", f"{bits(loss, corpus):.3f}", f"{loss / results['unigram_loss'] - 1:+.1%}"]
+        for title, loss in losses.items()
+    ]
+    columns = ["held-out text", "nats per token", "bits per byte", "against unigram"]
+    print_table(progress.console, f"{results['steps']} steps, {results['tokens']:,} tokens", columns, rows)
+    rates = [[name, f"{rate:.2%}"] for name, rate in results["firing_rates"].items()]
+    print_table(progress.console, "firing rates on the held-out text", ["neuron layer", "rate"], rates)
+    for note in corpus.notes() if isinstance(corpus.train, StreamedBlocks) else []:  # others were shown at the start
+        progress.say(f"note: {note}")
+    progress.say(
+        f"{duration(results['seconds'])} of training at {results['tokens_per_second']:,.0f} tokens/s, "
+        f"peak memory {results['peak_memory_mb']:,.0f} MB\n"
+        f"model in {run.folder / 'model'}, results in {run.folder / 'results.json'}"
+    )
+
+
+def write_report_page(run: Run, model: NordForCausalLM) -> None:
+    """Write a page on what the network does. The run has ended well, with it or without."""
+    try:
+        from nordlm.analysis.report import PAGE, Subject, write_report  # loads matplotlib, scikit-learn and pandas
+
+        documents = held_out_text(run.settings.training)
+        text = read_text(documents, run.tokenizer, STREAMED_WINDOWS * model.config.max_position_embeddings)
+        command = shlex.join(["python", *sys.argv])
+        subject = Subject(model, run.tokenizer, text.documents, text.tokens, documents.name, run.folder, {}, command)
+        write_report(run.folder / "report", subject)
+    except Exception as error:  # whatever it is: the model is trained and written
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        run.progress.say(f"warning: no report was written ({reason}); evaluate.py --report writes one")
+    else:
+        run.progress.say(f"report in {run.folder / 'report' / PAGE}")

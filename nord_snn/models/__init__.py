@@ -1,0 +1,1 @@
+"""Whole models, as classes of transformers (extra ``lm``)."""

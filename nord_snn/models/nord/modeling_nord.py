@@ -1,0 +1,334 @@
+"""NordForCausalLM: the Nord spiking language model, assembled from the parts of nord_snn.
+
+``embedding -> encoder -> input_lif -> blocks -> readout -> norm -> head``; with spike-fed blocks, whose stream is of
+currents, ``embedding -> encoder -> blocks -> stream_norm -> readout -> norm -> head``. Every token position is a row of
+neurons that starts from rest in every forward pass; positions meet only in the resonance of the blocks.
+"""
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from nord_snn._compat.torch import assert_in_graph
+from nord_snn._compat.transformers import (
+    CACHE,
+    CausalLM,
+    cache_from,
+    causal_lm_output,
+    check_growing_cache,
+    refuse_unknown_keywords,
+    register_causal_lm,
+)
+from nord_snn.layers import MembraneReadout, MultiScaleTemporalEncoder, NordBlock, SpikeFedBlock
+from nord_snn.models.nord.configuration_nord import NordConfig
+from nord_snn.neurons import AssociativeLIFNode, NeuronFactory, SmoothActivation, fire_from_rest, make_neuron
+
+__all__ = ["NordForCausalLM"]
+
+_NO_PACKING = "rows hold one sequence each, none are packed"
+#: Files beside the weights, for ``trust_remote_code=True`` where nothing has imported ``nord_snn.models.nord`` yet.
+REMOTE_CODE = {
+    "configuration_nord": ("AutoConfig", "NordConfig"),
+    "modeling_nord": ("AutoModelForCausalLM", "NordForCausalLM"),
+}
+#: What causal language models of transformers may be asked for, and this one does not have.
+NOT_OFFERED = {
+    "position_ids": "it has no position encoding; the attention mask says where a row's tokens begin",
+    "token_type_ids": "it has one kind of token",
+    "output_hidden_states": "its stream has time steps; put forward hooks on model.blocks",
+    "output_attentions": "no matrix of scores is kept",
+    "output_router_logits": "it has no experts",
+    "is_causal": "it is causal, always",
+    "cu_seq_lens_q": _NO_PACKING,
+    "cu_seq_lens_k": _NO_PACKING,
+    "max_length_q": _NO_PACKING,
+    "max_length_k": _NO_PACKING,
+    "seq_idx": _NO_PACKING,
+}
+
+
+class NordForCausalLM(CausalLM):
+    """The Nord language model with its head, as an ordinary causal language model of transformers.
+
+    Args:
+        config: a :class:`NordConfig`.
+
+    Example::
+
+        model = NordForCausalLM(NordConfig(vocab_size=2048, hidden_size=128, num_hidden_layers=2, intermediate_size=256))
+        loss = model(input_ids=ids, labels=ids).loss            # ids [B, S]
+    """
+
+    config: NordConfig
+    config_class = NordConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    tied_weights: ClassVar[dict[str, str]] = {"lm_head.weight": "embed_tokens.weight"}
+
+    def __init__(self, config: NordConfig) -> None:
+        # transformers would read the resonance's top_k as the sampler's and start generate() with it.
+        top_k = config.__dict__.pop("top_k")
+        try:
+            super().__init__(config)
+        finally:
+            config.top_k = top_k
+        neuron: NeuronFactory = partial(
+            AssociativeLIFNode,
+            n_clusters=config.n_clusters,
+            cascade_radius=config.cascade_radius,
+            cascade_gain=config.cascade_gain,
+            threshold=config.threshold,
+            beta_mem=config.beta_mem,
+            beta_syn=config.beta_syn,
+            v_reset=config.v_reset,
+            refractory_steps=config.refractory_steps,
+            surrogate=config.surrogate,
+            alpha=config.alpha,
+            backend=config.backend,
+        )
+        if config.dense:
+            neuron = SmoothActivation
+        width = config.hidden_size
+        self.gradient_checkpointing = False  # transformers switches it on
+        self.embed_tokens = nn.Embedding(config.vocab_size, width)
+        self.encoder = MultiScaleTemporalEncoder(
+            width,
+            t_fast=config.t_fast,
+            t_slow=config.t_slow,
+            fast_scale=config.fast_scale,
+            slow_scale=config.slow_scale,
+        )
+        published = config.block == "nord"
+        self.input_lif = make_neuron(neuron, width) if published else nn.Identity()
+        self.blocks = nn.ModuleList(_block(config, neuron) for _ in range(config.num_hidden_layers))
+        self.stream_norm = nn.Identity() if published else nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.readout = MembraneReadout(width, neuron=neuron)
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
+        self.keep_whole(self.blocks)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        *,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **others: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits for every position, and the loss if there are labels.
+
+        Tokens meet only in the resonance, so with a cache of key spikes and values the new tokens alone are computed. The
+        logits are the same up to and including the token that follows a full window of ``max_position_embeddings``
+        positions. Beyond, the oldest leave the cache, and blocks behind the first see further back than without one.
+
+        Args:
+            input_ids: token ids ``[B, S]``, S at most ``max_position_embeddings``; with a cache, the new ones.
+            attention_mask: 1 for tokens and 0 for padding, which may stand before or behind the tokens of a row;
+                ``[B, S]``, or with a cache one column for every position since it was begun. None: all are tokens.
+            past_key_values: keys and values of what came before; is appended to. The name of ``cache`` up to transformers 5.23.
+            labels: ``[B, S]``, the same ids, -100 where nothing is to be predicted; the shift is done here.
+            use_cache: return a cache; default: as the configuration says, but not while training or where there are labels.
+            logits_to_keep: compute logits for the last that many positions only, 0 for all, or for the positions in a tensor
+                of integers.
+            cache: keys and values of what came before; is appended to.
+            inputs_embeds: in place of ``input_ids``, what the embedding would have made of them, ``[B, S, D]``.
+            num_items_in_batch: divide the loss by this number, not by that of the labels here, as ``Trainer`` does where it
+                accumulates gradients.
+            others: what transformers' models know and this one does not offer may be None or False.
+
+        Raises:
+            TypeError: a keyword that nobody knows, a cache under both of its names, or not one of ``input_ids`` and
+                ``inputs_embeds``.
+            ValueError: wrong rank, too long, padding between tokens, or something is asked for that the model does not have.
+            RuntimeError: a gradient through earlier positions in a cache; call it under ``torch.no_grad()``.
+        """
+        refuse_unknown_keywords(type(self).__name__, others, NOT_OFFERED)
+        cache = cache_from(cache, past_key_values)
+        embedded = self._embedded(input_ids, inputs_embeds)
+        if cache is not None:
+            check_growing_cache(cache, self.config.max_position_embeddings)
+        seen = cache.get_seq_length() if cache is not None else 0
+        lengths = self._lengths(embedded, attention_mask, seen)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and labels is None
+        if self._recomputes() and (use_cache or cache is not None):
+            raise ValueError("with gradient checkpointing there is no cache: pass use_cache=False")
+        if cache is None and use_cache:
+            cache = DynamicCache(config=self.config)
+        x = fire_from_rest(self.input_lif, self.encoder(embedded))  # [T, B, S, D]
+        for index, block in enumerate(self.blocks):
+            through = partial(block, lengths=lengths)
+            if cache is not None:
+                remember = partial(cache.update, layer_idx=index)
+                through = partial(through, remember=remember, window=self.config.max_position_embeddings)
+            x = self.recompute(through, x) if self._recomputes() else through(x)
+        hidden = self.norm(self.readout(self.stream_norm(x)))  # [B, S, D]
+        logits = self.lm_head(hidden[:, _kept(logits_to_keep, labels)])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+        return causal_lm_output(loss, logits, cache if use_cache else None)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save configuration, weights and two files of two lines, by which ``trust_remote_code=True`` finds this class."""
+        if kwargs.get("is_main_process", True):
+            folder = Path(save_directory)
+            folder.mkdir(parents=True, exist_ok=True)
+            for file, (_, name) in REMOTE_CODE.items():
+                text = f'"""Made by nord-snn, which must be installed."""\n\nfrom nord_snn.models.nord import {name}\n'
+                (folder / f"{file}.py").write_text(text, encoding="utf-8")
+        self.config.auto_map = {auto: f"{file}.{name}" for file, (auto, name) in REMOTE_CODE.items()}
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            del self.config.auto_map
+
+    def check_assisted_length(self, length: int) -> None:
+        """Candidates are tried several at a time, which is exact as long as the window need not slide."""
+        if length > self.config.max_position_embeddings:
+            raise ValueError(
+                "decoding with an assistant or prompt lookup must end within max_position_embeddings = "
+                f"{self.config.max_position_embeddings}, got max_length {length}"
+            )
+
+    def _recomputes(self) -> bool:
+        """Whether blocks are computed again in the backward pass instead of kept."""
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """What ``forward`` gets next. Without a cache the window slides over what is longer, and all of it is computed."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        given = "input_ids" if inputs.get("inputs_embeds") is None else "inputs_embeds"
+        inputs[given] = inputs[given][:, -self.config.max_position_embeddings :]
+        mask, cache = inputs.get("attention_mask"), inputs.get(CACHE)
+        if mask is not None:
+            seen = cache.get_seq_length() if cache is not None else 0
+            if given == "input_ids" and not seen and mask.ndim == 2 and mask.shape[1] != input_ids.shape[1]:
+                raise ValueError(
+                    f"attention_mask must be [B, S] = {list(input_ids.shape)} as the tokens are, got {list(mask.shape)}"
+                )
+            inputs["attention_mask"] = mask[:, -(seen + inputs[given].shape[1]) :]
+        return inputs
+
+    def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """What the encoder gets, ``[B, S, D]``, after a look at its shape."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise TypeError("pass either input_ids [B, S] or inputs_embeds [B, S, D]")
+        name, x = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
+        assert x is not None
+        if input_ids is not None and (x.ndim != 2 or x.is_floating_point()):
+            raise ValueError(f"input_ids must be integers [B, S], got {list(x.shape)} of {x.dtype}")
+        width = self.config.hidden_size
+        if inputs_embeds is not None and (x.ndim != 3 or x.shape[2] != width or not x.is_floating_point()):
+            raise ValueError(
+                f"inputs_embeds must be floating [B, S, D] with D = {width}, got {list(x.shape)} of {x.dtype}"
+            )
+        if x.shape[1] == 0:
+            raise ValueError(f"{name} must have at least one position, got {list(x.shape)}")
+        if x.shape[1] > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{name} have {x.shape[1]} positions, more than "
+                f"max_position_embeddings = {self.config.max_position_embeddings}"
+            )
+        return self.embed_tokens(x) if inputs_embeds is None else x
+
+    def _lengths(self, embedded: Tensor, attention_mask: Tensor | None, seen: int) -> Tensor | None:
+        """Positions of each row from its first token on, ``[B]``; None if no row has padding in front."""
+        if attention_mask is None or not self.config.resonance:  # without it no position sees another
+            return None
+        expected = [embedded.shape[0], seen + embedded.shape[1]]
+        if list(attention_mask.shape) != expected:
+            positions = "S" if not seen else f"{seen} cached + S"
+            raise ValueError(f"attention_mask must be [B, {positions}] = {expected}, got {list(attention_mask.shape)}")
+        tokens = attention_mask != 0
+        begins = tokens[:, 1:] & ~tokens[:, :-1]
+        broken = (begins.sum(1) + tokens[:, 0] > 1).any()
+        reason = (
+            "padding may stand before or behind the tokens of a row, got some between them "
+            "(generate() needs it in front: padding_side='left')"
+        )
+        first = tokens.int().argmax(1)
+        if torch.compiler.is_compiling():  # no branch depends on the mask
+            assert_in_graph(~broken, reason)
+            return tokens.shape[1] - first
+        if broken:
+            raise ValueError(reason)
+        return tokens.shape[1] - first if first.any() else None
+
+    def initialize(self, module: nn.Module) -> None:
+        """Embedding kaiming-uniform with a = sqrt(5), everything else as its own ``reset_parameters`` says."""
+        if isinstance(module, nn.Embedding):
+            nn.init.kaiming_uniform_(module.weight, a=5**0.5)
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()  # type: ignore[operator]
+
+
+def _kept(logits_to_keep: int | Tensor, labels: Tensor | None) -> slice | Tensor:
+    """Which positions logits are computed for."""
+    everything = not isinstance(logits_to_keep, Tensor) and logits_to_keep == 0
+    if labels is not None and not everything:
+        raise ValueError(f"with labels there are logits for every position: logits_to_keep=0, got {logits_to_keep}")
+    if isinstance(logits_to_keep, Tensor):
+        if logits_to_keep.ndim != 1 or logits_to_keep.is_floating_point():
+            raise ValueError(
+                f"logits_to_keep must be a number or a tensor of positions [K], got {list(logits_to_keep.shape)} of "
+                f"{logits_to_keep.dtype}"
+            )
+        return logits_to_keep
+    if logits_to_keep < 0:
+        raise ValueError(f"logits_to_keep must be at least 0, got {logits_to_keep}")
+    return slice(-logits_to_keep, None) if logits_to_keep else slice(None)
+
+
+def _block(config: NordConfig, neuron: NeuronFactory) -> nn.Module:
+    """One block as the configuration has it."""
+    sizes = (config.hidden_size, config.num_attention_heads, config.intermediate_size)
+    common: dict[str, Any] = {
+        "top_k": config.top_k,
+        "recency": config.recency,
+        "resonance": config.resonance,
+        "norm_eps": config.layer_norm_eps,
+        "neuron": neuron,
+    }
+    if config.block == "spike_fed":
+        return SpikeFedBlock(*sizes, spiking_values=config.spiking_values, **common)
+    return NordBlock(*sizes, residual_scale=0.1 / config.num_hidden_layers, clamp_floor=config.clamp_floor, **common)
+
+
+AutoConfig.register(NordConfig.model_type, NordConfig, exist_ok=True)
+AutoModelForCausalLM.register(NordConfig, NordForCausalLM, exist_ok=True)
+register_causal_lm(NordConfig.model_type, NordForCausalLM.__name__)

@@ -1,0 +1,373 @@
+"""How the loss falls with parameters and tokens: spike-fed, its dense twin and a GPT-2, at several sizes, with fitted curves.
+
+    python studies/language_model/scaling.py --data books.txt
+    python studies/language_model/scaling.py --sizes 64x2 128x2 256x4 --steps 250 500 --seeds 0
+
+A size is width x blocks, with heads of 32 and a feed-forward twice as wide. At each size and with each number of steps, which
+is a whole run with a schedule of its own, every model searches for its peak learning rate as in ``compare.py`` at the first
+seed: beginning with the ``--lrs``, later with half, once and twice what was best at the size before, or else with fewer steps,
+since short runs and small models often want higher rates; and, where several are given, a second time beginning with lower
+ones, because the loss can have two valleys over the rate (that of a small GPT-2 has). The curve of a model is
+``L(N, D) = E + A / N^a + B / D^b`` (Hoffmann et al. 2022), N its parameters without embedding and head, D the tokens that it
+saw (again, where the text is shorter), fitted by least squares with Huber's loss; intervals are those of the fit to its own
+predictions with its residuals drawn anew. It says how the runs lie, and little of what is beyond them. Runs are kept as those
+of ``compare.py`` are; ``runs.jsonl`` has those that searched, too.
+"""
+
+import argparse
+import io
+import itertools
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from compare import best, search
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, NullLocator
+from nordlm.cli import number
+from nordlm.training.checkpoints import write_bytes
+from nordlm.training.progress import print_table
+from nordlm.training.settings import Settings
+from rich.console import Console
+from scipy.optimize import least_squares
+from study_cli import (
+    command_line,
+    common_arguments,
+    markdown_table,
+    run_trials,
+    settings_for,
+    spread,
+    unique,
+    write_results,
+)
+from trials import Trials, check_makers, prepare_for, progress_bars
+from variants import KINDS
+
+__all__ = ["Curve", "Point", "chosen", "fit", "intervals", "picture"]
+
+COLOURS = {"spike-fed": "#c44e52", "dense-twin": "#4878a8", "dense-plain": "#55a868", "gpt2": "#6b6b6b"}
+MODELS = tuple(COLOURS)
+LOWER = [1e-3, 2e-3, 4e-3]  # where the second search begins
+HEAD = 32  # width of a head
+FEWEST = 3  # different numbers of parameters, and of tokens, without which an exponent is anything
+DRAWS = 200  # of the residuals, for intervals
+
+
+class Size(NamedTuple):
+    """Width and number of blocks."""
+
+    width: int
+    blocks: int
+
+    def __str__(self) -> str:
+        """As it is given."""
+        return f"{self.width}x{self.blocks}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Size":
+        """From ``128x2``."""
+        match = re.fullmatch(r"(\d+)x(\d+)", text)
+        if match is None or int(match[1]) % HEAD or not int(match[1]) or not int(match[2]):
+            raise argparse.ArgumentTypeError(
+                f"expected width x blocks, the width a multiple of {HEAD}, such as 128x2, got {text!r}"
+            )
+        return cls(int(match[1]), int(match[2]))
+
+    def of(self, settings: Settings, steps: int) -> Settings:
+        """The settings at this size."""
+        model = {
+            "hidden_size": self.width,
+            "num_hidden_layers": self.blocks,
+            "num_attention_heads": self.width // HEAD,
+            "intermediate_size": 2 * self.width,
+        }
+        training = replace(settings.training, steps=steps)
+        return replace(settings, name=f"{self}, {steps} steps", model=settings.model | model, training=training)
+
+
+class Point(NamedTuple):
+    """One run.
+
+    Attributes:
+        size: of the model.
+        tokens: that it saw.
+        run: as it was written down.
+    """
+
+    size: Size
+    tokens: int
+    run: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """Name of the model."""
+        return str(self.run["kind"])
+
+    @property
+    def parameters(self) -> int:
+        """Without embedding and head."""
+        return int(self.run["parameters_without_vocabulary"])
+
+    @property
+    def loss(self) -> float:
+        """Held-out, in nats per token."""
+        return float(self.run["loss"])
+
+    @property
+    def rates(self) -> list[float]:
+        """Of every layer of neurons."""
+        return list(self.run["firing_rates"].values())
+
+
+class Curve(NamedTuple):
+    """``L(N, D) = floor + a / N^alpha + b / D^beta``, in nats per token."""
+
+    floor: float
+    a: float
+    alpha: float
+    b: float
+    beta: float
+
+    def __call__(self, parameters: Any, tokens: Any) -> Any:
+        """The loss, of numbers or arrays."""
+        return self.floor + self.a / parameters**self.alpha + self.b / tokens**self.beta
+
+    def __str__(self) -> str:
+        """The equation."""
+        return f"{self.floor:.2f} + {self.a:.3g} / N^{self.alpha:.2f} + {self.b:.3g} / D^{self.beta:.2f}"
+
+
+def fit(points: list[Point]) -> Curve | None:
+    """The curve that the points of one model lie nearest to; None where there are too few to say.
+
+    The best of several starts is taken.
+    """
+    sizes, budgets = {point.parameters for point in points}, {point.tokens for point in points}
+    if min(len(sizes), len(budgets)) < FEWEST:
+        return None
+    least = min(point.loss for point in points)
+    starts = itertools.product((0.5 * least, 0.9 * least), (0.1, 0.5), (0.1, 0.5), (0.1, 0.5), (0.3,))
+    return _nearest(points, [point.loss for point in points], starts)
+
+
+def _nearest(points: list[Point], losses: Any, starts: Iterable[tuple[float, ...]]) -> Curve:
+    """N is taken in units of 100,000 parameters and D of a million tokens while it is fitted; every number is positive."""
+    n, d = _coordinates(points)
+
+    def residuals(x: Any) -> Any:
+        floor, a, alpha, b, beta = np.exp(x)
+        return floor + a * (n / 1e5) ** -alpha + b * (d / 1e6) ** -beta - losses
+
+    fits = [least_squares(residuals, np.log(start), loss="huber", f_scale=0.02) for start in starts]
+    floor, a, alpha, b, beta = np.exp(min(fits, key=lambda found: found.cost).x)
+    return Curve(float(floor), float(a * 1e5**alpha), float(alpha), float(b * 1e6**beta), float(beta))
+
+
+def _coordinates(points: list[Point]) -> tuple[Any, Any]:
+    return np.array([point.parameters for point in points], float), np.array([point.tokens for point in points], float)
+
+
+def intervals(points: list[Point], curve: Curve) -> dict[str, tuple[float, float]]:
+    """95 % of what is fitted to the curve's own predictions with residuals drawn anew, for floor and exponents."""
+    predicted = curve(*_coordinates(points))
+    residuals = np.array([point.loss for point in points]) - predicted
+    generator = np.random.default_rng(0)
+    start = (curve.floor, curve.a / 1e5**curve.alpha, curve.alpha, curve.b / 1e6**curve.beta, curve.beta)
+    drawn = [_nearest(points, predicted + generator.choice(residuals, len(points)), [start]) for _ in range(DRAWS)]
+    names = {"E": "floor", "a": "alpha", "b": "beta"}
+    ends = {name: np.percentile([getattr(c, field) for c in drawn], (2.5, 97.5)) for name, field in names.items()}
+    return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
+
+
+def picture(points: list[Point], curves: dict[str, Curve | None]) -> Figure:
+    """Above, loss against parameters for each number of tokens; below, against tokens for each size. Points are runs."""
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
+    by_tokens = {f"{n:,} tokens": [p for p in points if p.tokens == n] for n in unique(p.tokens for p in points)}
+    by_size = {str(size): [p for p in points if p.size == size] for size in unique(p.size for p in points)}
+    losses = [point.loss for point in points]
+    for row, field, groups in ((above, "parameters", by_tokens), (below, "tokens", by_size)):
+        panels = row.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+        for axis, (title, group) in zip(panels, groups.items(), strict=True):
+            _panel(axis, group, curves, field)
+            axis.set_title(title, fontsize="medium")
+        panels[0].set_ylim(min(losses) - 0.1, max(losses) + 0.1)
+        row.supylabel("held-out loss, nats per token", fontsize="medium")
+        row.supxlabel(
+            {"parameters": "parameters without embedding and head", "tokens": "tokens seen"}[field], fontsize="medium"
+        )
+    above.axes[-1].legend(fontsize="small")
+    return figure
+
+
+def _panel(axis: Axes, points: list[Point], curves: dict[str, Curve | None], field: str) -> None:
+    for kind in unique(point.kind for point in points):
+        own = [point for point in points if point.kind == kind]
+        x = [getattr(point, field) for point in own]
+        axis.scatter(x, [point.loss for point in own], s=14, color=COLOURS[kind], label=kind)
+        curve = curves[kind]
+        if curve is not None:
+            line = np.geomspace(min(x) * 0.9, max(x) * 1.1)
+            fixed = own[0].tokens if field == "parameters" else own[0].parameters
+            losses = curve(line, fixed) if field == "parameters" else curve(fixed, line)
+            axis.plot(line, losses, color=COLOURS[kind], linewidth=1)
+    axis.set_xscale("log")
+    if field == "tokens":  # few and known, while a logarithmic axis would write its powers over one another
+        axis.set_xticks(unique(point.tokens for point in points), minor=False)
+        axis.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))
+        axis.xaxis.set_minor_locator(NullLocator())
+    axis.grid(alpha=0.3)
+
+
+def measure(
+    settings: Settings,
+    sizes: list[Size],
+    steps: list[int],
+    kinds: list[str],
+    seeds: list[int],
+    lrs: list[float],
+    out: Path,
+) -> list[Point]:
+    """Train what is missing; gives all runs, those that searched for a learning rate as well."""
+    text = prepare_for(sizes[0].of(settings, steps[0]), out, samples=False)  # the same at every size
+    for size in sizes:
+        check_makers((KINDS[kind] for kind in kinds), size.of(settings, steps[0]), text)
+    points = []
+    last: dict[tuple[str, int], float] = {}  # at the last size
+    before: dict[str, float] = {}  # with the last number of steps
+    with progress_bars() as bars:
+        for size, budget in itertools.product(sizes, sorted(steps)):
+            here = size.of(settings, budget)
+            trials = Trials(here, out / str(size) / str(budget), text)
+            for kind in kinds:
+                make, near = KINDS[kind], last.get((kind, budget), before.get(kind))
+                first = [near / 2, near, near * 2] if near else lrs
+                starts = [lrs] if len(lrs) == 1 else [first, LOWER]
+                tried = [run for start in starts for run in search(trials, kind, make, start, seeds[0], bars)]
+                lr = last[kind, budget] = before[kind] = best(kind, tried)
+                again = [trials.run(kind, make, lr, seed, bars) for seed in seeds[1:]]
+                runs = {(run["lr"], run["seed"]): run for run in [*tried, *again]}  # both searches may try a rate
+                points += [Point(size, _tokens(here), run) for run in runs.values()]
+    return points
+
+
+def chosen(points: list[Point], seed: int) -> list[Point]:
+    """Of each model, size and number of tokens the runs with the learning rate that was best at this seed."""
+    groups: dict[tuple[Size, int, str], list[Point]] = {}
+    for point in points:
+        groups.setdefault((point.size, point.tokens, point.kind), []).append(point)
+    kept = []
+    for (_, _, kind), group in groups.items():
+        lr = best(kind, [point.run for point in group if point.run["seed"] == seed])
+        kept += [point for point in group if point.run["lr"] == lr]
+    return kept
+
+
+def _tokens(settings: Settings) -> int:
+    options = settings.training
+    return options.steps * options.batch_size * options.grad_accum * settings.block_size
+
+
+def table(points: list[Point]) -> list[list[str]]:
+    """A line for each size and number of tokens: losses, ratios of bits per byte seed by seed, rates of all layers."""
+    kinds = unique(point.kind for point in points)
+    others = [kind for kind in kinds if kind != "spike-fed"] if "spike-fed" in kinds else []
+    lines = [["size", "parameters", "tokens", *kinds, *(f"spike-fed / {kind}" for kind in others), "rates"]]
+    for size, tokens in unique((point.size, point.tokens) for point in points):
+        here = [point for point in points if (point.size, point.tokens) == (size, tokens)]
+        losses = {kind: [point.loss for point in here if point.kind == kind] for kind in kinds}
+        bits = {(point.kind, point.run["seed"]): point.run["bits_per_byte"] for point in here}
+        seeds = unique(seed for _, seed in bits)
+        ratios = {
+            kind: [
+                bits["spike-fed", s] / bits[kind, s] - 1 for s in seeds if {("spike-fed", s), (kind, s)} <= bits.keys()
+            ]
+            for kind in others
+        }
+        rates = [rate for point in here for rate in point.rates]
+        lines.append(
+            [
+                str(size),
+                f"{here[0].parameters:,}",
+                f"{tokens:,}",
+                *(spread(losses[kind], "{:.3f}".format) for kind in kinds),
+                *(spread(ratios[kind], "{:+.1%}".format) for kind in others),
+                f"{min(rates):.1%} to {max(rates):.1%}" if rates else "",
+            ]
+        )
+    return lines
+
+
+def said(points: list[Point], curves: dict[str, Curve | None]) -> list[str]:
+    """A sentence for each model: its curve, and at each size its learning rates, in the order of the numbers of tokens."""
+    sentences = []
+    for kind, curve in curves.items():
+        own = [point for point in points if point.kind == kind]
+        trained = {(point.size, point.tokens): f"{point.run['lr']:g}" for point in own}
+        rates = "; ".join(
+            f"{size} {', '.join(lr for (at, _), lr in trained.items() if at == size)}"
+            for size in unique(size for size, _ in trained)
+        )
+        ends = intervals(own, curve) if curve else {}
+        within = ", ".join(f"{name} {low:.2f} to {high:.2f}" for name, (low, high) in ends.items())
+        shown = f"L(N, D) = {curve} (95 %: {within})" if curve else "too few sizes and numbers of tokens for a curve"
+        sentences.append(f"- {kind}: {shown}; peak learning rates: {rates}")
+    return sentences
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    common_arguments(parser, "runs/scaling")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all of them")
+    sizes = [Size(64, 2), Size(128, 2), Size(192, 3), Size(256, 4)]
+    parser.add_argument(
+        "--sizes", nargs="+", type=Size.parse, default=sizes, help=f"default: {' '.join(map(str, sizes))}"
+    )
+    parser.add_argument("--steps", nargs="+", type=number(1, kind=int), default=[260, 520, 1040])
+    parser.add_argument(
+        "--lrs",
+        nargs="+",
+        type=number(1e-9),
+        default=[8e-3, 1.6e-2, 3.2e-2],
+        help="to begin the first search with; a single one is taken",
+    )
+    options = parser.parse_args(arguments)
+    return run_trials(lambda: _run(options, command_line(arguments, "scaling.py")))
+
+
+def _run(options: argparse.Namespace, command: str) -> None:
+    settings = settings_for(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    seeds, kinds = unique(options.seeds), unique(options.models)
+    sizes, steps, lrs = (unique(values) for values in (options.sizes, options.steps, options.lrs))
+    tried = measure(settings, sizes, steps, kinds, seeds, lrs, options.out)
+    runs = chosen(tried, seeds[0])
+    points = [point for point in runs if not point.run["diverged"]]
+    diverged = [f"{p.size}, {p.tokens:,} tokens, {p.kind}, seed {p.run['seed']}" for p in runs if p.run["diverged"]]
+    curves = {kind: fit([point for point in points if point.kind == kind]) for kind in kinds}
+    sentences = said(points, curves)
+    note = (
+        f"Nats per token, mean (range) over seeds {', '.join(map(str, seeds))}; ratios of bits per byte; "
+        f"rates are the lowest and highest of all layers of neurons; diverged: {'; '.join(diverged) or 'none'}. "
+        "Fitted, with peak learning rates in the order of the numbers of tokens:"
+    )
+    parts = [markdown_table(table(points)), note, "\n".join(sentences), f"`{command}`"]
+    write_results(options.out, parts, ({"size": str(p.size), "tokens": p.tokens} | p.run for p in tried))
+    drawn = io.BytesIO()
+    picture(points, curves).savefig(drawn, format="png", dpi=120)
+    write_bytes(options.out / "scaling.png", drawn.getvalue())
+    head, *rows = table(points)
+    console = Console()
+    print_table(console, settings.name, head, rows)
+    console.print("\n".join([note, *sentences]), highlight=False, markup=False)
+    print(f"table in {options.out / 'table.md'}, picture in {options.out / 'scaling.png'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
