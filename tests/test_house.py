@@ -8,6 +8,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import nord_snn
 
 ROOT = Path(__file__).parents[1]
 ALLOWED = {
@@ -21,7 +26,7 @@ ALLOWED = {
     "integrations": {"_compat", "ops", "neurons", "layers", "learning_rules", "monitor"},
 }
 PUBLIC = {
-    "nord_snn": {"__version__", "reset"},
+    "nord_snn": {"__version__", "AssociativeLIFNode", "NordBlock", "reset"},
     "nord_snn.ops": {"AssociativeLIFState", "associative_lif", "resonance", "stdp", "which_backend"},
     "nord_snn.neurons": {"AssociativeLIFNode", "AssociativeCascade"},
     "nord_snn.layers": {
@@ -31,6 +36,7 @@ PUBLIC = {
         "MembraneReadout",
         "MultiScaleTemporalEncoder",
         "NordBlock",
+        "SequenceCache",
         "SpikeFedBlock",
         "SpikeFedResonance",
         "SpikingFeedForward",
@@ -131,10 +137,38 @@ def test_every_extra_that_leads_to_transformers_caps_torch_itself():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert all("<" not in requirement for requirement in project["dependencies"])
     extras = project["optional-dependencies"]
-    assert {"cpu", "cuda12", "cuda13", "snntorch", "lm", "test", "dev", "all"} <= extras.keys()
-    for name in ("lm", "all", "test", "dev"):
+    assert {"cpu", "cuda12", "cuda13", "snntorch", "train", "reports", "lm", "test", "dev", "all"} <= extras.keys()
+    for name in ("train", "lm", "all", "test", "dev"):
         assert "torch>=2.11,<2.12" in extras[name], name
     assert not any("cupy" in requirement or "cuda" in requirement for requirement in extras["all"])
+
+
+def test_the_citation_names_the_version_license_and_authors_of_the_package():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert {"cff-version", "message", "title"} <= citation.keys()
+    assert citation["title"].startswith(project["name"])
+    assert citation["version"] == nord_snn.__version__
+    assert citation["license"] == project["license"]
+    assert citation["authors"] == project["authors"]
+    assert citation.get("repository-code") == project.get("urls", {}).get("Repository")
+
+
+def test_the_constraints_are_within_what_the_extras_ask_for():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    fixed = {
+        canonicalize_name(name): version
+        for name, _, version in (line.partition("==") for line in lines if "==" in line)
+    }
+    asked = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    checked = set()
+    for requirement in map(Requirement, asked):
+        name = canonicalize_name(requirement.name)
+        if name in fixed:
+            assert requirement.specifier.contains(fixed[name]), requirement
+            checked.add(name)
+    assert {"torch", "transformers", "numba", "spikingjelly"} <= checked
 
 
 OP_FILES = {"__init__.py", "reference.py", "op.py"}
