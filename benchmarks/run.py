@@ -198,8 +198,9 @@ def gpu_tables(page: Page, seconds: float) -> None:
             "tested for their results (Triton's interpreter, the CUDA source compiled for the GPU and run on the CPU),"
         )
         page.say(
-            "and nothing is known about their speed. On a machine with a GPU the same command adds its tables here."
+            "and not for their speed. The limits in the README have what was measured on one GPU at an earlier state."
         )
+        page.say("On a machine with a GPU the same command adds its tables here.")
         return
     for dtype in (torch.bfloat16, torch.float32):
         neuron_tables(page, *GPU_NEURONS, dtype, "cuda", seconds)
@@ -228,7 +229,7 @@ def main() -> None:
         "ratios are medians over the turns. SpikingJelly's and snnTorch's neurons do less: no cascade, no refractory period, and"
     )
     page.say(
-        "`LIFNode` has no synaptic current. Freed memory is kept for the next call (`keep_freed_memory` in `train.py`), for"
+        "`LIFNode` has no synaptic current. Freed memory is kept for the next call (`keep_freed_memory` of `nordlm`), for"
     )
     page.say("all of them alike but for the training step, where the plain loop has PyTorch's defaults.\n")
     page.say(machine() + "\n\n## CPU\n")

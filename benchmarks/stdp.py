@@ -50,7 +50,7 @@ def ours(kind: type[STDP | TripletSTDP], pre: Tensor, post: Tensor, **outcome: T
 
     def run() -> Tensor:
         learner._pre, learner._post = [pre], [post]
-        learner._ran = True
+        learner._was_called = True
         delta = learner.step(on_grad=False, **outcome)
         learner.reset()
         assert delta is not None

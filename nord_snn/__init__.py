@@ -1,17 +1,44 @@
 """nord-snn: the five mechanisms of the Nord spiking language model as parts for any spiking network.
 
-The parts live one level down and are imported from there: :mod:`nord_snn.neurons`, :mod:`nord_snn.layers`,
-:mod:`nord_snn.learning_rules`, :mod:`nord_snn.monitor`, and the pure functions under them in :mod:`nord_snn.ops`.
+Neurons and layers are here under their names. Everything else is one level down: :mod:`nord_snn.learning_rules`,
+:mod:`nord_snn.monitor`, :mod:`nord_snn.integrations`, :mod:`nord_snn.models`, and the pure functions in :mod:`nord_snn.ops`.
 """
 
 from spikingjelly.activation_based import functional
 from torch import nn
 
-from nord_snn._compat.spikingjelly import forget_module_list
+from nord_snn._compat.spikingjelly import clear_module_cache
 from nord_snn._version import __version__
-from nord_snn.neurons.foreign import is_snntorch
+from nord_snn.layers import (
+    CoFiringResonance,
+    LeakyClamp,
+    MembraneReadout,
+    MultiScaleTemporalEncoder,
+    NordBlock,
+    SequenceCache,
+    SpikeFedBlock,
+    SpikeFedResonance,
+    SpikingFeedForward,
+)
+from nord_snn.neurons import AssociativeCascade, AssociativeLIFNode, DenseActivation
+from nord_snn.neurons.detection import is_snntorch
 
-__all__ = ["__version__", "reset"]
+__all__ = [
+    "AssociativeCascade",
+    "AssociativeLIFNode",
+    "CoFiringResonance",
+    "DenseActivation",
+    "LeakyClamp",
+    "MembraneReadout",
+    "MultiScaleTemporalEncoder",
+    "NordBlock",
+    "SequenceCache",
+    "SpikeFedBlock",
+    "SpikeFedResonance",
+    "SpikingFeedForward",
+    "__version__",
+    "reset",
+]
 
 
 def reset(net: nn.Module) -> None:
@@ -27,11 +54,11 @@ def reset(net: nn.Module) -> None:
         >>> _ = node(torch.rand(5, 2, 8)); nord_snn.reset(node); node.v
         0.0
     """
-    # The module list that reset_net caches would hide neurons that were swapped in after the first call.
-    forget_module_list(net)
-    foreign = [module for module in net.modules() if is_snntorch(module)]
-    for module in foreign:
-        module.__dict__.pop("reset", None)  # a tensor, which SpikingJelly would call
+    # reset_net caches its module list, which lacks neurons that were replaced after its first call.
+    clear_module_cache(net)
+    snntorch_neurons = [module for module in net.modules() if is_snntorch(module)]
+    for module in snntorch_neurons:
+        module.__dict__.pop("reset", None)  # snnTorch stores a tensor there, SpikingJelly would call it
     functional.reset_net(net)
-    for module in foreign:
+    for module in snntorch_neurons:
         module.reset_mem()  # type: ignore[operator]

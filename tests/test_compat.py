@@ -144,9 +144,9 @@ def test_modes_are_seen_and_left():
 
 def test_versions_and_views():
     x = torch.zeros(3)
-    before = compat.version_of(x)
+    before = compat.version_counter(x)
     x.add_(1)
-    assert compat.version_of(x) > before
+    assert compat.version_counter(x) > before
     assert compat.is_view(x[1:])
     assert not compat.is_view(x)
 
@@ -173,7 +173,7 @@ def test_operators_by_private_name_are_those_that_modes_see():
     assert compat.operators_by_private_name("_softmax", "_log_softmax") <= seen
 
 
-class Stateful(compat.KeepsStatePrecision, nn.Module):
+class Stateful(compat.StatePrecisionMixin, nn.Module):
     """Has a parameter and a state."""
 
     def __init__(self):
@@ -310,7 +310,7 @@ def test_the_list_of_modules_is_forgotten():
     functional.reset_net(net)
     net[0] = neuron.IFNode()
     net(torch.full((2,), 9.0))
-    compat_spikingjelly.forget_module_list(net)
+    compat_spikingjelly.clear_module_cache(net)
     functional.reset_net(net)
     assert net[0].v == 0.0
 
@@ -372,7 +372,7 @@ def test_the_cache_has_the_name_of_the_installed_release():
 
 def test_accelerate_counts_anew_and_logs_where_it_is_told(tmp_path):
     accelerate = pytest.importorskip("accelerate")
-    from nord_snn._compat.accelerate import begin_accumulation_anew, log_into
+    from nord_snn._compat.accelerate import reset_accumulation, set_log_folder
 
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = accelerator.prepare(nn.Linear(2, 2))
@@ -382,9 +382,9 @@ def test_accelerate_counts_anew_and_logs_where_it_is_told(tmp_path):
             synced.append(accelerator.sync_gradients)
         if restart:
             break
-        begin_accumulation_anew(accelerator)
+        reset_accumulation(accelerator)
     assert synced == [False, False]  # without a new start the second would be the end of an accumulation
-    log_into(accelerator, tmp_path)
+    set_log_folder(accelerator, tmp_path)
     assert accelerator.logging_dir == str(tmp_path)
 
 

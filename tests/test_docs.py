@@ -80,7 +80,7 @@ def test_every_layer_and_rule_is_on_a_page() -> None:
 
 def test_the_reference_has_every_layer_and_neuron() -> None:
     reference = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    names = [*importlib.import_module("nord_snn.layers").__all__, "AssociativeLIFNode", "SmoothActivation"]
+    names = [*importlib.import_module("nord_snn.layers").__all__, "AssociativeLIFNode", "DenseActivation"]
     assert [name for name in names if name not in reference] == []
 
 

@@ -189,14 +189,14 @@ def test_the_environment_variable_is_read_when_a_backend_is_chosen(monkeypatch):
 def test_a_log_that_fails_is_reported_to_the_caller_alone(tmp_path, monkeypatch):
     from torch.utils.tensorboard import SummaryWriter
 
-    from nord_snn._compat.tensorboard import leave_write_errors_to_the_caller
+    from nord_snn._compat.tensorboard import raise_write_errors_only
 
     reports = []
     hook = reports.append
     monkeypatch.setattr(threading, "excepthook", hook)
     for error, others in ((OSError(28, "No space left on device"), 0), (RuntimeError("a bug"), 1)):
         writer = SummaryWriter(tmp_path)
-        leave_write_errors_to_the_caller(writer)
+        raise_write_errors_only(writer)
         asynchronous = writer.file_writer.event_writer._async_writer
 
         def fail(*_, error=error):

@@ -1,4 +1,4 @@
-"""A convolutional SpikingJelly network on handwritten digits, and what becomes of it when our neurons are swapped in.
+"""Replace the neurons of a convolutional SpikingJelly network by ours, and compare them on handwritten digits.
 
     python examples/conv_digits/conv_digits.py          # scikit-learn's digits, no network needed; under three minutes
 
@@ -36,24 +36,24 @@ Make = Callable[[int], nn.Module]
 
 
 class ChannelsLast(nn.Module):
-    """Neurons whose parameters belong to channels, over images ``[T, N, C, H, W]``."""
+    """Apply neurons with one parameter set per channel to images ``[T, N, C, H, W]``."""
 
     def __init__(self, *inner: nn.Module) -> None:
         super().__init__()
         self.inner = nn.Sequential(*inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Every place is a row of neurons."""
+        """Move channels last, so that every pixel is a row of neurons."""
         return self.inner(x.movedim(2, -1)).movedim(-1, 2)
 
 
 def lif(n_channels: int) -> nn.Module:
-    """SpikingJelly's."""
+    """Construct SpikingJelly's neuron."""
     return neuron.LIFNode(surrogate_function=surrogate.ATan(), detach_reset=True, step_mode="m")
 
 
 def ours(n_channels: int, n_clusters: int | None = 4, clamp: bool = False) -> nn.Module:
-    """Ours."""
+    """Construct our neuron."""
     node = AssociativeLIFNode(n_channels, n_clusters, refractory_steps=0, step_mode="m")
     return ChannelsLast(LeakyClamp(n_channels), node) if clamp else ChannelsLast(node)
 
@@ -67,7 +67,7 @@ KINDS: dict[str, Make] = {
 
 
 class Net(nn.Module):
-    """Two convolutions and a readout of the mean over time."""
+    """Network of two convolutions, with the mean over time as output."""
 
     def __init__(self, make: Make) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Net(nn.Module):
         functional.set_step_mode(self, "m")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``[N, 10]`` of images ``[N, 1, 8, 8]``, which are shown at every step."""
+        """Return logits ``[N, 10]`` for images ``[N, 1, 8, 8]``, the input at every time step."""
         functional.reset_net(self)
         return self.layers(images.expand(STEPS, *images.shape)).mean(0)
 
@@ -101,7 +101,7 @@ class Result(NamedTuple):
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images and labels, test images and labels."""
+    """Return training images and labels, test images and labels."""
     data = load_digits()
     parts = train_test_split(data.images / 16.0, data.target, test_size=0.25, random_state=0, stratify=data.target)
     train_x, test_x, train_y, test_y = (torch.as_tensor(part) for part in parts)
@@ -109,7 +109,7 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def train(make: Make, seed: int, epochs: int, data: tuple[Tensor, Tensor, Tensor, Tensor]) -> Result:
-    """One network from its first weights to its test result."""
+    """Train one network from scratch; return its test result."""
     torch.manual_seed(seed)
     train_x, train_y, test_x, test_y = data
     net = Net(make)
@@ -127,7 +127,7 @@ def train(make: Make, seed: int, epochs: int, data: tuple[Tensor, Tensor, Tensor
 
 @torch.no_grad()
 def measure(net: Net, images: Tensor, labels: Tensor) -> Result:
-    """On the test images."""
+    """Measure a network on the test images."""
     fired: dict[nn.Module, Tensor] = {}
 
     def keep(module: nn.Module, inputs: object, spikes: Tensor) -> None:
@@ -144,7 +144,7 @@ def measure(net: Net, images: Tensor, labels: Tensor) -> Result:
 
 
 def plot(results: dict[str, list[Result]], path: Path) -> None:
-    """Mean and range of the three figures."""
+    """Plot mean and range of the three figures."""
     mpl.use("Agg")
     figure, axes = plt.subplots(1, 3, figsize=(11, 3), sharey=True, layout="constrained")
     for axis, field, title in zip(
@@ -165,11 +165,11 @@ def plot(results: dict[str, list[Result]], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for the picture")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for the plot")
     options = parser.parse_args(arguments)
     if options.seeds < 1 or options.epochs < 1:
         parser.error("expected at least one seed and one epoch")

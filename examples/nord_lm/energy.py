@@ -1,9 +1,9 @@
-"""What a generated token costs: every product, and joules under published conventions, beside the dense twin.
+"""Estimate the energy of a generated token: all products, and joules under published conventions, with the dense twin.
 
     python examples/nord_lm/energy.py --config nord-144m
     python examples/nord_lm/energy.py --model runs/tiny-0001/model --context 64
 
-The token is computed with a cache that holds the positions before it. With ``--config`` the weights are the initial ones.
+All positions before the token are in a cache. With ``--config`` the weights are initial weights.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from nordlm.analysis.token_energy import generated_token, sentence
+from nordlm.analysis.token_energy import energy_sentence, profile_generated_token
 from nordlm.cli import number
 from nordlm.errors import RecipeError
 from nordlm.inference.loading import load_model
@@ -23,23 +23,25 @@ from nord_snn.models.nord import NordForCausalLM
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
         "--config",
-        help="a model of this config, with initial weights: "
+        help="config of a model with initial weights: "
         + ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml"))),
     )
-    what.add_argument("--model", type=Path, help="folder with a trained model")
-    parser.add_argument("--context", type=number(2, kind=int), help="positions in all (default: the model's window)")
+    source.add_argument("--model", type=Path, help="folder with a trained model")
     parser.add_argument(
-        "--every", action="store_true", help="every product by itself, not those of all blocks together"
+        "--context", type=number(2, kind=int), help="number of positions, with the token (default: the model's context)"
+    )
+    parser.add_argument(
+        "--every", action="store_true", help="list every product separately instead of summing over transformer blocks"
     )
     options = parser.parse_args(arguments)
     logging.disable_progress_bar()
     try:
-        model = load_model(options.model) if options.model else _initial(options.config)
+        model = load_model(options.model) if options.model else _initial_model(options.config)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -49,15 +51,15 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: --context must be at most {longest}, the model's window, got {context}", file=sys.stderr)
         return 1
     ids = torch.randint(model.config.vocab_size, (1, context), generator=torch.Generator().manual_seed(0))
-    profile = generated_token(model.eval(), ids)
+    profile = profile_generated_token(model.eval(), ids)
     weights = "" if options.model else "initial weights, "
     print(f"One token at the end of {context} random ones, {weights}{model.num_parameters():,} parameters.\n")
     print(profile if options.every else profile.grouped())
-    print(f"\n{sentence(profile)}")
+    print(f"\n{energy_sentence(profile)}")
     return 0
 
 
-def _initial(config: str) -> NordForCausalLM:
+def _initial_model(config: str) -> NordForCausalLM:
     set_seed(0)
     return NordForCausalLM(read_config(config).model_config())
 

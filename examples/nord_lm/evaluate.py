@@ -1,13 +1,14 @@
-"""How well a trained model predicts a text, whether it knows what it does not know, and what fires in it meanwhile.
+"""Evaluate a trained model on a text: loss, firing rates, detection of other texts, and a report.
 
     python examples/nord_lm/evaluate.py books.txt
     python examples/nord_lm/evaluate.py --model runs/tiny-0001/model --stride 32 --json result.json books/
     python examples/nord_lm/evaluate.py --ood shuffled code french.txt
     python examples/nord_lm/evaluate.py --report report
 
-Nats per token, perplexity and bits per byte: a window of the model's context slides over the text. Every token is scored
-once, with at least ``context - stride`` tokens before it (but for the first ones): a smaller stride costs more and predicts
-better. ``--ood`` and ``--report``: see ``ood_detection.py`` and ``report.py`` in ``nordlm/analysis``.
+The result is nats per token, perplexity and bits per byte, with a sliding window of the model's context. Every token is
+scored once and has at least ``context - stride`` tokens before it (except at the start of the text), so a smaller stride
+takes more time and lowers the loss. ``--ood`` and ``--report``: see ``ood_detection.py`` and ``report.py`` in
+``nordlm/analysis``.
 """
 
 import argparse
@@ -17,15 +18,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nordlm.analysis.ood_detection import MADE, distinguish, open_others, passage_length
+from nordlm.analysis.ood_detection import BUILTIN_TEXTS, distinguish, open_others, passage_length
 from nordlm.analysis.perplexity import score
-from nordlm.analysis.report import PAGE, Subject, check_folder, uncertainty_sentence, write_report
+from nordlm.analysis.report import PAGE, ReportInput, check_folder, uncertainty_sentence, write_report
 from nordlm.cli import number
 from nordlm.data.sources import read_documents
 from nordlm.errors import DataError, ModelError, RecipeError
 from nordlm.inference.loading import newest_model, open_model
 from nordlm.training.checkpoints import write_json
-from nordlm.training.held_out import STREAMED_WINDOWS, held_out_of, read_text
+from nordlm.training.held_out import STREAMED_WINDOWS, read_text, verified_held_out_text
 from nordlm.training.progress import print_table
 from rich.console import Console
 from transformers.utils import logging
@@ -33,8 +34,8 @@ from transformers.utils import logging
 from nord_snn.monitor import SpikeMonitor
 
 
-def evaluate(options: argparse.Namespace, visible: bool = False) -> dict[str, Any]:
-    """Everything that the command line asks for."""
+def evaluate_text(options: argparse.Namespace, visible: bool = False) -> dict[str, Any]:
+    """Return the results of all evaluations that the command line requests."""
     if options.json is not None and (options.json.is_dir() or not options.json.parent.is_dir()):
         raise ModelError(f"--json {options.json}: expected a file in a folder that exists")
     if options.report is not None:
@@ -51,13 +52,13 @@ def evaluate(options: argparse.Namespace, visible: bool = False) -> dict[str, An
     stride = max(1, context // 2) if options.stride is None else options.stride
     if stride > context:
         raise ModelError(f"--stride must be at most the context of {context}, got {stride}")
-    wanted = options.ood is not None or options.report is not None
-    others = open_others(options.ood or MADE) if wanted else {}
-    length = passage_length(model, options.passage) if wanted else None
+    with_other_texts = options.ood is not None or options.report is not None
+    others = open_others(options.ood or BUILTIN_TEXTS) if with_other_texts else {}
+    length = passage_length(model, options.passage) if with_other_texts else None
     if options.text or run is None:
         documents = read_documents(options.text)
     else:
-        documents = held_out_of(run, tokenizer)
+        documents = verified_held_out_text(run, tokenizer)
     max_tokens = STREAMED_WINDOWS * context if documents.streamed else None
     text = read_text(documents, tokenizer, options.max_tokens or max_tokens)
     n_predicted = len(text.tokens) - 1
@@ -80,47 +81,55 @@ def evaluate(options: argparse.Namespace, visible: bool = False) -> dict[str, An
         "left_out": documents.notes(),
     }
     if options.report is not None:
-        about = {name: results[name] for name in ("nats_per_token", "perplexity", "bits_per_byte")}
+        metrics = {name: results[name] for name in ("nats_per_token", "perplexity", "bits_per_byte")}
         command = shlex.join(["python", *sys.argv])
-        subject = Subject(model, tokenizer, text.documents, text.tokens, documents.name, run, about, command)
+        subject = ReportInput(model, tokenizer, text.documents, text.tokens, documents.name, run, metrics, command)
         results["uncertainty"] = write_report(options.report, subject, others, length, visible)["uncertainty"]
-    elif wanted:
-        found, _, _ = distinguish(model, tokenizer, text.documents, others, length, visible)
-        if not found["auroc"]:
-            raise DataError("; ".join(found["left_out"]))
-        results["uncertainty"] = found | {"sentence": uncertainty_sentence(found["auroc"])}
+    elif with_other_texts:
+        ood, _, _ = distinguish(model, tokenizer, text.documents, others, length, visible)
+        if not ood["auroc"]:
+            raise DataError("; ".join(ood["left_out"]))
+        results["uncertainty"] = ood | {"sentence": uncertainty_sentence(ood["auroc"])}
     return results
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "text", nargs="?", help=".txt, .jsonl or .parquet file, a folder of these, or a dataset owner/name; default: what the "
-        "model's run has held out, or the documentation inside CPython",
+        "text", nargs="?", help=".txt, .jsonl or .parquet file, a folder of these, or a dataset owner/name (default: the "
+        "held-out text of the model's run, or the documentation inside CPython)",
     )  # fmt: skip
     parser.add_argument(
-        "--model", type=Path, help="folder with model and tokenizer (default: of the newest run in runs/)"
+        "--model", type=Path, help="folder with model and tokenizer (default: that of the newest finished run in runs/)"
     )
-    parser.add_argument("--context", type=number(1, kind=int), help="tokens that a window sees (default: the model's)")
+    parser.add_argument("--context", type=number(1, kind=int), help="tokens in a window (default: the model's context)")
     parser.add_argument(
-        "--stride", type=number(1, kind=int), help="tokens that a window goes on (default: half of them)"
+        "--stride",
+        type=number(1, kind=int),
+        help="tokens between the starts of two windows (default: half of --context)",
     )
-    parser.add_argument("--max-tokens", type=number(1, kind=int), help="stop after the document that reaches so many")
-    parser.add_argument("--batch-size", type=number(1, kind=int), default=8, help="windows computed together")
-    parser.add_argument("--json", type=Path, help="write the results here as well")
     parser.add_argument(
-        "--ood", nargs="*", metavar="TEXT", help="AUROC of firing rates, entropy and loss for telling the text from these: "
-        f"files, folders, datasets, or {', '.join(MADE)} (without any: these three)",
+        "--max-tokens", type=number(1, kind=int), help="stop after the document that reaches this number of tokens"
+    )
+    parser.add_argument("--batch-size", type=number(1, kind=int), default=8, help="windows in a batch")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument(
+        "--ood", nargs="*", metavar="TEXT", help="AUROC of firing rates, entropy and loss for separating the text from these: "
+        f"files, folders, datasets, or {', '.join(BUILTIN_TEXTS)} (without an argument: these three)",
     )  # fmt: skip
-    parser.add_argument("--passage", type=number(2, kind=int), help="tokens in a passage for --ood (default: 32)")
-    parser.add_argument("--report", type=Path, metavar="DIR", help="write a page with pictures of all of it")
+    parser.add_argument(
+        "--passage", type=number(2, kind=int), help="tokens in a passage for --ood and --report (default: 32)"
+    )
+    parser.add_argument(
+        "--report", type=Path, metavar="DIR", help="write a report with plots of all results to this folder"
+    )
     options = parser.parse_args(arguments)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     console = Console()
     try:
-        results = evaluate(options, console.is_terminal)
+        results = evaluate_text(options, console.is_terminal)
         if options.json is not None:
             write_json(options.json, results)
     except (RecipeError, OSError) as error:
@@ -128,11 +137,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    show(results, console, options.report)
+    print_results(results, console, options.report)
     return 0
 
 
-def show(results: dict[str, Any], console: Console, report: Path | None) -> None:
+def print_results(results: dict[str, Any], console: Console, report: Path | None) -> None:
     """Print the results as tables."""
     columns = ["tokens", "nats per token", "perplexity", "bits per byte"]
     row = [
@@ -145,10 +154,12 @@ def show(results: dict[str, Any], console: Console, report: Path | None) -> None
     print_table(console, title, columns, [row])
     rates = [[name, f"{rate:.2%}"] for name, rate in results["firing_rates"].items()]
     print_table(console, "firing rates", ["neuron layer", "rate"], rates)
-    if found := results.get("uncertainty", {}).get("auroc"):
+    if auroc := results.get("uncertainty", {}).get("auroc"):
         title = "AUROC: chance that a passage of the other text has the higher score (95 % interval)"
-        rows = [[score, *(_with_interval(of[score]) for of in found.values())] for score in next(iter(found.values()))]
-        print_table(console, title, ["score", *found], rows)
+        rows = [
+            [name, *(_with_interval(scores[name]) for scores in auroc.values())] for name in next(iter(auroc.values()))
+        ]
+        print_table(console, title, ["score", *auroc], rows)
         console.print(results["uncertainty"]["sentence"], highlight=False, markup=False)
     for note in results["left_out"] + results.get("uncertainty", {}).get("left_out", []):
         console.print(f"note: {note}", highlight=False, markup=False)

@@ -8,25 +8,29 @@ import argparse
 import sys
 
 import torch
-from nordlm.cli import as_text
+from nordlm.cli import replace_surrogates
 from nordlm.errors import RecipeError
-from nordlm.inference.loading import open_for
-from nordlm.inference.sampling import sampling, sampling_arguments
+from nordlm.inference.loading import open_from_options
+from nordlm.inference.sampling import add_sampling_options, generate_arguments
 from transformers import TextStreamer
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("prompt", nargs="?", default="", help="text to go on from; '-' reads it from standard input")
-    sampling_arguments(parser)
+    parser.add_argument("prompt", nargs="?", default="", help="text to continue; '-' reads it from standard input")
+    add_sampling_options(parser)
     options = parser.parse_args(arguments)
     try:
-        model, tokenizer = open_for(options)
+        model, tokenizer = open_from_options(options)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    prompt = sys.stdin.buffer.read().decode("utf-8", "replace") if options.prompt == "-" else as_text(options.prompt)
+    prompt = (
+        sys.stdin.buffer.read().decode("utf-8", "replace")
+        if options.prompt == "-"
+        else replace_surrogates(options.prompt)
+    )
     ids = tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"] or [
         tokenizer.eos_token_id
     ]
@@ -40,12 +44,12 @@ def main(arguments: list[str] | None = None) -> int:
             max_new_tokens=options.max_new_tokens,
             pad_token_id=tokenizer.eos_token_id,
             streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-            **sampling(options.temperature, options.top_k, options.top_p, options.repetition_penalty),
+            **generate_arguments(options.temperature, options.top_k, options.top_p, options.repetition_penalty),
         )
     except KeyboardInterrupt:
         print()
         return 130
-    except (ValueError, RuntimeError) as error:  # weights that give no probabilities, say
+    except (ValueError, RuntimeError) as error:  # for example weights with NaN
         print(f"error: {' '.join(str(error).split())[:300]}", file=sys.stderr)
         return 1
     return 0

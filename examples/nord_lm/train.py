@@ -1,10 +1,10 @@
 """Train a Nord spiking language model.
 
-    python examples/nord_lm/train.py                                    # tiny, on text that every Python has
+    python examples/nord_lm/train.py                                    # tiny, on the documentation inside CPython
     python examples/nord_lm/train.py --config small --data books.txt
     accelerate launch examples/nord_lm/train.py --config nord-144m
 
-Every run gets a folder of its own under ``runs/``; ``--resume FOLDER`` goes on with one. Ctrl-C saves before it stops.
+Every run gets its own folder under ``runs/``; ``--resume FOLDER`` continues one. Ctrl-C saves a checkpoint and stops.
 """
 
 import os
@@ -16,20 +16,20 @@ from nordlm.training.settings import parse_arguments, settings_from
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
-    # Its warning about forks is not for a loader without workers.
+    """Run the command line; return the exit status."""
+    # Its warning about forks does not apply to a loader without workers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator is found.*")
     options = parse_arguments(arguments)
 
-    # Only now, since --help needs none of it.
+    # Imported here because --help needs none of them.
     import torch
     from nordlm.training.loop import INTERRUPTED, train
     from nordlm.training.runtime import keep_freed_memory
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # of transformers; the panel shows what there is to see
-    logging.set_verbosity_error()  # it warns where text grows past the context, over which this model slides
+    logging.disable_progress_bar()  # that of transformers
+    logging.set_verbosity_error()  # it warns about text beyond the context, which this model handles with a sliding window
     if not torch.cuda.is_available():
         keep_freed_memory()
     try:
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (RecipeError, FloatingPointError, OSError) as error:  # OSError: a full disk
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # before training has begun, after it has ended, or asked for twice
+    except KeyboardInterrupt:  # before or after the training loop, or a second signal
         print("interrupted; what was saved before is whole", file=sys.stderr)
         return INTERRUPTED
 

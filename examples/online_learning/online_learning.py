@@ -1,22 +1,22 @@
-"""Does a Nord that reads a text once, learning by reward-modulated STDP, predict that text better? With controls.
+"""Measure, against controls, whether reading a text once with reward-modulated STDP lowers the loss on that text.
 
     python examples/online_learning/online_learning.py                  # trains five models first: ten minutes on two cores
     python examples/online_learning/online_learning.py --text book.txt --models runs/tiny-0001/model ...
     python examples/online_learning/online_learning.py --search         # which synapses, rates and rewards
 
-Every model (one seed each) reads the new text from its beginning, window by window. Each window is predicted first and learned
-from afterwards, so the loss is always that on text not seen before. Conditions:
+Every model (one per seed) reads the new text in order, window by window. Each window is predicted before the model learns from
+it, so the loss is always on unseen text. Conditions:
 
     on        reward-modulated STDP
-    off       control: nothing is learned
-    shuffled  control: the same rewards, given to other events of the window
+    off       control: no learning
+    shuffled  control: the same rewards, permuted over the events of the window
     zero      control: every reward is 0
-    tokens    what for: the spikes of each token are given to another token of the window
-    steps     what for: the steps of each token's spikes are shuffled, so that rates stay and timing is lost
+    tokens    ablation: the spikes are permuted over the tokens of the window
+    steps     ablation: the time steps of each token's spikes are permuted, which keeps rates and removes timing
 
-Then the loss is measured on what follows in the new text, and on old text: held-out documents of what the model was trained
-on. Differences are paired by seed; the intervals are 95 % of Student's t over the seeds. ``--search`` reads the stretch of the
-text that lies behind all this, so that what it finds is not measured on what it was found with.
+Then the loss is measured on the following part of the new text, and on old text: held-out documents of the training text.
+Differences are paired by seed; intervals are 95 % intervals of Student's t over the seeds. ``--search`` uses the part of the
+text after all of these, so that settings are not evaluated on the text that selected them.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from nordlm.data.corpus import encode, split
 from nordlm.data.sources import read_documents
 from nordlm.errors import DataError, ModelError
 from nordlm.inference.loading import open_model
-from nordlm.inference.plasticity import Control, Plasticity, PlasticityError, plasticity_arguments
+from nordlm.inference.plasticity import Control, Plasticity, PlasticityError, add_plasticity_options
 from nordlm.training.checkpoints import CheckpointError, write_json
 from nordlm.training.progress import print_table
 from nordlm.training.settings import Settings, SettingsError
@@ -75,12 +75,12 @@ SEARCHED = (  # synapses, rate, reward
 
 @dataclass
 class Outcome:
-    """What one condition did to one model: losses in nats per token.
+    """Losses of one model under one condition, in nats per token.
 
     Attributes:
-        windows: of each window of the new text, before it was learned from.
-        later: of what follows in the new text, after reading.
-        old: of held-out text of the kind that the model was trained on, after reading.
+        windows: loss on each window of the new text, before learning from it.
+        later: loss on the following part of the new text, after reading.
+        old: loss on held-out text of the training corpus, after reading.
     """
 
     windows: list[float]
@@ -89,12 +89,12 @@ class Outcome:
 
     @property
     def new(self) -> float:
-        """Mean loss on the text while it was read."""
+        """Return the mean loss on the new text during reading."""
         return sum(self.windows) / len(self.windows)
 
 
 class Interval(NamedTuple):
-    """A mean over seeds and half the width of its 95 % interval."""
+    """Mean over seeds, and half the width of its 95 % interval."""
 
     mean: float
     half: float
@@ -104,7 +104,7 @@ class Interval(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """Tokens: ``new [windows, S]`` is read, ``later`` and ``old`` are measured."""
+    """Token ids: ``new [windows, S]`` for reading, ``later [n]`` and ``old [n]`` for measuring."""
 
     new: Tensor
     later: Tensor
@@ -115,7 +115,7 @@ class Texts(NamedTuple):
 
 
 def source_code() -> Iterator[str]:
-    """Code of the running Python's standard library, without docstrings and comments; parsed and not imported."""
+    """Yield code of the running Python's standard library, without docstrings and comments; parsed, not imported."""
     library = Path(sysconfig.get_path("stdlib"))
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for path in sorted(library.glob("*.py")):
@@ -127,7 +127,7 @@ def source_code() -> Iterator[str]:
 
 
 def read_texts(options: argparse.Namespace, folder: Path, length: int, tokenizer: PreTrainedTokenizerBase) -> Texts:
-    """The new text, and the old one as the run that made the model held it out."""
+    """Return the new text, and the old text: what the model's training run has held out, or ``--old``."""
     n_read, n_measured = options.read, options.measure
     needed = n_read + n_measured
     text = source_code() if options.text is None else read_documents(str(options.text)).read()
@@ -143,9 +143,9 @@ def read_texts(options: argparse.Namespace, folder: Path, length: int, tokenizer
     return Texts(new[: n_read // length * length].view(-1, length), new[n_read:], old)
 
 
-def _old_text(given: Path | None, folder: Path) -> Iterator[str]:
-    if given is not None:
-        return read_documents(str(given)).read()
+def _old_text(path: Path | None, folder: Path) -> Iterator[str]:
+    if path is not None:
+        return read_documents(str(path)).read()
     if not (folder.parent / "settings.yaml").is_file():
         raise DataError(f"{folder} is not in the folder of a run of train.py: say with --old what it was trained on")
     training = Settings.read(folder.parent / "settings.yaml").training
@@ -167,7 +167,7 @@ def _tokens(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, limit: int
 
 
 def control(condition: str) -> Control:
-    """What a condition changes."""
+    """Return the changes to rewards and spikes under a condition."""
     if condition == "shuffled":
         return Control(rewards=lambda rewards: rewards[torch.randperm(len(rewards), device=rewards.device)])
     if condition == "zero":
@@ -175,12 +175,12 @@ def control(condition: str) -> Control:
     if condition == "tokens":
         return Control(spikes=lambda spikes: spikes[:, torch.randperm(spikes.shape[1], device=spikes.device)])
     if condition == "steps":
-        return Control(spikes=_other_steps)
+        return Control(spikes=_permute_steps)
     return Control()
 
 
-def _other_steps(spikes: Tensor) -> Tensor:
-    """Spikes ``[T, n, D]``, the steps of each token in an order of their own."""
+def _permute_steps(spikes: Tensor) -> Tensor:
+    """Permute the time steps of spikes ``[T, n, D]`` separately for each token."""
     order = torch.rand(spikes.shape[:2], device=spikes.device).argsort(0)
     return spikes.gather(0, order[..., None].expand_as(spikes))
 
@@ -192,8 +192,8 @@ def read_once(
     options: tuple[Sequence[str] | None, float | None, str],
     seed: int,
 ) -> Outcome:
-    """One condition, from the trained weights and back to them; ``options`` are synapses, rate and reward."""
-    torch.manual_seed(seed)  # of what is drawn, and of the shuffling
+    """Run one condition from the trained weights, and restore them; ``options`` are synapses, rate and reward."""
+    torch.manual_seed(seed)  # for sampled tokens and permutations
     plasticity = Plasticity(model, *options, control(condition))
     length = texts.new.shape[1]
     windows = []
@@ -208,42 +208,42 @@ def read_once(
 
 
 def compare(outcomes: dict[str, list[Outcome]], measure: str, other: str) -> Interval:
-    """How much higher a measure is with the rule on than under another condition, in the mean over seeds."""
+    """Return the paired difference of a measure, ``on`` minus another condition, over seeds."""
     pairs = zip(outcomes["on"], outcomes[other], strict=True)
     return interval([getattr(on, measure) - getattr(off, measure) for on, off in pairs])
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Mean and half the 95 % interval of Student's t, which two values are needed for."""
+    """Return the mean and half the 95 % interval of Student's t; the interval is NaN for a single value."""
     x = np.asarray(values)
     return Interval(float(x.mean()), float(half_interval(x)))
 
 
 def half_interval(x: np.ndarray) -> np.ndarray:
-    """Half the 95 % interval of the mean over the first dimension."""
+    """Return half the 95 % interval of the mean over the first dimension."""
     if len(x) < 2:
         return np.full(x.shape[1:], np.nan)
     return stats.t.ppf(0.975, len(x) - 1) * x.std(0, ddof=1) / np.sqrt(len(x))
 
 
 def percent_old(outcomes: dict[str, list[Outcome]]) -> Interval:
-    """What reading with the rule on costs on old text, in per cent of its loss."""
+    """Return the increase of the loss on old text by learning, in per cent."""
     pairs = zip(outcomes["on"], outcomes["off"], strict=True)
     return interval([100 * (on.old / off.old - 1) for on, off in pairs])
 
 
 def helps(outcomes: dict[str, list[Outcome]]) -> bool:
-    """Whether the new text gains significantly over every control, and old text loses less than 1 %."""
+    """Return whether the loss on new text is significantly below every control, and on old text rises by less than 1 %."""
     gains = [compare(outcomes, "new", name) for name in outcomes if name in CONTROLS]
     cost = percent_old(outcomes)
     return all(gain.mean + gain.half < 0 for gain in gains) and cost.mean + cost.half < 1
 
 
-# --- what is shown
+# --- output
 
 
 def report(console: Console, outcomes: dict[str, list[Outcome]]) -> None:
-    """Two tables and a sentence."""
+    """Print two tables and a summary."""
     columns = ["", *MEASURES]
     rows = [
         [name, *(f"{np.mean([getattr(o, measure) for o in of]):.4f}" for measure in MEASURES.values())]
@@ -265,7 +265,7 @@ def report(console: Console, outcomes: dict[str, list[Outcome]]) -> None:
 
 
 def plot(outcomes: dict[str, list[Outcome]], path: Path) -> None:
-    """Loss relative to ``off``: while reading (mean of all windows so far), and afterwards on later and on old text."""
+    """Plot the loss relative to ``off``: during reading (running mean over windows), and afterwards on later and old text."""
     mpl.use("Agg")
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=(2, 1), layout="constrained")
     off = outcomes["off"]
@@ -306,7 +306,7 @@ def plot(outcomes: dict[str, list[Outcome]], path: Path) -> None:
 
 
 def train_models(runs: Path, n_seeds: int) -> list[Path]:
-    """One small published Nord for each seed; those that are finished are not trained again."""
+    """Train a model with config ``tiny-published`` for each seed, unless a finished run exists; return their folders."""
     models = []
     for seed in range(n_seeds):
         out = runs / f"seed-{seed}"
@@ -327,7 +327,7 @@ def _open(options: argparse.Namespace, folder: Path) -> tuple[NordForCausalLM, T
 
 
 def experiment(options: argparse.Namespace, models: list[Path], console: Console) -> dict[str, list[Outcome]]:
-    """All conditions on all models; what the gain is for can be asked of the head alone."""
+    """Run all conditions on all models; the ablations only if ``lm_head`` alone learns."""
     ablations = ABLATIONS if options.synapses in (None, ["lm_head"]) else ()
     outcomes: dict[str, list[Outcome]] = {condition: [] for condition in ("on", *CONTROLS, *ablations)}
     for seed, folder in enumerate(track(models, "reading", console=console, transient=True)):
@@ -338,7 +338,7 @@ def experiment(options: argparse.Namespace, models: list[Path], console: Console
 
 
 def search(options: argparse.Namespace, models: list[Path], console: Console) -> list[list[str]]:
-    """The table of settings: differences to ``off`` and to ``shuffled``."""
+    """Print and return the table of settings: differences to ``off`` and to ``shuffled``."""
     opened = [_open(options, folder) for folder in models]
     off = [read_once(*both, "off", (None, None, "error"), seed) for seed, both in enumerate(opened)]
     rows = []
@@ -364,25 +364,27 @@ def search(options: argparse.Namespace, models: list[Path], console: Console) ->
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--text", type=Path, help="the new text (default: source code of Python's standard library)")
-    parser.add_argument("--old", type=Path, help="text to keep (default: what the run of each model held out)")
-    parser.add_argument("--models", type=Path, nargs="+", help="folders of trained models (default: trains five)")
-    parser.add_argument("--runs", type=Path, default=Path("runs/online"), help="where models are trained")
-    parser.add_argument("--seeds", type=number(2, kind=int), default=5, help="models to train")
-    parser.add_argument("--read", type=number(2, kind=int), default=16_384, help="tokens to read")
+    parser.add_argument("--old", type=Path, help="old text (default: the held-out text of the run of each model)")
     parser.add_argument(
-        "--measure", type=number(2, kind=int), default=12_288, help="later, and old, tokens to measure on"
+        "--models", type=Path, nargs="+", help="folders of trained models (default: train --seeds models)"
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs/online"), help="folder for the training runs")
+    parser.add_argument("--seeds", type=number(2, kind=int), default=5, help="number of models to train (default: 5)")
+    parser.add_argument("--read", type=number(2, kind=int), default=16_384, help="tokens to read (default: 16384)")
+    parser.add_argument(
+        "--measure", type=number(2, kind=int), default=12_288, help="tokens of later text, and of old text, to measure"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/online"), help="folder for results.json and the plot")
-    parser.add_argument("--search", action="store_true", help="try many settings and print a table of them")
-    plasticity_arguments(parser)
+    parser.add_argument("--search", action="store_true", help="compare settings and print a table")
+    add_plasticity_options(parser)
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     options = parse(arguments)
     logging.disable_progress_bar()
     logging.set_verbosity_error()

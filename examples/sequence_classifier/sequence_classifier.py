@@ -1,10 +1,10 @@
-"""Which package does a passage of documentation come from? A transformer encoder, and the same with resonance for attention.
+"""Classify passages of documentation by package, with softmax attention, with resonance, and without exchange.
 
-    python examples/sequence_classifier/sequence_classifier.py     # text inside every Python, no network; under three minutes
+    python examples/sequence_classifier/sequence_classifier.py     # with text inside Python, no network; under three minutes
 
-``torch.nn.TransformerEncoder`` as it is; the same encoder with the ``self_attn`` of every layer replaced by co-firing resonance,
-which binds words by counting coincident spikes; and the same without any exchange between words. Passages of 32 words from the
-docstrings of Python's standard library; whole modules are held out.
+The models are ``torch.nn.TransformerEncoder``, the same encoder with the ``self_attn`` of every layer replaced by co-firing
+resonance, which weights words by their number of coincident spikes, and the same without exchange between words. The data are
+passages of 32 words from the docstrings of Python's standard library; whole modules are held out.
 """
 
 import argparse
@@ -37,7 +37,7 @@ BATCH, EPOCHS, LR = 64, 6, 2e-3
 
 
 class Data(NamedTuple):
-    """Word ids ``[n, 32]`` and packages ``[n]``, to train on and held out."""
+    """Word ids ``[n, 32]`` and packages ``[n]``, for training and held out."""
 
     train_x: Tensor
     train_y: Tensor
@@ -47,9 +47,9 @@ class Data(NamedTuple):
 
 
 class ResonanceAttention(nn.Module):
-    """Co-firing resonance with the signature of ``nn.MultiheadAttention``: the features are a current for a few steps."""
+    """Co-firing resonance with the signature of ``nn.MultiheadAttention``; features are a constant current."""
 
-    batch_first = False  # keeps TransformerEncoderLayer off the fused path, which knows only its own attention
+    batch_first = False  # disables the fused path of TransformerEncoderLayer, which would ignore this module
 
     def __init__(self, n_features: int, n_heads: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class ResonanceAttention(nn.Module):
         )
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, **more: Any) -> tuple[Tensor, None]:
-        """Context ``[B, S, D]`` of ``query``, which is key and value too; no weights."""
+        """Return the output ``[B, S, D]`` and None for the weights; key and value must be ``query``."""
         if more.get("attn_mask") is not None or more.get("key_padding_mask") is not None:
             raise ValueError(
                 "ResonanceAttention takes no masks: passages of one length, of which all words see each other"
@@ -67,16 +67,16 @@ class ResonanceAttention(nn.Module):
 
 
 class NoAttention(nn.Module):
-    """Nothing is exchanged."""
+    """Replacement of attention without exchange between words."""
 
     batch_first = False
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, **ignored: Any) -> tuple[Tensor, None]:
-        """Zeros."""
+        """Return zeros."""
         return torch.zeros_like(query), None
 
 
-#: What takes the place of ``self_attn``; None leaves it.
+#: Replacements of ``self_attn``; None keeps it.
 KINDS: dict[str, Callable[[], nn.Module] | None] = {
     "softmax attention": None,
     "co-firing resonance": lambda: ResonanceAttention(WIDTH, HEADS),
@@ -85,7 +85,7 @@ KINDS: dict[str, Callable[[], nn.Module] | None] = {
 
 
 class Classifier(nn.Module):
-    """Embedding and positions, an encoder, the mean over words."""
+    """Classifier: embedding plus positions, an encoder, the mean over words, a linear head."""
 
     def __init__(self, n_classes: int, make: Callable[[], nn.Module] | None) -> None:
         super().__init__()
@@ -99,12 +99,12 @@ class Classifier(nn.Module):
         self.head = nn.Linear(WIDTH, n_classes)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Logits ``[B, n_classes]`` of ``ids [B, 32]``."""
+        """Return logits ``[B, n_classes]`` for ``ids [B, 32]``."""
         return self.head(self.encoder(self.words(ids) + self.places).mean(1))
 
 
 def passages(module: Path) -> list[list[str]]:
-    """The words of a module's docstrings in passages of 32; it is parsed, not imported."""
+    """Return the words of a module's docstrings in passages of 32; the module is parsed, not imported."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(ast.parse(module.read_bytes())) if isinstance(node, documented)]
     words = re.findall(r"[a-z]+|[^\sa-z]", " ".join(ast.get_docstring(node) or "" for node in nodes).lower())
@@ -112,7 +112,7 @@ def passages(module: Path) -> list[list[str]]:
 
 
 def documentation() -> Data:
-    """Every fourth module of each package is held out."""
+    """Return the data; every fourth module of each package is held out."""
     library = Path(sysconfig.get_path("stdlib"))
     sides: tuple[list[tuple[list[str], int]], list[tuple[list[str], int]]] = ([], [])
     names = [name for name in PACKAGES if (library / name).is_dir()]
@@ -133,7 +133,7 @@ def documentation() -> Data:
 
 
 def train(make: Callable[[], nn.Module] | None, seed: int, epochs: int, data: Data) -> tuple[float, dict[str, float]]:
-    """Accuracy on held-out modules, and firing rates if anything fires."""
+    """Train a classifier; return its accuracy on held-out modules, and the firing rates of its neurons."""
     torch.manual_seed(seed)
     net = Classifier(len(data.names), make)
     optimizer = torch.optim.AdamW(net.parameters(), lr=LR, weight_decay=0.05)
@@ -157,7 +157,7 @@ def train(make: Callable[[], nn.Module] | None, seed: int, epochs: int, data: Da
 
 
 def plot(results: dict[str, list[float]], chance: float, path: Path) -> None:
-    """A dot for each seed."""
+    """Plot a dot for each seed."""
     mpl.use("Agg")
     figure, axis = plt.subplots(figsize=(6, 2.5), layout="constrained")
     for place, (name, values) in enumerate(results.items()):
@@ -171,11 +171,11 @@ def plot(results: dict[str, list[float]], chance: float, path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for the picture")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for the plot")
     options = parser.parse_args(arguments)
     if options.seeds < 1 or options.epochs < 1:
         parser.error("expected at least one seed and one epoch")

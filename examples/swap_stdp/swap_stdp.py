@@ -1,4 +1,4 @@
-"""Digits learned without labels, by STDP: a SpikingJelly and a snnTorch network, each with its own rule and with two of ours.
+"""Unsupervised STDP on digits, in a SpikingJelly and a snnTorch network, each with its own rule and two of nord-snn.
 
     python examples/swap_stdp/swap_stdp.py          # scikit-learn's digits, no network needed; half a minute
 
@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from nord_snn.learning_rules import STDP, TripletSTDP
 
 STEPS, N_NEURONS, BATCH, EPOCHS = 16, 100, 32, 8
-TAU = 5.0  # of the traces, in steps
-RATE, WEAKER = 0.003, 0.001  # change per pair that strengthens, and that weakens
+TAU = 5.0  # time constant of the traces, in time steps
+RATE, WEAKER = 0.003, 0.001  # weight change per pair: potentiation, depression
 TRIPLETS: dict[str, Any] = {"a2_plus": RATE, "a2_minus": WEAKER, "a3_plus": RATE, "a3_minus": 0.0}
-STRENGTH, FATIGUE = 2.0, 5.0  # norm of a neuron's weights; how much a win tires
+STRENGTH, FATIGUE = 2.0, 5.0  # norm of a neuron's weights; handicap for frequent winners
 
 
 class Digits(NamedTuple):
@@ -42,7 +42,7 @@ class Digits(NamedTuple):
 
 
 def digits() -> tuple[Digits, Digits]:
-    """Training and test images."""
+    """Return training and test images."""
     data = load_digits()
     split = train_test_split(data.data / 16.0, data.target, test_size=0.25, random_state=0, stratify=data.target)
     train_x, test_x, train_y, test_y = (torch.as_tensor(part) for part in split)
@@ -50,12 +50,12 @@ def digits() -> tuple[Digits, Digits]:
 
 
 def encode(images: Tensor) -> Tensor:
-    """Spikes ``[T, N, 64]`` with the brightness as their probability."""
+    """Return spikes ``[T, N, 64]`` with the brightness as their probability."""
     return (torch.rand(STEPS, *images.shape) < images).float()
 
 
 class Competition(nn.Module):
-    """Only the neuron with the largest current fires; who wins often tires."""
+    """Winner-take-all: only the neuron with the largest current fires; frequent winners get a handicap."""
 
     fatigue: Tensor
 
@@ -65,18 +65,18 @@ class Competition(nn.Module):
         self.winners = torch.zeros(1, N_NEURONS)
 
     def choose(self, drive: Tensor) -> None:
-        """The winner of every image, by the mean current ``[N, D]``; inhibition that holds as long as the image does."""
+        """Select the winner of every image by the mean current ``[N, D]``, for all time steps of the image."""
         self.winners = nn.functional.one_hot((drive - self.fatigue).argmax(-1), N_NEURONS).to(drive)
         if self.training:
             self.fatigue += FATIGUE * (self.winners.mean(0) - 1 / N_NEURONS)
 
     def forward(self, spikes: Tensor) -> Tensor:
-        """Spikes ``[*, N, D]``, of which those of the winners are left."""
+        """Return the spikes ``[*, N, D]`` of the winners only."""
         return spikes * self.winners
 
 
 class SpikingJellyNet(nn.Module):
-    """Whole sequences, ``[T, N, 64]``."""
+    """SpikingJelly network, multi-step: ``[T, N, 64]`` at once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class SpikingJellyNet(nn.Module):
         self.competition = Competition()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Spikes ``[T, N, 100]``."""
+        """Return spikes ``[T, N, 100]``."""
         functional.reset_net(self)
         current = self.fc(x)
         self.competition.choose(current.mean(0))
@@ -93,7 +93,7 @@ class SpikingJellyNet(nn.Module):
 
 
 class SnnTorchNet(nn.Module):
-    """Step by step, ``[N, 64]`` each."""
+    """SnnTorch network, one time step ``[N, 64]`` at a time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class SnnTorchNet(nn.Module):
         self.competition = Competition()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Spikes ``[T, N, 100]``."""
+        """Return spikes ``[T, N, 100]``."""
         self.competition.choose(nn.functional.linear(x.mean(0), self.fc.weight))
         membrane, spikes = self.lif.init_leaky(), []
         for x_t in x:
@@ -111,7 +111,7 @@ class SnnTorchNet(nn.Module):
         return torch.stack(spikes)
 
 
-#: How each learner is constructed: the line that differs. None leaves the weights as they were drawn.
+#: Constructors of the learners, the only line that differs. None keeps the initial weights.
 LEARNERS: dict[str, dict[str, Callable[[Any], Any] | None]] = {
     "SpikingJelly": {
         "none": None,
@@ -130,18 +130,18 @@ NETS: dict[str, type[SpikingJellyNet | SnnTorchNet]] = {"SpikingJelly": SpikingJ
 
 
 def strengthen(weight: Tensor) -> float:
-    """The two other learners take the rates as functions of the weight."""
+    """Return the potentiation rate; the learners of SpikingJelly and snnTorch take functions of the weight."""
     return RATE
 
 
 def weaken(weight: Tensor) -> float:
-    """See :func:`strengthen`."""
+    """Return the depression rate, see :func:`strengthen`."""
     return WEAKER
 
 
 @torch.no_grad()
 def train(net: SpikingJellyNet | SnnTorchNet, make: Callable[[Any], Any] | None, data: Digits, epochs: int) -> None:
-    """Show all images; the learner changes ``fc``."""
+    """Present all images; the learner changes ``fc``."""
     normalise(net.fc)
     if make is None:
         return
@@ -150,7 +150,7 @@ def train(net: SpikingJellyNet | SnnTorchNet, make: Callable[[Any], Any] | None,
     net.train()
     for _ in range(epochs):
         for batch in torch.randperm(len(data.images)).split(BATCH):
-            if len(batch) < BATCH:  # traces go on from batch to batch, so all have the same size
+            if len(batch) < BATCH:  # traces persist over batches, so all must have the same size
                 continue
             net(encode(data.images[batch]))
             optimizer.zero_grad()
@@ -161,14 +161,14 @@ def train(net: SpikingJellyNet | SnnTorchNet, make: Callable[[Any], Any] | None,
 
 @torch.no_grad()
 def normalise(fc: nn.Linear) -> None:
-    """Weights are excitatory, and those of a neuron have a fixed norm."""
+    """Clamp weights to be excitatory, and normalise those of each neuron."""
     weight = fc.weight.clamp_(min=0)
     weight *= STRENGTH / weight.norm(dim=1, keepdim=True).clamp(min=1e-6)
 
 
 @torch.no_grad()
 def accuracy(net: SpikingJellyNet | SnnTorchNet, train_data: Digits, test_data: Digits) -> float:
-    """Each neuron stands for the label that it fired for most in training; a test image is what its winner stands for."""
+    """Return the test accuracy: each neuron gets the label it fired for most, and an image the label of its winner."""
     net.eval()
     counts = net(encode(train_data.images)).sum(0)
     by_label = torch.stack([counts[train_data.labels == label].sum(0) for label in range(10)])  # [10, D]
@@ -178,7 +178,7 @@ def accuracy(net: SpikingJellyNet | SnnTorchNet, train_data: Digits, test_data: 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=EPOCHS)

@@ -1,5 +1,5 @@
-"""Every private or version-bound name of another library, one file a library, each with the reason.
+"""Private and version-dependent names of other libraries, one file per library, each use with its reason.
 
-No other file uses a name that its owner calls private; ``tests/test_compat.py`` checks that. What breaks with a new release
-of a library therefore breaks here, and is mended here.
+No other file uses private names of other libraries; ``tests/test_compat.py`` checks that. So a new release of a library can
+break the files of this folder only.
 """

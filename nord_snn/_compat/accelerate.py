@@ -1,17 +1,17 @@
-"""Attributes of accelerate that its documentation does not have. Written for 1.10 and newer, tested with 1.15."""
+"""Undocumented attributes of accelerate. Written for 1.10 and newer, tested with 1.15."""
 
 from pathlib import Path
 
 from accelerate import Accelerator
 
-__all__ = ["begin_accumulation_anew", "log_into"]
+__all__ = ["reset_accumulation", "set_log_folder"]
 
 
-def begin_accumulation_anew(accelerator: Accelerator) -> None:
-    """Count micro-batches from zero: a checkpoint may be from the middle of an accumulation that broke off."""
+def reset_accumulation(accelerator: Accelerator) -> None:
+    """Count micro-batches from zero: a checkpoint may have been saved within an unfinished accumulation."""
     accelerator.step = 0
 
 
-def log_into(accelerator: Accelerator, folder: Path) -> None:
-    """Let trackers that are started from now on write into this folder, which is known after the accelerator is made."""
+def set_log_folder(accelerator: Accelerator, folder: Path) -> None:
+    """Set the folder of trackers that are started later; the accelerator is created before the folder is known."""
     accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(folder)

@@ -1,8 +1,8 @@
-"""Private names of Numba and llvmlite that the kernels and their vectors are made with. Tested with Numba 0.68.
+"""Private names of Numba and llvmlite for the kernels and their SIMD types. Tested with Numba 0.68.
 
 Numba's documented extension interface (``numba.extending``) has no pointers to array data, no calls of LLVM intrinsics, no
-stack slots, and no way to say what a cache depends on. What it has for them lies in ``numba.core`` and ``numba.np``, which
-may change in any release.
+stack slots, and no way to set what a cache depends on. ``numba.core`` and ``numba.np`` have these, and may change in any
+release.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,13 @@ __all__ = ["cached_njit", "call_intrinsic", "data_pointer", "pointer_type", "sta
 
 
 def cached_njit(function: Callable[..., Any], stamp: str, **options: Any) -> Any:
-    """Compile ``function``, cached on disk for as long as its file and ``stamp`` stay the same.
+    """Compile ``function`` and cache it on disk; the cache is valid while its file and ``stamp`` stay the same.
 
-    ``njit(cache=True)`` notices a change of the function's own file alone, and would run machine code that was made of
-    an earlier version of what the function calls.
+    ``njit(cache=True)`` checks the function's own file only, and would run code compiled from earlier versions of the
+    functions that it calls.
     """
     dispatcher = njit(**options)(function)
-    if hasattr(dispatcher, "enable_caching"):  # under NUMBA_DISABLE_JIT it is the function itself
+    if hasattr(dispatcher, "enable_caching"):  # under NUMBA_DISABLE_JIT njit returns the function itself
         dispatcher.enable_caching()
         file = dispatcher._cache._cache_file
         file._source_stamp = (file._source_stamp, stamp)
@@ -31,7 +31,7 @@ def cached_njit(function: Callable[..., Any], stamp: str, **options: Any) -> Any
 
 
 def call_intrinsic(builder: Any, name: str, result: ir.Type, operands: list[Any]) -> Any:
-    """Call an intrinsic function of LLVM, declaring it where that has not been done."""
+    """Call an LLVM intrinsic, and declare it first if necessary."""
     kind = ir.FunctionType(result, [operand.type for operand in operands])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), operands)
 
@@ -42,10 +42,10 @@ def data_pointer(context: Any, builder: Any, array_type: Any, array: Any) -> Any
 
 
 def pointer_type(kind: ir.Type) -> ir.PointerType:
-    """Return a typed pointer, which llvmlite will give up for opaque ones."""
+    """Return a typed pointer type, which llvmlite will replace by opaque ones."""
     return kind.as_pointer()
 
 
 def stack_slot(builder: Any, kind: ir.Type) -> Any:
-    """Reserve memory on the stack, once a function and not in every turn of a loop."""
+    """Allocate memory on the stack, once per function call and not in every iteration of a loop."""
     return cgutils.alloca_once(builder, kind)

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-__all__ = ["leave_write_errors_to_the_caller"]
+__all__ = ["raise_write_errors_only"]
 
 
-def leave_write_errors_to_the_caller(writer: Any) -> None:
-    """Let a ``SummaryWriter`` report an error of the disk by raising it, and not also by a traceback of its thread.
+def raise_write_errors_only(writer: Any) -> None:
+    """Make a ``SummaryWriter`` report disk errors by raising them, without the traceback that its thread prints.
 
-    The thread keeps the error, and the next call of the writer raises it. To keep the traceback of that thread alone away takes
-    the thread itself; ``threading.excepthook`` belongs to the application.
+    The thread stores the error, and the next call of the writer raises it. This changes the exception hook of that thread only;
+    ``threading.excepthook`` belongs to the application.
     """
     worker = writer.file_writer.event_writer._async_writer._worker
     report = worker._invoke_excepthook

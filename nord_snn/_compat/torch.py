@@ -12,21 +12,21 @@ from torch.utils._python_dispatch import TorchDispatchMode  # has no public name
 
 __all__ = [
     "ForwardObserver",
-    "KeepsStatePrecision",
+    "StatePrecisionMixin",
     "TorchDispatchMode",
     "allow_recompilations",
     "assert_in_graph",
     "constant_when_compiled",
+    "detached_state",
     "dispatch_mode_is_active",
     "is_view",
-    "moved_state",
+    "move_state",
     "observe_forward",
     "operators_by_private_name",
     "padding_on_both_sides",
     "stop_observing_forward",
-    "version_of",
+    "version_counter",
     "without_dispatch_modes",
-    "without_graph",
     "without_torch_function",
 ]
 
@@ -34,7 +34,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def constant_when_compiled(function: Function) -> Function:
-    """Let torch.compile call ``function`` while it traces, and take the result for a constant.
+    """Make torch.compile call ``function`` during tracing and use the result as a constant.
 
     ``torch.compiler.assume_constant_result`` does the same, but imports TorchDynamo, which doubles the time that
     ``import nord_snn`` takes.
@@ -44,81 +44,81 @@ def constant_when_compiled(function: Function) -> Function:
 
 
 def allow_recompilations(number: int) -> None:
-    """Let torch.compile compile one function for that many kinds of arguments; for programs, since it is process-wide."""
+    """Set torch.compile's limit of recompilations per function. Process-wide, so for scripts only."""
     torch._dynamo.config.recompile_limit = number
 
 
 def dispatch_mode_is_active() -> bool:
-    """Whether a ``TorchDispatchMode`` watches the operators that are called. There is no public way to ask."""
+    """Return whether a ``TorchDispatchMode`` is active. There is no public function for it."""
     return bool(_python_dispatch.is_in_torch_dispatch_mode())
 
 
 def without_dispatch_modes() -> AbstractContextManager[Any]:
-    """Leave the modes that watch operators for the time being. There is no public way to do so."""
+    """Disable all dispatch modes in a ``with`` block. There is no public function for it."""
     return _python_dispatch._disable_current_modes()
 
 
-def version_of(x: Tensor) -> int:
-    """Return how often ``x`` was written into; autograd compares this number, and shows it nowhere else."""
+def version_counter(x: Tensor) -> int:
+    """Return autograd's version counter of ``x``: the number of in-place writes."""
     return x._version
 
 
 def assert_in_graph(condition: Tensor, message: str) -> None:
-    """Raise a RuntimeError when compiled code runs and ``condition`` does not hold; no branch is compiled for it."""
+    """Raise a RuntimeError if ``condition`` is False when compiled code runs, without a graph break."""
     torch._assert_async(condition, message)
 
 
 def without_torch_function() -> AbstractContextManager[Any]:
-    """Call tensor methods in C, also under a ``TorchFunctionMode`` such as ``with torch.device(...)``."""
+    """Disable every ``TorchFunctionMode``, such as ``with torch.device(...)``, so that tensor methods run in C."""
     return torch._C.DisableTorchFunction()
 
 
 def is_view(x: Tensor) -> bool:
-    """Return whether ``x`` is a view for autograd, which refuses some operations in place on views."""
+    """Return whether ``x`` is a view for autograd, which rejects some in-place operations on views."""
     return x._is_view()
 
 
 def padding_on_both_sides(conv: nn.Conv1d | nn.Conv2d) -> tuple[tuple[int, int], ...]:
     """Return the padding ``(before, after)`` of each spatial dimension.
 
-    The public ``conv.padding`` is a word for ``padding="same"``, where the two sides may differ.
+    The public ``conv.padding`` is the string ``"same"`` for such padding, whose two sides may differ.
     """
     sides = conv._reversed_padding_repeated_twice
     return tuple((int(sides[i]), int(sides[i + 1])) for i in range(len(sides) - 2, -1, -2))
 
 
 def operators_by_private_name(*names: str) -> set[Any]:
-    """Return the operators ``torch.ops.aten.<name>``, whose names begin with an underscore, as modes see them."""
+    """Return the operators ``torch.ops.aten.<name>`` whose names begin with an underscore."""
     return {getattr(torch.ops.aten, name) for name in names}
 
 
 # --- state that moves with a module
 
 
-def moved_state(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
-    """Move a state where ``fn`` moves a module's tensors, but never to fewer bits.
+def move_state(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """Move a state to the device and dtype to which ``fn`` moves a module's tensors, but never to a narrower dtype.
 
-    Only device and dtype of ``fn(value)`` are used: its values are undefined under ``to_empty``.
+    The values of ``fn(value)`` are ignored, because ``to_empty`` returns uninitialised memory.
     """
     if not isinstance(value, Tensor):
         return value
-    after = fn(value)
+    target = fn(value)
     if value.is_meta:  # has no data to move
         return value
-    narrower = after.is_floating_point() and after.dtype.itemsize < value.dtype.itemsize
-    return value.to(after.device, value.dtype if narrower else after.dtype)
+    narrower = target.is_floating_point() and target.dtype.itemsize < value.dtype.itemsize
+    return value.to(target.device, value.dtype if narrower else target.dtype)
 
 
-def without_graph(value: Any) -> Any:
-    """Return a tensor detached, and anything else as it is."""
+def detached_state(value: Any) -> Any:
+    """Return a tensor detached, and any other value unchanged."""
     return value.detach() if isinstance(value, Tensor) else value
 
 
-class KeepsStatePrecision:
-    """Makes a module one whose state moves with it, but stays float32 in a half-precision network.
+class StatePrecisionMixin:
+    """Mixin for modules whose state moves with them but stays float32 in a half-precision network.
 
-    ``to``, ``half``, ``cuda`` and the like all end in ``Module._apply``, which torch offers no public way to follow. Stands
-    before the base class that is a module; :meth:`get_state` and :meth:`set_state` say what is state.
+    ``to``, ``half`` and ``cuda`` all call ``Module._apply``, for which torch has no public hook. List the mixin before the
+    module class; :meth:`get_state` and :meth:`set_state` define the state.
     """
 
     def get_state(self) -> dict[str, Any]:
@@ -126,35 +126,35 @@ class KeepsStatePrecision:
         raise NotImplementedError
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Take over a state that :meth:`get_state` has returned."""
+        """Set a state that :meth:`get_state` has returned."""
         raise NotImplementedError
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        state = {name: moved_state(value, fn) for name, value in self.get_state().items()}
-        # Module's own, not that of classes between: SpikingJelly's takes no ``recurse``.
+        state = {name: move_state(value, fn) for name, value in self.get_state().items()}
+        # Module's method, not that of classes in between: SpikingJelly's has no ``recurse``.
         nn.Module._apply(self, fn, recurse=recurse)  # type: ignore[arg-type]
         self.set_state(state)
         return self
 
 
-# --- calls that are observed, in compiled code too
+# --- observed forwards, in compiled code too
 
 
 class ForwardObserver(Protocol):
-    """What :func:`observe_forward` calls around each forward of a module."""
+    """Interface of observers: :func:`observe_forward` calls them around each forward of a module."""
 
     def before(self, module: nn.Module) -> None:
-        """Called with the module before it runs."""
+        """Receive the module before it runs."""
 
     def after(self, module: nn.Module, output: Any) -> None:
-        """Called with the module and what its forward returned."""
+        """Receive the module and the output of its forward."""
 
 
 _OBSERVERS, _INNER = "_nord_snn_observers", "_nord_snn_forward"
 
 
 class _Observers(tuple):
-    """Observers of a module; copies and pickles of the module have none."""
+    """Observers of a module; not copied or pickled with it."""
 
     def __deepcopy__(self, memo: Any) -> "_Observers":
         return _Observers()
@@ -166,37 +166,36 @@ class _Observers(tuple):
 def observe_forward(module: nn.Module, observer: ForwardObserver) -> None:
     """Call ``observer`` around every forward of ``module``, also in code that was compiled before.
 
-    TorchDynamo does not notice a forward hook that is registered after compilation. But it guards the absence of an attribute
-    ``forward`` on every module instance that it traces, since others patch it. So this sets one: code that was compiled with
-    this module in it is compiled again, once. All other compiled code stays as it is, and so does the earlier code of this
-    module, which runs again when its last observer has gone.
+    TorchDynamo ignores forward hooks that are registered after compilation, but it has a guard that a traced module has no
+    instance attribute ``forward``. So this sets one: compiled code that contains this module is compiled again, once. All other
+    compiled code stays valid, and so does the earlier code of this module, which runs again once it has no observer.
     """
     if not _is_observed(module):
-        setattr(module, _INNER, module.__dict__.get("forward"))  # somebody else's patch, or None
+        setattr(module, _INNER, module.__dict__.get("forward"))  # a patch by other code, or None
         setattr(module, _OBSERVERS, _Observers())
-        module.forward = MethodType(forward, module)  # a copy of the module gets a method of its own
+        module.forward = MethodType(forward, module)  # a copied module gets its own method
         module._replicate_for_data_parallel = MethodType(_replicate_for_data_parallel, module)  # type: ignore[method-assign]
     setattr(module, _OBSERVERS, _Observers((*getattr(module, _OBSERVERS), observer)))
 
 
 def stop_observing_forward(module: nn.Module, observer: ForwardObserver) -> None:
-    """Take an observer off again; do nothing if it is not there."""
-    left = _Observers(other for other in getattr(module, _OBSERVERS, ()) if other is not observer)
-    if not left and _has(module, forward):
+    """Remove an observer; do nothing if it is not registered."""
+    remaining = _Observers(other for other in getattr(module, _OBSERVERS, ()) if other is not observer)
+    if not remaining and _has_forward(module, forward):
         _restore(module)
-    elif _is_observed(module):  # others observe it, too, or somebody has patched ``forward`` on top of this
-        setattr(module, _OBSERVERS, left)
-    else:  # somebody has put another ``forward`` in the place of this
-        _forget(module)
+    elif _is_observed(module):  # observers remain, or other code has wrapped this ``forward``
+        setattr(module, _OBSERVERS, remaining)
+    else:  # other code has replaced this ``forward``
+        _clear_attributes(module)
 
 
 def _is_observed(module: nn.Module) -> bool:
-    """Whether our forward is there, or below somebody else's patch."""
-    patched = "forward" in module.__dict__ and not _has(module, type(module).forward)
-    return _has(module, forward) or (patched and _INNER in module.__dict__)
+    """Return whether our ``forward`` is set, possibly wrapped by a patch of other code."""
+    patched = "forward" in module.__dict__ and not _has_forward(module, type(module).forward)
+    return _has_forward(module, forward) or (patched and _INNER in module.__dict__)
 
 
-def _has(module: nn.Module, function: Any) -> bool:
+def _has_forward(module: nn.Module, function: Any) -> bool:
     return getattr(module.__dict__.get("forward"), "__func__", None) is function
 
 
@@ -205,16 +204,16 @@ def _restore(module: nn.Module) -> None:
     del module.forward
     if inner is not None:
         module.forward = inner
-    _forget(module)
+    _clear_attributes(module)
 
 
-def _forget(module: nn.Module) -> None:
+def _clear_attributes(module: nn.Module) -> None:
     for name in (_OBSERVERS, _INNER, "_replicate_for_data_parallel"):
         module.__dict__.pop(name, None)
 
 
 def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
-    """A replica for ``DataParallel`` has a copy of ``__dict__``, and in it the method of the original."""
+    """Return a replica for ``DataParallel`` without observers: it copies ``__dict__`` with the method bound to the original."""
     replica = type(self)._replicate_for_data_parallel(self)
     _restore(replica)
     return replica
@@ -223,7 +222,7 @@ def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
 def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Run the forward of ``self`` between its observers.
 
-    Bears this name because methods are pickled by name: the pickle of an observed module has the forward of its class.
+    Methods are pickled by name, so it must be called ``forward``: a pickled observed module then has the forward of its class.
     """
     for observer in self._nord_snn_observers:
         observer.before(self)

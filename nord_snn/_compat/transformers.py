@@ -1,7 +1,7 @@
-"""Names of transformers that it renames or calls private. Knows 5.23 and 5.24.
+"""Private and renamed names of transformers. Supports 5.23 and 5.24.
 
 5.24 renames the keyword ``past_key_values`` of ``forward``, ``prepare_inputs_for_generation`` and of outputs to ``cache``. A
-model takes both names here, and hands the cache on under the one that the installed release uses.
+model accepts both names here, and returns the cache under the name that the installed release uses.
 """
 
 import inspect
@@ -26,14 +26,14 @@ __all__ = [
     "register_causal_lm",
 ]
 
-#: What the installed release calls the cache.
+#: Name of the cache in the installed release.
 CACHE = (
     "cache"
     if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
     else "past_key_values"
 )
 
-#: Layers of a ``DynamicCache`` that keep what they are given, all of it or the newest. Others round it or change it in place.
+#: Layers of a ``DynamicCache`` that store states unchanged, all or the newest. Others quantise or overwrite them.
 _GROWING = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
@@ -41,7 +41,7 @@ def cache_from(cache: Cache | None, past_key_values: Cache | None) -> Cache | No
     """Return the cache that was passed under either name.
 
     Raises:
-        TypeError: it was passed under both.
+        TypeError: it was passed under both names.
     """
     if cache is not None and past_key_values is not None:
         raise TypeError(
@@ -51,20 +51,20 @@ def cache_from(cache: Cache | None, past_key_values: Cache | None) -> Cache | No
 
 
 def causal_lm_output(loss: Tensor | None, logits: Tensor, cache: Cache | None) -> CausalLMOutputWithPast:
-    """Return the output of a causal language model, its cache under the name of the installed release."""
+    """Return the output of a causal language model, with the cache under the name of the installed release."""
     return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
 
 
 def cache_of(output: CausalLMOutputWithPast) -> Cache | None:
-    """Return the cache in an output of any release."""
+    """Return the cache of an output, in either release."""
     return output.get(CACHE)
 
 
 def check_growing_cache(cache: Any, window: int) -> None:
-    """Check that a cache keeps what it is given, for as many positions as the model has.
+    """Check that a cache stores states unchanged, for as many positions as the model has.
 
     Raises:
-        ValueError: it is of another kind, or was made for another window.
+        ValueError: the cache is of another kind, or was created for another window.
     """
     layers = cache.layers if isinstance(cache, DynamicCache) else [cache]
     for layer in layers:
@@ -80,16 +80,16 @@ def check_growing_cache(cache: Any, window: int) -> None:
 
 
 def refuse_unknown_keywords(owner: str, keywords: dict[str, Any], not_offered: dict[str, str]) -> None:
-    """Raise for every keyword but those that are known, not offered, and switched off (None or False).
+    """Raise for every keyword, except those of ``not_offered`` that are None or False.
 
     Args:
-        owner: who was called, for the message.
-        keywords: what was passed beside the arguments that the owner takes.
-        not_offered: keywords that transformers' models may take, and why this one does not.
+        owner: name of the model or function, for the message.
+        keywords: the additional keyword arguments that were passed.
+        not_offered: keywords of other transformers models, each with the reason why this model does not support it.
 
     Raises:
-        ValueError: something is asked for that is not offered.
-        TypeError: nobody knows the keyword.
+        ValueError: a keyword of ``not_offered`` is neither None nor False.
+        TypeError: a keyword is unknown.
     """
     for name, value in keywords.items():
         if name not in not_offered:
@@ -99,44 +99,44 @@ def refuse_unknown_keywords(owner: str, keywords: dict[str, Any], not_offered: d
 
 
 def register_causal_lm(model_type: str, name: str) -> None:
-    """Enter a class among the causal language models: by its name ``Trainer`` knows that labels are shifted."""
+    """Register a class as a causal language model: ``Trainer`` shifts labels for registered names."""
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] = name
 
 
 class CausalLM(PreTrainedModel, GenerationMixin):
-    """A causal language model of transformers, with public names in place of the underscored ones that it reads.
+    """A causal language model of transformers, with public names for the underscored ones that transformers reads.
 
     Class attributes:
-        tied_weights: parameters that are one where the configuration ties word embeddings, ``{name: name of the other}``.
+        tied_weights: parameters shared if the configuration ties word embeddings, ``{name: name of the other}``.
     """
 
     tied_weights: ClassVar[dict[str, str]] = {}
-    #: Lets ``Trainer`` pass ``num_items_in_batch``; without it, it would look for ``**kwargs``.
+    #: Makes ``Trainer`` pass ``num_items_in_batch``; otherwise it checks the signature for ``**kwargs``.
     accepts_loss_kwargs = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Hand the tied weights on; transformers reads them off the class."""
+        """Set the attribute of the class from which transformers reads tied weights."""
         super().__init_subclass__(**kwargs)
         cls._tied_weights_keys = cls.tied_weights
 
-    def keep_whole(self, modules: Iterable[nn.Module]) -> None:
-        """Name the kinds of modules that a device map or FSDP must not split; each must occur in the model."""
+    def set_no_split_modules(self, modules: Iterable[nn.Module]) -> None:
+        """Set the classes of modules that a device map or FSDP must not split; each must occur in the model."""
         self._no_split_modules = {type(module).__name__ for module in modules}
 
     def initialize(self, module: nn.Module) -> None:
-        """Give a module's own parameters their initial values."""
+        """Initialise the parameters of a module, without those of submodules."""
         raise NotImplementedError
 
     def check_assisted_length(self, length: int) -> None:
-        """Raise if candidates of an assistant cannot be tried up to this length, prompt included."""
+        """Raise if assisted decoding up to this length, prompt included, is not possible."""
 
     def recompute(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Call ``function`` under gradient checkpointing, as ``gradient_checkpointing_enable`` has set it up."""
+        """Call ``function`` under gradient checkpointing, as ``gradient_checkpointing_enable`` has configured it."""
         return self._gradient_checkpointing_func(function, x)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # A module may have got some of its parameters from a checkpoint: those stay.
+        # Parameters that were loaded from a checkpoint keep their values.
         loaded = {
             parameter: parameter.clone()
             for parameter in module.parameters(recurse=False)

@@ -1,1 +1,1 @@
-"""Other libraries: each module here imports the one that it is named after, and nothing else in the package does."""
+"""Bridges to other libraries: each module imports the library of its name, which no other module of the package imports."""

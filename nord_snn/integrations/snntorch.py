@@ -1,4 +1,4 @@
-"""At home in snnTorch: the associative LIF with snnTorch's signature, and snnTorch's neurons where a Nord layer takes one."""
+"""snnTorch: the associative LIF with snnTorch's signature, and snnTorch's neurons in Nord layers."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nord_snn._compat.snntorch import SynapticWithOwnState
-from nord_snn._compat.torch import KeepsStatePrecision, is_view, without_graph
+from nord_snn._compat.torch import StatePrecisionMixin, detached_state, is_view
 from nord_snn.neurons import AssociativeLIFNode
 from nord_snn.ops import AssociativeLIFState
 from nord_snn.ops.checks import check_features, compute_dtype
@@ -15,13 +15,13 @@ from nord_snn.ops.surrogate import SurrogateLike
 
 __all__ = ["AssociativeSynaptic", "MultiStep"]
 
-#: Arguments of snnTorch's neurons that ours has no use for.
-_NOT_OURS = {"graded_spikes_factor", "inhibition", "learn_graded_spikes_factor", "reset_delay", "reset_mechanism",
+#: Arguments of snnTorch's neurons that AssociativeSynaptic does not support.
+_UNSUPPORTED = {"graded_spikes_factor", "inhibition", "learn_graded_spikes_factor", "reset_delay", "reset_mechanism",
              "state_quant", "surrogate_disable", "weight_hadamard"}  # fmt: skip
 
 
 class _StrictNode(AssociativeLIFNode):
-    """Fires above the threshold and not at it, as snnTorch's neurons do: at the next number that a membrane can have."""
+    """Fire above the threshold and not at it, as snnTorch's neurons do: the threshold is the next larger number."""
 
     def firing_threshold(self) -> Tensor:
         threshold = self.v_threshold.to(compute_dtype(self.v_threshold))
@@ -30,16 +30,16 @@ class _StrictNode(AssociativeLIFNode):
 
 
 class AssociativeSynaptic(SynapticWithOwnState):
-    """Associative LIF neurons with the signature and the habits of ``snntorch.Synaptic``: one step a call.
+    """Associative LIF neurons with the signature and life cycle of ``snntorch.Synaptic``: one time step per call.
 
     The equations are those of :func:`nord_snn.ops.associative_lif`, with two differences from
-    :class:`~nord_snn.neurons.AssociativeLIFNode`. It fires where the membrane is above the threshold, as snnTorch's neurons do,
-    and not where it is equal to it. And ``mem`` and ``syn`` are the only states that a caller sees: how long each neuron has
-    yet to rest is remembered here, for the membrane that was returned last. Another membrane, one of your own or one that was
-    computed with, starts with every neuron ready to fire; ``mem.detach()`` counts as the same.
+    :class:`~nord_snn.neurons.AssociativeLIFNode`. It fires if the membrane is above the threshold, as snnTorch's neurons do,
+    not if it is equal to it. And callers pass and receive ``mem`` and ``syn`` only: the refractory counter is stored in the
+    module and belongs to the membrane that was returned last. If another membrane is passed, such as a new tensor or a modified
+    copy, all refractory counters start at 0; ``mem.detach()`` counts as the same membrane.
 
-    Unlike ``Synaptic`` it subtracts its threshold at once (``mem`` is the membrane after the reset), lets go of its neurons'
-    state where a batch of another shape begins only after :meth:`reset_mem` or ``snntorch.utils.reset``, and raises else.
+    It differs from ``Synaptic`` in two ways. It subtracts the threshold in the same time step (``mem`` is the membrane after
+    the reset). And it raises if the batch shape changes without :meth:`reset_mem` or ``snntorch.utils.reset`` before.
 
     Args:
         n_features: D, the number of neurons.
@@ -47,21 +47,21 @@ class AssociativeSynaptic(SynapticWithOwnState):
         alpha: initial synaptic decay, in (0, 1); ``beta_syn`` of the node.
         beta: initial membrane decay, in (0, 1); ``beta_mem`` of the node.
         threshold: initial threshold of every neuron.
-        init_hidden: keep the states here: ``spk = lif(x)``.
-        output: with ``init_hidden``, return the states all the same.
-        learn_alpha: let the synaptic decay be trained.
-        learn_beta: let the membrane decay be trained.
-        learn_threshold: let the thresholds be trained.
-        spike_grad: a surrogate of snnTorch or SpikingJelly, or a name of :data:`nord_snn.ops.SURROGATES`, whose sharpness
-            is then 4.
+        init_hidden: store the states in the module: ``spk = lif(x)``.
+        output: with ``init_hidden``, also return the states.
+        learn_alpha: make the synaptic decay learnable.
+        learn_beta: make the membrane decay learnable.
+        learn_threshold: make the thresholds learnable.
+        spike_grad: a surrogate of snnTorch or SpikingJelly, or a name from :data:`nord_snn.ops.SURROGATES`, with
+            sharpness 4.
         more: further arguments of :class:`~nord_snn.neurons.AssociativeLIFNode` (``cascade_radius``, ``cascade_gain``,
             ``v_reset``, ``refractory_steps``, ``backend``).
 
     Shapes: ``x [N, *, D]`` -> ``spk, syn, mem``, each ``[N, *, D]``.
 
     Raises:
-        TypeError: states are passed with ``init_hidden``, or an argument of snnTorch's that ours has no use for.
-        ValueError: one of ``syn`` and ``mem`` is passed without the other, or their shape is not the input's.
+        TypeError: states are passed with ``init_hidden``, or an unsupported argument of snnTorch's neurons is passed.
+        ValueError: one of ``syn`` and ``mem`` is passed without the other, or their shape differs from the input's.
 
     Source: the Nord spiking language model; the signature is snnTorch's (Eshraghian et al. 2023).
 
@@ -86,8 +86,8 @@ class AssociativeSynaptic(SynapticWithOwnState):
         spike_grad: SurrogateLike = "nord_atan",
         **more: Any,
     ) -> None:
-        if theirs := sorted(_NOT_OURS & more.keys()):
-            raise TypeError(f"AssociativeSynaptic subtracts its threshold at once and has no {', '.join(theirs)}")
+        if unsupported := sorted(_UNSUPPORTED & more.keys()):
+            raise TypeError(f"AssociativeSynaptic subtracts its threshold at once and has no {', '.join(unsupported)}")
         super().__init__(init_hidden, output)
         self.node = _StrictNode(
             n_features,
@@ -107,127 +107,128 @@ class AssociativeSynaptic(SynapticWithOwnState):
         self._syn: Tensor
         self._mem: Tensor
         self._refractory: Tensor
-        self._fresh = True  # the states were put here from outside, by a reset as a rule
+        self._set_from_outside = True  # the states were assigned, usually by a reset, and not computed here
         self.register()
 
     @property
     def alpha(self) -> Tensor:
-        """Synaptic decay, ``[1]``."""
+        """Return the synaptic decay, ``[1]``."""
         return self.node.beta_syn
 
     @property
     def beta(self) -> Tensor:
-        """Membrane decay, ``[1]``."""
+        """Return the membrane decay, ``[1]``."""
         return self.node.beta_mem
 
     @property
     def threshold(self) -> Tensor:
-        """Thresholds, ``[D]``."""
+        """Return the thresholds, ``[D]``."""
         return self.node.v_threshold
 
     @property
     def syn(self) -> Tensor:
-        """Synaptic current after the last step."""
+        """Return the synaptic current after the last time step."""
         return self._syn
 
     @syn.setter
     def syn(self, value: Tensor) -> None:
         self._syn = value
-        self._fresh = True
+        self._set_from_outside = True
 
     @property
     def mem(self) -> Tensor:
-        """Membrane after the last step. What is assigned from outside is that of neurons that are ready to fire."""
+        """Return the membrane after the last time step. Assigning it sets all refractory counters to 0."""
         return self._mem
 
     @mem.setter
     def mem(self, value: Tensor) -> None:
         self._mem = value
         self._refractory = torch.zeros_like(value, dtype=torch.int32)
-        self._fresh = True
+        self._set_from_outside = True
 
     def reset_mem(self) -> tuple[Tensor, Tensor]:
-        """Put the state back to rest; returns ``syn, mem``."""
+        """Set the state to rest and return ``syn, mem``."""
         self.syn, self.mem = torch.zeros_like(self._syn), torch.zeros_like(self._mem)
         return self.syn, self.mem
 
     def forward(
         self, input_: Tensor, syn: Tensor | None = None, mem: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """One step."""
+        """Run one time step."""
         check_features(input_, self.node.n_features, type(self).__name__, "[N, *, D]")
         if self.init_hidden and not (syn is None and mem is None):
             raise TypeError("with init_hidden=True the states are kept here: pass neither syn nor mem")
         if (syn is None) != (mem is None):
             raise ValueError("pass both syn and mem, or neither to start from rest")
         state = self._state(input_, syn, mem)
-        spk, after = self._step(input_, state)
-        # snnTorch detaches states in place, which views refuse.
-        self._syn, self._mem = (x.clone() if is_view(x) else x for x in (after.i_syn, after.v))
-        self._refractory = after.refractory
-        self._fresh = False
+        spk, new_state = self._step(input_, state)
+        # snnTorch detaches states in place, which raises for views.
+        self._syn, self._mem = (x.clone() if is_view(x) else x for x in (new_state.i_syn, new_state.v))
+        self._refractory = new_state.refractory
+        self._set_from_outside = False
         return spk if self.init_hidden and not self.output else (spk, self._syn, self._mem)
 
     def _step(self, x: Tensor, state: AssociativeLIFState | None) -> tuple[Tensor, AssociativeLIFState]:
-        """The node is called as a module, so that monitors see its spikes, and holds nothing afterwards."""
+        """Run the node through ``__call__``, so that monitors see its spikes, and reset it afterwards."""
         node = self.node
         node.v, node.i_syn, node.refractory = (0.0, 0.0, 0) if state is None else state
-        multi = node.step_mode == "m"  # layers set it on everything in them
+        multi = node.step_mode == "m"  # layers set it on all their modules
         try:
             spk = node(x.unsqueeze(0) if multi else x)
-            after = AssociativeLIFState(node.v, node.i_syn, node.refractory)  # type: ignore[arg-type]  # tensors by now
+            new_state = AssociativeLIFState(node.v, node.i_syn, node.refractory)  # type: ignore[arg-type]  # tensors
         finally:
             node.reset()
-        return spk.squeeze(0) if multi else spk, after
+        return spk.squeeze(0) if multi else spk, new_state
 
     def _at_rest(self, syn: Tensor, mem: Tensor) -> bool:
-        """Whether these are the states that a reset has left here."""
-        ours = all(given is held for given, held in ((syn, self._syn), (mem, self._mem)))
-        return ours and self._fresh and (mem.is_meta or not (mem.any() or syn.any()))
+        """Return whether these are the stored states after a reset."""
+        same = syn is self._syn and mem is self._mem
+        return same and self._set_from_outside and (mem.is_meta or not (mem.any() or syn.any()))
 
     def _state(self, x: Tensor, syn: Tensor | None, mem: Tensor | None) -> AssociativeLIFState | None:
-        """What the step starts from; None for rest."""
+        """Return the state before the time step; None for rest."""
         if syn is None or mem is None:
             if not self.init_hidden:
                 return None
-            if self._fresh and self._mem.shape != x.shape:  # nobody has run since it was put to rest
+            if self._set_from_outside and self._mem.shape != x.shape:  # no call since the reset
                 if not self._mem.is_meta and (self._mem.any() or self._syn.any()):
                     raise ValueError(_wrong_shape(x, self._mem))
                 return None
             syn, mem, refractory = self._syn, self._mem, self._refractory
-        elif self._at_rest(syn, mem):  # what reset_mem returned, in the shape of the batch before
+        elif self._at_rest(syn, mem):  # returned by reset_mem, in the previous batch shape
             return None
         elif mem.shape == self._mem.shape and mem.data_ptr() == self._mem.data_ptr():
             refractory = self._refractory
         else:
             refractory = torch.zeros_like(x, dtype=torch.int32)
-        for given in (syn, mem):
-            if given.shape != x.shape:
-                raise ValueError(_wrong_shape(x, given))
+        for state in (syn, mem):
+            if state.shape != x.shape:
+                raise ValueError(_wrong_shape(x, state))
         dtype = compute_dtype(x)
         return AssociativeLIFState(mem.to(x.device, dtype), syn.to(x.device, dtype), refractory.to(x.device))
 
     def extra_repr(self) -> str:
-        """What snnTorch's side of it is."""
+        """Return the arguments of snnTorch."""
         return f"init_hidden={self.init_hidden}, output={self.output}"
 
 
-class MultiStep(KeepsStatePrecision, nn.Module):
-    """A snnTorch neuron over a whole sequence from rest, so that it can stand where a Nord layer asks for a ``neuron``.
+class MultiStep(StatePrecisionMixin, nn.Module):
+    """Run a snnTorch neuron over a whole sequence from rest, as the ``neuron`` of a Nord layer.
 
     Args:
-        neuron: any of snnTorch's neurons that returns ``spk, ..., mem`` and starts from rest where it is given no state, or
-            that has ``init_hidden=True``.
+        neuron: a snnTorch neuron that returns ``spk, ..., mem`` and starts from rest without states, or has
+            ``init_hidden=True``.
 
     Attributes:
-        store_v_seq: keep the membranes of the last call, ``[T, N, *, D]``, in ``v_seq``.
-        v_seq: them, or None.
+        store_v_seq: store the membranes of the last call in ``v_seq``.
+        v_seq: the stored membranes, ``[T, N, *, D]``, or None.
 
-    Shapes: ``[T, N, *, D]`` -> spikes ``[T, N, *, D]``. What the neuron held before is put back afterwards.
+    Shapes: ``[T, N, *, D]`` -> spikes ``[T, N, *, D]``. The states of the neuron before the call are restored afterwards.
 
     Raises:
-        TypeError: it is no neuron of snnTorch.
-        ValueError: it keeps its states to itself (``init_hidden=True`` without ``output=True``), and membranes are wanted.
+        TypeError: ``neuron`` is not a snnTorch neuron.
+        ValueError: membranes are to be stored and the neuron does not return them (``init_hidden=True`` without
+            ``output=True``).
 
     Example:
         >>> from nord_snn.layers import SpikingFeedForward
@@ -245,14 +246,14 @@ class MultiStep(KeepsStatePrecision, nn.Module):
         self.v_seq: Tensor | None = None
 
     def forward(self, x_seq: Tensor) -> Tensor:
-        """All steps, one after the other, from rest."""
+        """Run all time steps, one after the other, from rest."""
         if x_seq.ndim < 2 or not len(x_seq):
             raise ValueError(f"MultiStep expects shape [T, N, *, D] with at least one step, got {list(x_seq.shape)}")
-        held = {name: getattr(self.neuron, name) for name in _held_names(self.neuron)}
+        saved = {name: getattr(self.neuron, name) for name in _saved_names(self.neuron)}
         try:
             return self._run(x_seq)
         finally:
-            for name, value in held.items():
+            for name, value in saved.items():
                 setattr(self.neuron, name, value)
 
     def get_state(self) -> dict[str, Any]:
@@ -264,8 +265,8 @@ class MultiStep(KeepsStatePrecision, nn.Module):
         self.v_seq = state["v_seq"]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what copies and pickles have: the stored membranes, but not the graph behind them."""
-        return self.__dict__ | {"v_seq": without_graph(self.v_seq)}
+        """Return the attributes for copies and pickles, with detached membranes."""
+        return self.__dict__ | {"v_seq": detached_state(self.v_seq)}
 
     def _run(self, x_seq: Tensor) -> Tensor:
         states = self._rest(x_seq[0])
@@ -273,7 +274,7 @@ class MultiStep(KeepsStatePrecision, nn.Module):
         for x in x_seq:
             out = self.neuron(x, *states)
             first, *more = out if isinstance(out, tuple) else (out,)
-            parts = (first.to(x.dtype), *more)  # snnTorch's surrogates give float32 for whatever they get
+            parts = (first.to(x.dtype), *more)  # snnTorch's surrogates return float32 for every input dtype
             spikes.append(parts[0])
             if self.store_v_seq:
                 if len(parts) == 1:
@@ -281,12 +282,12 @@ class MultiStep(KeepsStatePrecision, nn.Module):
                         f"{type(self.neuron).__name__} with init_hidden=True must have output=True where membranes are read"
                     )
                 membranes.append(parts[-1])
-            states = () if self.neuron.init_hidden else parts[-len(states) :]  # a recurrent one takes its spikes too
+            states = () if self.neuron.init_hidden else parts[-len(states) :]  # a recurrent neuron takes its spikes too
         self.v_seq = torch.stack(membranes) if self.store_v_seq else None
         return torch.stack(spikes)
 
     def _rest(self, x: Tensor) -> tuple[Tensor, ...]:
-        """States at rest: in the neuron, or as what is handed to it."""
+        """Set the neuron's states to rest and return them as arguments, unless it has ``init_hidden``."""
         names = _state_names(self.neuron)
         zeros = {name: torch.zeros_like(x) for name in names}
         for name, value in zeros.items():
@@ -295,7 +296,7 @@ class MultiStep(KeepsStatePrecision, nn.Module):
 
 
 def _state_names(neuron: nn.Module) -> tuple[str, ...]:
-    """Attributes that hold a neuron's state, in the order in which it takes them."""
+    """Return the names of a neuron's state attributes, in the order of its arguments."""
     known: dict[type, tuple[str, ...]] = {
         snntorch.RSynaptic: ("spk", "syn", "mem"),
         snntorch.RLeaky: ("spk", "mem"),
@@ -311,10 +312,11 @@ def _state_names(neuron: nn.Module) -> tuple[str, ...]:
                     "Alpha, RLeaky, RSynaptic and AssociativeSynaptic")  # fmt: skip
 
 
-def _held_names(neuron: nn.Module) -> tuple[str, ...]:
-    """What to put back: of ours all that it holds, since an assignment to ``mem`` lets its neurons rest no longer."""
-    ours = isinstance(neuron, AssociativeSynaptic)
-    return ("_syn", "_mem", "_refractory", "_fresh") if ours else _state_names(neuron)
+def _saved_names(neuron: nn.Module) -> tuple[str, ...]:
+    """Return the attributes to save and restore. For our neuron also the refractory counter: assigning ``mem`` clears it."""
+    if isinstance(neuron, AssociativeSynaptic):
+        return ("_syn", "_mem", "_refractory", "_set_from_outside")
+    return _state_names(neuron)
 
 
 def _wrong_shape(x: Tensor, state: Tensor) -> str:

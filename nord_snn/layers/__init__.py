@@ -1,6 +1,7 @@
 """Layers: the mechanisms as modules over sequences ``[T, N, *, D]``. Those that hold neurons take a ``neuron`` factory."""
 
 from nord_snn.layers.block import NordBlock
+from nord_snn.layers.cache import SequenceCache
 from nord_snn.layers.feed_forward import SpikingFeedForward
 from nord_snn.layers.leaky_clamp import LeakyClamp
 from nord_snn.layers.readout import MembraneReadout
@@ -16,6 +17,7 @@ __all__ = [
     "MembraneReadout",
     "MultiScaleTemporalEncoder",
     "NordBlock",
+    "SequenceCache",
     "SpikeFedBlock",
     "SpikeFedResonance",
     "SpikingFeedForward",

@@ -1,11 +1,14 @@
 """NordBlock: resonance between positions, then a spiking feed-forward, then a clamp."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from nord_snn.layers.cache import SequenceCache, cache_argument
 from nord_snn.layers.feed_forward import SpikingFeedForward
 from nord_snn.layers.leaky_clamp import LeakyClamp
-from nord_snn.layers.resonance import CoFiringResonance, Remember
+from nord_snn.layers.resonance import CoFiringResonance
 from nord_snn.neurons import NeuronFactory
 from nord_snn.ops.checks import check_features
 
@@ -80,7 +83,7 @@ class NordBlock(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Put the two gains back to their initial value; the parts have their own."""
+        """Reset the two gains to their initial value, not the submodules."""
         if self.resonance is not None:
             nn.init.constant_(self.resonance_gain, self.residual_scale)
         nn.init.constant_(self.ffn_gain, self.residual_scale)
@@ -89,13 +92,13 @@ class NordBlock(nn.Module):
         self,
         x: Tensor,
         *,
-        lengths: Tensor | None = None,
-        remember: Remember | None = None,
-        window: int | None = None,
+        cache: SequenceCache | None = None,
+        **deprecated: Any,
     ) -> Tensor:
-        """Run ``x [T, B, S, D]`` through the block; the other arguments are those of :class:`CoFiringResonance`."""
+        """Run ``x [T, B, S, D]`` through the block; ``cache`` is that of :class:`CoFiringResonance`."""
         check_features(x, self.n_features, type(self).__name__, "[T, B, S, D]")
+        cache = cache_argument(cache, deprecated)
         if self.resonance is not None:
-            context = self.resonance(self.norm1(x), False, lengths=lengths, remember=remember, window=window)
+            context = self.resonance(self.norm1(x), False, cache=cache)
             x = x + self.resonance_gain * context  # the same at every step
         return self.clamp(x, self.ffn(self.norm2(x)), self.ffn_gain)

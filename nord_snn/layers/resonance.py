@@ -1,24 +1,22 @@
 """CoFiringResonance: positions of a sequence bind by firing together."""
 
 import math
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nord_snn.neurons import AssociativeLIFNode, NeuronFactory, SmoothActivation, fire_from_rest, make_neuron
+from nord_snn.layers.cache import SequenceCache, cache_argument
+from nord_snn.neurons import AssociativeLIFNode, DenseActivation, NeuronFactory, fire_from_rest, make_neuron
 from nord_snn.ops import pack_spikes, resonance, resonance_cached
 from nord_snn.ops.cached_resonance.packing import check_spikes
 from nord_snn.ops.checks import check_features, check_heads
 
-__all__ = ["Binding", "CoFiringResonance", "Remember"]
-
-#: Takes keys and values of new positions, and gives those of all positions.
-Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+__all__ = ["CoFiringResonance", "ResonanceBase"]
 
 
-class Binding(nn.Module):
-    """What the resonance layers share: four projections, neurons for queries and keys, and the way from these to a context.
+class ResonanceBase(nn.Module):
+    """Provide what the resonance layers share: four projections, query and key neurons, and the resonance of their spikes.
 
     The arguments are those of :class:`CoFiringResonance`.
     """
@@ -52,41 +50,34 @@ class Binding(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Put temperature and slopes back to their initial values; projections and neurons have their own."""
+        """Reset temperature and slopes to their initial values, not those of projections and neurons."""
         nn.init.constant_(self.temperature, (self.n_features / self.n_heads) ** -0.5)
         if self.recency_log is not None:
             self.recency_log.copy_(-(1 + 2 * torch.arange(self.n_heads)) * math.log(2.0))
 
     @property
     def recency(self) -> Tensor | None:
-        """Slope per head ``[H]``, positive, or None."""
+        """Return the positive slope per head ``[H]``, or None."""
         return None if self.recency_log is None else self.recency_log.exp()
 
-    def bind(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lengths: Tensor | None = None,
-        remember: Remember | None = None,
-        window: int | None = None,
-    ) -> Tensor:
-        """Context ``[B, S, V]`` from spikes ``[T, B, S, D]`` and values ``[B, S, V]``; the other arguments are the layer's."""
-        if remember is None and window is not None:
-            raise ValueError("window goes with remember: without it every position is seen")
-        if remember is None:
-            return self._bind(q, k, v, lengths)
-        return self._bind_to_earlier(q, k, v, lengths, remember, window)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: SequenceCache) -> Tensor:
+        """Return the context ``[B, S, V]`` of query and key spikes ``[T, B, S, D]`` and values ``[B, S, V]``.
 
-    def _bind(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
-        if lengths is not None:  # padding goes behind the tokens, which do not see it there
+        Raises:
+            ValueError: padding or earlier positions in a layer that is not causal, or, with earlier positions, q or k that
+                are not zeros and ones.
+        """
+        return self._attend_new(q, k, v, cache.lengths) if cache.update is None else self._attend_cached(q, k, v, cache)
+
+    def _attend_new(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
+        if lengths is not None:  # moved behind the tokens, where a causal resonance does not see it
             if not self.causal:
                 raise ValueError("padding needs a causal resonance: behind the tokens it must not be seen")
             S = v.shape[1]
             row = torch.arange(len(v), device=v.device)[:, None]
-            place = torch.arange(S, device=v.device)
+            position = torch.arange(S, device=v.device)
             padding = (S - lengths.long()).clamp(min=0)[:, None]
-            to_front, back = (place + padding) % S, (place - padding) % S
+            to_front, to_back = (position + padding) % S, (position - padding) % S
             q, k, v = q[:, row, to_front], k[:, row, to_front], v[row, to_front]
         context = resonance(
             q,
@@ -99,26 +90,24 @@ class Binding(nn.Module):
             causal=self.causal,
             backend=self.backend,
         )
-        return context if lengths is None else context[row, back] * (place >= padding)[..., None]
+        return context if lengths is None else context[row, to_back] * (position >= padding)[..., None]
 
-    def _bind_to_earlier(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, remember: Remember, window: int | None
-    ) -> Tensor:
+    def _attend_cached(self, q: Tensor, k: Tensor, v: Tensor, cache: SequenceCache) -> Tensor:
         if not self.causal:
             raise ValueError("a resonance that is not causal cannot grow: earlier positions would see later ones")
-        if window is not None and window < 1:
-            raise ValueError(f"window must be at least 1, got {window}")
-        kinds = {type(self.lif_q), type(self.lif_k)}
-        if kinds == {SmoothActivation}:
-            new = k.unflatten(-1, (self.n_heads, -1)).permute(1, 3, 2, 0, 4).flatten(-2)  # [B, H, S, T * D/H]
+        assert cache.update is not None
+        neurons = {type(self.lif_q), type(self.lif_k)}
+        if neurons == {DenseActivation}:
+            new_keys = k.unflatten(-1, (self.n_heads, -1)).permute(1, 3, 2, 0, 4).flatten(-2)  # [B, H, S, T * D/H]
         else:
-            ours = kinds == {AssociativeLIFNode}  # which fires zeros and ones
-            if not ours:
+            binary = neurons == {AssociativeLIFNode}
+            if not binary:
                 check_spikes(q)
-            new = pack_spikes(k, self.n_heads, trusted=ours)
-        keys, values = remember(new, v.unflatten(-1, (self.n_heads, -1)).transpose(1, 2))
-        if keys.shape[2] == v.shape[1] and (window is None or v.shape[1] <= window):  # these are the first
-            return self._bind(q, k, v, lengths)
+            new_keys = pack_spikes(k, self.n_heads, trusted=binary)
+        keys, values = cache.update(new_keys, v.unflatten(-1, (self.n_heads, -1)).transpose(1, 2))
+        S = v.shape[1]
+        if keys.shape[2] == S and (cache.window is None or cache.window >= S):  # there are no earlier positions
+            return self._attend_new(q, k, v, cache.lengths)
         return resonance_cached(
             q,
             keys,
@@ -126,20 +115,20 @@ class Binding(nn.Module):
             top_k=self.top_k,
             temperature=self.temperature,
             recency=self.recency,
-            lengths=lengths,
-            window=window,
+            lengths=cache.lengths,
+            window=cache.window,
             backend=self.backend,
-            trusted=True,  # looked at above
+            trusted=True,  # checked above
         )
 
     def extra_repr(self) -> str:
-        """What the submodules do not show."""
+        """Return the settings that no submodule shows."""
         return (
             f"n_heads={self.n_heads}, top_k={self.top_k}, recency={self.recency_log is not None}, causal={self.causal}"
         )
 
 
-class CoFiringResonance(Binding):
+class CoFiringResonance(ResonanceBase):
     """Attention whose scores are counts of coincident spikes.
 
     ``q, k = lif_q(W_q x), lif_k(W_k x)`` are spikes; the score of two positions is the number of (step, neuron) pairs of a
@@ -195,29 +184,24 @@ class CoFiringResonance(Binding):
         x: Tensor,
         expand: bool = True,
         *,
-        lengths: Tensor | None = None,
-        remember: Remember | None = None,
-        window: int | None = None,
+        cache: SequenceCache | None = None,
+        **deprecated: Any,
     ) -> Tensor:
-        """Context for ``x [T, B, S, D]``.
+        """Return the context of ``x [T, B, S, D]``.
 
         Args:
-            x: the input, of the new positions alone where ``remember`` holds earlier ones.
-            expand: False gives the context once, as ``[B, S, D]``.
-            lengths: how many positions of each sequence, counted from the last, are tokens, ``[B]``; what stands before is
-                padding that nobody sees. None for all.
-            remember: keeps keys and values for a sequence that grows: a function that takes those of the new positions,
-                key spikes as bits ``[B, H, S, bytes]`` and values ``[B, H, S, D/H]``, and returns them behind all earlier
-                ones, as the ``update`` of a cache of transformers does. Nothing may be learned then, and q and k must be
-                spikes.
-            window: a query sees itself and so many less one before it; only with ``remember``.
+            x: the input; with earlier positions in ``cache``, that of the new positions alone.
+            expand: False returns the context once, as ``[B, S, D]``.
+            cache: padding and earlier positions. With earlier positions there is no gradient, and q and k must be spikes.
+            deprecated: ``lengths``, ``remember`` (now ``update``) and ``window``, the fields of the cache, for one release.
 
         Raises:
-            ValueError: wrong rank or width, a window without ``remember``, positions to remember that see what comes after
-                them, or, with ``remember``, q or k that are not zeros and ones.
+            ValueError: wrong rank or width, padding or earlier positions in a layer that is not causal, or, with earlier
+                positions, q or k that are not zeros and ones.
         """
         check_features(x, self.n_features, type(self).__name__, "[T, B, S, D]")
+        cache = cache_argument(cache, deprecated)
         q, k = fire_from_rest(self.lif_q, self.q_proj(x)), fire_from_rest(self.lif_k, self.k_proj(x))
         v = self.v_proj(x.mean(0))  # a mean and a linear map commute: W_v runs once and not T times
-        context = self.o_proj(self.bind(q, k, v, lengths, remember, window))
+        context = self.o_proj(self.attend(q, k, v, cache))
         return context.expand(x.shape) if expand else context

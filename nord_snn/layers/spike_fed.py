@@ -1,10 +1,14 @@
 """SpikeFedBlock: every linear map of the block sees spikes, and the stream of currents between blocks is never cut."""
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from nord_snn.layers.resonance import Binding, Remember
-from nord_snn.neurons import AssociativeLIFNode, NeuronFactory, SmoothActivation, fire_from_rest, make_neuron
+from nord_snn.layers.cache import SequenceCache, UpdateCache, cache_argument
+from nord_snn.layers.resonance import ResonanceBase
+from nord_snn.neurons import AssociativeLIFNode, DenseActivation, NeuronFactory, fire_from_rest, make_neuron
 from nord_snn.ops import pack_spikes
 from nord_snn.ops.cached_resonance.packing import unpack_spikes
 from nord_snn.ops.checks import check_features
@@ -12,8 +16,8 @@ from nord_snn.ops.checks import check_features
 __all__ = ["SpikeFedBlock", "SpikeFedResonance"]
 
 
-class SpikeFedResonance(Binding):
-    """Resonance whose every linear map sees spikes: those that come in, and those of the context that it binds.
+class SpikeFedResonance(ResonanceBase):
+    """Apply resonance with spikes at the input of every linear map: those of the input, and those of the context.
 
     For spikes s::
 
@@ -81,48 +85,48 @@ class SpikeFedResonance(Binding):
         self,
         spikes: Tensor,
         *,
-        lengths: Tensor | None = None,
-        remember: Remember | None = None,
-        window: int | None = None,
+        cache: SequenceCache | None = None,
+        **deprecated: Any,
     ) -> Tensor:
-        """Currents for ``spikes [T, B, S, D]``; the other arguments are those of :class:`CoFiringResonance`.
+        """Return currents for ``spikes [T, B, S, D]``; ``cache`` is that of :class:`CoFiringResonance`.
 
-        What ``remember`` keeps of a position are its key spikes as bits, and its values of all steps,
-        ``[B, H, S, T * D/H]``; values that spike are bits as well.
+        It stores of each position the key spikes as bits, and the values of all time steps, ``[B, H, S, T * D/H]``; values
+        that spike are stored as bits.
         """
         check_features(spikes, self.n_features, type(self).__name__, "[T, B, S, D]")
+        cache = cache_argument(cache, deprecated)
         q = fire_from_rest(self.lif_q, self.norm_q(self.q_proj(spikes)))
         k = fire_from_rest(self.lif_k, self.norm_k(self.k_proj(spikes)))
         v = self.v_proj(spikes)
         if self.lif_v is not None:
             v = fire_from_rest(self.lif_v, self.norm_v(v))
-            if remember is not None and not isinstance(self.lif_v, SmoothActivation):
-                remember = self._in_bits(remember, v)
-        context = self.bind(q, k, self._side_by_side(v), lengths, remember, window)
-        current = self.norm_o(self._one_after_the_other(context, len(spikes)))
+            if cache.update is not None and not isinstance(self.lif_v, DenseActivation):
+                cache = replace(cache, update=self._store_bits(cache.update, v))
+        context = self.attend(q, k, self._fold_time_into_heads(v), cache)
+        current = self.norm_o(self._unfold_time(context, len(spikes)))
         return self.o_proj(fire_from_rest(self.lif_o, current))
 
-    def _in_bits(self, remember: Remember, v: Tensor) -> Remember:
-        """The same memory for values that are spikes ``[T, B, S, D]``: it gets and gives bits."""
+    def _store_bits(self, update: UpdateCache, v: Tensor) -> UpdateCache:
+        """Return an update that stores values as bits, for values that are spikes ``[T, B, S, D]``."""
         bits = pack_spikes(v, self.n_heads, trusted=type(self.lif_v) is AssociativeLIFNode)
 
-        def through(keys: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-            keys, values = remember(keys, bits)
+        def update_bits(keys: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+            keys, values = update(keys, bits)
             return keys, unpack_spikes(values, len(v), self.n_features // self.n_heads).to(v.dtype)
 
-        return through
+        return update_bits
 
-    def _side_by_side(self, v: Tensor) -> Tensor:
-        """``[T, B, S, D]`` -> ``[B, S, H * T * D/H]``: the steps of a head beside each other, for one mixing of all."""
+    def _fold_time_into_heads(self, v: Tensor) -> Tensor:
+        """Return ``[T, B, S, D]`` as ``[B, S, H * T * D/H]``, so that all time steps are mixed by one product."""
         return v.unflatten(-1, (self.n_heads, -1)).permute(1, 2, 3, 0, 4).flatten(2)
 
-    def _one_after_the_other(self, wide: Tensor, steps: int) -> Tensor:
-        """The way back."""
-        return wide.unflatten(-1, (self.n_heads, steps, -1)).permute(3, 0, 1, 2, 4).flatten(3)
+    def _unfold_time(self, wide: Tensor, time_steps: int) -> Tensor:
+        """Invert :meth:`_fold_time_into_heads`."""
+        return wide.unflatten(-1, (self.n_heads, time_steps, -1)).permute(3, 0, 1, 2, 4).flatten(3)
 
 
 class _StrongNorm(nn.LayerNorm):
-    """A layer norm whose scale starts at 2."""
+    """Normalise as a layer norm does, with an initial scale of 2."""
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -130,7 +134,7 @@ class _StrongNorm(nn.LayerNorm):
 
 
 class SpikeFedBlock(nn.Module):
-    """One block in which a layer of neurons stands before every linear map.
+    """Run one block with a layer of neurons before every linear map.
 
     ::
 
@@ -209,7 +213,7 @@ class SpikeFedBlock(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Put the two gains back to their initial value; the parts have their own."""
+        """Reset the two gains to their initial value, not the submodules."""
         if self.resonance is not None:
             nn.init.constant_(self.resonance_gain, self.residual_scale)
         nn.init.constant_(self.ffn_gain, self.residual_scale)
@@ -218,14 +222,14 @@ class SpikeFedBlock(nn.Module):
         self,
         x: Tensor,
         *,
-        lengths: Tensor | None = None,
-        remember: Remember | None = None,
-        window: int | None = None,
+        cache: SequenceCache | None = None,
+        **deprecated: Any,
     ) -> Tensor:
-        """Run ``x [T, B, S, D]`` through the block; the other arguments are those of :class:`CoFiringResonance`."""
+        """Run ``x [T, B, S, D]`` through the block; ``cache`` is that of :class:`CoFiringResonance`."""
         check_features(x, self.n_features, type(self).__name__, "[T, B, S, D]")
+        cache = cache_argument(cache, deprecated)
         if self.resonance is not None:
             spikes = fire_from_rest(self.lif1, self.norm1(x))
-            x = x + self.resonance_gain * self.resonance(spikes, lengths=lengths, remember=remember, window=window)
+            x = x + self.resonance_gain * self.resonance(spikes, cache=cache)
         hidden = self.norm_h(self.up(fire_from_rest(self.lif2, self.norm2(x))))
         return x + self.ffn_gain * self.down(fire_from_rest(self.lif_h, hidden))

@@ -1,4 +1,4 @@
-"""What all rules have in common: watching two modules, SpikingJelly's life cycle, and where the change goes."""
+"""Base class of the rules: spike recording, SpikingJelly's life cycle, and delivery of the weight update."""
 
 import math
 import warnings
@@ -10,25 +10,25 @@ import torch
 from spikingjelly.activation_based import base
 from torch import Tensor, nn
 
-from nord_snn._compat.torch import padding_on_both_sides, version_of
+from nord_snn._compat.torch import padding_on_both_sides, version_counter
+from nord_snn.learning_rules.distributed import mean_over_ranks, raise_on_all_ranks
 from nord_snn.learning_rules.plastic import PlasticPart
-from nord_snn.learning_rules.ranks import mean_over_ranks, together
 from nord_snn.ops import ConvGeometry
 from nord_snn.ops.checks import check_dependence
 
-__all__ = ["Learner", "Window"]
+__all__ = ["Learner", "SpikeRecord"]
 
-#: Windows of one step that may pass without a change before a learner says that nobody fires.
+#: Updates of a single time step that may be zero before a learner warns that nothing fires.
 SILENT_STEPS = 20
 
 
-class Window(NamedTuple):
-    """What was recorded since the last step.
+class SpikeRecord(NamedTuple):
+    """Spikes that were recorded since the last update.
 
     Attributes:
-        pre: ``[T, N, *]``, all rows in one dimension.
-        post: ``[T, N, *]``.
-        rows: what N was before: ``[B, S]`` for sequences ``[T, B, S, D]``.
+        pre: input of the synapse, ``[T, N, *]``, all rows flattened into N.
+        post: output of the neurons, ``[T, N, *]``.
+        rows: shape of N before flattening: ``[B, S]`` for sequences ``[T, B, S, D]``.
     """
 
     pre: Tensor
@@ -36,22 +36,22 @@ class Window(NamedTuple):
     rows: torch.Size
 
 
-#: A window's change, summed over rows, and what writes the new traces once everything is known to be well.
-Change = Callable[[Window], tuple[Tensor, Callable[[], None]]]
+#: Returns the weight update of a record, summed over rows, and a function that stores the new traces, called after all checks.
+ComputeChange = Callable[[SpikeRecord], tuple[Tensor, Callable[[], None]]]
 
 
 class Learner(base.MemoryModule):
-    """A rule that watches a synapse and its neurons; subclasses say in ``step`` what it computes from the record.
+    """Record the spikes of a synapse and its neurons; subclasses compute a weight update from the record in ``step``.
 
     Args:
-        step_mode: ``"m"`` if the network is called with whole sequences, ``"s"`` if step by step.
-        synapse: what learns.
+        step_mode: ``"m"`` if the network is called with whole sequences, ``"s"`` if with single time steps.
+        synapse: the module that learns.
         sn: the neurons that it drives.
         reduction: over rows, ``"sum"`` or ``"mean"``.
-        bounds: what :meth:`apply` may bring a weight to, or None.
+        bounds: range to which :meth:`apply` limits weights, or None.
         mu: exponent of the dependence on the weight.
-        max_norm: the largest norm of the change of one step, or None.
-        name: what messages call the synapse.
+        max_norm: the largest norm of one update, or None.
+        name: name of the synapse in messages.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Learner(base.MemoryModule):
         if max_norm is not None and not 0 < max_norm < math.inf:
             raise ValueError(f"max_norm must be positive or None, got {max_norm}")
         self.step_mode = step_mode
-        # Past nn.Module's registration: the learner watches the two, their parameters are not the learner's.
+        # Not registered as submodules: their parameters are not the learner's.
         self.__dict__["synapse"], self.__dict__["sn"] = synapse, sn
         self.plastic = PlasticPart(synapse, bounds)
         self.reduction, self.mu, self.max_norm = reduction, mu, max_norm
@@ -94,13 +94,13 @@ class Learner(base.MemoryModule):
         self.register_memory("trace_post", None)
         self._pre: list[Tensor] = []
         self._post: list[Tensor] = []
-        self._versions: list[tuple[Tensor, int]] = []  # of what was recorded: it is not copied
-        self._layout: tuple[torch.Size, slice | None] | None = None  # rows that the traces are of
+        self._versions: list[tuple[Tensor, int]] = []  # versions of the recorded tensors, which are not copied
+        self._layout: tuple[torch.Size, slice | None] | None = None  # rows and positions of the traces
         self._enabled = True
-        self._ran = False  # whether one of the two was ever called
-        self._looked = self._said_silent = False
+        self._was_called = False  # whether synapse or neurons were ever called
+        self._input_checked = self._warned_silent = False
         self._silent_steps = 0
-        self._to_say: list[str] = []
+        self._pending_warnings: list[str] = []
         self._hooks = [
             synapse.register_forward_pre_hook(_Hook(self, "_record_pre"), with_kwargs=True),
             sn.register_forward_hook(_Hook(self, "_record_post")),
@@ -108,42 +108,42 @@ class Learner(base.MemoryModule):
 
     @property
     def bounds(self) -> tuple[float, float] | None:
-        """What :meth:`apply` may bring a weight to."""
+        """Return the range to which :meth:`apply` limits weights."""
         return self.plastic.bounds
 
     def apply(self, delta: Tensor) -> None:
         """Add ``delta``, shaped as the weight, within the bounds; :meth:`revert` can take it back.
 
         Raises:
-            ValueError: another shape, or the sum would not be finite; the weights are untouched.
+            ValueError: the shape differs, or the sum would not be finite; the weights are unchanged.
         """
         self.plastic.apply(delta)
 
     def revert(self) -> None:
-        """Take back everything that :meth:`apply` has added, bit for bit unless an optimizer ran in between.
+        """Restore the weights before all :meth:`apply`, bit for bit.
 
-        Then what the rule added is subtracted from what the weights are now.
+        If an optimizer ran in between, subtract what the rule added from the present weights.
         """
         self.plastic.revert()
 
     def reset(self) -> None:
-        """Forget traces and records. What was applied to the weights stays."""
+        """Clear traces and record. Applied updates stay in the weights."""
         super().reset()
         self._layout = None
-        self._forget_record()
+        self._clear_record()
 
     def enable(self) -> None:
-        """Record again."""
+        """Continue to record."""
         if not self._hooks:
             raise RuntimeError("this learner was closed: make a new one")
         self._enabled = True
 
     def disable(self) -> None:
-        """Do not record until :meth:`enable`."""
+        """Stop recording until :meth:`enable`."""
         self._enabled = False
 
     def close(self) -> None:
-        """Stop watching for good and forget the record. What was applied to the weights stays."""
+        """Remove the hooks and clear traces and record. Applied updates stay in the weights."""
         self.disable()
         for hook in self._hooks:
             hook.remove()
@@ -151,7 +151,7 @@ class Learner(base.MemoryModule):
         self.reset()
 
     def extra_repr(self) -> str:
-        """What all rules have."""
+        """Return the arguments that all rules share."""
         return (
             f"step_mode={self.step_mode!r}, reduction={self.reduction!r}, bounds={self.bounds}, mu={self.mu}, "
             f"max_norm={self.max_norm}, name={self.name!r}"
@@ -159,88 +159,88 @@ class Learner(base.MemoryModule):
 
     # --- for subclasses
 
-    def _dependence(self) -> dict[str, Any]:
-        """Arguments of every op that the synapse decides."""
+    def _synapse_arguments(self) -> dict[str, Any]:
+        """Return the arguments of the ops that depend on the synapse."""
         bounds = {} if self.bounds is None else {"bounds": self.bounds}
         weight = self.synapse.weight if self.mu else None
         return {"weight": weight, "mu": self.mu, "geometry": self.geometry, **bounds}
 
-    def _delta(self, change: Change, scale: float, positions: slice | None) -> Tensor | None:
-        """Turn the record of all processes into one change, and forget it; None if nobody recorded anything."""
+    def _weight_update(self, compute: ComputeChange, scale: float, positions: slice | None) -> Tensor | None:
+        """Return the mean update of all processes and clear the record; None if no process recorded anything."""
         weight = self.synapse.weight
-        own = together(lambda: self._consume(change, scale, positions), weight.device)
-        while self._to_say:
-            warnings.warn(self._to_say.pop(0), stacklevel=3)  # where step() was called
+        own = raise_on_all_ranks(lambda: self._update_from_record(compute, scale, positions), weight.device)
+        while self._pending_warnings:
+            warnings.warn(self._pending_warnings.pop(0), stacklevel=3)  # the caller of step()
         delta = mean_over_ranks(own, weight)
         if delta is not None and self.max_norm is not None:
             norm = torch.linalg.vector_norm(delta, dtype=torch.float64)  # squares of half precision overflow
             delta = delta * (self.max_norm / norm.clamp(min=self.max_norm)).to(delta.dtype)
         return delta
 
-    def _deliver(self, delta: Tensor | None, on_grad: bool) -> Tensor | None:
-        """Return the change, or subtract it from the gradient."""
+    def _return_or_accumulate(self, delta: Tensor | None, on_grad: bool) -> Tensor | None:
+        """Return the update, or subtract it from the gradient."""
         if delta is None or not on_grad:
             return delta
         weight = self.synapse.weight
         if weight.grad is None:
             weight.grad = -delta
         else:
-            weight.grad.sub_(delta)  # in place: the gradient may be a view into a bucket of DDP
+            weight.grad.sub_(delta)  # in place: the gradient may be a view into a DDP bucket
         return None
 
     # --- the record
 
-    def _record_pre(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def _record_pre(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is self.synapse:
-            self._record(self._pre, (*inputs, *named.values()), "the synapse was called with")
+            self._record(self._pre, (*inputs, *kwargs.values()), "the synapse was called with")
 
     def _record_post(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if module is self.sn:
             self._record(self._post, output if isinstance(output, tuple) else (output,), "the neurons returned")
 
-    def _record(self, record: list[Tensor], given: tuple[Any, ...], what: str) -> None:
-        """Keep the first of what a module was called with or returned: snnTorch's neurons return spikes and membranes."""
-        self._ran = True
+    def _record(self, record: list[Tensor], values: tuple[Any, ...], what: str) -> None:
+        """Append the first of ``values`` to ``record``: snnTorch's neurons return spikes first, then states."""
+        self._was_called = True
         if not self._enabled:
             return
-        if not given or not isinstance(given[0], Tensor):
-            got = type(given[0]).__name__ if given else "nothing"
+        if not values or not isinstance(values[0], Tensor):
+            got = type(values[0]).__name__ if values else "nothing"
             raise TypeError(f"a learner expects spikes as the first tensor, {what} {got}")
-        spikes = given[0].detach()
+        spikes = values[0].detach()
         if spikes.is_inference():
-            spikes = spikes.clone()  # torch keeps no version of these
+            spikes = spikes.clone()  # inference tensors have no version counter
         else:
-            self._versions.append((spikes, version_of(spikes)))
+            self._versions.append((spikes, version_counter(spikes)))
         record.append(spikes)
 
-    def _forget_record(self) -> None:
+    def _clear_record(self) -> None:
         self._pre.clear()
         self._post.clear()
         self._versions.clear()
 
-    @torch.inference_mode(False)  # traces outlive it
+    @torch.inference_mode(False)  # traces are used outside of it later
     @torch.no_grad()
-    def _consume(self, change: Change, scale: float, positions: slice | None) -> Tensor | None:
-        window = self._window(positions)
-        if window is None:
+    def _update_from_record(self, compute: ComputeChange, scale: float, positions: slice | None) -> Tensor | None:
+        record = self._spike_record(positions)
+        if record is None:
             return None
-        if self._layout not in (None, (window.rows, positions)):
-            before, now = (f"{list(rows)}" for rows in (self._layout[0], window.rows))
+        if self._layout not in (None, (record.rows, positions)):
+            before, now = (f"{list(rows)}" for rows in (self._layout[0], record.rows))
             raise ValueError(
                 f"the rows that the traces are of changed from {before} to {now} (or their positions did): "
                 "reset() the learner when the batch shape changes"
             )
-        delta, keep = change(window)
-        rows = max(window.pre.shape[1], 1) if self.reduction == "mean" else 1
+        delta, commit = compute(record)
+        rows = max(record.pre.shape[1], 1) if self.reduction == "mean" else 1
         delta = (delta * (scale / rows)).to(self.synapse.weight.dtype)
-        self._check_finite(delta, window)
-        keep()
-        self._layout = (window.rows, positions)
-        self._notice(delta, window)
-        self._forget_record()
+        self._check_finite(delta, record)
+        commit()
+        self._layout = (record.rows, positions)
+        self._check_activity(delta, record)
+        self._clear_record()
         return delta
 
-    def _window(self, positions: slice | None) -> Window | None:
+    def _spike_record(self, positions: slice | None) -> SpikeRecord | None:
         if len(self._pre) != len(self._post):
             raise RuntimeError(
                 f"the synapse was called {len(self._pre)} times and its neurons {len(self._post)} times since the last step: "
@@ -248,7 +248,7 @@ class Learner(base.MemoryModule):
                 "where activation checkpointing runs a part of it again)? reset() forgets the record"
             )
         if not self._pre:
-            if self._enabled and not self._ran:
+            if self._enabled and not self._was_called:
                 raise RuntimeError(
                     f"neither {self.name} nor its neurons were ever called: a learner needs modules of the network that runs"
                 )
@@ -256,17 +256,17 @@ class Learner(base.MemoryModule):
         mode = getattr(self.sn, "step_mode", self.step_mode)
         if mode != self.step_mode:
             raise ValueError(f"the neurons behind {self.name} have step_mode {mode!r}, the learner {self.step_mode!r}")
-        if any(version_of(spikes) != version for spikes, version in self._versions):
+        if any(version_counter(spikes) != version for spikes, version in self._versions):
             raise RuntimeError(
                 f"spikes before or behind {self.name} were written into after they were recorded (a buffer that is used "
                 "again, or a layer with inplace=True): give the network a new tensor in every call; reset() forgets the record"
             )
         pre, post = self._sequence(self._pre), self._sequence(self._post)
         if self.step_mode == "m" and pre.ndim == post.ndim - 1 and len(pre) == len(post) * post.shape[1]:
-            # Time and batch were one while the synapse ran, as in SpikingJelly's SeqToANNContainer.
+            # The synapse ran on time and batch flattened, as in SpikingJelly's SeqToANNContainer.
             pre = pre.unflatten(0, post.shape[:2])
         if self.step_mode == "s" and self.geometry is None and pre.ndim == post.ndim == 2:
-            pre, post = pre[:, None], post[:, None]  # one sample without a batch, [D]
+            pre, post = pre[:, None], post[:, None]  # a single sample, [D]
         self._check_shapes(pre, post)
         n_features = 1 if self.geometry is None else pre.ndim - 2
         if positions is not None:
@@ -278,12 +278,12 @@ class Learner(base.MemoryModule):
                 raise ValueError(f"no position is left: {positions} of {pre.shape[2]}")
             pre, post = pre[..., positions, :], post[..., positions, :]
         rows = pre.shape[1:-n_features]
-        return Window(pre.flatten(1, -1 - n_features), post.flatten(1, -1 - n_features), rows)
+        return SpikeRecord(pre.flatten(1, -1 - n_features), post.flatten(1, -1 - n_features), rows)
 
     def _sequence(self, record: list[Tensor]) -> Tensor:
-        """All records as one sequence ``[T, N, *]``."""
+        """Return the recorded tensors as one sequence ``[T, N, *]``."""
         if self.step_mode == "m" and len(record) == 1:
-            return record[0]  # the usual case, without a copy
+            return record[0]  # usual case: no copy
         try:
             return torch.cat(record) if self.step_mode == "m" else torch.stack(record)
         except RuntimeError:
@@ -313,51 +313,51 @@ class Learner(base.MemoryModule):
                 f"got {list(pre.shape)} before it and {list(post.shape)} behind"
             )
 
-    # --- what is wrong, and what is only strange
+    # --- errors and warnings
 
-    def _check_finite(self, delta: Tensor, window: Window) -> None:
-        """NaN anywhere in spikes, reward or traces ends up in the change, so one look at it is enough."""
-        well = delta.isfinite().all() & self.synapse.weight.isfinite().all()
-        if well:
+    def _check_finite(self, delta: Tensor, record: SpikeRecord) -> None:
+        """Raise if update or weight hold NaN or infinity: NaN in spikes, reward or traces also reaches the update."""
+        finite = delta.isfinite().all() & self.synapse.weight.isfinite().all()
+        if finite:
             return
         if not self.synapse.weight.isfinite().all():
             raise ValueError(f"the weight of {self.name} holds NaN or infinity: there is nothing to learn on")
-        for side, spikes in (("input", window.pre), ("output", window.post)):
+        for side, spikes in (("input", record.pre), ("output", record.post)):
             if not spikes.isfinite().all():
                 raise ValueError(f"the {side} spikes of {self.name} hold NaN or infinity; the weights are untouched")
         raise ValueError(f"the change of {self.name} is not finite; the weights are untouched")
 
-    def _notice(self, delta: Tensor, window: Window) -> None:
-        """Note once what makes a rule do nothing, or something else than STDP."""
-        if not self._looked:
-            self._looked = True
-            for side, spikes in (("input", window.pre), ("neurons' output", window.post)):
+    def _check_activity(self, delta: Tensor, record: SpikeRecord) -> None:
+        """Queue one warning if the input is not binary or nothing fires."""
+        if not self._input_checked:
+            self._input_checked = True
+            for side, spikes in (("input", record.pre), ("neurons' output", record.post)):
                 if not ((spikes == 0) | (spikes == 1)).all():
-                    self._to_say.append(
+                    self._pending_warnings.append(
                         f"the {side} of {self.name} is not spikes (0 and 1): what the rule computes is no STDP"
                     )
-        self._silent_steps = 0 if delta.any() else self._silent_steps + len(window.pre)
-        # A single step in which nobody fires is nothing to speak of.
-        if not self._said_silent and self._silent_steps >= (2 if len(window.pre) > 1 else SILENT_STEPS):
-            silent = [side for side, spikes in (("input", window.pre), ("neurons", window.post)) if not spikes.any()]
+        self._silent_steps = 0 if delta.any() else self._silent_steps + len(record.pre)
+        # Silence in a single time step is normal.
+        if not self._warned_silent and self._silent_steps >= (2 if len(record.pre) > 1 else SILENT_STEPS):
+            silent = [side for side, spikes in (("input", record.pre), ("neurons", record.post)) if not spikes.any()]
             if silent:
-                self._said_silent = True
-                self._to_say.append(
+                self._warned_silent = True
+                self._pending_warnings.append(
                     f"the {' and the '.join(silent)} of {self.name} did not fire in a window: no update"
                 )
 
 
 class _Hook:
-    """Calls a learner as long as there is one. A copy of the network takes the hook along, but not the learner."""
+    """Call a method of a learner while the learner exists. Copies and pickles of the network do not hold the learner."""
 
     def __init__(self, learner: "Learner | None", name: str) -> None:
         self._learner = (lambda: None) if learner is None else weakref.ref(learner)
         self._name = name
 
-    def __call__(self, *given: Any) -> None:
+    def __call__(self, *args: Any) -> None:
         learner = self._learner()
         if learner is not None:
-            getattr(learner, self._name)(*given)
+            getattr(learner, self._name)(*args)
 
     def __deepcopy__(self, memo: Any) -> "_Hook":
         return self

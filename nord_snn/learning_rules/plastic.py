@@ -1,4 +1,4 @@
-"""The part of a weight that a rule has learned, apart from what was trained, and its file."""
+"""Weight changes made by a rule, kept apart from the trained weight, and their file format."""
 
 import hashlib
 import json
@@ -24,12 +24,12 @@ FORMAT = "nord_snn plastic 1"
 
 
 class PlasticPart:
-    """What :meth:`apply` has added to a synapse's weight, until :meth:`revert` takes it back.
+    """Add changes to a synapse's weight with :meth:`apply` and remove them with :meth:`revert`.
 
     Args:
-        synapse: the module whose ``weight`` is written into.
-        bounds: what :meth:`apply` may bring a weight to, or None. They limit only what is added: a weight that already lies
-            outside stays where it is.
+        synapse: the module whose ``weight`` is changed.
+        bounds: range to which :meth:`apply` limits weights, or None. It limits added changes only: a weight that is already
+            outside stays unchanged.
 
     Raises:
         ValueError: the lower bound is not below the upper one.
@@ -53,7 +53,7 @@ class PlasticPart:
 
     @property
     def weight(self) -> Tensor:
-        """The parameter that the synapse has now."""
+        """Return the parameter of the synapse; moves the stored copies to its device."""
         weight = cast(Tensor, self.synapse.weight)
         if self._trained is not None and self._written is not None and self._trained.device != weight.device:
             self._trained, self._written = self._trained.to(weight.device), self._written.to(weight.device)
@@ -61,16 +61,16 @@ class PlasticPart:
 
     @property
     def delta(self) -> Tensor | None:
-        """What was added, in float64, so that trained weight and delta make the same sum again; None if nothing was."""
-        _ = self.weight  # its device is where the two are
+        """Return the total change in float64, so that trained + delta reproduces the weight exactly; None if there is none."""
+        _ = self.weight  # moves both to its device
         if self._trained is None or self._written is None:
             return None
         return self._written.double() - self._trained.double()
 
     @property
     def trained(self) -> Tensor:
-        """The weight without what was added; an optimizer's part in it included."""
-        return self._without_added(slice(None)).detach()
+        """Return the weight without the added changes, but with those of an optimizer."""
+        return self._without_delta(slice(None)).detach()
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -79,10 +79,10 @@ class PlasticPart:
 
         Args:
             delta: the change.
-            rows: of a weight of which few rows change, which ones: integers, each once; ``delta`` then has only these.
+            rows: indices of the rows to change, each once; ``delta`` then has these rows only. None: all rows.
 
         Raises:
-            ValueError: another shape, or the sum would not be finite; the weight is untouched.
+            ValueError: the shape differs, or the sum would not be finite; the weight is unchanged.
         """
         weight = self.weight
         shape = list(weight.shape) if rows is None else [len(rows), *weight.shape[1:]]
@@ -100,8 +100,8 @@ class PlasticPart:
         if self._trained is None or self._written is None:
             self._written = weight.detach().clone()
             self._trained = self._written.clone()
-        _without_interruption(
-            partial(operator.setitem, self._trained, index, self._without_added(index)),  # an optimizer's part included
+        _run_uninterrupted(
+            partial(operator.setitem, self._trained, index, self._without_delta(index)),  # with the optimizer's changes
             partial(operator.setitem, self._written, index, new),
             partial(operator.setitem, weight, index, new),
         )
@@ -109,13 +109,13 @@ class PlasticPart:
     @torch.inference_mode(False)
     @torch.no_grad()
     def revert(self) -> None:
-        """Take back everything that was added.
+        """Remove all added changes.
 
-        Bit for bit where nothing else has changed the weight since; elsewhere (an optimizer ran in between) what was added
-        is subtracted from what it is now. Does nothing if nothing was added.
+        The trained weight returns bit for bit where nothing else has changed it since. Elsewhere (an optimizer ran in
+        between) the added change is subtracted from the present weight. Does nothing if nothing was added.
         """
         if self._trained is not None and self._written is not None:
-            _without_interruption(
+            _run_uninterrupted(
                 partial(self.weight.copy_, self.trained),
                 partial(self.__dict__.update, _trained=None, _written=None),
             )
@@ -123,10 +123,10 @@ class PlasticPart:
     @torch.inference_mode(False)
     @torch.no_grad()
     def replace(self, delta: Tensor) -> None:
-        """Make ``delta`` all that was ever added; the bounds were for what a rule adds and are not asked.
+        """Replace all added changes by ``delta``, without applying the bounds.
 
         Raises:
-            ValueError: another shape, or the sum would not be finite; the weight is untouched.
+            ValueError: the shape differs, or the sum would not be finite; the weight is unchanged.
         """
         trained = self.trained.clone()
         if delta.shape != trained.shape:
@@ -134,17 +134,17 @@ class PlasticPart:
         new = (trained.double() + delta.to(trained.device).double()).to(trained.dtype)
         if not new.isfinite().all():
             raise ValueError("the weights would not be finite any more; they are untouched")
-        _without_interruption(
+        _run_uninterrupted(
             partial(self.__dict__.update, _trained=trained, _written=new.clone()),
             partial(self.weight.copy_, new),
         )
 
-    def _without_added(self, index: slice | Tensor) -> Tensor:
+    def _without_delta(self, index: slice | Tensor) -> Tensor:
         weight = self.weight
         if self._trained is None or self._written is None:
             return weight[index]
         now, trained, written = weight[index], self._trained[index], self._written[index]
-        # Equal to what was trained: somebody loaded it again.
+        # now == trained: the trained weights were loaded again.
         return torch.where((now == written) | (now == trained), trained, now - (written - trained))
 
     def _within_bounds(self, old: Tensor, new: Tensor) -> Tensor:
@@ -154,39 +154,39 @@ class PlasticPart:
         return torch.minimum(torch.maximum(new, old.clamp(max=lower)), old.clamp(min=upper))
 
 
-def _without_interruption(*writes: Callable[[], object]) -> None:
-    """Run functions of C one after the other, with no place for Ctrl-C between them.
+def _run_uninterrupted(*writes: Callable[[], object]) -> None:
+    """Run functions implemented in C one after the other, without handling Ctrl-C between them.
 
-    Python handles signals between bytecodes, and ``deque``, ``map`` and ``partial`` execute none. So the weight and the record
-    of what was added to it always agree, without a signal handler, which belongs to the application.
+    Python handles signals between bytecodes, and ``deque``, ``map`` and ``partial`` execute none. So weight and backup always
+    agree, and no signal handler is installed: those belong to the application.
     """
     with without_torch_function():
         deque(map(operator.call, writes), maxlen=0)
 
 
 class HasPlasticPart(Protocol):
-    """A learner."""
+    """Any object with a plastic part, such as a learner."""
 
     plastic: PlasticPart
 
 
 def save_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart | HasPlasticPart]) -> None:
-    """Write what was learned on top of the trained weights into a small safetensors file, in one move.
+    """Write the learned weight changes into a small safetensors file, atomically.
 
     Args:
         path: the file.
-        learned: plastic parts, or learners that hold one, by the name of their synapse.
+        learned: plastic parts, or learners that have one, by the name of their synapse.
 
     Raises:
-        ValueError: nothing was learned, or there is a file that holds something else.
-        OSError: the file cannot be written; one that was there before is untouched.
+        ValueError: nothing was learned, or ``path`` is a file of another kind.
+        OSError: the file cannot be written; an existing file is unchanged.
 
     Example::
 
         save_plastic("mine.safetensors", {"fc": rule})
         load_plastic("mine.safetensors", {"fc": rule})      # on the same trained weights, in this process or another
     """
-    parts = {name: _part(thing) for name, thing in learned.items()}
+    parts = {name: _plastic_part(source) for name, source in learned.items()}
     deltas = {name: delta.cpu() for name, part in parts.items() if (delta := part.delta) is not None}
     if not deltas:
         raise ValueError(f"{os.fspath(path)}: there is nothing to save, since nothing was applied")
@@ -197,38 +197,38 @@ def save_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart
         raise ValueError(f"{path}: there is a file that holds something else; it is untouched")
     digests = {name: _digest(parts[name].trained) for name in deltas}
     tensors = {}
-    for name, delta in deltas.items():  # a head of many words has learned about few of them
+    for name, delta in deltas.items():  # store changed rows only: an output layer learns few of its many words
         changed = delta.flatten(1).any(1).nonzero().flatten()
         tensors[f"{name}/rows"], tensors[f"{name}/delta"] = changed, delta[changed]
-    beside = path.with_name(f".{path.name}.unfinished")
+    unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        save_file(tensors, beside, metadata={"format": FORMAT, "trained": json.dumps(digests)})
-        os.replace(beside, path)
+        save_file(tensors, unfinished, metadata={"format": FORMAT, "trained": json.dumps(digests)})
+        os.replace(unfinished, path)
     except SafetensorError as error:
         raise OSError(f"{path} could not be written ({error})") from error
     finally:
-        beside.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def load_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart | HasPlasticPart]) -> None:
-    """Put what :func:`save_plastic` wrote on top of the trained weights, in place of what was learned here.
+    """Add the changes that :func:`save_plastic` wrote to the trained weights; they replace all changes learned here.
 
-    The sum is the same bit for bit; to rounding for weights in float64, and where an optimizer ran after the rule.
+    The sum is the same bit for bit; up to rounding for float64 weights and where an optimizer ran after the rule.
 
     Args:
         path: the file.
-        learned: plastic parts, or learners that hold one, by the name of their synapse.
+        learned: plastic parts, or learners that have one, by the name of their synapse.
 
     Raises:
-        ValueError: it is no such file, or was learned on other synapses or other trained weights; nothing is changed.
-        OSError: it cannot be read.
+        ValueError: the file is of another kind, or was learned on other synapses or other trained weights; nothing is changed.
+        OSError: the file cannot be read.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{os.fspath(path)}: no such file")
     try:
         with safe_open(os.fspath(path), "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
         if metadata.get("format") != FORMAT:
             raise ValueError("another format")
         digests = dict(json.loads(metadata["trained"]))
@@ -237,7 +237,7 @@ def load_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart
         saved = {name: (tensors[f"{name}/rows"], tensors[f"{name}/delta"]) for name in digests}
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{os.fspath(path)}: not a file of plastic weights ({error})") from error
-    parts = {name: _part(thing) for name, thing in learned.items()}
+    parts = {name: _plastic_part(source) for name, source in learned.items()}
     deltas = {}
     for name, (rows, delta) in saved.items():
         if name not in parts:
@@ -268,8 +268,8 @@ def _is_plastic(path: Path) -> bool:
         return False
 
 
-def _part(thing: PlasticPart | HasPlasticPart) -> PlasticPart:
-    return thing if isinstance(thing, PlasticPart) else thing.plastic
+def _plastic_part(source: PlasticPart | HasPlasticPart) -> PlasticPart:
+    return source if isinstance(source, PlasticPart) else source.plastic
 
 
 def _digest(weight: Tensor) -> str:

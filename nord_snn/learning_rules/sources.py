@@ -1,4 +1,4 @@
-"""Where a reward comes from: small objects that turn an outcome into a reward and remember what is usual."""
+"""Reward sources: objects that turn an outcome into a reward and track its running mean."""
 
 import math
 from numbers import Real
@@ -12,11 +12,11 @@ __all__ = ["GivenReward", "LossBelowBaseline", "RewardSource"]
 
 
 class RewardSource:
-    """What turns an outcome into a reward. ``state_dict()`` and ``load_state_dict()`` keep its memory with a run.
+    """Turn an outcome into a reward. ``state_dict()`` and ``load_state_dict()`` save and restore its state.
 
-    A source can be called by itself, ``reward = source(outcome)``, when several rules share it; or be given to
-    :class:`RewardModulatedSTDP`, which asks it in every step that brings an outcome of its kind. One of your own overrides
-    :meth:`reward`, and the others where it remembers something.
+    Call a source directly, ``reward = source(outcome)``, if several rules share it; or pass it to
+    :class:`RewardModulatedSTDP`, which calls it in every update with an outcome of its kind. A subclass overrides
+    :meth:`reward`, and the other methods if it has state.
 
     Attributes:
         takes: the kind of outcome, ``"loss"`` or ``"reward"``.
@@ -32,42 +32,42 @@ class RewardSource:
     takes: Literal["loss", "reward"] = "reward"
 
     def reward(self, outcome: float | Tensor) -> float | Tensor:
-        """The reward of an outcome; remembers nothing."""
+        """Return the reward of an outcome, without changing the state."""
         raise NotImplementedError
 
     def update(self, outcome: float) -> None:
-        """Remember the mean outcome of a step."""
+        """Update the state with the mean outcome of an update."""
 
     def __call__(self, outcome: float | Tensor) -> float | Tensor:
-        """The reward, before the outcome is remembered."""
-        outcome = finite(outcome, "outcome")
+        """Return the reward, then update the state."""
+        outcome = check_finite(outcome, "outcome")
         reward = self.reward(outcome)
         self.update(float(outcome.mean()) if isinstance(outcome, Tensor) else outcome)
         return reward
 
     def state_dict(self) -> dict[str, Any]:
-        """What is remembered; accelerate's ``register_for_checkpointing`` saves it."""
+        """Return the state; accelerate's ``register_for_checkpointing`` saves it."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Remember what a ``state_dict`` holds."""
+        """Load the state from a ``state_dict``."""
 
 
 class LossBelowBaseline(RewardSource):
-    """``r = 2 * sigmoid(scale * (baseline - loss)) - 1`` in (-1, 1): positive where a loss lies below its running mean.
+    """Reward losses below their running mean: ``r = 2 * sigmoid(scale * (baseline - loss)) - 1`` in (-1, 1).
 
-    The baseline is read before it is updated, ``baseline = decay * baseline + (1 - decay) * loss``. A vector of losses gives
-    a vector of rewards, and the baseline follows its mean.
+    The reward uses the baseline before its update, ``baseline = decay * baseline + (1 - decay) * loss``. A vector of losses
+    gives a vector of rewards, and its mean updates the baseline.
 
     Args:
-        scale: how steeply the reward answers to the loss.
-        baseline: loss that is expected at first; None: the first loss is, and its reward 0.
-        decay: of the running mean, in [0, 1).
+        scale: slope of the reward over the loss.
+        baseline: initial baseline; None: the first loss, whose reward is then 0.
+        decay: decay of the running mean, in [0, 1).
 
     Raises:
         ValueError: ``decay`` is out of its range.
 
-    Source: Nord's; a reward relative to what is expected goes back to Sutton 1984.
+    Source: Nord's; a reward relative to an expected one goes back to Sutton 1984.
 
     Example:
         >>> source = LossBelowBaseline(baseline=4.0)
@@ -83,39 +83,39 @@ class LossBelowBaseline(RewardSource):
         self.scale, self.baseline, self.decay = scale, baseline, decay
 
     def reward(self, outcome: float | Tensor) -> float | Tensor:
-        """The reward of a loss, or of each of several."""
+        """Return the reward of a loss, or of each of several."""
         expected = self.baseline
         if expected is None:
             expected = float(outcome.mean()) if isinstance(outcome, Tensor) else outcome
         return reward_from_loss(outcome, expected, self.scale)
 
     def update(self, outcome: float) -> None:
-        """Let the baseline follow."""
+        """Update the baseline."""
         if self.baseline is None:
             self.baseline = outcome
         self.baseline = self.decay * self.baseline + (1 - self.decay) * outcome
 
     def state_dict(self) -> dict[str, Any]:
-        """The baseline."""
+        """Return the baseline."""
         return {"baseline": self.baseline}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the baseline from a ``state_dict``."""
+        """Load the baseline from a ``state_dict``."""
         unset = "baseline" in state and state["baseline"] is None
-        self.baseline = None if unset else _remembered(state, "baseline")
+        self.baseline = None if unset else _read_number(state, "baseline")
 
 
 class GivenReward(RewardSource):
-    """The reward that the caller gives, a number or a tensor with one for each sample, compared with what is usual if wanted.
+    """Take rewards from the caller, a number or a tensor with one for each sample; subtract their running mean if wanted.
 
     Args:
-        decay: of a running mean of the rewards that is subtracted from them, in [0, 1); None: rewards are taken as given.
+        decay: decay of the running mean that is subtracted from the rewards, in [0, 1); None: rewards are used unchanged.
 
     Raises:
         ValueError: ``decay`` is out of its range.
 
     Source: a reward minus its mean is the success signal of Fremaux, Sprekeler and Gerstner 2010, without which
-    reward-modulated STDP drifts where rewards are mostly of one sign.
+    reward-modulated STDP drifts if most rewards have the same sign.
 
     Example:
         >>> source = GivenReward(decay=0.9)
@@ -129,50 +129,50 @@ class GivenReward(RewardSource):
         self.decay, self.mean = decay, 0.0
 
     def reward(self, outcome: float | Tensor) -> float | Tensor:
-        """The reward above what is usual."""
+        """Return the reward minus the running mean."""
         return outcome if self.decay is None else outcome - self.mean
 
     def update(self, outcome: float) -> None:
-        """Let the mean follow."""
+        """Update the running mean."""
         if self.decay is not None:
             self.mean = self.decay * self.mean + (1 - self.decay) * outcome
 
     def state_dict(self) -> dict[str, Any]:
-        """The running mean."""
+        """Return the running mean."""
         return {"mean": self.mean}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the running mean from a ``state_dict``."""
-        self.mean = _remembered(state, "mean")
+        """Load the running mean from a ``state_dict``."""
+        self.mean = _read_number(state, "mean")
 
 
-def finite(outcome: float | Tensor, what: str) -> float | Tensor:
-    """A number, or a tensor with dimensions and without a graph.
+def check_finite(outcome: float | Tensor, kind: str) -> float | Tensor:
+    """Return the outcome as a float, or as a detached tensor if it has dimensions.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: it is neither a real number nor a tensor.
         ValueError: it is not finite.
     """
     if isinstance(outcome, Tensor) and outcome.is_complex():
-        raise TypeError(f"the {what} must be real, got {outcome.dtype}")
+        raise TypeError(f"the {kind} must be real, got {outcome.dtype}")
     if isinstance(outcome, Tensor) and outcome.ndim:
         if not outcome.numel() or not outcome.isfinite().all():
-            raise ValueError(f"the {what} must be finite and not empty, got {_described(outcome)}")
+            raise ValueError(f"the {kind} must be finite and not empty, got {_describe(outcome)}")
         return outcome.detach() if outcome.is_floating_point() else outcome.detach().float()
     if not isinstance(outcome, (Real, Tensor)):
-        raise TypeError(f"the {what} must be a number or a tensor, got {type(outcome).__name__}")
+        raise TypeError(f"the {kind} must be a number or a tensor, got {type(outcome).__name__}")
     number = float(outcome.detach() if isinstance(outcome, Tensor) else outcome)
     if not math.isfinite(number):
-        raise ValueError(f"the {what} must be finite, got {number}")
+        raise ValueError(f"the {kind} must be finite, got {number}")
     return number
 
 
-def _described(x: Tensor) -> str:
+def _describe(x: Tensor) -> str:
     return f"{list(x.shape)} with NaN or infinity in it" if x.numel() else f"shape {list(x.shape)}"
 
 
-def _remembered(state: dict[str, Any], name: str) -> float:
-    """A number that a ``state_dict`` holds."""
+def _read_number(state: dict[str, Any], name: str) -> float:
+    """Return a number from a ``state_dict``."""
     value = state.get(name)
     if not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"the state of a reward source must hold a finite {name}, got {value}")

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nord_snn.learning_rules.learner import Learner, Window
+from nord_snn.learning_rules.learner import Learner, SpikeRecord
 from nord_snn.ops import STDPState, stdp
 from nord_snn.ops.checks import check_numbers, check_time_constants
 
@@ -15,32 +15,33 @@ __all__ = ["STDP"]
 class STDP(Learner):
     """Strengthen synapses whose input fires before their output, weaken those whose input fires after it.
 
-    The equations are those of :func:`nord_snn.ops.stdp`. While enabled, the learner records the spikes that enter ``synapse``
-    and those that leave ``sn``; :meth:`step` turns the record into a weight change and forgets it. Traces go on from one step
-    to the next until :meth:`reset`, so reset between independent sequences; several passes before a step are one longer
-    sequence. A copy of the network needs a learner of its own, and a learner works as long as somebody holds it.
+    The equations are those of :func:`nord_snn.ops.stdp`. While enabled, the learner records the input spikes of ``synapse``
+    and the output spikes of ``sn``; :meth:`step` turns the record into a weight update and clears it. Traces continue from
+    one update to the next until :meth:`reset`, so reset between independent sequences; several passes before an update are
+    one longer sequence. A copy of the network needs a learner of its own. Keep a reference to the learner: the network's
+    hooks hold a weak one, and a garbage-collected learner records nothing.
 
     Args:
         step_mode: ``"m"`` if the network is called with sequences ``[T, N, *, D]`` or images ``[T, N, C, H, W]``, ``"s"`` if
-            step by step. Where time and batch are one while the synapse runs (``SeqToANNContainer``), the neurons' output
-            tells them apart.
-        synapse: what learns, an ``nn.Linear``, ``nn.Conv1d`` or ``nn.Conv2d`` (SpikingJelly's layers are such) with any
-            stride, padding, dilation and groups; its input must be spikes.
-        sn: the neurons that it drives; where they return more than one tensor, as snnTorch's do, the first is the spikes.
-        tau_plus: time constant of the presynaptic trace, in steps.
-        tau_minus: time constant of the postsynaptic trace, in steps.
-        a_plus: strengthening per pair.
-        a_minus: weakening per pair.
+            with single time steps. If time and batch are flattened where the synapse runs (``SeqToANNContainer``), they are
+            separated by the shape of the neurons' output.
+        synapse: the module that learns, an ``nn.Linear``, ``nn.Conv1d`` or ``nn.Conv2d`` (or a subclass, as SpikingJelly's
+            layers) with any stride, padding, dilation and groups; its input must be spikes.
+        sn: the neurons that it drives; if they return several tensors, as snnTorch's do, the first is the spikes.
+        tau_plus: time constant of the presynaptic trace, in time steps.
+        tau_minus: time constant of the postsynaptic trace, in time steps.
+        a_plus: potentiation per pair.
+        a_minus: depression per pair.
         reduction: over the rows of a batch and the tokens of a sequence, ``"sum"`` or ``"mean"``.
-        bounds: what :meth:`apply` may bring a weight to, or None (hard bounds). They limit only what the rule adds: a weight
-            that already lies outside stays where it is. What goes into a gradient is the optimizer's to limit.
+        bounds: range to which :meth:`apply` limits weights (hard bounds), or None. It limits changes by the rule only: a
+            weight that is already outside stays unchanged. Updates through a gradient are not limited.
         mu: exponent of the dependence on the weight: 0 is additive; with 1 (multiplicative) changes vanish towards
             ``bounds`` (soft bounds).
-        max_norm: what the norm of one step's change is scaled down to where it is larger, or None.
-        name: what messages call the synapse; default: its class and shape.
+        max_norm: the largest norm of one update; a larger update is scaled down to it. None: no limit.
+        name: name of the synapse in messages; default: its class and shape.
 
     Raises:
-        TypeError: ``synapse`` is something else.
+        TypeError: ``synapse`` is of another class.
         ValueError: an argument is out of its range.
 
     Source: Bi and Poo 1998; ``mu`` after Guetig et al. 2003; the life cycle is that of SpikingJelly's ``STDPLearner``, whose
@@ -64,6 +65,7 @@ class STDP(Learner):
         tau_minus: float = 20.0,
         a_plus: float = 0.005,
         a_minus: float = 0.005,
+        *,
         reduction: str = "sum",
         bounds: tuple[float, float] | None = (-0.3, 1.0),
         mu: float = 0.0,
@@ -76,48 +78,48 @@ class STDP(Learner):
         self.tau_plus, self.tau_minus, self.a_plus, self.a_minus = tau_plus, tau_minus, a_plus, a_minus
 
     def step(self, on_grad: bool = True, scale: float = 1.0, positions: slice | None = None) -> Tensor | None:
-        """Turn what was recorded into a weight change, and forget the record.
+        """Compute the weight update of the recorded spikes and clear the record.
 
-        In several processes (``torch.distributed``) all of them call this, and the change is the mean of theirs.
+        With ``torch.distributed`` all processes must call this; the update is the mean over them.
 
         Args:
-            on_grad: True subtracts the change from ``synapse.weight.grad``, so that a step of gradient descent adds it;
+            on_grad: True subtracts the update from ``synapse.weight.grad``, so that a step of gradient descent adds it;
                 False returns it.
-            scale: factor on the change.
-            positions: of sequences ``[T, B, S, D]``, the positions in S that take part; None for all.
+            scale: factor on the update.
+            positions: the positions in S of sequences ``[T, B, S, D]`` to learn from; None for all.
 
         Returns:
-            The change, shaped as the weight, or None with ``on_grad`` or if nothing was recorded.
+            The update, shaped as the weight, or None with ``on_grad`` or if nothing was recorded.
 
         Raises:
             RuntimeError: the synapse and the neurons were not called equally often, or never.
             ValueError: shapes do not fit, the batch shape changed since the last reset, or spikes or weights hold NaN.
-                Weights and traces are then untouched and the record is kept until :meth:`reset`.
+                Weights and traces are then unchanged and the record is kept until :meth:`reset`.
         """
-        return self._deliver(self._delta(self._change, scale, positions), on_grad)
+        return self._return_or_accumulate(self._weight_update(self._change, scale, positions), on_grad)
 
     def extra_repr(self) -> str:
-        """The constants."""
+        """Return the constants."""
         constants = ("tau_plus", "tau_minus", "a_plus", "a_minus")
         return ", ".join(f"{name}={getattr(self, name)}" for name in constants) + f", {super().extra_repr()}"
 
-    def _change(self, window: Window) -> tuple[Tensor, Callable[[], None]]:
-        held = None
+    def _change(self, record: SpikeRecord) -> tuple[Tensor, Callable[[], None]]:
+        state = None
         if self.trace_pre is not None and self.trace_post is not None:
-            held = STDPState(self.trace_pre, self.trace_post)
-        delta, traces = stdp(window.pre, window.post, held, **self._constants())
+            state = STDPState(self.trace_pre, self.trace_post)
+        delta, traces = stdp(record.pre, record.post, state, **self._constants())
 
-        def keep() -> None:
+        def commit() -> None:
             self.trace_pre, self.trace_post = traces
 
-        return delta, keep
+        return delta, commit
 
     def _constants(self) -> dict[str, Any]:
-        """Arguments of the op that all windows share."""
+        """Return the arguments of the op that are the same for every record."""
         return {
             "tau_plus": self.tau_plus,
             "tau_minus": self.tau_minus,
             "a_plus": self.a_plus,
             "a_minus": self.a_minus,
-            **self._dependence(),
+            **self._synapse_arguments(),
         }

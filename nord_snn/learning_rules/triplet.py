@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from nord_snn.learning_rules.learner import Learner, Window
+from nord_snn.learning_rules.learner import Learner, SpikeRecord
 from nord_snn.ops import TripletState, triplet_stdp
 from nord_snn.ops.checks import check_numbers, check_time_constants
 
@@ -12,24 +12,24 @@ __all__ = ["TripletSTDP"]
 
 
 class TripletSTDP(Learner):
-    """STDP in which a pair counts for more, the more often the neuron that fires last fired before.
+    """STDP whose change per pair grows with the recent firing of the neuron that fires last.
 
-    The equations are those of :func:`nord_snn.ops.triplet_stdp`: unlike pairs alone they explain why the same pairs
-    strengthen at high rates and weaken at low ones. The defaults are the paper's fit to visual cortex, all spikes
-    interacting, with steps of 1 ms. Everything else is as in :class:`STDP`.
+    The equations are those of :func:`nord_snn.ops.triplet_stdp`. Unlike pair-based STDP they explain why the same pairs
+    cause potentiation at high rates and depression at low ones. The defaults are the paper's fit to visual cortex, all-to-all
+    interaction, with time steps of 1 ms. Everything else is as in :class:`STDP`.
 
     Args:
         step_mode: see :class:`STDP`.
         synapse: see :class:`STDP`.
         sn: see :class:`STDP`.
-        tau_plus: time constant of the fast presynaptic trace, in steps.
-        tau_minus: time constant of the fast postsynaptic trace, in steps.
-        tau_x: time constant of the slow presynaptic trace, in steps.
-        tau_y: time constant of the slow postsynaptic trace, in steps.
-        a2_plus: strengthening per pair.
-        a2_minus: weakening per pair.
-        a3_plus: strengthening per triplet post-pre-post.
-        a3_minus: weakening per triplet pre-post-pre.
+        tau_plus: time constant of the fast presynaptic trace, in time steps.
+        tau_minus: time constant of the fast postsynaptic trace, in time steps.
+        tau_x: time constant of the slow presynaptic trace, in time steps.
+        tau_y: time constant of the slow postsynaptic trace, in time steps.
+        a2_plus: potentiation per pair.
+        a2_minus: depression per pair.
+        a3_plus: potentiation per triplet post-pre-post.
+        a3_minus: depression per triplet pre-post-pre.
         reduction: see :class:`STDP`.
         bounds: see :class:`STDP`.
         mu: see :class:`STDP`.
@@ -64,6 +64,7 @@ class TripletSTDP(Learner):
         a2_minus: float = 7e-3,
         a3_plus: float = 6.2e-3,
         a3_minus: float = 2.3e-4,
+        *,
         reduction: str = "sum",
         bounds: tuple[float, float] | None = (-0.3, 1.0),
         mu: float = 0.0,
@@ -81,20 +82,20 @@ class TripletSTDP(Learner):
         self.register_memory("slow_trace_post", None)
 
     def step(self, on_grad: bool = True, scale: float = 1.0, positions: slice | None = None) -> Tensor | None:
-        """Turn what was recorded into a weight change, and forget the record; see :meth:`STDP.step`."""
-        return self._deliver(self._delta(self._change, scale, positions), on_grad)
+        """Compute the weight update of the recorded spikes and clear the record; see :meth:`STDP.step`."""
+        return self._return_or_accumulate(self._weight_update(self._change, scale, positions), on_grad)
 
     def extra_repr(self) -> str:
-        """The constants."""
+        """Return the constants."""
         constants = ("tau_plus", "tau_minus", "tau_x", "tau_y", "a2_plus", "a2_minus", "a3_plus", "a3_minus")
         return ", ".join(f"{name}={getattr(self, name)}" for name in constants) + f", {super().extra_repr()}"
 
-    def _change(self, window: Window) -> tuple[Tensor, Callable[[], None]]:
-        held = (self.trace_pre, self.trace_post, self.slow_trace_pre, self.slow_trace_post)
+    def _change(self, record: SpikeRecord) -> tuple[Tensor, Callable[[], None]]:
+        stored = (self.trace_pre, self.trace_post, self.slow_trace_pre, self.slow_trace_post)
         delta, traces = triplet_stdp(
-            window.pre,
-            window.post,
-            None if self.trace_pre is None else TripletState(*held),  # type: ignore[arg-type]  # all are there or none
+            record.pre,
+            record.post,
+            None if self.trace_pre is None else TripletState(*stored),  # type: ignore[arg-type]  # all are None or none is
             tau_plus=self.tau_plus,
             tau_minus=self.tau_minus,
             tau_x=self.tau_x,
@@ -103,10 +104,10 @@ class TripletSTDP(Learner):
             a2_minus=self.a2_minus,
             a3_plus=self.a3_plus,
             a3_minus=self.a3_minus,
-            **self._dependence(),
+            **self._synapse_arguments(),
         )
 
-        def keep() -> None:
+        def commit() -> None:
             self.trace_pre, self.trace_post, self.slow_trace_pre, self.slow_trace_post = traces
 
-        return delta, keep
+        return delta, commit

@@ -1,4 +1,4 @@
-"""Instruments that look at a running network."""
+"""Firing rates and energy of a running network."""
 
 from nord_snn.monitor.energy import CONVENTIONS, Convention, EnergyProfile, EnergyProfiler, ProductCost, profile_energy
 from nord_snn.monitor.firing_rate import LayerActivity, SpikeMonitor

@@ -1,4 +1,4 @@
-"""SpikeMonitor: who fires how often, counted from the spikes themselves."""
+"""SpikeMonitor: firing rates of all neurons, counted from their spikes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, distributed, nn
 
 from nord_snn._compat.torch import observe_forward, stop_observing_forward
-from nord_snn.neurons.foreign import is_neuron, runs_snntorch
+from nord_snn.neurons.detection import is_neuron, runs_snntorch
 
 __all__ = [
     "LayerActivity",
@@ -25,14 +25,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LayerActivity:
-    """What one layer of neurons has done.
+    """Activity of one layer of neurons.
 
     Attributes:
-        per_neuron: firing rate of each neuron, ``[*, D]`` as they stand in the layer's output.
-        per_step: firing rate at each time step, ``[T]``; one entry where the steps are not known.
-        rows: how often each neuron was run for one step.
-        ceiling: the highest rate that a neuron of this layer can have: with a refractory period of R it fires in every
-            ``R + 1``-th step at most.
+        per_neuron: firing rate of each neuron, ``[*, D]`` as in the layer's output.
+        per_step: firing rate in each time step, ``[T]``; one entry if the time steps are not known.
+        rows: number of time steps that each neuron ran, summed over rows.
+        ceiling: the highest possible rate of a neuron of this layer: with a refractory period of R it fires at most in every
+            ``R + 1``-th time step.
     """
 
     per_neuron: Tensor
@@ -42,21 +42,21 @@ class LayerActivity:
 
     @property
     def rate(self) -> float:
-        """Mean firing rate, ``spikes / (steps * neurons * rows)``."""
+        """Return the mean firing rate, ``spikes / (steps * neurons * rows)``."""
         return self.per_neuron.mean().item()
 
     @property
     def dead(self) -> Tensor:
-        """Neurons that never fired."""
+        """Return a mask of the neurons that never fired."""
         return self.per_neuron == 0
 
     @property
     def saturated(self) -> Tensor:
-        """Neurons that fired at 95 % or more of the highest rate that they can have."""
+        """Return a mask of the neurons that fired at 95 % or more of the highest possible rate."""
         return self.per_neuron >= 0.95 * self.ceiling
 
     def histogram(self, bins: int = 10) -> tuple[Tensor, Tensor]:
-        """How many neurons fire at what rate: counts ``[bins]`` and edges ``[bins + 1]`` from 0 to the ceiling."""
+        """Return the histogram of firing rates: counts ``[bins]`` and edges ``[bins + 1]`` from 0 to the ceiling."""
         rates = self.per_neuron.flatten().clamp(max=self.ceiling)
         return torch.histogram(rates.float(), bins, range=(0.0, self.ceiling))
 
@@ -64,27 +64,27 @@ class LayerActivity:
 class SpikeMonitor:
     """Count the spikes of every neuron in a network while it runs.
 
-    ``rate = spikes / (steps * neurons * rows)`` over everything since the start or the last :meth:`clear`. Kept are counts for
-    each step and neuron of a layer, on the layer's device: memory does not grow, and nothing waits for a GPU before a figure
-    is asked for. Without a monitor a network has no hooks and costs what it always did.
+    ``rate = spikes / (steps * neurons * rows)`` over all calls since the start or the last :meth:`clear`. It stores counts for
+    each time step and neuron of a layer, on the layer's device: memory does not grow, and the GPU is synchronised only when
+    a figure is read. Without a monitor a network has no hooks and no overhead.
 
-    It works under ``torch.compile``, with ``fullgraph=True`` too, whichever comes first. Code that was compiled with one of the
-    watched neurons in it is compiled again under the first monitor, and only that code; later monitors use it again, and
+    It works under ``torch.compile``, also with ``fullgraph=True``, started before or after compilation. The first monitor causes
+    one recompilation of the code that contains a monitored neuron, and of no other code. Later monitors use that code again;
     without a monitor the earlier code runs. Nodes in step mode ``"s"`` are compiled for each time step, up to torch's limit.
-    Under DDP every process counts what it ran itself; :meth:`gather` adds them up.
+    Under DDP every process counts its own calls; :meth:`gather` sums them.
 
     Args:
-        net: any module; its neurons (ours, SpikingJelly's and snnTorch's) are watched under their names in ``net``, a neuron
-            that is itself ``net`` under ``""``.
-        zones: groups of layers by name: zone -> names or beginnings of names. None: no zones.
-        feature_dims: how many of the last dimensions tell neurons apart; all before them are time and rows. None: one for our
-            neurons, ``[T, N, *, D]``, and for others all that follow ``[T, N]``, so that of images ``[T, N, C, H, W]`` every
-            place of every channel is a neuron.
-        max_steps: single steps beyond that many are counted as the last: a node that is never reset goes on for ever.
+        net: any module; its neurons (nord-snn's, SpikingJelly's and snnTorch's) are listed under their names in ``net``, or
+            under ``""`` if ``net`` itself is a neuron.
+        zones: groups of layers: zone -> names of layers or of modules that contain them. None: no zones.
+        feature_dims: number of last dimensions that are neurons; all before them are time and rows. None: one for our neurons,
+            ``[T, N, *, D]``, and for others all that follow ``[T, N]``, so that in images ``[T, N, C, H, W]`` every pixel of
+            every channel is a neuron.
+        max_steps: in step mode ``"s"``, later time steps are counted as the last one; limits memory if a node is never reset.
 
     Raises:
-        ValueError: there are no neuron layers in ``net``, or a zone has none; while the network runs: the neurons of a layer
-            change their number.
+        ValueError: there are no neuron layers in ``net``, or a zone has none; while the network runs: the number of neurons
+            of a layer changes.
 
     Example:
         >>> from nord_snn.layers import SpikingFeedForward
@@ -111,47 +111,47 @@ class SpikeMonitor:
         check_feature_dims(feature_dims)
         self._counters = {n: _Counter(n, m, feature_dims, max_steps) for n, m in neuron_layers(net).items()}
         try:
-            self._zones = {zone: self._members(zone, starts) for zone, starts in (zones or {}).items()}
+            self._zones = {zone: self._members(zone, prefixes) for zone, prefixes in (zones or {}).items()}
         except ValueError:
-            self.close()  # nobody will have this monitor to close it
+            self.close()  # the caller gets no monitor to close
             raise
 
     def pause(self) -> None:
-        """Count nothing until :meth:`resume`."""
+        """Stop counting until :meth:`resume`."""
         for counter in self._counters.values():
             counter.on = False
 
     def resume(self) -> None:
-        """Go on counting."""
+        """Continue counting."""
         for counter in self._counters.values():
-            counter.on = counter.watching
+            counter.on = counter.is_open
 
     def clear(self) -> None:
-        """Start counting anew."""
+        """Reset the counts."""
         for counter in self._counters.values():
             counter.clear()
 
     def rates(self) -> dict[str, float]:
-        """Mean firing rate of each layer that has run."""
+        """Return the mean firing rate of each layer that has run."""
         return {name: activity.rate for name, activity in self.activity().items()}
 
     def activity(self) -> dict[str, LayerActivity]:
-        """Everything that was counted, of each layer that has run on more than nothing."""
+        """Return the activity of each layer that has run on at least one row."""
         return {name: counter.activity() for name, counter in self._counters.items() if counter.has_run()}
 
     def zone_rates(self) -> dict[str, float]:
-        """Mean firing rate of each zone: its spikes by the chances that its neurons had."""
+        """Return the mean firing rate of each zone: spikes divided by neuron steps."""
         rates = {}
         for zone, members in self._zones.items():
             ran = [self._counters[name] for name in members if self._counters[name].counts is not None]
             spikes = sum(counter.spikes() for counter in ran)
-            rates[zone] = spikes / max(sum(counter.chances() for counter in ran), 1)
+            rates[zone] = spikes / max(sum(counter.neuron_steps() for counter in ran), 1)
         return rates
 
     def gather(self) -> None:
-        """Add up what all processes of ``torch.distributed`` counted; all must call it. Without them it does nothing.
+        """Sum the counts over all processes of ``torch.distributed``, which all must call this; no-op without them.
 
-        Afterwards each holds the sum: :meth:`clear` before counting on.
+        Afterwards each process has the sum: call :meth:`clear` before counting further.
         """
         if not (distributed.is_available() and distributed.is_initialized()):
             return
@@ -159,34 +159,34 @@ class SpikeMonitor:
             counter.gather()
 
     def close(self) -> None:
-        """Stop watching; the counts stay readable."""
+        """Remove the observers; the counts stay readable."""
         for counter in self._counters.values():
             counter.close()
 
     def __enter__(self) -> Self:
-        """Watch until the block ends."""
+        """Return the monitor, which counts until the block ends."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop watching."""
+        """Stop counting."""
         self.close()
 
-    def _members(self, zone: str, starts: Sequence[str]) -> list[str]:
-        members = [name for name in self._counters if any(_begins(name, start) for start in starts)]
+    def _members(self, zone: str, prefixes: Sequence[str]) -> list[str]:
+        members = [name for name in self._counters if any(_is_inside(name, prefix) for prefix in prefixes)]
         if not members:
             raise ValueError(
-                f"zone {zone!r} has no layer: none of {list(self._counters)} begins with any of {list(starts)}"
+                f"zone {zone!r} has no layer: none of {list(self._counters)} begins with any of {list(prefixes)}"
             )
         return members
 
 
 def neuron_layers(net: nn.Module) -> dict[str, nn.Module]:
-    """What fires in ``net``, by name; ``net`` itself under ``""``.
+    """Return the neuron layers of ``net`` by name; ``net`` itself under ``""``.
 
     Raises:
-        ValueError: nothing does.
+        ValueError: there are none.
     """
     layers = {name: module for name, module in net.named_modules() if is_neuron(module) or runs_snntorch(module)}
     inside = [inner for module in layers.values() for inner in module.modules() if inner is not module]
@@ -196,14 +196,14 @@ def neuron_layers(net: nn.Module) -> dict[str, nn.Module]:
 
 
 def spikes_of(module: nn.Module, output: Any) -> tuple[Tensor, bool]:
-    """Spikes ``[T, N, *, D]`` in the output of a layer of neurons, and whether it ran the whole sequence and not one step."""
-    spikes: Tensor = output[0] if isinstance(output, tuple) else output  # snnTorch's return their states too
+    """Return the spikes ``[T, N, *, D]`` in the output of a layer of neurons, and whether it ran a sequence or one time step."""
+    spikes: Tensor = output[0] if isinstance(output, tuple) else output  # snnTorch's neurons also return states
     whole = getattr(module, "step_mode", "s") == "m" or runs_snntorch(module)
     return spikes if whole else spikes.unsqueeze(0), whole
 
 
 def features_of(module: nn.Module, spikes: Tensor, feature_dims: int | None) -> torch.Size:
-    """The last dimensions of ``spikes``: those that tell neurons apart."""
+    """Return the last dimensions of ``spikes``, which are neurons."""
     if feature_dims is None:
         feature_dims = 1 if hasattr(module, "n_features") else max(spikes.ndim - 2, 0)
     if feature_dims >= spikes.ndim:
@@ -212,47 +212,47 @@ def features_of(module: nn.Module, spikes: Tensor, feature_dims: int | None) -> 
 
 
 def check_feature_dims(feature_dims: int | None) -> None:
-    """Raise a ValueError unless some dimension tells neurons apart."""
+    """Raise a ValueError if ``feature_dims`` is below 1."""
     if feature_dims is not None and feature_dims < 1:
         raise ValueError(f"feature_dims must be at least 1, got {feature_dims}")
 
 
 class _Counter:
-    """Of one layer: spikes by step and neuron, and how many rows had the chance."""
+    """Count the spikes of one layer by time step and neuron, and the rows that ran."""
 
     def __init__(self, name: str, module: nn.Module, feature_dims: int | None, max_steps: int) -> None:
         self.name, self.module, self.max_steps = name, module, max_steps
         self.feature_dims = feature_dims
-        self.step = self.place = 0  # of the last single step, and of the one that runs
-        self.on = self.watching = True
+        self.step = self.current_step = 0  # index of the last completed single step, and of the running one
+        self.on = self.is_open = True
         self.clear()
         observe_forward(module, self)
 
     def clear(self) -> None:
         self.counts: Tensor | None = None  # [T, *, D]
-        self.rows: Tensor | None = None  # [T]; a tensor, since code is compiled anew for every other number
+        self.rows: Tensor | None = None  # [T]; a tensor: compiled code specialises on Python numbers
 
     def close(self) -> None:
         stop_observing_forward(self.module, self)
-        self.on = self.watching = False
+        self.on = self.is_open = False
 
     def before(self, module: Any) -> None:
-        """Find the time step: a node at rest begins a sequence, one that holds state goes on with it."""
+        """Find the time step: a node at rest begins a sequence, a node with state continues it."""
         if isinstance(module, BaseNode) and module.step_mode == "s":
-            self.place = min(self.step + 1, self.max_steps - 1) if isinstance(module.v, Tensor) else 0
+            self.current_step = min(self.step + 1, self.max_steps - 1) if isinstance(module.v, Tensor) else 0
 
-    @torch.inference_mode(False)  # counts outlive it
+    @torch.inference_mode(False)  # counts are updated outside of it later
     @torch.no_grad()
     def after(self, module: nn.Module, output: Any) -> None:
-        """Count what the module fired."""
-        self.step = self.place  # only now: a step that raised was none
+        """Count the spikes of the module."""
+        self.step = self.current_step  # not in before(): a step that raises must not count
         if not self.on:
             return
         spikes, whole = spikes_of(module, output)
         first = 0 if whole else self.step
         features = features_of(module, spikes, self.feature_dims)
         steps, rows = spikes.shape[0], spikes[0].numel() // max(features.numel(), 1)
-        # One pass over the spikes: what follows is small.
+        # Reduce over rows first: one pass over the spikes.
         self.add(first, spikes.reshape(steps, rows, *features).sum(1, dtype=torch.float32), rows)
 
     def add(self, first: int, spikes: Tensor, rows: int) -> None:
@@ -273,14 +273,14 @@ class _Counter:
         self.rows[first:steps] += rows
 
     def gather(self) -> None:
-        """Add up over processes, of which some may have run fewer steps."""
+        """Sum over processes, which may have run different numbers of time steps."""
         own = 0 if self.counts is None else len(self.counts)
         bounds = torch.tensor([own, -own], device=_device(self.module))
         distributed.all_reduce(bounds, distributed.ReduceOp.MAX)
         steps, fewest = int(bounds[0]), -int(bounds[1])
         if not steps:
             return
-        if not fewest or self.counts is None:  # known to all of them, so that none waits for the others
+        if not fewest or self.counts is None:  # true in all processes, so that none waits for the others
             raise ValueError(f"'{self.name}' has run in some processes only: gather what all of them have run")
         self.add(0, self.counts.new_zeros(steps, *self.counts.shape[1:]), 0)
         distributed.all_reduce(self.rows)
@@ -293,7 +293,7 @@ class _Counter:
         assert self.counts is not None
         return self.counts.sum().item()
 
-    def chances(self) -> int:
+    def neuron_steps(self) -> int:
         assert self.counts is not None
         assert self.rows is not None
         return int(self.rows.sum()) * self.counts[0].numel()
@@ -303,15 +303,15 @@ class _Counter:
         assert self.rows is not None
         counts, rows = self.counts.cpu(), self.rows.cpu()
         every = int(getattr(self.module, "refractory_steps", 0)) + 1
-        # A sequence of T steps that begins with a spike holds one more than T / (R + 1), unless that is whole.
+        # A neuron fires at most ceil(T / (R + 1)) times: in the first time step and in every (R + 1)-th after it.
         ceiling = ceil(len(rows) / every) / len(rows)
         per_step = counts.flatten(1).mean(1) / rows.clamp(min=1)
         return LayerActivity(counts.sum(0) / rows.sum(), per_step, int(rows.sum()), ceiling)
 
 
-def _begins(name: str, start: str) -> bool:
-    """``blocks.1`` begins ``blocks.1.ffn.lif1`` and not ``blocks.10.ffn.lif1``."""
-    return not start or name == start or name.startswith(f"{start}.")
+def _is_inside(name: str, prefix: str) -> bool:
+    """Return whether ``prefix`` is ``name`` or a module that contains it: ``blocks.1`` contains ``blocks.1.ffn``."""
+    return not prefix or name == prefix or name.startswith(f"{prefix}.")
 
 
 def _device(module: nn.Module) -> torch.device:

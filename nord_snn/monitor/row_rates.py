@@ -1,4 +1,4 @@
-"""RowRates: how much the network fires for each image of a batch, each token of a text."""
+"""RowRates: firing rates of each row, such as an image of a batch or a token of a text."""
 
 from types import TracebackType
 from typing import Any, Self
@@ -13,26 +13,26 @@ __all__ = ["RowRates"]
 
 
 class RowRates:
-    """Firing rates row by row: of every image in a batch, or every token of a text, in each layer of neurons.
+    """Measure the firing rate of each row, such as an image of a batch or a token of a text, in each layer of neurons.
 
-    ``rate[n, *] = spikes / (steps * neurons)`` over all that ran since the last :meth:`take`; where
-    :class:`~nord_snn.monitor.SpikeMonitor` tells neurons apart and adds rows up, this tells rows apart. Kept is a number
-    for each row and layer, on the layer's device.
+    ``rate[n, *] = spikes / (steps * neurons)`` over all calls since the last :meth:`take`.
+    :class:`~nord_snn.monitor.SpikeMonitor` sums over rows and resolves neurons; this sums over neurons and resolves rows. It
+    stores one number for each row and layer, on the layer's device.
 
     Args:
-        net: any module with neurons of ours, SpikingJelly's or snnTorch's.
-        feature_dims: how many of the last dimensions tell neurons apart; None: one for our neurons, ``[T, N, *, D]``, and for
-            others all that follow ``[T, N]``.
+        net: any module with neurons of nord-snn, SpikingJelly or snnTorch.
+        feature_dims: number of last dimensions that are neurons; None: one for our neurons, ``[T, N, *, D]``, and for others
+            all that follow ``[T, N]``.
 
     Raises:
-        ValueError: there are no neurons in ``net``; while the network runs: a layer has other rows than at the call before,
-            and nobody took its rates in between.
+        ValueError: there are no neurons in ``net``; while the network runs: the rows of a layer change between two calls
+            without :meth:`take`.
 
     Example:
         >>> from nord_snn.layers import SpikingFeedForward
         >>> net = SpikingFeedForward(64, 128)
         >>> with RowRates(net) as rows:
-        ...     _ = net(torch.tensor([0.0, 9.0]).reshape(2, 1) * torch.rand(10, 2, 64))  # the first row gets nothing
+        ...     _ = net(torch.tensor([0.0, 9.0]).reshape(2, 1) * torch.rand(10, 2, 64))  # the first row has no input
         ...     rates = rows.take()
         >>> rates["lif1"].shape, rates["lif1"][0].item(), rates["lif1"][1].item() > 0
         (torch.Size([2]), 0.0, True)
@@ -42,27 +42,27 @@ class RowRates:
         check_feature_dims(feature_dims)
         self._layers, self.feature_dims = neuron_layers(net), feature_dims
         self._spikes: dict[str, Tensor] = {}
-        self._chances: dict[str, Tensor] = {}  # tensors, since code is compiled again for every other number
+        self._neuron_steps: dict[str, Tensor] = {}  # tensors: compiled code specialises on Python numbers
         self._neurons: dict[str, int] = {}
         self._observers = [_LayerObserver(self, name, module) for name, module in self._layers.items()]
 
     def take(self) -> dict[str, Tensor]:
-        """Rates ``[N, *]`` of each layer that has run since the last time; counting starts anew."""
-        rates = {name: spikes / self._chances[name] for name, spikes in self._spikes.items()}
-        self._spikes, self._chances = {}, {}
+        """Return the rates ``[N, *]`` of each layer that has run since the last ``take``, and reset the counts."""
+        rates = {name: spikes / self._neuron_steps[name] for name, spikes in self._spikes.items()}
+        self._spikes, self._neuron_steps = {}, {}
         return rates
 
     def neurons(self) -> dict[str, int]:
-        """How many neurons a row has in each layer that has run: the weights of a mean over layers."""
+        """Return the number of neurons per row in each layer that has run: the weights of a mean over layers."""
         return dict(self._neurons)
 
     def close(self) -> None:
-        """Stop counting; what was counted can still be taken."""
+        """Stop counting; counts can still be taken."""
         for observer in self._observers:
             stop_observing_forward(observer.module, observer)
 
     def __enter__(self) -> Self:
-        """Count until the block ends."""
+        """Return the monitor, which counts until the block ends."""
         return self
 
     def __exit__(
@@ -73,24 +73,24 @@ class RowRates:
 
     @torch.no_grad()
     def count(self, name: str, module: nn.Module, output: Any) -> None:
-        """Add what a layer has returned."""
+        """Add the spikes that a layer has returned."""
         spikes, _ = spikes_of(module, output)
         features = features_of(module, spikes, self.feature_dims)
         rows = spikes.shape[1 : spikes.ndim - len(features)]
         new = spikes.reshape(len(spikes), *rows, features.numel()).sum((0, -1), dtype=torch.float32)
-        before = self._spikes.get(name)
-        if before is not None and before.shape != new.shape:
+        previous = self._spikes.get(name)
+        if previous is not None and previous.shape != new.shape:
             raise ValueError(
-                f"rows of '{name}' were {list(before.shape)} and are {list(new.shape)} now: take() the rates before"
+                f"rows of '{name}' were {list(previous.shape)} and are {list(new.shape)} now: take() the rates before"
             )
-        self._spikes[name] = new if before is None else before + new
-        chances = new.new_full((), len(spikes) * features.numel())
-        self._chances[name] = chances if before is None else self._chances[name] + chances
+        self._spikes[name] = new if previous is None else previous + new
+        neuron_steps = new.new_full((), len(spikes) * features.numel())
+        self._neuron_steps[name] = neuron_steps if previous is None else self._neuron_steps[name] + neuron_steps
         self._neurons[name] = features.numel()
 
 
 class _LayerObserver:
-    """Hands on what one layer returns."""
+    """Pass the output of one layer to a RowRates."""
 
     def __init__(self, rates: RowRates, name: str, module: nn.Module) -> None:
         self.rates, self.name, self.module = rates, name, module
@@ -100,5 +100,5 @@ class _LayerObserver:
         """Do nothing."""
 
     def after(self, module: nn.Module, output: Any) -> None:
-        """Count."""
+        """Count the output."""
         self.rates.count(self.name, module, output)

@@ -1,15 +1,26 @@
 """Neurons: SpikingJelly nodes around the ops."""
 
+import warnings
+from typing import Any
+
 from nord_snn.neurons.associative_lif import AssociativeLIFNode
 from nord_snn.neurons.cascade import AssociativeCascade
+from nord_snn.neurons.dense import DenseActivation
 from nord_snn.neurons.factory import NeuronFactory, fire_from_rest, make_neuron
-from nord_snn.neurons.smooth import SmoothActivation
 
 __all__ = [
     "AssociativeCascade",
     "AssociativeLIFNode",
+    "DenseActivation",
     "NeuronFactory",
-    "SmoothActivation",
     "fire_from_rest",
     "make_neuron",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Return ``DenseActivation`` under its former name, for one release."""
+    if name == "SmoothActivation":
+        warnings.warn("SmoothActivation is now called DenseActivation", FutureWarning, stacklevel=2)
+        return DenseActivation
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

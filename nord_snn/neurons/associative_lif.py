@@ -22,35 +22,35 @@ _Tensors = tuple[Tensor, ...]
 class AssociativeLIFNode(StatefulNode):
     """Current-based LIF neurons with learnable thresholds, a refractory period and an associative cascade.
 
-    The equations are those of :func:`nord_snn.ops.associative_lif`. Learnable are the threshold of every neuron, both
-    decays (kept as logits, so that they stay in (0, 1)) and the cascade's weight and gain.
+    The equations are those of :func:`nord_snn.ops.associative_lif`. The threshold of every neuron, both decays (stored as
+    logits, so that they stay in (0, 1)) and the cascade's weight and gain are learnable.
 
-    It is an ordinary SpikingJelly node: ``step_mode``, ``functional.reset_net``, ``set_step_mode``, ``detach_net`` and
-    monitors work on it, its memories are ``v``, ``i_syn`` and ``refractory``. Two things differ on purpose. The membrane
-    rests at 0 and not at ``v_reset``, which is where it is held while refractory. And a batch shape that changes while
-    state is held raises, where SpikingJelly starts anew without a word.
+    It is a SpikingJelly node: ``step_mode``, ``functional.reset_net``, ``set_step_mode``, ``detach_net`` and monitors work on
+    it; its memories are ``v``, ``i_syn`` and ``refractory``. It differs from SpikingJelly's nodes in two ways. The membrane
+    rests at 0; it is clamped to ``v_reset`` only while refractory. And it raises if the batch shape changes while state is
+    stored, where SpikingJelly restarts from rest silently.
 
     Args:
         n_features: D, the number of neurons.
-        n_clusters: C of the cascade; D must be a multiple of it. None switches the cascade off.
-        cascade_radius: neighbours on each side that the cascade starts with.
+        n_clusters: C of the cascade, a divisor of D. None switches the cascade off.
+        cascade_radius: initial range of the cascade, in neighbouring clusters on each side.
         cascade_gain: initial gain of the cascade.
         threshold: initial threshold of every neuron.
         beta_mem: initial membrane decay, in (0, 1).
         beta_syn: initial synaptic decay, in (0, 1).
         v_reset: membrane while refractory.
-        refractory_steps: steps of rest after a spike.
+        refractory_steps: refractory period after a spike, in time steps.
         surrogate: a name from :data:`nord_snn.ops.SURROGATES` or a SpikingJelly surrogate module.
         alpha: sharpness of a named surrogate.
-        step_mode: ``"s"`` for one step ``[N, *, D]`` a call, ``"m"`` for sequences ``[T, N, *, D]``.
+        step_mode: ``"s"`` for one time step ``[N, *, D]`` per call, ``"m"`` for sequences ``[T, N, *, D]``.
         backend: see :func:`nord_snn.ops.associative_lif`.
-        store_v_seq: keep membranes in ``v_seq``, ``[T, N, *, D]``: of the last call in step mode ``"m"``, of all calls since
+        store_v_seq: store membranes in ``v_seq``, ``[T, N, *, D]``: of the last call in step mode ``"m"``, of all calls since
             the last reset in ``"s"``.
 
     Raises:
-        TypeError: ``v_reset`` is no number.
+        TypeError: ``v_reset`` is not a number.
         ValueError: D is not a multiple of C, a decay is not in (0, 1), an input has the wrong rank or width, or its batch
-            shape changed while state is held.
+            shape differs from that of the stored state.
 
     Source: the Nord spiking language model.
 
@@ -87,7 +87,7 @@ class AssociativeLIFNode(StatefulNode):
             )
         if refractory_steps < 0:
             raise ValueError(f"refractory_steps must be 0 or more, got {refractory_steps}")
-        # BaseNode wants floats here and takes a number for v_reset as the resting membrane; ours rests at 0.
+        # BaseNode requires floats here and uses v_reset as the resting membrane; ours rests at 0.
         super().__init__(
             v_threshold=float(threshold),
             v_reset=None,
@@ -102,7 +102,7 @@ class AssociativeLIFNode(StatefulNode):
         self.register_memory("refractory", 0)
         self.n_features, self.alpha, self.backend = n_features, alpha, backend
         self.v_reset, self.refractory_steps = v_reset, refractory_steps
-        if not hasattr(self, "v_seq"):  # in SpikingJelly 0.0.0.0.14 it is a memory, which reset() clears
+        if not hasattr(self, "v_seq"):  # a memory in SpikingJelly 0.0.0.0.14, which reset() clears
             self.register_memory("v_seq", None)
         self._initial = (float(threshold), _logit(beta_mem, "beta_mem"), _logit(beta_syn, "beta_syn"))
         self.v_threshold = nn.Parameter(torch.empty(n_features))
@@ -116,7 +116,7 @@ class AssociativeLIFNode(StatefulNode):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Put thresholds and decays back to their initial values; the cascade has its own, ``reset`` is for the state."""
+        """Set thresholds and decays to their initial values. The cascade has its own method; ``reset`` is for the state."""
         threshold, beta_mem_logit, beta_syn_logit = self._initial
         nn.init.constant_(self.v_threshold, threshold)
         nn.init.constant_(self.beta_mem_logit, beta_mem_logit)
@@ -124,22 +124,22 @@ class AssociativeLIFNode(StatefulNode):
 
     @property
     def beta_mem(self) -> Tensor:
-        """Membrane decay, ``[1]``, in (0, 1)."""
+        """Return the membrane decay, ``[1]``, in (0, 1)."""
         return self.beta_mem_logit.sigmoid()
 
     @property
     def beta_syn(self) -> Tensor:
-        """Synaptic decay, ``[1]``, in (0, 1)."""
+        """Return the synaptic decay, ``[1]``, in (0, 1)."""
         return self.beta_syn_logit.sigmoid()
 
     @property
     def supported_backends(self) -> tuple[str, ...]:
-        """Every name that ``backend`` takes, as SpikingJelly 0.0.0.0.14 and its ``functional.set_backend`` ask for it."""
+        """Return every valid ``backend``; SpikingJelly 0.0.0.0.14 and its ``functional.set_backend`` read it."""
         return ("auto", *BACKENDS)
 
     @property
     def backend(self) -> str:
-        """The backend asked for. Assigning a name that is not supported raises; whether it can run shows in the call."""
+        """Return the requested backend. Assigning an unknown name raises; whether it can run is checked in the call."""
         return self._backend
 
     @backend.setter
@@ -149,27 +149,27 @@ class AssociativeLIFNode(StatefulNode):
         self._backend = value
 
     def which_backend(self, x: Tensor) -> BackendChoice:
-        """What would run on input ``x``, and why not the others."""
+        """Return the backend that would run on input ``x``, and why the others would not."""
         clusters = None if self.cascade is None else self.cascade.n_clusters
         return which_backend(x, self.backend, self.surrogate_function, clusters)
 
     def forward(self, x: Tensor, *, stateless: bool = False) -> Tensor:
-        """Spikes for input current ``x``.
+        """Return the spikes for input current ``x``.
 
         Args:
             x: ``[N, *, D]`` in step mode ``"s"``, ``[T, N, *, D]`` in ``"m"``.
-            stateless: start from rest and leave the memories as they are, as layers do that see whole sequences.
+            stateless: start from rest and leave the memories unchanged, as layers do that process whole sequences.
 
         Returns:
-            0 or 1 in the shape and dtype of ``x``.
+            Zeros and ones in the shape and dtype of ``x``.
         """
         multi = self.step_mode == "m"
         check_features(x, self.n_features, type(self).__name__, "[T, N, *, D]" if multi else "[N, *, D]")
         x_seq = x if multi else x.unsqueeze(0)
-        held: _States = (0.0, 0.0, 0) if stateless else (self.v, self.i_syn, self.refractory)
-        at_rest = not any(isinstance(part, Tensor) or part for part in held)  # then there is no state to read
-        start = None if at_rest else self.materialize_states((x_seq,), held, "m")
-        spikes, v_seq, state = self._run(x_seq, start, self.store_v_seq)
+        stored: _States = (0.0, 0.0, 0) if stateless else (self.v, self.i_syn, self.refractory)
+        at_rest = not any(isinstance(part, Tensor) or part for part in stored)
+        initial = None if at_rest else self.materialize_states((x_seq,), stored, "m")
+        spikes, v_seq, state = self._run(x_seq, initial, self.store_v_seq)
         if not stateless:
             self.v, self.i_syn, self.refractory = state
         if v_seq is not None:
@@ -180,19 +180,19 @@ class AssociativeLIFNode(StatefulNode):
     def single_step_functional_forward(
         self, inputs: _Tensors, states: _States, **kwargs: object
     ) -> tuple[_Tensors, _States]:
-        """One step from explicit states ``(v, i_syn, refractory)``; the memories stay untouched."""
+        """Run one time step from explicit states ``(v, i_syn, refractory)``; the memories stay unchanged."""
         spikes, _, state = self._run(inputs[0].unsqueeze(0), self.materialize_states(inputs, states, "s"))
         return (spikes.squeeze(0),), tuple(state)
 
     def multi_step_functional_forward(
         self, inputs: _Tensors, states: _States, **kwargs: object
     ) -> tuple[_Tensors, _States]:
-        """A sequence from explicit states ``(v, i_syn, refractory)``; the memories stay untouched."""
+        """Run a sequence from explicit states ``(v, i_syn, refractory)``; the memories stay unchanged."""
         spikes, _, state = self._run(inputs[0], self.materialize_states(inputs, states, "m"))
         return (spikes,), tuple(state)
 
     def materialize_states(self, inputs: _Tensors, states: _States, step_mode: str) -> AssociativeLIFState:
-        """Turn memories at rest (numbers) into tensors for this input; refuse those of another batch shape."""
+        """Turn memories at rest (numbers) into tensors for this input; raise if tensors have another batch shape."""
         x = inputs[0][0] if step_mode == "m" else inputs[0]
         dtypes = (compute_dtype(x), compute_dtype(x), torch.int32)
         return AssociativeLIFState(*(self._state_for(x, s, d) for s, d in zip(states, dtypes, strict=True)))
@@ -214,8 +214,8 @@ class AssociativeLIFNode(StatefulNode):
     def _run(
         self, x_seq: Tensor, states: AssociativeLIFState | None, return_v_seq: bool = False
     ) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
-        rows = x_seq.flatten(1, -2)  # the op sees [T, rows, D] whatever stands between
-        dtype = compute_dtype(x_seq)  # before the sigmoid: 1 - beta_mem would be 2 % off in bfloat16
+        rows = x_seq.flatten(1, -2)  # the op takes [T, rows, D]
+        dtype = compute_dtype(x_seq)  # cast before the sigmoid: in bfloat16, 1 - beta_mem would be 2 % off
         spikes, v_seq, state = associative_lif(
             rows,
             None if states is None else AssociativeLIFState(*(part.flatten(0, -2) for part in states)),
@@ -231,16 +231,15 @@ class AssociativeLIFNode(StatefulNode):
             return_v_seq=return_v_seq,
             backend=self.backend,
         )
-        step = x_seq.shape[1:]
-        last = AssociativeLIFState(*(part.reshape(step) for part in state))
-        return spikes.reshape(x_seq.shape), None if v_seq is None else v_seq.reshape(x_seq.shape), last
+        final = AssociativeLIFState(*(part.reshape(x_seq.shape[1:]) for part in state))
+        return spikes.reshape(x_seq.shape), None if v_seq is None else v_seq.reshape(x_seq.shape), final
 
     def firing_threshold(self) -> Tensor:
-        """Membrane at which a neuron fires, ``[D]``; a subclass may compute it."""
+        """Return the membrane at which a neuron fires, ``[D]``; a subclass may override it."""
         return self.v_threshold
 
     def extra_repr(self) -> str:
-        """The sizes and what is not learnable."""
+        """Return the sizes and the constants that are not learnable."""
         return (
             f"n_features={self.n_features}, v_reset={self.v_reset}, refractory_steps={self.refractory_steps}, "
             f"surrogate={self.surrogate_function!r}, alpha={self.alpha}, "

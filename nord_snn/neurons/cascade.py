@@ -10,15 +10,15 @@ __all__ = ["AssociativeCascade"]
 
 
 class AssociativeCascade(nn.Module):
-    r"""Clusters that fire raise the synaptic current of associated clusters.
+    r"""Raise the synaptic current of clusters associated with those that fire.
 
     ``current[d] = gain[c] * sum_k sigmoid(weight[c, k]) * f[k]`` with ``c = d mod C`` and ``f[k]`` the fraction of cluster
-    ``k`` that fires. ``weight [C, C]`` starts as a ring (nearest clusters strongest), ``gain [C]`` at 0.8; both learn.
+    ``k`` that fires. ``weight [C, C]`` starts as a ring (nearest clusters strongest), ``gain [C]`` at 0.8; both are learnable.
 
     Args:
         n_features: D, a multiple of C.
         n_clusters: C.
-        radius: neighbours on each side that the ring favours.
+        radius: range of the ring, in neighbouring clusters on each side.
         gain: initial gain of every cluster.
 
     Shapes: spikes ``[*, D]`` -> current ``[*, D]``.
@@ -46,15 +46,15 @@ class AssociativeCascade(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start anew from the ring and the initial gain."""
+        """Set the ring and the initial gain."""
         self.weight.copy_(ring_weight(self.n_clusters, self.radius))
         nn.init.constant_(self.gain, self._initial_gain)
 
     def forward(self, spikes: Tensor) -> Tensor:
-        """Current for spikes ``[*, D]``."""
+        """Return the current for spikes ``[*, D]``."""
         check_features(spikes, self.n_features, type(self).__name__, "[*, D]")
         return associative_cascade(spikes, self.weight.sigmoid(), self.gain)
 
     def extra_repr(self) -> str:
-        """The sizes."""
+        """Return the sizes."""
         return f"n_features={self.n_features}, n_clusters={self.n_clusters}, radius={self.radius}"

@@ -1,11 +1,11 @@
-"""How layers take neurons: a factory makes them, and they run from rest on whole sequences.
+"""Neuron factories of layers, and runs from rest over whole sequences.
 
-A factory is any callable ``neuron(n_features) -> nn.Module``, so ``AssociativeLIFNode`` itself is one, and so is
-``lambda n: LIFNode(step_mode="m")`` around SpikingJelly's node, which does not need the width. Any other module must take
-and return a whole sequence ``[T, N, *, D]`` as one tensor, and start it from rest; snnTorch's neurons, which take single
-steps and return tuples, do so inside :class:`nord_snn.integrations.snntorch.MultiStep`.
+A factory is any callable ``neuron(n_features) -> nn.Module``: ``AssociativeLIFNode`` itself, or
+``lambda n: LIFNode(step_mode="m")`` for SpikingJelly's node, which does not need the width. Any other module must take
+and return a whole sequence ``[T, N, *, D]`` as one tensor, and start from rest. snnTorch's neurons take single time steps and
+return tuples: wrap them in :class:`nord_snn.integrations.snntorch.MultiStep`.
 
-``AssociativeLIFNode`` itself has 64 clusters, which must divide the width. For other widths say how many:
+``AssociativeLIFNode`` has 64 clusters by default, which must divide the width. For other widths set the number:
 ``neuron=lambda n: AssociativeLIFNode(n, n_clusters=8)``.
 """
 
@@ -29,33 +29,34 @@ def make_neuron(neuron: NeuronFactory | None, n_features: int, *, store_v_seq: b
 
     Args:
         neuron: the factory; None for ``AssociativeLIFNode`` with its defaults.
-        n_features: width to make them for.
+        n_features: D, their number.
         store_v_seq: whether the layer will read their membranes.
 
     Raises:
-        TypeError: the factory is a class that takes no width, it returned no module, or membranes are needed and the module
-            offers no ``store_v_seq``.
+        TypeError: the factory is a class that takes no width, it did not return a module, or the layer reads membranes and
+            the module has no ``store_v_seq``.
     """
     if isinstance(neuron, type) and issubclass(neuron, BaseNode) and not issubclass(neuron, AssociativeLIFNode):
         raise TypeError(
             f"{neuron.__name__} takes no width: pass a function of it, neuron=lambda n: {neuron.__name__}()"
         )
-    made = (neuron or AssociativeLIFNode)(n_features)
-    if not isinstance(made, nn.Module):
-        raise TypeError(f"neuron(n_features) must return a torch.nn.Module, got {type(made).__name__}")
-    functional.set_step_mode(made, "m")
+    layer = (neuron or AssociativeLIFNode)(n_features)
+    if not isinstance(layer, nn.Module):
+        raise TypeError(f"neuron(n_features) must return a torch.nn.Module, got {type(layer).__name__}")
+    functional.set_step_mode(layer, "m")
     if store_v_seq:
-        if not hasattr(made, "store_v_seq"):
-            raise TypeError(f"this layer reads membranes: {type(made).__name__} must offer store_v_seq and v_seq")
-        made.store_v_seq = True
-    return made
+        if not hasattr(layer, "store_v_seq"):
+            raise TypeError(f"this layer reads membranes: {type(layer).__name__} must offer store_v_seq and v_seq")
+        layer.store_v_seq = True
+    return layer
 
 
 def fire_from_rest(neuron: nn.Module, x_seq: Tensor) -> Tensor:
-    """Spikes of ``neuron`` over the sequence ``x_seq [T, N, *, D]``, started from rest.
+    """Return the spikes of ``neuron`` over the sequence ``x_seq [T, N, *, D]``, started from rest.
 
-    The module is called as a module, so hooks and monitors see it, and memories that it or its children hold are left as
-    they were. A neuron that is neither ours nor SpikingJelly's is simply called: its state is its owner's affair.
+    The module's ``__call__`` runs, so hooks and monitors see it. Memories of the module and its children are restored
+    afterwards. Modules that are neither ours nor SpikingJelly's are called as they are; managing their state is up to the
+    caller.
     """
     with _whole_sequences(neuron):
         return _from_rest(neuron, x_seq)
@@ -63,7 +64,7 @@ def fire_from_rest(neuron: nn.Module, x_seq: Tensor) -> Tensor:
 
 @contextmanager
 def _whole_sequences(neuron: nn.Module) -> Iterator[None]:
-    """Step mode ``"m"`` for the time being: ``set_step_mode`` on a network reaches into the layers, whose input stays whole."""
+    """Set step mode ``"m"`` temporarily: ``set_step_mode`` on a network also sets the neurons in layers, whose input is whole."""
     modes = [(module, module.step_mode) for module in neuron.modules() if hasattr(module, "step_mode")]
     if all(mode == "m" for _, mode in modes):
         yield
@@ -80,16 +81,16 @@ def _from_rest(neuron: nn.Module, x_seq: Tensor) -> Tensor:
     if isinstance(neuron, AssociativeLIFNode):
         return neuron(x_seq, stateless=True)
     stateful = [module for module in neuron.modules() if isinstance(module, base.MemoryModule)]
-    held = [
+    saved = [
         (module, name, value)
         for module in stateful
         for name, value in module.named_memories()
-        if name != "v_seq"  # a memory in SpikingJelly 0.0.0.0.14, and what the caller may want to read
+        if name != "v_seq"  # a memory in SpikingJelly 0.0.0.0.14; the caller reads it after the run
     ]
-    for module, name, _ in held:
+    for module, name, _ in saved:
         setattr(module, name, reset_value(module, name))
     try:
         return neuron(x_seq)
     finally:
-        for module, name, value in held:
+        for module, name, value in saved:
             setattr(module, name, value)

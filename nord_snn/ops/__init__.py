@@ -1,4 +1,4 @@
-"""The mathematics as pure functions on tensors: explicit state in and out, no modules, nothing kept."""
+"""Pure functions on tensors: the state is an argument and a result, and nothing is stored between calls."""
 
 from torch import Tensor
 
@@ -6,12 +6,13 @@ from nord_snn.ops.cached_resonance.op import resonance_cached
 from nord_snn.ops.cached_resonance.packing import pack_spikes
 from nord_snn.ops.cascade import associative_cascade
 from nord_snn.ops.clamp.op import leaky_clamp
-from nord_snn.ops.dispatch import OPS, BackendChoice, Call, choose_backend
+from nord_snn.ops.dispatch import OPS, BackendChoice, CallSignature, choose_backend
 from nord_snn.ops.lif.op import associative_lif, associative_lif_backend
 from nord_snn.ops.lif.reference import AssociativeLIFState
 from nord_snn.ops.plasticity.correlation import ConvGeometry
 from nord_snn.ops.plasticity.op import reward_modulated_stdp, stdp, triplet_stdp
 from nord_snn.ops.plasticity.reference import RewardSTDPState, STDPState, TripletState, reward_from_loss
+from nord_snn.ops.renamed import keep_old_path
 from nord_snn.ops.surrogate import SURROGATES, SurrogateLike, spike
 from nord_snn.ops.topk_resonance.op import resonance
 
@@ -37,6 +38,8 @@ __all__ = [
     "which_backend",
 ]
 
+keep_old_path()
+
 
 def which_backend(
     x: Tensor,
@@ -46,18 +49,19 @@ def which_backend(
     *,
     op: str = "associative_lif",
 ) -> BackendChoice:
-    """Return what an op would run on this input, and why not the others.
+    """Return the backend that an op would choose for this input, and why not the others.
 
     Args:
-        x: an input of the op, for the resonances the values; only its device, dtype and last dimension matter.
+        x: an input of the op (of the resonances: the values). Only its device, dtype and last dimension are used.
         backend: as given to the op.
-        surrogate: as given to :func:`associative_lif`; other ops have none.
-        n_clusters: C of its cascade, or None.
-        op: name of the op: ``"associative_lif"``, ``"resonance"``, ``"resonance_cached"``, ``"leaky_clamp"``, ``"stdp"``.
+        surrogate: as given to :func:`associative_lif`; ignored by other ops.
+        n_clusters: number of clusters C of its cascade, or None for no cascade.
+        op: name of the op: ``"associative_lif"``, ``"resonance"``, ``"resonance_cached"``, ``"leaky_clamp"``,
+            ``"stdp"``.
 
     Raises:
         ValueError: the op or the backend is unknown.
-        RuntimeError: the backend asked for cannot run this input.
+        RuntimeError: the requested backend cannot run this input.
 
     Example:
         >>> import torch
@@ -70,4 +74,4 @@ def which_backend(
         raise ValueError(f"unknown op {op!r}: expected one of {sorted(OPS)}")
     if op == "associative_lif":
         return associative_lif_backend(x, backend, surrogate, n_clusters)
-    return choose_backend(op, OPS[op], backend, Call(x.device.type, x.dtype, x.shape[-1]))
+    return choose_backend(op, OPS[op], backend, CallSignature(x.device.type, x.dtype, x.shape[-1]))

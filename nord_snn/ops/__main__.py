@@ -1,21 +1,21 @@
-"""``python -m nord_snn.ops``: which backends every op has, and for each backend whether it runs here or why not."""
+"""``python -m nord_snn.ops``: print the backends of every op, and whether each backend runs on this machine."""
 
-import nord_snn.ops  # noqa: F401  # enters all ops
+import nord_snn.ops  # noqa: F401  # registers all ops
 from nord_snn.ops.dispatch import BACKENDS, OPS
 
 __all__ = ["table"]
 
 
 def table() -> str:
-    """Return a table of ops and backends, and below it a line for each backend."""
+    """Return a table of ops and backends, followed by one line per backend."""
     lines: list[tuple[str, ...]] = [("op", *BACKENDS)]
-    lines += [(op, *("yes" if name in made else "-" for name in BACKENDS)) for op, made in sorted(OPS.items())]
-    known = {name: backend for made in OPS.values() for name, backend in made.items()}
-    below: list[tuple[str, ...]] = [("backend", "device", "runs here", "")]
+    lines += [(op, *("yes" if name in backends else "-" for name in BACKENDS)) for op, backends in sorted(OPS.items())]
+    all_backends = {name: backend for backends in OPS.values() for name, backend in backends.items()}
+    availability: list[tuple[str, ...]] = [("backend", "device", "runs here", "")]
     for name in BACKENDS:
-        support = known[name].available()
-        below.append((name, known[name].device, "yes" if support.runs else "no", support.reason))
-    return f"{_aligned(lines)}\n\n{_aligned(below)}"
+        support = all_backends[name].available()
+        availability.append((name, all_backends[name].device, "yes" if support.runs else "no", support.reason))
+    return f"{_aligned(lines)}\n\n{_aligned(availability)}"
 
 
 def _aligned(lines: list[tuple[str, ...]]) -> str:

@@ -1,4 +1,4 @@
-"""The associative cascade: a cluster that fires raises the synaptic current of its neighbours one step later."""
+"""The associative cascade: firing clusters increase the synaptic current of other clusters at the next time step."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ __all__ = ["associative_cascade", "check_cascade", "check_clusters", "ring_weigh
 
 
 def check_clusters(n_features: int, n_clusters: int) -> None:
-    """Raise a ValueError unless ``n_features`` neurons divide evenly into ``n_clusters`` clusters."""
+    """Raise a ValueError unless ``n_features`` is a multiple of ``n_clusters``."""
     if n_clusters < 1 or n_features % n_clusters:
         raise ValueError(
             f"the number of neurons D must be a multiple of the number of clusters C, got D = {n_features} and C = {n_clusters}: "
@@ -16,7 +16,7 @@ def check_clusters(n_features: int, n_clusters: int) -> None:
 
 
 def check_cascade(n_features: int, weight: Tensor, gain: Tensor) -> None:
-    """Raise a ValueError unless ``weight [C, C]`` and ``gain [C]`` agree and C divides ``n_features``."""
+    """Raise a ValueError unless the shapes are ``weight [C, C]`` and ``gain [C]``, and C divides ``n_features``."""
     if gain.ndim != 1 or weight.shape != (gain.shape[0], gain.shape[0]):
         raise ValueError(
             f"cascade weight must be [C, C] and gain [C] with one C, got {list(weight.shape)} and {list(gain.shape)}"
@@ -25,14 +25,19 @@ def check_cascade(n_features: int, weight: Tensor, gain: Tensor) -> None:
 
 
 def ring_weight(n_clusters: int, radius: int) -> Tensor:
-    """Initial cluster weights before the sigmoid: ``1 - |o| / (radius + 1)`` at circular distance o in 1..radius, else 0.
+    """Return initial cluster weights before the sigmoid.
+
+    The weight is ``1 - o / (radius + 1)`` at circular distance o = 1..radius, and 0 elsewhere.
 
     Args:
-        n_clusters: C.
-        radius: how many neighbours on each side are favoured.
+        n_clusters: number of clusters C.
+        radius: number of neighbours on each side with a weight above 0; at least 0.
 
     Returns:
         ``[C, C]`` float32.
+
+    Raises:
+        ValueError: ``radius`` is negative.
 
     Example:
         >>> ring_weight(5, radius=1)[0]
@@ -43,23 +48,23 @@ def ring_weight(n_clusters: int, radius: int) -> Tensor:
     position = torch.arange(n_clusters)
     distance = (position[:, None] - position[None, :]).abs()
     distance = torch.minimum(distance, n_clusters - distance)
-    inside = (distance >= 1) & (distance <= radius)
-    return torch.where(inside, 1 - distance / (radius + 1), 0.0)
+    is_neighbour = (distance >= 1) & (distance <= radius)
+    return torch.where(is_neighbour, 1 - distance / (radius + 1), 0.0)
 
 
 def associative_cascade(spikes: Tensor, weight: Tensor, gain: Tensor) -> Tensor:
-    """Current that firing clusters send to every neuron.
+    """Return the current that every neuron receives from the firing clusters.
 
     Neuron ``d`` belongs to cluster ``d mod C``. With ``f[k]`` the fraction of cluster ``k`` that fires, each neuron of
     cluster ``c`` receives ``gain[c] * sum_k weight[c, k] * f[k]``.
 
     Args:
         spikes: ``[*, D]``.
-        weight: ``[C, C]``, already through the sigmoid.
+        weight: ``[C, C]``, after the sigmoid.
         gain: ``[C]``.
 
     Returns:
-        ``[*, D]``, the current to add to the synaptic current of the next step.
+        ``[*, D]``, to be added to the synaptic current of the next time step.
 
     Raises:
         ValueError: D is not a multiple of C, or ``weight`` and ``gain`` disagree.

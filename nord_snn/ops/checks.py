@@ -1,4 +1,4 @@
-"""Argument checks that many ops and layers share, so that the same mistake always reads the same."""
+"""Argument checks that ops and layers share, so that the same mistake gives the same message everywhere."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -18,34 +18,34 @@ __all__ = [
 ]
 
 
-def check_features(x: Tensor, n_features: int, owner: str, layout: str = "[T, N, *, D]") -> None:
+def check_features(x: Tensor, n_features: int, caller: str, layout: str = "[T, N, *, D]") -> None:
     """Raise unless ``x`` is a floating tensor of the layout's rank whose last dimension is ``n_features``.
 
     Args:
         x: the input to check.
-        n_features: D, the width expected.
-        owner: who is asking, for the message.
-        layout: dimensions as the docstrings write them; ``*`` stands for any number of further ones.
+        n_features: expected width D.
+        caller: name of the calling op or layer, for the message.
+        layout: dimensions in the notation of the docstrings; ``*`` stands for any number of dimensions.
 
     Raises:
-        TypeError: not a tensor, or not a floating one.
-        ValueError: wrong rank or width.
+        TypeError: ``x`` is not a tensor, or not a floating one.
+        ValueError: the rank or width is wrong, or T = 0.
     """
     if not isinstance(x, Tensor):
-        raise TypeError(f"{owner} expects a tensor of shape {layout}, got {type(x).__name__}")
+        raise TypeError(f"{caller} expects a tensor of shape {layout}, got {type(x).__name__}")
     if not x.is_floating_point():
-        raise TypeError(f"{owner} expects a floating-point tensor of shape {layout}, got dtype {x.dtype}")
+        raise TypeError(f"{caller} expects a floating-point tensor of shape {layout}, got dtype {x.dtype}")
     names = [name.strip() for name in layout.strip("[]").split(",")]
     fixed = len(names) - ("*" in names)
     wrong_rank = x.ndim < fixed if "*" in names else x.ndim != fixed
     if wrong_rank or x.shape[-1] != n_features:
-        raise ValueError(f"{owner} expects shape {layout} with {names[-1]} = {n_features}, got {list(x.shape)}")
+        raise ValueError(f"{caller} expects shape {layout} with {names[-1]} = {n_features}, got {list(x.shape)}")
     if names[0] == "T" and x.shape[0] == 0:
-        raise ValueError(f"{owner} expects shape {layout} with at least one time step, got T = 0")
+        raise ValueError(f"{caller} expects shape {layout} with at least one time step, got T = 0")
 
 
 def check_heads(n_features: int, n_heads: int) -> None:
-    """Raise a ValueError unless ``n_heads`` divide ``n_features``."""
+    """Raise a ValueError unless ``n_features`` is a multiple of ``n_heads``."""
     if n_heads < 1 or n_features % n_heads:
         raise ValueError(
             f"the width D must be a multiple of the number of heads H, got D = {n_features} and H = {n_heads}"
@@ -53,7 +53,7 @@ def check_heads(n_features: int, n_heads: int) -> None:
 
 
 def check_scalar(value: float | Tensor, name: str) -> None:
-    """Raise a ValueError if ``value`` is a tensor of more or less than one element."""
+    """Raise a ValueError if ``value`` is a tensor without exactly one element."""
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"{name} must have one element, got shape {list(value.shape)}")
 
@@ -62,8 +62,8 @@ def check_time_constants(**time_constants: float) -> None:
     """Raise unless all of them are positive numbers.
 
     Raises:
-        TypeError: not a number.
-        ValueError: not positive.
+        TypeError: one is not a number.
+        ValueError: one is not positive.
     """
     check_numbers(**time_constants)
     for name, tau in time_constants.items():
@@ -72,7 +72,7 @@ def check_time_constants(**time_constants: float) -> None:
 
 
 def check_numbers(**constants: float) -> None:
-    """Raise a TypeError unless all of them are numbers, not the functions that other libraries' learners take."""
+    """Raise a TypeError unless all are numbers: functions of the weight, as in other libraries, are not accepted."""
     for name, value in constants.items():
         if not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
@@ -85,19 +85,19 @@ def check_bounds(bounds: tuple[float, float]) -> None:
 
 
 def check_dependence(bounds: tuple[float, float], mu: float) -> None:
-    """Raise a ValueError unless the bounds are in order and the exponent of the dependence on a weight is not negative."""
+    """Raise a ValueError unless lower < upper and ``mu``, the exponent of the weight dependence, is at least 0."""
     check_bounds(bounds)
     if not mu >= 0:
         raise ValueError(f"mu must be at least 0, got {mu}")
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Float64 for float64 input, float32 for everything else: the precision that states and sums are kept in."""
+    """Return the dtype of states and sums: float64 for float64 input, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Where autocast leaves alone what is computed on the device of ``x``; costs nothing where it is off."""
+    """Return a context that disables autocast for the device of ``x``; a no-op where autocast is off."""
     device = x.device.type
-    on = device != "meta" and torch.is_autocast_enabled(device)  # torch has no answer for tensors without data
+    on = device != "meta" and torch.is_autocast_enabled(device)  # torch does not support the query for meta
     return torch.autocast(device, enabled=False) if on else nullcontext()

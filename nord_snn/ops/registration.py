@@ -1,4 +1,4 @@
-"""Register kernels with ``torch.library``, as ops that torch.compile, dispatch modes and tensor subclasses see."""
+"""Register kernels as ``torch.library`` ops, for torch.compile, dispatch modes and tensor subclasses."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -13,12 +13,12 @@ __all__ = ["Kernel", "register_op", "register_op_without_gradient"]
 
 
 class Kernel(NamedTuple):
-    """One pass of an op.
+    """The implementation of a forward or backward pass.
 
     Attributes:
-        run: computes it; annotated, since ``torch.library`` reads the schema off its signature. No output may share memory
-            with another one or with an input.
-        fake: the same signature; returns empty tensors of the right shapes and dtypes.
+        run: function that computes the pass. It needs annotations, because ``torch.library`` infers the schema from its
+            signature. No output may share memory with another output or with an input.
+        fake: function of the same signature that returns empty tensors of the right shapes and dtypes.
     """
 
     run: Callable[..., Any]
@@ -35,16 +35,16 @@ def register_op(
 ) -> Callable[..., Any]:
     """Register ``nord_snn::name`` and ``nord_snn::name_backward``; return the function to call.
 
-    Under torch.compile, a dispatch mode or a tensor subclass that function calls the registered op. Otherwise it runs the
-    kernel directly, because the dispatcher costs more than a small kernel.
+    Under torch.compile, a dispatch mode or a tensor subclass that function calls the registered op. Otherwise it runs
+    the kernel directly, because the dispatcher costs more than a small kernel.
 
     Args:
-        name: of the op.
-        forward: its forward pass.
-        backward: its backward pass.
+        name: name of the op.
+        forward: forward pass.
+        backward: backward pass.
         setup_context: ``(ctx, inputs, output)``, as ``torch.library.register_autograd`` takes it.
-        gradients: ``(ctx, *grads, run)``: the gradients of all inputs, computed by ``run``, a backward pass.
-        second_derivative: what to use for a second derivative, which the kernels do not have; for the message that refuses it.
+        gradients: ``(ctx, *grads, run)``; calls the backward pass ``run`` and returns the gradients of all inputs.
+        second_derivative: says what has a second derivative, which the kernels lack; ends the error message.
     """
     op = torch.library.custom_op(f"nord_snn::{name}", forward.run, mutates_args=())
     op.register_fake(forward.fake)
@@ -53,27 +53,27 @@ def register_op(
     gradients = _explain_freed_graph(_refuse_second_derivative(gradients, name, second_derivative))
     op.register_autograd(functools.partial(gradients, run=backward_op), setup_context=setup_context)
 
-    # Defined with ``ctx``: with a ``setup_context`` of its own, autograd.Function inspects signatures in every call.
+    # One forward with ``ctx``: with a separate ``setup_context``, autograd.Function inspects signatures in every call.
     def forward_with_context(ctx: Any, *arguments: Any) -> Any:
         output = forward.run(*arguments)
         setup_context(ctx, arguments, output)
         return output
 
     run_backward = functools.partial(gradients, run=backward.run)
-    parts = {"forward": staticmethod(forward_with_context), "backward": staticmethod(run_backward)}
-    direct: Any = type(f"nord_snn_{name}", (torch.autograd.Function,), parts)  # profilers show this name
+    methods = {"forward": staticmethod(forward_with_context), "backward": staticmethod(run_backward)}
+    direct: Any = type(f"nord_snn_{name}", (torch.autograd.Function,), methods)  # name shown by profilers
 
-    return _through_the_dispatcher_if_needed(op, direct.apply)
+    return _use_dispatcher_if_needed(op, direct.apply)
 
 
 def register_op_without_gradient(name: str, kernel: Kernel) -> Callable[..., Any]:
     """Register ``nord_snn::name``; return the function to call, as :func:`register_op` does."""
     op = torch.library.custom_op(f"nord_snn::{name}", kernel.run, mutates_args=())
     op.register_fake(kernel.fake)
-    return _through_the_dispatcher_if_needed(op, kernel.run)
+    return _use_dispatcher_if_needed(op, kernel.run)
 
 
-def _through_the_dispatcher_if_needed(op: Callable[..., Any], direct: Callable[..., Any]) -> Callable[..., Any]:
+def _use_dispatcher_if_needed(op: Callable[..., Any], direct: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
         if torch.compiler.is_compiling() or dispatch_mode_is_active() or _any_subclass(arguments):
             return op(*arguments)
@@ -87,7 +87,7 @@ def _any_subclass(arguments: Iterable[Any]) -> bool:
 
 
 def _explain_freed_graph(gradients: Callable[..., Any]) -> Callable[..., Any]:
-    """Raise torch's error about a freed graph again, with what to do about states that were carried over."""
+    """Replace torch's error about a freed graph by one that explains carried-over states."""
 
     @functools.wraps(gradients)
     def wrapped(ctx: Any, *grads: Any, run: Any) -> Any:
@@ -105,25 +105,25 @@ def _explain_freed_graph(gradients: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _refuse_second_derivative(gradients: Callable[..., Any], name: str, cure: str) -> Callable[..., Any]:
-    """Raise when a gradient is differentiated again: a kernel's output would count as a constant."""
-    message = f"the kernels of {name} have no second derivative: {cure}"
+def _refuse_second_derivative(gradients: Callable[..., Any], name: str, remedy: str) -> Callable[..., Any]:
+    """Raise an error in the second derivative, where the output of a kernel would be treated as a constant."""
+    message = f"the kernels of {name} have no second derivative: {remedy}"
 
     @functools.wraps(gradients)
     def wrapped(ctx: Any, *grads: Any, run: Any) -> Any:
         if not torch.is_grad_enabled():
             return gradients(ctx, *grads, run=run)
-        once = _Unpacked(ctx)
+        unpacked_ctx = _Unpacked(ctx)
         with torch.no_grad():
-            results = gradients(once, *grads, run=run)
-        sources = [x for x in (*grads, *once.saved_tensors) if x is not None and x.requires_grad]
+            results = gradients(unpacked_ctx, *grads, run=run)
+        sources = [x for x in (*grads, *unpacked_ctx.saved_tensors) if x is not None and x.requires_grad]
         return tuple(None if x is None else _Refusal.apply(message, x, *sources) for x in results)
 
     return wrapped
 
 
 class _Unpacked:
-    """A context whose saved tensors were unpacked once, as activation checkpointing allows."""
+    """An autograd context that unpacks its saved tensors once: activation checkpointing allows no second time."""
 
     def __init__(self, ctx: Any) -> None:
         self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
@@ -133,7 +133,7 @@ class _Unpacked:
 
 
 class _Refusal(torch.autograd.Function):
-    """The identity on its first tensor; raises in the backward pass to any of them."""
+    """The identity on its first tensor; the backward pass to any of its inputs raises an error."""
 
     @staticmethod
     def forward(ctx: Any, message: str, x: Tensor, *sources: Tensor) -> Tensor:

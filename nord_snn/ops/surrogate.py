@@ -1,4 +1,4 @@
-"""The surrogate derivatives of the spike, in one table that every backend reads.
+"""Surrogate derivatives of the spike, in one table for all backends.
 
 A spike is the step function ``s = 1 where x >= 0 else 0`` of ``x = membrane - threshold``. Its true derivative is zero
 almost everywhere, so the backward pass uses the derivative of a smooth function, the *primitive*, instead
@@ -16,7 +16,7 @@ __all__ = ["SURROGATES", "Surrogate", "SurrogateLike", "resolve_surrogate", "spi
 
 
 class Surrogate(NamedTuple):
-    """One row of the table: a smooth function of ``(x, alpha)`` and its derivative by ``x``."""
+    """A smooth function of ``(x, alpha)`` and its derivative with respect to ``x``."""
 
     primitive: Callable[[Tensor, float], Tensor]
     derivative: Callable[[Tensor, float], Tensor]
@@ -45,7 +45,7 @@ SURROGATES: dict[str, Surrogate] = {
     ),
 }
 
-#: A name from the table, or a function of ``membrane - threshold`` such as SpikingJelly's surrogate modules.
+#: A name in :data:`SURROGATES`, or a function of ``membrane - threshold``, such as a surrogate module of SpikingJelly.
 SurrogateLike = str | Callable[[Tensor], Tensor]
 
 
@@ -63,12 +63,12 @@ class _Spike(torch.autograd.Function):
 
 
 def spike(x: Tensor, surrogate: SurrogateLike = "nord_atan", alpha: float = 4.0) -> Tensor:
-    """Fire where ``x >= 0``; backpropagate through the surrogate.
+    """Return 1 where ``x >= 0``, else 0; the backward pass uses the surrogate derivative.
 
     Args:
         x: membrane minus threshold, any shape.
-        surrogate: a name from :data:`SURROGATES`, or a callable of ``x`` that brings its own backward.
-        alpha: sharpness of a named surrogate; a callable has its own.
+        surrogate: a name from :data:`SURROGATES`, or a callable of ``x`` with its own backward pass.
+        alpha: sharpness of a named surrogate; not used for a callable.
 
     Returns:
         0 or 1 in the shape and dtype of ``x``.
@@ -85,7 +85,7 @@ def spike(x: Tensor, surrogate: SurrogateLike = "nord_atan", alpha: float = 4.0)
 
 
 def resolve_surrogate(surrogate: SurrogateLike, alpha: float) -> Callable[[Tensor], Tensor]:
-    """The firing function for a name or a callable; a ValueError names the table if the name is unknown."""
+    """Return the spike function for a name or a callable; raise a ValueError for an unknown name."""
     if callable(surrogate):
         return surrogate
     if surrogate not in SURROGATES:

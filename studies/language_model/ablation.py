@@ -1,12 +1,12 @@
-"""What each mechanism is worth: both blocks, and the dense twin, with one thing changed at a time, over seeds.
+"""Ablation study: change one mechanism at a time in both blocks and in the dense twin, over seeds.
 
     python studies/language_model/ablation.py                                 # tiny, three seeds, all blocks
     python studies/language_model/ablation.py --blocks spike-fed --only cascade clamp
 
-``recency`` is the published block with scores that fall with distance, so that all know the order of the positions. Every run
-has the config's peak learning rate, also where another would suit the change better, and the same tokens in the same order;
-what is shown is the held-out loss, and by how much it is higher without the mechanism, seed by seed. Runs are kept as those of
-``compare.py`` are.
+``recency`` is the published block with scores that fall with distance, so that all models know the order of the positions. Every
+run has the config's peak learning rate, even if another rate would be better for the change, and the same tokens in the same
+order. The tables show the held-out loss, and its difference to the unchanged model with the same seed. Runs are saved as in
+``compare.py``.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from study_cli import (
 )
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from trials import AfterStep, Learner, Trials, nobody, progress_bars
+from trials import AfterStep, LearnerContext, Trials, no_learner, progress_bars
 from variants import (
     DENSE,
     Maker,
@@ -50,29 +50,29 @@ from nord_snn.neurons import AssociativeLIFNode
 
 __all__ = ["ABLATIONS", "Ablation", "ablate"]
 
-Surgery = Callable[[PreTrainedModel], None]
+ModelEdit = Callable[[PreTrainedModel], None]
 
 
 class Ablation(NamedTuple):
     """One change to a model.
 
     Attributes:
-        mechanism: what it is about.
-        says: the change, in words.
-        changes: fields of the model's config.
-        surgery: done to the model that was made.
-        learner: what else learns.
+        mechanism: the mechanism that is changed.
+        description: the change, in words; part of the name of the run.
+        changes: fields of the model's config that are replaced.
+        edit: a function that changes the model in place after its construction.
+        learner: context in which something learns beside the optimizer.
     """
 
     mechanism: str
-    says: str
+    description: str
     changes: dict[str, Any] = {}  # noqa: RUF012  # never written to
-    surgery: Surgery | None = None
-    learner: Learner = nobody
+    edit: ModelEdit | None = None
+    learner: LearnerContext = no_learner
 
 
 class ConstantCurrent(nn.Module):
-    """In the encoder's place: the same current at every step, at first as strong as the encoder's is on average."""
+    """Replacement of the encoder: the same current at every time step, initially with the encoder's mean scale."""
 
     def __init__(self, encoder: Any) -> None:
         super().__init__()
@@ -81,57 +81,57 @@ class ConstantCurrent(nn.Module):
         self.scale = nn.Parameter(torch.cat(gates).mean().detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[*, D]`` -> ``[T, *, D]``."""
+        """Return currents ``[T, *, D]`` for ``x [*, D]``."""
         current = self.projection(x) * self.scale
         return current.expand(self.steps, *current.shape)
 
 
 class Unclamped(nn.Module):
-    """In LeakyClamp's place: the sum itself."""
+    """Replacement of LeakyClamp: the sum without a clamp."""
 
     def forward(self, x: Tensor, branch: Tensor, gain: Tensor) -> Tensor:
-        """``x + gain * branch``."""
+        """Return ``x + gain * branch``."""
         return x + gain * branch
 
 
 class ClampedBranch(nn.Module):
-    """In LeakyClamp's place: what is added is clamped, and not the stream."""
+    """Replacement of LeakyClamp: clamp the branch instead of the residual stream."""
 
     def __init__(self, n_features: int) -> None:
         super().__init__()
         self.clamp = LeakyClamp(n_features)
 
     def forward(self, x: Tensor, branch: Tensor, gain: Tensor) -> Tensor:
-        """``x + gain * clamp(branch)``."""
+        """Return ``x + gain * clamp(branch)``."""
         return x + gain * self.clamp(branch)
 
 
 def constant_current(model: PreTrainedModel) -> None:
-    """The encoder without its scales of time."""
+    """Replace the encoder by a constant current."""
     model.encoder = ConstantCurrent(model.encoder)
 
 
 def without_clamps(model: PreTrainedModel) -> None:
-    """The published blocks with a stream that nothing cuts."""
+    """Remove the clamp of the residual stream from published blocks."""
     for block in model.blocks:
         block.clamp = Unclamped()
 
 
 def clamped_branches(model: PreTrainedModel) -> None:
-    """What a feed-forward adds is clamped; in spike-fed blocks what the resonance adds is, too."""
+    """Clamp the output of the feed-forwards; in spike-fed blocks also that of the resonance."""
     width = model.config.hidden_size
     for block in model.blocks:
         if isinstance(block, SpikeFedBlock):
             resonance = cast(SpikeFedResonance, block.resonance)
-            for map_out in (resonance.o_proj, block.down):
-                map_out.add_module("clamp", LeakyClamp(width))
-                map_out.register_forward_hook(lambda module, _, x: module.clamp(x))
+            for projection in (resonance.o_proj, block.down):
+                projection.add_module("clamp", LeakyClamp(width))
+                projection.register_forward_hook(lambda module, _, x: module.clamp(x))
         else:
             block.clamp = ClampedBranch(width)
 
 
 def clamped_currents(model: PreTrainedModel) -> None:
-    """Nothing cuts the stream; what every layer of neurons in the blocks gets is clamped."""
+    """Clamp the input of every neuron layer in the blocks instead of the residual stream."""
     if model.config.block == "nord":
         without_clamps(model)
     for block in model.blocks:
@@ -141,25 +141,25 @@ def clamped_currents(model: PreTrainedModel) -> None:
 
 
 def clamped_stream(model: PreTrainedModel, floor: float = -0.1) -> None:
-    """Spike-fed blocks with the published block's clamp behind each."""
+    """Add the published block's clamp after each spike-fed block."""
     for block in model.blocks:
         block.clamp = LeakyClamp(model.config.hidden_size, floor=floor)
         block.register_forward_hook(lambda module, _, x: module.clamp(x))
 
 
 def distance_alone(model: PreTrainedModel) -> None:
-    """Scores that count no coincidences: positions are mixed by their distance, whatever their queries and keys are."""
+    """Remove coincidences from the scores, so that only distance weights the positions."""
     for block in model.blocks:
         block.resonance.temperature.requires_grad_(False).zero_()
 
 
 @contextmanager
 def stdp(model: PreTrainedModel, rate: float, sign: float = 1.0) -> Iterator[AfterStep]:
-    """STDP between the two layers of neurons of each feed-forward, rewarded where the loss is below its running mean."""
+    """Apply STDP between the neuron layers of each feed-forward, with reward for a loss below its running mean."""
 
     def rule(index: int, block: Any) -> RewardModulatedSTDP:
-        fed = isinstance(block, SpikeFedBlock)
-        synapse, neurons = (block.up, block.lif_h) if fed else (block.ffn.down, block.ffn.lif2)
+        is_spike_fed = isinstance(block, SpikeFedBlock)
+        synapse, neurons = (block.up, block.lif_h) if is_spike_fed else (block.ffn.down, block.ffn.lif2)
         return RewardModulatedSTDP(
             step_mode="m",
             synapse=synapse,
@@ -194,12 +194,12 @@ _STDP = [
     ),
     Ablation("STDP", "control: rate 1, reward of the opposite sign", learner=partial(stdp, rate=1.0, sign=-1.0)),
 ]
-_BOTH = [
+_COMMON = [
     Ablation("cascade", "no cascade", {"n_clusters": None}),
-    Ablation("encoder", "the same current at every step", surgery=constant_current),
+    Ablation("encoder", "the same current at every step", edit=constant_current),
     Ablation("resonance", "no resonance: positions never meet", {"resonance": False}),
     Ablation("resonance", "no recency", {"recency": False}),
-    Ablation("resonance", "recency alone, no coincidences", surgery=distance_alone),
+    Ablation("resonance", "recency alone, no coincidences", edit=distance_alone),
     *_STDP,
 ]
 
@@ -213,7 +213,7 @@ def _rest(steps: int) -> Ablation:
     return Ablation("refractory", f"{rest} after a spike", {"refractory_steps": steps})
 
 
-#: Fields that make the neurons, and how many steps they have.
+#: Fields for the neurons and their time steps.
 NEURONS = ("t_fast", "t_slow", "threshold", "beta_mem", "beta_syn", "refractory_steps", "surrogate", "alpha")
 _PUBLISHED_NEURONS = {name: getattr(NordConfig(), name) for name in NEURONS}
 
@@ -223,23 +223,23 @@ def _floor(floor: float) -> Ablation:
 
 
 _NORMS = [
-    Ablation("norms", "no norms behind linear maps and mixing", surgery=without_norms),
-    Ablation("norms", "no norm before the readout", surgery=without_stream_norm),
-    Ablation("norms", "neither of these norms", surgery=without_these_norms),
+    Ablation("norms", "no norms behind linear maps and mixing", edit=without_norms),
+    Ablation("norms", "no norm before the readout", edit=without_stream_norm),
+    Ablation("norms", "neither of these norms", edit=without_these_norms),
 ]
 
 
-#: The model of each block that is changed, and the changes.
+#: For each block: the maker of its model, and the changes.
 ABLATIONS: dict[str, tuple[Callable[..., Maker], list[Ablation]]] = {
     "recency": (
         partial(published, recency=True),
         [
-            Ablation("clamp", "no clamp", surgery=without_clamps),
-            Ablation("clamp", "clamp on what is added, not on the stream", surgery=clamped_branches),
-            Ablation("clamp", "clamp on the currents of all neurons, not on the stream", surgery=clamped_currents),
+            Ablation("clamp", "no clamp", edit=without_clamps),
+            Ablation("clamp", "clamp on what is added, not on the stream", edit=clamped_branches),
+            Ablation("clamp", "clamp on the currents of all neurons, not on the stream", edit=clamped_currents),
             _floor(-1.0),
             _floor(-0.01),
-            *_BOTH,
+            *_COMMON,
             *map(_rest, (0, 1)),
             *(_steps(*steps) for steps in ((5, 1), (3, 1), (1, 1))),
             Ablation("neurons", "neurons and steps of the spike-fed config", {"keep": NEURONS}),
@@ -248,11 +248,11 @@ ABLATIONS: dict[str, tuple[Callable[..., Maker], list[Ablation]]] = {
     "spike-fed": (
         partial(spike_fed, spiking_values=False),
         [
-            Ablation("clamp", "published clamp on the stream", surgery=clamped_stream),
-            Ablation("clamp", "the same, its floor starts at -1", surgery=partial(clamped_stream, floor=-1.0)),
-            Ablation("clamp", "clamp on what is added", surgery=clamped_branches),
-            Ablation("clamp", "clamp on the currents of all neurons", surgery=clamped_currents),
-            *_BOTH,
+            Ablation("clamp", "published clamp on the stream", edit=clamped_stream),
+            Ablation("clamp", "the same, its floor starts at -1", edit=partial(clamped_stream, floor=-1.0)),
+            Ablation("clamp", "clamp on what is added", edit=clamped_branches),
+            Ablation("clamp", "clamp on the currents of all neurons", edit=clamped_currents),
+            *_COMMON,
             *map(_rest, (1, 2)),
             *(_steps(*steps) for steps in ((8, 2), (5, 1), (1, 1))),
             Ablation("neurons", "neurons and steps of the published model", _PUBLISHED_NEURONS),
@@ -263,27 +263,34 @@ ABLATIONS: dict[str, tuple[Callable[..., Maker], list[Ablation]]] = {
     "dense-twin": (
         partial(spike_fed, spiking_values=False, **DENSE),
         [
-            *(ablation for ablation in _BOTH if ablation.mechanism == "resonance"),
+            *(ablation for ablation in _COMMON if ablation.mechanism == "resonance"),
             *_NORMS,
         ],
     ),
 }
 
 
-def maker(make: Callable[..., Maker], ablation: Ablation) -> Maker:
-    """The model with the change."""
+def ablated_maker(make: Callable[..., Maker], ablation: Ablation) -> Maker:
+    """Return a maker for the model with the change."""
 
-    def changed(settings: Any, tokenizer: Any) -> PreTrainedModel:
+    def make_ablated(settings: Any, tokenizer: Any) -> PreTrainedModel:
         model = make(**ablation.changes)(settings, tokenizer)
-        if ablation.surgery is not None:
-            ablation.surgery(model)
+        if ablation.edit is not None:
+            ablation.edit(model)
         return model
 
-    return changed
+    return make_ablated
 
 
 class Row(NamedTuple):
-    """What came out of one change: runs by seed, and those without it."""
+    """Results of one change.
+
+    Attributes:
+        block: key of :data:`ABLATIONS`.
+        ablation: the change.
+        runs: runs with the change, by seed.
+        whole: runs of the unchanged model, by seed.
+    """
 
     block: str
     ablation: Ablation
@@ -292,12 +299,12 @@ class Row(NamedTuple):
 
     @property
     def losses(self) -> list[float]:
-        """Held-out loss of each seed, in nats per token."""
+        """Return the held-out loss of each seed that did not diverge, in nats per token."""
         return [run["loss"] for run in self.runs.values() if not run["diverged"]]
 
     @property
     def differences(self) -> list[float]:
-        """By how much the loss of each seed is higher than without the change."""
+        """Return the loss minus that of the unchanged model for each seed."""
         return [
             run["loss"] - self.whole[seed]["loss"]
             for seed, run in self.runs.items()
@@ -305,44 +312,45 @@ class Row(NamedTuple):
         ]
 
 
-WHOLE = Ablation("", "the whole model")
+FULL_MODEL = Ablation("", "the whole model")
 
 
 def ablate(trials: Trials, blocks: list[str], mechanisms: list[str], seeds: list[int]) -> list[Row]:
-    """Train every change of the blocks with every seed."""
-    trials.check(maker(ABLATIONS[block][0], WHOLE) for block in blocks)
+    """Train the unchanged models and every change with every seed."""
+    trials.check(ablated_maker(ABLATIONS[block][0], FULL_MODEL) for block in blocks)
     rows, lr = [], trials.settings.training.lr
     with progress_bars() as bars:
 
-        def one(block: str, ablation: Ablation, seed: int) -> dict[str, Any]:
-            make = maker(ABLATIONS[block][0], ablation)
-            return trials.run(f"{block}: {ablation.says}", make, lr, seed, bars, ablation.learner)
+        def run_one(block: str, ablation: Ablation, seed: int) -> dict[str, Any]:
+            make = ablated_maker(ABLATIONS[block][0], ablation)
+            return trials.run(f"{block}: {ablation.description}", make, lr, seed, bars, ablation.learner)
 
         for block in blocks:
-            whole = {seed: one(block, WHOLE, seed) for seed in seeds}
-            rows.append(Row(block, WHOLE, whole, whole))
-            chosen = [ablation for ablation in ABLATIONS[block][1] if ablation.mechanism in mechanisms]
+            whole = {seed: run_one(block, FULL_MODEL, seed) for seed in seeds}
+            rows.append(Row(block, FULL_MODEL, whole, whole))
+            selected = [ablation for ablation in ABLATIONS[block][1] if ablation.mechanism in mechanisms]
             rows += [
-                Row(block, ablation, {seed: one(block, ablation, seed) for seed in seeds}, whole) for ablation in chosen
+                Row(block, ablation, {seed: run_one(block, ablation, seed) for seed in seeds}, whole)
+                for ablation in selected
             ]
     return rows
 
 
-def table(rows: list[Row], block: str) -> list[list[str]]:
-    """A line a change."""
+def ablation_table(rows: list[Row], block: str) -> list[list[str]]:
+    """Return a table with one line per change."""
     lines = [["mechanism", "change", "nats per token", "more than whole", "rates of the layers"]]
     for row in rows:
         if row.block != block:
             continue
         rates = [rate for run in row.runs.values() if not run["diverged"] for rate in run["firing_rates"].values()]
         diverged = len(row.runs) - len(row.losses)
-        lost = f"{diverged} of {len(row.runs)} diverged" if diverged else ""
+        n_diverged = f"{diverged} of {len(row.runs)} diverged" if diverged else ""
         lines.append(
             [
                 row.ablation.mechanism,
-                row.ablation.says,
-                ", ".join(filter(None, (spread(row.losses, "{:.3f}".format), lost))),
-                "" if row.ablation is WHOLE else spread(row.differences, "{:+.3f}".format),
+                row.ablation.description,
+                ", ".join(filter(None, (spread(row.losses, "{:.3f}".format), n_diverged))),
+                "" if row.ablation is FULL_MODEL else spread(row.differences, "{:+.3f}".format),
                 f"{min(rates):.1%} to {max(rates):.1%}" if rates else "",
             ]
         )
@@ -350,24 +358,26 @@ def table(rows: list[Row], block: str) -> list[list[str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     common_arguments(parser, "runs/ablation")
     steps_argument(parser)
     mechanisms = unique(ablation.mechanism for _, ablations in ABLATIONS.values() for ablation in ablations)
     parser.add_argument("--blocks", nargs="+", choices=ABLATIONS, default=list(ABLATIONS), help="default: all")
-    parser.add_argument("--only", nargs="+", choices=mechanisms, default=mechanisms, help="mechanisms (default: all)")
+    parser.add_argument(
+        "--only", nargs="+", choices=mechanisms, default=mechanisms, help="mechanisms to change (default: all)"
+    )
     options = parser.parse_args(arguments)
-    return run_trials(lambda: _run(options, command_line(arguments, "ablation.py")))
+    return run_trials(lambda: _run_ablation(options, command_line(arguments, "ablation.py")))
 
 
-def _run(options: argparse.Namespace, command: str) -> None:
+def _run_ablation(options: argparse.Namespace, command: str) -> None:
     trials = Trials(settings_for(options, ("data", "validation_data", "steps")), options.out, samples=False)
     blocks, seeds = unique(options.blocks), unique(options.seeds)
     rows = ablate(trials, blocks, options.only, seeds)
-    tables = {block: table(rows, block) for block in blocks}
+    tables = {block: ablation_table(rows, block) for block in blocks}
     note = (
-        f"Mean (range) over seeds {', '.join(map(str, seeds))}; text: {trials.about['text']}; peak learning rate "
+        f"Mean (range) over seeds {', '.join(map(str, seeds))}; text: {trials.metadata['text']}; peak learning rate "
         f"{trials.settings.training.lr:g} in all. Rates are the lowest and highest of all layers of neurons."
     )
     parts = [f"## {block}\n\n{markdown_table(lines)}" for block, lines in tables.items()]

@@ -1,4 +1,4 @@
-"""How a model writes, by two measures that nobody chooses samples for: does it repeat itself, and does it stay with its topic?"""
+"""Automatic measures of generated text: repetition and topic coherence. No sample is selected by hand."""
 
 from typing import NamedTuple
 
@@ -8,48 +8,54 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-__all__ = ["Prompts", "coherence", "cut_prompts", "repetition", "write"]
+__all__ = ["Prompts", "coherence", "cut_prompts", "generate_samples", "repetition"]
 
-PROMPTS = 64
+MAX_PROMPTS = 64
 NGRAM = 4
 TOP_P = 0.9
 
 
 class Prompts(NamedTuple):
-    """Beginnings of documents, ``ids [n, P]``; how they go on, ``written [n, C]``; and what follows after that."""
+    """Prompts from the beginnings of documents.
+
+    Attributes:
+        ids: token ids of the prompts, ``[n, P]``.
+        written: token ids of the documents after the prompts, ``[n, C]``.
+        remainders: text of the documents after ``written``.
+    """
 
     ids: Tensor
     written: Tensor
-    rests: list[str]
+    remainders: list[str]
 
 
 def cut_prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase, window: int) -> Prompts:
-    """A quarter of the window to go on from and half of it to write, from documents that are longer than that by a window.
+    """Cut prompts of a quarter and continuations of half the window from documents that have a full window more.
 
     Raises:
-        DataError: fewer than two documents are.
+        DataError: fewer than two documents are long enough.
     """
     prompt, continuation = max(1, window // 4), max(NGRAM, window // 2)
-    found = []
+    long_enough = []
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if len(ids) >= prompt + continuation + window:
-            found.append(ids)
-        if len(found) == PROMPTS:
+            long_enough.append(ids)
+        if len(long_enough) == MAX_PROMPTS:
             break
-    if len(found) < 2:
+    if len(long_enough) < 2:
         raise DataError(
-            f"{len(found)} of {len(texts)} documents have {prompt + continuation + window} tokens, two are needed: "
+            f"{len(long_enough)} of {len(texts)} documents have {prompt + continuation + window} tokens, two are needed: "
             "give longer documents, or a config with a shorter window (max_position_embeddings)"
         )
-    whole = torch.tensor([ids[: prompt + continuation] for ids in found])
-    rests = [tokenizer.decode(ids[prompt + continuation :]) for ids in found]
-    return Prompts(whole[:, :prompt], whole[:, prompt:], rests)
+    beginnings = torch.tensor([ids[: prompt + continuation] for ids in long_enough])
+    remainders = [tokenizer.decode(ids[prompt + continuation :]) for ids in long_enough]
+    return Prompts(beginnings[:, :prompt], beginnings[:, prompt:], remainders)
 
 
 @torch.no_grad()
-def write(model: PreTrainedModel, prompts: Prompts, eos_token_id: int, seed: int) -> Tensor:
-    """What the model writes after each prompt, as long as what stands there, ``[n, C]``: sampled from the best 90 %."""
+def generate_samples(model: PreTrainedModel, prompts: Prompts, eos_token_id: int, seed: int) -> Tensor:
+    """Sample a continuation of each prompt, ``[n, C]``, as long as ``prompts.written``, with top-p of 0.9."""
     set_seed(seed)
     length = prompts.written.shape[1]
     ids = model.generate(
@@ -60,7 +66,7 @@ def write(model: PreTrainedModel, prompts: Prompts, eos_token_id: int, seed: int
 
 
 def repetition(written: Tensor, n: int = NGRAM) -> float:
-    """Share of n-grams in ``written [m, C]`` that stood in the same row before: seq-rep-n of Welleck et al. 2020.
+    """Return the share of n-grams in ``written [m, C]`` that occur earlier in the same row: seq-rep-n of Welleck et al. 2020.
 
     ``1 - different n-grams / n-grams``, mean over rows.
     """
@@ -68,25 +74,25 @@ def repetition(written: Tensor, n: int = NGRAM) -> float:
     return sum(1 - len(row.unique(dim=0)) / len(row) for row in grams) / len(grams)
 
 
-def coherence(written: list[str], rests: list[str]) -> float:
-    """Probability that a text is nearer to the document that its prompt was cut from than to another one.
+def coherence(written: list[str], remainders: list[str]) -> float:
+    """Return the probability that a text is more similar to the document of its prompt than to another document.
 
-    Near is the cosine of TF-IDF vectors without stop words, which are fitted on the documents; ties count half, so that 0.5 is
-    what a text by chance has.
+    Similarity is the cosine of TF-IDF vectors without stop words, fitted on the documents. Ties count half, so that chance is
+    0.5.
 
     Args:
-        written: what was written after the beginning of each document.
-        rests: what each document has after the part that was to be written: nothing of the prompt, so that repeating the
-            prompt is no merit by itself.
+        written: continuation of the prompt of each document.
+        remainders: rest of each document after prompt and continuation. It excludes the prompt, so that repeating the prompt
+            does not raise the score by itself.
 
     Raises:
-        DataError: there are no words in ``rests``.
+        DataError: ``remainders`` have no words.
     """
     try:
-        vectorizer = TfidfVectorizer(stop_words="english", sublinear_tf=True).fit(rests)
+        vectorizer = TfidfVectorizer(stop_words="english", sublinear_tf=True).fit(remainders)
     except ValueError as error:
         raise DataError("topics cannot be told: the held-out documents have no words but stop words") from error
-    nearness = torch.from_numpy((vectorizer.transform(written) @ vectorizer.transform(rests).T).toarray())
-    wins = ((nearness.diagonal()[:, None] - nearness).sign() + 1) / 2
-    n = len(rests)
+    similarity = torch.from_numpy((vectorizer.transform(written) @ vectorizer.transform(remainders).T).toarray())
+    wins = ((similarity.diagonal()[:, None] - similarity).sign() + 1) / 2
+    n = len(remainders)
     return ((wins.sum() - wins.diagonal().sum()) / (n * (n - 1))).item()

@@ -1,17 +1,18 @@
-"""How the loss falls with parameters and tokens: spike-fed, its dense twin and a GPT-2, at several sizes, with fitted curves.
+"""Scaling study: loss of spike-fed Nord, its dense twin and a GPT-2 against parameters and tokens, with fitted curves.
 
     python studies/language_model/scaling.py --data books.txt
     python studies/language_model/scaling.py --sizes 64x2 128x2 256x4 --steps 250 500 --seeds 0
 
-A size is width x blocks, with heads of 32 and a feed-forward twice as wide. At each size and with each number of steps, which
-is a whole run with a schedule of its own, every model searches for its peak learning rate as in ``compare.py`` at the first
-seed: beginning with the ``--lrs``, later with half, once and twice what was best at the size before, or else with fewer steps,
-since short runs and small models often want higher rates; and, where several are given, a second time beginning with lower
-ones, because the loss can have two valleys over the rate (that of a small GPT-2 has). The curve of a model is
-``L(N, D) = E + A / N^a + B / D^b`` (Hoffmann et al. 2022), N its parameters without embedding and head, D the tokens that it
-saw (again, where the text is shorter), fitted by least squares with Huber's loss; intervals are those of the fit to its own
-predictions with its residuals drawn anew. It says how the runs lie, and little of what is beyond them. Runs are kept as those
-of ``compare.py`` are; ``runs.jsonl`` has those that searched, too.
+A size is width x blocks, with heads of 32 and a feed-forward of twice the width. Each number of training steps is a complete run
+with its own schedule. For each size and number of steps, the peak learning rate of every model is searched at the first seed, as
+in ``compare.py``. The first search starts with ``--lrs``; later ones start with half, once and twice the best rate of the
+previous size, or else of fewer steps, since short runs and small models often need higher rates. With several ``--lrs``, a
+second search starts with lower rates, because loss vs. learning rate can have two minima (it does for the small GPT-2).
+
+The curve of a model is ``L(N, D) = E + A / N^a + B / D^b`` (Hoffmann et al. 2022), where N is the number of parameters without
+embedding and head and D the number of training tokens (with repetitions if the text is shorter). It is fitted by least squares
+with Huber's loss. Intervals are from a bootstrap of the residuals around the fitted curve. The curve describes these runs and
+says little outside their range. Runs are saved as in ``compare.py``; ``runs.jsonl`` includes those of the searches.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from compare import best, search
+from compare import best_lr, search_lr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullLocator
@@ -45,45 +46,45 @@ from study_cli import (
     unique,
     write_results,
 )
-from trials import Trials, check_makers, prepare_for, progress_bars
-from variants import KINDS
+from trials import Trials, check_makers, prepare_study_data, progress_bars
+from variants import MODEL_MAKERS
 
-__all__ = ["Curve", "Point", "chosen", "fit", "intervals", "picture"]
+__all__ = ["Curve", "Point", "best_lr_runs", "fit", "intervals", "plot_scaling"]
 
 COLOURS = {"spike-fed": "#c44e52", "dense-twin": "#4878a8", "dense-plain": "#55a868", "gpt2": "#6b6b6b"}
 MODELS = tuple(COLOURS)
-LOWER = [1e-3, 2e-3, 4e-3]  # where the second search begins
-HEAD = 32  # width of a head
-FEWEST = 3  # different numbers of parameters, and of tokens, without which an exponent is anything
-DRAWS = 200  # of the residuals, for intervals
+LOW_LRS = [1e-3, 2e-3, 4e-3]  # start of the second search
+HEAD_DIM = 32  # width of an attention head
+MIN_DISTINCT = 3  # minimum of different numbers of parameters, and of tokens, for a fit
+BOOTSTRAP_DRAWS = 200  # bootstrap samples of the residuals, for the intervals
 
 
 class Size(NamedTuple):
-    """Width and number of blocks."""
+    """Size of a model: width and number of blocks."""
 
     width: int
     blocks: int
 
     def __str__(self) -> str:
-        """As it is given."""
+        """Return the text form, ``128x2``."""
         return f"{self.width}x{self.blocks}"
 
     @classmethod
     def parse(cls, text: str) -> "Size":
-        """From ``128x2``."""
+        """Parse the text form, ``128x2``."""
         match = re.fullmatch(r"(\d+)x(\d+)", text)
-        if match is None or int(match[1]) % HEAD or not int(match[1]) or not int(match[2]):
+        if match is None or int(match[1]) % HEAD_DIM or not int(match[1]) or not int(match[2]):
             raise argparse.ArgumentTypeError(
-                f"expected width x blocks, the width a multiple of {HEAD}, such as 128x2, got {text!r}"
+                f"expected width x blocks, the width a multiple of {HEAD_DIM}, such as 128x2, got {text!r}"
             )
         return cls(int(match[1]), int(match[2]))
 
-    def of(self, settings: Settings, steps: int) -> Settings:
-        """The settings at this size."""
+    def apply_to(self, settings: Settings, steps: int) -> Settings:
+        """Return the settings with this size and number of training steps."""
         model = {
             "hidden_size": self.width,
             "num_hidden_layers": self.blocks,
-            "num_attention_heads": self.width // HEAD,
+            "num_attention_heads": self.width // HEAD_DIM,
             "intermediate_size": 2 * self.width,
         }
         training = replace(settings.training, steps=steps)
@@ -91,12 +92,12 @@ class Size(NamedTuple):
 
 
 class Point(NamedTuple):
-    """One run.
+    """One run of the study.
 
     Attributes:
-        size: of the model.
-        tokens: that it saw.
-        run: as it was written down.
+        size: size of the model.
+        tokens: number of training tokens.
+        run: results, as in the file of the run.
     """
 
     size: Size
@@ -105,22 +106,22 @@ class Point(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """Name of the model."""
+        """Return the name of the model."""
         return str(self.run["kind"])
 
     @property
     def parameters(self) -> int:
-        """Without embedding and head."""
+        """Return the number of parameters without embedding and head."""
         return int(self.run["parameters_without_vocabulary"])
 
     @property
     def loss(self) -> float:
-        """Held-out, in nats per token."""
+        """Return the held-out loss, in nats per token."""
         return float(self.run["loss"])
 
     @property
     def rates(self) -> list[float]:
-        """Of every layer of neurons."""
+        """Return the firing rates of all neuron layers."""
         return list(self.run["firing_rates"].values())
 
 
@@ -134,29 +135,26 @@ class Curve(NamedTuple):
     beta: float
 
     def __call__(self, parameters: Any, tokens: Any) -> Any:
-        """The loss, of numbers or arrays."""
+        """Return the loss for numbers or arrays."""
         return self.floor + self.a / parameters**self.alpha + self.b / tokens**self.beta
 
     def __str__(self) -> str:
-        """The equation."""
+        """Return the equation."""
         return f"{self.floor:.2f} + {self.a:.3g} / N^{self.alpha:.2f} + {self.b:.3g} / D^{self.beta:.2f}"
 
 
 def fit(points: list[Point]) -> Curve | None:
-    """The curve that the points of one model lie nearest to; None where there are too few to say.
-
-    The best of several starts is taken.
-    """
+    """Fit a curve to the points of one model, from several starts; return None if there are too few points."""
     sizes, budgets = {point.parameters for point in points}, {point.tokens for point in points}
-    if min(len(sizes), len(budgets)) < FEWEST:
+    if min(len(sizes), len(budgets)) < MIN_DISTINCT:
         return None
-    least = min(point.loss for point in points)
-    starts = itertools.product((0.5 * least, 0.9 * least), (0.1, 0.5), (0.1, 0.5), (0.1, 0.5), (0.3,))
-    return _nearest(points, [point.loss for point in points], starts)
+    lowest = min(point.loss for point in points)
+    starts = itertools.product((0.5 * lowest, 0.9 * lowest), (0.1, 0.5), (0.1, 0.5), (0.1, 0.5), (0.3,))
+    return _fit_losses(points, [point.loss for point in points], starts)
 
 
-def _nearest(points: list[Point], losses: Any, starts: Iterable[tuple[float, ...]]) -> Curve:
-    """N is taken in units of 100,000 parameters and D of a million tokens while it is fitted; every number is positive."""
+def _fit_losses(points: list[Point], losses: Any, starts: Iterable[tuple[float, ...]]) -> Curve:
+    """Fit log-parameters, so that all are positive, with N in units of 100,000 parameters and D of a million tokens."""
     n, d = _coordinates(points)
 
     def residuals(x: Any) -> Any:
@@ -164,7 +162,7 @@ def _nearest(points: list[Point], losses: Any, starts: Iterable[tuple[float, ...
         return floor + a * (n / 1e5) ** -alpha + b * (d / 1e6) ** -beta - losses
 
     fits = [least_squares(residuals, np.log(start), loss="huber", f_scale=0.02) for start in starts]
-    floor, a, alpha, b, beta = np.exp(min(fits, key=lambda found: found.cost).x)
+    floor, a, alpha, b, beta = np.exp(min(fits, key=lambda result: result.cost).x)
     return Curve(float(floor), float(a * 1e5**alpha), float(alpha), float(b * 1e6**beta), float(beta))
 
 
@@ -173,19 +171,22 @@ def _coordinates(points: list[Point]) -> tuple[Any, Any]:
 
 
 def intervals(points: list[Point], curve: Curve) -> dict[str, tuple[float, float]]:
-    """95 % of what is fitted to the curve's own predictions with residuals drawn anew, for floor and exponents."""
+    """Return 95 % bootstrap intervals of floor and exponents: refits to the curve plus resampled residuals."""
     predicted = curve(*_coordinates(points))
     residuals = np.array([point.loss for point in points]) - predicted
     generator = np.random.default_rng(0)
     start = (curve.floor, curve.a / 1e5**curve.alpha, curve.alpha, curve.b / 1e6**curve.beta, curve.beta)
-    drawn = [_nearest(points, predicted + generator.choice(residuals, len(points)), [start]) for _ in range(DRAWS)]
+    refits = [
+        _fit_losses(points, predicted + generator.choice(residuals, len(points)), [start])
+        for _ in range(BOOTSTRAP_DRAWS)
+    ]
     names = {"E": "floor", "a": "alpha", "b": "beta"}
-    ends = {name: np.percentile([getattr(c, field) for c in drawn], (2.5, 97.5)) for name, field in names.items()}
+    ends = {name: np.percentile([getattr(c, field) for c in refits], (2.5, 97.5)) for name, field in names.items()}
     return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
 
 
-def picture(points: list[Point], curves: dict[str, Curve | None]) -> Figure:
-    """Above, loss against parameters for each number of tokens; below, against tokens for each size. Points are runs."""
+def plot_scaling(points: list[Point], curves: dict[str, Curve | None]) -> Figure:
+    """Plot loss against parameters for each number of tokens (top) and against tokens for each size (bottom)."""
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
     by_tokens = {f"{n:,} tokens": [p for p in points if p.tokens == n] for n in unique(p.tokens for p in points)}
@@ -217,14 +218,14 @@ def _panel(axis: Axes, points: list[Point], curves: dict[str, Curve | None], fie
             losses = curve(line, fixed) if field == "parameters" else curve(fixed, line)
             axis.plot(line, losses, color=COLOURS[kind], linewidth=1)
     axis.set_xscale("log")
-    if field == "tokens":  # few and known, while a logarithmic axis would write its powers over one another
+    if field == "tokens":  # explicit ticks, since labels of a short logarithmic axis overlap
         axis.set_xticks(unique(point.tokens for point in points), minor=False)
         axis.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))
         axis.xaxis.set_minor_locator(NullLocator())
     axis.grid(alpha=0.3)
 
 
-def measure(
+def train_points(
     settings: Settings,
     sizes: list[Size],
     steps: list[int],
@@ -233,37 +234,39 @@ def measure(
     lrs: list[float],
     out: Path,
 ) -> list[Point]:
-    """Train what is missing; gives all runs, those that searched for a learning rate as well."""
-    text = prepare_for(sizes[0].of(settings, steps[0]), out, samples=False)  # the same at every size
+    """Train all missing runs; return all runs, including those of the learning-rate searches."""
+    text = prepare_study_data(sizes[0].apply_to(settings, steps[0]), out, samples=False)  # all sizes share the text
     for size in sizes:
-        check_makers((KINDS[kind] for kind in kinds), size.of(settings, steps[0]), text)
+        check_makers((MODEL_MAKERS[kind] for kind in kinds), size.apply_to(settings, steps[0]), text)
     points = []
-    last: dict[tuple[str, int], float] = {}  # at the last size
-    before: dict[str, float] = {}  # with the last number of steps
+    lr_of_size: dict[tuple[str, int], float] = {}  # best rate at the previous size, by model and steps
+    lr_of_steps: dict[str, float] = {}  # best rate with the previous number of steps, by model
     with progress_bars() as bars:
         for size, budget in itertools.product(sizes, sorted(steps)):
-            here = size.of(settings, budget)
-            trials = Trials(here, out / str(size) / str(budget), text)
+            sized = size.apply_to(settings, budget)
+            trials = Trials(sized, out / str(size) / str(budget), text)
             for kind in kinds:
-                make, near = KINDS[kind], last.get((kind, budget), before.get(kind))
-                first = [near / 2, near, near * 2] if near else lrs
-                starts = [lrs] if len(lrs) == 1 else [first, LOWER]
-                tried = [run for start in starts for run in search(trials, kind, make, start, seeds[0], bars)]
-                lr = last[kind, budget] = before[kind] = best(kind, tried)
-                again = [trials.run(kind, make, lr, seed, bars) for seed in seeds[1:]]
-                runs = {(run["lr"], run["seed"]): run for run in [*tried, *again]}  # both searches may try a rate
-                points += [Point(size, _tokens(here), run) for run in runs.values()]
+                make, previous = MODEL_MAKERS[kind], lr_of_size.get((kind, budget), lr_of_steps.get(kind))
+                first = [previous / 2, previous, previous * 2] if previous else lrs
+                starts = [lrs] if len(lrs) == 1 else [first, LOW_LRS]
+                tried = [run for start in starts for run in search_lr(trials, kind, make, start, seeds[0], bars)]
+                lr = lr_of_size[kind, budget] = lr_of_steps[kind] = best_lr(kind, tried)
+                other_seeds = [trials.run(kind, make, lr, seed, bars) for seed in seeds[1:]]
+                runs = {
+                    (run["lr"], run["seed"]): run for run in [*tried, *other_seeds]
+                }  # both searches can try the same rate
+                points += [Point(size, _tokens(sized), run) for run in runs.values()]
     return points
 
 
-def chosen(points: list[Point], seed: int) -> list[Point]:
-    """Of each model, size and number of tokens the runs with the learning rate that was best at this seed."""
+def best_lr_runs(points: list[Point], seed: int) -> list[Point]:
+    """Return the runs with the best learning rate at ``seed``, for each model, size and number of tokens."""
     groups: dict[tuple[Size, int, str], list[Point]] = {}
     for point in points:
         groups.setdefault((point.size, point.tokens, point.kind), []).append(point)
     kept = []
     for (_, _, kind), group in groups.items():
-        lr = best(kind, [point.run for point in group if point.run["seed"] == seed])
+        lr = best_lr(kind, [point.run for point in group if point.run["seed"] == seed])
         kept += [point for point in group if point.run["lr"] == lr]
     return kept
 
@@ -273,8 +276,8 @@ def _tokens(settings: Settings) -> int:
     return options.steps * options.batch_size * options.grad_accum * settings.block_size
 
 
-def table(points: list[Point]) -> list[list[str]]:
-    """A line for each size and number of tokens: losses, ratios of bits per byte seed by seed, rates of all layers."""
+def scaling_table(points: list[Point]) -> list[list[str]]:
+    """Return a table with a line per size and number of tokens: losses, paired ratios of bits per byte, firing rates."""
     kinds = unique(point.kind for point in points)
     others = [kind for kind in kinds if kind != "spike-fed"] if "spike-fed" in kinds else []
     lines = [["size", "parameters", "tokens", *kinds, *(f"spike-fed / {kind}" for kind in others), "rates"]]
@@ -303,8 +306,8 @@ def table(points: list[Point]) -> list[list[str]]:
     return lines
 
 
-def said(points: list[Point], curves: dict[str, Curve | None]) -> list[str]:
-    """A sentence for each model: its curve, and at each size its learning rates, in the order of the numbers of tokens."""
+def describe_fits(points: list[Point], curves: dict[str, Curve | None]) -> list[str]:
+    """Return a sentence per model: its curve, and its learning rates at each size, ordered by number of tokens."""
     sentences = []
     for kind, curve in curves.items():
         own = [point for point in points if point.kind == kind]
@@ -321,7 +324,7 @@ def said(points: list[Point], curves: dict[str, Curve | None]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     common_arguments(parser, "runs/scaling")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all of them")
@@ -335,34 +338,34 @@ def main(arguments: list[str] | None = None) -> int:
         nargs="+",
         type=number(1e-9),
         default=[8e-3, 1.6e-2, 3.2e-2],
-        help="to begin the first search with; a single one is taken",
+        help="peak learning rates at the start of the first search; a single one is used without a search",
     )
     options = parser.parse_args(arguments)
-    return run_trials(lambda: _run(options, command_line(arguments, "scaling.py")))
+    return run_trials(lambda: _run_scaling(options, command_line(arguments, "scaling.py")))
 
 
-def _run(options: argparse.Namespace, command: str) -> None:
+def _run_scaling(options: argparse.Namespace, command: str) -> None:
     settings = settings_for(options)
     options.out.mkdir(parents=True, exist_ok=True)
     seeds, kinds = unique(options.seeds), unique(options.models)
     sizes, steps, lrs = (unique(values) for values in (options.sizes, options.steps, options.lrs))
-    tried = measure(settings, sizes, steps, kinds, seeds, lrs, options.out)
-    runs = chosen(tried, seeds[0])
+    tried = train_points(settings, sizes, steps, kinds, seeds, lrs, options.out)
+    runs = best_lr_runs(tried, seeds[0])
     points = [point for point in runs if not point.run["diverged"]]
     diverged = [f"{p.size}, {p.tokens:,} tokens, {p.kind}, seed {p.run['seed']}" for p in runs if p.run["diverged"]]
     curves = {kind: fit([point for point in points if point.kind == kind]) for kind in kinds}
-    sentences = said(points, curves)
+    sentences = describe_fits(points, curves)
     note = (
         f"Nats per token, mean (range) over seeds {', '.join(map(str, seeds))}; ratios of bits per byte; "
         f"rates are the lowest and highest of all layers of neurons; diverged: {'; '.join(diverged) or 'none'}. "
         "Fitted, with peak learning rates in the order of the numbers of tokens:"
     )
-    parts = [markdown_table(table(points)), note, "\n".join(sentences), f"`{command}`"]
+    parts = [markdown_table(scaling_table(points)), note, "\n".join(sentences), f"`{command}`"]
     write_results(options.out, parts, ({"size": str(p.size), "tokens": p.tokens} | p.run for p in tried))
-    drawn = io.BytesIO()
-    picture(points, curves).savefig(drawn, format="png", dpi=120)
-    write_bytes(options.out / "scaling.png", drawn.getvalue())
-    head, *rows = table(points)
+    buffer = io.BytesIO()
+    plot_scaling(points, curves).savefig(buffer, format="png", dpi=120)
+    write_bytes(options.out / "scaling.png", buffer.getvalue())
+    head, *rows = scaling_table(points)
     console = Console()
     print_table(console, settings.name, head, rows)
     console.print("\n".join([note, *sentences]), highlight=False, markup=False)

@@ -1,4 +1,4 @@
-"""What the commands that compare models have in common: their arguments, their errors, and how their tables are written."""
+"""Shared code of the study commands: arguments, error handling and tables."""
 
 import argparse
 import json
@@ -31,7 +31,7 @@ __all__ = [
 
 
 def run_trials(work: Callable[[], None]) -> int:
-    """Do the work of a command; returns its exit status. What goes wrong is one sentence on standard error."""
+    """Run a command; return its exit status. Errors are printed as one sentence on standard error."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     keep_freed_memory()
@@ -47,38 +47,38 @@ def run_trials(work: Callable[[], None]) -> int:
 
 
 def command_line(arguments: list[str] | None, script: str) -> str:
-    """The command that was given."""
+    """Return the command line as text."""
     return shlex.join(["python", *(sys.argv if arguments is None else [script, *arguments])])
 
 
 def common_arguments(parser: argparse.ArgumentParser, out: str) -> None:
-    """What every comparison can be told."""
+    """Add the options that all studies share."""
     parser.add_argument("--config", default="tiny", help="a name from configs/, or a YAML file (default: tiny)")
     parser.add_argument("--data", help="text file, folder or dataset name (default: the config's)")
-    parser.add_argument("--validation-data", help="other text to validate on (default: part of the data)")
+    parser.add_argument("--validation-data", help="separate text to validate on (default: part of the data)")
     parser.add_argument("--seeds", nargs="+", type=number(0, 2**32 - 1, int), default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path(out), help=f"folder for the runs and tables (default: {out})")
 
 
 def steps_argument(parser: argparse.ArgumentParser) -> None:
-    """For a command that trains all models with the same number of steps."""
-    parser.add_argument("--steps", type=number(1, kind=int), help="optimizer steps (default: the config's)")
+    """Add the option for the number of training steps, if all models have the same."""
+    parser.add_argument("--steps", type=number(1, kind=int), help="training steps (default: the config's)")
 
 
 def settings_for(options: argparse.Namespace, fields: tuple[str, ...] = ("data", "validation_data")) -> Settings:
-    """The config with those fields of the training that were given."""
+    """Return the config, with the training fields from the command line."""
     settings = read_config(options.config)
     changes = {name: getattr(options, name) for name in fields if getattr(options, name) is not None}
     return replace(settings, training=replace(settings.training, **changes | absolute_paths(changes)))
 
 
 def unique(values: Iterable[Any]) -> list[Any]:
-    """In their order, each once."""
+    """Return the values without duplicates, in order."""
     return list(dict.fromkeys(values))
 
 
 def spread(values: list[float], show: Callable[[float], str]) -> str:
-    """Mean, and range where there is one."""
+    """Format the mean and the range; a single number if all values have the same text."""
     if not values:
         return ""
     low, high = show(min(values)), show(max(values))
@@ -86,12 +86,12 @@ def spread(values: list[float], show: Callable[[float], str]) -> str:
 
 
 def markdown_table(lines: list[list[str]]) -> str:
-    """Lines of cells, the first of which is the head."""
+    """Format lines of cells as a Markdown table; the first line is the header."""
     head, *rows = lines
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
 
 
 def write_results(out: Path, parts: list[str], runs: Iterable[dict[str, Any]]) -> None:
-    """``table.md`` of these parts, and ``runs.jsonl``: all figures of all runs, a line a run."""
+    """Write ``table.md`` from its parts, and ``runs.jsonl`` with the results of each run in a line."""
     write_text(out / "runs.jsonl", "".join(json.dumps(run) + "\n" for run in runs))
     write_text(out / "table.md", "\n\n".join(parts) + "\n")

@@ -1,4 +1,4 @@
-"""The models that are set beside each other: one config, with fields changed, or a GPT-2 of its size."""
+"""Models of the studies: variants of a config, and a GPT-2 of the same size."""
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -14,12 +14,21 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTraine
 from nord_snn.layers import SpikeFedResonance
 from nord_snn.models.nord import NordForCausalLM
 
-__all__ = ["KINDS", "Maker", "gpt2", "nord", "variant", "without_norms", "without_stream_norm", "without_these_norms"]
+__all__ = [
+    "MODEL_MAKERS",
+    "Maker",
+    "gpt2",
+    "nord",
+    "variant",
+    "without_norms",
+    "without_stream_norm",
+    "without_these_norms",
+]
 
 Maker = Callable[[Settings, PreTrainedTokenizerBase], PreTrainedModel]
 
-#: Fields that say how large a model is and what it keeps. With none but these a config is the published model of that size. The
-#: clusters are among them because the cascade's total gain grows with their number: the published 64 saturate a small width.
+#: Fields for the size of a model. A config with only these fields is the published model of that size. They include n_clusters,
+#: because the cascade's total gain grows with it: with the published 64 clusters a narrow model saturates.
 SIZES = {
     "hidden_size",
     "num_hidden_layers",
@@ -33,17 +42,17 @@ SIZES = {
 }
 
 
-#: Fields that make a model its own dense twin.
+#: Fields that turn a model into its dense twin.
 DENSE = {"dense": True, "t_fast": 1, "t_slow": 0}
 
 
 def nord(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model of the config."""
+    """Construct the model of the config."""
     return NordForCausalLM(model_config(settings, tokenizer))
 
 
 def variant(**changes: Any) -> Maker:
-    """The model of the config with fields changed."""
+    """Return a maker for the config with changed fields."""
 
     def make(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         return nord(replace(settings, model=settings.model | changes), tokenizer)
@@ -52,7 +61,7 @@ def variant(**changes: Any) -> Maker:
 
 
 def published(keep: Collection[str] = (), **changes: Any) -> Maker:
-    """The published model in the sizes of the config, and in what else is to be kept of it, with fields changed."""
+    """Return a maker for the published model with the sizes of the config, the fields in ``keep``, and ``changes``."""
 
     def make(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         kept = {name: value for name, value in settings.model.items() if name in SIZES or name in keep}
@@ -62,10 +71,10 @@ def published(keep: Collection[str] = (), **changes: Any) -> Maker:
 
 
 def spike_fed(**changes: Any) -> Maker:
-    """The spike-fed model of the config, with fields changed.
+    """Return a maker for the spike-fed model of the config with changed fields.
 
     Raises:
-        SettingsError: the config's blocks are others.
+        SettingsError: the config has another ``block``.
     """
 
     def make(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -77,18 +86,18 @@ def spike_fed(**changes: Any) -> Maker:
 
 
 def gpt2(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A GPT-2 with as many parameters without embedding and head, to within one neuron of its feed-forwards.
+    """Construct a GPT-2 with the same number of parameters without embedding and head.
 
-    Its table of positions counts among these.
+    The width of the feed-forwards is chosen to the nearest unit. The position embedding counts as a parameter.
 
     Raises:
-        SettingsError: its attention alone has more.
+        SettingsError: its attention alone has more parameters.
     """
     config = model_config(settings, tokenizer)
     with torch.device("meta"):
-        wanted = parameter_counts(NordForCausalLM(config))[1]
+        target = parameter_counts(NordForCausalLM(config))[1]
 
-    def of(n_inner: int) -> GPT2Config:
+    def gpt2_config(n_inner: int) -> GPT2Config:
         return GPT2Config(
             vocab_size=config.vocab_size,
             n_positions=config.max_position_embeddings,
@@ -105,46 +114,46 @@ def gpt2(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMo
         )
 
     with torch.device("meta"):
-        one, two = (parameter_counts(GPT2LMHeadModel(of(n)))[1] for n in (1, 2))
-    n_inner = 1 + round((wanted - one) / (two - one))
+        one, two = (parameter_counts(GPT2LMHeadModel(gpt2_config(n)))[1] for n in (1, 2))
+    n_inner = 1 + round((target - one) / (two - one))
     if n_inner < 1:
-        raise SettingsError(f"a GPT-2 of this width has {one:,} parameters at least, more than the {wanted:,} of Nord")
-    return GPT2LMHeadModel(of(n_inner))
+        raise SettingsError(f"a GPT-2 of this width has {one:,} parameters at least, more than the {target:,} of Nord")
+    return GPT2LMHeadModel(gpt2_config(n_inner))
 
 
 def without_norms(model: PreTrainedModel) -> None:
-    """Spike-fed blocks whose neurons behind a linear map get its currents as they are, and those behind the mixing four times."""
+    """Remove the norms after linear maps and mixing in spike-fed blocks; scale the currents after the mixing by four."""
 
-    def four_times(module: nn.Module, inputs: Any) -> tuple[Tensor]:
+    def times_four(module: nn.Module, inputs: Any) -> tuple[Tensor]:
         return (4 * inputs[0],)
 
     for layer in model.blocks.modules():
         for norm in {"norm_h", "norm_q", "norm_k", "norm_v", "norm_o"} & dict(layer.named_children()).keys():
             setattr(layer, norm, nn.Identity())
         if isinstance(layer, SpikeFedResonance):
-            layer.norm_o.register_forward_pre_hook(four_times)
+            layer.norm_o.register_forward_pre_hook(times_four)
 
 
 def without_stream_norm(model: PreTrainedModel) -> None:
-    """A readout that gets the stream as it is."""
+    """Remove the norm before the readout."""
     model.stream_norm = nn.Identity()
 
 
 def without_these_norms(model: PreTrainedModel) -> None:
-    """Both: norms before the first neurons of each half of a block are left."""
+    """Remove the norms of both functions above; norms before the first neurons of each half of a block stay."""
     without_norms(model)
     without_stream_norm(model)
 
 
 def dense_plain(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The dense twin without the norms that stand there for the neurons' sake: it is better off without them."""
+    """Construct the dense twin without the norms that only the neurons need; its loss is lower without them."""
     model = spike_fed(spiking_values=False, **DENSE)(settings, tokenizer)
     without_these_norms(model)
     return model
 
 
-#: What ``compare.py`` trains, by name.
-KINDS: dict[str, Maker] = {
+#: Makers of the models of ``compare.py``, by name.
+MODEL_MAKERS: dict[str, Maker] = {
     "published": published(),
     "recency": published(recency=True),
     "spike-fed": spike_fed(spiking_values=False),

@@ -6,7 +6,7 @@ from pathlib import Path
 import ablation as ablation_script
 import pytest
 import torch
-from ablation import ABLATIONS, WHOLE, Ablation, Row, maker
+from ablation import ABLATIONS, FULL_MODEL, Ablation, Row, ablated_maker
 from accelerate.state import AcceleratorState
 from helpers import fire_easily, make_text, write_config
 from nordlm.data.corpus import train_tokenizer
@@ -37,12 +37,12 @@ def settings(tmp_path):
 
 def build(settings, tokenizer, block, ablation):
     torch.manual_seed(0)
-    model = maker(ABLATIONS[block][0], ablation)(settings, tokenizer).eval()
+    model = ablated_maker(ABLATIONS[block][0], ablation)(settings, tokenizer).eval()
     fire_easily(model)
     return model
 
 
-@pytest.mark.parametrize(("block", "ablation"), EVERY, ids=lambda value: getattr(value, "says", value))
+@pytest.mark.parametrize(("block", "ablation"), EVERY, ids=lambda value: getattr(value, "description", value))
 def test_every_change_makes_another_model_that_learns(settings, tokenizer, block, ablation):
     ids = torch.randint(50, (3, 10), generator=torch.Generator().manual_seed(0))
     changed = build(settings, tokenizer, block, ablation)
@@ -58,7 +58,7 @@ def test_every_change_makes_another_model_that_learns(settings, tokenizer, block
         assert learned == {"blocks.0.up.weight" if block == "spike-fed" else "blocks.0.ffn.down.weight"}
         return
     assert not learned
-    whole = build(settings, tokenizer, block, WHOLE)
+    whole = build(settings, tokenizer, block, FULL_MODEL)
     if "clamp_floor" in ablation.changes:  # which so small a model does not reach
         assert changed.blocks[0].clamp.floor[0] == ablation.changes["clamp_floor"] != whole.blocks[0].clamp.floor[0]
         return
@@ -79,17 +79,17 @@ def test_every_change_makes_another_model_that_learns(settings, tokenizer, block
 
 def test_changes_take_out_what_they_say(settings, tokenizer):
     def has(block, says, kind):
-        (found,) = (ablation for ablation in ABLATIONS[block][1] if ablation.says == says)
+        (found,) = (ablation for ablation in ABLATIONS[block][1] if ablation.description == says)
         return any(isinstance(module, kind) for module in build(settings, tokenizer, block, found).modules())
 
     assert not has("recency", "no clamp", LeakyClamp)
     assert has("recency", "clamp on what is added, not on the stream", LeakyClamp)
-    assert not any(isinstance(m, LeakyClamp) for m in build(settings, tokenizer, "spike-fed", WHOLE).modules())
+    assert not any(isinstance(m, LeakyClamp) for m in build(settings, tokenizer, "spike-fed", FULL_MODEL).modules())
     assert has("spike-fed", "published clamp on the stream", LeakyClamp)
     for block in ("recency", "spike-fed"):
-        (constant,) = (a for a in ABLATIONS[block][1] if a.says == "the same current at every step")
+        (constant,) = (a for a in ABLATIONS[block][1] if a.description == "the same current at every step")
         x = torch.randn(2, 16)
-        currents, whole = (build(settings, tokenizer, block, a).encoder(x) for a in (constant, WHOLE))
+        currents, whole = (build(settings, tokenizer, block, a).encoder(x) for a in (constant, FULL_MODEL))
         assert currents.std().item() == pytest.approx(whole.mean(0).std().item(), rel=0.1)
         assert torch.equal(currents, currents[:1].expand_as(currents))
         assert len(currents) == (10 if block == "recency" else 4)
@@ -97,9 +97,9 @@ def test_changes_take_out_what_they_say(settings, tokenizer):
 
 @pytest.mark.parametrize("block", ABLATIONS)
 def test_where_recency_is_alone_queries_and_keys_say_nothing(settings, tokenizer, block):
-    (alone,) = (a for a in ABLATIONS[block][1] if a.says == "recency alone, no coincidences")
+    (alone,) = (a for a in ABLATIONS[block][1] if a.description == "recency alone, no coincidences")
     ids = torch.randint(50, (3, 10), generator=torch.Generator().manual_seed(0))
-    for ablation, same in ((WHOLE, False), (alone, True)):
+    for ablation, same in ((FULL_MODEL, False), (alone, True)):
         model = build(settings, tokenizer, block, ablation)
         before = model(input_ids=ids).logits
         model.blocks[0].resonance.q_proj.weight.data.mul_(-1)
@@ -109,7 +109,7 @@ def test_where_recency_is_alone_queries_and_keys_say_nothing(settings, tokenizer
 
 
 def test_a_clamped_stream_has_nothing_below_its_floor(settings, tokenizer):
-    (clamped,) = (a for a in ABLATIONS["spike-fed"][1] if a.says == "published clamp on the stream")
+    (clamped,) = (a for a in ABLATIONS["spike-fed"][1] if a.description == "published clamp on the stream")
     model, seen = build(settings, tokenizer, "spike-fed", clamped), []
     model.stream_norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].min()))
     model(input_ids=torch.randint(50, (3, 10)))
@@ -144,7 +144,7 @@ def test_runs_that_diverged_are_counted():
         Row("recency", Ablation("clamp", "a change"), found, whole)
         for found in (runs(4.3, None, 4.0), runs(None, None, None))
     ]
-    assert [line[2:4] for line in ablation_script.table(rows, "recency")[1:]] == [
+    assert [line[2:4] for line in ablation_script.ablation_table(rows, "recency")[1:]] == [
         ["4.150 (4.000 to 4.300), 1 of 3 diverged", "+0.300"],
         ["3 of 3 diverged", ""],
     ]
@@ -172,13 +172,13 @@ def test_the_table_is_that_of_the_runs(tmp_path, capsys):
 
 
 def test_queries_and_keys_without_norms_are_silent_before_training_and_after_it(tokenizer):
-    (bare,) = (a for a in ABLATIONS["spike-fed"][1] if a.says == "no norms behind linear maps and mixing")
+    (bare,) = (a for a in ABLATIONS["spike-fed"][1] if a.description == "no norms behind linear maps and mixing")
     lines = (DOCS / "runs" / "ablation.jsonl").read_text().splitlines()
-    trained = [run["firing_rates"] for run in map(json.loads, lines) if run["kind"] == f"spike-fed: {bare.says}"]
+    trained = [run["firing_rates"] for run in map(json.loads, lines) if run["kind"] == f"spike-fed: {bare.description}"]
     assert len(trained) == 3
-    for ablation, silent in ((WHOLE, False), (bare, True)):
+    for ablation, silent in ((FULL_MODEL, False), (bare, True)):
         torch.manual_seed(0)
-        model = maker(ABLATIONS["spike-fed"][0], ablation)(read_config("tiny"), tokenizer)
+        model = ablated_maker(ABLATIONS["spike-fed"][0], ablation)(read_config("tiny"), tokenizer)
         with SpikeMonitor(model) as monitor, torch.no_grad():
             model(input_ids=torch.randint(len(tokenizer), (2, 64)))
         for rates in (monitor.rates(), *(trained if silent else [])):
@@ -194,7 +194,7 @@ def test_the_page_has_the_tables_of_the_runs():
         runs.setdefault(run["kind"], {})[run["seed"]] = run
     page = (DOCS / "results.md").read_text(encoding="utf-8")
     for block, (_, ablations) in ABLATIONS.items():
-        whole = runs[f"{block}: {WHOLE.says}"]
-        rows = [Row(block, a, runs.pop(f"{block}: {a.says}"), whole) for a in (WHOLE, *ablations)]
-        assert markdown_table(ablation_script.table(rows, block)) in page
+        whole = runs[f"{block}: {FULL_MODEL.description}"]
+        rows = [Row(block, a, runs.pop(f"{block}: {a.description}"), whole) for a in (FULL_MODEL, *ablations)]
+        assert markdown_table(ablation_script.ablation_table(rows, block)) in page
     assert not runs

@@ -12,15 +12,15 @@ import torch
 import train as train_script
 import trials
 from accelerate.state import AcceleratorState
-from compare import Comparison, best, gaps, rate_tables, search, table
+from compare import Comparison, best_lr, comparison_table, gaps, rate_tables, search_lr
 from helpers import WORDS, make_text, two_processes, write_config
 from nordlm.data.corpus import train_tokenizer
 from nordlm.errors import DataError
 from nordlm.training.model_card import parameter_counts
 from nordlm.training.settings import read_config
-from sample_quality import coherence, cut_prompts, repetition, write
+from sample_quality import coherence, cut_prompts, generate_samples, repetition
 from study_cli import markdown_table, spread
-from variants import KINDS, gpt2, nord
+from variants import MODEL_MAKERS, gpt2, nord
 
 from nord_snn.models.nord import NordConfig
 
@@ -61,7 +61,7 @@ def test_all_are_of_one_size(tokenizer, spike_fed):
     for config in ("tiny", "small", str(spike_fed()), str(spike_fed(name="tied", **tied))):
         settings = read_config(config)
         with torch.device("meta"):
-            models = {kind: make(settings, tokenizer) for kind, make in KINDS.items()}
+            models = {kind: make(settings, tokenizer) for kind, make in MODEL_MAKERS.items()}
         counts = {kind: parameter_counts(model) for kind, model in models.items()}
         ours = models["spike-fed"]
         neuron = 2 * ours.config.hidden_size + 1  # one more in each feed-forward
@@ -79,7 +79,7 @@ def test_all_are_of_one_size(tokenizer, spike_fed):
 
 def test_the_kinds_are_what_they_are_called(tokenizer, spike_fed):
     settings = read_config(str(spike_fed(threshold=0.5)))
-    configs = {kind: make(settings, tokenizer).config for kind, make in KINDS.items()}
+    configs = {kind: make(settings, tokenizer).config for kind, make in MODEL_MAKERS.items()}
     default = NordConfig()
     for kind in ("published", "recency"):
         for field in ("t_fast", "t_slow", "threshold", "refractory_steps", "surrogate", "block", "top_k"):
@@ -176,9 +176,9 @@ def test_the_search_ends_where_both_neighbours_are_worse(lrs, optimum, tried):
         def run(self, kind, make, lr, seed, bars):
             return {"lr": lr, "diverged": lr > 8, "loss": abs(math.log(lr / optimum))}
 
-    runs = search(Fake(), "a model", gpt2, lrs, 0, None)
+    runs = search_lr(Fake(), "a model", gpt2, lrs, 0, None)
     assert [run["lr"] for run in runs] == tried
-    assert best("a model", runs) == (optimum if len(lrs) > 1 else 4.0)
+    assert best_lr("a model", runs) == (optimum if len(lrs) > 1 else 4.0)
 
 
 def test_gaps_and_rates_are_those_of_the_runs(tmp_path, text, spike_fed):
@@ -259,12 +259,12 @@ def test_repetition_counts_what_stood_there_before():
 
 
 def test_coherence_is_high_for_ones_own_topic_low_for_that_of_another_and_half_by_chance():
-    rests = [" ".join(WORDS[i : i + 4] * 5) for i in range(0, 12, 4)]
+    remainders = [" ".join(WORDS[i : i + 4] * 5) for i in range(0, 12, 4)]
     own = [" ".join(WORDS[i : i + 4]) for i in range(0, 12, 4)]
-    assert coherence(own, rests) == 1
-    assert coherence([*own[1:], own[0]], rests) == 0.25  # beside one of two others the own document is as far
-    assert coherence(["nothing of it"] * 3, rests) == 0.5
-    assert coherence([own[0]] * 3, rests) == 0.5  # always the same: nearer for one, and farther for the others
+    assert coherence(own, remainders) == 1
+    assert coherence([*own[1:], own[0]], remainders) == 0.25  # beside one of two others the own document is as far
+    assert coherence(["nothing of it"] * 3, remainders) == 0.5
+    assert coherence([own[0]] * 3, remainders) == 0.5  # always the same: nearer for one, and farther for the others
 
 
 def test_prompts_are_beginnings_and_samples_go_on_from_them(tokenizer):
@@ -272,7 +272,7 @@ def test_prompts_are_beginnings_and_samples_go_on_from_them(tokenizer):
     prompts = cut_prompts(texts, tokenizer, 24)
     assert prompts.ids.shape == (4, 6)
     assert prompts.written.shape == (4, 12)
-    for text, ids, written, rest in zip(texts, prompts.ids, prompts.written, prompts.rests, strict=False):
+    for text, ids, written, rest in zip(texts, prompts.ids, prompts.written, prompts.remainders, strict=False):
         assert tokenizer.decode(ids) + tokenizer.decode(written) + rest == text
     with pytest.raises(DataError, match="1 of 2 documents have 42 tokens, two are needed: give longer"):
         cut_prompts(texts[3:], tokenizer, 24)
@@ -283,11 +283,11 @@ def test_samples_are_as_long_as_the_text_and_a_seed_repeats_them(tokenizer, tmp_
     torch.manual_seed(0)
     model = make(read_config(str(write_config(tmp_path))), tokenizer).eval()
     prompts = cut_prompts([make_text(300, seed) for seed in range(4)], tokenizer, 24)
-    written = write(model, prompts, tokenizer.eos_token_id, 1)
+    written = generate_samples(model, prompts, tokenizer.eos_token_id, 1)
     assert written.shape == prompts.written.shape
     assert not (written == tokenizer.eos_token_id).any()
-    assert torch.equal(written, write(model, prompts, tokenizer.eos_token_id, 1))
-    assert not torch.equal(written, write(model, prompts, tokenizer.eos_token_id, 2))
+    assert torch.equal(written, generate_samples(model, prompts, tokenizer.eos_token_id, 1))
+    assert not torch.equal(written, generate_samples(model, prompts, tokenizer.eos_token_id, 2))
 
 
 @pytest.mark.parametrize("name", ["default", "books-tiny", "books-small"])
@@ -295,7 +295,7 @@ def test_the_page_has_what_came_out(name):
     page = (DOCS / "results.md").read_text(encoding="utf-8").splitlines()
     found = comparison_of(name)
     assert all(len(runs) == len(SEEDS) for runs in found.runs.values())
-    for lines in (table(found), *rate_tables(found)):
+    for lines in (comparison_table(found), *rate_tables(found)):
         assert set(markdown_table(lines).splitlines()) <= set(page)
     assert {f"- {sentence}" for sentence in gaps(found)} <= set(page)
 
@@ -306,11 +306,11 @@ SEEDS = [0, 1, 2]
 def comparison_of(name):
     """The comparison whose runs are kept beside the page."""
     runs = [json.loads(line) for line in (DOCS / "runs" / f"{name}.jsonl").read_text().splitlines()]
-    found = Comparison(SimpleNamespace(about=json.loads((DOCS / "runs" / f"{name}.about.json").read_text())), SEEDS)
-    for kind in KINDS:
+    found = Comparison(SimpleNamespace(metadata=json.loads((DOCS / "runs" / f"{name}.about.json").read_text())), SEEDS)
+    for kind in MODEL_MAKERS:
         own = [run for run in runs if run["kind"] == kind]
         tried = [run for run in own if run["seed"] == SEEDS[0]]
         if tried:
-            chosen = best(kind, tried)
+            chosen = best_lr(kind, tried)
             found.add(kind, chosen, {run["seed"]: run for run in own if run["lr"] == chosen}, tried)
     return found

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from nordlm.data import corpus as corpus_module
 from nordlm.data import sources
 from nordlm.data.baselines import bigram_loss, uniform_loss, unigram_loss
-from nordlm.data.corpus import Blocks, StreamedBlocks, encode, load_corpus, load_tokenizer, pack, split, train_tokenizer
+from nordlm.data.corpus import (
+    SequenceDataset,
+    StreamedSequences,
+    encode,
+    load_corpus,
+    load_tokenizer,
+    pack,
+    split,
+    train_tokenizer,
+)
 from nordlm.data.sources import Documents, python_documentation, read_documents
 from nordlm.errors import DataError
 
@@ -87,7 +96,7 @@ def test_a_hub_dataset_is_streamed(monkeypatch, tokenizer):
     documents = read_documents("owner/name:config")
     assert asked == [("owner/name", "config", {"split": "train", "streaming": True})]
     corpus = load_corpus(documents, tokenizer, block_size=8, held_out=0.2)
-    assert isinstance(corpus.train, StreamedBlocks)
+    assert isinstance(corpus.train, StreamedSequences)
     streamed = torch.stack(list(corpus.train))
     assert torch.equal(streamed, torch.stack(list(corpus.train)))  # again from the start
     assert torch.equal(streamed.flatten(), corpus.sample[: streamed.numel()].long())
@@ -169,7 +178,7 @@ def test_packing_loses_only_the_last_part(lengths, block_size):
 def test_corpus_counts_every_byte_and_ends_every_document(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in TEXTS))
     corpus = load_corpus(read_documents(str(tmp_path / "a.jsonl")), tokenizer, 8, held_out=0.25)
-    assert isinstance(corpus.train, Blocks)
+    assert isinstance(corpus.train, SequenceDataset)
     assert (corpus.sample == tokenizer.eos_token_id).sum() == 45
     held = tokenizer.decode(corpus.validation.flatten()).split(tokenizer.eos_token)[:-1]
     assert set(held) <= set(TEXTS)

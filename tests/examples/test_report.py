@@ -16,7 +16,7 @@ from helpers import fire_easily, make_text, write_config
 from nordlm.analysis import report as report_script
 from nordlm.analysis import token_energy
 from nordlm.analysis.ood_detection import open_others
-from nordlm.analysis.report import PAGE, Subject, write_report
+from nordlm.analysis.report import PAGE, ReportInput, write_report
 from nordlm.inference.loading import open_model
 from nordlm.training.checkpoints import CheckpointError
 from nordlm.training.held_out import held_out_text
@@ -36,7 +36,7 @@ def subject(trained):
     texts[0] = "<script>alert('the neuron fires')</script> $x$ & \"time\" " + texts[0]
     tokens = torch.tensor([i for text in texts for i in tokenizer(text)["input_ids"]])
     results, command = {"nats_per_token": 2.5}, "python evaluate.py --report"
-    return Subject(model, tokenizer, texts, tokens, "some <text>", trained, results, command)
+    return ReportInput(model, tokenizer, texts, tokens, "some <text>", trained, results, command)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_a_browser_without_network_shows_every_picture(written, tmp_path):
 
 def test_the_figures_are_those_of_the_network(written, subject):
     content = json.loads((written / "report.json").read_text())
-    ids = report_script._blocks(subject)
+    ids = report_script._known_sequences(subject)
     with torch.no_grad(), SpikeMonitor(subject.model) as monitor:
         subject.model(input_ids=ids, use_cache=False)
     rates = {name: layer["rate"] for name, layer in content["rates"].items()}
@@ -250,9 +250,9 @@ def test_a_text_that_has_changed_since_is_not_taken_for_held_out(trained, tmp_pa
 
 
 def test_a_generated_token_costs_its_own_products_and_not_those_of_the_others(subject):
-    ids = report_script._blocks(subject)[:1]
+    ids = report_script._known_sequences(subject)[:1]
     config = subject.model.config
-    profile = token_energy.generated_token(subject.model, ids)
+    profile = token_energy.profile_generated_token(subject.model, ids)
     dense = {product.name: product.dense for product in profile.products}
     assert dense["lm_head"] == config.hidden_size * config.vocab_size
     assert dense["blocks.0.resonance.v_proj"] == config.hidden_size**2
@@ -265,12 +265,12 @@ def test_a_generated_token_costs_its_own_products_and_not_those_of_the_others(su
 def test_the_sentence_goes_with_the_figures(macs, acs, ratio):
     product = ProductCost("up", "linear", dense=4000, macs=macs, acs=acs, calls=1, steps=4)
     profile = EnergyProfile([product], time_steps=4)
-    assert f"costs {ratio} times the energy of its dense twin without memory" in token_energy.sentence(profile)
+    assert f"costs {ratio} times the energy of its dense twin without memory" in token_energy.energy_sentence(profile)
     fed, repeated = (100, 0) if not macs else (0, 100)
     assert f"spikes feed {fed}%, {repeated}% see numbers at each of 4 steps, and 0% see numbers once" in (
-        token_energy.sentence(profile)
+        token_energy.energy_sentence(profile)
     )
-    assert "{" not in token_energy.sentence(profile)
+    assert "{" not in token_energy.energy_sentence(profile)
 
 
 def test_the_energy_command(trained, tmp_path, capsys):

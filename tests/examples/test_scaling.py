@@ -12,7 +12,7 @@ import scaling as scaling_script
 from accelerate.state import AcceleratorState
 from helpers import make_text, write_config
 from nordlm.training.settings import read_config
-from scaling import Curve, Point, Size, chosen, fit, intervals, picture, said, table
+from scaling import Curve, Point, Size, best_lr_runs, describe_fits, fit, intervals, plot_scaling, scaling_table
 from study_cli import markdown_table
 
 
@@ -74,7 +74,7 @@ def test_too_few_points_are_not_fitted():
 def test_the_picture_has_every_run_and_the_curves():
     whole = points(Curve(2.0, 40.0, 0.35, 150.0, 0.36))
     budgets, sizes = {point.tokens for point in whole}, {point.size for point in whole}
-    panels = picture(whole, {"gpt2": fit(whole)}).axes
+    panels = plot_scaling(whole, {"gpt2": fit(whole)}).axes
     by_tokens, by_size = panels[: len(budgets)], panels[len(budgets) :]
     assert len(by_size) == len(sizes)
     for panel in panels:
@@ -87,7 +87,7 @@ def test_the_picture_has_every_run_and_the_curves():
 
 def test_sizes(tmp_path):
     settings = read_config(str(write_config(tmp_path, block="spike_fed")))
-    there = Size.parse("96x3").of(settings, 7)
+    there = Size.parse("96x3").apply_to(settings, 7)
     config = there.model_config()
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (96, 3, 3)
     assert config.intermediate_size == 192
@@ -105,17 +105,17 @@ def test_ratios_are_seed_by_seed():
         Point(here, 2000, run(kind, seed, 1000, loss, **(rates if kind != "gpt2" else {})))
         for (kind, seed), loss in losses.items()
     ]
-    head, line = table(found)
+    head, line = scaling_table(found)
     assert head == ["size", "parameters", "tokens", "spike-fed", "gpt2", "spike-fed / gpt2", "rates"]
     assert line[:3] == ["64x2", "1,000", "2,000"]
     assert line[3:] == ["3.133 (1.000 to 4.400)", "4.000", "+5.0% (+0.0% to +10.0%)", "4.0% to 10.0%"]
     (gpt2,) = (point for point in found if point.kind == "gpt2" and point.run["seed"] == 0)
-    head, line = table([gpt2])
+    head, line = scaling_table([gpt2])
     assert (len(head), line[3:]) == (5, ["4.000", ""])
     few = "too few sizes and numbers of tokens for a curve"
-    assert said(found, {"gpt2": None}) == [f"- gpt2: {few}; peak learning rates: 64x2 0.001"]
+    assert describe_fits(found, {"gpt2": None}) == [f"- gpt2: {few}; peak learning rates: 64x2 0.001"]
     whole = points(Curve(2.0, 40.0, 0.35, 150.0, 0.36), noise=0.001)
-    (sentence,) = said(whole, {"gpt2": fit(whole)})
+    (sentence,) = describe_fits(whole, {"gpt2": fit(whole)})
     assert "N^0.3" in sentence
     assert " (95 %: E 1.9" in sentence
 
@@ -138,10 +138,10 @@ def test_the_page_has_what_came_out():
 
     page = (docs / "results.md").read_text(encoding="utf-8")
     tried = on_file("scaling")
-    found = chosen(tried, seed=0)
-    assert set(markdown_table(table(found)).splitlines()) <= set(page.splitlines())
+    found = best_lr_runs(tried, seed=0)
+    assert set(markdown_table(scaling_table(found)).splitlines()) <= set(page.splitlines())
     curves = {kind: fit([point for point in found if point.kind == kind]) for kind in scaling_script.MODELS}
-    for sentence in said(found, curves):
+    for sentence in describe_fits(found, curves):
         kind, _, rest = sentence.removeprefix("- ").partition(": ")
         written = re.search(rf"^- {kind}: (.*)$", page, flags=re.MULTILINE).group(1)
         assert written.partition("peak")[2] == rest.partition("peak")[2]  # the learning rates, to the letter
@@ -156,7 +156,7 @@ def test_the_page_has_what_came_out():
         rates = {one.run["lr"] for one in tried if one[:2] == point[:2] and one.kind == point.kind}
         assert min(rates) < point.run["lr"] < max(rates)
     for slower in ("half", "quarter"):
-        for line in table(on_file(f"scaling-{slower}"))[1:]:
+        for line in scaling_table(on_file(f"scaling-{slower}"))[1:]:
             assert line[3] in page
             low, high = (end.rstrip("%") for end in line[-1].split(" to "))
             assert f"{low} to {high} %" in page
@@ -171,7 +171,9 @@ def test_the_command_trains_every_size_and_draws(tmp_path, capsys):
     assert scaling_script.main(arguments) == 0
     runs = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
     points = [Point(Size.parse(run["size"]), run["tokens"], run) for run in runs]
-    for point, (size, steps) in zip(chosen(points, 0), itertools.product(("32x1", "64x1"), ("2", "4")), strict=True):
+    for point, (size, steps) in zip(
+        best_lr_runs(points, 0), itertools.product(("32x1", "64x1"), ("2", "4")), strict=True
+    ):
         tried = {file.name for file in (out / size / steps / "runs").glob("*.json")}
         assert {f"gpt2_lr{factor * point.run['lr']:g}_seed0.json" for factor in (0.5, 1, 2)} <= tried
         assert len(tried) == sum(other[:2] == point[:2] for other in points)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from convert_original import to_original
 from helpers import fire_easily, make_text, write_config
-from nordlm.analysis.token_energy import generated_token
+from nordlm.analysis.token_energy import profile_generated_token
 from nordlm.inference.loading import load_model
 from nordlm.training.model_card import parameter_counts
 from nordlm.training.settings import SettingsError, parse_arguments, read_config, settings_from
@@ -76,7 +76,7 @@ def test_every_product_of_the_blocks_sees_spikes():
     assert all(product.macs == 0 for product in inside)
     outside = {product.name for product in profile.products if product.macs}
     assert outside == {"encoder.projection", "readout", "lm_head"}
-    token = generated_token(model, ids[:1])
+    token = profile_generated_token(model, ids[:1])
     assert {product.name for product in token.products if product.macs} == outside
 
 

@@ -10,13 +10,13 @@ import generate
 import pytest
 import torch
 from helpers import fire_easily
-from nordlm.analysis.token_activity import measure, zone_means
+from nordlm.analysis.token_activity import measure_tokens, zone_means
 from nordlm.errors import ModelError
 from nordlm.inference.chat_session import Chat
 from nordlm.inference.loading import newest_model, open_model
 from nordlm.inference.plasticity import Plasticity
-from nordlm.inference.sampling import sampling
-from nordlm.training.progress import Progress, duration
+from nordlm.inference.sampling import generate_arguments
+from nordlm.training.progress import TrainingProgress, duration
 from rich.console import Console
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -58,8 +58,8 @@ def test_what_stops_a_generation_gives_no_traceback(model_folder, capsys, monkey
 
 
 def test_sampling_options_are_transformers_own():
-    assert sampling(0, 5, 0.9, 1.2) == {"do_sample": False, "repetition_penalty": 1.2}
-    assert sampling(0.5, 5, 0.9, 1.2)["temperature"] == 0.5
+    assert generate_arguments(0, 5, 0.9, 1.2) == {"do_sample": False, "repetition_penalty": 1.2}
+    assert generate_arguments(0.5, 5, 0.9, 1.2)["temperature"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -145,9 +145,9 @@ def test_rates_of_an_answer_are_those_of_the_tokens_that_chose_it(talk):
     chat, printed = talk
     before = hooks(chat)
     chat.handle("the neuron fires")
-    watched = chat.watched
+    watched = chat.answer_rates
     assert watched.tokens == chat.text[-chat.answered :]
-    at = measure(chat.model, torch.tensor([chat.text]))
+    at = measure_tokens(chat.model, torch.tensor([chat.text]))
     for part, rates in zone_means(at.rates, at.neurons).items():
         expected = rates[0, -chat.answered - 1 : -1]
         assert torch.allclose(torch.tensor(watched.rates[part]), expected, atol=1e-6)
@@ -172,7 +172,7 @@ def test_live_rates_come_token_by_token(talk):
     lines = [line for line in printed.getvalue().splitlines() if "block 0" in line]
     assert len(lines) == chat.answered
     rates = [float(re.search(r"block 0 ([\d.]+)%", line)[1]) / 100 for line in lines]
-    assert rates == pytest.approx(chat.watched.rates["block 0"], abs=1e-4)
+    assert rates == pytest.approx(chat.answer_rates.rates["block 0"], abs=1e-4)
     chat.handle("/live off")
     printed.truncate(0)
     chat.handle("the neuron")
@@ -232,7 +232,7 @@ def test_stdp_learns_from_what_was_typed_and_forget_takes_it_back(talk):
     before = {name: value.clone() for name, value in chat.model.state_dict().items()}
     chat.handle("the neuron fires and rests")
     chat.handle("/good")
-    assert "it does not learn" in printed.getvalue()
+    assert "STDP is off" in printed.getvalue()
     assert not changed(chat.model, before)
     chat.handle("/stdp on")
     for line in ("while a spike wakes", "xq zzv kk jj qqq", "the neuron fires and rests"):
@@ -255,7 +255,7 @@ def test_the_user_may_judge_the_last_answer(talk):
     chat, printed = talk
     chat.handle("/stdp on")
     chat.handle("/good")
-    assert "there is no answer to judge" in printed.getvalue()
+    assert "there is no answer to reward" in printed.getvalue()
     chat.plasticity = Plasticity(chat.model, rate=0.01)
     chat.handle("the neuron fires")
     answer = chat.text[-chat.answered :]
@@ -316,7 +316,7 @@ def test_the_loop_ends_with_the_input(model_folder, monkeypatch, capsys):
 
 def test_a_terminal_shows_a_panel_with_a_bar_for_every_layer():
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
-    with Progress(total=10, console=console) as progress:
+    with TrainingProgress(total=10, console=console) as progress:
         progress.update(5, 4.2, 1e-3, 1234.0, {"input_lif": 0.093, "readout.lif": 0.0001})
         progress.say("[not markup]")
     out = console.file.getvalue()
@@ -326,13 +326,13 @@ def test_a_terminal_shows_a_panel_with_a_bar_for_every_layer():
 
 def test_without_a_terminal_there_are_plain_lines():
     console = Console(file=io.StringIO(), width=300)
-    with Progress(total=10, console=console) as progress:
+    with TrainingProgress(total=10, console=console) as progress:
         progress.update(5, 4.2, 1e-3, 1234.0, {"input_lif": 0.093, "readout.lif": 0.0001})
     out = console.file.getvalue()
     assert "\x1b" not in out
     assert "firing 0.0% (readout.lif) to 9.3% (input_lif)" in out
     hidden = Console(file=io.StringIO())
-    with Progress(total=10, console=hidden, visible=False) as progress:
+    with TrainingProgress(total=10, console=hidden, visible=False) as progress:
         progress.update(5, 4.2, 1e-3, 1234.0, {"input_lif": 0.1})
         progress.say("quiet")
     assert hidden.file.getvalue() == ""

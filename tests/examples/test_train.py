@@ -26,7 +26,7 @@ from nordlm.data.corpus import train_tokenizer
 from nordlm.errors import DataError
 from nordlm.training import checkpoints, loop
 from nordlm.training.checkpoints import CheckpointError, latest_checkpoint, new_run_folder, write_folder, write_json
-from nordlm.training.progress import Progress
+from nordlm.training.progress import TrainingProgress
 from nordlm.training.settings import Settings, SettingsError, read_config
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -139,7 +139,13 @@ def test_switches_of_the_command_line(tmp_path, text):
 
 
 def test_bf16_trains(tmp_path, text):
-    assert run(tmp_path, text, "--mixed-precision", "bf16", "--steps", "2") == 0
+    """The losses are close to those of float32, and are not the same, as they would be if nothing were rounded."""
+    losses = []
+    for precision in ("bf16", "no"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert run(tmp_path, text, "--mixed-precision", precision, "--no-report", out=precision) == 0
+        losses.append(json.loads((tmp_path / precision / "test-0001" / "results.json").read_text())["validation_loss"])
+    assert 0 < abs(losses[0] - losses[1]) < 0.05, losses
 
 
 # --- resuming
@@ -154,7 +160,7 @@ def test_a_resumed_run_reaches_the_same_weights_bit_for_bit(tmp_path, text, monk
     """Stopped by a signal in the second epoch, after a step whose accumulation reached across the epochs, then resumed."""
     config = write_config(tmp_path, steps=40, batch_size=8)
     assert run(tmp_path, text, config=config, out="whole") == 0
-    update = Progress.update
+    update = TrainingProgress.update
 
     def interrupt(self, step, *rest):
         update(self, step, *rest)
@@ -162,7 +168,7 @@ def test_a_resumed_run_reaches_the_same_weights_bit_for_bit(tmp_path, text, monk
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Progress, "update", interrupt)
+        patch.setattr(TrainingProgress, "update", interrupt)
         assert run(tmp_path, text, config=config, out="parts") == loop.INTERRUPTED
     part = tmp_path / "parts" / "test-0001"
     assert latest_checkpoint(part).name == "checkpoint-000027"
@@ -226,7 +232,7 @@ def test_relative_paths_of_a_config_are_kept_absolute(tmp_path, text, monkeypatc
 
 
 def test_a_stopped_run_says_how_to_go_on(tmp_path, text, monkeypatch, capsys):
-    monkeypatch.setattr(Progress, "update", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(TrainingProgress, "update", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert run(tmp_path, text) == loop.INTERRUPTED
     assert f"--resume {tmp_path / 'runs' / 'test-0001'}" in capsys.readouterr().out
 
@@ -586,3 +592,29 @@ def test_settings_survive_being_written(tmp_path):
     assert Settings.read(tmp_path / "again.yaml") == settings
     with pytest.raises(SettingsError, match="cannot be read"):
         Settings.read(tmp_path / "none.yaml")
+
+
+LOADED = """
+import sys
+import train
+try:
+    status = train.main(sys.argv[1:])
+except SystemExit as stop:
+    status = stop.code
+assert not status
+print(*(name for name in ("torch", "matplotlib", "sklearn", "pandas") if name in sys.modules))
+"""
+
+
+def loaded(*arguments: str) -> list[str]:
+    """Which large libraries the training script has loaded at its end."""
+    beside = Path(train_script.__file__).parent
+    command = [sys.executable, "-c", LOADED, *arguments]
+    done = subprocess.run(command, cwd=beside, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[-1].split()
+
+
+def test_help_loads_no_torch_and_training_without_a_report_no_library_of_reports(tmp_path, text):
+    assert loaded("--help") == []
+    arguments = ("--config", str(write_config(tmp_path, steps=1)), "--data", str(text), "--out", str(tmp_path / "runs"))
+    assert loaded(*arguments, "--no-report") == ["torch"]

@@ -10,8 +10,25 @@ import torch
 from helpers import fire_easily, make_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nordlm.analysis.ood_detection import LEARNED, MADE, auroc, cut, distinguish, interval, open_others, other_texts
-from nordlm.analysis.token_activity import KINDS, kinds_of, measure, pieces, rates_by_kind, zone, zone_means
+from nordlm.analysis.ood_detection import (
+    BUILTIN_TEXTS,
+    LEARNED,
+    auroc,
+    cut_passages,
+    distinguish,
+    interval,
+    open_others,
+    other_texts,
+)
+from nordlm.analysis.token_activity import (
+    TOKEN_KINDS,
+    decodable_spans,
+    kinds_of,
+    measure_tokens,
+    rates_by_kind,
+    zone,
+    zone_means,
+)
 from nordlm.data.corpus import train_tokenizer
 from nordlm.errors import DataError
 from sklearn.metrics import roc_auc_score
@@ -109,14 +126,14 @@ def test_chinese_is_mostly_chinese():
 
 
 def test_passages_come_evenly_from_all_documents(tokenizer):
-    passages = cut("known", TEXTS, tokenizer, 16, at_most=20)
+    passages = cut_passages("known", TEXTS, tokenizer, 16, at_most=20)
     assert passages.tokens.shape == (20, 16)
     assert set(passages.documents.tolist()) == set(range(8))
     assert tokenizer.decode(passages.tokens[0]) == TEXTS[0][: int(passages.n_bytes[0])]
     with pytest.raises(DataError, match="known: passages of 16 tokens from 4 documents; expected them from 5 at least"):
-        cut("known", TEXTS[:4], tokenizer, 16)
+        cut_passages("known", TEXTS[:4], tokenizer, 16)
     with pytest.raises(DataError, match="from 0 documents"):
-        cut("known", ["short"], tokenizer, 16)
+        cut_passages("known", ["short"], tokenizer, 16)
 
 
 def test_files_are_texts_too(tokenizer, model, tmp_path):
@@ -135,7 +152,7 @@ def test_files_are_texts_too(tokenizer, model, tmp_path):
     with pytest.raises(DataError, match="no such file"):
         open_others([str(tmp_path / "none.txt")])
     with pytest.raises(DataError, match="passages must be of 2 to 24 tokens, got 25"):
-        distinguish(model, tokenizer, TEXTS, open_others(MADE), 25)
+        distinguish(model, tokenizer, TEXTS, open_others(BUILTIN_TEXTS), 25)
 
 
 def test_other_characters_are_told_apart_and_the_same_text_is_not(tokenizer, model, tmp_path):
@@ -154,8 +171,8 @@ def test_other_characters_are_told_apart_and_the_same_text_is_not(tokenizer, mod
 
 
 def test_loss_entropy_and_rates_are_those_of_the_model(tokenizer, model):
-    ids = cut("known", TEXTS, tokenizer, 16, at_most=5).tokens
-    at = measure(model, ids, batch_size=2)
+    ids = cut_passages("known", TEXTS, tokenizer, 16, at_most=5).tokens
+    at = measure_tokens(model, ids, batch_size=2)
     logits = model(input_ids=ids, use_cache=False).logits
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     assert torch.allclose(at.loss.flatten(), expected, atol=1e-5)
@@ -183,7 +200,8 @@ def test_what_begins_a_word_depends_on_the_token_before(tokenizer):
     def kinds(text):
         ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
         return [
-            (tokenizer.decode([i]), KINDS[k]) for i, k in zip(ids[0].tolist(), kinds_of(ids, tokenizer)[0], strict=True)
+            (tokenizer.decode([i]), TOKEN_KINDS[k])
+            for i, k in zip(ids[0].tolist(), kinds_of(ids, tokenizer)[0], strict=True)
         ]
 
     found = kinds("x(y) xy's\nthe")
@@ -206,17 +224,17 @@ def test_kinds_of_tokens(tokenizer):
     for text, kind in kinds.items():
         ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"][:1]])
         if tokenizer.decode(ids[0]) == text:
-            assert KINDS[kinds_of(ids, tokenizer)[0, 0]] == kind, text
+            assert TOKEN_KINDS[kinds_of(ids, tokenizer)[0, 0]] == kind, text
             seen += 1
     assert seen >= 4  # of a vocabulary so small, which has no token for some of them
     first_byte = tokenizer("语", add_special_tokens=False)["input_ids"][:1]
-    assert KINDS[kinds_of(torch.tensor([first_byte]), tokenizer)[0, 0]] == "part of a character"
+    assert TOKEN_KINDS[kinds_of(torch.tensor([first_byte]), tokenizer)[0, 0]] == "part of a character"
 
 
 def test_rates_by_kind_are_means_over_its_tokens():
     kinds = torch.tensor([[0, 4, 4], [5, 4, 0]])
     found = rates_by_kind({"lif": torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.1, 0.3]])}, kinds)
-    assert list(found["lif"]) == [KINDS[0], KINDS[4], KINDS[5]]
+    assert list(found["lif"]) == [TOKEN_KINDS[0], TOKEN_KINDS[4], TOKEN_KINDS[5]]
     assert list(found["lif"].values()) == pytest.approx([0.2, 0.2, 0.4])
 
 
@@ -224,17 +242,17 @@ def test_rates_by_kind_are_means_over_its_tokens():
 @given(text=st.text(alphabet="ab 1\n语é😀", max_size=20), skipped=st.integers(0, 3))
 def test_pieces_hold_every_token_once_and_whole_characters(tokenizer, text, skipped):
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][skipped:], dtype=torch.long)
-    found = list(pieces(ids, tokenizer))
+    found = list(decodable_spans(ids, tokenizer))
     assert [place for _, begin, end in found for place in range(begin, end)] == list(range(len(ids)))
     if not skipped:
         assert "".join(word for word, _, _ in found) == text
 
 
 def test_entropy_of_a_model_that_knows_nothing_is_that_of_its_vocabulary(tokenizer, model):
-    ids = cut("known", TEXTS, tokenizer, 16, at_most=2).tokens
+    ids = cut_passages("known", TEXTS, tokenizer, 16, at_most=2).tokens
     with torch.no_grad():
         held = model.lm_head.weight.clone()
         model.lm_head.weight.zero_()
-        at = measure(model, ids)
+        at = measure_tokens(model, ids)
         model.lm_head.weight.copy_(held)
     assert at.entropy.mean().item() == pytest.approx(math.log(len(tokenizer)), rel=1e-5)

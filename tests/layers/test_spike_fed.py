@@ -5,9 +5,9 @@ import torch
 from spikingjelly.activation_based.neuron import LIFNode
 from torch import nn
 
-from nord_snn.layers import NordBlock, SpikeFedBlock, SpikeFedResonance
+from nord_snn.layers import NordBlock, SequenceCache, SpikeFedBlock, SpikeFedResonance
 from nord_snn.monitor import EnergyProfiler, SpikeMonitor, profile_energy
-from nord_snn.neurons import AssociativeLIFNode, SmoothActivation, fire_from_rest
+from nord_snn.neurons import AssociativeLIFNode, DenseActivation, fire_from_rest
 from nord_snn.ops.topk_resonance.reference import reference
 
 
@@ -118,13 +118,13 @@ def test_a_sequence_that_grows_is_bound_and_counted_as_if_it_were_whole(kind, ba
     if backend == "numba":
         pytest.importorskip("numba")
     torch.manual_seed(0)
-    neuron, T = (SmoothActivation, 1) if kind == "dense" else (node, 9)
+    neuron, T = (DenseActivation, 1) if kind == "dense" else (node, 9)
     layer = lively(SpikeFedBlock(16, 2, 32, top_k=4, recency=True, spiking_values=kind == "spikes", neuron=neuron))
     layer.resonance.backend = backend
     x, memory = 4 * torch.randn(T, 2, 7, 16), Memory()
     whole = layer(x)
     with torch.no_grad():
-        parts = [layer(x[:, :, i : i + 2], remember=memory, window=100) for i in range(0, 7, 2)]
+        parts = [layer(x[:, :, i : i + 2], cache=SequenceCache(update=memory, window=100)) for i in range(0, 7, 2)]
     assert torch.allclose(torch.cat(parts, 2), whole, atol=1e-5)
     if kind == "spikes":
         assert memory.values.dtype == torch.uint8
@@ -134,13 +134,13 @@ def test_a_sequence_that_grows_is_bound_and_counted_as_if_it_were_whole(kind, ba
     memory = Memory()
     with EnergyProfiler(layer) as profiler, torch.no_grad():
         for i in range(7):
-            layer(x[:, :, i : i + 1], remember=memory, window=100)
+            layer(x[:, :, i : i + 1], cache=SequenceCache(update=memory, window=100))
     for figure in ("dense", "macs", "acs"):
         assert getattr(profiler.profile, figure) == getattr(profile, figure), figure
 
 
 def test_dense_twin_has_the_same_shapes_and_all_but_the_neurons_parameters():
-    spiking, dense = block(), SpikeFedBlock(16, 2, 32, recency=True, neuron=SmoothActivation)
+    spiking, dense = block(), SpikeFedBlock(16, 2, 32, recency=True, neuron=DenseActivation)
     kept = {name: p.shape for name, p in spiking.named_parameters() if "lif" not in name}
     assert kept == {name: p.shape for name, p in dense.named_parameters()}
     assert dense(torch.randn(1, 2, 6, 16)).shape == (1, 2, 6, 16)
@@ -157,4 +157,4 @@ def test_padding_is_seen_by_nobody():
     layer, x = block(spiking_values=True), 4 * torch.randn(9, 2, 6, 16)
     padded = torch.cat((torch.randn(9, 2, 3, 16), x), 2)
     lengths = torch.tensor([6, 6])
-    assert torch.allclose(layer(padded, lengths=lengths)[:, :, 3:], layer(x), atol=1e-6)
+    assert torch.allclose(layer(padded, cache=SequenceCache(lengths))[:, :, 3:], layer(x), atol=1e-6)

@@ -204,12 +204,19 @@ def test_what_a_copy_of_the_network_does_is_not_recorded():
 
 
 def test_the_loss_of_a_training_step_can_be_given_as_it_is():
-    net, rule = network(rule=RewardModulatedSTDP)
-    loss = net((torch.rand(4, 2, 6) < 0.5).float()).mean()
-    loss.backward()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        rule.step(loss=loss)
+    x, learned = (torch.rand(4, 2, 6) < 0.5).float(), []
+    for given in (lambda loss: loss, lambda loss: loss.item()):
+        torch.manual_seed(0)
+        net, rule = network(rule=RewardModulatedSTDP)
+        loss = net(x).mean()
+        loss.backward()
+        before = net[0].weight.grad.clone()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            rule.step(loss=given(loss))
+        learned.append(net[0].weight.grad - before)
+    assert learned[0].any()
+    assert torch.equal(*learned)
 
 
 def test_life_cycle():

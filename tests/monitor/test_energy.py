@@ -10,7 +10,7 @@ from parts import PARTS
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
-from nord_snn.layers import CoFiringResonance
+from nord_snn.layers import CoFiringResonance, SequenceCache
 from nord_snn.monitor import CONVENTIONS, EnergyProfiler, profile_energy
 from nord_snn.neurons import AssociativeLIFNode
 
@@ -311,7 +311,7 @@ def test_positions_that_come_one_by_one_cost_what_the_whole_sequence_does(window
 
     with torch.no_grad(), EnergyProfiler(layer) as profiler:
         for begin, end in ((0, 3), (3, 4), (4, 5), (5, 7)):
-            layer(x[:, :, begin:end], remember=remember, window=window)
+            layer(x[:, :, begin:end], cache=SequenceCache(update=remember, window=window))
     one_by_one = profiler.profile
     assert only(one_by_one, "values").macs == only(whole, "values").macs == 2 * (1 + 2 + 5 * 3) * 16
     for a, b in zip(

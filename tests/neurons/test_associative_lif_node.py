@@ -240,6 +240,15 @@ def test_foreign_neurons_run_from_rest_and_keep_their_memory():
     assert torch.equal(fire_from_rest(stateless, X), X)
 
 
+def test_a_former_name_works_and_warns():
+    with pytest.warns(FutureWarning, match="SmoothActivation is now called DenseActivation"):
+        from nord_snn.neurons import SmoothActivation
+    assert SmoothActivation is nord_snn.neurons.DenseActivation
+    assert "SmoothActivation" not in nord_snn.neurons.__all__
+    with pytest.raises(AttributeError, match="no attribute 'Missing'"):
+        _ = nord_snn.neurons.Missing
+
+
 def test_factories_are_checked():
     assert make_neuron(lambda n: neuron.LIFNode(), 8).step_mode == "m"
     with pytest.raises(TypeError, match=r"neuron=lambda n: LIFNode\(\)"):

@@ -348,5 +348,7 @@ def test_integers_are_refused():
 
 
 def test_a_backend_that_cannot_run_says_so():
-    with pytest.raises(RuntimeError, match="backend 'triton' cannot run associative_lif"):
+    """On a machine with CUDA the tensor is the reason, elsewhere the machine: the message has the one that holds here."""
+    reason = "these are on cpu" if torch.cuda.is_available() else "PyTorch sees none|without CUDA|is not installed"
+    with pytest.raises(RuntimeError, match=f"backend 'triton' cannot run associative_lif.*({reason})"):
         associative_lif(torch.zeros(2, 3, 6), backend="triton", **GOOD)

@@ -270,14 +270,14 @@ def test_outputs_and_gradients_are_those_of_the_reference(device, case):
 @pytest.mark.parametrize("C", [0, 1, 3, 15, 30])
 def test_blocks_take_several_groups_of_rows_and_threads_several_neurons(device, monkeypatch, C):
     """With blocks of a few threads every loop turns more than once, and the last group of rows is not full."""
-    monkeypatch.setattr(kernels, "_BLOCK", 8)
-    monkeypatch.setattr(kernels, "_WIDEST", 4)
-    monkeypatch.setattr(kernels, "_OWN", 2)
-    monkeypatch.setattr(kernels, "_RESIDENT", {FORWARD: 16, BACKWARD: 16})
+    monkeypatch.setattr(kernels, "_BLOCK_THREADS", 8)
+    monkeypatch.setattr(kernels, "_MAX_ROW_THREADS", 4)
+    monkeypatch.setattr(kernels, "_NEURONS_PER_THREAD", 2)
+    monkeypatch.setattr(kernels, "_RESIDENT_THREADS", {FORWARD: 16, BACKWARD: 16})
     for T, N in ((3, 11), (4, 6)):
         case = Case(T, N, 30, C)
         plan = kernels._plan(30, C)
-        assert plan.own > 1
+        assert plan.per_thread > 1
         assert 2 * plan.rows < N  # two blocks
         Call(case, device).check()
 
@@ -423,10 +423,10 @@ def test_every_plan_fits_the_device_and_covers_every_neuron():
     for D in (1, 2, 6, 7, 31, 64, 96, 130, 512, 768, 1000, 4096, 20000):
         for C in (C for C in (0, 1, 2, 3, 7, 16, 64, 130, 512, 1000, 4096) if C == 0 or D % C == 0):
             plan = kernels._plan(D, C)
-            assert 1 <= plan.threads <= kernels._WIDEST
+            assert 1 <= plan.threads <= kernels._MAX_ROW_THREADS
             assert plan.groups == 1 or plan.lanes == plan.clusters
             shares = -(-plan.clusters // plan.lanes)
-            assert plan.own == shares * -(-(D // plan.clusters) // plan.groups)
+            assert plan.per_thread == shares * -(-(D // plan.clusters) // plan.groups)
             padded = -(-C // 4) * 4
             coupling = 4 * C * (C | 1) if kernels._coupling_is_shared(C) else 4
             assert 4 * (2 * plan.rows * padded + plan.threads) + coupling <= 48 * 1024

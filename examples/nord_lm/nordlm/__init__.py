@@ -1,1 +1,1 @@
-"""What the scripts of the language model share."""
+"""Shared code of the language-model scripts."""

@@ -1,17 +1,17 @@
-"""Types of command-line arguments."""
+"""Types for command-line arguments."""
 
 import argparse
 from typing import Any
 
 __all__ = [
-    "as_text",
     "number",
+    "replace_surrogates",
     "temperature",
 ]
 
 
 def number(low: float, high: float = float("inf"), kind: type = float) -> Any:
-    """An argparse type: a number in ``[low, high]``."""
+    """Return an argparse type: a number in ``[low, high]``."""
 
     def parse(text: str) -> Any:
         value = kind(text)
@@ -24,13 +24,13 @@ def number(low: float, high: float = float("inf"), kind: type = float) -> Any:
 
 
 def temperature(text: str) -> float:
-    """An argparse type: 0, or no less than what softmax in float32 can bear."""
+    """Parse a sampling temperature: 0, or at least 0.001, the limit for softmax in float32."""
     value = float(text)
     if value != 0 and not 1e-3 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected 0, or a number of at least 0.001, got {text}")
     return value
 
 
-def as_text(typed: str) -> str:
-    """What was typed, with bytes that are no UTF-8 replaced: Python hides them in surrogates that no tokenizer takes."""
-    return typed.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+def replace_surrogates(text: str) -> str:
+    """Replace bytes that are not UTF-8. Python decodes them to surrogates, which tokenizers reject."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

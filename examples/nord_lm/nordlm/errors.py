@@ -1,18 +1,18 @@
-"""What can be wrong with what a user gives: one sentence each, which the scripts print."""
+"""Errors in the user's input. The scripts print the message, one sentence, and exit."""
 
 __all__ = ["CheckpointError", "DataError", "ModelError", "PlasticityError", "RecipeError", "SettingsError"]
 
 
 class RecipeError(Exception):
-    """Base of all errors that the scripts turn into one sentence."""
+    """Base class of all errors whose message the scripts print."""
 
 
 class CheckpointError(RecipeError, RuntimeError):
-    """A checkpoint could not be written or is not one; the message says why and what is still whole."""
+    """A checkpoint could not be written or is not valid; the message has the reason and says which files are intact."""
 
 
 class DataError(RecipeError, ValueError):
-    """The text cannot be used as it is; the message says what was expected."""
+    """The text cannot be used; the message says what was expected."""
 
 
 class ModelError(RecipeError, ValueError):
@@ -20,7 +20,7 @@ class ModelError(RecipeError, ValueError):
 
 
 class PlasticityError(RecipeError, ValueError):
-    """What was asked for cannot learn; the message says what can."""
+    """The requested synapses cannot learn; the message lists those that can."""
 
 
 class SettingsError(RecipeError, ValueError):

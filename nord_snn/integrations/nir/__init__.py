@@ -1,4 +1,4 @@
-"""NIR, the neuromorphic intermediate representation: our networks for other simulators and for hardware, and back."""
+"""Export to and import from NIR, the neuromorphic intermediate representation of simulators and neuromorphic hardware."""
 
 from nord_snn.integrations.nir.exporting import deviation, export_to_nir
 from nord_snn.integrations.nir.importing import import_from_nir

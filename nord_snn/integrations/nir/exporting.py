@@ -1,4 +1,4 @@
-"""From our networks to NIR."""
+"""Export networks to NIR."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +13,7 @@ from spikingjelly.activation_based import base, layer
 from torch import Tensor, nn
 
 from nord_snn.integrations.nir.simulator import simulate
-from nord_snn.integrations.nir.tracing import traced
+from nord_snn.integrations.nir.tracing import trace
 from nord_snn.layers import (
     CoFiringResonance,
     LeakyClamp,
@@ -27,19 +27,20 @@ from nord_snn.layers import (
 from nord_snn.neurons import AssociativeCascade, AssociativeLIFNode, fire_from_rest
 from nord_snn.ops.checks import compute_dtype
 
-__all__ = ["Export", "deviation", "export_to_nir"]
+__all__ = ["Exporter", "deviation", "export_to_nir"]
 
 log = logging.getLogger("nord_snn")
 
 ToNIR = Callable[[Any], nir.NIRNode]
 
-#: More than rounding explains: one spike of a hundred may meet its threshold to the last bit, in half precision one of five.
-ROUNDING, HALF = 0.01, 0.2
+#: Deviations up to these are explained by rounding: in one spike of a hundred, the membrane may differ from the threshold by
+#: rounding only; in half precision in one of five.
+MAX_DEVIATION, MAX_DEVIATION_HALF = 0.01, 0.2
 
-#: The identity where they stand: dropout in a network that is used, a clamp behind spikes.
-_THROUGH = (nn.Identity, nn.Dropout, layer.Dropout, LeakyClamp)
+#: Modules that are the identity: dropout in eval mode, a clamp behind spikes.
+_IDENTITY_MODULES = (nn.Identity, nn.Dropout, layer.Dropout, LeakyClamp)
 
-_REFUSED: dict[type[nn.Module], str] = {
+_UNSUPPORTED: dict[type[nn.Module], str] = {
     CoFiringResonance: "NIR has no product of two spike trains and no top-K, which resonance is made of",
     SpikeFedResonance: "NIR has no product of two spike trains and no top-K, which resonance is made of",
     SpikeFedBlock: "NIR has no product of two spike trains, no top-K and no layer normalisation, which the block is made of",
@@ -59,41 +60,41 @@ def export_to_nir(
     approximate: bool = False,
     more: Mapping[type[nn.Module], ToNIR] | None = None,
 ) -> nir.NIRGraph:
-    r"""A network as a graph of NIR nodes, for every simulator and chip that reads NIR.
+    r"""Export a network as a graph of NIR nodes, for any simulator or chip that reads NIR.
 
     A layer of :class:`~nord_snn.neurons.AssociativeLIFNode` becomes a ``CubaLIF`` with ``tau = dt / (1 - beta)``; with a
-    cascade, a subgraph in which the ``CubaLIF`` is fed by itself through a ``Linear`` of
-    ``beta_syn * gain[c] * sigmoid(weight[c, k]) / (D / C)``, one step later. Membranes are scaled by ``1 / (1 - beta_mem)``, so
-    that ``r = tau_mem / dt`` and ``w_in = tau_syn / dt``, the only values that SpikingJelly and snnTorch read; spikes are the
-    same. ``SpikingFeedForward`` becomes a subgraph of two such layers, and ``MembraneReadout`` one in which leaky integrators
-    follow the membranes: what it returns is the graph's output at the last step.
+    cascade, a subgraph with a recurrent connection of the ``CubaLIF`` through a ``Linear`` of
+    ``beta_syn * gain[c] * sigmoid(weight[c, k]) / (D / C)``, delayed by one time step. Membranes are scaled by
+    ``1 / (1 - beta_mem)``, so that ``r = tau_mem / dt`` and ``w_in = tau_syn / dt``, the only values that SpikingJelly and
+    snnTorch read; spikes are the same. ``SpikingFeedForward`` becomes a subgraph of two such layers, and ``MembraneReadout`` a
+    subgraph in which leaky integrators compute the membranes: its return value is the graph's output in the last time step.
 
-    What NIR cannot say:
+    NIR cannot express:
 
-    * The refractory hold. A layer with ``refractory_steps > 0`` is refused, or, with ``approximate=True``, loses the hold and
-      keeps the reset to ``v_reset`` that comes with it.
-    * Subtracting the threshold, as a layer with ``refractory_steps=0`` resets. NIR describes continuous time, in which no
-      membrane overshoots, so that subtracting and resetting to 0 are one thing; in steps they are not, and the reader has
-      to subtract (Norse: ``reset_method=reset_subtract``). The metadata says ``reset: subtract``.
-    * LeakyClamp below zero. Behind spikes it is the identity and needs no node; elsewhere it is refused.
-    * Resonance, blocks, layer normalisation and the encoder, which are refused.
+    * The refractory hold. A layer with ``refractory_steps > 0`` raises or, with ``approximate=True``, is exported without the
+      hold, but with the reset to ``v_reset``.
+    * Reset by subtraction, as in a layer with ``refractory_steps=0``. NIR describes continuous time, where membranes do not
+      overshoot, so that subtracting the threshold and resetting to 0 are equal. In discrete time they differ, and the reader
+      must subtract (Norse: ``reset_method=reset_subtract``). The metadata has ``reset: subtract``.
+    * LeakyClamp below zero. Behind spikes it is the identity and needs no node; elsewhere it raises.
+    * Resonance, blocks, layer normalisation and the encoder, which raise.
 
     Args:
-        net: one of our parts, or any module built of them, of ``Linear``, of what ``more`` names, and of additions, as
-            :func:`torch.fx.symbolic_trace` follows them. Its state is left alone; dropout counts as switched off.
-        x_seq: input to try it with, ``[T, N, D]``: gives the readout its number of steps, and the deviation its data.
-        dt: length of a step in seconds.
-        approximate: leave out the refractory hold where there is one.
+        net: a part of nord-snn, or any module composed of these parts, ``Linear``, the classes in ``more``, and additions, as
+            :func:`torch.fx.symbolic_trace` traces them. Its state is unchanged; it is exported in eval mode.
+        x_seq: example input, ``[T, N, D]``: sets the number of time steps of the readout, and is used to compute the deviation.
+        dt: length of a time step in seconds.
+        approximate: export layers with a refractory hold without it.
         more: further modules: class -> function that turns an instance into a ``nir.NIRNode``.
 
     Returns:
-        The graph; ``nir.write`` puts it into a file. Its metadata have ``dt`` and ``deviation``, which is :func:`deviation` on
-        ``x_seq`` with the resets that the metadata of the neurons name.
+        The graph; ``nir.write`` writes it to a file. Its metadata have ``dt`` and ``deviation``, which is :func:`deviation` on
+        ``x_seq`` with the resets in the metadata of the neurons.
 
     Raises:
-        ValueError: NIR cannot express a part (the message names it), the graph computes something else than the network,
-            ``dt`` is not positive, or ``x_seq`` is no sequence.
-        TypeError: a function in ``more`` made no node.
+        ValueError: NIR cannot express a part (the message names it), the outputs of graph and network differ, ``dt`` is not
+            positive, or ``x_seq`` is not a sequence.
+        TypeError: a function in ``more`` did not return a node.
 
     Source: NIR (Pedersen et al. 2024).
 
@@ -109,16 +110,16 @@ def export_to_nir(
         raise ValueError(f"dt must be positive, got {dt}")
     if x_seq.ndim < 3 or not x_seq.numel():
         raise ValueError(f"x_seq must have shape [T, N, *, D] and not be empty, got {list(x_seq.shape)}")
-    export = Export(dt, len(x_seq), approximate)
-    table: dict[type[nn.Module], ToNIR] = {**export.table, **(more or {})}
+    exporter = Exporter(dt, len(x_seq), approximate)
+    table: dict[type[nn.Module], ToNIR] = {**exporter.table, **(more or {})}
     _check_modules(net, table)
-    with _as_used(net):
-        graph = traced(net, table, _THROUGH, x_seq.shape[2:])
+    with _eval_mode(net):
+        graph = trace(net, table, _IDENTITY_MODULES, x_seq.shape[2:])
     graph.metadata = {"source": "nord-snn", "dt": dt}
     graph.metadata["deviation"] = measured = deviation(net, graph, x_seq)
-    if export.holds_left_out:
+    if exporter.dropped_refractory_hold:
         log.warning("export_to_nir left the refractory hold out: on x_seq, sum |a - b| / sum |a| is %.2f", measured)
-    elif not measured <= (ROUNDING if _full_precision(net) else HALF):  # NaN is no agreement
+    elif not measured <= (MAX_DEVIATION if _full_precision(net) else MAX_DEVIATION_HALF):  # raises for NaN too
         raise ValueError(
             f"the graph differs from the network by {measured:.2f} (sum |a - b| / sum |a| on x_seq): its forward does more than "
             "its modules show, a hook or state that two calls share"
@@ -129,11 +130,11 @@ def export_to_nir(
 def deviation(
     net: nn.Module, graph: nir.NIRGraph, x_seq: Tensor, dt: float | None = None, *, reset: str | None = None
 ) -> float:
-    """How far a graph is from the network that it was made of: ``sum |a - b| / sum |a|`` over their outputs.
+    """Return the deviation of a graph from its network: ``sum |a - b| / sum |a|`` over their outputs.
 
-    For spikes that is the number of those which differ for each one that ``net`` fires, so that 0 is equal and more than 1
-    is possible; 0 also where both are silent, and infinity where ``net`` alone is. ``net`` runs from rest and is left as it
-    was; where it returns no sequence, the graph's last step is compared.
+    For spikes this is the number of differing spikes divided by the number of spikes of ``net``: 0 means equal, and values
+    above 1 are possible. It is 0 if both outputs are zero, and infinity if only that of ``net`` is. ``net`` runs from rest and
+    its state is restored; if it does not return a sequence, the graph's last time step is compared.
 
     Args:
         net: the network, in any step mode.
@@ -142,13 +143,13 @@ def deviation(
         dt: see :func:`simulate`.
         reset: see :func:`simulate`.
     """
-    with torch.no_grad(), _as_used(net):
-        ours = fire_from_rest(net, x_seq)
-    ours = ours.to("cpu", compute_dtype(ours))
-    theirs = simulate(graph, x_seq, dt, reset=reset)
-    if ours.ndim < theirs.ndim:
-        theirs = theirs[-1]
-    difference, size = ((ours - theirs).abs().sum(), ours.abs().sum())
+    with torch.no_grad(), _eval_mode(net):
+        expected = fire_from_rest(net, x_seq)
+    expected = expected.to("cpu", compute_dtype(expected))
+    simulated = simulate(graph, x_seq, dt, reset=reset)
+    if expected.ndim < simulated.ndim:
+        simulated = simulated[-1]
+    difference, size = ((expected - simulated).abs().sum(), expected.abs().sum())
     if not size:
         log.warning("the network puts out nothing but zeros for x_seq, which tells little about its graph")
         return 0.0 if not difference else float("inf")
@@ -156,8 +157,8 @@ def deviation(
 
 
 @contextmanager
-def _as_used(net: nn.Module) -> Iterator[None]:
-    """Without dropout; modes are put back."""
+def _eval_mode(net: nn.Module) -> Iterator[None]:
+    """Set eval mode in a ``with`` block and restore the modes afterwards."""
     modes = [(module, module.training) for module in net.modules()]
     net.eval()
     try:
@@ -171,12 +172,12 @@ def _full_precision(net: nn.Module) -> bool:
     return all(p.dtype.itemsize >= 4 for p in net.parameters())
 
 
-class Export:
-    """One export: turns modules into nodes, and remembers what had to be left out."""
+class Exporter:
+    """Turn modules into nodes; ``dropped_refractory_hold`` tells whether an approximation was necessary."""
 
     def __init__(self, dt: float, n_steps: int, approximate: bool) -> None:
         self.dt, self.n_steps, self.approximate = dt, n_steps, approximate
-        self.holds_left_out = False
+        self.dropped_refractory_hold = False
         self.table: dict[type[nn.Module], ToNIR] = {
             AssociativeLIFNode: self.neurons,
             SpikingFeedForward: self.feed_forward,
@@ -186,21 +187,21 @@ class Export:
         }
 
     def linear(self, module: nn.Linear) -> nir.NIRNode:
-        """A Linear or, with a bias, an Affine."""
+        """Return a Linear or, with a bias, an Affine."""
         if module.bias is None:
             return nir.Linear(weight=_array(module.weight))
         return nir.Affine(weight=_array(module.weight), bias=_array(module.bias))
 
     def neurons(self, node: Any) -> nir.NIRNode:
-        """A CubaLIF, in the loop of its cascade if it has one."""
-        alone = self.cuba(node)
+        """Return a CubaLIF or, with a cascade, a subgraph with its recurrent connection."""
+        lif = self.cuba(node)
         if node.cascade is None:
-            return alone
+            return lif
         width = np.array([node.n_features])
         return nir.NIRGraph(
             nodes={
                 "input": nir.Input(input_type=width),
-                "lif": alone,
+                "lif": lif,
                 "w_rec": self.recurrence(node),
                 "output": nir.Output(output_type=width),
             },
@@ -209,39 +210,39 @@ class Export:
         )
 
     def cuba(self, node: AssociativeLIFNode) -> nir.CubaLIF:
-        return nir.CubaLIF(**self.constants(node), metadata=self.about(node))
+        return nir.CubaLIF(**self.constants(node), metadata=self.metadata(node))
 
     def constants(self, node: AssociativeLIFNode) -> dict[str, np.ndarray]:
-        """Of a CubaLIF, in float64: a rounded time constant is another decay."""
+        """Return the constants of a CubaLIF, in float64: rounding a time constant would change the decay."""
         if node.refractory_steps and not self.approximate:
             raise ValueError(
                 f"NIR cannot express the refractory hold (refractory_steps={node.refractory_steps}): train with "
                 "refractory_steps=0, or export with approximate=True, which leaves it out and measures what that changes"
             )
-        self.holds_left_out |= node.refractory_steps > 0
+        self.dropped_refractory_hold |= node.refractory_steps > 0
         beta_mem, beta_syn = (
             logit.detach().double().sigmoid().item() for logit in (node.beta_mem_logit, node.beta_syn_logit)
         )
         for name, beta in (("beta_mem", beta_mem), ("beta_syn", beta_syn)):
-            if not 0 < 1 - (1 - beta) < 1:  # as a reader gets it back from the time constant
+            if not 0 < 1 - (1 - beta) < 1:  # as a reader computes it from the time constant
                 raise ValueError(f"{name} is {beta}: no time constant expresses a decay that has reached 0 or 1")
-        every = np.ones(node.n_features)
+        ones = np.ones(node.n_features)
         tau_mem, tau_syn = self.dt / (1 - beta_mem), self.dt / (1 - beta_syn)
         threshold = node.firing_threshold().detach().double().cpu().numpy()
         v_reset = node.v_reset if node.refractory_steps else 0.0
         return {
-            "tau_syn": tau_syn * every,
-            "tau_mem": tau_mem * every,
-            "r": tau_mem / self.dt * every,
-            "w_in": tau_syn / self.dt * every,
-            "v_leak": 0.0 * every,
+            "tau_syn": tau_syn * ones,
+            "tau_mem": tau_mem * ones,
+            "r": tau_mem / self.dt * ones,
+            "w_in": tau_syn / self.dt * ones,
+            "v_leak": 0.0 * ones,
             "v_threshold": threshold / (1 - beta_mem),
-            "v_reset": v_reset / (1 - beta_mem) * every,
+            "v_reset": v_reset / (1 - beta_mem) * ones,
         }
 
-    def about(self, node: AssociativeLIFNode) -> dict[str, Any]:
-        """What NIR has no place for, so that our own reader makes the same layer of it again."""
-        about: dict[str, Any] = {
+    def metadata(self, node: AssociativeLIFNode) -> dict[str, Any]:
+        """Return what NIR nodes cannot express, from which our importer restores the same layer."""
+        metadata: dict[str, Any] = {
             "part": "AssociativeLIFNode",
             "reset": "value" if node.refractory_steps else "subtract",
             "refractory_steps": node.refractory_steps,
@@ -249,13 +250,13 @@ class Export:
             "alpha": node.alpha,
         }
         surrogate = node.surrogate_function
-        about["surrogate"] = surrogate if isinstance(surrogate, str) else f"custom: {surrogate!r}"
+        metadata["surrogate"] = surrogate if isinstance(surrogate, str) else f"custom: {surrogate!r}"
         if node.cascade is not None:
-            about |= {"cascade_weight": _array(node.cascade.weight), "cascade_gain": _array(node.cascade.gain)}
-        return about
+            metadata |= {"cascade_weight": _array(node.cascade.weight), "cascade_gain": _array(node.cascade.gain)}
+        return metadata
 
     def recurrence(self, node: AssociativeLIFNode) -> nir.Linear:
-        """The cascade as a matrix between neurons. The node adds its current after a step, where it decays once."""
+        """Return the cascade as a matrix between neurons. Its current is added after a time step, so it decays once."""
         cascade = node.cascade
         assert cascade is not None
         with torch.no_grad():
@@ -267,9 +268,9 @@ class Export:
         return nir.Linear(weight=weight.to(compute_dtype(cascade.weight)).numpy())
 
     def feed_forward(self, ffn: SpikingFeedForward) -> nir.NIRGraph:
-        """Two linear maps and two layers of neurons, in a subgraph whose names are in order for nirtorch."""
+        """Return two linear maps and two layers of neurons, in a subgraph whose names are in execution order for nirtorch."""
         for name, lif in (("lif1", ffn.lif1), ("lif2", ffn.lif2)):
-            _check_ours(ffn, name, lif)
+            _check_neurons(ffn, name, lif)
         parts = (self.linear(ffn.up), self.neurons(ffn.lif1), self.linear(ffn.down), self.neurons(ffn.lif2))
         width = np.array([ffn.n_features])
         names = ("input", "n1_up", "n2_lif1", "n3_down", "n4_lif2", "output")
@@ -281,29 +282,29 @@ class Export:
         )
 
     def readout(self, readout: MembraneReadout) -> nir.NIRGraph:
-        """Membranes are linear in current and spikes, so leaky integrators can follow them beside the neurons.
+        """Return a subgraph in which leaky integrators compute the membranes, which are linear in current and spikes.
 
-        The neurons are a LIF behind the integrator that is their synapse, since a CubaLIF keeps its current to itself.
+        The neurons are a LIF behind an integrator as synapse, because a CubaLIF does not output its current.
         """
-        _check_ours(readout, "lif", readout.lif)
+        _check_neurons(readout, "lif", readout.lif)
         node, dt = readout.lif, self.dt
-        lif, every = self.constants(node), np.ones(node.n_features)
+        lif, ones = self.constants(node), np.ones(node.n_features)
         beta_mem = 1 - dt / lif["tau_mem"]
         decay = readout.decay_logit.detach().double().sigmoid().item()
         width = np.array([node.n_features])
         nodes: dict[str, nir.NIRNode] = {
             "input": nir.Input(input_type=width),
-            "synapse": nir.LI(tau=lif["tau_syn"], r=lif["w_in"], v_leak=0.0 * every),
+            "synapse": nir.LI(tau=lif["tau_syn"], r=lif["w_in"], v_leak=0.0 * ones),
             "lif": nir.LIF(
                 tau=lif["tau_mem"],
                 **{name: lif[name] for name in ("r", "v_leak", "v_threshold", "v_reset")},
-                metadata=self.about(node),
+                metadata=self.metadata(node),
             ),
             "reset": nir.Scale(scale=lif["v_reset"] - lif["v_threshold"]),
-            "membrane": nir.LI(tau=lif["tau_mem"], r=lif["r"], v_leak=0.0 * every),
-            "mean": nir.LI(tau=dt / (1 - decay) * every, r=1 - beta_mem, v_leak=0.0 * every),
-            "rate": nir.I(r=every / (dt * self.n_steps)),
-            "sum": nir.Scale(scale=every),
+            "membrane": nir.LI(tau=lif["tau_mem"], r=lif["r"], v_leak=0.0 * ones),
+            "mean": nir.LI(tau=dt / (1 - decay) * ones, r=1 - beta_mem, v_leak=0.0 * ones),
+            "rate": nir.I(r=ones / (dt * self.n_steps)),
+            "sum": nir.Scale(scale=ones),
             "output": nir.Output(output_type=width),
         }
         edges = [
@@ -321,29 +322,29 @@ class Export:
         if node.cascade is not None:
             nodes["w_rec"] = self.recurrence(node)
             edges += [("lif", "w_rec"), ("w_rec", "synapse")]
-        about = {"part": "MembraneReadout", "decay_logit": _array(readout.decay_logit), "n_steps": self.n_steps}
-        return nir.NIRGraph(nodes=nodes, edges=edges, metadata=about)
+        metadata = {"part": "MembraneReadout", "decay_logit": _array(readout.decay_logit), "n_steps": self.n_steps}
+        return nir.NIRGraph(nodes=nodes, edges=edges, metadata=metadata)
 
 
 def _check_modules(net: nn.Module, table: Mapping[type[nn.Module], ToNIR]) -> None:
-    """Every module that computes must be known; the sentence names the first that is not."""
+    """Raise for the first module that computes something and has no node."""
     known: list[str] = []
     for name, module in net.named_modules():
         if any(name.startswith(prefix) for prefix in known):
             continue
-        if type(module) in table or type(module) in _THROUGH:
+        if type(module) in table or type(module) in _IDENTITY_MODULES:
             known.append(f"{name}." if name else "")
-        elif type(module) in _REFUSED or _computes(module, table):
-            why = _REFUSED.get(type(module), "it is not known here; say in `more` what node it is")
+        elif type(module) in _UNSUPPORTED or _computes(module, table):
+            why = _UNSUPPORTED.get(type(module), "it is not known here; say in `more` what node it is")
             raise ValueError(f"cannot export {type(module).__name__}{f' at {name!r}' if name else ''}: {why}")
 
 
 def _computes(module: nn.Module, table: Mapping[type[nn.Module], ToNIR]) -> bool:
-    """Rather than only calling its children: it has none, has state, or is one of ours with something changed."""
-    return not next(module.children(), None) or isinstance(module, (base.MemoryModule, *table, *_REFUSED))
+    """Return whether the module itself computes something: it is a leaf, has state, or is (a subclass of) a known part."""
+    return not next(module.children(), None) or isinstance(module, (base.MemoryModule, *table, *_UNSUPPORTED))
 
 
-def _check_ours(owner: nn.Module, name: str, neurons: nn.Module) -> None:
+def _check_neurons(owner: nn.Module, name: str, neurons: nn.Module) -> None:
     if type(neurons) is not AssociativeLIFNode:
         raise ValueError(
             f"cannot export {type(owner).__name__} with {type(neurons).__name__} as its {name}: only with AssociativeLIFNode"
@@ -351,5 +352,5 @@ def _check_ours(owner: nn.Module, name: str, neurons: nn.Module) -> None:
 
 
 def _array(x: Tensor) -> np.ndarray:
-    """In float32 or, for float64, float64."""
+    """Return an array in float32, or in float64 for float64."""
     return x.detach().to("cpu", compute_dtype(x)).numpy().copy()

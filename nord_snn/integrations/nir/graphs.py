@@ -1,4 +1,4 @@
-"""NIR graphs: in what order they run, and whether two say the same."""
+"""NIR graphs: execution order, comparison, metadata."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -7,11 +7,20 @@ from typing import Any, NamedTuple
 import nir
 import numpy as np
 
-__all__ = ["Gate", "Step", "about", "difference", "fires", "in_order", "plan", "same_step"]
+__all__ = [
+    "ScheduledNode",
+    "SubgraphPort",
+    "difference",
+    "fires",
+    "metadata_of",
+    "resolve_dt",
+    "schedule",
+    "topologically_named",
+]
 
 
-class Step(NamedTuple):
-    """A node, and the nodes whose outputs it gets the sum of; those that are delayed give what they put out a step before."""
+class ScheduledNode(NamedTuple):
+    """A node and the nodes whose outputs are summed as its input; ``delayed`` ones contribute their previous time step."""
 
     name: str
     node: nir.NIRNode
@@ -19,64 +28,65 @@ class Step(NamedTuple):
     delayed: tuple[str, ...]
 
 
-def plan(graph: nir.NIRGraph) -> tuple[list[Step], Step]:
-    """All nodes of a graph in an order in which they can run, subgraphs resolved, and the output.
+def schedule(graph: nir.NIRGraph) -> tuple[list[ScheduledNode], ScheduledNode]:
+    """Return the nodes of a graph in execution order, with subgraphs flattened, and the output node.
 
-    What comes back through a loop is delayed: an edge that leads to a node on the way from the input to its own source.
+    Back edges are delayed: edges to a node on the path from the input to the edge's source.
 
     Raises:
-        ValueError: there is not one input and one output, an edge leads nowhere, or a node has no input.
+        ValueError: the graph does not have exactly one input and one output, an edge has an unknown end, or a node has no
+            input.
     """
-    nodes, edges = _resolved(graph)
-    (start,), (end,) = (_only(nodes, kind) for kind in (nir.Input, nir.Output))
-    after: dict[str, list[str]] = {name: [] for name in nodes}
+    nodes, edges = _flattened(graph)
+    (start,), (end,) = (_single(nodes, kind) for kind in (nir.Input, nir.Output))
+    successors: dict[str, list[str]] = {name: [] for name in nodes}
     for source, target in edges:
-        after[source].append(target)
-    order, back = _depth_first(start, after)
-    steps = []
+        successors[source].append(target)
+    order, back_edges = _depth_first(start, successors)
+    scheduled = []
     for name in order:
         sources = [source for source, target in edges if target == name and source in order]
         if not sources and name != start:
             raise ValueError(f"'{name}' of the graph has no input")
-        late = tuple(source for source in sources if (source, name) in back)
-        steps.append(Step(name, nodes[name], tuple(s for s in sources if s not in late), late))
+        delayed = tuple(source for source in sources if (source, name) in back_edges)
+        scheduled.append(ScheduledNode(name, nodes[name], tuple(s for s in sources if s not in delayed), delayed))
     if end not in order:
         raise ValueError("no way leads through the graph from its input to its output")
-    *inner, output = sorted(steps, key=lambda step: step.name == end)
+    *inner, output = sorted(scheduled, key=lambda item: item.name == end)
     return inner, output
 
 
-def _only(nodes: dict[str, nir.NIRNode], kind: type[nir.NIRNode]) -> list[str]:
-    found = [name for name, node in nodes.items() if isinstance(node, kind)]
-    if len(found) != 1:
-        raise ValueError(f"a graph with one {kind.__name__} node was expected, this one has {len(found)}")
-    return found
+def _single(nodes: dict[str, nir.NIRNode], kind: type[nir.NIRNode]) -> list[str]:
+    names = [name for name, node in nodes.items() if isinstance(node, kind)]
+    if len(names) != 1:
+        raise ValueError(f"a graph with one {kind.__name__} node was expected, this one has {len(names)}")
+    return names
 
 
-def _depth_first(start: str, after: dict[str, list[str]]) -> tuple[list[str], set[tuple[str, str]]]:
-    """Nodes that can be reached, each behind those that feed it, and the edges that lead back."""
-    done: list[str] = []
-    back: set[tuple[str, str]] = set()
-    way = [(start, iter(after[start]))]
-    on_the_way = {start}
-    while way:
-        name, targets = way[-1]
+def _depth_first(start: str, successors: dict[str, list[str]]) -> tuple[list[str], set[tuple[str, str]]]:
+    """Return the reachable nodes in topological order, and the back edges."""
+    finished: list[str] = []
+    back_edges: set[tuple[str, str]] = set()
+    path = [(start, iter(successors[start]))]
+    on_path = {start}
+    while path:
+        name, targets = path[-1]
         for target in targets:
-            if target in on_the_way:
-                back.add((name, target))
-            elif target not in done:
-                on_the_way.add(target)
-                way.append((target, iter(after[target])))
+            if target in on_path:
+                back_edges.add((name, target))
+            elif target not in finished:
+                on_path.add(target)
+                path.append((target, iter(successors[target])))
                 break
         else:
-            way.pop()
-            on_the_way.discard(name)
-            done.append(name)
-    return done[::-1], back
+            path.pop()
+            on_path.discard(name)
+            finished.append(name)
+    return finished[::-1], back_edges
 
 
-def _resolved(graph: nir.NIRGraph) -> tuple[dict[str, nir.NIRNode], list[tuple[str, str]]]:
-    """Nodes and edges without subgraphs: the inner nodes are called ``subgraph/node``."""
+def _flattened(graph: nir.NIRGraph) -> tuple[dict[str, nir.NIRNode], list[tuple[str, str]]]:
+    """Return nodes and edges with subgraphs flattened: inner nodes are named ``subgraph/node``."""
     _check_edges(graph)
     nodes: dict[str, nir.NIRNode] = {}
     edges = [(str(a), str(b)) for a, b in graph.edges]
@@ -84,20 +94,20 @@ def _resolved(graph: nir.NIRGraph) -> tuple[dict[str, nir.NIRNode], list[tuple[s
         if not isinstance(node, nir.NIRGraph):
             nodes[name] = node
             continue
-        inner, within = _resolved(node)
-        (entry,), (leave,) = (_only(inner, kind) for kind in (nir.Input, nir.Output))
-        # The gates stay, as nodes that pass on what they get.
-        nodes |= {f"{name}/{key}": Gate(part) if key in (entry, leave) else part for key, part in inner.items()}
-        edges = [(f"{name}/{leave}" if a == name else a, f"{name}/{entry}" if b == name else b) for a, b in edges]
-        edges += [(f"{name}/{a}", f"{name}/{b}") for a, b in within]
+        inner, inner_edges = _flattened(node)
+        (entry,), (exit_,) = (_single(inner, kind) for kind in (nir.Input, nir.Output))
+        # Inputs and outputs of subgraphs become identity nodes.
+        nodes |= {f"{name}/{key}": SubgraphPort(n) if key in (entry, exit_) else n for key, n in inner.items()}
+        edges = [(f"{name}/{exit_}" if a == name else a, f"{name}/{entry}" if b == name else b) for a, b in edges]
+        edges += [(f"{name}/{a}", f"{name}/{b}") for a, b in inner_edges]
     return nodes, edges
 
 
-class Gate(nir.NIRNode):
-    """Where a subgraph begins or ends."""
+class SubgraphPort(nir.NIRNode):
+    """The input or output of a flattened subgraph; an identity."""
 
-    def __init__(self, gate: nir.NIRNode) -> None:
-        self.input_type, self.output_type = gate.input_type, gate.output_type
+    def __init__(self, port: nir.NIRNode) -> None:
+        self.input_type, self.output_type = port.input_type, port.output_type
         self.metadata: dict[str, Any] = {}
 
 
@@ -108,11 +118,11 @@ def _check_edges(graph: nir.NIRGraph) -> None:
                 raise ValueError(f"an edge of the graph leads to '{end}', which is none of its nodes")
 
 
-def in_order(nodes: dict[str, nir.NIRNode], edges: list[tuple[str, str]]) -> nir.NIRGraph:
-    """A graph with names whose alphabet is the order of execution.
+def topologically_named(nodes: dict[str, nir.NIRNode], edges: list[tuple[str, str]]) -> nir.NIRGraph:
+    """Return a graph whose nodes are renamed so that alphabetical order is execution order.
 
-    A file lists nodes by the alphabet, and nirtorch, which other readers stand on, cannot wire a subgraph that is listed
-    before what feeds it.
+    Files list nodes alphabetically, and nirtorch, on which other readers are built, cannot connect a subgraph that is listed
+    before its sources.
     """
     inner = [name for name, node in nodes.items() if not isinstance(node, nir.Input | nir.Output)]
     names: dict[str, str] = {}
@@ -131,14 +141,14 @@ def in_order(nodes: dict[str, nir.NIRNode], edges: list[tuple[str, str]]) -> nir
 
 
 def fires(node: nir.NIRNode) -> bool:
-    """Whether all that a node puts out is spikes."""
+    """Return whether all outputs of a node are spikes."""
     if isinstance(node, nir.NIRGraph):
         return all(fires(node.nodes[source]) for source, target in node.edges if target in node.outputs)
     return isinstance(node, nir.CubaLIF | nir.LIF | nir.IF | nir.Threshold)
 
 
 def difference(one: nir.NIRNode, other: nir.NIRNode) -> str | None:
-    """What two nodes or graphs differ in, beyond rounding; None for nothing. Metadata are no part of the comparison."""
+    """Describe how two nodes or graphs differ beyond rounding; None if they are equal. Metadata are not compared."""
     if type(one) is not type(other):
         return f"a {type(one).__name__} where a {type(other).__name__} was expected"
     if isinstance(one, nir.NIRGraph):
@@ -155,39 +165,39 @@ def difference(one: nir.NIRNode, other: nir.NIRNode) -> str | None:
 
 def _close(one: Any, other: Any) -> bool:
     one, other = np.asarray(one), np.asarray(other)
-    size = np.abs(other).max(initial=0.0)  # time constants may be of any
+    size = np.abs(other).max(initial=0.0)  # relative to the largest value: time constants have any order of magnitude
     return one.shape == other.shape and np.allclose(one, other, rtol=1e-4, atol=1e-6 * size)
 
 
-def _first(found: Iterable[str]) -> str | None:
-    return next(iter(found), None)
+def _first(items: Iterable[str]) -> str | None:
+    return next(iter(items), None)
 
 
-def about(node: nir.NIRNode) -> dict[str, Any]:
-    """The metadata of a node, with text as text: some releases of h5py give bytes."""
-    told = node.metadata or {}
-    return {key: value.decode() if isinstance(value, bytes) else value for key, value in told.items()}
+def metadata_of(node: nir.NIRNode) -> dict[str, Any]:
+    """Return the metadata of a node, with bytes decoded: some releases of h5py return bytes for text."""
+    metadata = node.metadata or {}
+    return {key: value.decode() if isinstance(value, bytes) else value for key, value in metadata.items()}
 
 
-def _made_for(graph: nir.NIRGraph) -> float | None:
-    """The step that a graph or a graph in it was exported for."""
-    found = about(graph).get("dt")
-    if found is not None:
-        return float(found)
-    inner = (_made_for(node) for node in graph.nodes.values() if isinstance(node, nir.NIRGraph))
-    return next((step for step in inner if step is not None), None)
+def _export_dt(graph: nir.NIRGraph) -> float | None:
+    """Return the ``dt`` for which a graph or one of its subgraphs was exported."""
+    own = metadata_of(graph).get("dt")
+    if own is not None:
+        return float(own)
+    inner = (_export_dt(node) for node in graph.nodes.values() if isinstance(node, nir.NIRGraph))
+    return next((dt for dt in inner if dt is not None), None)
 
 
-def same_step(graph: nir.NIRGraph, dt: float | None) -> float:
-    """Length of a step: the one that is given, the one that the graph was made for, or 1e-4 s.
+def resolve_dt(graph: nir.NIRGraph, dt: float | None) -> float:
+    """Return the length of a time step in seconds: ``dt``, that of the graph's metadata, or 1e-4.
 
     Raises:
-        ValueError: the first two are both there and differ, or it is not positive.
+        ValueError: ``dt`` differs from that of the metadata, or is not positive.
     """
-    made_for = _made_for(graph)
-    if dt is not None and made_for is not None and not np.isclose(dt, made_for):
-        raise ValueError(f"the graph was made for steps of {float(made_for)} s, not of {dt} s")
-    step = float(made_for if dt is None and made_for is not None else 1e-4 if dt is None else dt)
-    if not step > 0:
-        raise ValueError(f"dt must be positive, got {step}")
-    return step
+    export_dt = _export_dt(graph)
+    if dt is not None and export_dt is not None and not np.isclose(dt, export_dt):
+        raise ValueError(f"the graph was made for steps of {float(export_dt)} s, not of {dt} s")
+    resolved = float(export_dt if dt is None and export_dt is not None else 1e-4 if dt is None else dt)
+    if not resolved > 0:
+        raise ValueError(f"dt must be positive, got {resolved}")
+    return resolved

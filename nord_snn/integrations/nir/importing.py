@@ -1,4 +1,4 @@
-"""From NIR to networks of our parts."""
+"""Import NIR graphs as networks of nord-snn parts."""
 
 from collections.abc import Callable, Mapping
 from functools import reduce
@@ -12,9 +12,9 @@ import torch
 from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 
-from nord_snn.integrations.nir.exporting import Export, log
-from nord_snn.integrations.nir.graphs import Gate, about, difference, plan, same_step
-from nord_snn.integrations.nir.stateless import stateless
+from nord_snn.integrations.nir.exporting import Exporter, log
+from nord_snn.integrations.nir.graphs import SubgraphPort, difference, metadata_of, resolve_dt, schedule
+from nord_snn.integrations.nir.stateless import stateless_module
 from nord_snn.layers import MembraneReadout, SpikingFeedForward
 from nord_snn.neurons import AssociativeLIFNode
 from nord_snn.ops import SURROGATES
@@ -32,26 +32,27 @@ def import_from_nir(
     approximate: bool = False,
     more: Mapping[type[nir.NIRNode], _FromNIR] | None = None,
 ) -> "NIRNetwork":
-    """A network of our parts from a NIR graph: the way back from :func:`export_to_nir`, and a way in for others' graphs.
+    """Return a network of nord-snn parts from a NIR graph, exported by :func:`export_to_nir` or by other libraries.
 
-    Our own graphs come back as the parts that they were made of, with the refractory hold, the cascade and its weights; a
-    part that was changed since is refused. Of others' graphs ``Linear``, ``Affine``, ``Scale``, ``Threshold``, convolutions,
-    pooling, ``Flatten``, graphs of these, and ``CubaLIF`` with one time constant a layer are understood.
+    Graphs from :func:`export_to_nir` are restored as the original parts, with the refractory hold, the cascade and its
+    weights; a part that was changed after the export raises. In other graphs ``Linear``, ``Affine``, ``Scale``,
+    ``Threshold``, convolutions, pooling, ``Flatten``, graphs of these, and ``CubaLIF`` with one time constant per layer are
+    supported.
 
     Args:
         graph: the graph, or a file with one.
-        dt: length of a step in seconds; None: the one that an export of ours was made for, else 1e-4.
-        dtype: of the network's parameters.
-        approximate: take a ``CubaLIF`` that was not made by us although it resets to ``v_reset = 0`` where ours subtracts its
-            threshold, which are the same only in continuous time.
+        dt: length of a time step in seconds; None: that of the graph's metadata, as our exports have it, else 1e-4.
+        dtype: dtype of the network's parameters.
+        approximate: accept a ``CubaLIF`` of other libraries, which resets to ``v_reset = 0``, although ours subtracts its
+            threshold; the two are equal in continuous time only.
         more: further nodes: class -> function that turns an instance into a module on sequences ``[T, N, *]``.
 
     Returns:
-        A module on sequences, ``[T, N, *]``. Its neurons hold state between calls, as every SpikingJelly network does. A
-        surrogate of one's own cannot be put into a graph: it comes back as the default, and a warning is logged.
+        A module on sequences, ``[T, N, *]``. Its neurons keep state between calls, as in every SpikingJelly network. A custom
+        surrogate cannot be stored in a graph: it is replaced by the default, and a warning is logged.
 
     Raises:
-        TypeError: it is neither a graph nor the name of a file, or a function in ``more`` made no module.
+        TypeError: ``graph`` is neither a graph nor a file name, or a function in ``more`` did not return a module.
         ValueError: the graph has a node or a loop that our parts cannot express, or ``dt`` is not that of the graph.
 
     Example:
@@ -66,29 +67,29 @@ def import_from_nir(
         graph = nir.read(graph)
     if not isinstance(graph, nir.NIRGraph):
         raise TypeError(f"expected a NIRGraph or the name of a file, got {type(graph).__name__}")
-    # Halves are made of float32, since a part that was rounded is another one than the graph's.
+    # Build half-precision modules in float32 first: a rounded parameter would no longer match the graph.
     precision = torch.float64 if dtype == torch.float64 else torch.float32
-    reader = _Import(same_step(graph, dt), precision, approximate, more or {})
-    whole = reader.part("the graph", graph)
-    if isinstance(whole, _Part):
+    importer = _Importer(resolve_dt(graph, dt), precision, approximate, more or {})
+    whole = importer.convert_node("the graph", graph)
+    if isinstance(whole, _ModuleNode):
         return NIRNetwork([whole.module.to(dtype)], [(), (0,)])
-    steps, output = plan(whole)
-    for step in steps:
-        if step.delayed:
+    scheduled, output = schedule(whole)
+    for item in scheduled:
+        if item.delayed:
             raise ValueError(
-                f"the graph has a loop that is no cascade: '{step.delayed[0]}' leads back to '{step.name}'"
+                f"the graph has a loop that is no cascade: '{item.delayed[0]}' leads back to '{item.name}'"
             )
-    places = {step.name: place for place, step in enumerate(steps)}
-    modules = [reader.module(step.name, step.node).to(dtype) for step in steps]
-    return NIRNetwork(modules, [tuple(places[name] for name in step.sources) for step in (*steps, output)])
+    positions = {item.name: position for position, item in enumerate(scheduled)}
+    modules = [importer.module(item.name, item.node).to(dtype) for item in scheduled]
+    return NIRNetwork(modules, [tuple(positions[name] for name in item.sources) for item in (*scheduled, output)])
 
 
 class NIRNetwork(nn.Module):
-    """The parts of a graph, each fed by the sum of its sources.
+    """Run the parts of a graph, each on the sum of its sources.
 
     Args:
-        parts: modules on sequences, in an order in which they can run.
-        sources: for each part, and last for the output, the places of those that feed it; none for the input.
+        parts: modules on sequences, in execution order.
+        sources: for each part, and last for the output, the indices of the parts that are its sources; none for the input.
 
     Shapes: ``[T, N, *]`` -> ``[T, N, *]``; ``[N, *]`` behind a readout.
     """
@@ -98,15 +99,15 @@ class NIRNetwork(nn.Module):
         self.parts, self.sources = nn.ModuleList(parts), sources
 
     def forward(self, x_seq: Tensor) -> Tensor:
-        """All steps."""
+        """Run all time steps."""
         outputs: list[Tensor] = []
         for part, sources in zip(self.parts, self.sources, strict=False):
-            outputs.append(part(reduce(add, (outputs[place] for place in sources)) if sources else x_seq))
-        return reduce(add, (outputs[place] for place in self.sources[-1]))
+            outputs.append(part(reduce(add, (outputs[i] for i in sources)) if sources else x_seq))
+        return reduce(add, (outputs[i] for i in self.sources[-1]))
 
 
-class _Part(nir.NIRNode):
-    """A node that stands for one of our modules."""
+class _ModuleNode(nir.NIRNode):
+    """A node that holds a module."""
 
     def __init__(self, module: nn.Module, like: nir.NIRNode) -> None:
         self.module = module
@@ -114,144 +115,144 @@ class _Part(nir.NIRNode):
         self.input_type, self.output_type = like.input_type, like.output_type
 
 
-class _Import:
-    """One import: turns nodes into modules."""
+class _Importer:
+    """Turn nodes into modules."""
 
     def __init__(
         self, dt: float, dtype: torch.dtype, approximate: bool, more: Mapping[type[nir.NIRNode], _FromNIR]
     ) -> None:
         self.dt, self.dtype, self.approximate, self.more = dt, dtype, approximate, more
 
-    def parts(self, graph: nir.NIRGraph) -> nir.NIRGraph:
-        """The same graph with our modules in place of the nodes that they were exported as."""
-        nodes = {name: self.part(name, node) for name, node in graph.nodes.items()}
+    def convert_graph(self, graph: nir.NIRGraph) -> nir.NIRGraph:
+        """Return the graph with modules in place of the nodes and subgraphs that are parts of nord-snn."""
+        nodes = {name: self.convert_node(name, node) for name, node in graph.nodes.items()}
         return nir.NIRGraph(nodes=nodes, edges=graph.edges, type_check=False)
 
-    def part(self, name: str, node: nir.NIRNode) -> nir.NIRNode:
+    def convert_node(self, name: str, node: nir.NIRNode) -> nir.NIRNode:
         if type(node) in self.more:
-            made = self.more[type(node)](node)
-            if not isinstance(made, nn.Module):
+            module = self.more[type(node)](node)
+            if not isinstance(module, nn.Module):
                 raise TypeError(
-                    f"`more` must make a torch.nn.Module of {type(node).__name__}, got {type(made).__name__}"
+                    f"`more` must make a torch.nn.Module of {type(node).__name__}, got {type(module).__name__}"
                 )
-            return _Part(made, node)
+            return _ModuleNode(module, node)
         kinds: dict[str, Callable[[str, Any], nn.Module]] = {
             "AssociativeLIFNode": self.neurons,
             "SpikingFeedForward": self.feed_forward,
             "MembraneReadout": self.readout,
         }
-        kind = about(node).get("part")
+        kind = metadata_of(node).get("part")
         if kind in kinds:
-            return _Part(self.ours(name, node, kind, kinds[kind]), node)
+            return _ModuleNode(self.checked_part(name, node, kind, kinds[kind]), node)
         if isinstance(node, nir.CubaLIF):
-            return _Part(self.neurons(name, node), node)
-        return self.parts(node) if isinstance(node, nir.NIRGraph) else node
+            return _ModuleNode(self.neurons(name, node), node)
+        return self.convert_graph(node) if isinstance(node, nir.NIRGraph) else node
 
-    def ours(self, name: str, node: Any, kind: str, make: Callable[[str, Any], nn.Module]) -> nn.Module:
-        """A part of ours, which must be what its module would be exported as."""
+    def checked_part(self, name: str, node: Any, kind: str, build: Callable[[str, Any], nn.Module]) -> nn.Module:
+        """Return a part of nord-snn, checked by exporting it again."""
         try:
-            made = make(name, node)
-            export = Export(self.dt, int(about(node).get("n_steps", 1)), approximate=True)
-            again = export.table[type(made)](made)
+            module = build(name, node)
+            exporter = Exporter(self.dt, int(metadata_of(node).get("n_steps", 1)), approximate=True)
+            exported = exporter.table[type(module)](module)
         except (KeyError, AttributeError, TypeError, RuntimeError) as error:
             raise ValueError(f"'{name}' is marked as a {kind} of ours and is not built like one: {error!r}") from error
-        if changed := difference(node, again):
+        if changed := difference(node, exported):
             raise ValueError(
                 f"'{name}' is marked as a {kind} of ours and was changed since its export ({changed}); without its metadata "
                 "it is read as what it is"
             )
-        return made
+        return module
 
     def module(self, name: str, node: nir.NIRNode) -> nn.Module:
-        """What runs in place of a node, on sequences."""
-        if isinstance(node, _Part):
+        """Return the module for a node, on sequences."""
+        if isinstance(node, _ModuleNode):
             return node.module
-        if isinstance(node, nir.Input | Gate):
+        if isinstance(node, nir.Input | SubgraphPort):
             return nn.Identity()
-        made = stateless(node)
-        if made is None:
+        module = stateless_module(node)
+        if module is None:
             raise ValueError(f"{type(node).__name__} '{name}' has no counterpart here: name one in `more`")
         over_features = isinstance(node, nir.Linear | nir.Affine | nir.Scale | nir.Threshold)
-        return made if over_features else layer.SeqToANNContainer(made)
+        return module if over_features else layer.SeqToANNContainer(module)
 
     def neurons(self, name: str, node: Any) -> AssociativeLIFNode:
-        """A CubaLIF, alone or in the loop of its cascade."""
+        """Return the neurons of a CubaLIF, or of a subgraph with its recurrent cascade."""
         lif = node.nodes["lif"] if isinstance(node, nir.NIRGraph) else node
-        return self.layer_of(name, lif, lif.tau_mem, lif.tau_syn, lif.w_in)
+        return self.lif_layer(name, lif, lif.tau_mem, lif.tau_syn, lif.w_in)
 
-    def layer_of(self, name: str, lif: Any, tau_mem: Any, tau_syn: Any, w_in: Any) -> AssociativeLIFNode:
-        told = about(lif)
-        self.check(name, lif, told)
-        beta_mem, beta_syn = (self.decay(name, tau, what) for tau, what in ((tau_mem, "tau_mem"), (tau_syn, "tau_syn")))
-        # What a unit of input adds to their membrane, of which ours sees 1 - beta_mem.
+    def lif_layer(self, name: str, lif: Any, tau_mem: Any, tau_syn: Any, w_in: Any) -> AssociativeLIFNode:
+        metadata = metadata_of(lif)
+        self.check_lif(name, lif, metadata)
+        beta_mem, beta_syn = (self.decay(name, tau, kind) for tau, kind in ((tau_mem, "tau_mem"), (tau_syn, "tau_syn")))
+        # Membrane increase per unit of input; our membrane is scaled by 1 - beta_mem.
         gain = np.asarray(w_in) * (1 - beta_syn) * lif.r
         if not (gain > 0).all() or not np.isfinite(lif.v_threshold).all() or np.ndim(lif.v_threshold) != 1:
             raise ValueError(
                 f"'{name}' must have positive r and w_in and a finite threshold for each of one row of neurons"
             )
-        weight = told.get("cascade_weight")
-        made = AssociativeLIFNode(
+        weight = metadata.get("cascade_weight")
+        node = AssociativeLIFNode(
             lif.v_threshold.size,
             None if weight is None else len(weight),
             beta_mem=beta_mem,
             beta_syn=beta_syn,
-            v_reset=float(told.get("v_reset", -0.1)),
-            refractory_steps=int(told.get("refractory_steps", 0)),
-            surrogate=_surrogate(name, told),
-            alpha=float(told.get("alpha", 4.0)),
+            v_reset=float(metadata.get("v_reset", -0.1)),
+            refractory_steps=int(metadata.get("refractory_steps", 0)),
+            surrogate=_surrogate(name, metadata),
+            alpha=float(metadata.get("alpha", 4.0)),
             step_mode="m",
         ).to(self.dtype)
         with torch.no_grad():
-            # Anew in this precision: a logit in float32 is another decay.
-            made.beta_mem_logit.fill_(float(np.log(beta_mem / (1 - beta_mem))))
-            made.beta_syn_logit.fill_(float(np.log(beta_syn / (1 - beta_syn))))
-            made.v_threshold.copy_(torch.from_numpy(np.asarray(lif.v_threshold / gain)))
-            if made.cascade is not None:
-                made.cascade.weight.copy_(torch.from_numpy(weight))
-                made.cascade.gain.copy_(torch.from_numpy(told["cascade_gain"]))
-        return made
+            # Recompute in this precision: a logit rounded to float32 would change the decay.
+            node.beta_mem_logit.fill_(float(np.log(beta_mem / (1 - beta_mem))))
+            node.beta_syn_logit.fill_(float(np.log(beta_syn / (1 - beta_syn))))
+            node.v_threshold.copy_(torch.from_numpy(np.asarray(lif.v_threshold / gain)))
+            if node.cascade is not None:
+                node.cascade.weight.copy_(torch.from_numpy(weight))
+                node.cascade.gain.copy_(torch.from_numpy(metadata["cascade_gain"]))
+        return node
 
-    def decay(self, name: str, tau: Any, what: str) -> float:
-        """Of a layer, whose neurons share it."""
+    def decay(self, name: str, tau: Any, kind: str) -> float:
+        """Return the decay of a layer, which all its neurons must share."""
         values = np.unique(tau)
         if values.size != 1:
-            raise ValueError(f"{what} of '{name}' differs between neurons, where a layer of ours has one")
+            raise ValueError(f"{kind} of '{name}' differs between neurons, where a layer of ours has one")
         beta = 1 - self.dt / float(values[0])
         if not 0 < beta < 1:
-            raise ValueError(f"{what} of '{name}' must be finite and longer than a step of {self.dt} s")
+            raise ValueError(f"{kind} of '{name}' must be finite and longer than a step of {self.dt} s")
         return beta
 
-    def check(self, name: str, lif: Any, told: dict[str, Any]) -> None:
+    def check_lif(self, name: str, lif: Any, metadata: dict[str, Any]) -> None:
         if np.any(lif.v_leak):
             raise ValueError(f"'{name}' leaks towards v_leak, where our neurons leak towards 0")
-        holds = int(told.get("refractory_steps", 0)) > 0
-        if not holds and np.any(lif.v_reset):
+        refractory = int(metadata.get("refractory_steps", 0)) > 0
+        if not refractory and np.any(lif.v_reset):
             raise ValueError(f"'{name}' resets to v_reset without a refractory hold, which our neurons cannot")
-        if not holds and told.get("reset") != "subtract" and not self.approximate:
+        if not refractory and metadata.get("reset") != "subtract" and not self.approximate:
             raise ValueError(
                 f"'{name}' resets its membrane to 0 where ours subtracts the threshold; approximate=True takes it for that"
             )
 
     def feed_forward(self, name: str, graph: Any) -> SpikingFeedForward:
-        up, down = (stateless(graph.nodes[key]) for key in ("n1_up", "n3_down"))
+        up, down = (stateless_module(graph.nodes[key]) for key in ("n1_up", "n3_down"))
         assert isinstance(up, nn.Linear)
         assert isinstance(down, nn.Linear)
-        made = SpikingFeedForward(up.in_features, up.out_features, neuron=lambda n: nn.Identity())
-        made.up, made.down = up.to(self.dtype), down.to(self.dtype)
-        made.lif1, made.lif2 = (self.neurons(f"{name}/{key}", graph.nodes[key]) for key in ("n2_lif1", "n4_lif2"))
-        return made
+        ffn = SpikingFeedForward(up.in_features, up.out_features, neuron=lambda n: nn.Identity())
+        ffn.up, ffn.down = up.to(self.dtype), down.to(self.dtype)
+        ffn.lif1, ffn.lif2 = (self.neurons(f"{name}/{key}", graph.nodes[key]) for key in ("n2_lif1", "n4_lif2"))
+        return ffn
 
     def readout(self, name: str, graph: Any) -> MembraneReadout:
         lif, synapse = graph.nodes["lif"], graph.nodes["synapse"]
-        node = self.layer_of(f"{name}/lif", lif, lif.tau, synapse.tau, synapse.r)
-        made = MembraneReadout(node.n_features, neuron=lambda n: node).to(self.dtype)
+        node = self.lif_layer(f"{name}/lif", lif, lif.tau, synapse.tau, synapse.r)
+        readout = MembraneReadout(node.n_features, neuron=lambda n: node).to(self.dtype)
         with torch.no_grad():
-            made.decay_logit.copy_(torch.from_numpy(about(graph)["decay_logit"]))
-        return made
+            readout.decay_logit.copy_(torch.from_numpy(metadata_of(graph)["decay_logit"]))
+        return readout
 
 
-def _surrogate(name: str, told: dict[str, Any]) -> str:
-    surrogate = str(told.get("surrogate", "nord_atan"))
+def _surrogate(name: str, metadata: dict[str, Any]) -> str:
+    surrogate = str(metadata.get("surrogate", "nord_atan"))
     if surrogate in SURROGATES:
         return surrogate
     log.warning("the surrogate of '%s' (%s) is not in the graph: it is nord_atan now", name, surrogate)

@@ -1,4 +1,4 @@
-"""Modules for the NIR nodes that have no state: one step ``[N, *]`` a call."""
+"""Modules for NIR nodes without state: one time step ``[N, *]`` per call."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Scale", "Threshold", "stateless"]
+__all__ = ["Scale", "Threshold", "stateless_module"]
 
 
 class Scale(nn.Module):
-    """One factor a channel."""
+    """Multiply each channel by a factor."""
 
     def __init__(self, node: nir.Scale) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class Scale(nn.Module):
 
 
 class Threshold(nn.Module):
-    """1 above the threshold, 0 elsewhere."""
+    """Return 1 above the threshold and 0 elsewhere."""
 
     threshold: Tensor
 
@@ -33,12 +33,12 @@ class Threshold(nn.Module):
         self.register_buffer("threshold", _tensor(node.threshold))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compare ``x``."""
+        """Compare ``x`` with the threshold."""
         return (x > self.threshold).to(x.dtype)
 
 
 class SumPool(nn.Module):
-    """Sums over windows."""
+    """Sum over windows."""
 
     def __init__(self, mean: nn.AvgPool2d, size: int) -> None:
         super().__init__()
@@ -49,24 +49,24 @@ class SumPool(nn.Module):
         return self.size * self.mean(x)
 
 
-def stateless(node: nir.NIRNode) -> nn.Module | None:
-    """The module for a node, or None if it has state or is of no known kind."""
-    make = _MAKERS.get(type(node))
-    return None if make is None else make(node)
+def stateless_module(node: nir.NIRNode) -> nn.Module | None:
+    """Return the module for a node, or None if the node has state or is of an unknown class."""
+    build = _BUILDERS.get(type(node))
+    return None if build is None else build(node)
 
 
 def _linear(node: Any) -> nn.Module:
     bias = getattr(node, "bias", None)
-    made = nn.Linear(node.weight.shape[1], node.weight.shape[0], bias=bias is not None)
-    return _filled(made, node.weight, bias)
+    module = nn.Linear(node.weight.shape[1], node.weight.shape[0], bias=bias is not None)
+    return _with_parameters(module, node.weight, bias)
 
 
 def _conv(kind: Callable[..., nn.Module]) -> Callable[[Any], nn.Module]:
-    def make(node: Any) -> nn.Module:
+    def build(node: Any) -> nn.Module:
         out_channels, in_channels, *kernel = node.weight.shape
         groups = int(node.groups)
         padding = node.padding if isinstance(node.padding, str) else _tuple(node.padding)
-        made = kind(
+        module = kind(
             in_channels * groups,
             out_channels,
             tuple(kernel),
@@ -75,13 +75,13 @@ def _conv(kind: Callable[..., nn.Module]) -> Callable[[Any], nn.Module]:
             _tuple(node.dilation),
             groups,
         )
-        return _filled(made, node.weight, node.bias)
+        return _with_parameters(module, node.weight, node.bias)
 
-    return make
+    return build
 
 
 def _flatten(node: nir.Flatten) -> nn.Module:
-    """NIR counts dimensions without the batch."""
+    """Return a Flatten; NIR counts dimensions without the batch."""
     start, end = (int(d) + 1 if d >= 0 else int(d) for d in (node.start_dim, node.end_dim))
     return nn.Flatten(start, end)
 
@@ -94,7 +94,7 @@ def _pool(node: Any) -> nn.Module:
     return SumPool(mean, kernel[0] * kernel[1]) if isinstance(node, nir.SumPool2d) else mean
 
 
-def _filled(module: Any, weight: np.ndarray, bias: np.ndarray | None) -> nn.Module:
+def _with_parameters(module: Any, weight: np.ndarray, bias: np.ndarray | None) -> nn.Module:
     module.weight = nn.Parameter(_tensor(weight))
     if bias is not None:
         module.bias = nn.Parameter(_tensor(bias))
@@ -109,7 +109,7 @@ def _tuple(values: Any) -> tuple[int, ...]:
     return tuple(int(value) for value in np.atleast_1d(values))
 
 
-_MAKERS: dict[type[nir.NIRNode], Callable[[Any], nn.Module]] = {
+_BUILDERS: dict[type[nir.NIRNode], Callable[[Any], nn.Module]] = {
     nir.Linear: _linear,
     nir.Affine: _linear,
     nir.Scale: Scale,

@@ -1,4 +1,4 @@
-"""From a module's forward to a graph: what torch.fx sees of calls and additions."""
+"""Trace a module's forward with torch.fx into a graph of module calls and additions."""
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -10,42 +10,42 @@ import torch
 from spikingjelly.activation_based import base
 from torch import fx, nn
 
-from nord_snn.integrations.nir.graphs import fires, in_order
+from nord_snn.integrations.nir.graphs import fires, topologically_named
 from nord_snn.layers import LeakyClamp
 
-__all__ = ["traced"]
+__all__ = ["trace"]
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
 
-def traced(
+def trace(
     net: nn.Module,
     table: Mapping[type[nn.Module], Callable[[Any], nir.NIRNode]],
-    through: tuple[type[nn.Module], ...],
+    identity_modules: tuple[type[nn.Module], ...],
     features: Sequence[int],
 ) -> nir.NIRGraph:
-    """The graph of ``net``.
+    """Return the graph of ``net``.
 
     Args:
-        net: a module of the kinds in ``table`` and ``through``, of modules that call these, and of additions.
-        table: what node a module becomes.
-        through: modules that leave their input as it is.
+        net: a module composed of the classes in ``table`` and ``identity_modules``, modules that call these, and additions.
+        table: class of a module -> function that returns its node.
+        identity_modules: classes of modules that are the identity.
         features: shape of one row of the input.
 
     Raises:
-        ValueError: its forward does something else; the message says what.
+        ValueError: its forward contains another operation, which the message names.
     """
-    whole = nn.Sequential(net) if isinstance(net, (*table, *through)) else net
-    tracer = _Tracer((*table, *through))
+    whole = nn.Sequential(net) if isinstance(net, (*table, *identity_modules)) else net
+    tracer = _Tracer((*table, *identity_modules))
     try:
         calls = tracer.trace(whole)
-    except Exception as error:  # anything that a forward may do with what is no tensor
+    except Exception as error:  # a forward may raise anything on a proxy
         raise ValueError(f"cannot follow the forward of {type(net).__name__}: {error}") from error
-    return _Walk(whole, table, through, features).graph(calls)
+    return _GraphBuilder(whole, table, identity_modules, features).graph(calls)
 
 
 class _Tracer(fx.Tracer):
-    """Looks into every module but those that are known."""
+    """Trace into every module except those of known classes."""
 
     def __init__(self, known: tuple[type[nn.Module], ...]) -> None:
         super().__init__()
@@ -55,16 +55,16 @@ class _Tracer(fx.Tracer):
         return type(m) in self.known
 
 
-class _Walk:
-    """Through the calls of a forward, in their order."""
+class _GraphBuilder:
+    """Build a NIR graph from the calls of a forward, in their order."""
 
     def __init__(
-        self, net: nn.Module, table: Mapping[type[nn.Module], Any], through: tuple[type, ...], features: Any
+        self, net: nn.Module, table: Mapping[type[nn.Module], Any], identity_modules: tuple[type, ...], features: Any
     ) -> None:
-        self.net, self.table, self.through, self.features = net, table, through, features
+        self.net, self.table, self.identity_modules, self.features = net, table, identity_modules, features
         self.nodes: dict[str, nir.NIRNode] = {}
         self.edges: list[tuple[str, str]] = []
-        self.sources: dict[fx.Node, list[str]] = {}  # the nodes whose outputs add up to a value
+        self.sources: dict[fx.Node, list[str]] = {}  # the nodes whose outputs are summed in a value
         self.called: set[nn.Module] = set()
 
     def graph(self, calls: fx.Graph) -> nir.NIRGraph:
@@ -83,19 +83,19 @@ class _Walk:
             elif call.op == "output":
                 self.output(call)
             else:
-                what = call.target if isinstance(call.target, str) else getattr(call.target, "__name__", call.target)
+                target = call.target if isinstance(call.target, str) else getattr(call.target, "__name__", call.target)
                 raise ValueError(
-                    f"the forward does '{what}' ({call.format_node()}): a graph is made of modules and additions"
+                    f"the forward does '{target}' ({call.format_node()}): a graph is made of modules and additions"
                 )
         self.prune()
-        return in_order(self.nodes, self.edges)
+        return topologically_named(self.nodes, self.edges)
 
     def module(self, call: fx.Node) -> list[str]:
         module = self.net.get_submodule(str(call.target))
         if len(call.args) != 1 or call.kwargs:
             raise ValueError(f"'{call.target}' is called with more than one input, for which a graph has no place")
-        sources = self.of(call.args[0], str(call.target))
-        if type(module) in self.through:
+        sources = self.sources_of(call.args[0], str(call.target))
+        if type(module) in self.identity_modules:
             if isinstance(module, LeakyClamp):
                 self.check_clamp(str(call.target), sources)
             return sources
@@ -104,24 +104,24 @@ class _Walk:
                 f"'{call.target}' is called twice: both calls would share one state, in a graph each has its own"
             )
         self.called.add(module)
-        made = self.table[type(module)](module)
-        if not isinstance(made, nir.NIRNode):
-            raise TypeError(f"`more` must make a nir.NIRNode of {type(module).__name__}, got {type(made).__name__}")
-        self.nodes[call.name] = made
-        self.join(sources, call.name)
+        node = self.table[type(module)](module)
+        if not isinstance(node, nir.NIRNode):
+            raise TypeError(f"`more` must make a nir.NIRNode of {type(module).__name__}, got {type(node).__name__}")
+        self.nodes[call.name] = node
+        self.connect(sources, call.name)
         return [call.name]
 
     def addition(self, call: fx.Node) -> list[str]:
         if len(call.args) != 2 or call.kwargs:
             raise ValueError(f"an addition of two values was expected, got {call.format_node()}")
-        return [source for part in call.args for source in self.of(part, call.name)]
+        return [source for part in call.args for source in self.sources_of(part, call.name)]
 
-    def of(self, value: Any, target: str) -> list[str]:
+    def sources_of(self, value: Any, target: str) -> list[str]:
         if value not in self.sources:
             raise ValueError(f"what goes into '{target}' is not computed from the input: {value}")
         return self.sources[value]
 
-    def join(self, sources: list[str], target: str) -> None:
+    def connect(self, sources: list[str], target: str) -> None:
         if len(set(sources)) < len(sources):
             raise ValueError(
                 f"the same value goes into '{target}' twice, where a graph has one edge: scale a weight instead"
@@ -129,10 +129,10 @@ class _Walk:
         self.edges += [(source, target) for source in sources]
 
     def output(self, call: fx.Node) -> None:
-        """Readers take an output with one edge, so several are added up before it."""
+        """Add the output node, behind a sum of several sources: readers accept an output with one edge only."""
         if not isinstance(call.args[0], fx.Node):
             raise ValueError("the forward returns more than one value, where a graph has one output")  # noqa: TRY004
-        sources = self.of(call.args[0], "output")
+        sources = self.sources_of(call.args[0], "output")
         if sources == [self.entry]:
             raise ValueError("the forward returns its input: there is nothing to export")
         width = self.width(sources)
@@ -141,19 +141,19 @@ class _Walk:
             while total in self.nodes:
                 total += "_"
             self.nodes[total] = nir.Scale(scale=np.ones(tuple(width)))
-            self.join(sources, total)
+            self.connect(sources, total)
             sources = [total]
         self.nodes[call.name] = nir.Output(output_type=width)
-        self.join(sources, call.name)
+        self.connect(sources, call.name)
 
     def width(self, sources: list[str]) -> np.ndarray:
-        """Shape of what these nodes put out."""
+        """Return the output shape of these nodes."""
         known = next(source for source in sources if source != self.entry)
         (width,) = (self.nodes[known].output_type or {}).values()
         return np.array(width)
 
     def check_clamp(self, name: str, sources: list[str]) -> None:
-        """A clamp is the identity where nothing negative comes in, which only spikes promise."""
+        """Raise unless the input of a clamp is spikes: it is the identity for inputs that are never negative."""
         if not all(fires(self.nodes[source]) for source in sources):
             raise ValueError(
                 f"cannot export LeakyClamp '{name}': NIR has no function that bends at zero, so it can stand only directly "
@@ -161,15 +161,15 @@ class _Walk:
             )
 
     def prune(self) -> None:
-        """Drop what leads nowhere."""
+        """Remove nodes and edges that do not reach the output."""
         wanted = {name for name, node in self.nodes.items() if isinstance(node, nir.Output)}
         for source, target in reversed(self.edges):
             if target in wanted:
                 wanted.add(source)
         self.nodes = {name: node for name, node in self.nodes.items() if name in wanted or name == self.entry}
         self.edges = [edge for edge in self.edges if edge[1] in wanted]
-        # Whatever stands between rows and features is rows: the first that reads the input says what it takes.
-        takers = [self.nodes[target].input_type for source, target in self.edges if source == self.entry]
-        known = next((shape for shapes in takers for shape in (shapes or {}).values() if shape is not None), None)
+        # Dimensions between rows and features count as rows: take the input shape from the first consumer.
+        consumers = [self.nodes[target].input_type for source, target in self.edges if source == self.entry]
+        known = next((shape for shapes in consumers for shape in (shapes or {}).values() if shape is not None), None)
         if known is not None:
             self.nodes[self.entry] = nir.Input(input_type=np.array(known))

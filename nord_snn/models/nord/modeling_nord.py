@@ -26,9 +26,9 @@ from nord_snn._compat.transformers import (
     refuse_unknown_keywords,
     register_causal_lm,
 )
-from nord_snn.layers import MembraneReadout, MultiScaleTemporalEncoder, NordBlock, SpikeFedBlock
+from nord_snn.layers import MembraneReadout, MultiScaleTemporalEncoder, NordBlock, SequenceCache, SpikeFedBlock
 from nord_snn.models.nord.configuration_nord import NordConfig
-from nord_snn.neurons import AssociativeLIFNode, NeuronFactory, SmoothActivation, fire_from_rest, make_neuron
+from nord_snn.neurons import AssociativeLIFNode, DenseActivation, NeuronFactory, fire_from_rest, make_neuron
 
 __all__ = ["NordForCausalLM"]
 
@@ -95,7 +95,7 @@ class NordForCausalLM(CausalLM):
             backend=config.backend,
         )
         if config.dense:
-            neuron = SmoothActivation
+            neuron = DenseActivation
         width = config.hidden_size
         self.gradient_checkpointing = False  # transformers switches it on
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
@@ -113,7 +113,7 @@ class NordForCausalLM(CausalLM):
         self.readout = MembraneReadout(width, neuron=neuron)
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
-        self.keep_whole(self.blocks)
+        self.set_no_split_modules(self.blocks)
         self.post_init()
 
     @can_return_tuple
@@ -173,11 +173,8 @@ class NordForCausalLM(CausalLM):
             cache = DynamicCache(config=self.config)
         x = fire_from_rest(self.input_lif, self.encoder(embedded))  # [T, B, S, D]
         for index, block in enumerate(self.blocks):
-            through = partial(block, lengths=lengths)
-            if cache is not None:
-                remember = partial(cache.update, layer_idx=index)
-                through = partial(through, remember=remember, window=self.config.max_position_embeddings)
-            x = self.recompute(through, x) if self._recomputes() else through(x)
+            run = partial(block, cache=self._block_cache(cache, index, lengths))
+            x = self.recompute(run, x) if self._recomputes() else run(x)
         hidden = self.norm(self.readout(self.stream_norm(x)))  # [B, S, D]
         logits = self.lm_head(hidden[:, _kept(logits_to_keep, labels)])
         loss = None
@@ -243,6 +240,12 @@ class NordForCausalLM(CausalLM):
                 )
             inputs["attention_mask"] = mask[:, -(seen + inputs[given].shape[1]) :]
         return inputs
+
+    def _block_cache(self, cache: Cache | None, index: int, lengths: Tensor | None) -> SequenceCache:
+        """Return what one block needs of padding and earlier positions."""
+        if cache is None:
+            return SequenceCache(lengths)
+        return SequenceCache(lengths, partial(cache.update, layer_idx=index), self.config.max_position_embeddings)
 
     def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """What the encoder gets, ``[B, S, D]``, after a look at its shape."""

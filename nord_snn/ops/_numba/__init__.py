@@ -1,1 +1,1 @@
-"""What all Numba kernels share."""
+"""Code shared by all Numba kernels."""

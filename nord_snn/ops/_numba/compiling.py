@@ -1,4 +1,4 @@
-"""Compile kernels: cached on disk, and compiled again when their file or this folder changes."""
+"""Compile kernels with a cache on disk that is invalidated when their file or this folder changes."""
 
 import hashlib
 from collections.abc import Callable
@@ -12,7 +12,7 @@ __all__ = ["kernel", "parallel_kernel"]
 
 
 def _digest() -> str:
-    """What all kernels are made of beside their own file."""
+    """Return a hash of the code that all kernels share."""
     files = [*sorted(Path(__file__).parent.glob("*.py")), Path(compat.__file__)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
@@ -21,10 +21,10 @@ _STAMP = _digest()
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """Compile a function for one thread, without the GIL; a division by zero is what IEEE says."""
+    """Compile a single-threaded function that releases the GIL; a division by zero gives IEEE infinity or NaN."""
     return cached_njit(function, _STAMP, nogil=True, error_model="numpy")
 
 
 def parallel_kernel(function: Callable[..., Any]) -> Any:
-    """Compile a function whose ``prange`` loops run on several threads."""
+    """Compile a function whose ``prange`` loops use several threads."""
     return cached_njit(function, _STAMP, nogil=True, error_model="numpy", parallel=True)

@@ -1,4 +1,4 @@
-"""What the resonances of whole and of growing sequences share: spikes as bits, scores, the best keys, their mean value."""
+"""Code shared by resonance and cached resonance: pack spikes, compute scores, select keys, average values."""
 
 import numpy as np
 
@@ -21,119 +21,120 @@ from nord_snn.ops._numba.simd import (
 
 __all__ = ["pack", "penalize", "select_best", "softmax", "weighted_values"]
 
-_AHEAD = 8  # positions to fetch ahead: a head's neurons are short pieces of memory far apart, which no cache guesses
+#: Prefetch distance in positions: the strides are too large for the hardware prefetcher.
+_PREFETCH_POSITIONS = 8
 
 
 @kernel
 def pack(x, shape, b, h, width, bits, across, along):
-    """Spikes of one head as words, word w of position s at ``bits[w * across + s * along]``; true if all are 0 or 1."""
+    """Pack the spikes of a head: word w of position s at ``bits[w * across + s * along]``; return if all are 0 or 1."""
     T, B, S, D = shape
     zero, one = broadcast(x, 0), broadcast(x, 1)
-    strange = 0
+    non_binary = 0
     for s in range(S):
-        word, filled, w = 0, 0, 0
+        word, n_bits, w = 0, 0, 0
         for t in range(T):
             at = ((t * B + b) * S + s) * D + h * width
             for c in range(0, width, WIDTH):
-                prefetch(x, at + _AHEAD * D + c)
+                prefetch(x, at + _PREFETCH_POSITIONS * D + c)
                 spikes = masked_load(x, at + c, width - c)
-                fired = ne_mask(spikes, zero)
-                strange |= fired & ne_mask(spikes, one)
-                word |= fired << filled
-                filled += WIDTH
-                if filled == 64:
+                nonzero = ne_mask(spikes, zero)
+                non_binary |= nonzero & ne_mask(spikes, one)
+                word |= nonzero << n_bits
+                n_bits += WIDTH
+                if n_bits == 64:
                     bits[w * across + s * along] = word
-                    word, filled, w = 0, 0, w + 1
-        if filled:
+                    word, n_bits, w = 0, 0, w + 1
+        if n_bits:
             bits[w * across + s * along] = word
-    return strange == 0
+    return non_binary == 0
 
 
 @kernel
 def penalize(scores, i, keys, temperature, slope):
-    """From counts to scores, to the bit as the reference has them."""
+    """Turn counts into scores in place, bit for bit those of the reference."""
     per_count, per_step, zero = broadcast(scores, temperature), broadcast(scores, slope), broadcast(scores, 0)
     for j in range(0, keys, WIDTH):
-        before = broadcast(scores, i - j) - iota(scores)
-        penalty = per_step * maximum(before, zero - before)
+        distance = broadcast(scores, i - j) - iota(scores)
+        penalty = per_step * maximum(distance, zero - distance)
         store(scores, j, load(scores, j) * per_count - penalty)
 
 
 @kernel
-def select_best(scores, keys, top_k, most, order, kept):
-    """Write the positions of the best ``top_k`` of ``keys`` scores, ascending; among equals the most recent. How many."""
+def select_best(scores, keys, top_k, int_max, order, selected):
+    """Write the positions of the ``top_k`` best of ``keys`` scores, ascending, ties by recency; return their number."""
     if keys <= top_k:
         for j in range(keys):
-            kept[j] = j
+            selected[j] = j
         return keys
     patterns = as_integers(scores)
     for j in range(keys):
         pattern = np.int64(patterns[j])
-        ordered = pattern if pattern >= 0 else -(pattern & most)  # as the floats are ordered; -0 equals 0
-        order[j] = ordered if scores[j] == scores[j] else most  # NaN is best, as to torch.topk
+        ordered = pattern if pattern >= 0 else -(pattern & int_max)  # the order of the floats; -0 equals 0
+        order[j] = ordered if scores[j] == scores[j] else int_max  # NaN is largest, as in torch.topk
     low = high = order[0]
     for j in range(keys):
         low, high = min(low, order[j]), max(high, order[j])
-    while low < high:  # at least top_k are as good as low, fewer are better than high
+    while low < high:  # at least top_k are >= low, fewer than top_k are > high
         middle = (low | high) - ((low ^ high) >> 1)
-        better = 0
+        n_reached = 0
         for j in range(keys):
-            better += order[j] >= middle
-        if better >= top_k:
+            n_reached += order[j] >= middle
+        if n_reached >= top_k:
             low = middle
         else:
             high = middle - 1
-        if better == top_k:
+        if n_reached == top_k:
             break
     above = 0
     for j in range(keys):
         above += order[j] > low
-    # Where the bisection ended early, exactly top_k are as good as ``low`` and none of them is to be left out.
-    oldest, room = keys, top_k - above
-    while room > 0:
+    # If the bisection ended early, exactly top_k are >= ``low``, and all of them are selected.
+    oldest, n_tied = keys, top_k - above
+    while n_tied > 0:
         oldest -= 1
-        room -= order[oldest] == low
+        n_tied -= order[oldest] == low
     n = 0
     for j in range(keys):
-        kept[n] = j
+        selected[n] = j
         n += (order[j] > low) | ((order[j] == low) & (j >= oldest))
     return top_k
 
 
 @kernel
-def softmax(scores, kept, n, weights):
-    """Softmax over the kept scores."""
-    best = scores[kept[0]]
+def softmax(scores, selected, n, weights):
+    """Write the softmax over the selected scores."""
+    best = scores[selected[0]]
     for m in range(1, n):
-        best = max(best, scores[kept[m]])
+        best = max(best, scores[selected[m]])
     for m in range(n):
-        weights[m] = np.exp(scores[kept[m]] - best)
+        weights[m] = np.exp(scores[selected[m]] - best)
     sums = broadcast(weights, 0)
     for m in range(0, n, WIDTH):
         sums = sums + masked_load(weights, m, n - m)
-    share = broadcast(weights, 1) / broadcast(weights, reduce_sum(sums))
+    scale = broadcast(weights, 1) / broadcast(weights, reduce_sum(sums))
     for m in range(0, n, WIDTH):
-        masked_store(weights, m, n - m, masked_load(weights, m, n - m) * share)
+        masked_store(weights, m, n - m, masked_load(weights, m, n - m) * scale)
 
 
 @kernel
-def weighted_sum(rows, at, stride, count, kept, weights, n):
-    """The weighted sum of the kept rows, of WIDTH columns; four sums, since one would wait for itself."""
+def weighted_sum(rows, at, stride, count, selected, weights, n):
+    """Return the weighted sum of the selected rows, WIDTH columns; four accumulators hide the latency of the FMA."""
     a, b, c, d = broadcast(rows, 0), broadcast(rows, 0), broadcast(rows, 0), broadcast(rows, 0)
-    fours = n - n % 4
-    for m in range(0, fours, 4):
-        a = fused(broadcast(rows, weights[m]), masked_load(rows, at + kept[m] * stride, count), a)
-        b = fused(broadcast(rows, weights[m + 1]), masked_load(rows, at + kept[m + 1] * stride, count), b)
-        c = fused(broadcast(rows, weights[m + 2]), masked_load(rows, at + kept[m + 2] * stride, count), c)
-        d = fused(broadcast(rows, weights[m + 3]), masked_load(rows, at + kept[m + 3] * stride, count), d)
-    for m in range(fours, n):
-        a = fused(broadcast(rows, weights[m]), masked_load(rows, at + kept[m] * stride, count), a)
+    n_unrolled = n - n % 4
+    for m in range(0, n_unrolled, 4):
+        a = fused(broadcast(rows, weights[m]), masked_load(rows, at + selected[m] * stride, count), a)
+        b = fused(broadcast(rows, weights[m + 1]), masked_load(rows, at + selected[m + 1] * stride, count), b)
+        c = fused(broadcast(rows, weights[m + 2]), masked_load(rows, at + selected[m + 2] * stride, count), c)
+        d = fused(broadcast(rows, weights[m + 3]), masked_load(rows, at + selected[m + 3] * stride, count), d)
+    for m in range(n_unrolled, n):
+        a = fused(broadcast(rows, weights[m]), masked_load(rows, at + selected[m] * stride, count), a)
     return (a + b) + (c + d)
 
 
 @kernel
-def weighted_values(v, at, n_features, width, kept, weights, n, context, to):
-    """The weighted sum of the kept values of one head."""
+def weighted_values(v, at, n_features, width, selected, weights, n, context, to):
+    """Write the weighted sum of the selected values of one head."""
     for c in range(0, width, WIDTH):
-        mixed = weighted_sum(v, at + c, n_features, width - c, kept, weights, n)
-        masked_store(context, to + c, width - c, mixed)
+        value = weighted_sum(v, at + c, n_features, width - c, selected, weights, n)
+        masked_store(context, to + c, width - c, value)

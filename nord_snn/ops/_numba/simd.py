@@ -1,12 +1,12 @@
-"""Sixteen numbers at a time in Numba kernels: vectors that LLVM keeps in registers, and pointers that cost nothing to pass.
+"""Explicit SIMD in Numba kernels: vectors of sixteen numbers in registers, and raw pointers.
 
-Numba leaves it to LLVM to find what can be done sixteen at a time, and LLVM gives up where arrays might overlap or a loop is
-short. And an array that is passed to another compiled function has its reference count raised and lowered, by atomic
-instructions that all threads contend for: in a function called for every row these cost more than the row's arithmetic.
-With :func:`pointer`, :func:`load` and :func:`store` neither happens.
+Numba leaves vectorisation to LLVM, which gives up if arrays might overlap or a loop is short. Passing an array to
+another compiled function increments and decrements its reference count with atomic instructions, for which all threads
+contend: in a function called for every row they take longer than the arithmetic of the row. :func:`pointer`,
+:func:`load` and :func:`store` avoid both.
 
-Nothing here is checked: an index must lie inside, and the array must outlive its pointer. Arithmetic is as written, without
-fused multiply-adds, but in :func:`fused`.
+Nothing is checked: indices must be in bounds, and the array must outlive its pointer. Arithmetic is as written, without
+fused multiply-adds, except in :func:`fused`.
 """
 
 import operator
@@ -41,14 +41,14 @@ __all__ = [
     "where",
 ]
 
-#: Numbers in one vector: a whole cache line of float32. Where registers are shorter, LLVM takes several.
+#: Lanes of a vector: one cache line of float32. If registers are shorter, LLVM uses several.
 WIDTH = 16
 
 _I32 = ir.IntType(32)
 
 
 class Lanes(types.Type):
-    """``WIDTH`` numbers of one dtype, a value like a number."""
+    """Numba type of a vector of ``WIDTH`` numbers of one dtype."""
 
     def __init__(self, dtype: types.Type) -> None:
         self.dtype = dtype
@@ -65,17 +65,17 @@ def _vector(context: Any, dtype: types.Type) -> ir.VectorType:
     return ir.VectorType(context.get_value_type(dtype), WIDTH)
 
 
-def _all(builder: Any, number: Any) -> Any:
-    """The vector of ``WIDTH`` times the same number."""
-    nothing = ir.Constant(ir.VectorType(number.type, WIDTH), ir.Undefined)
-    first = builder.insert_element(nothing, number, _I32(0))
-    return builder.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(_I32, WIDTH), [0] * WIDTH))
+def _broadcast(builder: Any, number: Any) -> Any:
+    """Return a vector with ``number`` in all lanes."""
+    undefined = ir.Constant(ir.VectorType(number.type, WIDTH), ir.Undefined)
+    first = builder.insert_element(undefined, number, _I32(0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_I32, WIDTH), [0] * WIDTH))
 
 
-def _first(builder: Any, count: Any) -> Any:
-    """Which lanes are among the first ``count``."""
+def _lane_mask(builder: Any, count: Any) -> Any:
+    """Return a mask of the first ``count`` lanes."""
     numbers = ir.Constant(ir.VectorType(_I32, WIDTH), list(range(WIDTH)))
-    return builder.icmp_signed("<", numbers, _all(builder, builder.trunc(count, _I32)))
+    return builder.icmp_signed("<", numbers, _broadcast(builder, builder.trunc(count, _I32)))
 
 
 def _masked(builder: Any, name: str, vector: ir.VectorType, result: Any, *operands: Any) -> Any:
@@ -86,7 +86,7 @@ def _masked(builder: Any, name: str, vector: ir.VectorType, result: Any, *operan
 
 @intrinsic
 def pointer(typing, array):
-    """Where the elements of a contiguous array begin."""
+    """Return a pointer to the elements of a contiguous array."""
 
     def generate(context, builder, signature, arguments):
         return data_pointer(context, builder, signature.args[0], arguments[0])
@@ -96,7 +96,7 @@ def pointer(typing, array):
 
 @intrinsic
 def as_pointer(typing, address, like):
-    """A pointer to numbers of the type of ``like`` that begin at this address."""
+    """Return an address as a pointer to numbers of the type of ``like``."""
 
     def generate(context, builder, signature, arguments):
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
@@ -106,7 +106,7 @@ def as_pointer(typing, address, like):
 
 @intrinsic
 def advance(typing, source, index):
-    """A pointer to ``source[index:]``."""
+    """Return a pointer to ``source[index:]``."""
 
     def generate(context, builder, signature, arguments):
         return builder.gep(arguments[0], arguments[1:])
@@ -116,7 +116,7 @@ def advance(typing, source, index):
 
 @intrinsic
 def prefetch(typing, source, index):
-    """Fetch the cache line of ``source[index]`` while something else is computed."""
+    """Prefetch the cache line of ``source[index]``."""
 
     def generate(context, builder, signature, arguments):
         where = builder.bitcast(builder.gep(arguments[0], arguments[1:]), pointer_type(ir.IntType(8)))
@@ -126,18 +126,20 @@ def prefetch(typing, source, index):
     return types.void(source, types.intp), generate
 
 
-def _at(context: Any, builder: Any, dtype: types.Type, begin: Any, index: Any) -> tuple[Any, ir.VectorType, int]:
-    """Where a vector begins, its type, and its alignment: that of a single number."""
+def _vector_pointer(
+    context: Any, builder: Any, dtype: types.Type, begin: Any, index: Any
+) -> tuple[Any, ir.VectorType, int]:
+    """Return a pointer to the vector at ``index``, its type, and its alignment, which is that of a single number."""
     vector = _vector(context, dtype)
     return builder.bitcast(builder.gep(begin, [index]), pointer_type(vector)), vector, dtype.bitwidth // 8
 
 
 @intrinsic
 def load(typing, source, index):
-    """``source[index : index + WIDTH]``."""
+    """Return ``source[index : index + WIDTH]``."""
 
     def generate(context, builder, signature, arguments):
-        where, _, align = _at(context, builder, source.dtype, *arguments)
+        where, _, align = _vector_pointer(context, builder, source.dtype, *arguments)
         return builder.load(where, align=align)
 
     return Lanes(source.dtype)(source, types.intp), generate
@@ -145,10 +147,10 @@ def load(typing, source, index):
 
 @intrinsic
 def masked_load(typing, source, index, count):
-    """The same, but only the first ``count`` are read, where there are fewer than ``WIDTH``; the others are 0."""
+    """Return ``source[index : index + WIDTH]``, but read only the first ``count`` lanes; the others are 0."""
 
     def generate(context, builder, signature, arguments):
-        where, vector, align = _at(context, builder, source.dtype, *arguments[:2])
+        where, vector, align = _vector_pointer(context, builder, source.dtype, *arguments[:2])
         count = arguments[2]
         loaded = stack_slot(builder, vector)
         with builder.if_else(builder.icmp_signed(">=", count, count.type(WIDTH)), likely=True) as (whole, part):
@@ -156,8 +158,8 @@ def masked_load(typing, source, index, count):
                 builder.store(builder.load(where, align=align), loaded)
             with part:
                 zeros = ir.Constant(vector, [0.0] * WIDTH)
-                some = _masked(builder, "load", vector, vector, where, _I32(align), _first(builder, count), zeros)
-                builder.store(some, loaded)
+                masked = _masked(builder, "load", vector, vector, where, _I32(align), _lane_mask(builder, count), zeros)
+                builder.store(masked, loaded)
         return builder.load(loaded)
 
     return Lanes(source.dtype)(source, types.intp, types.intp), generate
@@ -165,10 +167,10 @@ def masked_load(typing, source, index, count):
 
 @intrinsic
 def store(typing, target, index, lanes):
-    """``target[index : index + WIDTH] = lanes``."""
+    """Set ``target[index : index + WIDTH] = lanes``."""
 
     def generate(context, builder, signature, arguments):
-        where, _, align = _at(context, builder, target.dtype, *arguments[:2])
+        where, _, align = _vector_pointer(context, builder, target.dtype, *arguments[:2])
         builder.store(arguments[2], where, align=align)
         return context.get_dummy_value()
 
@@ -177,16 +179,16 @@ def store(typing, target, index, lanes):
 
 @intrinsic
 def masked_store(typing, target, index, count, lanes):
-    """The same, but only the first ``count`` are written, where there are fewer than ``WIDTH``."""
+    """Set ``target[index : index + WIDTH] = lanes``, but write only the first ``count`` lanes."""
 
     def generate(context, builder, signature, arguments):
-        where, vector, align = _at(context, builder, target.dtype, *arguments[:2])
+        where, vector, align = _vector_pointer(context, builder, target.dtype, *arguments[:2])
         count, value = arguments[2:]
         with builder.if_else(builder.icmp_signed(">=", count, count.type(WIDTH)), likely=True) as (whole, part):
             with whole:
                 builder.store(value, where, align=align)
             with part:
-                _masked(builder, "store", vector, ir.VoidType(), value, where, _I32(align), _first(builder, count))
+                _masked(builder, "store", vector, ir.VoidType(), value, where, _I32(align), _lane_mask(builder, count))
         return context.get_dummy_value()
 
     return types.void(target, types.intp, types.intp, lanes), generate
@@ -194,21 +196,21 @@ def masked_store(typing, target, index, count, lanes):
 
 @intrinsic
 def broadcast(typing, like, number):
-    """``WIDTH`` times the same number, in the dtype that the pointer ``like`` points to."""
+    """Return a vector with ``number`` in all lanes, in the dtype that the pointer ``like`` points to."""
 
     def generate(context, builder, signature, arguments):
-        return _all(builder, context.cast(builder, arguments[1], signature.args[1], like.dtype))
+        return _broadcast(builder, context.cast(builder, arguments[1], signature.args[1], like.dtype))
 
     return Lanes(like.dtype)(like, number), generate
 
 
 @intrinsic
 def reduce_sum(typing, lanes):
-    """The sum of all lanes, as a number."""
+    """Return the sum of all lanes."""
 
     def generate(context, builder, signature, arguments):
         result, lanes_left = arguments[0], WIDTH
-        while lanes_left > 1:  # halves upon each other
+        while lanes_left > 1:  # add the upper half to the lower half
             lanes_left //= 2
             first, second = (
                 ir.Constant(ir.VectorType(_I32, lanes_left), list(range(start, start + lanes_left)))
@@ -224,7 +226,7 @@ def reduce_sum(typing, lanes):
 
 @intrinsic
 def ge_mask(typing, a, b):
-    """An integer with one bit for each lane, set where ``a >= b``: not where one is NaN."""
+    """Return an integer with one bit per lane, set where ``a >= b``; not set where one is NaN."""
 
     def generate(context, builder, signature, arguments):
         return builder.bitcast(builder.fcmp_ordered(">=", *arguments), ir.IntType(WIDTH))
@@ -234,7 +236,7 @@ def ge_mask(typing, a, b):
 
 @intrinsic
 def where(typing, bits, yes, no):
-    """``yes`` in the lanes whose bit is set, and ``no`` in the others."""
+    """Return ``yes`` in the lanes whose bit is set, else ``no``."""
 
     def generate(context, builder, signature, arguments):
         bits, yes, no = arguments
@@ -246,7 +248,7 @@ def where(typing, bits, yes, no):
 
 @intrinsic
 def maximum(typing, a, b):
-    """The larger of each two; ``b`` where one is NaN."""
+    """Return the larger of ``a`` and ``b`` per lane; ``b`` where one is NaN."""
 
     def generate(context, builder, signature, arguments):
         a, b = arguments
@@ -257,7 +259,7 @@ def maximum(typing, a, b):
 
 @intrinsic
 def fused(typing, a, b, c):
-    """``a * b + c``, rounded once where the machine can."""
+    """Return ``a * b + c``, rounded once if the hardware has fused multiply-adds."""
 
     def generate(context, builder, signature, arguments):
         vector = _vector(context, a.dtype)
@@ -268,7 +270,7 @@ def fused(typing, a, b, c):
 
 @intrinsic
 def iota(typing, like):
-    """``0, 1, 2, ...`` in the dtype that the pointer ``like`` points to."""
+    """Return ``0, 1, 2, ...`` in the dtype that the pointer ``like`` points to."""
 
     def generate(context, builder, signature, arguments):
         return ir.Constant(_vector(context, like.dtype), [float(lane) for lane in range(WIDTH)])
@@ -278,7 +280,7 @@ def iota(typing, like):
 
 @intrinsic
 def ne_mask(typing, a, b):
-    """An integer with one bit for each lane, set where a and b differ or one is NaN."""
+    """Return an integer with one bit per lane, set where a and b differ or one is NaN."""
 
     def generate(context, builder, signature, arguments):
         bits = builder.bitcast(builder.fcmp_unordered("!=", *arguments), ir.IntType(WIDTH))
@@ -289,7 +291,7 @@ def ne_mask(typing, a, b):
 
 @intrinsic
 def count_bits(typing, integer):
-    """How many bits of an int64 are set."""
+    """Return the number of set bits of an int64."""
 
     def generate(context, builder, signature, arguments):
         return builder.ctpop(arguments[0])
@@ -299,7 +301,7 @@ def count_bits(typing, integer):
 
 @intrinsic
 def as_integers(typing, source):
-    """A pointer to the same bits, read as integers of the same length."""
+    """Return ``source`` as a pointer to integers of the same size."""
     kind = types.CPointer({32: types.int32, 64: types.int64}[source.dtype.bitwidth])
 
     def generate(context, builder, signature, arguments):
@@ -308,11 +310,11 @@ def as_integers(typing, source):
     return kind(source), generate
 
 
-def _lane_by_lane(symbol: Callable[..., Any], instruction: str) -> None:
-    """Let an operator of Python work on lanes."""
+def _vectorize_operator(symbol: Callable[..., Any], instruction: str) -> None:
+    """Define a Python operator on vectors as an LLVM instruction."""
 
     @intrinsic
-    def both(typing, a, b):
+    def apply(typing, a, b):
         def generate(context, builder, signature, arguments):
             return getattr(builder, instruction)(*arguments)
 
@@ -320,10 +322,10 @@ def _lane_by_lane(symbol: Callable[..., Any], instruction: str) -> None:
 
     @overload(symbol)
     def operation(a, b):
-        return (lambda a, b: both(a, b)) if isinstance(a, Lanes) and isinstance(b, Lanes) else None
+        return (lambda a, b: apply(a, b)) if isinstance(a, Lanes) and isinstance(b, Lanes) else None
 
 
-_lane_by_lane(operator.add, "fadd")
-_lane_by_lane(operator.sub, "fsub")
-_lane_by_lane(operator.mul, "fmul")
-_lane_by_lane(operator.truediv, "fdiv")
+_vectorize_operator(operator.add, "fadd")
+_vectorize_operator(operator.sub, "fsub")
+_vectorize_operator(operator.mul, "fmul")
+_vectorize_operator(operator.truediv, "fdiv")

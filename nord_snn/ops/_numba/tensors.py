@@ -1,4 +1,4 @@
-"""How tensors reach a Numba kernel: by their addresses, which cost nothing to pass where an array costs microseconds."""
+"""Pass tensors to Numba kernels as addresses, which costs nothing; converting to an array costs microseconds."""
 
 from typing import Any
 
@@ -8,15 +8,16 @@ from torch import Tensor
 
 __all__ = ["NUMPY_TYPES", "as_contiguous", "data_pointer"]
 
-#: What a kernel computes in. By a number of that type it knows what lies at an address.
+#: NumPy scalar type for each dtype that kernels compute in. Kernels get raw addresses; a scalar of this type gives
+#: Numba the element type.
 NUMPY_TYPES: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 def as_contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` in this dtype and contiguous; itself, where it is. The caller keeps it while a kernel works with its address.
+    """Return ``x`` if it is contiguous and of this dtype, else a copy; the caller must keep it while a kernel uses it.
 
     Raises:
-        ValueError: it lies elsewhere than on the CPU, where its address means nothing.
+        ValueError: ``x`` is not on the CPU.
     """
     if not x.is_cpu:
         raise ValueError(f"expected all tensors on the device of the input, the CPU, got one on {x.device}")
@@ -24,5 +25,5 @@ def as_contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def data_pointer(x: Tensor | None) -> int:
-    """Where the elements of a contiguous tensor begin; 0 for none."""
+    """Return the address of the elements of a contiguous tensor; 0 for None."""
     return 0 if x is None else x.data_ptr()

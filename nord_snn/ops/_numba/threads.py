@@ -1,4 +1,4 @@
-"""Numba's threads, as many as torch may use: what every CPU kernel runs in."""
+"""Run CPU kernels with as many Numba threads as torch uses."""
 
 import threading
 from collections.abc import Iterator
@@ -9,22 +9,22 @@ import torch
 
 __all__ = ["as_many_threads_as_torch"]
 
-#: Not every thread pool of Numba takes two callers at a time.
-_one_caller = threading.Lock()
+#: Not all thread pools of Numba are safe for two concurrent callers.
+_caller_lock = threading.Lock()
 
 
 @contextmanager
 def as_many_threads_as_torch() -> Iterator[int]:
-    """Let Numba's parallel loops use as many threads as torch, one caller at a time; gives that number.
+    """Set the number of threads of Numba's parallel loops to that of torch, one caller at a time; yield the number.
 
-    Numba may share its OpenMP library with torch, and sets the number of threads there when it starts its own: that is
-    put back.
+    Numba may share the OpenMP library with torch, and changes its number of threads when it starts its own threads. The
+    number of torch threads is restored.
     """
-    wanted = torch.get_num_threads()
-    with _one_caller:
-        numba.set_num_threads(min(wanted, numba.config.NUMBA_NUM_THREADS))
+    n_torch_threads = torch.get_num_threads()
+    with _caller_lock:
+        numba.set_num_threads(min(n_torch_threads, numba.config.NUMBA_NUM_THREADS))
         try:
             yield numba.get_num_threads()
         finally:
-            if torch.get_num_threads() != wanted:
-                torch.set_num_threads(wanted)
+            if torch.get_num_threads() != n_torch_threads:
+                torch.set_num_threads(n_torch_threads)

@@ -1,4 +1,4 @@
-"""The resonance of new positions with cached ones on the CPU, which counts on the bits as they are stored."""
+"""Resonance of new positions with cached keys on the CPU; coincidences are counted on the packed bits."""
 
 import numpy as np
 import torch
@@ -24,10 +24,10 @@ _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 @kernel
 def _forward_heads(
-    first, last, q, shape, keys, n_all, values, of_v, temperature, recency, has_recency, starts, window, n_heads, top_k, most,
-    words, bits, counts, scores, kept, weights, context,
+    first, last, q, shape, keys, n_all, values, v_head_dim, temperature, recency, has_recency, starts, window,
+    n_heads, top_k, int_max, words, bits, counts, scores, selected, weights, context,
 ):  # fmt: skip
-    """Heads ``first`` to ``last`` for the last S positions of ``n_all``; of a sequence nothing before its start is seen."""
+    """Compute heads ``first`` to ``last`` for the last S of ``n_all`` positions; keys before ``starts`` are masked."""
     _, _, S, D = shape
     width = D // n_heads
     for head in range(first, last):
@@ -35,39 +35,44 @@ def _forward_heads(
         pack(q, shape, b, h, width, bits, 1, words)
         slope = recency[h] if has_recency else temperature * 0
         for row in range(S):
-            i, to = n_all - S + row, ((b * S + row) * n_heads + h) * of_v
+            i, out = n_all - S + row, ((b * S + row) * n_heads + h) * v_head_dim
             oldest = max(starts[b], i - window + 1)
-            seen = i + 1 - oldest
-            for j in range(seen):
+            n_visible = i + 1 - oldest
+            for j in range(n_visible):
                 counts[j] = 0
                 for w in range(words):
                     counts[j] += count_bits(bits[row * words + w] & keys[(head * n_all + oldest + j) * words + w])
                 scores[j] = counts[j]
-            if seen > 0:
-                penalize(scores, i - oldest, seen, temperature, slope)
-                n = select_best(scores, seen, top_k, most, counts, kept)
-                softmax(scores, kept, n, weights)
-                weighted_values(values, (head * n_all + oldest) * of_v, of_v, of_v, kept, weights, n, context, to)
+            if n_visible > 0:
+                penalize(scores, i - oldest, n_visible, temperature, slope)
+                n = select_best(scores, n_visible, top_k, int_max, counts, selected)
+                softmax(scores, selected, n, weights)
+                weighted_values(
+                    values, (head * n_all + oldest) * v_head_dim, v_head_dim, v_head_dim, selected, weights, n, context,
+                    out
+                )  # fmt: skip
             else:
-                for c in range(of_v):
-                    context[to + c] = 0
+                for c in range(v_head_dim):
+                    context[out + c] = 0
 
 
 @parallel_kernel
 def _forward(
-    like, chunks, q, T, B, S, D, keys, n_all, values, of_v, temperature, recency, starts, window, n_heads, top_k, most, words,
-    bits, counts, scores, kept, weights, context,
+    like, chunks, q, T, B, S, D, keys, n_all, values, v_head_dim, temperature, recency, starts, window, n_heads,
+    top_k, int_max, words, bits, counts, scores, selected, weights, context,
 ):  # fmt: skip
-    """Tensors are addresses; ``recency`` is 0 where there is none."""
-    heads, long, short = B * n_heads, np.int64(0), np.int32(0)
+    """Run chunks of heads in parallel; tensors are addresses, 0 for a ``recency`` of None."""
+    heads, like_int64, like_int32 = B * n_heads, np.int64(0), np.int32(0)
     for c in prange(chunks):
         _forward_heads(
-            c * heads // chunks, (c + 1) * heads // chunks, as_pointer(q, like), (T, B, S, D), as_pointer(keys, long),
-            n_all, as_pointer(values, like), of_v, temperature, as_pointer(recency, like), recency != 0,
-            as_pointer(starts, long), window, n_heads, top_k, most, words, advance(as_pointer(bits, long), c * S * words),
-            advance(as_pointer(counts, long), c * n_all), advance(as_pointer(scores, like), c * (n_all + WIDTH)),
-            advance(as_pointer(kept, short), c * (top_k + 1)), advance(as_pointer(weights, like), c * (top_k + 1)),
-            as_pointer(context, like),
+            c * heads // chunks, (c + 1) * heads // chunks, as_pointer(q, like), (T, B, S, D),
+            as_pointer(keys, like_int64), n_all, as_pointer(values, like), v_head_dim, temperature,
+            as_pointer(recency, like), recency != 0, as_pointer(starts, like_int64), window, n_heads, top_k, int_max,
+            words, advance(as_pointer(bits, like_int64), c * S * words),
+            advance(as_pointer(counts, like_int64), c * n_all),
+            advance(as_pointer(scores, like), c * (n_all + WIDTH)),
+            advance(as_pointer(selected, like_int32), c * (top_k + 1)),
+            advance(as_pointer(weights, like), c * (top_k + 1)), as_pointer(context, like),
         )  # fmt: skip
 
 
@@ -81,14 +86,14 @@ def forward(
     lengths: Tensor | None,
     window: int,
 ) -> Tensor:
-    """Context of the last positions from keys that are bits; the arguments are those of ``resonance_cached``."""
-    dtype, wanted = compute_dtype(values), values.dtype
-    number = NUMPY_TYPES[dtype]
+    """Return the context of the last positions from packed keys; the arguments are those of ``resonance_cached``."""
+    dtype, out_dtype = compute_dtype(values), values.dtype
+    scalar_type = NUMPY_TYPES[dtype]
     T, B, S, D = q.shape
     H, n_all, n_bytes = keys.shape[1:]
     words, top_k = n_bytes // 8, min(top_k, n_all)
-    of_v = values.shape[3]
-    context = torch.empty(B, S, H * of_v, dtype=dtype)
+    v_head_dim = values.shape[3]
+    context = torch.empty(B, S, H * v_head_dim, dtype=dtype)
     starts = torch.zeros(B, dtype=torch.int64) if lengths is None else (n_all - lengths).clamp(min=0)
     q, keys, values, starts = (
         as_contiguous(q, dtype),
@@ -107,7 +112,7 @@ def forward(
             torch.empty(chunks, top_k + 1, dtype=dtype),
         )
         _forward(
-            number(0),
+            scalar_type(0),
             chunks,
             data_pointer(q),
             T,
@@ -117,8 +122,8 @@ def forward(
             data_pointer(keys),
             n_all,
             data_pointer(values),
-            of_v,
-            number(float(temperature)),
+            v_head_dim,
+            scalar_type(float(temperature)),
             data_pointer(slopes),
             data_pointer(starts),
             min(window, n_all),
@@ -129,4 +134,4 @@ def forward(
             *map(data_pointer, scratch),
             data_pointer(context),
         )
-    return context.to(wanted)
+    return context.to(out_dtype)

@@ -1,7 +1,7 @@
-"""The resonance of a few new positions with many that were seen before, whose key spikes are kept as bits.
+"""Resonance of new positions with cached keys, which are stored as bits.
 
-Keys that were counted once never change, so a sequence that grows token by token only counts what is new. Spikes are packed
-eight to a byte: for T = 10 steps and 64 neurons a head, 80 bytes take the place of 2,560.
+Cached keys never change, so for a sequence that grows token by token only the new positions are computed. Spikes are
+packed eight per byte: for T = 10 steps and 64 neurons per head, 80 bytes instead of 2,560.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nord_snn.ops.cached_resonance.packing import BITS, STEP, WORD, check_spikes
 from nord_snn.ops.checks import check_heads, check_scalar, compute_dtype, without_autocast
-from nord_snn.ops.dispatch import Call, backend_selector, register_backends
+from nord_snn.ops.dispatch import CallSignature, backend_selector, register_backends
 from nord_snn.ops.registration import Kernel, register_op_without_gradient
 
 __all__ = ["IMPLEMENTATIONS", "resonance_cached"]
@@ -33,32 +33,33 @@ def resonance_cached(
     backend: str = "auto",
     trusted: bool = False,
 ) -> Tensor:
-    """The causal :func:`nord_snn.ops.resonance` for the last positions alone, the keys being bits.
+    """Return the causal :func:`nord_snn.ops.resonance` of the last positions only, with packed keys.
 
-    The same counts, scores and kept keys as without a cache, ties included. It has no gradient.
+    Counts, scores and selected keys are the same as without a cache, ties included. There is no gradient.
 
     Args:
         q: query spikes ``[T, B, S, D]`` of the last S positions, zeros and ones.
-        keys: key spikes of all ``S_all >= S`` positions, ``[B, H, S_all, bytes]`` as :func:`pack_spikes` gives them; or, for a
-            network without spikes, numbers ``[B, H, S_all, T * D/H]``, on the backend ``"torch"`` alone.
+        keys: key spikes of all ``S_all >= S`` positions, ``[B, H, S_all, bytes]`` from :func:`pack_spikes`; or, for a
+            network without spikes, floating ``[B, H, S_all, T * D/H]``, which always run on the backend ``"torch"``.
         values: ``[B, H, S_all, V/H]``, V any multiple of H.
-        top_k: keys kept per query, at least 1.
+        top_k: keys selected per query, at least 1.
         temperature: a float, or a tensor of one element.
-        recency: slope per head ``[H]`` and position, or None.
-        lengths: how many positions of each sequence, counted from the last, are tokens, integers ``[B]``; what stands
-            before is padding that nobody sees. None for all.
-        window: a query sees itself and so many less one before it; None for all.
+        recency: penalty per position of distance, for each head ``[H]``, or None.
+        lengths: number of tokens of each sequence, counted from the last position, integers ``[B]``; earlier positions
+            are padding and are masked. None for no padding.
+        window: number of keys that a query sees: itself and the ``window - 1`` before it. None for all.
         backend: ``"auto"``, ``"torch"`` or ``"numba"``; see :mod:`nord_snn.ops.dispatch`.
-        trusted: do not look whether q holds only zeros and ones.
+        trusted: skip the check that q holds only zeros and ones.
 
     Returns:
         ``[B, S, V]`` in the dtype of ``values``; 0 where a query is padding.
 
     Raises:
-        ValueError: a shape or dtype does not fit, ``top_k`` or ``window`` is not positive, or q is not made of zeros and ones.
-        RuntimeError: a gradient is asked for, or the backend asked for cannot run.
+        ValueError: a shape or dtype is wrong, ``top_k`` or ``window`` is not positive, or q is not made of zeros and
+            ones.
+        RuntimeError: a gradient is required, or the requested backend cannot run.
 
-    Source: the Nord spiking language model; keys and values kept as in transformers' decoders.
+    Source: the Nord spiking language model; keys and values cached as in transformer decoders.
 
     Example:
         >>> from nord_snn.ops import pack_spikes
@@ -75,11 +76,11 @@ def resonance_cached(
         raise RuntimeError(
             "resonance_cached has no gradient: call it, or the model with its cache, under torch.no_grad()"
         )
-    numbers = keys.is_floating_point()
-    if not trusted and not numbers:
+    real_keys = keys.is_floating_point()
+    if not trusted and not real_keys:
         check_spikes(q)
     lengths = None if lengths is None else lengths.long()
-    name = "torch" if numbers else _choose(backend, Call(values.device.type, values.dtype, values.shape[-1]))
+    name = "torch" if real_keys else _choose(backend, CallSignature(values.device.type, values.dtype, values.shape[-1]))
     window = keys.shape[2] if window is None else window
     dtype = compute_dtype(values)
     if not isinstance(temperature, Tensor):
@@ -87,7 +88,7 @@ def resonance_cached(
     return _run(q, keys, values, top_k, temperature.to(dtype).reshape(()), recency, lengths, window, name)
 
 
-def _cached(
+def _forward(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -102,7 +103,7 @@ def _cached(
         return IMPLEMENTATIONS[backend].kernel().forward(q, keys, values, top_k, temperature, recency, lengths, window)
 
 
-def _cached_fake(q: Tensor, keys: Tensor, values: Tensor, *arguments: Any) -> Tensor:
+def _forward_fake(q: Tensor, keys: Tensor, values: Tensor, *arguments: Any) -> Tensor:
     return values.new_empty(q.shape[1], q.shape[2], values.shape[1] * values.shape[3])
 
 
@@ -143,4 +144,4 @@ def _check(
         raise ValueError(f"lengths must be integers [B] = [{B}], got {list(lengths.shape)} of {lengths.dtype}")
 
 
-_run = register_op_without_gradient("resonance_cached", Kernel(_cached, _cached_fake))
+_run = register_op_without_gradient("resonance_cached", Kernel(_forward, _forward_fake))

@@ -1,4 +1,4 @@
-"""The resonance of new positions with cached ones in plain PyTorch: the bits unpacked, then as without a cache."""
+"""Resonance of new positions with cached keys in plain PyTorch: unpack the bits, then compute as without a cache."""
 
 import torch
 from torch import Tensor
@@ -30,10 +30,10 @@ def forward(
     counts = queries @ keys.to(dtype).mT
     scores = resonance_scores(counts, temperature, None if recency is None else recency.to(dtype), causal=True)
     position = torch.arange(n_all, device=q.device)
-    unseen = position[n_all - S :, None] - position >= window
+    masked = position[n_all - S :, None] - position >= window
     if lengths is not None:
-        unseen = unseen | (position < n_all - lengths[:, None, None, None])
-    scores = scores.masked_fill(unseen, -torch.inf)
+        masked = masked | (position < n_all - lengths[:, None, None, None])
+    scores = scores.masked_fill(masked, -torch.inf)
     weights = scores.masked_fill(~keep_best(scores, top_k), -torch.inf).softmax(-1)
-    weights = weights.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)  # padding has nothing to choose from
+    weights = weights.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)  # padding queries see no key
     return (weights @ values.to(dtype)).transpose(1, 2).flatten(-2).to(values.dtype)

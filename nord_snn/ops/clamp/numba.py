@@ -1,4 +1,4 @@
-"""The leaky clamp on the CPU: one pass forward and one back, where autograd takes a dozen."""
+"""The leaky clamp on the CPU: one pass over memory each for forward and backward, instead of a dozen by autograd."""
 
 import torch
 from numba import prange
@@ -25,13 +25,13 @@ __all__ = ["backward", "forward"]
 
 
 @kernel
-def _forward_rows(first, last, D, x, branch, gain, leak, floor, y, adds):
+def _forward_rows(first, last, D, x, branch, gain, leak, floor, y, has_branch):
     zero = broadcast(x, 0)
     for at in range(first * D, last * D, D):
         for d in range(0, D, WIDTH):
             n = D - d
             z = masked_load(x, at + d, n)
-            if adds:
+            if has_branch:
                 z = z + masked_load(gain, d, n) * masked_load(branch, at + d, n)
             leaked, low = masked_load(leak, d, n) * z, masked_load(floor, d, n)
             low = where(ge_mask(leaked, low), leaked, where(ge_mask(low, leaked), low, leaked + low))  # NaN stays NaN
@@ -39,79 +39,85 @@ def _forward_rows(first, last, D, x, branch, gain, leak, floor, y, adds):
 
 
 @kernel
-def _backward_rows(first, last, D, grad, x, branch, gain, leak, floor, grad_x, grad_branch, sums, adds):
-    """A tie of ``leak * z`` and ``floor`` shares the gradient, as ``torch.maximum`` does.
+def _backward_rows(first, last, D, grad, x, branch, gain, leak, floor, grad_x, grad_branch, sums, has_branch):
+    """Add the gradients of rows ``first`` to ``last``; a tie of ``leak * z`` and ``floor`` splits the gradient equally.
 
-    ``sums [3, whole vectors of D]``: gradients of leak, floor and gain, so far.
+    ``torch.maximum`` splits it in the same way. ``sums [3, D rounded up to whole vectors]`` accumulates the gradients
+    of leak, floor and gain.
     """
     zero, one, half = broadcast(x, 0), broadcast(x, 1), broadcast(x, 0.5)
     row = -(-D // WIDTH) * WIDTH
-    of_leak, of_floor, of_gain = sums, advance(sums, row), advance(sums, 2 * row)
+    leak_sums, floor_sums, gain_sums = sums, advance(sums, row), advance(sums, 2 * row)
     for at in range(first * D, last * D, D):
         for d in range(0, D, WIDTH):
             n = D - d
-            z, given = masked_load(x, at + d, n), masked_load(grad, at + d, n)
-            if adds:
-                added, scale = masked_load(branch, at + d, n), masked_load(gain, d, n)
-                z = z + scale * added
+            z, grad_y = masked_load(x, at + d, n), masked_load(grad, at + d, n)
+            if has_branch:
+                residual, scale = masked_load(branch, at + d, n), masked_load(gain, d, n)
+                z = z + scale * residual
             slope, low = masked_load(leak, d, n), masked_load(floor, d, n)
             leaked = slope * z
-            least, most = ge_mask(low, leaked), ge_mask(leaked, low)
-            of_slope, of_low = where(least, where(most, half, zero), one), where(most, where(least, half, zero), one)
-            negative = where(ge_mask(z, zero), zero, given)
-            through = negative * of_slope
-            grad_z = given - negative + through * slope
-            store(of_leak, d, load(of_leak, d) + through * z)
-            store(of_floor, d, load(of_floor, d) + negative * of_low)
+            floor_wins, leak_wins = ge_mask(low, leaked), ge_mask(leaked, low)
+            leak_share, floor_share = (
+                where(floor_wins, where(leak_wins, half, zero), one),
+                where(leak_wins, where(floor_wins, half, zero), one),
+            )
+            grad_negative = where(ge_mask(z, zero), zero, grad_y)
+            grad_leaked = grad_negative * leak_share
+            grad_z = grad_y - grad_negative + grad_leaked * slope
+            store(leak_sums, d, load(leak_sums, d) + grad_leaked * z)
+            store(floor_sums, d, load(floor_sums, d) + grad_negative * floor_share)
             masked_store(grad_x, at + d, n, grad_z)
-            if adds:
-                store(of_gain, d, load(of_gain, d) + grad_z * added)
+            if has_branch:
+                store(gain_sums, d, load(gain_sums, d) + grad_z * residual)
                 masked_store(grad_branch, at + d, n, grad_z * scale)
 
 
 @parallel_kernel
 def _forward(like, chunks, N, D, x, branch, gain, leak, floor, y):
-    adds = branch != 0
+    has_branch = branch != 0
     for c in prange(chunks):
         _forward_rows(
             c * N // chunks, (c + 1) * N // chunks, D, as_pointer(x, like), as_pointer(branch, like),
-            as_pointer(gain, like), as_pointer(leak, like), as_pointer(floor, like), as_pointer(y, like), adds,
+            as_pointer(gain, like), as_pointer(leak, like), as_pointer(floor, like), as_pointer(y, like), has_branch,
         )  # fmt: skip
 
 
 @parallel_kernel
 def _backward(like, chunks, N, D, grad, x, branch, gain, leak, floor, grad_x, grad_branch, sums):
-    adds, own = branch != 0, 3 * -(-D // WIDTH) * WIDTH
+    has_branch, chunk_size = branch != 0, 3 * -(-D // WIDTH) * WIDTH
     for c in prange(chunks):
         _backward_rows(
             c * N // chunks, (c + 1) * N // chunks, D, as_pointer(grad, like), as_pointer(x, like),
             as_pointer(branch, like), as_pointer(gain, like), as_pointer(leak, like), as_pointer(floor, like),
-            as_pointer(grad_x, like), as_pointer(grad_branch, like), advance(as_pointer(sums, like), c * own), adds,
+            as_pointer(grad_x, like), as_pointer(grad_branch, like), advance(as_pointer(sums, like), c * chunk_size),
+            has_branch,
         )  # fmt: skip
 
 
 def forward(x: Tensor, branch: Tensor | None, gain: Tensor | None, leak: Tensor, floor: Tensor) -> Tensor:
-    """``x [*, D]`` plus the branch, clamped; the arguments are those of the op in ``op.py``."""
+    """Return the clamped sum ``[*, D]``; the arguments are those of the op in ``op.py``."""
     dtype, D = compute_dtype(x), x.shape[-1]
     y = torch.empty(x.shape, dtype=dtype)
-    held = [None if part is None else as_contiguous(part, dtype) for part in (x, branch, gain, leak, floor)]
+    inputs = [None if part is None else as_contiguous(part, dtype) for part in (x, branch, gain, leak, floor)]
     with as_many_threads_as_torch() as threads:
-        _forward(NUMPY_TYPES[dtype](0), 2 * threads, x.numel() // D, D, *map(data_pointer, held), data_pointer(y))
+        _forward(NUMPY_TYPES[dtype](0), 2 * threads, x.numel() // D, D, *map(data_pointer, inputs), data_pointer(y))
     return y.to(x.dtype)
 
 
 def backward(
     grad: Tensor, x: Tensor, branch: Tensor | None, gain: Tensor | None, leak: Tensor, floor: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, branch and gain (empty where there are none), leak and floor."""
+    """Return the gradients of x, branch and gain (both empty without a branch), leak and floor."""
     dtype, D = compute_dtype(x), x.shape[-1]
     grad_x = torch.empty(x.shape, dtype=dtype)
     grad_branch = torch.empty(0 if branch is None else x.shape, dtype=dtype)
-    held = [None if part is None else as_contiguous(part, dtype) for part in (grad, x, branch, gain, leak, floor)]
+    inputs = [None if part is None else as_contiguous(part, dtype) for part in (grad, x, branch, gain, leak, floor)]
     with as_many_threads_as_torch() as threads:
         sums = torch.zeros(2 * threads, 3, -(-D // WIDTH) * WIDTH, dtype=dtype)
         _backward(
-            NUMPY_TYPES[dtype](0), 2 * threads, x.numel() // D, D, *map(data_pointer, [*held, grad_x, grad_branch, sums])
+            NUMPY_TYPES[dtype](0), 2 * threads, x.numel() // D, D,
+            *map(data_pointer, [*inputs, grad_x, grad_branch, sums])
         )  # fmt: skip
     grad_leak, grad_floor, grad_gain = (sums[:, kind, :D].sum(0) for kind in range(3))
     if branch is None:

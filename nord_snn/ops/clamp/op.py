@@ -1,4 +1,4 @@
-"""The public op: argument checks, precision, the choice of a backend, and the kernel as an op that torch.compile knows."""
+"""The public op: argument checks, precision, choice of the backend, registration of the kernel with torch.library."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nord_snn.ops.checks import check_features, compute_dtype
 from nord_snn.ops.clamp.reference import reference
-from nord_snn.ops.dispatch import Call, backend_selector, register_backends
+from nord_snn.ops.dispatch import CallSignature, backend_selector, register_backends
 from nord_snn.ops.registration import Kernel, register_op
 
 __all__ = ["IMPLEMENTATIONS", "leaky_clamp"]
@@ -25,29 +25,31 @@ def leaky_clamp(
     floor: Tensor,
     backend: str = "auto",
 ) -> Tensor:
-    """``y = z`` where ``z >= 0``, else ``max(leak * z, floor)``, per channel; ``z = x + gain * branch``, or ``x`` alone.
+    """Return ``z`` where ``z >= 0``, else ``max(leak * z, floor)``, per channel.
 
-    The residual sum that a clamp often closes is part of the op, since both together take one pass over memory.
-    Arithmetic is float32 (float64 for float64 input), also under autocast; the result has the dtype of ``x``.
+    ``z = x + gain * branch``, or ``z = x`` without a branch. The residual sum is part of the op, so that sum and clamp
+    take one pass over memory. Arithmetic is float32 (float64 for float64 input), also under autocast; the result has
+    the dtype of ``x``.
 
     Args:
         x: ``[*, D]``.
-        branch: what is added, in the shape of ``x``, or None.
-        gain: ``[D]``; given with ``branch``, and only then.
-        leak: slope of the negative side, ``[D]``.
-        floor: lower bound of the negative side, ``[D]``.
-        backend: ``"auto"``, ``"torch"`` or ``"numba"``; see :mod:`nord_snn.ops.dispatch`. The kernel is
-            differentiable once; a second derivative needs ``"torch"``, and is refused elsewhere.
+        branch: residual branch to add, in the shape of ``x``, or None.
+        gain: ``[D]``; required with ``branch``, None without.
+        leak: slope for negative z, ``[D]``.
+        floor: lower bound for negative z, ``[D]``.
+        backend: ``"auto"``, ``"torch"`` or ``"numba"``; see :mod:`nord_snn.ops.dispatch`. The kernel has
+            a first derivative only; a second derivative needs ``"torch"`` and raises an error elsewhere.
 
     Returns:
         ``[*, D]``.
 
     Raises:
         TypeError: ``x`` is not a floating tensor.
-        ValueError: a shape does not fit, or only one of branch and gain is given.
-        RuntimeError: the backend asked for cannot run.
+        ValueError: a shape is wrong, or only one of branch and gain is given.
+        RuntimeError: the requested backend cannot run.
 
-    Source: the Nord spiking language model; the slope after leaky and parametric ReLU (Maas et al. 2013, He et al. 2015).
+    Source: the Nord spiking language model; the slope after leaky and parametric ReLU (Maas et al. 2013, He et al.
+    2015).
 
     Example:
         >>> x = torch.tensor([[2.0], [-0.5], [-9.0]])
@@ -55,13 +57,13 @@ def leaky_clamp(
         tensor([ 2.0000, -0.2500, -1.0000])
     """
     _check(x, branch, gain, leak, floor)
-    name = _choose(backend, Call(x.device.type, x.dtype, x.shape[-1]))
+    name = _choose(backend, CallSignature(x.device.type, x.dtype, x.shape[-1]))
     dtype = compute_dtype(x)
     leak, floor = leak.to(dtype), floor.to(dtype)
     gain = None if gain is None else gain.to(dtype)
     if name == "torch":
-        added = None if branch is None else branch.to(dtype)
-        return reference(x.to(dtype), added, gain, leak, floor).to(x.dtype)
+        cast_branch = None if branch is None else branch.to(dtype)
+        return reference(x.to(dtype), cast_branch, gain, leak, floor).to(x.dtype)
     return _run(x, branch, gain, leak, floor, name)
 
 
@@ -117,8 +119,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradients(ctx: Any, grad: Tensor, run: Any) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     x, branch, gain, leak, floor = run(grad, *tensors, ctx.backend)
-    added = (None, None) if tensors[1] is None else (branch, gain)
-    return x, *added, leak, floor, None
+    residual_grads = (None, None) if tensors[1] is None else (branch, gain)
+    return x, *residual_grads, leak, floor, None
 
 
 _run = register_op(

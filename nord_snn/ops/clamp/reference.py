@@ -1,4 +1,4 @@
-"""The leaky clamp in plain PyTorch: the truth that every other backend is tested against."""
+"""The leaky clamp in plain PyTorch. All other backends are tested against it."""
 
 import torch
 from torch import Tensor
@@ -7,6 +7,6 @@ __all__ = ["reference"]
 
 
 def reference(x: Tensor, branch: Tensor | None, gain: Tensor | None, leak: Tensor, floor: Tensor) -> Tensor:
-    """``x`` and ``branch [*, D]``; ``gain``, ``leak``, ``floor [D]`` -> ``[*, D]``; see :func:`nord_snn.ops.leaky_clamp`."""
+    """Return :func:`nord_snn.ops.leaky_clamp` of ``x, branch [*, D]`` with ``gain, leak, floor [D]``."""
     z = x if branch is None or gain is None else x + gain * branch
     return torch.where(z >= 0, z, torch.maximum(leak * z, floor))

@@ -1,11 +1,11 @@
 """The associative LIF neuron in CUDA C, launched through CuPy.
 
-A thread block walks whole rows through all time steps with the state of their neurons in registers. The forward pass
-stores spikes (and membranes where asked for); the backward pass stores nothing else beforehand but recomputes the
-membranes from ``x``: it walks there again, leaves 8 bytes an element and step in a scratch that each block of a grid no
-larger than the device uses for one group of rows after the other, and walks back. Without membranes that moves 8 + 12
-bytes an element and step through device memory in float32 and 4 + 6 in 16 bits, as long as the scratch, 8 T bytes for
-each neuron at work, stays in the second-level cache.
+A thread block computes whole rows for all time steps, with the state of the neurons in registers. The forward pass
+stores spikes, and membranes on request, and saves nothing for the backward pass. That recomputes the membranes from
+``x`` in a forward sweep, which writes 8 bytes per neuron and step to scratch memory, and then goes through the steps in
+reverse. The grid is no larger than the device, and each block reuses its scratch memory for one group of rows after the
+other. Without membranes, 8 + 12 bytes per neuron and step (forward + backward) go through device memory in float32, and
+4 + 6 in 16 bits, as long as the scratch memory, 8 T bytes for each neuron being computed, stays in the L2 cache.
 """
 
 import functools
@@ -15,33 +15,33 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nord_snn.ops.dispatch import Call, Support
+from nord_snn.ops.dispatch import CallSignature, Support
 from nord_snn.ops.lif.support import knows_surrogate
 
 __all__ = ["SURROGATE_IDS", "accepts", "backward", "fits", "forward"]
 
-#: The rows of :data:`nord_snn.ops.SURROGATES` that ``slope`` knows.
+#: Surrogates that ``slope`` implements; names as in :data:`nord_snn.ops.SURROGATES`.
 SURROGATE_IDS = {"nord_atan": 0, "atan": 1, "sigmoid": 2, "fast_sigmoid": 3}
 
-#: The dtypes of sequences that the kernels read and write; ``SCALAR`` in the source.
+#: Supported dtypes of sequences; the values of ``SCALAR`` in the source.
 _SCALARS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-# What both kernels share. It needs no header, so that NVRTC alone compiles it. The build says by macros
-#   SCALAR                      the dtype of x, spikes and their gradients: 0 float, 1 half, 2 bfloat16
-#   N_FEATURES, N_CLUSTERS      D and C; without a cascade (CASCADE 0) every neuron is a cluster of its own
-#   LANES, GROUPS, ROWS         how threads share the rows, see _Plan
+# Code shared by both kernels, without headers, so that NVRTC can compile it. Macros that the build sets:
+#   SCALAR                      dtype of x, spikes and their gradients: 0 float, 1 half, 2 bfloat16
+#   N_FEATURES, N_CLUSTERS      D and C; without a cascade (CASCADE 0) every neuron is its own cluster
+#   LANES, GROUPS, ROWS         distribution of the rows over threads, see _Plan
 #   COUPLING_SHARED             whether the coupling fits into shared memory
-#   UNROLL                      how many neurons of a thread are written out, so that their state stays in registers
-#   BLOCKS_PER_SM               how many thread blocks must fit on a multiprocessor, which bounds the registers
+#   UNROLL                      unrolling of the loop over the neurons of a thread, which keeps their state in registers
+#   BLOCKS_PER_SM               thread blocks that must fit on a multiprocessor, which limits the registers
 _COMMON = r"""
 constexpr int D = N_FEATURES, C = N_CLUSTERS, MEMBERS = D / C;
-constexpr int WIDTH = LANES * GROUPS;                      // threads of a row
+constexpr int WIDTH = LANES * GROUPS;                      // threads per row
 constexpr int THREADS = WIDTH * ROWS;
-constexpr int SHARES = (C + LANES - 1) / LANES;            // clusters of a thread
-constexpr int PER_SHARE = (MEMBERS + GROUPS - 1) / GROUPS; // neurons of a thread in each of them
-constexpr int OWN = SHARES * PER_SHARE;                    // neurons of a thread
-static_assert(D % C == 0, "every cluster has equally many members");
-static_assert(GROUPS == 1 || LANES == C, "threads that split a cluster have just one");
+constexpr int SHARES = (C + LANES - 1) / LANES;            // clusters per thread
+constexpr int PER_SHARE = (MEMBERS + GROUPS - 1) / GROUPS; // neurons per thread and cluster
+constexpr int PER_THREAD = SHARES * PER_SHARE;             // neurons per thread
+static_assert(D % C == 0, "all clusters have the same number of members");
+static_assert(GROUPS == 1 || LANES == C, "threads that split a cluster have one cluster each");
 
 #if SCALAR == 0
 typedef float scalar;
@@ -75,7 +75,7 @@ __device__ __forceinline__ scalar narrow(float value) {
 #endif
 #endif
 
-// Sequences pass by once: marked as streaming, they leave the cache to the scratch of the backward pass.
+// Sequences are used once: streaming access leaves the cache to the scratch memory of the backward pass.
 __device__ __forceinline__ float load(const scalar *from) { return widen(__ldcs(from)); }
 __device__ __forceinline__ void store(scalar *to, float value) { __stcs(to, narrow(value)); }
 
@@ -89,15 +89,15 @@ struct Neuron {
     int refractory;
 };
 
-// Where a thread stands: its row in the block, its place there, and its neurons place + OFFSET(share, member).
+// Position of a thread: its row in the block, its index in the row, and its neurons, see neuron(share, member).
 // Neuron d belongs to cluster d % C; all neurons of a share are members of the same cluster, lane + share * LANES.
-struct Place {
-    int row, place, lane, group;
-    __device__ __forceinline__ Place()
-        : row(threadIdx.x / WIDTH), place(threadIdx.x % WIDTH), lane(place % LANES), group(place / LANES) {}
+struct ThreadPosition {
+    int row, index, lane, group;
+    __device__ __forceinline__ ThreadPosition()
+        : row(threadIdx.x / WIDTH), index(threadIdx.x % WIDTH), lane(index % LANES), group(index / LANES) {}
     __device__ __forceinline__ int cluster(int share) const { return lane + share * LANES; }
     __device__ __forceinline__ int neuron(int share, int member) const {
-        return place + share * LANES + member * GROUPS * C;
+        return index + share * LANES + member * GROUPS * C;
     }
     __device__ __forceinline__ bool owns(int share, int member) const {
         return (C % LANES == 0 || cluster(share) < C) && (MEMBERS % GROUPS == 0 || group + member * GROUPS < MEMBERS);
@@ -105,15 +105,15 @@ struct Place {
 };
 
 #define FOR_EACH_SHARE _Pragma("unroll") for (int share = 0; share < SHARES; ++share)
-#define FOR_EACH_NEURON                                                                              \
-    _Pragma("unroll UNROLL") for (int n = 0, share = 0, member = 0; n < OWN;                         \
-                                  ++n, share = n / PER_SHARE, member = n % PER_SHARE)                \
-        if (at.owns(share, member))
+#define FOR_EACH_NEURON                                                               \
+    _Pragma("unroll UNROLL") for (int n = 0, share = 0, member = 0; n < PER_THREAD;   \
+                                  ++n, share = n / PER_SHARE, member = n % PER_SHARE) \
+        if (thread.owns(share, member))
 
-// u - threshold >= 0, also where denormal numbers count as zero.
+// u - threshold >= 0, also if denormal numbers are flushed to zero.
 __device__ __forceinline__ bool fires(float u, float threshold) { return u >= threshold; }
 
-// One time step of one neuron; returns the membrane before firing. The cascade of the step is added to i by the caller.
+// Compute one time step of one neuron; return the membrane before the reset. The caller adds the cascade to i.
 __device__ __forceinline__ float advance(
     Neuron &neuron, float x, float threshold, const Constants &constants, float &spike
 ) {
@@ -128,8 +128,8 @@ __device__ __forceinline__ float advance(
 }
 
 #if CASCADE
-constexpr int PADDED = (C + 3) / 4 * 4; // clusters, so that four are read at once
-constexpr int PITCH = C | 1;            // odd: a column then lies in 32 different banks
+constexpr int PADDED = (C + 3) / 4 * 4; // clusters, padded for reads of four at once
+constexpr int PITCH = C | 1;            // odd, so that a column lies in 32 different banks
 
 struct Shared {
     float totals[2][ROWS][PADDED];
@@ -144,31 +144,31 @@ __device__ __forceinline__ void load_coupling(Shared &shared, const float *coupl
 #endif
 }
 
-// Sums over the members of each cluster of a row: every thread brings the sums over its own neurons. The order is
-// fixed. Two buffers take turns, so that one barrier does: who is here again has passed the barrier of the turn before.
+// Sum over the members of each cluster of a row, from the sums of each thread over its own neurons. The order is fixed.
+// Two alternating buffers need only one barrier: a thread in the next call has passed the barrier of this one.
 __device__ __forceinline__ const float *sum_members(
-    Shared &shared, const Place &at, const float (&own)[SHARES], int &turn
+    Shared &shared, const ThreadPosition &thread, const float (&thread_sums)[SHARES], int &turn
 ) {
     turn ^= 1;
-    float *totals = shared.totals[turn][at.row];
+    float *totals = shared.totals[turn][thread.row];
     if (GROUPS == 1) {
-        FOR_EACH_SHARE if (at.cluster(share) < C) totals[at.cluster(share)] = own[share];
+        FOR_EACH_SHARE if (thread.cluster(share) < C) totals[thread.cluster(share)] = thread_sums[share];
     } else {
-        shared.parts[threadIdx.x] = own[0];
+        shared.parts[threadIdx.x] = thread_sums[0];
         __syncthreads();
-        if (at.group == 0) {
-            float total = own[0];
+        if (thread.group == 0) {
+            float total = thread_sums[0];
             for (int group = 1; group < GROUPS; ++group) total += shared.parts[threadIdx.x + group * LANES];
-            totals[at.lane] = total;
+            totals[thread.lane] = total;
         }
     }
     __syncthreads();
     return totals;
 }
 
-// sum over k of weights[k * step] * totals[k]
+// Return the sum over k of weights[k * step] * totals[k].
 __device__ __forceinline__ float couple(const float *weights, int step, const float *totals) {
-    float a = 0.0f, b = 0.0f, c = 0.0f, d = 0.0f; // four sums do not wait for one another
+    float a = 0.0f, b = 0.0f, c = 0.0f, d = 0.0f; // four accumulators hide the latency of the FMA
     int k = 0;
 #pragma unroll 4
     for (; k + 4 <= C; k += 4) {
@@ -182,26 +182,28 @@ __device__ __forceinline__ float couple(const float *weights, int step, const fl
     return (a + b) + (c + d);
 }
 
-// The current that each cluster of this thread receives from the spikes of all.
+// Compute the current that each cluster of this thread receives from the spikes of all clusters.
 __device__ __forceinline__ void cascade(
-    const Shared &shared, const float *coupling_t, const Place &at, const float *totals, float (&current)[SHARES]
+    const Shared &shared, const float *coupling_t, const ThreadPosition &thread, const float *totals,
+    float (&current)[SHARES]
 ) {
     FOR_EACH_SHARE {
-        const int c = at.cluster(share);
+        const int c = thread.cluster(share);
         if (c >= C) continue;
         current[share] =
             COUPLING_SHARED ? couple(shared.coupling + c, PITCH, totals) : couple(coupling_t + c, C, totals);
     }
 }
 
-// The same backwards: what each cluster's spikes are worth, from what its current is worth to all.
+// Backward of cascade: the gradient of the spikes of each cluster, from the gradients of the currents of all clusters.
 __device__ __forceinline__ void cascade_back(
-    const Shared &shared, const float *coupling, const Place &at, const float *totals, float (&grad_fired)[SHARES]
+    const Shared &shared, const float *coupling, const ThreadPosition &thread, const float *totals,
+    float (&grad_spike_sums)[SHARES]
 ) {
     FOR_EACH_SHARE {
-        const int c = at.cluster(share);
+        const int c = thread.cluster(share);
         if (c >= C) continue;
-        grad_fired[share] =
+        grad_spike_sums[share] =
             COUPLING_SHARED ? couple(shared.coupling + c * PITCH, 1, totals) : couple(coupling + c, C, totals);
     }
 }
@@ -217,53 +219,53 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) associative
     long long refractory_steps, long long T, long long N, scalar *spikes, scalar *v_seq, float *v_last, float *i_last,
     int *refractory_last
 ) {
-    const Place at;
+    const ThreadPosition thread;
     const Constants constants = {*beta_mem, *beta_syn, (float)v_reset, (int)refractory_steps};
-    float threshold[OWN];
-    FOR_EACH_NEURON threshold[n] = threshold_in[at.neuron(share, member)];
+    float threshold[PER_THREAD];
+    FOR_EACH_NEURON threshold[n] = threshold_in[thread.neuron(share, member)];
 #if CASCADE
     __shared__ __align__(16) Shared shared;
     load_coupling(shared, coupling);
     int turn = 0;
 #endif
     for (long long first = (long long)blockIdx.x * ROWS; first < N; first += (long long)gridDim.x * ROWS) {
-        // Threads that no row is left for come to every barrier as well: they repeat the last row and store nothing.
-        const bool active = first + at.row < N;
-        const long long start = (active ? first + at.row : N - 1) * D;
-        Neuron neurons[OWN];
-        float ahead[OWN];
+        // Threads without a row must reach every barrier too: they repeat the last row and store nothing.
+        const bool active = first + thread.row < N;
+        const long long start = (active ? first + thread.row : N - 1) * D;
+        Neuron neurons[PER_THREAD];
+        float x_next[PER_THREAD];
         FOR_EACH_NEURON {
-            const long long d = start + at.neuron(share, member);
+            const long long d = start + thread.neuron(share, member);
             neurons[n].v = v ? v[d] : 0.0f;
             neurons[n].i = i_syn ? i_syn[d] : 0.0f;
             neurons[n].refractory = refractory ? refractory[d] : 0;
-            ahead[n] = load(x + d);
+            x_next[n] = load(x + d);
         }
         for (long long t = 0; t < T; ++t) {
             const long long base = t * N * D + start;
-            float fired[SHARES] = {};
-            float now[OWN];
+            float spike_sums[SHARES] = {};
+            float now[PER_THREAD];
             FOR_EACH_NEURON {
-                now[n] = ahead[n];
-                if (t + 1 < T) ahead[n] = load(x + base + N * D + at.neuron(share, member)); // before the barrier
+                now[n] = x_next[n]; // load the next x before the barrier
+                if (t + 1 < T) x_next[n] = load(x + base + N * D + thread.neuron(share, member));
             }
             FOR_EACH_NEURON {
-                const long long d = base + at.neuron(share, member);
+                const long long d = base + thread.neuron(share, member);
                 float spike;
                 advance(neurons[n], now[n], threshold[n], constants, spike);
-                fired[share] += spike;
+                spike_sums[share] += spike;
                 if (active) store(spikes + d, spike);
                 if (active && v_seq) store(v_seq + d, neurons[n].v);
             }
 #if CASCADE
             float current[SHARES] = {};
-            cascade(shared, coupling_t, at, sum_members(shared, at, fired, turn), current);
+            cascade(shared, coupling_t, thread, sum_members(shared, thread, spike_sums, turn), current);
             FOR_EACH_NEURON neurons[n].i += current[share];
 #endif
         }
         if (!active) continue;
         FOR_EACH_NEURON {
-            const long long d = start + at.neuron(share, member);
+            const long long d = start + thread.neuron(share, member);
             v_last[d] = neurons[n].v;
             i_last[d] = neurons[n].i;
             refractory_last[d] = neurons[n].refractory;
@@ -276,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) associative
 _BACKWARD = (
     _COMMON
     + r"""
-// Derivative of the spike by u at x = u - threshold, as in surrogate.py. SURROGATE is the name's number.
+// Surrogate derivative at x = u - threshold, as in surrogate.py. SURROGATE is the id of the name.
 #define PI 3.14159265358979f
 __device__ __forceinline__ float slope(float x, float alpha) {
 #if SURROGATE == 0
@@ -286,7 +288,7 @@ __device__ __forceinline__ float slope(float x, float alpha) {
     const float z = PI / 2.0f * alpha * x;
     return alpha / (2.0f * (1.0f + z * z));
 #elif SURROGATE == 2
-    const float z = expf(-fabsf(alpha * x)); // an even function: the side that cannot overflow
+    const float z = expf(-fabsf(alpha * x)); // even function: use the side that cannot overflow
     return alpha * z / ((1.0f + z) * (1.0f + z));
 #else
     const float z = 1.0f + alpha * fabsf(x);
@@ -318,7 +320,7 @@ __device__ __forceinline__ void add_outer_products(
         for (int i = 0; i < 4; ++i) {
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                if (c + i >= C || k + j >= C) continue; // what lies behind the last cluster was never written
+                if (c + i >= C || k + j >= C) continue; // entries past the last cluster were never written
                 float *to = grad_coupling + (c + i) * C + k + j;
                 *to = (add ? *to : 0.0f) + total[i][j];
             }
@@ -327,10 +329,11 @@ __device__ __forceinline__ void add_outer_products(
 }
 #endif
 
-// record [block, T, ROWS, D] holds of every step u and i (before the cascade), from which the way back has the rest: it
-// knows v and i before the step from the step before. The lowest bit of i, which only gradients of the betas see, says
-// whether the neuron was held. history [block, 3, T, ROWS, PADDED] holds spikes summed over clusters, the currents that
-// came of them, and gradients of those. Where gradients are summed over rows, every thread or block has a sum of its own.
+// record [block, T, ROWS, D] stores u and i (before the cascade) of every step; the backward sweep derives v and i
+// before a step from the record of the step before. The lowest bit of i, which affects the gradients of the betas only,
+// marks refractory neurons. history [block, 3, T, ROWS, PADDED] stores spikes summed over clusters, the currents they
+// cause, and the gradients of these currents. Gradients that are sums over rows have a partial sum for every thread or
+// block.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) associative_lif_backward(
     const scalar *grad_spikes, const scalar *grad_v_seq, const float *grad_v_last, const float *grad_i_last,
     const scalar *x, const float *v, const float *i_syn, const int *refractory, const float *threshold_in,
@@ -339,16 +342,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) associative
     scalar *grad_x, float *grad_v_first, float *grad_i_first, float *grad_threshold, float2 *grad_betas,
     float *grad_coupling
 ) {
-    const Place at;
+    const ThreadPosition thread;
     const Constants constants = {*beta_mem, *beta_syn, (float)v_reset, (int)refractory_steps};
     const float alpha = (float)alpha_in;
-    float threshold[OWN], threshold_sum[OWN];
+    float threshold[PER_THREAD], threshold_sum[PER_THREAD];
     FOR_EACH_NEURON {
-        threshold[n] = threshold_in[at.neuron(share, member)];
+        threshold[n] = threshold_in[thread.neuron(share, member)];
         threshold_sum[n] = 0.0f;
     }
     float beta_mem_sum = 0.0f, beta_syn_sum = 0.0f;
-    record += ((long long)blockIdx.x * T * ROWS + at.row) * D;
+    record += ((long long)blockIdx.x * T * ROWS + thread.row) * D;
 #if CASCADE
     __shared__ __align__(16) Shared shared;
     load_coupling(shared, coupling);
@@ -359,66 +362,66 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) associative
     grad_coupling += (long long)blockIdx.x * C * C;
 #endif
     for (long long first = (long long)blockIdx.x * ROWS; first < N; first += (long long)gridDim.x * ROWS) {
-        const bool active = first + at.row < N; // as in the forward pass; and what is not stored is not summed either
-        const long long start = (active ? first + at.row : N - 1) * D;
+        const bool active = first + thread.row < N; // as in the forward pass; adds nothing to sums otherwise
+        const long long start = (active ? first + thread.row : N - 1) * D;
         {
-            Neuron neurons[OWN];
-            float ahead[OWN];
+            Neuron neurons[PER_THREAD];
+            float x_next[PER_THREAD];
             FOR_EACH_NEURON {
-                const long long d = start + at.neuron(share, member);
+                const long long d = start + thread.neuron(share, member);
                 neurons[n].v = v ? v[d] : 0.0f;
                 neurons[n].i = i_syn ? i_syn[d] : 0.0f;
                 neurons[n].refractory = refractory ? refractory[d] : 0;
-                ahead[n] = load(x + d);
+                x_next[n] = load(x + d);
             }
             for (long long t = 0; t < T; ++t) {
                 const long long next = (t + 1) * N * D + start;
-                float fired[SHARES] = {};
-                float now[OWN];
+                float spike_sums[SHARES] = {};
+                float now[PER_THREAD];
                 FOR_EACH_NEURON {
-                    now[n] = ahead[n];
-                    if (t + 1 < T) ahead[n] = load(x + next + at.neuron(share, member));
+                    now[n] = x_next[n];
+                    if (t + 1 < T) x_next[n] = load(x + next + thread.neuron(share, member));
                 }
                 FOR_EACH_NEURON {
-                    const unsigned held = neurons[n].refractory > 0;
+                    const unsigned is_refractory = neurons[n].refractory > 0;
                     float spike;
                     const float u = advance(neurons[n], now[n], threshold[n], constants, spike);
-                    fired[share] += spike;
-                    const float marked = __uint_as_float((__float_as_uint(neurons[n].i) & ~1u) | held);
-                    record[t * ROWS * D + at.neuron(share, member)] = make_float2(u, marked);
+                    spike_sums[share] += spike;
+                    const float marked = __uint_as_float((__float_as_uint(neurons[n].i) & ~1u) | is_refractory);
+                    record[t * ROWS * D + thread.neuron(share, member)] = make_float2(u, marked);
                 }
 #if CASCADE
-                const float *totals = sum_members(shared, at, fired, turn);
+                const float *totals = sum_members(shared, thread, spike_sums, turn);
                 float current[SHARES] = {};
-                if (t + 1 < T) cascade(shared, coupling_t, at, totals, current);
-                if (at.group == 0) {
+                if (t + 1 < T) cascade(shared, coupling_t, thread, totals, current);
+                if (thread.group == 0) {
                     FOR_EACH_SHARE {
-                        const int c = at.cluster(share);
+                        const int c = thread.cluster(share);
                         if (c >= C) continue;
-                        sums[(t * ROWS + at.row) * PADDED + c] = totals[c];
-                        currents[(t * ROWS + at.row) * PADDED + c] = current[share];
+                        sums[(t * ROWS + thread.row) * PADDED + c] = totals[c];
+                        currents[(t * ROWS + thread.row) * PADDED + c] = current[share];
                     }
                 }
                 FOR_EACH_NEURON neurons[n].i += current[share];
 #endif
             }
         }
-        float grad_v[OWN], grad_i[OWN];
-        float2 now[OWN];
+        float grad_v[PER_THREAD], grad_i[PER_THREAD];
+        float2 now[PER_THREAD];
         FOR_EACH_NEURON {
-            const long long d = start + at.neuron(share, member);
+            const long long d = start + thread.neuron(share, member);
             grad_v[n] = grad_v_last ? grad_v_last[d] : 0.0f;
             grad_i[n] = grad_i_last ? grad_i_last[d] : 0.0f;
-            now[n] = record[(T - 1) * ROWS * D + at.neuron(share, member)];
+            now[n] = record[(T - 1) * ROWS * D + thread.neuron(share, member)];
         }
-        float beta_mem_row = 0.0f, beta_syn_row = 0.0f; // sums of sums lose fewer digits
+        float beta_mem_row = 0.0f, beta_syn_row = 0.0f; // partial sums lose fewer digits
         for (long long t = T - 1; t >= 0; --t) {
             const long long base = t * N * D + start;
-            float grad_spike[OWN];
-            float2 before[OWN];
-            float felt[SHARES] = {}, grad_fired[SHARES] = {};
-            FOR_EACH_NEURON { // all loads first: they are on their way while the block waits at the barrier
-                const int d = at.neuron(share, member);
+            float grad_spike[PER_THREAD];
+            float2 before[PER_THREAD];
+            float cascade_in[SHARES] = {}, grad_spike_sums[SHARES] = {};
+            FOR_EACH_NEURON { // load first, so that the latency overlaps the wait at the barrier
+                const int d = thread.neuron(share, member);
                 grad_spike[n] = load(grad_spikes + base + d);
                 if (grad_v_seq) grad_v[n] += load(grad_v_seq + base + d);
                 if (t > 0) {
@@ -430,53 +433,54 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) associative
             }
 #if CASCADE
             FOR_EACH_SHARE { // written at least one barrier ago: the current of the last step is never read
-                if (t > 0 && at.cluster(share) < C)
-                    felt[share] = currents[((t - 1) * ROWS + at.row) * PADDED + at.cluster(share)];
+                if (t > 0 && thread.cluster(share) < C)
+                    cascade_in[share] = currents[((t - 1) * ROWS + thread.row) * PADDED + thread.cluster(share)];
             }
-            float own[SHARES] = {};
-            FOR_EACH_NEURON own[share] += active ? grad_i[n] : 0.0f;
-            const float *totals = sum_members(shared, at, own, turn);
-            cascade_back(shared, coupling, at, totals, grad_fired);
-            if (at.group == 0) {
+            float thread_sums[SHARES] = {};
+            FOR_EACH_NEURON thread_sums[share] += active ? grad_i[n] : 0.0f;
+            const float *totals = sum_members(shared, thread, thread_sums, turn);
+            cascade_back(shared, coupling, thread, totals, grad_spike_sums);
+            if (thread.group == 0) {
                 FOR_EACH_SHARE {
-                    const int c = at.cluster(share);
-                    if (c < C) grad_sums[(t * ROWS + at.row) * PADDED + c] = totals[c];
+                    const int c = thread.cluster(share);
+                    if (c < C) grad_sums[(t * ROWS + thread.row) * PADDED + c] = totals[c];
                 }
             }
 #endif
             FOR_EACH_NEURON {
-                const float over = now[n].x - threshold[n];
-                const bool held = __float_as_uint(now[n].y) & 1u;
-                const float through =
-                    (grad_spike[n] + grad_fired[share] - threshold[n] * grad_v[n]) * slope(over, alpha);
-                const float grad_u = held ? 0.0f : grad_v[n] + through;
+                const float distance = now[n].x - threshold[n];
+                const bool is_refractory = __float_as_uint(now[n].y) & 1u;
+                const float grad_distance =
+                    (grad_spike[n] + grad_spike_sums[share] - threshold[n] * grad_v[n]) * slope(distance, alpha);
+                const float grad_u = is_refractory ? 0.0f : grad_v[n] + grad_distance;
                 const float grad_current = grad_i[n] + (1.0f - constants.beta_mem) * grad_u;
                 float v_before = before[n].x;
                 if (t > 0 && fires(v_before, threshold[n])) v_before -= threshold[n];
-                if (active) threshold_sum[n] -= through;
+                if (active) threshold_sum[n] -= grad_distance;
                 beta_mem_row = fmaf(grad_u, v_before - now[n].y, beta_mem_row);
-                beta_syn_row = fmaf(grad_current, before[n].y + felt[share], beta_syn_row);
+                beta_syn_row = fmaf(grad_current, before[n].y + cascade_in[share], beta_syn_row);
                 grad_v[n] = constants.beta_mem * grad_u;
                 grad_i[n] = constants.beta_syn * grad_current;
                 now[n] = before[n];
-                if (active) store(grad_x + base + at.neuron(share, member), grad_current);
+                if (active) store(grad_x + base + thread.neuron(share, member), grad_current);
             }
         }
         beta_mem_sum += active ? beta_mem_row : 0.0f;
         beta_syn_sum += active ? beta_syn_row : 0.0f;
         if (active && grad_v_first) {
             FOR_EACH_NEURON {
-                grad_v_first[start + at.neuron(share, member)] = grad_v[n];
-                grad_i_first[start + at.neuron(share, member)] = grad_i[n];
+                grad_v_first[start + thread.neuron(share, member)] = grad_v[n];
+                grad_i_first[start + thread.neuron(share, member)] = grad_i[n];
             }
         }
 #if CASCADE
-        __syncthreads(); // the history is complete; it is not written again before the next barrier, in sum_members
+        __syncthreads(); // the history is complete; the next write to it is after the next barrier, in sum_members
         add_outer_products(grad_sums, sums, T * ROWS, first >= (long long)gridDim.x * ROWS, grad_coupling);
 #endif
     }
     FOR_EACH_NEURON
-        grad_threshold[((long long)blockIdx.x * ROWS + at.row) * D + at.neuron(share, member)] = threshold_sum[n];
+        grad_threshold[((long long)blockIdx.x * ROWS + thread.row) * D + thread.neuron(share, member)] =
+            threshold_sum[n];
     grad_betas[(long long)blockIdx.x * THREADS + threadIdx.x] = make_float2(beta_mem_sum, beta_syn_sum);
 }
 """
@@ -484,35 +488,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) associative
 
 _SOURCES = {"associative_lif_forward": _FORWARD, "associative_lif_backward": _BACKWARD}
 
-#: A fused multiply-add changes the last bit of u and can flip a spike. CuPy appends -ftz=true to whatever it is given, and
-#: the last word counts: denormal numbers become zero there, which ``fires`` allows for.
+#: No fused multiply-adds: they change the last bit of u, which can flip a spike. CuPy appends -ftz=true to the options,
+#: and the last option wins: denormal numbers are flushed to zero, which ``fires`` allows for.
 _FLAGS = ("-std=c++17", "-fmad=false", "-prec-div=true")
 
-_BLOCK = 256  # threads of a block, unless a row has more
-_WIDEST = 512  # threads of a row at most
-_OWN = 8  # neurons of a thread, where the row is wide enough
-_UNROLLED = 16  # more neurons a thread than this live in local memory instead of registers
-_RESIDENT = {
-    "associative_lif_forward": 1024,
-    "associative_lif_backward": 512,
-}  # threads of a multiprocessor: 64, 128 registers each
-_SHARED = 24 * 1024  # bytes of shared memory that the coupling may take of a block
-_MOST_CLUSTERS = 4096  # their sums take two times 16 of the 48 KiB of shared memory that every device has
-_PARTIALS = 1 << 28  # bytes of partial sums for the gradient of the coupling
+_BLOCK_THREADS = 256  # threads per block, unless a row has more
+_MAX_ROW_THREADS = 512  # maximum number of threads per row
+_NEURONS_PER_THREAD = 8  # neurons per thread, if the row is wide enough
+_MAX_UNROLLED = 16  # more neurons per thread than this are stored in local memory instead of registers
+# Threads per multiprocessor, with 64 and 128 registers each.
+_RESIDENT_THREADS = {"associative_lif_forward": 1024, "associative_lif_backward": 512}
+_SHARED_COUPLING_BYTES = 24 * 1024  # bytes of shared memory per block that the coupling may take
+_MAX_CLUSTERS = 4096  # their sums take 2 * 16 KiB of the 48 KiB of shared memory that every device has
+_PARTIAL_SUM_BYTES = 1 << 28  # bytes of partial sums for the gradient of the coupling
 
 
 class _Plan(NamedTuple):
-    """How the threads of a block share its rows.
+    """Distribution of the rows of a block over its threads.
 
-    A row has ``lanes * groups`` threads. A thread has one cluster, or several at a distance of ``lanes``; where there are
-    more members than a thread should have, ``groups`` threads split each cluster among them.
+    A row has ``lanes * groups`` threads. A thread has one cluster, or several at a distance of ``lanes``. If clusters
+    have too many members for one thread, ``groups`` threads split each cluster.
     """
 
     clusters: int
     lanes: int
     groups: int
     rows: int
-    own: int
+    per_thread: int
 
     @property
     def threads(self) -> int:
@@ -520,41 +522,45 @@ class _Plan(NamedTuple):
 
 
 def _plan(n_features: int, n_clusters: int) -> _Plan:
-    """The plan for D neurons in C clusters; C = 0 for no cascade."""
+    """Return the plan for D neurons in C clusters; C = 0 for no cascade."""
     clusters = n_clusters or n_features
     members = n_features // clusters
-    # Without a cascade a thread may take neurons as it likes: enough for a row's threads to fill a warp.
-    widest = _WIDEST if n_clusters else min(_WIDEST, -(-n_features // max(1, min(_OWN, n_features // 32))))
-    shares = -(-clusters // widest)
+    # Without a cascade any split is possible: enough threads per row to fill a warp.
+    max_threads = (
+        _MAX_ROW_THREADS
+        if n_clusters
+        else min(_MAX_ROW_THREADS, -(-n_features // max(1, min(_NEURONS_PER_THREAD, n_features // 32))))
+    )
+    shares = -(-clusters // max_threads)
     lanes = -(-clusters // shares)
-    groups = 1 if shares > 1 else max(1, min(-(-members // _OWN), widest // lanes))
-    rows = max(1, _BLOCK // (lanes * groups))
+    groups = 1 if shares > 1 else max(1, min(-(-members // _NEURONS_PER_THREAD), max_threads // lanes))
+    rows = max(1, _BLOCK_THREADS // (lanes * groups))
     return _Plan(clusters, lanes, groups, rows, shares * -(-members // groups))
 
 
-def accepts(call: Call) -> Support:
+def accepts(call: CallSignature) -> Support:
     """Return whether the kernels can run a call."""
-    known = knows_surrogate(call, SURROGATE_IDS)
-    return fits(call.n_features, dict(call.options)["n_clusters"]) if known.runs else known
+    support = knows_surrogate(call, SURROGATE_IDS)
+    return fits(call.n_features, dict(call.options)["n_clusters"]) if support.runs else support
 
 
 def fits(n_features: int, n_clusters: int) -> Support:
-    """Whether the kernels can run D neurons in C clusters (0: no cascade), and if not why."""
-    if n_clusters > _MOST_CLUSTERS:
+    """Return whether the kernels can run D neurons in C clusters (0: no cascade), or the reason why not."""
+    if n_clusters > _MAX_CLUSTERS:
         return Support(
             False,
-            f"the CUDA kernel keeps sums over clusters in shared memory, which has room for {_MOST_CLUSTERS} clusters, "
+            f"the CUDA kernel keeps sums over clusters in shared memory, which has room for {_MAX_CLUSTERS} clusters, "
             f"not {n_clusters}",
         )
     return Support(True, "runs")
 
 
 def _coupling_is_shared(n_clusters: int) -> bool:
-    return 4 * n_clusters * (n_clusters | 1) <= _SHARED
+    return 4 * n_clusters * (n_clusters | 1) <= _SHARED_COUPLING_BYTES
 
 
 def _options(kernel: str, dtype: torch.dtype, n_features: int, n_clusters: int, surrogate: int = 0) -> tuple[str, ...]:
-    """What a build is made for; the names are explained above ``_COMMON``."""
+    """Return the macro definitions of a build; they are explained above ``_COMMON``."""
     plan = _plan(n_features, n_clusters)
     macros = {
         "SCALAR": _SCALARS[dtype],
@@ -565,7 +571,7 @@ def _options(kernel: str, dtype: torch.dtype, n_features: int, n_clusters: int, 
         "GROUPS": plan.groups,
         "ROWS": plan.rows,
         "COUPLING_SHARED": int(_coupling_is_shared(n_clusters)),
-        "UNROLL": plan.own if plan.own <= _UNROLLED else 1,
+        "UNROLL": plan.per_thread if plan.per_thread <= _MAX_UNROLLED else 1,
         "BLOCKS_PER_SM": _blocks_per_multiprocessor(kernel, plan),
         "SURROGATE": surrogate,
     }
@@ -573,7 +579,7 @@ def _options(kernel: str, dtype: torch.dtype, n_features: int, n_clusters: int, 
 
 
 def _blocks_per_multiprocessor(kernel: str, plan: _Plan) -> int:
-    return max(1, _RESIDENT[kernel] // plan.threads)
+    return max(1, _RESIDENT_THREADS[kernel] // plan.threads)
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -582,7 +588,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def _compile(kernel: str, options: tuple[str, ...], device: int) -> Any:
-    """The kernel for one set of options; CuPy keeps what it compiles on disk as well."""
+    """Return the kernel compiled with these options; CuPy also caches it on disk."""
     cupy = importlib.import_module("cupy")
     return cupy.RawModule(code=_SOURCES[kernel], options=_FLAGS + options).get_function(kernel)
 
@@ -590,10 +596,10 @@ def _compile(kernel: str, options: tuple[str, ...], device: int) -> Any:
 def _launch(
     kernel: str, options: tuple[str, ...], device: torch.device, grid: int, block: int, args: list[Any]
 ) -> None:
-    """Run a kernel on torch's current stream of ``device``; CuPy would take its own device and stream.
+    """Run a kernel on torch's current stream of ``device``, instead of CuPy's device and stream.
 
-    All parameters have 64 bits: a tensor is passed as its address, None as a null pointer, and Python's numbers as they are.
-    Memory that is freed after the launch is safe, since torch hands it out again for this stream only.
+    All parameters have 64 bits: tensors are passed as addresses, None as a null pointer, Python numbers as they are.
+    Tensors may be freed after the launch, because torch reuses their memory on the same stream only.
     """
     cupy = importlib.import_module("cupy")
     values = tuple(0 if a is None else a.data_ptr() if isinstance(a, Tensor) else a for a in args)
@@ -607,7 +613,7 @@ def _prepare(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _couplings(coupling: Tensor | None) -> tuple[int, Tensor | None, Tensor | None]:
-    """C, the coupling, and its transpose where the kernels read both from device memory."""
+    """Return C, the coupling, and its transpose if the kernels read both from device memory."""
     if coupling is None:
         return 0, None, None
     coupling = coupling.detach().float().contiguous()
@@ -628,7 +634,7 @@ def forward(
     refractory_steps: int,
     keep_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Spikes, membranes (empty unless ``keep_v``) and the last state; the arguments are those of the op in ``op.py``."""
+    """Return spikes, membranes (empty unless ``keep_v``) and the last state; arguments as in ``op.py``."""
     T, N, D = x.shape
     kernel = "associative_lif_forward"
     spikes = torch.empty(T, N, D, dtype=x.dtype, device=x.device)
@@ -681,7 +687,7 @@ def backward(
     surrogate: str,
     alpha: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, v, i_syn (empty without a state), threshold, both betas and coupling (empty without one)."""
+    """Return the gradients of x, v and i_syn (empty without a state), threshold, both betas, coupling (or empty)."""
     T, N, D = x.shape
     kernel = "associative_lif_backward"
     C, coupling, coupling_t = _couplings(coupling)
@@ -692,8 +698,8 @@ def backward(
     if N and D:
         blocks = min(-(-N // plan.rows), _multiprocessors(x.device) * _blocks_per_multiprocessor(kernel, plan))
         if C:
-            blocks = min(blocks, max(1, _PARTIALS // (4 * C * C)))
-    # One part for each block, or row or thread of a block; without blocks their sums are the zeros that are due.
+            blocks = min(blocks, max(1, _PARTIAL_SUM_BYTES // (4 * C * C)))
+    # One partial sum per block, or per row or thread of a block; without blocks the sums are zero.
     grad_threshold = torch.empty(blocks * plan.rows, D, device=x.device)
     grad_betas = torch.empty(blocks * plan.threads, 2, device=x.device)
     grad_coupling = torch.empty(blocks, C, C, device=x.device)
@@ -730,7 +736,7 @@ def backward(
         ]
         options = _options(kernel, x.dtype, D, C, SURROGATE_IDS[surrogate])
         _launch(kernel, options, x.device, blocks, plan.threads, args)
-    # Two sums and not the halves of one: outputs of an op must not share memory.
+    # Two separate sums: outputs of an op must not share memory.
     beta_mem_sum, beta_syn_sum = grad_betas[:, 0].sum(), grad_betas[:, 1].sum()
     return (
         grad_x,

@@ -1,4 +1,4 @@
-"""The public op: argument checks, precision, the choice of a backend, and the kernels as ops that torch.compile knows."""
+"""The public op: argument checks, precision, choice of the backend, registration of the kernels with torch.library."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nord_snn.ops.cascade import check_cascade
 from nord_snn.ops.checks import check_features, check_scalar, compute_dtype, without_autocast
-from nord_snn.ops.dispatch import BackendChoice, Call, backend_selector, choose_backend, register_backends
+from nord_snn.ops.dispatch import BackendChoice, CallSignature, backend_selector, choose_backend, register_backends
 from nord_snn.ops.lif.reference import AssociativeLIFState, reference
 from nord_snn.ops.registration import Kernel, register_op
 from nord_snn.ops.surrogate import SurrogateLike, resolve_surrogate
@@ -21,14 +21,14 @@ _choose = backend_selector("associative_lif", IMPLEMENTATIONS)
 def associative_lif_backend(
     x_seq: Tensor, backend: str = "auto", surrogate: SurrogateLike = "nord_atan", n_clusters: int | None = None
 ) -> BackendChoice:
-    """What :func:`associative_lif` would run on ``x_seq``, and why not the others."""
+    """Return the backend that :func:`associative_lif` would choose for ``x_seq``, and why not the others."""
     return choose_backend("associative_lif", IMPLEMENTATIONS, backend, _call(x_seq, surrogate, n_clusters))
 
 
-def _call(x_seq: Tensor, surrogate: SurrogateLike, n_clusters: int | None) -> Call:
+def _call(x_seq: Tensor, surrogate: SurrogateLike, n_clusters: int | None) -> CallSignature:
     name = surrogate if isinstance(surrogate, str) else "callable"
     options = (("n_clusters", n_clusters or 0), ("surrogate", name))
-    return Call(x_seq.device.type, x_seq.dtype, x_seq.shape[-1], options)
+    return CallSignature(x_seq.device.type, x_seq.dtype, x_seq.shape[-1], options)
 
 
 def associative_lif(
@@ -47,47 +47,47 @@ def associative_lif(
     return_v_seq: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
-    r"""Current-based LIF neurons with a refractory period and an associative cascade.
+    r"""Run current-based LIF neurons with a refractory period and an associative cascade.
 
-    Per step, from rest ``v = i = refractory = 0``::
+    Per time step, from rest ``v = i = refractory = 0``::
 
         i[t]  = beta_syn * i[t-1] + x[t]                          synaptic current
         u[t]  = v_reset                                           where refractory > 0 (no gradient)
                 beta_mem * v[t-1] + (1 - beta_mem) * i[t]         elsewhere
         s[t]  = 1 where u[t] >= threshold else 0
-        i[t] += cascade(s[t])                                     felt from step t + 1 on
+        i[t] += cascade(s[t])                                     used from step t + 1 on
         v[t]  = u[t] - s[t] * stop_gradient(threshold)            soft reset
         refractory = refractory_steps where s[t] else max(refractory - 1, 0)
 
-    States and arithmetic are float32 (float64 for float64 input), also under autocast; outputs have the dtype of
-    ``x_seq``. For float16 and bfloat16 input, spikes and states are exactly those of the same values in float32, and
-    only ``v_seq`` is rounded, once. Rows never influence each other. A neuron whose threshold is at or below
+    States and arithmetic are float32 (float64 for float64 input), also under autocast. Outputs have the dtype of
+    ``x_seq``. For float16 and bfloat16 input, spikes and states are exactly those of the same values in float32;
+    only ``v_seq`` is rounded, once. Rows are independent. A neuron whose threshold is at or below
     ``v_reset`` fires while refractory.
 
     Args:
         x_seq: input current ``[T, N, D]``, T >= 1; N may be 0.
-        state: where to start, each part ``[N, D]``; None for rest.
+        state: initial state, each part ``[N, D]``; None for rest.
         threshold: ``[D]``.
         beta_mem: membrane decay in (0, 1), a float or a tensor of one element. The value of a tensor is not checked,
-            since a GPU would have to be waited for.
-        beta_syn: synaptic decay in (0, 1), likewise.
-        cascade_weight: ``[C, C]``, already through the sigmoid, or None for no cascade.
-        cascade_gain: ``[C]``, or None.
-        v_reset: membrane while refractory.
-        refractory_steps: how many steps a neuron rests after a spike; 0 for none.
+            because that would synchronise with the GPU.
+        beta_syn: synaptic decay in (0, 1), a float or a tensor of one element, which is not checked either.
+        cascade_weight: ``[C, C]``, after the sigmoid, or None for no cascade.
+        cascade_gain: ``[C]``, or None for no cascade.
+        v_reset: membrane potential while refractory.
+        refractory_steps: number of refractory time steps after a spike; 0 for none.
         surrogate: name from :data:`nord_snn.ops.surrogate.SURROGATES` or a callable of ``u - threshold``.
         alpha: sharpness of a named surrogate.
-        return_v_seq: also return the membranes after reset.
+        return_v_seq: also return the membrane potentials after reset.
         backend: ``"auto"``, ``"torch"``, ``"numba"``, ``"triton"`` or ``"cupy"``; see :mod:`nord_snn.ops.dispatch`. The
-            kernels are differentiable once; a second derivative needs ``"torch"``, and is refused elsewhere.
+            kernels have a first derivative only; a second derivative needs ``"torch"`` and raises an error elsewhere.
 
     Returns:
         ``(spikes [T, N, D], v_seq [T, N, D] or None, last state)``.
 
     Raises:
         TypeError: ``x_seq`` is not a floating tensor.
-        ValueError: a shape does not fit, or D is not a multiple of C.
-        RuntimeError: the backend asked for cannot run.
+        ValueError: a shape is wrong, D is not a multiple of C, or a constant is out of its range.
+        RuntimeError: the requested backend cannot run.
 
     Source: the Nord spiking language model; the surrogate gradient after Neftci, Mostafa and Zenke 2019.
 
@@ -95,7 +95,7 @@ def associative_lif(
         >>> import torch
         >>> x = torch.tensor([9.0, 0.0, 0.0, 0.0, 0.0]).reshape(5, 1, 1)
         >>> spikes, _, state = associative_lif(x, threshold=torch.tensor([0.25]), beta_mem=0.9, beta_syn=0.5)
-        >>> spikes.flatten()                                # fires, rests two steps at v_reset, has decayed by then
+        >>> spikes.flatten()                                # fires; refractory for two steps; then below threshold
         tensor([1., 0., 0., 0., 0.])
     """
     _check(x_seq, state, threshold, cascade_weight, cascade_gain, refractory_steps)
@@ -104,15 +104,15 @@ def associative_lif(
     name = _choose(backend, _call(x_seq, surrogate, n_clusters))
     dtype = compute_dtype(x_seq)
     with without_autocast(x_seq):
-        state = None if state is None else _state_in(dtype, state)
+        state = None if state is None else _cast_state(dtype, state)
         threshold = threshold.to(dtype)
-        betas = _scalar(beta_mem, x_seq, "beta_mem"), _scalar(beta_syn, x_seq, "beta_syn")
+        betas = _beta_tensor(beta_mem, x_seq, "beta_mem"), _beta_tensor(beta_syn, x_seq, "beta_syn")
         weight = None if cascade_weight is None else cascade_weight.to(dtype)
         gain = None if cascade_gain is None else cascade_gain.to(dtype)
         if name == "torch":
             spikes, v_seq, last = reference(
                 x_seq.to(dtype),
-                _rest(x_seq, dtype) if state is None else state,
+                _resting_state(x_seq, dtype) if state is None else state,
                 threshold,
                 *betas,
                 weight,
@@ -122,7 +122,7 @@ def associative_lif(
                 resolve_surrogate(surrogate, alpha),
             )
             return spikes.to(x_seq.dtype), v_seq.to(x_seq.dtype) if return_v_seq else None, last
-        spikes, v_seq, *parts = _run(
+        spikes, v_seq, *last_state = _run(
             x_seq,
             *(state or (None, None, None)),
             threshold,
@@ -136,7 +136,7 @@ def associative_lif(
             return_v_seq,
             name,
         )
-        return spikes, v_seq if return_v_seq else None, AssociativeLIFState(*parts)
+        return spikes, v_seq if return_v_seq else None, AssociativeLIFState(*last_state)
 
 
 def _check(
@@ -167,16 +167,16 @@ def _check(
             )
 
 
-def _state_in(dtype: torch.dtype, state: AssociativeLIFState) -> AssociativeLIFState:
+def _cast_state(dtype: torch.dtype, state: AssociativeLIFState) -> AssociativeLIFState:
     return AssociativeLIFState(state.v.to(dtype), state.i_syn.to(dtype), state.refractory.to(torch.int32))
 
 
-def _rest(x_seq: Tensor, dtype: torch.dtype) -> AssociativeLIFState:
+def _resting_state(x_seq: Tensor, dtype: torch.dtype) -> AssociativeLIFState:
     rest = x_seq.new_zeros(x_seq.shape[1:], dtype=dtype)
     return AssociativeLIFState(rest, rest, torch.zeros_like(rest, dtype=torch.int32))
 
 
-def _scalar(beta: float | Tensor, x_seq: Tensor, name: str) -> Tensor:
+def _beta_tensor(beta: float | Tensor, x_seq: Tensor, name: str) -> Tensor:
     check_scalar(beta, name)
     dtype = compute_dtype(x_seq)
     if isinstance(beta, Tensor):
@@ -212,14 +212,16 @@ def _forward(
 
 
 def _coupling(weight: Tensor | None, gain: Tensor | None, n_features: int) -> Tensor | None:
-    """``gain[c] * weight[c, k] / members [C, C]``: what kernels need of the cascade."""
+    """Return the matrix that the kernels take for the cascade: ``gain[c] * weight[c, k] / members``, ``[C, C]``."""
     if weight is None or gain is None:
         return None
     return gain[:, None] * weight / (n_features // gain.shape[0])
 
 
-def _of_the_cascade(grad: Tensor, weight: Tensor | None, gain: Tensor | None, n_features: int) -> tuple[Tensor, Tensor]:
-    """Gradients of weight and gain from that of the coupling; empty without a cascade."""
+def _cascade_gradients(
+    grad: Tensor, weight: Tensor | None, gain: Tensor | None, n_features: int
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of weight and gain from that of the coupling; empty without a cascade."""
     if weight is None or gain is None:
         return grad, grad.new_empty(0)
     grad = grad / (n_features // gain.shape[0])
@@ -259,7 +261,7 @@ def _backward(
         grad_spikes, grad_v_seq, grad_v_last, grad_i_last, x, v, i_syn, refractory, threshold, beta_mem, beta_syn,
         _coupling(weight, gain, D), v_reset, refractory_steps, surrogate, alpha,
     )  # fmt: skip
-    return *grads, *_of_the_cascade(grad_coupling, weight, gain, D)
+    return *grads, *_cascade_gradients(grad_coupling, weight, gain, D)
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -286,9 +288,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _gradients(ctx: Any, *grads: Tensor | None, run: Any) -> tuple[Tensor | None, ...]:
     grad_spikes, grad_v_seq, grad_v_last, grad_i_last, _ = grads
-    if grad_v_seq is not None and not len(
-        grad_v_seq
-    ):  # no membranes were kept; torch.compile has a gradient all the same
+    # Without ``keep_v`` the membranes are empty, but torch.compile still passes a gradient for them.
+    if grad_v_seq is not None and not len(grad_v_seq):
         grad_v_seq = None
     x, v, *others = ctx.saved_tensors
     x_grad, v_grad, i_grad, threshold_grad, mem_grad, syn_grad, weight_grad, gain_grad = run(

@@ -1,4 +1,4 @@
-"""The associative LIF neuron in plain PyTorch: the truth that every other backend is tested against."""
+"""The associative LIF neuron in plain PyTorch. All other backends are tested against it."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,12 +12,12 @@ __all__ = ["AssociativeLIFState", "reference"]
 
 
 class AssociativeLIFState(NamedTuple):
-    """What a neuron carries from one step to the next; rest is zero everywhere.
+    """State of the neurons between time steps; all zeros at rest.
 
     Attributes:
-        v: membrane, ``[N, D]``.
+        v: membrane potential, ``[N, D]``.
         i_syn: synaptic current, ``[N, D]``.
-        refractory: steps left in which the neuron is held at ``v_reset``, ``[N, D]`` int32.
+        refractory: remaining time steps at ``v_reset``, ``[N, D]`` int32.
     """
 
     v: Tensor
@@ -37,9 +37,9 @@ def reference(
     refractory_steps: int,
     fire: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, AssociativeLIFState]:
-    """Run ``x_seq [T, N, D]`` from ``state``; returns spikes and membranes, both ``[T, N, D]``, and the last state.
+    """Run ``x_seq [T, N, D]`` from ``state``; return spikes ``[T, N, D]``, membranes ``[T, N, D]`` and the last state.
 
-    All tensors share one dtype. The equations stand in the docstring of :func:`nord_snn.ops.associative_lif`.
+    All tensors have the same dtype. The equations are in the docstring of :func:`nord_snn.ops.associative_lif`.
     """
     v, i_syn, refractory = state
     spikes, membranes = [], []

@@ -1,14 +1,14 @@
-"""What the kernels of the neuron can run."""
+"""Support check shared by the neuron kernels."""
 
 from collections.abc import Mapping
 
-from nord_snn.ops.dispatch import Call, Support
+from nord_snn.ops.dispatch import CallSignature, Support
 
 __all__ = ["knows_surrogate"]
 
 
-def knows_surrogate(call: Call, ids: Mapping[str, int]) -> Support:
-    """Return whether a kernel with these surrogates has the one that is asked for."""
+def knows_surrogate(call: CallSignature, ids: Mapping[str, int]) -> Support:
+    """Return whether a kernel with the surrogates ``ids`` has the requested one."""
     surrogate = dict(call.options).get("surrogate")
     if surrogate in ids:
         return Support(True, "runs")

@@ -1,13 +1,16 @@
 """The associative LIF neuron on a GPU: Triton kernels that pass over memory once.
 
-A program holds whole rows of neurons, because the cascade couples all neurons of a row, and carries them through time in
-registers. Nothing of the forward pass is kept for the backward pass, which walks through time again: a segment of up to 12
-steps forwards, with v and i_syn before each step (and one bit, held or not) kept in registers, and then back. A sequence
-that fits into one segment costs the floor, x and grad_spikes read and grad_x written: 12 bytes per neuron and step in
-float32, 6 in bfloat16; x is loaded twice, the second time from the cache. A longer sequence is first passed over once more
-to note the state at each segment's start, in a scratch that each program of the bounded grid reuses for all its rows: x
-again, and 24 bytes per neuron and segment that mostly stay in the L2 cache. A cascade's sums per cluster also go to memory,
-16 / members bytes per neuron and step with the reading: their product is the gradient of the coupling.
+A program computes whole rows of neurons, because the cascade couples all neurons of a row, and keeps their state in
+registers over all time steps. The forward pass saves nothing for the backward pass, which recomputes it in segments of
+up to 12 time steps: forward, with v and i_syn before each step and one bit (refractory or not) in registers, then
+backward.
+
+Memory traffic of the backward pass: a sequence of one segment reads x and grad_spikes and writes grad_x, the minimum,
+which is 12 bytes per neuron and step in float32 and 6 in bfloat16; x is loaded twice, the second time from the cache.
+For longer sequences a first pass saves the state at the start of each segment in scratch memory, which each program of
+the bounded grid reuses for all its rows: it reads x once more, plus 24 bytes per neuron and segment that mostly stay in
+the L2 cache. With a cascade the sums per cluster also go to memory, because their product is the gradient of the
+coupling: 16 / members bytes per neuron and step, including reading them.
 """
 
 import math
@@ -19,26 +22,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nord_snn.ops.dispatch import Call, Support
+from nord_snn.ops.dispatch import CallSignature, Support
 from nord_snn.ops.lif.support import knows_surrogate
 
 __all__ = ["SURROGATE_IDS", "accepts", "backward", "fits", "forward"]
 
-#: The rows of :data:`nord_snn.ops.SURROGATES` that ``_surrogate`` knows.
+#: Surrogates that ``_surrogate`` implements; names as in :data:`nord_snn.ops.SURROGATES`.
 SURROGATE_IDS = {"nord_atan": 0, "atan": 1, "sigmoid": 2, "fast_sigmoid": 3}
 
-_TILE = 512  # neurons of a program: four a thread, so that what a segment keeps still fits into the registers
-_LARGEST_TILE = 16384  # of a cascade, whose rows cannot be cut: beyond this, programs live on spilled registers
+_TILE = 512  # neurons per program: four per thread, so that the values of a segment fit into the registers
+_LARGEST_TILE = 16384  # with a cascade, whose rows cannot be split; larger tiles spill registers
 _LONGEST_SEGMENT = 12
-_WIDEST_MATRIX = 64  # clusters up to which the coupling stays in registers
+_WIDEST_MATRIX = 64  # largest number of clusters with the coupling in registers
 
-_NEVER = tl.constexpr(1e15)  # threshold of padding; finite, since zero times infinity would spoil the sums
+_PADDING_THRESHOLD = tl.constexpr(1e15)  # threshold of padding; finite, because zero times infinity is NaN
 _PI = tl.constexpr(math.pi)
 
 
 @triton.jit
-def _neurons(D: tl.constexpr, C: tl.constexpr, M_PAD: tl.constexpr, C_PAD: tl.constexpr):
-    """Which neurons a tile holds, ``[1, M_PAD, C_PAD]``, and which of them exist; member m of cluster c is ``m * C + c``."""
+def _neuron_indices(D: tl.constexpr, C: tl.constexpr, M_PAD: tl.constexpr, C_PAD: tl.constexpr):
+    """Return the neurons of a tile, ``[1, M_PAD, C_PAD]``, and a mask; member m of cluster c is ``m * C + c``."""
     member = tl.arange(0, M_PAD)[None, :, None]
     cluster = tl.program_id(1) * C_PAD + tl.arange(0, C_PAD)[None, None, :]
     return member * C + cluster, (member < D // C) & (cluster < C)
@@ -46,7 +49,7 @@ def _neurons(D: tl.constexpr, C: tl.constexpr, M_PAD: tl.constexpr, C_PAD: tl.co
 
 @triton.jit
 def _load(ptr, at, here, mask, dtype: tl.constexpr):
-    """What ``ptr`` holds, zero outside ``mask`` and everywhere if there is no ``ptr``."""
+    """Load from ``ptr``; zero outside ``mask``, and everywhere if ``ptr`` is None."""
     if ptr is None:
         out = tl.zeros(mask.shape, dtype)
     else:
@@ -55,8 +58,8 @@ def _load(ptr, at, here, mask, dtype: tl.constexpr):
 
 
 @triton.jit
-def _matrix(ptr, C: tl.constexpr, C_PAD: tl.constexpr, WIDE: tl.constexpr):
-    """The matrix for ``_couple``: ``[C_PAD, C_PAD]`` in registers, or where it is if it is too wide for them."""
+def _load_matrix(ptr, C: tl.constexpr, C_PAD: tl.constexpr, WIDE: tl.constexpr):
+    """Return the matrix for ``_couple``: ``[C_PAD, C_PAD]`` in registers, or its pointer if WIDE."""
     if ptr is None or WIDE:
         out = ptr
     else:
@@ -67,16 +70,16 @@ def _matrix(ptr, C: tl.constexpr, C_PAD: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def _couple(sums, matrix, exchange_ptr, C: tl.constexpr, R: tl.constexpr, C_PAD: tl.constexpr, WIDE: tl.constexpr):
-    """``out[r, 0, c] = sum over k of sums[r, k] * matrix[k, c]``.
+    """Return ``out[r, 0, c] = sum over k of sums[r, k] * matrix[k, c]``.
 
-    Threads own clusters c, so the sum over k mostly stays within a thread. A wide matrix is read in blocks of K rows, and
-    ``sums`` with it, which for that goes through memory: registers cannot be indexed.
+    Each thread has its clusters c, so the sum over k mostly stays within a thread. A wide matrix is read in tiles of K
+    rows, together with the matching columns of ``sums``. These go through memory, because registers cannot be indexed.
     """
     if WIDE:
         K: tl.constexpr = max(1, min(16, C_PAD, 8192 // (R * C_PAD)))
         c = tl.arange(0, C_PAD)[None, :]
         row = (tl.program_id(0) * R + tl.arange(0, R)[:, None]) * C_PAD
-        tl.debug_barrier()  # the readers of the call before
+        tl.debug_barrier()  # wait for the readers of the previous call
         tl.store(exchange_ptr + row + c, sums)
         tl.debug_barrier()
         out = tl.zeros([R, C_PAD], tl.float32)
@@ -94,7 +97,7 @@ def _couple(sums, matrix, exchange_ptr, C: tl.constexpr, R: tl.constexpr, C_PAD:
 
 @triton.jit
 def _surrogate(x, alpha, SURROGATE: tl.constexpr):
-    """The derivatives of ``nord_snn.ops.SURROGATES`` at ``x``, membrane minus threshold."""
+    """Return the surrogate derivative at ``x``, membrane minus threshold."""
     if SURROGATE == 0:
         z = alpha * x
         out = tl.div_rn(alpha, (1 + z * z) * (2 * _PI))
@@ -102,7 +105,7 @@ def _surrogate(x, alpha, SURROGATE: tl.constexpr):
         z = alpha * x * (_PI / 2)
         out = tl.div_rn(alpha, (1 + z * z) * 2)
     elif SURROGATE == 2:
-        z = tl.exp(-tl.abs(alpha * x))  # an even function: the side that cannot overflow
+        z = tl.exp(-tl.abs(alpha * x))  # even function: use the side that cannot overflow
         out = tl.div_rn(alpha * z, (1 + z) * (1 + z))
     else:
         z = 1 + alpha * tl.abs(x)
@@ -112,9 +115,9 @@ def _surrogate(x, alpha, SURROGATE: tl.constexpr):
 
 @triton.jit
 def _load_steps(ptr, here, inside, stride, first, T, LENGTH: tl.constexpr):
-    """Steps ``first`` to ``first + LENGTH``, zero from T on.
+    """Load steps ``first`` to ``first + LENGTH``; zero from T on.
 
-    No load passes a store, so whoever stores at every step should have loaded before: one latency instead of LENGTH.
+    Loads are not moved before stores, so loading all steps first costs one memory latency instead of LENGTH.
     """
     out = ()
     for k in tl.static_range(LENGTH):
@@ -124,7 +127,7 @@ def _load_steps(ptr, here, inside, stride, first, T, LENGTH: tl.constexpr):
 
 @triton.jit
 def _step(v, i, refractory, x, threshold, beta_mem, beta_syn, v_reset, refractory_steps):
-    """One time step of ``reference.py`` up to the cascade; returns the next state and the spikes."""
+    """Compute one time step of ``reference.py`` up to the cascade; return the next state and the spikes."""
     i = beta_syn * i + x.to(tl.float32)
     u = tl.where(refractory > 0, v_reset, beta_mem * v + (1 - beta_mem) * i)
     fires = u - threshold >= 0
@@ -134,18 +137,19 @@ def _step(v, i, refractory, x, threshold, beta_mem, beta_syn, v_reset, refractor
 
 @triton.jit
 def _step_back(
-    grad_v, grad_i, grad_s, v, i, free, x, threshold, beta_mem, beta_syn, v_reset, alpha, SURROGATE: tl.constexpr
+    grad_v, grad_i, grad_s, v, i, active, x, threshold, beta_mem, beta_syn, v_reset, alpha, SURROGATE: tl.constexpr
 ):
-    """The same step backwards: gradients of its outputs and the state before it.
+    """Backward of ``_step``, from the gradients of its outputs and the state before it.
 
-    Returns the gradients of v and i before it and of x, and what it adds to those of threshold, beta_mem and beta_syn.
+    Return the gradients of v and i before the step and of x, and the contributions to those of threshold, beta_mem and
+    beta_syn.
     """
     current = beta_syn * i + x.to(tl.float32)
-    u = tl.where(free, beta_mem * v + (1 - beta_mem) * current, v_reset)
-    through = (grad_s - threshold * grad_v) * _surrogate(u - threshold, alpha, SURROGATE)
-    grad_u = tl.where(free, grad_v + through, 0.0)
+    u = tl.where(active, beta_mem * v + (1 - beta_mem) * current, v_reset)
+    grad_distance = (grad_s - threshold * grad_v) * _surrogate(u - threshold, alpha, SURROGATE)
+    grad_u = tl.where(active, grad_v + grad_distance, 0.0)
     grad_x = grad_i + (1 - beta_mem) * grad_u
-    return beta_mem * grad_u, beta_syn * grad_x, grad_x, -through, grad_u * (v - current), grad_x * i
+    return beta_mem * grad_u, beta_syn * grad_x, grad_x, -grad_distance, grad_u * (v - current), grad_x * i
 
 
 @triton.jit
@@ -155,18 +159,18 @@ def _forward(
     D: tl.constexpr, C: tl.constexpr, R: tl.constexpr, M_PAD: tl.constexpr, C_PAD: tl.constexpr, WIDE: tl.constexpr,
     LENGTH: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Blocks of R rows, ``program_id(0)`` and every ``num_programs(0)``-th after it, through all time steps.
+    """Compute all time steps of blocks of R rows: block ``program_id(0)`` and every ``num_programs(0)``-th after it.
 
-    Segments have LENGTH steps, the last of them fewer if PADDED.
+    Segments have LENGTH steps; the last segment has fewer if PADDED.
     """
-    neuron, exists = _neurons(D, C, M_PAD, C_PAD)
+    neuron, exists = _neuron_indices(D, C, M_PAD, C_PAD)
     row = tl.arange(0, R)[:, None, None]
     here = row * D + neuron
     stride = tl.cast(N, tl.int64) * D
     v_reset = tl.cast(v_reset, tl.float32)
     beta_mem, beta_syn = tl.load(beta_mem_ptr), tl.load(beta_syn_ptr)
-    threshold = tl.load(threshold_ptr + neuron, mask=exists, other=_NEVER)
-    matrix = _matrix(coupling_t_ptr, C, C_PAD, WIDE)
+    threshold = tl.load(threshold_ptr + neuron, mask=exists, other=_PADDING_THRESHOLD)
+    matrix = _load_matrix(coupling_t_ptr, C, C_PAD, WIDE)
     block = tl.program_id(0).to(tl.int64)
     while block < blocks:
         at = block * R * D
@@ -180,10 +184,10 @@ def _forward(
             inputs = _load_steps(x_ptr + now, here, inside, stride, first, T, LENGTH)
             for k in tl.static_range(LENGTH):
                 if PADDED:
-                    live = first + k < T
+                    in_sequence = first + k < T
                 else:
-                    live = True
-                if live:
+                    in_sequence = True
+                if in_sequence:
                     v, i, refractory, s = _step(
                         v, i, refractory, inputs[k], threshold, beta_mem, beta_syn, v_reset, refractory_steps
                     )
@@ -200,8 +204,8 @@ def _forward(
 
 
 @triton.jit
-def _note(ptr, segment, tile, v, i, refractory, SIZE: tl.constexpr):
-    """Note the state at the start of a segment; ``_recall`` has it back."""
+def _save_start(ptr, segment, tile, v, i, refractory, SIZE: tl.constexpr):
+    """Save the state at the start of a segment for ``_load_start``."""
     ptr += segment * (3 * SIZE)
     tl.store(ptr + tile, v)
     tl.store(ptr + SIZE + tile, i)
@@ -209,7 +213,7 @@ def _note(ptr, segment, tile, v, i, refractory, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _recall(ptr, segment, tile, SIZE: tl.constexpr):
+def _load_start(ptr, segment, tile, SIZE: tl.constexpr):
     ptr += segment * (3 * SIZE)
     return tl.load(ptr + tile), tl.load(ptr + SIZE + tile), tl.load(ptr + 2 * SIZE + tile).to(tl.int32, bitcast=True)
 
@@ -217,30 +221,30 @@ def _recall(ptr, segment, tile, SIZE: tl.constexpr):
 @triton.jit
 def _backward(
     grad_spikes_ptr, grad_v_seq_ptr, grad_v_last_ptr, grad_i_last_ptr, x_ptr, v_ptr, i_ptr, refractory_ptr,
-    threshold_ptr, beta_mem_ptr, beta_syn_ptr, coupling_ptr, coupling_t_ptr, exchange_ptr, starts_ptr,
+    threshold_ptr, beta_mem_ptr, beta_syn_ptr, coupling_ptr, coupling_t_ptr, exchange_ptr, segment_starts_ptr,
     grad_x_ptr, grad_v_ptr, grad_i_ptr, grad_threshold_ptr, grad_betas_ptr, sums_ptr, grad_sums_ptr,
     T, N, blocks, segments, v_reset, refractory_steps, alpha,
     D: tl.constexpr, C: tl.constexpr, R: tl.constexpr, M_PAD: tl.constexpr, C_PAD: tl.constexpr, WIDE: tl.constexpr,
     LENGTH: tl.constexpr, PADDED: tl.constexpr, SURROGATE: tl.constexpr,
 ):  # fmt: skip
-    """Blocks and segments as in ``_forward``.
+    """Compute the gradients of blocks and segments as in ``_forward``.
 
-    Gradients of what all rows share are summed over this program's blocks, then written to its own place.
+    Gradients of the parameters are summed over the blocks of this program and written once per program.
     """
     SIZE: tl.constexpr = R * M_PAD * C_PAD
-    neuron, exists = _neurons(D, C, M_PAD, C_PAD)
+    neuron, exists = _neuron_indices(D, C, M_PAD, C_PAD)
     row = tl.arange(0, R)[:, None, None]
     here = row * D + neuron
     stride = tl.cast(N, tl.int64) * D
     v_reset, alpha = tl.cast(v_reset, tl.float32), tl.cast(alpha, tl.float32)
     beta_mem, beta_syn = tl.load(beta_mem_ptr), tl.load(beta_syn_ptr)
-    threshold = tl.load(threshold_ptr + neuron, mask=exists, other=_NEVER)
+    threshold = tl.load(threshold_ptr + neuron, mask=exists, other=_PADDING_THRESHOLD)
     program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    if starts_ptr is not None:
-        starts_ptr += program * segments * (3 * SIZE)
+    if segment_starts_ptr is not None:
+        segment_starts_ptr += program * segments * (3 * SIZE)
     member, cluster = tl.arange(0, M_PAD)[None, :, None], tl.arange(0, C_PAD)[None, None, :]
     tile = (row * M_PAD + member) * C_PAD + cluster
-    # The same for sums over clusters, [R, C_PAD].
+    # Indices for sums over clusters, [R, C_PAD].
     row_of_sums, cluster_of_sums = tl.arange(0, R)[:, None], tl.arange(0, C_PAD)[None, :]
     here_sums = row_of_sums * C + cluster_of_sums
     stride_sums = tl.cast(N, tl.int64) * C
@@ -259,11 +263,11 @@ def _backward(
         grad_v = _load(grad_v_last_ptr, at, here, inside, tl.float32)
         grad_i = _load(grad_i_last_ptr, at, here, inside, tl.float32)
         segment = 0
-        if starts_ptr is not None:
-            matrix = _matrix(coupling_t_ptr, C, C_PAD, WIDE)
-            tl.debug_barrier()  # the readers of the block before
+        if segment_starts_ptr is not None:
+            matrix = _load_matrix(coupling_t_ptr, C, C_PAD, WIDE)
+            tl.debug_barrier()  # wait for the readers of the previous block
             while segment < segments - 1:
-                _note(starts_ptr, segment, tile, v, i, refractory, SIZE)
+                _save_start(segment_starts_ptr, segment, tile, v, i, refractory, SIZE)
                 first = segment * LENGTH
                 inputs = _load_steps(x_ptr + at + first * stride, here, inside, stride, first, T, LENGTH)
                 for k in tl.static_range(LENGTH):
@@ -273,53 +277,53 @@ def _backward(
                     if matrix is not None:
                         i += _couple(tl.sum(s, 1), matrix, exchange_ptr, C, R, C_PAD, WIDE)
                 segment += 1
-            _note(starts_ptr, segment, tile, v, i, refractory, SIZE)
+            _save_start(segment_starts_ptr, segment, tile, v, i, refractory, SIZE)
             tl.debug_barrier()
         while segment >= 0:
-            if starts_ptr is not None:
-                v, i, refractory = _recall(starts_ptr, segment, tile, SIZE)
+            if segment_starts_ptr is not None:
+                v, i, refractory = _load_start(segment_starts_ptr, segment, tile, SIZE)
             first = segment * LENGTH
             now, now_sums = at + first * stride, at_sums + first * stride_sums
-            # Forwards. Beyond T the steps run on in the void: nobody reads what they leave.
+            # Forward. Padding steps past T compute garbage that is never read.
             inputs = _load_steps(x_ptr + now, here, inside, stride, first, T, LENGTH)
-            ahead = _matrix(coupling_t_ptr, C, C_PAD, WIDE)
+            coupling_t = _load_matrix(coupling_t_ptr, C, C_PAD, WIDE)
             vs, currents = (), ()
-            held = tl.zeros([R, M_PAD, C_PAD], tl.int32)  # bit k: in step k
+            refractory_bits = tl.zeros([R, M_PAD, C_PAD], tl.int32)  # bit k: refractory in step k
             for k in tl.static_range(LENGTH):
                 vs += (v,)  # type: ignore[assignment]
                 currents += (i,)  # type: ignore[assignment]
-                held |= (refractory > 0).to(tl.int32) << k
+                refractory_bits |= (refractory > 0).to(tl.int32) << k
                 v, i, refractory, s = _step(
                     v, i, refractory, inputs[k], threshold, beta_mem, beta_syn, v_reset, refractory_steps
                 )
-                if ahead is not None:
+                if coupling_t is not None:
                     sums = tl.sum(s, 1)
                     tl.store(
                         sums_ptr + now_sums + k * stride_sums + here_sums, sums, mask=inside_sums & (first + k < T)
                     )
-                    i += _couple(sums, ahead, exchange_ptr, C, R, C_PAD, WIDE)
-            # And back. Betas are loaded anew, or else the compiler keeps beta * v and beta * i of all steps for here.
+                    i += _couple(sums, coupling_t, exchange_ptr, C, R, C_PAD, WIDE)
+            # Backward. Reload the betas: otherwise the compiler keeps beta * v and beta * i of all steps in registers.
             beta_mem, beta_syn = tl.load(beta_mem_ptr), tl.load(beta_syn_ptr)
             gradients = _load_steps(grad_spikes_ptr + now, here, inside, stride, first, T, LENGTH)
-            behind = _matrix(coupling_ptr, C, C_PAD, WIDE)
+            coupling_matrix = _load_matrix(coupling_ptr, C, C_PAD, WIDE)
             for k in tl.static_range(LENGTH - 1, -1, -1):
                 if PADDED:
-                    live = first + k < T
+                    in_sequence = first + k < T
                 else:
-                    live = True
-                if live:
+                    in_sequence = True
+                if in_sequence:
                     x = tl.load(x_ptr + now + k * stride + here, mask=inside, other=0)
                     grad_s = gradients[k].to(tl.float32)
                     if grad_v_seq_ptr is not None:
                         grad_v += tl.load(grad_v_seq_ptr + now + k * stride + here, mask=inside, other=0).to(tl.float32)
-                    if behind is not None:
+                    if coupling_matrix is not None:
                         sums = tl.sum(grad_i, 1)
                         tl.store(grad_sums_ptr + now_sums + k * stride_sums + here_sums, sums, mask=inside_sums)
-                        grad_s += _couple(sums, behind, exchange_ptr, C, R, C_PAD, WIDE)
-                    free = (held >> k) & 1 == 0
+                        grad_s += _couple(sums, coupling_matrix, exchange_ptr, C, R, C_PAD, WIDE)
+                    active = (refractory_bits >> k) & 1 == 0
                     grad_v, grad_i, grad_x, by_threshold, by_beta_mem, by_beta_syn = _step_back(
-                        grad_v, grad_i, grad_s, vs[k], currents[k], free, x, threshold, beta_mem, beta_syn, v_reset,
-                        alpha, SURROGATE,
+                        grad_v, grad_i, grad_s, vs[k], currents[k], active, x, threshold, beta_mem, beta_syn,
+                        v_reset, alpha, SURROGATE,
                     )  # fmt: skip
                     tl.store(grad_x_ptr + now + k * stride + here, grad_x, mask=inside)
                     total_threshold += by_threshold
@@ -337,12 +341,12 @@ def _backward(
 
 
 class _Plan(NamedTuple):
-    """How rows become tiles ``[R, M_PAD, C_PAD]``, C_PAD of D neurons wide where no cascade couples them."""
+    """Split of the rows into tiles ``[R, M_PAD, C_PAD]``; without a cascade, C_PAD of the D neurons of a row."""
 
     constants: dict[str, Any]
-    blocks: int  # of R rows
-    columns: int  # tiles side by side
-    tile: int  # neurons of a program
+    blocks: int  # number of blocks of R rows
+    columns: int  # number of tiles of a row
+    tile: int  # neurons per program
     warps: int
 
 
@@ -357,7 +361,7 @@ def _plan(n_rows: int, n_features: int, n_clusters: int) -> _Plan:
     row = triton.next_power_of_2(members) * width
     rows = max(1, min(triton.next_power_of_2(n_rows), _TILE // row))
     threads = rows * row // 4
-    if n_clusters and not wide:  # what _couple multiplies in one go
+    if n_clusters and not wide:  # _couple multiplies the whole matrix at once
         rows = max(1, min(rows, 8192 // width**2))
         threads = max(rows * row // 4, width**2 // 32)
     constants = {
@@ -373,13 +377,13 @@ def _plan(n_rows: int, n_features: int, n_clusters: int) -> _Plan:
 
 
 def _programs(plan: _Plan, device: torch.device, warps: int) -> int:
-    """How many programs share the blocks if ``warps`` fit on a multiprocessor."""
+    """Return the number of programs that share the blocks if ``warps`` fit on a multiprocessor."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     return max(1, min(plan.blocks, processors * warps // (plan.warps * plan.columns)))
 
 
 def _segments(n_steps: int, plan: _Plan) -> tuple[int, int]:
-    """Length and number of segments: as long as registers allow, and of equal length where that is not much shorter."""
+    """Return length and number of segments: as long as registers allow, of equal length if that is not much shorter."""
     longest = max(4, min(_LONGEST_SEGMENT, 48 * 32 * plan.warps // plan.tile))
     segments = triton.cdiv(n_steps, longest)
     length = triton.cdiv(n_steps, segments)
@@ -387,14 +391,14 @@ def _segments(n_steps: int, plan: _Plan) -> tuple[int, int]:
     return length, triton.cdiv(n_steps, length)
 
 
-def accepts(call: Call) -> Support:
+def accepts(call: CallSignature) -> Support:
     """Return whether the kernels can run a call."""
-    known = knows_surrogate(call, SURROGATE_IDS)
-    return fits(call.n_features, dict(call.options)["n_clusters"]) if known.runs else known
+    support = knows_surrogate(call, SURROGATE_IDS)
+    return fits(call.n_features, dict(call.options)["n_clusters"]) if support.runs else support
 
 
 def fits(n_features: int, n_clusters: int) -> Support:
-    """Whether the kernels can run rows of ``n_features`` neurons in ``n_clusters`` clusters (0: no cascade), and if not, why."""
+    """Return whether the kernels can run D neurons in C clusters (0: no cascade), or the reason why not."""
     if n_clusters:
         tile = triton.next_power_of_2(n_features // n_clusters) * triton.next_power_of_2(n_clusters)
         if tile > _LARGEST_TILE:
@@ -406,19 +410,19 @@ def fits(n_features: int, n_clusters: int) -> Support:
     return Support(True, "runs")
 
 
-def _float(x: Tensor | None) -> Tensor | None:
+def _to_float32(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach().to(torch.float32).contiguous()
 
 
-def _exchange(plan: _Plan, programs: int, like: Tensor) -> Tensor | None:
-    """Where programs put sums for ``_couple`` with a wide matrix."""
+def _exchange_buffer(plan: _Plan, programs: int, like: Tensor) -> Tensor | None:
+    """Allocate the memory in which ``_couple`` exchanges sums if the matrix is wide."""
     if not plan.constants["WIDE"]:
         return None
     return like.new_empty(programs, plan.constants["R"], plan.constants["C_PAD"], dtype=torch.float32)
 
 
 def _device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be that of ``x``."""
+    """Return a context with the device of ``x`` as current device, on which Triton launches."""
     return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
 
 
@@ -435,7 +439,7 @@ def forward(
     refractory_steps: int,
     keep_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Spikes, membranes (empty unless ``keep_v``) and the last state; the arguments are those of the op in ``op.py``."""
+    """Return spikes, membranes (empty unless ``keep_v``) and the last state; arguments as in ``op.py``."""
     T, N, D = x.shape
     x = x.contiguous()
     spikes, v_seq = torch.empty_like(x), x.new_empty(T if keep_v else 0, N, D)
@@ -448,14 +452,14 @@ def forward(
         with _device_of(x):
             _forward[(programs, plan.columns)](
                 x,
-                _float(v),
-                _float(i_syn),
+                _to_float32(v),
+                _to_float32(i_syn),
                 None if refractory is None else refractory.contiguous(),
-                _float(threshold),
-                _float(beta_mem),
-                _float(beta_syn),
-                None if coupling is None else _float(coupling.t()),
-                _exchange(plan, programs, x),
+                _to_float32(threshold),
+                _to_float32(beta_mem),
+                _to_float32(beta_syn),
+                None if coupling is None else _to_float32(coupling.t()),
+                _exchange_buffer(plan, programs, x),
                 spikes,
                 v_seq if keep_v else None,
                 v_last,
@@ -494,7 +498,7 @@ def backward(
     surrogate: str,
     alpha: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, v, i_syn (empty without a state), threshold, both betas and coupling (empty without one)."""
+    """Return the gradients of x, v and i_syn (empty without a state), threshold, both betas, coupling (or empty)."""
     T, N, D = x.shape
     C = 0 if coupling is None else coupling.shape[0]
     x = x.contiguous()
@@ -515,9 +519,9 @@ def backward(
     plan = _plan(N, D, C)
     programs = _programs(plan, x.device, 12)
     length, segments = _segments(T, plan)
-    starts = None
+    segment_starts = None
     if segments > 1:
-        starts = torch.empty(programs * plan.columns, segments, 3, plan.tile, **floats)
+        segment_starts = torch.empty(programs * plan.columns, segments, 3, plan.tile, **floats)
     grad_threshold = torch.empty(programs, D, **floats)
     grad_betas = torch.empty(programs * plan.columns, 2, **floats)
     sums, grad_sums = torch.empty(T, N, C, **floats), torch.empty(T, N, C, **floats)
@@ -525,19 +529,19 @@ def backward(
         _backward[(programs, plan.columns)](
             grad_spikes.contiguous(),
             None if grad_v_seq is None else grad_v_seq.contiguous(),
-            _float(grad_v_last),
-            _float(grad_i_last),
+            _to_float32(grad_v_last),
+            _to_float32(grad_i_last),
             x,
-            _float(v),
-            _float(i_syn),
+            _to_float32(v),
+            _to_float32(i_syn),
             None if refractory is None else refractory.contiguous(),
-            _float(threshold),
-            _float(beta_mem),
-            _float(beta_syn),
-            _float(coupling),
-            None if coupling is None else _float(coupling.t()),
-            _exchange(plan, programs, x),
-            starts,
+            _to_float32(threshold),
+            _to_float32(beta_mem),
+            _to_float32(beta_syn),
+            _to_float32(coupling),
+            None if coupling is None else _to_float32(coupling.t()),
+            _exchange_buffer(plan, programs, x),
+            segment_starts,
             grad_x,
             None if v is None else grad_v,
             None if v is None else grad_i,
@@ -560,7 +564,7 @@ def backward(
             enable_fp_fusion=False,
             **plan.constants,
         )
-    # Two sums and not the halves of one: outputs of an op must not share memory.
+    # Two separate sums: outputs of an op must not share memory.
     grad_beta_mem, grad_beta_syn = grad_betas[:, 0].sum(), grad_betas[:, 1].sum()
     with torch.autocast(x.device.type, enabled=False):
         grad_coupling = grad_sums.flatten(0, 1).T @ sums.flatten(0, 1)

@@ -1,4 +1,4 @@
-"""How a synapse pairs its inputs with its outputs: every input with every output, or as a convolution does."""
+"""Sums of products of outputs and inputs over the synapses of a dense or a convolutional layer."""
 
 from typing import NamedTuple
 
@@ -10,15 +10,15 @@ __all__ = ["ConvGeometry", "dense"]
 
 
 class ConvGeometry(NamedTuple):
-    """Which inputs of a convolution meet which outputs.
+    """The geometry of a convolution: which inputs connect to which outputs.
 
     Attributes:
-        kernel_size: extent of the kernel, one number for each of the one or two spatial dimensions, as for all others.
-        stride: steps between two outputs.
-        padding: added in front and behind, as pairs, the first dimension first.
-        dilation: distance of two taps of the kernel.
-        groups: into which the channels are divided.
-        padding_mode: what is padded with, as ``torch.nn.Conv2d`` names it.
+        kernel_size: size of the kernel. Each field has one entry per spatial dimension, of which there are one or two.
+        stride: positions between two outputs.
+        padding: pairs (before, after), first dimension first.
+        dilation: distance between two taps of the kernel.
+        groups: number of groups of channels.
+        padding_mode: as in ``torch.nn.Conv2d``.
     """
 
     kernel_size: tuple[int, ...]
@@ -29,7 +29,7 @@ class ConvGeometry(NamedTuple):
     padding_mode: str = "zeros"
 
     def output_size(self, input_size: tuple[int, ...]) -> tuple[int, ...]:
-        """Spatial size of the output for a spatial size of the input."""
+        """Return the spatial size of the output for a spatial size of the input."""
         return tuple(
             (size + sum(padding) - dilation * (kernel - 1) - 1) // stride + 1
             for size, kernel, stride, padding, dilation in zip(
@@ -38,10 +38,10 @@ class ConvGeometry(NamedTuple):
         )
 
     def correlate(self, post: Tensor, pre: Tensor) -> Tensor:
-        """``post [M, C_out, *]``, ``pre [M, C_in, *]`` -> ``[C_out, C_in / groups, *kernel_size]``.
+        """Return ``[C_out, C_in / groups, *kernel_size]`` from ``post [M, C_out, *]`` and ``pre [M, C_in, *]``.
 
-        Every tap of the kernel sums the products of the outputs with the inputs that it joins them to: the gradient of a
-        convolution by its weight.
+        Each kernel tap sums the products of the outputs and the inputs that it connects. This is the gradient of a
+        convolution with respect to its weight.
         """
         reversed_padding = [side for pair in reversed(self.padding) for side in pair]
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
@@ -55,5 +55,5 @@ class ConvGeometry(NamedTuple):
 
 
 def dense(post: Tensor, pre: Tensor) -> Tensor:
-    """``post [M, n_out]``, ``pre [M, n_in]`` -> ``[n_out, n_in]``."""
+    """Return the sum of products over M, ``[n_out, n_in]``, from ``post [M, n_out]`` and ``pre [M, n_in]``."""
     return post.mT @ pre

@@ -1,4 +1,4 @@
-"""The public ops: argument checks and precision. Plasticity is no loss, so nothing here carries gradients."""
+"""The public ops: argument checks and precision. They run without autograd: plasticity is not a loss."""
 
 import math
 
@@ -22,7 +22,7 @@ from nord_snn.ops.plasticity.reference import (
 
 __all__ = ["IMPLEMENTATIONS", "reward_modulated_stdp", "stdp", "triplet_stdp"]
 
-IMPLEMENTATIONS = register_backends("stdp", "plasticity", plain="chunked_torch")
+IMPLEMENTATIONS = register_backends("stdp", "plasticity", torch_file="chunked_torch")
 
 
 @torch.no_grad()
@@ -40,50 +40,51 @@ def stdp(
     mu: float = 0.0,
     geometry: ConvGeometry | None = None,
 ) -> tuple[Tensor, STDPState]:
-    """Weight change from all pairs of spikes, with exponential traces.
+    """Return the STDP weight change from all pairs of spikes, with exponential traces.
 
-    Per step, traces updated before use and zero at rest::
+    Per time step, with traces that are updated before use and zero at rest::
 
         p[t] = p[t-1] * exp(-1 / tau_plus)  + pre[t]
         q[t] = q[t-1] * exp(-1 / tau_minus) + post[t]
         dW  += a_plus * f_plus(W) * outer(post[t], p[t]) - a_minus * f_minus(W) * outer(q[t], pre[t])
 
     With ``bounds = (lower, upper)``, ``f_plus(W) = ((upper - W) / (upper - lower))^mu`` and
-    ``f_minus(W) = ((W - lower) / (upper - lower))^mu``, no base below zero: 1 for ``mu = 0`` (additive), vanishing towards
-    the bounds for ``mu = 1`` (multiplicative). W is the weight at the beginning, as in SpikingJelly.
+    ``f_minus(W) = ((W - lower) / (upper - lower))^mu``, bases clamped at zero: constant 1 for ``mu = 0`` (additive),
+    linear to 0 at the bounds for ``mu = 1`` (multiplicative). W is the weight before the call, as in SpikingJelly.
 
     Args:
-        pre: presynaptic spikes ``[T, N, n_in]``; of a convolution ``[T, N, C_in, *]``.
-        post: postsynaptic spikes ``[T, N, n_out]``; of a convolution ``[T, N, C_out, *]``.
-        state: traces to start from, or None for rest.
-        tau_plus: time constant of the presynaptic trace, in steps.
-        tau_minus: time constant of the postsynaptic trace, in steps.
-        a_plus: strengthening per pair, pre before post.
-        a_minus: weakening per pair, post before pre.
-        weight: the weight, which ``mu`` above 0 needs.
-        bounds: of the dependence on the weight.
-        mu: exponent of the dependence on the weight.
-        geometry: of a convolution; None joins every input to every output.
+        pre: presynaptic spikes ``[T, N, n_in]``; for a convolution ``[T, N, C_in, *]``.
+        post: postsynaptic spikes ``[T, N, n_out]``; for a convolution ``[T, N, C_out, *]``.
+        state: initial traces, or None for rest.
+        tau_plus: time constant of the presynaptic trace, in time steps.
+        tau_minus: time constant of the postsynaptic trace, in time steps.
+        a_plus: potentiation per pair, pre before post.
+        a_minus: depression per pair, post before pre.
+        weight: the weight W; required if ``mu`` is above 0.
+        bounds: ``(lower, upper)`` of the weight dependence.
+        mu: exponent of the weight dependence.
+        geometry: geometry of a convolution; None for a dense layer.
 
     Returns:
-        ``(dW, shaped as the weight and summed over the N rows, last traces)``.
+        ``(dW, in the shape of the weight and summed over the N rows, last traces)``.
 
     Raises:
         ValueError: shapes disagree, or a constant is out of its range.
 
-    Source: Bi and Poo 1998; online traces after Morrison, Diesmann and Gerstner 2008; ``mu`` after Guetig, Aharonov, Rotter
-    and Sompolinsky 2003. SpikingJelly decays by ``1 - 1 / tau``: the two agree at ``tau_sj = 1 / (1 - exp(-1 / tau))``.
+    Source: Bi and Poo 1998; online traces after Morrison, Diesmann and Gerstner 2008; ``mu`` after Guetig, Aharonov,
+    Rotter and Sompolinsky 2003. SpikingJelly decays by ``1 - 1 / tau``: the two agree for
+    ``tau_sj = 1 / (1 - exp(-1 / tau))``.
 
     Example:
         >>> pre = torch.tensor([1.0, 0.0]).reshape(2, 1, 1)
         >>> post = torch.tensor([0.0, 1.0]).reshape(2, 1, 1)
-        >>> stdp(pre, post)[0].item() > 0 > stdp(post, pre)[0].item()  # pre before post strengthens
+        >>> stdp(pre, post)[0].item() > 0 > stdp(post, pre)[0].item()  # pre before post: potentiation
         True
     """
     decays = _decays(tau_plus=tau_plus, tau_minus=tau_minus)
     pairing = Pairing(decays["tau_plus"], decays["tau_minus"], a_plus, a_minus)
-    before = None if state is None else Traces(*state)
-    delta, last = _change(pre, post, before, pairing, geometry, weight, bounds, mu, slow=False)
+    initial = None if state is None else Traces(*state)
+    delta, last = _weight_change(pre, post, initial, pairing, geometry, weight, bounds, mu, slow=False)
     return delta, STDPState(last.pre, last.post)
 
 
@@ -106,37 +107,38 @@ def triplet_stdp(
     mu: float = 0.0,
     geometry: ConvGeometry | None = None,
 ) -> tuple[Tensor, TripletState]:
-    """Weight change from all pairs and triplets of spikes.
+    """Return the STDP weight change from all pairs and triplets of spikes.
 
-    Per step, with p and q as in :func:`stdp`, and slow traces that are used before the spike of the step enters them::
+    Per time step, with p and q as in :func:`stdp`, and slow traces that are used before the step's spike is added::
 
         x'   = x[t-1] * exp(-1 / tau_x),  y' = y[t-1] * exp(-1 / tau_y)
         dW  += f_plus(W)  * outer(post[t] * (a2_plus + a3_plus * y'), p[t])
              - f_minus(W) * outer(q[t], pre[t] * (a2_minus + a3_minus * x'))
         x[t] = x' + pre[t],  y[t] = y' + post[t]
 
-    So a pair counts for more the more often the neuron that fires last fired before. With ``a3_plus = a3_minus = 0`` it is
-    pair-based STDP. The defaults are those that the paper fitted to visual cortex (all spikes interact), with steps of 1 ms.
+    A pair thus changes the weight more if the neuron that fires second has fired often before. With
+    ``a3_plus = a3_minus = 0`` the rule is pair-based STDP. The defaults are the fit of the paper to visual cortex (all
+    spikes interact), with time steps of 1 ms.
 
     Args:
-        pre: presynaptic spikes ``[T, N, n_in]``; of a convolution ``[T, N, C_in, *]``.
-        post: postsynaptic spikes ``[T, N, n_out]``; of a convolution ``[T, N, C_out, *]``.
-        state: traces to start from, or None for rest.
-        tau_plus: time constant of the fast presynaptic trace, in steps.
-        tau_minus: time constant of the fast postsynaptic trace, in steps.
-        tau_x: time constant of the slow presynaptic trace, in steps.
-        tau_y: time constant of the slow postsynaptic trace, in steps.
-        a2_plus: strengthening per pair.
-        a2_minus: weakening per pair.
-        a3_plus: strengthening per triplet post-pre-post.
-        a3_minus: weakening per triplet pre-post-pre.
-        weight: see :func:`stdp`, as for the rest.
-        bounds: of the dependence on the weight.
-        mu: exponent of the dependence on the weight.
-        geometry: of a convolution; None joins every input to every output.
+        pre: presynaptic spikes ``[T, N, n_in]``; for a convolution ``[T, N, C_in, *]``.
+        post: postsynaptic spikes ``[T, N, n_out]``; for a convolution ``[T, N, C_out, *]``.
+        state: initial traces, or None for rest.
+        tau_plus: time constant of the fast presynaptic trace, in time steps.
+        tau_minus: time constant of the fast postsynaptic trace, in time steps.
+        tau_x: time constant of the slow presynaptic trace, in time steps.
+        tau_y: time constant of the slow postsynaptic trace, in time steps.
+        a2_plus: potentiation per pair.
+        a2_minus: depression per pair.
+        a3_plus: potentiation per triplet post-pre-post.
+        a3_minus: depression per triplet pre-post-pre.
+        weight: the weight W; required if ``mu`` is above 0.
+        bounds: ``(lower, upper)`` of the weight dependence.
+        mu: exponent of the weight dependence.
+        geometry: geometry of a convolution; None for a dense layer.
 
     Returns:
-        ``(dW, shaped as the weight and summed over the N rows, last traces)``.
+        ``(dW, in the shape of the weight and summed over the N rows, last traces)``.
 
     Raises:
         ValueError: shapes disagree, or a constant is out of its range.
@@ -147,14 +149,14 @@ def triplet_stdp(
         >>> pre, post = torch.zeros(30, 1, 1), torch.zeros(30, 1, 1)
         >>> pre[[5, 15]], post[[6, 16]] = 1.0, 1.0
         >>> one, _ = triplet_stdp(pre[:10], post[:10]); two, _ = triplet_stdp(pre, post)
-        >>> bool(two > 2 * one)  # the second pair finds the trace of the first
+        >>> bool(two > 2 * one)  # the trace of the first pair adds to the second
         True
     """
     decays = _decays(tau_plus=tau_plus, tau_minus=tau_minus, tau_x=tau_x, tau_y=tau_y)
     pairing = Pairing(decays["tau_plus"], decays["tau_minus"], a2_plus, a2_minus, decays["tau_x"], decays["tau_y"],
                       a3_plus, a3_minus)  # fmt: skip
-    before = None if state is None else Traces(*state)
-    delta, last = _change(pre, post, before, pairing, geometry, weight, bounds, mu, slow=True)
+    initial = None if state is None else Traces(*state)
+    delta, last = _weight_change(pre, post, initial, pairing, geometry, weight, bounds, mu, slow=True)
     return delta, TripletState(*last)  # type: ignore[arg-type]  # with slow traces none of the four is None
 
 
@@ -175,62 +177,68 @@ def reward_modulated_stdp(
     mu: float = 0.0,
     geometry: ConvGeometry | None = None,
 ) -> tuple[Tensor, RewardSTDPState]:
-    """Weight change of STDP, multiplied with a reward: at once, or with what is left of it when the reward comes.
+    """Return the STDP weight change times a reward, either immediate or with an eligibility trace.
 
-    With ``dW[n, t]`` the change of :func:`stdp` by row n at step t, without ``tau_eligibility``::
+    With ``dW[n, t]`` the change of :func:`stdp` by row n at time step t, and without ``tau_eligibility``::
 
         dW = sum_n reward[n] * sum_t dW[n, t]
 
-    and with it, where the reward comes at the last step::
+    With ``tau_eligibility``, and the reward at the last time step::
 
         e[t] = e[t-1] * exp(-1 / tau_eligibility) + sum_n dW[n, t]
         dW   = reward * e[T]
 
     Args:
-        pre: presynaptic spikes ``[T, N, n_in]``; of a convolution ``[T, N, C_in, *]``.
-        post: postsynaptic spikes ``[T, N, n_out]``; of a convolution ``[T, N, C_out, *]``.
-        reward: a number, or a tensor without dimensions; without ``tau_eligibility`` also one for each row, ``[N]``, or for
-            each row and neuron (channel), ``[N, n_out]``: the third factor of three-factor rules. No memory is needed for
-            each row's own change.
-        state: what to start from, or None for rest.
-        tau_plus: see :func:`stdp`, as for all that is not named here.
-        tau_minus: time constant of the postsynaptic trace, in steps.
-        a_plus: strengthening per pair.
-        a_minus: weakening per pair.
-        tau_eligibility: how long the past waits for a reward, in steps; None: only what happens in ``pre`` and ``post``
-            is rewarded.
-        weight: for the dependence on the weight.
-        bounds: of the dependence on the weight.
-        mu: exponent of the dependence on the weight.
-        geometry: of a convolution; None joins every input to every output.
+        pre: presynaptic spikes ``[T, N, n_in]``; for a convolution ``[T, N, C_in, *]``.
+        post: postsynaptic spikes ``[T, N, n_out]``; for a convolution ``[T, N, C_out, *]``.
+        reward: a number, or a tensor without dimensions. Without ``tau_eligibility`` also one reward per row, ``[N]``,
+            or per row and neuron (channel), ``[N, n_out]``: the third factor of three-factor rules. The weight changes
+            of single rows are never stored.
+        state: initial traces and eligibility, or None for rest.
+        tau_plus: time constant of the presynaptic trace, in time steps.
+        tau_minus: time constant of the postsynaptic trace, in time steps.
+        a_plus: potentiation per pair.
+        a_minus: depression per pair.
+        tau_eligibility: time constant of the eligibility trace, in time steps; None for no trace: the reward applies to
+            the spikes of this call only.
+        weight: the weight W; required if ``mu`` is above 0.
+        bounds: ``(lower, upper)`` of the weight dependence.
+        mu: exponent of the weight dependence.
+        geometry: geometry of a convolution; None for a dense layer.
 
     Returns:
-        ``(dW, shaped as the weight, last traces and eligibility)``.
+        ``(dW, in the shape of the weight, last traces and eligibility)``.
 
     Raises:
         ValueError: shapes disagree, or a constant is out of its range.
 
-    Source: Izhikevich 2007 for the eligibility, Florian 2007 for both forms (there with a factor 1 / tau_eligibility);
-    Fremaux and Gerstner 2016 for third factors that differ between neurons.
+    Source: Izhikevich 2007 for the eligibility trace; Florian 2007 for both forms (there with a factor
+    1 / tau_eligibility); Fremaux and Gerstner 2016 for a third factor per neuron.
 
     Example:
         >>> pre, post = torch.ones(4, 2, 3), torch.ones(4, 2, 5)
         >>> both, _ = reward_modulated_stdp(pre, post, torch.tensor([1.0, -1.0]), a_minus=0.0)
-        >>> bool(both.abs().max() < 1e-6)  # what one row gains the other loses
+        >>> bool(both.abs().max() < 1e-6)  # the changes of the two rows cancel
         True
     """
     decays = _decays(tau_plus=tau_plus, tau_minus=tau_minus)
     pairing = Pairing(decays["tau_plus"], decays["tau_minus"], a_plus, a_minus)
-    before = None if state is None else Traces(state.pre, state.post)
-    each = reward if isinstance(reward, Tensor) and reward.ndim else None
+    initial = None if state is None else Traces(state.pre, state.post)
+    row_rewards = reward if isinstance(reward, Tensor) and reward.ndim else None
     if tau_eligibility is None:
-        delta, last = _change(pre, post, before, pairing, geometry, weight, bounds, mu, slow=False, reward=each)
-        return delta if each is not None else reward * delta, RewardSTDPState(last.pre, last.post, None)
+        delta, last = _weight_change(
+            pre, post, initial, pairing, geometry, weight, bounds, mu, slow=False, reward=row_rewards
+        )
+        return delta if row_rewards is not None else reward * delta, RewardSTDPState(last.pre, last.post, None)
     decay = _decays(tau_eligibility=tau_eligibility)["tau_eligibility"]
-    if each is not None:
-        raise ValueError(f"with an eligibility the reward must be one number, got a tensor of shape {list(each.shape)}")
-    left = decay ** torch.arange(len(pre) - 1, -1, -1, dtype=torch.float64, device=pre.device)
-    eligibility, last = _change(pre, post, before, pairing, geometry, weight, bounds, mu, slow=False, left=left)
+    if row_rewards is not None:
+        raise ValueError(
+            f"with an eligibility the reward must be one number, got a tensor of shape {list(row_rewards.shape)}"
+        )
+    remaining = decay ** torch.arange(len(pre) - 1, -1, -1, dtype=torch.float64, device=pre.device)
+    eligibility, last = _weight_change(
+        pre, post, initial, pairing, geometry, weight, bounds, mu, slow=False, remaining=remaining
+    )
     if state is not None and state.eligibility is not None:
         if state.eligibility.shape != eligibility.shape:
             raise ValueError(
@@ -240,7 +248,7 @@ def reward_modulated_stdp(
     return reward * eligibility, RewardSTDPState(last.pre, last.post, eligibility)
 
 
-def _change(
+def _weight_change(
     pre: Tensor,
     post: Tensor,
     traces: Traces | None,
@@ -251,11 +259,12 @@ def _change(
     mu: float,
     slow: bool,
     reward: Tensor | None = None,
-    left: Tensor | None = None,
+    remaining: Tensor | None = None,
 ) -> tuple[Tensor, Traces]:
-    """Check, compute in the right precision, and let the weight have its say.
+    """Check the arguments, compute in float32 or float64, apply the weight dependence.
 
-    ``reward`` is one for each row, or each row and neuron; ``left [T]`` what remains at the end of each step's change.
+    ``reward`` is ``[N]`` or ``[N, n_out]``; ``remaining [T]`` is the fraction of each time step's change that remains
+    at the end.
     """
     _check_spikes(pre, post, geometry)
     check_dependence(bounds, mu)
@@ -268,13 +277,13 @@ def _change(
     _check_traces(traces, pre, post)
     correlate: Correlate = dense if geometry is None else geometry.correlate
     with torch.autocast(pre.device.type, enabled=False):
-        stronger, weaker, last = chunked(pre, post, traces, pairing, correlate, factor, left)
+        potentiation, depression, last = chunked(pre, post, traces, pairing, correlate, factor, remaining)
         if mu and weight is not None:
-            if weight.shape != stronger.shape:
-                raise ValueError(f"weight must have shape {list(stronger.shape)}, got {list(weight.shape)}")
+            if weight.shape != potentiation.shape:
+                raise ValueError(f"weight must have shape {list(potentiation.shape)}, got {list(weight.shape)}")
             f_plus, f_minus = weight_dependence(weight.to(dtype), *bounds, mu)
-            stronger, weaker = f_plus * stronger, f_minus * weaker
-    return stronger - weaker, last
+            potentiation, depression = f_plus * potentiation, f_minus * depression
+    return potentiation - depression, last
 
 
 def _decays(**time_constants: float) -> dict[str, float]:
@@ -310,7 +319,7 @@ def _check_traces(traces: Traces, pre: Tensor, post: Tensor) -> None:
 
 
 def _row_factor(reward: Tensor, post: Tensor) -> Tensor:
-    """The reward so that it broadcasts to a step of ``post``."""
+    """Return the reward in a shape that broadcasts to one time step of ``post``."""
     if reward.shape not in (post.shape[1:2], post.shape[1:3]):
         raise ValueError(
             f"the reward must be one number, one for each of {post.shape[1]} rows, or {list(post.shape[1:3])} for each row "

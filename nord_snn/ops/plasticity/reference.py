@@ -1,4 +1,4 @@
-"""Spike-timing-dependent plasticity in plain PyTorch, and the reward that modulates it: the truth for ``chunked.py``."""
+"""STDP in plain PyTorch, step by step, and the reward of a loss. ``chunked_torch.py`` is tested against it."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ __all__ = [
     "weight_dependence",
 ]
 
-#: ``(post [M, *out], pre [M, *in])`` -> their products summed over M, and over positions for a convolution, shaped as the weight.
+#: ``(post [M, *out], pre [M, *in])`` -> products in the shape of the weight, summed over M and convolution positions.
 Correlate = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -27,8 +27,8 @@ class STDPState(NamedTuple):
     """Exponential traces of past spikes; rest is zero.
 
     Attributes:
-        pre: presynaptic trace, ``[N, n_in]``; of a convolution ``[N, C_in, *]``.
-        post: postsynaptic trace, ``[N, n_out]``; of a convolution ``[N, C_out, *]``.
+        pre: presynaptic trace, ``[N, n_in]``; for a convolution ``[N, C_in, *]``.
+        post: postsynaptic trace, ``[N, n_out]``; for a convolution ``[N, C_out, *]``.
     """
 
     pre: Tensor
@@ -36,11 +36,11 @@ class STDPState(NamedTuple):
 
 
 class TripletState(NamedTuple):
-    """The two traces of :class:`STDPState` and the two slow ones of the triplet rule; rest is zero.
+    """The two traces of :class:`STDPState` and two slow traces for the triplet rule; rest is zero.
 
     Attributes:
-        pre: fast presynaptic trace (r1 of the paper), shaped as one step of the input.
-        post: fast postsynaptic trace (o1), shaped as one step of the output.
+        pre: fast presynaptic trace (r1 in the paper), in the shape of one time step of the input.
+        post: fast postsynaptic trace (o1), in the shape of one time step of the output.
         slow_pre: slow presynaptic trace (r2).
         slow_post: slow postsynaptic trace (o2).
     """
@@ -52,12 +52,13 @@ class TripletState(NamedTuple):
 
 
 class RewardSTDPState(NamedTuple):
-    """Traces, and what waits for a reward; rest is zero.
+    """Traces and eligibility; rest is zero.
 
     Attributes:
         pre: presynaptic trace, as in :class:`STDPState`.
         post: postsynaptic trace.
-        eligibility: decaying sum of what STDP would have changed, shaped as the weight; None where rewards are immediate.
+        eligibility: decaying sum of the STDP weight changes, in the shape of the weight; None without an eligibility
+            trace.
     """
 
     pre: Tensor
@@ -66,7 +67,7 @@ class RewardSTDPState(NamedTuple):
 
 
 class Traces(NamedTuple):
-    """What every rule carries from step to step; the slow traces are None for a pair rule."""
+    """State of every rule between time steps; the slow traces are None for a pair rule."""
 
     pre: Tensor
     post: Tensor
@@ -75,7 +76,7 @@ class Traces(NamedTuple):
 
 
 class Pairing(NamedTuple):
-    """Constants of a rule: decay of every trace per step, and how much a pair and a triplet count."""
+    """Constants of a rule: decay of each trace per time step, and amplitudes of pairs and triplets."""
 
     decay_plus: float
     decay_minus: float
@@ -96,40 +97,41 @@ def reference(
     row_factor: Tensor | None = None,
     step_factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Traces]:
-    """What strengthens and what weakens, each shaped as the weight and positive for positive constants, and the last traces.
+    """Return potentiation, depression and the last traces, for ``pre [T, N, *in]`` and ``post [T, N, *out]``.
 
-    ``pre [T, N, *in]``, ``post [T, N, *out]``; ``row_factor``, which broadcasts to a step of ``post``, and
-    ``step_factor [T]`` multiply what each row, neuron and step contributes.
+    Both changes have the shape of the weight and are positive for positive constants. The contribution of each row,
+    neuron and time step is multiplied by ``row_factor``, which broadcasts to one time step of ``post``, and
+    ``step_factor [T]``.
     """
     p, q, x, y = traces
-    strengthening = weakening = torch.zeros(())
+    potentiation = depression = torch.zeros(())
     for t, (pre_t, post_t) in enumerate(zip(pre.unbind(0), post.unbind(0), strict=True)):
         p = p * pairing.decay_plus + pre_t
         q = q * pairing.decay_minus + post_t
-        late, early = pairing.a_plus * post_t, pairing.a_minus * pre_t
-        if x is not None and y is not None:  # slow traces are used before the spike of this step enters them
+        post_term, pre_term = pairing.a_plus * post_t, pairing.a_minus * pre_t
+        if x is not None and y is not None:  # slow traces are used before this step's spike is added
             x, y = x * pairing.decay_x, y * pairing.decay_y
-            late, early = late + pairing.a3_plus * y * post_t, early + pairing.a3_minus * x * pre_t
+            post_term, pre_term = post_term + pairing.a3_plus * y * post_t, pre_term + pairing.a3_minus * x * pre_t
             x, y = x + pre_t, y + post_t
         factor = (1 if row_factor is None else row_factor) * (1 if step_factor is None else step_factor[t])
-        strengthening = strengthening + correlate(late * factor, p)
-        weakening = weakening + correlate(q * factor, early)
-    return strengthening, weakening, Traces(p, q, x, y)
+        potentiation = potentiation + correlate(post_term * factor, p)
+        depression = depression + correlate(q * factor, pre_term)
+    return potentiation, depression, Traces(p, q, x, y)
 
 
 def weight_dependence(weight: Tensor, lower: float, upper: float, mu: float) -> tuple[Tensor, Tensor]:
-    """``((upper - w) / (upper - lower))^mu`` and ``((w - lower) / (upper - lower))^mu``, neither base below zero."""
-    place = (weight - lower) / (upper - lower)
-    return (1 - place).clamp(min=0) ** mu, place.clamp(min=0) ** mu
+    """Return ``((upper - w) / (upper - lower))^mu`` and ``((w - lower) / (upper - lower))^mu``, bases at least 0."""
+    fraction = (weight - lower) / (upper - lower)
+    return (1 - fraction).clamp(min=0) ** mu, fraction.clamp(min=0) ** mu
 
 
 def reward_from_loss(loss: Any, baseline: float, scale: float = 1.0) -> Any:
-    """Reward for a loss below its running baseline: ``2 * sigmoid(scale * (baseline - loss)) - 1``, in (-1, 1).
+    """Return the reward of a loss below a baseline: ``2 * sigmoid(scale * (baseline - loss)) - 1``, in (-1, 1).
 
     Args:
-        loss: one, or a tensor of several, of which each gets its own.
-        baseline: the loss that is expected.
-        scale: how steeply the reward answers.
+        loss: a number, or a tensor of losses, each with its own reward.
+        baseline: expected loss.
+        scale: steepness. Default: 1.
 
     Example:
         >>> reward_from_loss(loss=10.0, baseline=10.0), round(reward_from_loss(loss=9.5, baseline=10.0), 4)
@@ -140,7 +142,7 @@ def reward_from_loss(loss: Any, baseline: float, scale: float = 1.0) -> Any:
 
 
 def rest(pre: Tensor, post: Tensor, dtype: torch.dtype, slow: bool = False) -> Traces:
-    """Zero traces for inputs of these shapes."""
+    """Return zero traces in the shapes of the inputs; ``slow``: also the slow traces."""
 
     def zeros(spikes: Tensor) -> Tensor:
         return torch.zeros_like(spikes[0], dtype=dtype)

@@ -1,4 +1,4 @@
-"""The public op: argument checks, precision, the choice of a backend, and its passes as ops that torch.compile knows."""
+"""The public op: argument checks, precision, choice of the backend, registration of both passes with torch.library."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from nord_snn.ops.checks import check_heads, check_scalar, compute_dtype, without_autocast
-from nord_snn.ops.dispatch import Call, backend_selector, register_backends
+from nord_snn.ops.dispatch import CallSignature, backend_selector, register_backends
 from nord_snn.ops.registration import Kernel, register_op
 
 __all__ = ["IMPLEMENTATIONS", "resonance"]
 
-IMPLEMENTATIONS = register_backends("resonance", "topk_resonance", "numba", plain="blockwise_torch")
+IMPLEMENTATIONS = register_backends("resonance", "topk_resonance", "numba", torch_file="blockwise_torch")
 _choose = backend_selector("resonance", IMPLEMENTATIONS)
 
 
@@ -27,7 +27,7 @@ def resonance(
     causal: bool = True,
     backend: str = "auto",
 ) -> Tensor:
-    """Bind positions by counting coincident spikes.
+    """Return an attention context whose scores are counts of coincident spikes.
 
     For query position a, key position b and head h::
 
@@ -35,33 +35,33 @@ def resonance(
         score[a, b] = temperature * count[a, b] - recency[h] * |a - b|
         context[a]  = sum_b softmax_b(score[a, b]) * v[b]         over the top_k best b (b <= a if causal)
 
-    Among equal scores the most recent (highest) position wins. With a negative temperature the least coincident keys are
-    best. Sums are float32 (float64 for float64 values), also under autocast, so counts are exact; the
-    context is rounded once to the dtype of ``v``.
+    Among equal scores the most recent (highest) position is selected. With a negative temperature the keys with the
+    fewest coincidences are best. Sums are float32 (float64 for float64 values), also under autocast, so counts are
+    exact; the context is rounded once to the dtype of ``v``.
 
-    Peak memory grows linearly with S, forward and backward. Differentiable once; a second derivative is
-    refused, and ``reference.py`` of this folder has one.
+    Peak memory grows linearly with S, forward and backward. There is a first derivative only: a second derivative
+    raises an error; ``reference.py`` of this folder has one.
 
     Args:
         q: query spikes ``[T, B, S, D]``, floating (with gradient) or bool.
         k: key spikes ``[T, B, S, D]``.
-        v: values ``[B, S, V]``, V any multiple of H: in the published model the time-mean of a projection, where each step has
-            values of its own, those of a head at all steps one after the other.
+        v: values ``[B, S, V]``, V any multiple of H. In the published model, the mean over time of a projection; where
+            each time step has its own values, the values of a head at all steps, concatenated.
         n_heads: H; D and V must be multiples of it.
-        top_k: keys kept per query, at least 1.
+        top_k: keys selected per query, at least 1.
         temperature: a float, or a tensor of one element.
-        recency: slope per head ``[H]`` and position, or None.
-        causal: whether a query sees only itself and what came before.
-        backend: ``"auto"``, ``"torch"`` (block by block in PyTorch, on any device) or ``"numba"``; see
+        recency: penalty per position of distance, for each head ``[H]``, or None.
+        causal: whether a query sees only itself and earlier positions.
+        backend: ``"auto"``, ``"torch"`` (PyTorch, in blocks of queries, on any device) or ``"numba"``; see
             :mod:`nord_snn.ops.dispatch`.
 
     Returns:
         ``[B, S, V]`` in the dtype of ``v``.
 
     Raises:
-        TypeError: an argument is no tensor, or ``v`` is not floating.
-        ValueError: a shape does not fit, H does not divide D or V, or ``top_k`` is not positive.
-        RuntimeError: the backend asked for cannot run.
+        TypeError: an argument is not a tensor, or ``v`` is not floating.
+        ValueError: a shape is wrong, D or V is not a multiple of H, or ``top_k`` is not positive.
+        RuntimeError: the requested backend cannot run.
 
     Source: the Nord spiking language model's temporal co-firing resonance; recency after ALiBi (Press et al. 2022).
 
@@ -79,9 +79,9 @@ def resonance(
     temperature = temperature.to(dtype).reshape(())
     recency = None if recency is None else recency.to(dtype)
     inputs = (q, k, v, temperature, recency)
-    remember = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    name = _choose(backend, Call(v.device.type, v.dtype, v.shape[-1]))
-    return _run(*inputs, n_heads, top_k, causal, remember, name)[0]
+    save_weights = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    name = _choose(backend, CallSignature(v.device.type, v.dtype, v.shape[-1]))
+    return _run(*inputs, n_heads, top_k, causal, save_weights, name)[0]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, n_heads: int, top_k: int, recency: Tensor | None) -> None:
@@ -113,12 +113,12 @@ def _forward(
     n_heads: int,
     top_k: int,
     causal: bool,
-    remember: bool,
+    save_weights: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernel = IMPLEMENTATIONS[backend].kernel()
     with without_autocast(v):
-        return kernel.forward(q, k, v, temperature, recency, n_heads, top_k, causal, remember)
+        return kernel.forward(q, k, v, temperature, recency, n_heads, top_k, causal, save_weights)
 
 
 def _forward_fake(
@@ -130,11 +130,11 @@ def _forward_fake(
     n_heads: int,
     top_k: int,
     causal: bool,
-    remember: bool,
+    save_weights: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    # ``worst``, the worst score kept, is empty where the backend remembers keys instead.
-    keys, worst, weights = IMPLEMENTATIONS[backend].kernel().saved_shapes(q, n_heads, top_k, remember)
+    # ``worst``, the lowest selected score of each query, is empty if the backend saves the selected keys instead.
+    keys, worst, weights = IMPLEMENTATIONS[backend].kernel().saved_shapes(q, n_heads, top_k, save_weights)
     return (
         v.new_empty(v.shape),
         q.new_empty(keys, dtype=torch.int32),
@@ -156,19 +156,19 @@ def _backward(
     n_heads: int,
     top_k: int,
     causal: bool,
-    spikes_too: bool,
+    needs_spike_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     kernel = IMPLEMENTATIONS[backend].kernel()
     with without_autocast(v):
         return kernel.backward(
-            grad, q, k, v, temperature, recency, keys, worst, weights, n_heads, top_k, causal, spikes_too
+            grad, q, k, v, temperature, recency, keys, worst, weights, n_heads, top_k, causal, needs_spike_grad
         )
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _, q, k, v, temperature, recency, *_, n_heads, _, _, spikes_too, _ = arguments
-    grad_q, grad_k = (x.new_empty(x.shape if spikes_too else 0) for x in (q, k))
+    _, q, k, v, temperature, recency, *_, n_heads, _, _, needs_spike_grad, _ = arguments
+    grad_q, grad_k = (x.new_empty(x.shape if needs_spike_grad else 0) for x in (q, k))
     return (
         grad_q,
         grad_k,

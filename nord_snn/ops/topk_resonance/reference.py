@@ -1,4 +1,4 @@
-"""Temporal co-firing resonance in plain PyTorch: the truth that every other backend is tested against."""
+"""Temporal co-firing resonance in plain PyTorch. All other backends are tested against it."""
 
 import torch
 from torch import Tensor
@@ -7,9 +7,9 @@ __all__ = ["coincidences", "keep_best", "reference", "resonance_scores"]
 
 
 def coincidences(q: Tensor, k: Tensor, n_heads: int) -> Tensor:
-    """Count, per head, the (step, neuron) pairs that fire in both: ``[T, B, S, D]`` twice -> ``[B, H, S, S]``.
+    """Count, per head, the (step, neuron) pairs that fire in both q and k ``[T, B, S, D]``; return ``[B, H, S, S]``.
 
-    The counts are integers, so the sums must be exact: float32 holds them up to 2^24, half precision only to 2^11.
+    Counts are integers and exact in float32 up to 2^24; in half precision only up to 2^11.
     """
 
     def heads(spikes: Tensor) -> Tensor:  # [T, B, S, D] -> [B, H, S, T * D/H]
@@ -19,9 +19,9 @@ def coincidences(q: Tensor, k: Tensor, n_heads: int) -> Tensor:
 
 
 def resonance_scores(counts: Tensor, temperature: float | Tensor, recency: Tensor | None, causal: bool) -> Tensor:
-    """``counts * temperature - recency[h] * |a - b|``, minus infinity where the key is not to be seen.
+    """Return ``counts * temperature - recency[h] * |a - b|``, minus infinity for masked keys.
 
-    Fewer queries than keys are those of the last positions.
+    If there are fewer queries than keys, they are the last positions.
     """
     queries, keys = counts.shape[-2:]
     position = torch.arange(keys, device=counts.device)
@@ -33,18 +33,18 @@ def resonance_scores(counts: Tensor, temperature: float | Tensor, recency: Tenso
 
 
 def keep_best(scores: Tensor, top_k: int) -> Tensor:
-    """Mask of the ``top_k`` best keys of each query; among equal scores the most recent position wins.
+    """Return a mask of the ``top_k`` best keys of each query; ties are resolved in favour of recent positions.
 
-    ``torch.topk`` leaves ties to chance. Here everything above the k-th best score is in, and of those that equal it
-    as many as there is room for, counted from the most recent one.
+    ``torch.topk`` does not define the order of ties. Here all keys above the k-th best score are selected, and the
+    most recent of the keys that equal it.
     """
     if top_k >= scores.shape[-1]:
         return torch.ones_like(scores, dtype=torch.bool)
-    last = scores.topk(top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-    above, tied = scores > last, scores == last
-    room = top_k - above.sum(-1, keepdim=True)
-    newer = tied.flip(-1).cumsum(-1).flip(-1)
-    return above | (tied & (newer <= room))
+    kth_best = scores.topk(top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    above, tied = scores > kth_best, scores == kth_best
+    n_tied = top_k - above.sum(-1, keepdim=True)
+    tied_from_here = tied.flip(-1).cumsum(-1).flip(-1)
+    return above | (tied & (tied_from_here <= n_tied))
 
 
 def reference(
@@ -57,10 +57,10 @@ def reference(
     recency: Tensor | None,
     causal: bool,
 ) -> Tensor:
-    """``q, k [T, B, S, D]``, ``v [B, S, V]`` -> ``[B, S, V]``; see :func:`nord_snn.ops.resonance`."""
+    """Return :func:`nord_snn.ops.resonance` of ``q, k [T, B, S, D]`` and ``v [B, S, V]``, the context ``[B, S, V]``."""
     scores = resonance_scores(coincidences(q, k, n_heads), temperature, recency, causal)
     with torch.no_grad():
-        kept = keep_best(scores, top_k)
-    weights = scores.masked_fill(~kept, -torch.inf).softmax(-1)
+        selected = keep_best(scores, top_k)
+    weights = scores.masked_fill(~selected, -torch.inf).softmax(-1)
     values = v.unflatten(-1, (n_heads, -1)).transpose(1, 2)  # [B, H, S, V/H]
     return (weights @ values).transpose(1, 2).flatten(-2)

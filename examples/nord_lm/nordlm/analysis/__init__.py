@@ -1,1 +1,1 @@
-"""What a trained model does: losses, rates, energy, reports."""
+"""Analysis of a trained model: loss, firing rates, energy, reports."""

@@ -1,4 +1,4 @@
-"""Curves of a training run, read from its TensorBoard log."""
+"""Read the curves of a training run from its TensorBoard log."""
 
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,15 @@ from nordlm.training.checkpoints import CheckpointError, read_json
 
 __all__ = ["read_results", "training_curves"]
 
-SMOOTH = 0.02  # the part of a curve over which a line is averaged
+SMOOTH = 0.02  # width of the running mean, as a fraction of the curve
 
 
 def training_curves(run: Path) -> tuple[dict[str, dict[int, float]], dict[str, dict[int, float]]] | None:
-    """Losses, and rates of the parts of the model, by step; None where there is no log."""
+    """Return losses and rates of the model's parts, by training step; None if there is no log."""
     if not (run / "tensorboard").is_dir():
         return None
     log = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
-    log.Reload()  # of a damaged file what stands before the damage
+    log.Reload()  # of a damaged file, reads the events before the damage
     names = log.Tags()["scalars"]
     if "loss" not in names:
         return None
@@ -31,12 +31,12 @@ def training_curves(run: Path) -> tuple[dict[str, dict[int, float]], dict[str, d
     for name in names:
         if name.startswith("rate/"):
             layers.setdefault(zone(name.removeprefix("rate/")), []).append(_scalars(log, name))
-    fired = {part: _smooth(_mean(of)) for part, of in layers.items()}
-    return losses, fired
+    rates = {part: _smooth(_mean(curves)) for part, curves in layers.items()}
+    return losses, rates
 
 
 def read_results(run: Path | None) -> dict[str, Any]:
-    """Of a run that has finished; nothing where that file is damaged, which only the curves need."""
+    """Read ``results.json`` of a finished run; return an empty dictionary if it is missing or damaged."""
     if run is None or not (run / "results.json").is_file():
         return {}
     try:
@@ -47,19 +47,19 @@ def read_results(run: Path | None) -> dict[str, Any]:
 
 
 def _scalars(log: EventAccumulator, name: str) -> dict[int, float]:
-    """By step; where a run went on from a checkpoint, what came later."""
+    """Return values by training step; of a resumed run, the later value of a step."""
     return {event.step: event.value for event in log.Scalars(name)}
 
 
 def _mean(curves: list[dict[int, float]]) -> dict[int, float]:
-    """Of the layers of a part, all counting the same: the log does not know how wide they are."""
+    """Return the mean of the layers of a part, unweighted, since the log does not have their widths."""
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     return {step: sum(curve[step] for curve in curves) / len(curves) for step in steps}
 
 
 def _smooth(values: dict[int, float]) -> dict[int, float]:
-    """A running mean over the points around each."""
-    wide = max(1, round(SMOOTH * len(values)))
+    """Return a centred running mean."""
+    width = max(1, round(SMOOTH * len(values)))
     numbers = list(values.values())
-    windows = [numbers[max(0, i - wide // 2) : i + wide // 2 + 1] for i in range(len(numbers))]
+    windows = [numbers[max(0, i - width // 2) : i + width // 2 + 1] for i in range(len(numbers))]
     return {step: sum(window) / len(window) for step, window in zip(values, windows, strict=True)}

@@ -1,4 +1,4 @@
-"""Tokens of passages, coloured by firing rate, loss and entropy."""
+"""Heat map of the tokens of passages: firing rate, loss and entropy."""
 
 from collections.abc import Iterable
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from nordlm.analysis.ood_detection import Read
-from nordlm.analysis.token_activity import pieces
+from nordlm.analysis.ood_detection import ScoredPassages
+from nordlm.analysis.token_activity import decodable_spans
 
 __all__ = ["heat_map"]
 
@@ -16,36 +16,37 @@ SCORES = (
     "loss: how unexpected a token was, nats",
     "entropy: how unsure the model was before a token, nats",
 )
-TOKENS = 96  # of each text
+TOKENS = 96  # number of tokens of each text
 
 
 def heat_map(
-    read: dict[str, Read], tokenizer: PreTrainedTokenizerBase
+    scored: dict[str, ScoredPassages], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, dict[str, list[tuple[str, str, float]]]]:
-    """Text -> score -> pieces of a passage, what to say of each, and how dark it is, from 0 to 1.
+    """Return text -> score -> cells: string, label, and shade from 0 to 1.
 
-    Loss and entropy stand at the token that was to be predicted, the rate at the one that is read.
+    Loss and entropy are at the predicted token, the rate at the input token.
     """
     scales: list[tuple[float, float]] = []
-    found: dict[str, dict[str, list[tuple[str, str, float]]]] = {}
-    for name, (passages, of) in read.items():
-        some = slice(0, max(1, TOKENS // passages.tokens.shape[1]))
-        unknown = of.loss.new_full((len(of.loss), 1), torch.nan)  # the first token of a passage was not predicted
-        values = (of.mean_rate(), torch.cat((unknown, of.loss), 1), torch.cat((unknown, of.entropy[:, :-1]), 1))
-        scales = scales or [_scale(value) for value in values]  # of the known text, which comes first
-        found[name] = {
+    cells: dict[str, dict[str, list[tuple[str, str, float]]]] = {}
+    for name, (passages, measured) in scored.items():
+        shown = slice(0, max(1, TOKENS // passages.tokens.shape[1]))
+        missing = measured.loss.new_full((len(measured.loss), 1), torch.nan)  # the first token is not predicted
+        entropy = torch.cat((missing, measured.entropy[:, :-1]), 1)
+        values = (measured.mean_rate(), torch.cat((missing, measured.loss), 1), entropy)
+        scales = scales or [_scale(value) for value in values]  # those of the known text, which is first
+        cells[name] = {
             score: [
                 cell
-                for ids, row in zip(passages.tokens[some], value[some], strict=True)
+                for ids, row in zip(passages.tokens[shown], value[shown], strict=True)
                 for cell in _cells(ids, row, scale, score, tokenizer)
             ]
             for score, scale, value in zip(SCORES, scales, values, strict=True)
         }
-    return found
+    return cells
 
 
 def _scale(values: Tensor) -> tuple[float, float]:
-    """What is palest and what is darkest: 2 % of the known text lie beyond each."""
+    """Return the values of the palest and the darkest colour, the 2 % and 98 % quantiles of the known text."""
     low, high = values.flatten().nanquantile(torch.tensor([0.02, 0.98])).tolist()
     return low, max(high, low + 1e-9)
 
@@ -54,10 +55,10 @@ def _cells(
     ids: Tensor, row: Tensor, scale: tuple[float, float], score: str, tokenizer: PreTrainedTokenizerBase
 ) -> Iterable[tuple[str, str, float]]:
     low, high = scale
-    for text, begin, end in pieces(ids, tokenizer):
+    for text, begin, end in decodable_spans(ids, tokenizer):
         value = row[begin:end].nanmean().item()
         if value != value:
             yield text, "not predicted", 0.0
             continue
-        said = f"{value:.2%}" if score == SCORES[0] else f"{value:.2f}"
-        yield text, said, min(max((value - low) / (high - low), 0.0), 1.0)
+        label = f"{value:.2%}" if score == SCORES[0] else f"{value:.2f}"
+        yield text, label, min(max((value - low) / (high - low), 0.0), 1.0)

@@ -1,8 +1,8 @@
-"""Does firing tell text of a known kind from other text, and does it tell more than loss and entropy do?
+"""Out-of-distribution detection: do firing rates separate known text from other text, beyond loss and entropy?
 
-A passage is scored by a mean over its tokens: of the firing rate (of each layer, of all neurons), of the loss, of the entropy
-of what the model expects. AUROC is the probability that a passage of the other text has the higher score: 0.5 tells nothing,
-below it the other text has the lower one.
+The score of a passage is a mean over its tokens: of the firing rate (of each layer, of all neurons), the loss, or the entropy of
+the prediction. AUROC is the probability that a passage of the other text has the higher score: 0.5 is chance, and below 0.5
+the other text has the lower scores.
 """
 
 import ast
@@ -24,18 +24,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nord_snn.models.nord import NordForCausalLM
-from nordlm.analysis.token_activity import Measured, measure
+from nordlm.analysis.token_activity import TokenMeasurements, measure_tokens
 from nordlm.data.corpus import encode
 from nordlm.data.sources import Documents, python_files, read_documents
 from nordlm.errors import DataError
 
 __all__ = [
+    "BUILTIN_TEXTS",
     "LEARNED",
-    "MADE",
     "Passages",
-    "Read",
+    "ScoredPassages",
     "auroc",
-    "cut",
+    "cut_passages",
     "distinguish",
     "interval",
     "open_others",
@@ -44,18 +44,25 @@ __all__ = [
     "scores",
 ]
 
-#: Other texts that need no file.
-MADE = ("shuffled", "code", "chinese")
-PASSAGE = 32  # tokens: a sentence or two
-FEWEST_DOCUMENTS, MOST_DOCUMENTS = 5, 400
+#: Other texts that are generated here.
+BUILTIN_TEXTS = ("shuffled", "code", "chinese")
+PASSAGE = 32  # tokens, one or two sentences
+MIN_DOCUMENTS, MAX_DOCUMENTS = 5, 400
 RESAMPLES = 1000
 FOLDS = 5
-#: Scores that are regressions on others.
+#: Scores that are logistic regressions on other scores.
 LEARNED = ("firing rates of all layers", "loss and entropy", "all of these")
 
 
 class Passages(NamedTuple):
-    """Passages of one length, ``tokens [n, L]``, each from the document with the number in ``documents [n]``."""
+    """Passages of one length.
+
+    Attributes:
+        name: name of the text.
+        tokens: token ids ``[n, L]``.
+        documents: index of the document of each passage, ``[n]``.
+        n_bytes: length of each passage in UTF-8, ``[n]``.
+    """
 
     name: str
     tokens: Tensor
@@ -63,60 +70,62 @@ class Passages(NamedTuple):
     n_bytes: Tensor
 
 
-def cut(
+def cut_passages(
     name: str, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, at_most: int = 400
 ) -> Passages:
-    """Passages of ``length`` tokens, taken evenly from all documents.
+    """Cut documents into passages of ``length`` tokens, and keep at most ``at_most``, evenly from all documents.
 
     Raises:
-        DataError: fewer than :data:`FEWEST_DOCUMENTS` documents are so long.
+        DataError: fewer than :data:`MIN_DOCUMENTS` documents have as many tokens.
     """
-    found: list[Tensor] = []
+    passages: list[Tensor] = []
     documents: list[int] = []
     for number, text in enumerate(texts):
-        ids = torch.cat([torch.empty(0, dtype=torch.int32), *encode([text], tokenizer)])[:-1]  # without the end of text
-        whole = ids[: len(ids) // length * length].view(-1, length)
-        found.extend(whole)
-        documents.extend([number] * len(whole))
-    if (there := len(set(documents))) < FEWEST_DOCUMENTS:
+        ids = torch.cat([torch.empty(0, dtype=torch.int32), *encode([text], tokenizer)])[
+            :-1
+        ]  # without the end-of-text token
+        own = ids[: len(ids) // length * length].view(-1, length)
+        passages.extend(own)
+        documents.extend([number] * len(own))
+    if (n_documents := len(set(documents))) < MIN_DOCUMENTS:
         raise DataError(
-            f"{name}: passages of {length} tokens from {there} documents; expected them from {FEWEST_DOCUMENTS} at least, "
+            f"{name}: passages of {length} tokens from {n_documents} documents; expected them from {MIN_DOCUMENTS} at least, "
             "since fewer say nothing about others"
         )
-    taken = torch.linspace(0, len(found) - 1, min(at_most, len(found))).round().long()
-    tokens = torch.stack([found[i] for i in taken]).long()
+    kept = torch.linspace(0, len(passages) - 1, min(at_most, len(passages))).round().long()
+    tokens = torch.stack([passages[i] for i in kept]).long()
     n_bytes = torch.tensor([len(text.encode()) for text in tokenizer.batch_decode(tokens)])
-    return Passages(name, tokens, torch.tensor(documents)[taken], n_bytes)
+    return Passages(name, tokens, torch.tensor(documents)[kept], n_bytes)
 
 
 def open_others(sources: Iterable[str]) -> dict[str, Documents | None]:
-    """The other texts by name, opened; None for those of :data:`MADE`.
+    """Open the other texts, by name; None for those of :data:`BUILTIN_TEXTS`.
 
     Raises:
-        DataError: one is not there, or is no text.
+        DataError: one does not exist, or is not text.
     """
-    return {source: None if source in MADE else read_documents(source) for source in sources}
+    return {source: None if source in BUILTIN_TEXTS else read_documents(source) for source in sources}
 
 
 def other_texts(source: str, documents: Documents | None, known: list[str]) -> list[str]:
-    """Documents of one of :data:`MADE`, or of a text that was opened.
+    """Return the documents of one of :data:`BUILTIN_TEXTS`, or of an opened text.
 
-    ``shuffled`` is the known text with the words of each document in another order, ``code`` every fifth file of the standard
-    library without comments and docstrings, ``chinese`` the Chinese lines of SpikingJelly's docstrings. Of anything else, the
-    first :data:`MOST_DOCUMENTS` documents are taken.
+    ``shuffled`` is the known text with the words of each document shuffled, ``code`` every fifth file of the standard
+    library without comments and docstrings, ``chinese`` the Chinese lines of SpikingJelly's docstrings. Of an
+    opened text, the first :data:`MAX_DOCUMENTS` documents are used.
     """
     makers: dict[str, Callable[[], Iterator[str]]] = {
         "shuffled": lambda: _shuffled(known),
         "code": _code,
         "chinese": _chinese,
     }
-    return list(makers[source]() if documents is None else islice(documents.read(), MOST_DOCUMENTS))
+    return list(makers[source]() if documents is None else islice(documents.read(), MAX_DOCUMENTS))
 
 
 def _shuffled(texts: Iterable[str]) -> Iterator[str]:
     generator = random.Random(0)
     for text in texts:
-        words = re.split(r"(\s+)", text)  # words and, between them, blanks: which stay where they are
+        words = re.split(r"(\s+)", text)  # words and the blanks between them, which are not moved
         order = words[::2]
         generator.shuffle(order)
         words[::2] = order
@@ -142,15 +151,15 @@ def _chinese() -> Iterator[str]:
             yield text
 
 
-class Read(NamedTuple):
-    """Passages, and what was measured at each of their tokens."""
+class ScoredPassages(NamedTuple):
+    """Passages with loss, entropy and firing rates at each token."""
 
     passages: Passages
-    measured: Measured
+    measured: TokenMeasurements
 
 
-def scores(passages: Passages, measured: Measured) -> dict[str, Tensor]:
-    """What could tell passages apart, ``[n]`` each. The first needs no model: a control."""
+def scores(passages: Passages, measured: TokenMeasurements) -> dict[str, Tensor]:
+    """Return all scores of the passages by name, ``[n]`` each. The first is a control that needs no model."""
     layers = {f"firing rate of {name}": rate.mean(1) for name, rate in measured.rates.items()}
     return {
         "bytes per token (no model)": passages.n_bytes / passages.tokens.shape[1],
@@ -167,29 +176,28 @@ def distinguish(
     others: Mapping[str, Documents | None],
     length: int | None = None,
     visible: bool = False,
-) -> tuple[dict[str, Any], Read, dict[str, Read]]:
-    """AUROC of every score for each other text, with 95 % confidence intervals.
+) -> tuple[dict[str, Any], ScoredPassages, dict[str, ScoredPassages]]:
+    """Compute the AUROC of every score for each other text, with 95 % confidence intervals.
 
     Args:
         model: in eval mode.
         tokenizer: its tokenizer.
-        texts: documents of the known kind, which the model has not seen; at most :data:`MOST_DOCUMENTS` of them are used, taken
-            evenly.
-        others: see :func:`open_others`.
-        length: tokens in a passage; None: 32, or the model's window if that is less.
-        visible: whether to show progress.
+        texts: documents of the known kind that are not in the training text; at most :data:`MAX_DOCUMENTS` are used, evenly.
+        others: result of :func:`open_others`.
+        length: tokens in a passage. Default: 32, or the model's context if that is less.
+        visible: whether to show progress. Default: False.
 
     Returns:
-        What goes into JSON; what was measured at each token of the known text; and of every other one. A text that cannot be
-        used is in the JSON under ``left_out``, with the reason.
+        The results for JSON; the known text with scores at each token; the same for every other text. A text that cannot be
+        used is in the results under ``left_out``, with the reason.
 
     Raises:
-        DataError: the known text is too short, or ``length`` is not one of passages.
+        DataError: the known text is too short, or ``length`` is out of range.
     """
     length = passage_length(model, length)
-    texts = texts[:: -(-len(texts) // MOST_DOCUMENTS)]
-    passages = cut("the known text", texts, tokenizer, length)
-    known = Read(passages, measure(model, passages.tokens, what="known text" if visible else None))
+    texts = texts[:: -(-len(texts) // MAX_DOCUMENTS)]
+    passages = cut_passages("the known text", texts, tokenizer, length)
+    known = ScoredPassages(passages, measure_tokens(model, passages.tokens, title="known text" if visible else None))
     results: dict[str, Any] = {
         "passage_tokens": length,
         "known": _size(passages),
@@ -197,25 +205,25 @@ def distinguish(
         "auroc": {},
         "left_out": [],
     }
-    measured: dict[str, Read] = {}
+    measured: dict[str, ScoredPassages] = {}
     for source, documents in others.items():
         try:
-            passages = cut(source, other_texts(source, documents, texts), tokenizer, length)
-            read = Read(passages, measure(model, passages.tokens, what=source if visible else None))
-            results["auroc"][source] = _auroc_of_all(known, read, same=source == "shuffled")
+            passages = cut_passages(source, other_texts(source, documents, texts), tokenizer, length)
+            other = ScoredPassages(passages, measure_tokens(model, passages.tokens, title=source if visible else None))
+            results["auroc"][source] = _auroc_table(known, other, same=source == "shuffled")
         except DataError as error:
             results["left_out"].append(str(error))
             continue
-        results["others"][source], measured[source] = _size(passages), read
+        results["others"][source], measured[source] = _size(passages), other
         results["left_out"] += [] if documents is None else documents.notes()
     return results, known, measured
 
 
 def passage_length(model: NordForCausalLM, length: int | None) -> int:
-    """``length``, or the default for this model.
+    """Return ``length``, or the default for this model.
 
     Raises:
-        DataError: the model cannot read passages so long.
+        DataError: ``length`` is less than 2 or more than the model's context.
     """
     longest = model.config.max_position_embeddings
     length = min(PASSAGE, longest) if length is None else length
@@ -228,41 +236,41 @@ def _size(passages: Passages) -> dict[str, int]:
     return {"passages": len(passages.tokens), "documents": len(passages.documents.unique())}
 
 
-def _auroc_of_all(known: Read, other: Read, same: bool) -> dict[str, dict[str, float]]:
-    """By score. ``same``: both are made of the same documents, which are drawn together."""
+def _auroc_table(known: ScoredPassages, other: ScoredPassages, same: bool) -> dict[str, dict[str, float]]:
+    """Return AUROC and interval by score. ``same``: both have the same documents, which the bootstrap draws together."""
     first, second = scores(*known), scores(*other)
     offset = 0 if same else int(known.passages.documents.max()) + 1
     documents = (known.passages.documents, other.passages.documents + offset)
     rates = [name for name in first if name.startswith("firing rate of")][1:]
     learned = {LEARNED[0]: rates, LEARNED[1]: ["loss", "entropy"], LEARNED[2]: [*rates, "loss", "entropy"]}
-    for name, of in learned.items():
-        first[name], second[name] = _combined(first, second, of, documents)
-    found = {}
+    for name, features in learned.items():
+        first[name], second[name] = _regression_scores(first, second, features, documents)
+    table = {}
     for name, values in first.items():
         low, high = interval(values, second[name], *documents, together=same)
-        found[name] = {"auroc": auroc(values, second[name]), "low": low, "high": high}
-    return found
+        table[name] = {"auroc": auroc(values, second[name]), "low": low, "high": high}
+    return table
 
 
-def _combined(
+def _regression_scores(
     first: dict[str, Tensor], second: dict[str, Tensor], names: list[str], documents: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Logistic regression on several scores, each document judged by what was learned from others."""
+    """Return cross-validated scores of a logistic regression: each document is scored by a model fitted to others."""
     features = torch.cat([torch.stack([side[name] for name in names], 1) for side in (first, second)]).numpy()
     n = len(documents[0])
     is_other = [0] * n + [1] * len(documents[1])
-    # With as many documents as are asked for on each side, every part learned from holds both.
+    # With at least FOLDS documents on each side, every training part has both texts.
     folds = StratifiedGroupKFold(FOLDS)
     # Balanced, so that a fold with more of one text does not shift the scores of the others.
     regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, class_weight="balanced"))
-    judged = cross_val_predict(
+    decision = cross_val_predict(
         regression, features, is_other, groups=torch.cat(documents).numpy(), cv=folds, method="decision_function"
     )
-    return torch.from_numpy(judged[:n]), torch.from_numpy(judged[n:])
+    return torch.from_numpy(decision[:n]), torch.from_numpy(decision[n:])
 
 
 def auroc(known: Tensor, other: Tensor) -> float:
-    """Probability that one of ``other`` is higher than one of ``known``, ties counting half."""
+    """Return the probability that a value of ``other`` is higher than one of ``known``; ties count half."""
     return _higher(known, other).mean().item()
 
 
@@ -274,36 +282,38 @@ def interval(
     together: bool = False,
     level: float = 0.95,
 ) -> tuple[float, float]:
-    """Confidence interval of the AUROC by the bootstrap over documents, since passages of one document are alike.
+    """Return a confidence interval of the AUROC, by a bootstrap over documents.
+
+    Documents are resampled instead of passages, because passages of one document are correlated.
 
     Args:
         known: scores ``[n]``.
         other: scores ``[m]``.
-        known_documents: which document each is from.
-        other_documents: the same of the others.
-        together: whether documents with the same number on both sides are drawn together.
-        level: how often it holds the truth. Of a score that was learned, that of the regression as it was fitted.
+        known_documents: index of the document of each known passage ``[n]``.
+        other_documents: index of the document of each other passage ``[m]``.
+        together: whether documents with the same index on both sides are drawn together. Default: False.
+        level: coverage of the interval. For a learned score it excludes the variance of the fit. Default: 0.95.
     """
     generator = torch.Generator().manual_seed(0)
     if together:
-        both = _times_drawn(torch.cat((known_documents, other_documents)), generator)
+        both = _bootstrap_counts(torch.cat((known_documents, other_documents)), generator)
         first, second = both.split([len(known), len(other)], 1)
     else:
-        first, second = (_times_drawn(documents, generator) for documents in (known_documents, other_documents))
+        first, second = (_bootstrap_counts(documents, generator) for documents in (known_documents, other_documents))
     values = ((first @ _higher(known, other)) * second).sum(1) / (first.sum(1) * second.sum(1))
     low, high = values.nanquantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
     return low, high
 
 
-def _times_drawn(documents: Tensor, generator: torch.Generator) -> Tensor:
-    """How often each passage is in each of the resamples, which draw as many documents as there are."""
-    numbers, places = documents.unique(return_inverse=True)
-    drawn = torch.randint(len(numbers), (RESAMPLES, len(numbers)), generator=generator)
-    times = torch.zeros(RESAMPLES, len(numbers), dtype=torch.float64)
-    return times.scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))[:, places]
+def _bootstrap_counts(documents: Tensor, generator: torch.Generator) -> Tensor:
+    """Return how often each resample contains each passage, ``[RESAMPLES, n]``; it draws as many documents as there are."""
+    unique, index = documents.unique(return_inverse=True)
+    drawn = torch.randint(len(unique), (RESAMPLES, len(unique)), generator=generator)
+    times = torch.zeros(RESAMPLES, len(unique), dtype=torch.float64)
+    return times.scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))[:, index]
 
 
 def _higher(known: Tensor, other: Tensor) -> Tensor:
-    """1 where ``other`` is higher, 0.5 where they are equal, ``[n, m]``."""
+    """Return ``[n, m]``: 1 where ``other`` is higher, 0.5 where they are equal, else 0."""
     difference = other[None].double() - known[:, None].double()
     return (difference.sign() + 1) / 2

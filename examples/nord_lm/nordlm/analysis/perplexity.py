@@ -1,4 +1,4 @@
-"""How well a model predicts a text: a window of its context slides over it."""
+"""Loss of a model on a text, with a sliding window of its context."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -18,7 +18,7 @@ __all__ = [
 
 
 class Window(NamedTuple):
-    """Inputs ``[begin, end)`` of a text, of which the last ``scored`` predict a token that no window before did."""
+    """Input positions ``[begin, end)`` of a text; the last ``scored`` predict tokens that no earlier window predicts."""
 
     begin: int
     end: int
@@ -26,7 +26,7 @@ class Window(NamedTuple):
 
 
 def windows(n_predicted: int, context: int, stride: int) -> Iterator[Window]:
-    """Cover ``n_predicted`` tokens, each predicted once."""
+    """Yield windows that predict each of ``n_predicted`` tokens once."""
     done = 0
     while done < n_predicted:
         end = min(n_predicted, done + (stride if done else context))
@@ -38,15 +38,15 @@ def windows(n_predicted: int, context: int, stride: int) -> Iterator[Window]:
 def score(
     model: NordForCausalLM, tokens: Tensor, context: int, stride: int, batch_size: int = 8, visible: bool = False
 ) -> float:
-    """Nats for all tokens but the first.
+    """Return the summed loss of all tokens but the first, in nats.
 
     Args:
         model: in eval mode.
         tokens: ``[n]``, n at least 2.
-        context: tokens that a window sees, at most the model's.
-        stride: tokens that a window goes on, at most ``context``.
-        batch_size: windows of one size computed together.
-        visible: whether to show progress.
+        context: tokens in a window, at most the model's context.
+        stride: tokens between the starts of two windows, at most ``context``.
+        batch_size: windows of one size in a batch. Default: 8.
+        visible: whether to show progress. Default: False.
     """
     groups: list[list[Window]] = []
     for window in windows(len(tokens) - 1, context, stride):

@@ -1,4 +1,4 @@
-"""The pictures of a report. Every function draws one and gives back a Figure; none of them needs a display."""
+"""Plots of a report. Every function returns a Figure; no display is needed."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,11 +13,11 @@ from nordlm.analysis.ood_detection import LEARNED
 __all__ = ["auroc", "energy", "kinds", "neurons", "raster", "rates", "steps", "training"]
 
 LINE = "#b0b0b0"
-RASTER_NEURONS = 16  # of each layer
+RASTER_NEURONS = 16  # neurons of each layer in the raster plot
 
 
 def rates(activity: Mapping[str, LayerActivity]) -> Figure:
-    """Every layer's true rate and the highest that it could have, beside the rate that the published figure reads."""
+    """Plot the true and the highest possible rate of every layer, and the rate that the published convention uses."""
     figure = Figure(figsize=(8, 1.2 + 0.3 * len(activity)), layout="constrained")
     axis = figure.add_subplot()
     names = list(activity)
@@ -31,43 +31,43 @@ def rates(activity: Mapping[str, LayerActivity]) -> Figure:
         label="highest possible",
     )
     readout = 100 * activity[names[-1]].rate
-    axis.axvline(readout, linestyle="--", color="#c44e52", label="readout, which the published figure reads alone")
+    axis.axvline(readout, linestyle="--", color="#c44e52", label="readout, the only layer in the published figure")
     axis.invert_yaxis()
-    axis.set(xlabel="firing rate, %", xlim=(0, None), title="How often a neuron fires, of 100 time steps")
+    axis.set(xlabel="firing rate, %", xlim=(0, None), title="Firing rate: spikes per neuron in 100 time steps")
     axis.legend(loc="lower right", fontsize="small")
     return figure
 
 
 def steps(activity: Mapping[str, LayerActivity]) -> Figure:
-    """Rates of each layer at each time step."""
+    """Plot the rate of each layer at each time step."""
     names = list(activity)
     table = torch.stack([activity[name].per_step for name in names])
     shade = table / table.max().clamp(min=1e-9)
     figure, axis = _cells(100 * table, names, [str(step + 1) for step in range(table.shape[1])], shade < 0.6)
     axis.imshow(shade.tolist(), cmap="viridis", aspect="auto", vmin=0, vmax=1)
     axis.set_xlabel("time step")
-    axis.set_title("When in the sequence of steps a layer fires: % of its neurons", fontsize="medium")
+    axis.set_title("Firing rate of each layer at each time step, %", fontsize="medium")
     return figure
 
 
 def kinds(by_kind: Mapping[str, Mapping[str, float]], counts: Mapping[str, int]) -> Figure:
-    """Rates of each layer at each kind of token, beside the layer's mean over all tokens."""
+    """Plot the rate of each layer at each kind of token, coloured relative to the layer's mean over all tokens."""
     names = list(by_kind)
     columns = [f"{kind.replace(' ', chr(10))}\n({count:,})" for kind, count in counts.items()]
     table = torch.tensor([[by_kind[name][kind] for kind in counts] for name in names])
     share = torch.tensor([float(count) for count in counts.values()])
     mean = (table @ share / share.sum())[:, None].clamp(min=1e-9)
-    beside = (table / mean).clamp(0.5, 2).log2()
-    figure, axis = _cells(100 * table, names, columns, beside.abs() > 0.6)
-    image = axis.imshow(beside.tolist(), cmap="RdBu_r", aspect="auto", vmin=-1, vmax=1)
+    relative = (table / mean).clamp(0.5, 2).log2()
+    figure, axis = _cells(100 * table, names, columns, relative.abs() > 0.6)
+    image = axis.imshow(relative.tolist(), cmap="RdBu_r", aspect="auto", vmin=-1, vmax=1)
     bar = figure.colorbar(image, ticks=[-1, 0, 1], pad=0.02)
     bar.set_ticklabels(["half as often\nor less", "as on\naverage", "twice as often\nor more"], fontsize="small")
-    axis.set_title("What a layer fires at: rate in %, colour beside the layer's average", fontsize="medium")
+    axis.set_title("Firing rate at each kind of token in %; colour: relative to the layer's mean", fontsize="medium")
     return figure
 
 
 def _cells(table: Tensor, names: Sequence[str], columns: Sequence[str], dark: Tensor) -> tuple[Figure, Axes]:
-    """Numbers in a grid, white where the ground is dark."""
+    """Draw numbers in a grid, white on dark cells."""
     figure = Figure(figsize=(2.6 + 0.75 * len(columns), 1.4 + 0.32 * len(names)), layout="constrained")
     axis = figure.add_subplot()
     axis.set_xticks(range(len(columns)), columns, fontsize="small")
@@ -80,7 +80,7 @@ def _cells(table: Tensor, names: Sequence[str], columns: Sequence[str], dark: Te
 
 
 def neurons(activity: Mapping[str, LayerActivity]) -> Figure:
-    """How many neurons of each layer fire how often."""
+    """Plot a histogram of the rates of single neurons for each layer."""
     columns = min(4, len(activity))
     rows = -(-len(activity) // columns)
     figure = Figure(figsize=(2.7 * columns, 0.4 + 1.6 * rows), layout="constrained")
@@ -100,36 +100,36 @@ def neurons(activity: Mapping[str, LayerActivity]) -> Figure:
 
 
 def raster(spikes: Mapping[str, Tensor], words: Sequence[str]) -> Figure:
-    """Spikes ``[T, S, D]`` of each layer for a few tokens, a row for each of some neurons."""
+    """Plot the spikes ``[T, S, D]`` of some neurons of each layer for a few tokens, one row per neuron."""
     steps, tokens, _ = next(iter(spikes.values())).shape
     figure = Figure(figsize=(2.5 + 0.45 * tokens, 1.2 + 0.75 * len(spikes)), layout="constrained")
     axes = figure.subplots(len(spikes), sharex=True, squeeze=False).flatten().tolist()
-    for axis, (name, of) in zip(axes, spikes.items(), strict=True):
-        chosen = torch.linspace(0, of.shape[2] - 1, min(RASTER_NEURONS, of.shape[2])).long()
-        time, neuron = of[:, :, chosen].transpose(0, 1).flatten(0, 1).nonzero(as_tuple=True)
+    for axis, (name, spike_seq) in zip(axes, spikes.items(), strict=True):
+        index = torch.linspace(0, spike_seq.shape[2] - 1, min(RASTER_NEURONS, spike_seq.shape[2])).long()
+        time, neuron = spike_seq[:, :, index].transpose(0, 1).flatten(0, 1).nonzero(as_tuple=True)
         axis.scatter(time.tolist(), neuron.tolist(), marker="|", s=9, color="black", linewidth=0.8)
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small")
-        axis.set(yticks=[], ylim=(-1, len(chosen)), xlim=(-0.5, steps * tokens - 0.5))
+        axis.set(yticks=[], ylim=(-1, len(index)), xlim=(-0.5, steps * tokens - 0.5))
         for token in range(1, tokens):
             axis.axvline(token * steps - 0.5, color=LINE, linewidth=0.6)
     places = [(token + 0.5) * steps for token in range(tokens)]
     axes[-1].set_xticks(places, [_plain(word) for word in words], rotation=60, ha="right", fontsize="small")
     axes[0].set_title(
-        f"Spikes of up to {RASTER_NEURONS} neurons of each layer; {steps} steps for each token", fontsize="medium"
+        f"Spikes of up to {RASTER_NEURONS} neurons of each layer; {steps} time steps for each token", fontsize="medium"
     )
     return figure
 
 
 def training(
-    losses: Mapping[str, Mapping[int, float]], fired: Mapping[str, Mapping[int, float]], lines: Mapping[str, float]
+    losses: Mapping[str, Mapping[int, float]], rates: Mapping[str, Mapping[int, float]], baselines: Mapping[str, float]
 ) -> Figure:
-    """Loss over training beside the baselines, and the rates of the parts."""
+    """Plot loss, baselines and firing rates of the model's parts over training."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, values in losses.items():
         marker = "o" if len(values) < 30 else None
         left.plot(list(values), list(values.values()), label=name, marker=marker, markersize=3, linewidth=1.2)
-    for name, value in lines.items():
+    for name, value in baselines.items():
         left.axhline(value, color=LINE, linestyle="--", linewidth=1)
         left.annotate(
             name,
@@ -140,17 +140,17 @@ def training(
             fontsize="small",
             color="gray",
         )
-    left.set(xlabel="step", ylabel="nats per token", title="Loss")
+    left.set(xlabel="training step", ylabel="nats per token", title="Loss")
     left.legend(fontsize="small")
-    for name, values in fired.items():
+    for name, values in rates.items():
         right.plot(list(values), [100 * rate for rate in values.values()], label=name, linewidth=1.2)
-    right.set(xlabel="step", ylabel="firing rate, %", ylim=(0, None), title="Which part fires while it learns")
+    right.set(xlabel="training step", ylabel="firing rate, %", ylim=(0, None), title="Firing rate of each part")
     right.legend(fontsize="small", ncols=2)
     return figure
 
 
 def energy(profile: EnergyProfile) -> Figure:
-    """The network beside its dense twin under every convention."""
+    """Plot the energy of the network and of its dense twin under every convention."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axis = figure.add_subplot()
     names = list(CONVENTIONS)
@@ -173,12 +173,12 @@ def energy(profile: EnergyProfile) -> Figure:
     return figure
 
 
-def auroc(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure:
-    """AUROC of every score with its interval, a panel for each other text."""
-    scores = list(next(iter(found.values())))
-    figure = Figure(figsize=(2.6 + 2.6 * len(found), 0.9 + 0.27 * len(scores)), layout="constrained")
-    axes = figure.subplots(1, len(found), sharey=True, squeeze=False).flatten().tolist()
-    for axis, (other, results) in zip(axes, found.items(), strict=True):
+def auroc(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure:
+    """Plot the AUROC of every score with its interval, one panel per other text."""
+    scores = list(next(iter(table.values())))
+    figure = Figure(figsize=(2.6 + 2.6 * len(table), 0.9 + 0.27 * len(scores)), layout="constrained")
+    axes = figure.subplots(1, len(table), sharey=True, squeeze=False).flatten().tolist()
+    for axis, (other, results) in zip(axes, table.items(), strict=True):
         axis.axvline(0.5, color=LINE, linestyle="--")
         for place, score in enumerate(scores):
             value = results[score]
@@ -188,11 +188,11 @@ def auroc(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure:
         axis.set(xlim=(-0.03, 1.03), title=_plain(other))
     axes[0].set_yticks(range(len(scores)), scores)
     axes[0].invert_yaxis()
-    figure.supxlabel("AUROC: chance that the other text has the higher score; 0.5 tells nothing", fontsize="medium")
+    figure.supxlabel("AUROC: chance that the other text has the higher score; 0.5 is chance", fontsize="medium")
     return figure
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib draws as it stands: no mathematics, and no characters that its font does not have."""
+    """Escape text for matplotlib: no mathematics, and no characters outside its font."""
     shown = text.replace("$", r"\$").replace("\n", "↵")
     return "".join(c if c.isascii() or c == "↵" else "□" for c in shown)

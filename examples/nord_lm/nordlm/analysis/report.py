@@ -1,4 +1,4 @@
-"""A report on a trained model: one HTML page that needs nothing else, the pictures in it as PNG, and the figures as JSON."""
+"""Report on a trained model: a self-contained HTML page, its plots as PNG files, and all figures as JSON."""
 
 import base64
 import io
@@ -21,35 +21,35 @@ from nord_snn.neurons import AssociativeLIFNode
 from nordlm.analysis import plots
 from nordlm.analysis.curves import read_results, training_curves
 from nordlm.analysis.heat_map import heat_map
-from nordlm.analysis.ood_detection import MADE, distinguish, open_others
-from nordlm.analysis.token_activity import KINDS, kinds_of, rates_by_kind
-from nordlm.analysis.token_energy import generated_token, sentence
+from nordlm.analysis.ood_detection import BUILTIN_TEXTS, distinguish, open_others
+from nordlm.analysis.token_activity import TOKEN_KINDS, kinds_of, rates_by_kind
+from nordlm.analysis.token_energy import energy_sentence, profile_generated_token
 from nordlm.data.sources import Documents
 from nordlm.errors import DataError
 from nordlm.training.checkpoints import CheckpointError, write_folder, write_json, write_text
 from nordlm.training.model_card import parameter_counts
 
-__all__ = ["PAGE", "Subject", "check_folder", "uncertainty_sentence", "write_report"]
+__all__ = ["PAGE", "ReportInput", "check_folder", "uncertainty_sentence", "write_report"]
 
 PAGE, DATA = "index.html", "report.json"
 PICTURES = ("rates", "steps", "neurons", "raster", "kinds", "energy", "auroc", "training")
-BLOCKS = 64  # of the known text, in which rates are counted
+MAX_SEQUENCES = 64  # sequences of the known text on which rates are measured
 RASTER_TOKENS = 12
 OF_THE_RUN = ("steps", "tokens", "seed", "validation_loss", "bits_per_byte", "unigram_loss", "bigram_loss")
 
 
-class Subject(NamedTuple):
-    """What a report is about.
+class ReportInput(NamedTuple):
+    """Model, text and run of a report.
 
     Attributes:
         model: in eval mode.
         tokenizer: its tokenizer.
-        texts: documents that the model has not seen, of the kind that it was trained on.
-        tokens: these documents one after the other, ``[n]``.
-        name: where they are from.
-        run: the folder of its training run; None: the report has nothing on training.
-        results: what else is known of the model on this text, for the table at the top.
-        command: what made the report.
+        texts: documents of the kind that the model was trained on, but not in its training text.
+        tokens: token ids of these documents, concatenated, ``[n]``.
+        name: source of the documents.
+        run: folder of the training run; None leaves training out of the report.
+        results: other results of the model on this text, for the table at the top.
+        command: the command that writes the report.
     """
 
     model: NordForCausalLM
@@ -64,48 +64,48 @@ class Subject(NamedTuple):
 
 def write_report(
     folder: Path,
-    subject: Subject,
+    subject: ReportInput,
     others: Mapping[str, Documents | None] | None = None,
     length: int | None = None,
     visible: bool = False,
 ) -> dict[str, Any]:
-    """Measure, draw and write ``index.html``, the PNGs and ``report.json`` into ``folder``, all of them or none.
+    """Measure, plot and write ``index.html``, the PNG files and ``report.json`` to ``folder``, atomically.
 
     Args:
-        folder: is made; a report that stood there is replaced, see :func:`check_folder`.
-        subject: what the report is about.
-        others: other texts, see :func:`uncertainty.open_others`; None: those of :data:`uncertainty.MADE`. Where one of them, or
-            the known text, cannot be used, the page says so in the place of its figures.
-        length: tokens in a passage, see :func:`uncertainty.distinguish`.
+        folder: folder of the report; an older report is replaced, see :func:`check_folder`.
+        subject: model, text and run of the report.
+        others: other texts, see :func:`.ood_detection.open_others`. Default: those of :data:`.ood_detection.BUILTIN_TEXTS`.
+            For a text that cannot be used, or if the known text cannot be used, the page has the reason in place of the figures.
+        length: tokens in a passage, see :func:`.ood_detection.distinguish`.
         visible: whether to show progress.
 
     Returns:
-        What is in ``report.json``.
+        The content of ``report.json``.
 
     Raises:
-        CheckpointError: the folder cannot be written, or is not one of a report.
+        CheckpointError: the folder cannot be written, or has other files than a report.
     """
     folder = folder.resolve()
     check_folder(folder)
-    others = open_others(MADE) if others is None else others
-    content, figures, heat = _measure(subject, others, length, visible)
+    others = open_others(BUILTIN_TEXTS) if others is None else others
+    content, figures, heat = _build_report(subject, others, length, visible)
     pictures = {name: _png(figure) for name, figure in figures.items()}
 
-    def write(beside: Path) -> None:
+    def write(temporary: Path) -> None:
         for name, picture in pictures.items():
-            (beside / f"{name}.png").write_bytes(picture)
-        write_json(beside / DATA, content)
-        write_text(beside / PAGE, _page(content, pictures, heat))
+            (temporary / f"{name}.png").write_bytes(picture)
+        write_json(temporary / DATA, content)
+        write_text(temporary / PAGE, _page(content, pictures, heat))
 
     write_folder(folder, write)
     return content
 
 
 def check_folder(folder: Path) -> None:
-    """Whether a report may be put there: where nothing is, or nothing but an older one.
+    """Check that ``folder`` is new, empty or an older report.
 
     Raises:
-        CheckpointError: something else is there, or the folder around it cannot be made.
+        CheckpointError: the folder has other files, or its parent cannot be created.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -121,19 +121,19 @@ def check_folder(folder: Path) -> None:
     )
 
 
-def _measure(
-    subject: Subject, others: Mapping[str, Documents | None], length: int | None, visible: bool
+def _build_report(
+    subject: ReportInput, others: Mapping[str, Documents | None], length: int | None, visible: bool
 ) -> tuple[dict[str, Any], dict[str, Figure], dict[str, Any]]:
-    """What goes into JSON, the pictures, and the tokens of the heat map."""
+    """Return the content for JSON, the plots, and the heat map."""
     model, tokenizer = subject.model, subject.tokenizer
-    ids = _blocks(subject)
-    activity, at_tokens = _run(model, ids)
-    profile = generated_token(model, ids[:1])
+    ids = _known_sequences(subject)
+    activity, at_tokens = _record_activity(model, ids)
+    profile = profile_generated_token(model, ids[:1])
     kinds = kinds_of(ids, tokenizer)
     by_kind = rates_by_kind(at_tokens, kinds)
-    counts = {kind: int((kinds == place).sum()) for place, kind in enumerate(KINDS) if (kinds == place).any()}
+    counts = {kind: int((kinds == place).sum()) for place, kind in enumerate(TOKEN_KINDS) if (kinds == place).any()}
     content: dict[str, Any] = {
-        "about": _about(subject),
+        "about": _metadata(subject),
         "rates": _rates(activity),
         "published_sparsity": 1 - activity["readout.lif"].rate,
         "rates_by_kind_of_token": {"tokens": counts, "rates": by_kind},
@@ -149,48 +149,48 @@ def _measure(
     }
     heat: dict[str, Any] = {}
     try:
-        told, known, measured = distinguish(model, tokenizer, subject.texts, others, length, visible)
-    except DataError as error:  # a known text that is too short, say: the rest of the report stands without
+        ood, known, others_scored = distinguish(model, tokenizer, subject.texts, others, length, visible)
+    except DataError as error:  # for example a too short known text: write the report without this part
         content["uncertainty"] = {"auroc": {}, "left_out": [str(error)]}
     else:
-        content["uncertainty"] = told | {"sentence": uncertainty_sentence(told["auroc"])}
-        heat = heat_map({"known text": known} | measured, tokenizer)
+        content["uncertainty"] = ood | {"sentence": uncertainty_sentence(ood["auroc"])}
+        heat = heat_map({"known text": known} | others_scored, tokenizer)
     if content["uncertainty"]["auroc"]:
         figures["auroc"] = plots.auroc(content["uncertainty"]["auroc"])
     if subject.run is not None and (curves := training_curves(subject.run)) is not None:
-        losses, fired = curves
+        losses, part_rates = curves
         results = read_results(subject.run)
         baselines = {name: results[f"{name}_loss"] for name in ("unigram", "bigram") if f"{name}_loss" in results}
-        figures["training"] = plots.training(losses, fired, baselines)
-        content["training"] = {"loss": losses, "rates": fired}
+        figures["training"] = plots.training(losses, part_rates, baselines)
+        content["training"] = {"loss": losses, "rates": part_rates}
     return content, figures, heat
 
 
-def _blocks(subject: Subject) -> Tensor:
-    """Whole windows of the known text, taken evenly, ``[n, S]``."""
+def _known_sequences(subject: ReportInput) -> Tensor:
+    """Return complete sequences of the known text, evenly spaced, ``[n, S]``."""
     length = min(subject.model.config.max_position_embeddings, len(subject.tokens))
-    whole = len(subject.tokens) // length
-    taken = torch.linspace(0, whole - 1, min(BLOCKS, whole)).round().long()
-    return subject.tokens[: whole * length].view(whole, length)[taken].to(subject.model.device)
+    n = len(subject.tokens) // length
+    index = torch.linspace(0, n - 1, min(MAX_SEQUENCES, n)).round().long()
+    return subject.tokens[: n * length].view(n, length)[index].to(subject.model.device)
 
 
 @torch.no_grad()
-def _run(model: NordForCausalLM, ids: Tensor) -> tuple[dict[str, LayerActivity], dict[str, Tensor]]:
-    """What each layer did, and its firing rates at each token, ``[n, S]``."""
-    found: dict[str, list[Tensor]] = {}
+def _record_activity(model: NordForCausalLM, ids: Tensor) -> tuple[dict[str, LayerActivity], dict[str, Tensor]]:
+    """Return the activity of each layer, and its firing rate at each token, ``[n, S]``."""
+    at_tokens: dict[str, list[Tensor]] = {}
     with SpikeMonitor(model) as monitor, RowRates(model) as rows:
         for batch in ids.split(8):
-            model(input_ids=batch, use_cache=False, logits_to_keep=1)  # large vocabularies have large logits
+            model(input_ids=batch, use_cache=False, logits_to_keep=1)  # logits of all positions would need much memory
             for name, rate in rows.take().items():
-                found.setdefault(name, []).append(rate.cpu())
-    return monitor.activity(), {name: torch.cat(rates) for name, rates in found.items()}
+                at_tokens.setdefault(name, []).append(rate.cpu())
+    return monitor.activity(), {name: torch.cat(rates) for name, rates in at_tokens.items()}
 
 
 @torch.no_grad()
 def _spikes(
     model: NordForCausalLM, tokenizer: PreTrainedTokenizerBase, ids: Tensor
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Spikes ``[T, S, D]`` of every layer for some tokens, and these."""
+    """Return the spikes ``[T, S, D]`` of every layer for the tokens ``ids [S]``, and the strings of these tokens."""
     recorder = OutputMonitor(model, AssociativeLIFNode)
     try:
         model(input_ids=ids[None], use_cache=False)
@@ -200,7 +200,7 @@ def _spikes(
     return spikes, [tokenizer.decode([token]) for token in ids.tolist()]
 
 
-def _about(subject: Subject) -> dict[str, Any]:
+def _metadata(subject: ReportInput) -> dict[str, Any]:
     total, without = parameter_counts(subject.model)
     return {
         "name": subject.run.name if subject.run else str(subject.model.config.name_or_path or "a model"),
@@ -243,34 +243,36 @@ def _energy(profile: EnergyProfile) -> dict[str, Any]:
         "twin_joules": {name: profile.twin_joules_under(name) for name in CONVENTIONS},
         "quantised_twin_joules": profile.quantised_twin_joules,
         "sources": sorted({convention.source for convention in CONVENTIONS.values()}),
-        "sentence": sentence(profile),
+        "sentence": energy_sentence(profile),
     }
 
 
 def uncertainty_sentence(auroc: dict[str, dict[str, dict[str, float]]]) -> str:
-    """What follows from the AUROC of the rate of all neurons, beside that of the loss."""
-    said = []
-    for other, found in auroc.items():
-        rate, loss = found["firing rate of all neurons"], found["loss"]
-        how = (
+    """Summarize the AUROC of the rate of all neurons and of the loss in one sentence."""
+    phrases = []
+    for other, scores in auroc.items():
+        rate, loss = scores["firing rate of all neurons"], scores["loss"]
+        verb = (
             "fires more at"
             if rate["low"] > 0.5
             else "fires less at"
             if rate["high"] < 0.5
             else "shows no difference at"
         )
-        said.append(f"{how} {other} ({rate['auroc']:.2f}; loss {loss['auroc']:.2f})")
-    return f"Beside the known text, the network {', '.join(said)}." if said else ""
+        phrases.append(f"{verb} {other} ({rate['auroc']:.2f}; loss {loss['auroc']:.2f})")
+    return f"Beside the known text, the network {', '.join(phrases)}." if phrases else ""
 
 
 def _png(figure: Figure) -> bytes:
-    held = io.BytesIO()
-    figure.savefig(held, format="png", dpi=110)
-    return held.getvalue()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
 
 
 def _page(content: dict[str, Any], pictures: dict[str, bytes], heat: dict[str, Any]) -> str:
     folder = Path(__file__).parent
-    page = Environment(loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    inside = {name: base64.b64encode(picture).decode() for name, picture in pictures.items()}
-    return page.get_template("report.html.j2").render(content=content, pictures=inside, heat=heat)
+    environment = Environment(
+        loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    encoded = {name: base64.b64encode(picture).decode() for name, picture in pictures.items()}
+    return environment.get_template("report.html.j2").render(content=content, pictures=encoded, heat=heat)

@@ -1,4 +1,4 @@
-"""What fires at which token: rates by layer, block and kind of token, beside what the model expects there."""
+"""Firing rates at each token, by layer, part of the model and kind of token, with the loss and entropy there."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
@@ -13,10 +13,19 @@ from transformers import PreTrainedTokenizerBase
 from nord_snn.models.nord import NordForCausalLM
 from nord_snn.monitor import RowRates
 
-__all__ = ["KINDS", "Measured", "kinds_of", "measure", "pieces", "rates_by_kind", "zone", "zone_means"]
+__all__ = [
+    "TOKEN_KINDS",
+    "TokenMeasurements",
+    "decodable_spans",
+    "kinds_of",
+    "measure_tokens",
+    "rates_by_kind",
+    "zone",
+    "zone_means",
+]
 
 #: Kinds of tokens, see ``kinds_of``.
-KINDS = (
+TOKEN_KINDS = (
     "end of text",
     "part of a character",
     "line break",
@@ -29,14 +38,14 @@ KINDS = (
 )
 
 
-class Measured(NamedTuple):
-    """Of passages ``[n, L]``, token by token.
+class TokenMeasurements(NamedTuple):
+    """Loss, entropy and firing rates at each token of passages ``[n, L]``.
 
     Attributes:
-        loss: nats for each token but the first, ``[n, L - 1]``.
-        entropy: of what the model expects next, in nats, ``[n, L]``.
-        rates: firing rate of the neurons that stand for a token, of each layer, ``[n, L]``.
-        neurons: how many these are, of each layer.
+        loss: loss of each token but the first in nats, ``[n, L - 1]``.
+        entropy: entropy of the next-token prediction in nats, ``[n, L]``.
+        rates: firing rate of each layer in the row of each token, ``[n, L]``.
+        neurons: number of neurons of each layer.
     """
 
     loss: Tensor
@@ -45,37 +54,39 @@ class Measured(NamedTuple):
     neurons: dict[str, int]
 
     def mean_rate(self) -> Tensor:
-        """Firing rate over all neurons, ``[n, L]``."""
+        """Return the firing rate of all neurons, ``[n, L]``."""
         return zone_means(self.rates, self.neurons, lambda _: "all")["all"]
 
 
 @torch.no_grad()
-def measure(model: NordForCausalLM, passages: Tensor, batch_size: int = 32, what: str | None = None) -> Measured:
-    """Loss, entropy and firing rates at each token.
+def measure_tokens(
+    model: NordForCausalLM, passages: Tensor, batch_size: int = 32, title: str | None = None
+) -> TokenMeasurements:
+    """Measure loss, entropy and firing rates at each token.
 
     Args:
         model: in eval mode.
         passages: token ids ``[n, L]``, L at least 2 and at most the model's context.
-        batch_size: passages computed together.
-        what: what the progress bar says; None: no bar.
+        batch_size: passages in a batch. Default: 32.
+        title: title of the progress bar. Default: no bar.
     """
     losses: list[Tensor] = []
     entropies: list[Tensor] = []
     rates: dict[str, list[Tensor]] = {}
     with RowRates(model) as rows:
-        for ids in track(passages.split(batch_size), what or "", transient=True, disable=what is None):
+        for ids in track(passages.split(batch_size), title or "", transient=True, disable=title is None):
             logits = model(input_ids=ids.to(model.device), use_cache=False).logits.float()
-            expected = logits.log_softmax(-1)
-            losses.append(F.nll_loss(expected[:, :-1].mT, ids[:, 1:].to(model.device), reduction="none").cpu())
-            entropies.append(-(expected.exp() * expected).sum(-1).cpu())
+            log_probs = logits.log_softmax(-1)
+            losses.append(F.nll_loss(log_probs[:, :-1].mT, ids[:, 1:].to(model.device), reduction="none").cpu())
+            entropies.append(-(log_probs.exp() * log_probs).sum(-1).cpu())
             for name, rate in rows.take().items():
                 rates.setdefault(name, []).append(rate.cpu())
-        whole = {name: torch.cat(parts) for name, parts in rates.items()}
-        return Measured(torch.cat(losses), torch.cat(entropies), whole, rows.neurons())
+        by_layer = {name: torch.cat(parts) for name, parts in rates.items()}
+        return TokenMeasurements(torch.cat(losses), torch.cat(entropies), by_layer, rows.neurons())
 
 
 def zone(layer: str) -> str:
-    """The part of the model that a layer of neurons belongs to: ``"input"``, ``"block 3"``, ``"readout"``."""
+    """Return the part of the model of a layer of neurons: ``"input"``, ``"block 3"``, ``"readout"``."""
     parts = layer.split(".")
     return f"block {parts[1]}" if parts[0] == "blocks" else "input" if parts[0] == "input_lif" else parts[0]
 
@@ -83,46 +94,47 @@ def zone(layer: str) -> str:
 def zone_means(
     rates: Mapping[str, Tensor], neurons: Mapping[str, int], zone_of: Callable[[str], str] = zone
 ) -> dict[str, Tensor]:
-    """Rates of zones from those of layers, every neuron counting the same."""
+    """Return the mean rates of zones, weighted by the number of neurons in each layer."""
     members: dict[str, list[str]] = {}
     for name in rates:
         members.setdefault(zone_of(name), []).append(name)
     return {
-        at: sum((rates[name] * neurons[name] for name in names), torch.zeros(())) / sum(neurons[name] for name in names)
-        for at, names in members.items()
+        part: sum((rates[name] * neurons[name] for name in names), torch.zeros(()))
+        / sum(neurons[name] for name in names)
+        for part, names in members.items()
     }
 
 
 def kinds_of(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Which of :data:`KINDS` each token of ``ids [n, L]`` is, an index.
+    """Return the kind of each token of ``ids [n, L]``, as an index into :data:`TOKEN_KINDS`.
 
-    A token is inside a word if it begins with a letter and the one before it ends with one; the first of a row is taken to
-    begin one.
+    A token is inside a word if it begins with a letter and the previous token ends with one. The first token of a row counts
+    as the beginning of a word.
     """
-    found, places = ids.cpu().unique(return_inverse=True)
-    words = [_Word.of(int(i), tokenizer) for i in found]
-    kinds = torch.tensor([KINDS.index(word.kind) for word in words])[places]
-    ends, goes_on = (torch.tensor([getattr(word, name) for word in words])[places] for name in ("ends", "goes_on"))
-    inside = goes_on.clone()
+    unique, index = ids.cpu().unique(return_inverse=True)
+    words = [_Word.from_token(int(i), tokenizer) for i in unique]
+    kinds = torch.tensor([TOKEN_KINDS.index(word.kind) for word in words])[index]
+    ends, continues = (torch.tensor([getattr(word, name) for word in words])[index] for name in ("ends", "continues"))
+    inside = continues.clone()
     inside[:, 0] = False
     inside[:, 1:] &= ends[:, :-1]
-    return kinds.masked_fill(inside, KINDS.index("inside a word"))
+    return kinds.masked_fill(inside, TOKEN_KINDS.index("inside a word"))
 
 
 class _Word(NamedTuple):
-    """What a token is by itself, whether it ends with a letter, and whether it goes on with a word that was begun."""
+    """Kind of a token by itself, whether it ends with a letter, and whether it can continue a word."""
 
     kind: str
     ends: bool
-    goes_on: bool
+    continues: bool
 
     @classmethod
-    def of(cls, token: int, tokenizer: PreTrainedTokenizerBase) -> "_Word":
+    def from_token(cls, token: int, tokenizer: PreTrainedTokenizerBase) -> "_Word":
         text = tokenizer.decode([token])
         begins = str(tokenizer.convert_ids_to_tokens(token)).startswith(("Ġ", "▁")) or not text[:1].strip()
         letters = any(c.isalpha() for c in text)
-        goes_on = letters and not begins and (text[0].isalpha() or text[0] in "'’")
-        return cls(_kind(token, text, tokenizer), text[-1:].isalpha(), goes_on)
+        continues = letters and not begins and (text[0].isalpha() or text[0] in "'’")
+        return cls(_kind(token, text, tokenizer), text[-1:].isalpha(), continues)
 
 
 def _kind(token: int, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -140,20 +152,20 @@ def _kind(token: int, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def rates_by_kind(rates: Mapping[str, Tensor], kinds: Tensor) -> dict[str, dict[str, float]]:
-    """Mean rate of each layer at each kind of token that there is: layer -> kind -> rate."""
-    there = [(k, kinds == k) for k in kinds.unique().tolist()]
-    return {name: {KINDS[k]: rate[at].mean().item() for k, at in there} for name, rate in rates.items()}
+    """Return the mean rate of each layer at each kind of token in ``kinds``: layer -> kind -> rate."""
+    masks = [(k, kinds == k) for k in kinds.unique().tolist()]
+    return {name: {TOKEN_KINDS[k]: rate[mask].mean().item() for k, mask in masks} for name, rate in rates.items()}
 
 
-def pieces(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, int, int]]:
-    """Text of the tokens ``[begin, end)``: one token each, or as many as make whole characters."""
+def decodable_spans(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, int, int]]:
+    """Yield (text, begin, end) for consecutive tokens ``[begin, end)``: one token, or as many as make complete characters."""
     begin = 0
     while begin < len(ids):
-        for end in range(begin + 1, min(begin + 4, len(ids)) + 1):  # a character has four bytes at most
+        for end in range(begin + 1, min(begin + 4, len(ids)) + 1):  # a character has at most four bytes
             text = tokenizer.decode(ids[begin:end])
             if "\N{REPLACEMENT CHARACTER}" not in text:
                 break
-        else:  # what is left of a character that was cut through
+        else:  # an incomplete character
             text, end = "\N{REPLACEMENT CHARACTER}", begin + 1
         yield text, begin, end
         begin = end

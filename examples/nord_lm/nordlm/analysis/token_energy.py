@@ -1,4 +1,4 @@
-"""What one generated token costs, beside the dense twin."""
+"""Count the operations and the energy of one generated token, and compare them with the dense twin."""
 
 import torch
 from torch import Tensor
@@ -8,14 +8,14 @@ from nord_snn._compat.transformers import CACHE, cache_of
 from nord_snn.monitor import CONVENTIONS, EnergyProfile, EnergyProfiler
 
 __all__ = [
-    "generated_token",
-    "sentence",
+    "energy_sentence",
+    "profile_generated_token",
 ]
 
 
 @torch.no_grad()
-def generated_token(model: PreTrainedModel, ids: Tensor) -> EnergyProfile:
-    """What the last of ``ids [1, S]`` costs where all before it are in a cache.
+def profile_generated_token(model: PreTrainedModel, ids: Tensor) -> EnergyProfile:
+    """Profile the last token of ``ids [1, S]``, with all tokens before it in a cache.
 
     Args:
         model: a causal language model in eval mode; of GPT-2 and its like with ``attn_implementation="eager"``.
@@ -27,8 +27,8 @@ def generated_token(model: PreTrainedModel, ids: Tensor) -> EnergyProfile:
     return profiler.profile
 
 
-def sentence(profile: EnergyProfile) -> str:
-    """What follows from the figures."""
+def energy_sentence(profile: EnergyProfile) -> str:
+    """Summarize the profile in two sentences."""
     plain, sram, dram = (
         profile.joules_under(name) / profile.twin_joules_under(name)
         for name in ("45nm-fp32", "45nm-fp32-sram", "45nm-fp32-dram")

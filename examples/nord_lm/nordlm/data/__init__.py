@@ -1,1 +1,1 @@
-"""Text: where it comes from, and how it becomes blocks of tokens."""
+"""Data: sources of text, tokenization, sequences of tokens."""

@@ -1,6 +1,6 @@
-"""From documents to blocks of token ids; :func:`load_corpus` is the way in.
+"""Tokenize documents and pack them into sequences of token ids; start with :func:`load_corpus`.
 
-What is small is held in memory and shuffled anew every epoch; what is large or comes from a hub is streamed.
+Small text is kept in memory and reshuffled every epoch. Large text and hub datasets are streamed.
 """
 
 import hashlib
@@ -19,9 +19,9 @@ from nordlm.errors import DataError
 
 __all__ = [
     "BASELINE_TOKENS",
-    "Blocks",
     "Corpus",
-    "StreamedBlocks",
+    "SequenceDataset",
+    "StreamedSequences",
     "check_vocabulary",
     "encode",
     "load_corpus",
@@ -32,55 +32,55 @@ __all__ = [
 
 END_OF_TEXT = "<|endoftext|>"
 
-TOKENIZER_CHARACTERS = 50_000_000  # a tokenizer is trained on at most this much text
+TOKENIZER_CHARACTERS = 50_000_000  # maximum length of the text that a tokenizer is trained on
 
-BASELINE_TOKENS = 2_000_000  # of a stream, the baselines see this much
+BASELINE_TOKENS = 2_000_000  # tokens of a stream that the baselines count
 
-HASH_BUCKETS = 10_000
+HASH_BUCKETS = 10_000  # resolution of --held-out for a stream
 
 
-class Blocks(Dataset[Tensor]):
-    """Blocks ``[n, block]`` in memory."""
+class SequenceDataset(Dataset[Tensor]):
+    """Sequences ``[n, S]`` in memory."""
 
-    def __init__(self, blocks: Tensor) -> None:
-        self.blocks = blocks
+    def __init__(self, sequences: Tensor) -> None:
+        self.sequences = sequences
 
     def __len__(self) -> int:
-        """Number of blocks."""
-        return len(self.blocks)
+        """Return the number of sequences."""
+        return len(self.sequences)
 
     def __getitem__(self, index: int) -> Tensor:
-        """One block as int64."""
-        return self.blocks[index].long()
+        """Return one sequence as int64."""
+        return self.sequences[index].long()
 
 
-class StreamedBlocks(IterableDataset[Tensor]):
-    """Blocks of a stream, in its order; every iteration starts it anew."""
+class StreamedSequences(IterableDataset[Tensor]):
+    """Sequences of a stream in order; every iteration restarts the stream."""
 
     def __init__(self, start: Callable[[], Iterator[Tensor]]) -> None:
         self.start = start
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Blocks as int64."""
-        return (block.long() for block in self.start())
+        """Yield sequences as int64."""
+        return (sequence.long() for sequence in self.start())
 
 
 @dataclass
 class Corpus:
-    """Blocks of token ids, ready to train on.
+    """Training and held-out sequences of token ids.
 
     Attributes:
-        name: where the text came from.
-        train: the training blocks.
-        validation: held-out blocks ``[m, block]``.
-        sample: training tokens in order, all of them or the first :data:`BASELINE_TOKENS` of a stream, for the baselines.
-        bytes_per_token: UTF-8 bytes of the held-out text per token of it.
-        fingerprint: changes when the text on either side or the tokenizer does (of a stream: its first part).
-        sources: the documents behind it.
+        name: source of the text.
+        train: the training sequences.
+        validation: held-out sequences ``[m, S]``.
+        sample: training tokens in order for the baselines: all, or the first :data:`BASELINE_TOKENS` of a stream.
+        bytes_per_token: UTF-8 bytes per token of the held-out text.
+        fingerprint: hash of training and held-out tokens (of a stream: of its first part).
+        sources: documents that the corpus was made from.
     """
 
     name: str
-    train: Blocks | StreamedBlocks
+    train: SequenceDataset | StreamedSequences
     validation: Tensor
     sample: Tensor
     bytes_per_token: float
@@ -88,7 +88,7 @@ class Corpus:
     sources: tuple[Documents, ...]
 
     def notes(self) -> list[str]:
-        """What has been left out so far and why; of a stream, more may follow."""
+        """Return what was left out so far, with reasons. Reading a stream further can add to it."""
         return [note for source in self.sources for note in source.notes()]
 
 
@@ -100,35 +100,35 @@ def load_corpus(
     validation: Documents | None = None,
     max_validation_blocks: int = 1024,
 ) -> Corpus:
-    """Tokenize, split and pack.
+    """Tokenize documents, split them into training and held-out text, and pack them into sequences.
 
-    The split is decided by a hash of each document: a text that stands twice in a corpus is on one side only, and the
-    order of the documents does not matter. Documents are joined with the tokenizer's end-of-text token and cut into
-    blocks; a last part shorter than a block is left out.
+    A hash of each document decides the split: copies of a document are on the same side, and the order of the documents does
+    not matter. Documents are joined with the tokenizer's end-of-text token and cut into sequences. A last, shorter part is
+    left out.
 
     Args:
         documents: the text.
-        tokenizer: as :func:`load_tokenizer` or :func:`train_tokenizer` gives it.
-        block_size: tokens in a block.
-        held_out: fraction of the documents that training never sees.
-        validation: other documents to validate on; then nothing is held out.
-        max_validation_blocks: at most so many blocks are validated on.
+        tokenizer: result of :func:`load_tokenizer` or :func:`train_tokenizer`.
+        block_size: tokens in a sequence, S.
+        held_out: fraction of the documents to hold out. Default: 0.05.
+        validation: separate documents to validate on; then nothing is held out. Default: None.
+        max_validation_blocks: maximum number of held-out sequences. Default: 1024.
 
     Raises:
-        DataError: there is less than one block of text on either side, or nothing to validate on.
+        DataError: one side has less than one sequence, or there is nothing to validate on.
     """
     if validation is None and held_out == 0:
         raise DataError("nothing is held out to validate on: give --validation-data, or --held-out above 0")
-    train, held = split(documents, held_out if validation is None else 0.0)
-    held_texts = held() if validation is None else validation.read()
-    validation_tokens, n_bytes = _encode_up_to(held_texts, tokenizer, max_validation_blocks * block_size)
-    blocks: Blocks | StreamedBlocks
+    train, held_out_documents = split(documents, held_out if validation is None else 0.0)
+    held_out_texts = held_out_documents() if validation is None else validation.read()
+    validation_tokens, n_bytes = _encode_up_to(held_out_texts, tokenizer, max_validation_blocks * block_size)
+    sequences: SequenceDataset | StreamedSequences
     if documents.streamed:
         sample = _concatenate(_take_tokens(encode(train(), tokenizer), BASELINE_TOKENS))
-        blocks = StreamedBlocks(lambda: pack(encode(train(), tokenizer), block_size))
+        sequences = StreamedSequences(lambda: pack(encode(train(), tokenizer), block_size))
     else:
         sample = _concatenate(encode(train(), tokenizer))
-        blocks = Blocks(_whole_blocks(sample, block_size))
+        sequences = SequenceDataset(_complete_sequences(sample, block_size))
     for side, name, n_tokens in (
         ("training", documents.name, len(sample)),
         ("held-out", documents.name if validation is None else validation.name, len(validation_tokens)),
@@ -140,8 +140,8 @@ def load_corpus(
             )
     return Corpus(
         name=documents.name,
-        train=blocks,
-        validation=_whole_blocks(validation_tokens, block_size)[:max_validation_blocks].long(),
+        train=sequences,
+        validation=_complete_sequences(validation_tokens, block_size)[:max_validation_blocks].long(),
         sample=sample,
         bytes_per_token=n_bytes / len(validation_tokens),
         fingerprint=_fingerprint(sample, validation_tokens),
@@ -150,10 +150,10 @@ def load_corpus(
 
 
 def split(documents: Documents, held_out: float) -> tuple[Callable[[], Iterator[str]], Callable[[], Iterator[str]]]:
-    """Training and held-out documents, decided by a hash of each text.
+    """Split documents into training and held-out ones by a hash of each text.
 
-    A stream is cut at a fixed hash value. A corpus in memory may have few documents: there those with the smallest hashes
-    are held out, so that it is never none and the fraction is met; other documents can therefore move the border.
+    For a stream the threshold is a fixed hash value. In memory, the documents with the smallest hashes are held out, so that
+    there is at least one and the fraction is exact. There the threshold depends on the other documents.
     """
     if not 0 <= held_out < 1:
         raise DataError(f"--held-out must be at least 0 and less than 1, got {held_out}")
@@ -165,10 +165,10 @@ def split(documents: Documents, held_out: float) -> tuple[Callable[[], Iterator[
                 f"{documents.name} is a single document, of which none can be held out: give more text or --validation-data"
             )
         n_held = max(1, round(held_out * len(hashes))) if held_out else 0
-        border = hashes[min(n_held, len(hashes) - 1)]
+        threshold = hashes[min(n_held, len(hashes) - 1)]
         return (
-            lambda: (text for text in documents.read() if _hash(text) >= border),
-            lambda: (text for text in documents.read() if _hash(text) < border),
+            lambda: (text for text in documents.read() if _hash(text) >= threshold),
+            lambda: (text for text in documents.read() if _hash(text) < threshold),
         )
     return (
         lambda: (text for text in documents.read() if _hash(text) % HASH_BUCKETS >= limit),
@@ -181,14 +181,14 @@ def _hash(text: str) -> int:
 
 
 def load_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerBase:
-    """A tokenizer from a folder or the hub, checked against the model's vocabulary.
+    """Load a tokenizer from a folder or the hub, and check it against the model's vocabulary.
 
     Raises:
-        DataError: it cannot be loaded, has no end-of-text token, or has more tokens than the model.
+        DataError: the tokenizer cannot be loaded, has no end-of-text token, or has more tokens than the model.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # no network, no such name, no permission, a broken file: one sentence for each
+    except Exception as error:  # no network, no such name, no permission, a broken file
         raise DataError(
             f"tokenizer {name!r} cannot be loaded ({type(error).__name__}: {first_line(error)}): "
             "expected a folder or the name of one on the hub"
@@ -198,7 +198,7 @@ def load_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerBase:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Raise a DataError unless every id of the tokenizer is one of the model, and documents can be told apart."""
+    """Raise DataError if the tokenizer has more tokens than the model, or no end-of-text token."""
     if len(tokenizer) > vocab_size:
         raise DataError(
             f"the tokenizer has {len(tokenizer):,} tokens and the model only {vocab_size:,}: "
@@ -209,10 +209,10 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE trained on ``texts``: any text can be encoded, nothing is unknown.
+    """Train a byte-level BPE on ``texts``. It can encode any text, without unknown tokens.
 
     Raises:
-        DataError: the vocabulary cannot even hold the 256 bytes and the end-of-text token.
+        DataError: ``vocab_size`` is less than 257 (256 bytes and the end-of-text token).
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(alphabet) + 1:
@@ -238,26 +238,26 @@ def _up_to_characters(texts: Iterable[str], limit: int) -> Iterator[str]:
 
 
 def encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tensor]:
-    """Token ids of each text, closed by the end-of-text token."""
+    """Yield the token ids of each text, followed by the end-of-text token."""
     end = tokenizer.eos_token_id
     iterator = iter(texts)
     while batch := list(itertools.islice(iterator, 256)):
-        # Text that spells a special token is text. verbose=False: documents are longer than a context, they are cut.
+        # split_special_tokens: text that looks like a special token is text. verbose: no warning about long documents.
         for ids in tokenizer(batch, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]:
             yield torch.tensor([*ids, end], dtype=torch.int32)
 
 
 def pack(encoded: Iterable[Tensor], block_size: int) -> Iterator[Tensor]:
-    """Blocks of a stream of documents, one after the other without gaps."""
+    """Yield sequences from concatenated documents, without padding."""
     rest = torch.empty(0, dtype=torch.int32)
     for ids in encoded:
         rest = torch.cat((rest, ids))
-        whole = len(rest) // block_size * block_size
-        yield from rest[:whole].view(-1, block_size).unbind(0)
-        rest = rest[whole:]
+        n_complete = len(rest) // block_size * block_size
+        yield from rest[:n_complete].view(-1, block_size).unbind(0)
+        rest = rest[n_complete:]
 
 
-def _whole_blocks(tokens: Tensor, block_size: int) -> Tensor:
+def _complete_sequences(tokens: Tensor, block_size: int) -> Tensor:
     return tokens[: len(tokens) // block_size * block_size].view(-1, block_size)
 
 
@@ -270,7 +270,7 @@ def _take_tokens(encoded: Iterable[Tensor], limit: int) -> Iterator[Tensor]:
 
 
 def _encode_up_to(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: int) -> tuple[Tensor, int]:
-    """Tokens of whole documents until there are ``limit`` of them, and the bytes of those documents."""
+    """Return tokens of whole documents, at least ``limit`` if there are as many, and the bytes of these documents."""
     parts: list[Tensor] = []
     n_bytes = n_tokens = 0
     for text in texts:

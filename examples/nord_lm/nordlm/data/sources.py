@@ -1,6 +1,6 @@
-"""Where text comes from: files, a dataset of the hub, or CPython's own documentation.
+"""Read text from files, from a dataset of the hub, or from CPython's own documentation.
 
-Nothing is left out silently: what cannot be used is counted and listed in ``Documents.notes``.
+Records that cannot be used are counted and listed in ``Documents.notes``.
 """
 
 import ast
@@ -25,30 +25,29 @@ __all__ = [
 
 TEXT_FIELDS = ("text", "content", "passage")
 
-IN_MEMORY_BYTES = 1 << 30  # local text up to this size is held in memory
+IN_MEMORY_BYTES = 1 << 30  # local text up to this size is kept in memory; larger text is streamed
 
-SECTION_CHARACTERS = (
-    4096  # a .txt file has no documents of its own: it is cut at line ends into sections of about this size
-)
+#: A .txt file has no document boundaries. It is cut at line ends into sections of about this size.
+SECTION_CHARACTERS = 4096
 
 
 @dataclass
 class Documents:
-    """Where text comes from: calling ``read`` starts a new pass over the documents."""
+    """A source of documents. Every call of ``read`` starts a new pass over them."""
 
     name: str
     read: Callable[[], Iterator[str]]
     streamed: bool
-    skipped: Counter[str] = field(default_factory=Counter)  # what one pass could not use, by reason
-    first_skipped: dict[str, str] = field(default_factory=dict)  # and where that happened first
+    skipped: Counter[str] = field(default_factory=Counter)  # number of unusable records in one pass, by reason
+    first_skipped: dict[str, str] = field(default_factory=dict)  # location of the first one, by reason
 
     def skip(self, reason: str, where: str) -> None:
-        """Count something that cannot be used."""
+        """Count a record that cannot be used."""
         self.skipped[reason] += 1
         self.first_skipped.setdefault(reason, where)
 
     def notes(self) -> list[str]:
-        """One sentence for each reason why something was left out."""
+        """Return one sentence for each reason why records were left out."""
         return [f"left out {n}: {reason} (first: {self.first_skipped[reason]})" for reason, n in self.skipped.items()]
 
 
@@ -60,7 +59,7 @@ def read_documents(source: str | None = None) -> Documents:
             else the name of a Hugging Face dataset, ``owner/name`` or ``owner/name:config``, which is streamed.
 
     Raises:
-        DataError: nothing is there, or it is not text.
+        DataError: the source does not exist, or is not text.
     """
     if source is None:
         return _in_memory(Documents("the documentation inside CPython", python_documentation, streamed=False))
@@ -75,9 +74,9 @@ def read_documents(source: str | None = None) -> Documents:
 
 
 def python_documentation() -> Iterator[str]:
-    """Documents of the running Python: the topics of ``help()``, and the docstrings of each module of the standard library.
+    """Yield documents of the running Python: topics of ``help()``, and docstrings of each standard-library module.
 
-    Sources are parsed and not imported. They differ a little from one Python release to the next.
+    Sources are parsed, not imported. They differ slightly between Python releases.
     """
     library = Path(sysconfig.get_path("stdlib"))
     topics = ast.parse((library / "pydoc_data" / "topics.py").read_text(encoding="utf-8"))
@@ -88,10 +87,10 @@ def python_documentation() -> Iterator[str]:
 
 
 def python_files(folder: Path) -> Iterator[Path]:
-    """The sources in a folder in a fixed order, but for tests and what others have installed."""
-    elsewhere = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
+    """Yield the sources in a folder in a fixed order, without tests and installed packages."""
+    excluded = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
     for path in sorted(folder.rglob("*.py")):
-        if elsewhere.isdisjoint(path.relative_to(folder).parts):
+        if excluded.isdisjoint(path.relative_to(folder).parts):
             yield path
 
 
@@ -111,7 +110,7 @@ def _local(path: Path) -> Documents:
     documents = Documents(str(path), read=lambda: iter(()), streamed=_size(usable) > IN_MEMORY_BYTES)
 
     def read() -> Iterator[str]:
-        documents.skipped.clear()  # a new pass counts anew
+        documents.skipped.clear()  # each pass has its own counts
         for other in files:
             if other.suffix not in READERS:
                 documents.skip("files that are not .txt, .jsonl or .parquet", str(other))
@@ -126,7 +125,7 @@ def _local(path: Path) -> Documents:
 
 
 def _in_memory(documents: Documents) -> Documents:
-    """Read once what is read several times: for the tokenizer, for training and for the held-out side."""
+    """Keep all documents in memory, since tokenizer, training and held-out text read them separately."""
     texts = list(documents.read())
     if not texts:
         notes = "; ".join(documents.notes())
@@ -141,7 +140,7 @@ def _size(files: list[Path]) -> int:
 
 def _lines(path: Path) -> Iterator[str]:
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:  # as it is, but for a byte order mark
+        with path.open(encoding="utf-8-sig", newline="") as file:  # keep line ends, drop a byte order mark
             for line in file:
                 if "\0" in line:
                     raise DataError(f"{path}: the file is binary; expected UTF-8 text")
@@ -154,7 +153,7 @@ def _read_txt(path: Path, documents: Documents) -> Iterator[str]:
     section: list[str] = []
     length = 0
     for line in _lines(path):
-        # a line without end, as whole books are sometimes stored, is cut too
+        # also cut a very long line; some files have a whole book in one
         for start in range(0, len(line), SECTION_CHARACTERS):
             section.append(line[start : start + SECTION_CHARACTERS])
             length += len(section[-1])
@@ -171,14 +170,14 @@ def _read_jsonl(path: Path, documents: Documents) -> Iterator[str]:
             continue
         try:
             record = json.loads(line)
-        except (ValueError, RecursionError):  # also numbers and nestings beyond what Python reads
+        except (ValueError, RecursionError):  # also too long numbers and too deep nesting
             documents.skip("lines that are not JSON", f"{path}:{number}")
             continue
         yield from _text_of(record, documents, f"{path}:{number}")
 
 
 def _read_parquet(path: Path, documents: Documents) -> Iterator[str]:
-    import datasets  # pandas, which it loads, takes longer than all else here
+    import datasets  # slow, since it imports pandas
 
     try:
         records = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
@@ -186,7 +185,7 @@ def _read_parquet(path: Path, documents: Documents) -> Iterator[str]:
             yield from _text_of(record, documents, f"{path} row {number}")
     except DataError:
         raise
-    except Exception as error:  # pyarrow and datasets raise many kinds for one broken file
+    except Exception as error:  # pyarrow and datasets raise many types for a broken file
         raise DataError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
 
 
@@ -208,7 +207,7 @@ def _text_of(record: Any, documents: Documents, where: str) -> Iterator[str]:
 def _is_unicode(text: str) -> bool:
     try:
         text.encode()
-    except UnicodeEncodeError:  # JSON can spell half a surrogate pair
+    except UnicodeEncodeError:  # JSON can encode half a surrogate pair
         return False
     return True
 
@@ -219,7 +218,7 @@ def _from_hub(source: str) -> Documents:
     name, _, config = source.partition(":")
     try:
         records = datasets.load_dataset(name, config or None, split="train", streaming=True)
-    except Exception as error:  # no network, no such name, no permission: one sentence for each
+    except Exception as error:  # no network, no such name, no permission
         raise DataError(
             f"{source}: neither a file nor a dataset that can be opened ({type(error).__name__}: {first_line(error)})"
         ) from error
@@ -230,7 +229,7 @@ def _from_hub(source: str) -> Documents:
         try:
             for number, record in enumerate(records):
                 yield from _text_of(record, documents, f"{source} record {number}")
-        except Exception as error:  # whatever the network does in the middle of a stream
+        except Exception as error:  # any network error during the stream
             raise DataError(f"{source}: the stream broke off ({type(error).__name__}: {first_line(error)})") from error
 
     documents.read = read
@@ -238,5 +237,5 @@ def _from_hub(source: str) -> Documents:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of what an error says."""
+    """Return the first line of an error message."""
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,1 +1,1 @@
-"""Trained models: loading, sampling, talking, learning while reading."""
+"""Inference: loading, sampling, chat, learning while reading."""

@@ -1,4 +1,4 @@
-"""The firing rate of every part of the model, token by token, while it answers."""
+"""Record and show the firing rate of every part of the model at each generated token."""
 
 from math import ceil
 from types import TracebackType
@@ -20,96 +20,97 @@ from nordlm.analysis.token_activity import zone_means
 
 __all__ = ["AnswerRates", "LiveRates"]
 
-BLOCKS = " ▁▂▃▄▅▆▇█"
+BAR_CHARACTERS = " ▁▂▃▄▅▆▇█"
 BAR_WIDTH, HISTORY = 20, 40
 
 
 class AnswerRates(BaseStreamer):
-    """Rates of an answer as it is generated, in constant memory but for one number per part and token.
+    """Record firing rates during ``generate``, as its streamer: one number per part and token.
 
-    A streamer for ``generate``, which hands it the prompt first and then every token.
+    ``generate`` passes the prompt first, then each token.
     """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.tokens: list[int] = []
-        self.rates: dict[str, list[float]] = {}  # part -> rate at each token: where the token was chosen
+        self.rates: dict[str, list[float]] = {}  # part -> rate at each token, at the position that predicted it
         self._rows = RowRates(model)
-        self._begun = False
+        self._has_prompt = False
 
     def put(self, value: Tensor) -> None:
-        """The prompt, then a token at a time."""
-        if not self._begun:
-            self._begun = True
+        """Skip the prompt; record the rates of each token."""
+        if not self._has_prompt:
+            self._has_prompt = True
             return
-        now = {
+        last = {
             name: rate[..., -1] for name, rate in self._rows.take().items()
-        }  # the last position is the one that chose
+        }  # the position that predicted the token
         self.tokens.append(int(value.flatten()[0]))
-        for part, rate in zone_means(now, self._rows.neurons()).items():
+        for part, rate in zone_means(last, self._rows.neurons()).items():
             self.rates.setdefault(part, []).append(rate.mean().item())
         self.show()
 
     def end(self) -> None:
-        """The answer is complete."""
+        """Do nothing at the end of the answer."""
 
     def show(self) -> None:
-        """What is to be seen so far."""
+        """Show the rates so far; nothing here."""
 
     def close(self) -> None:
-        """Stop watching."""
+        """Remove the hooks."""
         self._rows.close()
 
     def __enter__(self) -> Self:
-        """Watch until the block ends."""
+        """Return the recorder, which records until the block ends."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop watching."""
+        """Close the recorder."""
         self.close()
 
     def summary(self) -> list[str]:
-        """A line for each part: mean, and the tokens before which, to choose them, it fired least and most."""
+        """Return a line for each part: its mean rate, and the tokens whose prediction had the lowest and the highest rate."""
         lines = []
         for part, rates in self.rates.items():
             values = torch.tensor(rates)
             low, high = int(values.argmin()), int(values.argmax())
             lines.append(
-                f"{part:12} {values.mean():6.2%}   least {values[low]:6.2%} before {self._word(low)}   "
-                f"most {values[high]:6.2%} before {self._word(high)}"
+                f"{part:12} {values.mean():6.2%}   least {values[low]:6.2%} before {self._token_text(low)}   "
+                f"most {values[high]:6.2%} before {self._token_text(high)}"
             )
         return lines
 
-    def _word(self, place: int) -> str:
-        return repr(self.tokenizer.decode([self.tokens[place]]))
+    def _token_text(self, index: int) -> str:
+        return repr(self.tokenizer.decode([self.tokens[index]]))
 
 
 class LiveRates(AnswerRates):
-    """The same, shown: a bar and the last tokens' rates of every part, and below them the end of the answer. Without a
-    terminal, a line a token.
+    """Record firing rates and show them: a bar and the recent rates of every part, and the end of the answer below.
+
+    Without a terminal, print a line per token.
     """
 
     def __init__(self, model: NordForCausalLM, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
         super().__init__(model, tokenizer)
         steps, every = model.config.t_fast + model.config.t_slow, model.config.refractory_steps + 1
-        self.full = ceil(steps / every) / steps  # a bar is full where no neuron can fire more often
+        self.full = ceil(steps / every) / steps  # a full bar is the highest rate that the refractory period allows
         self.console = console
         self._live = Live(console=console, refresh_per_second=12) if console.is_terminal else None
         if self._live:
             self._live.start()
 
     def show(self) -> None:
-        """Draw."""
+        """Update the panel, or print a line."""
         if self._live:
             self._live.update(self._panel())
             return
         rates = "  ".join(f"{part} {rates[-1]:.2%}" for part, rates in self.rates.items())
-        self.console.print(f"{self._word(-1):20} {rates}", highlight=False, markup=False, soft_wrap=True)
+        self.console.print(f"{self._token_text(-1):20} {rates}", highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Leave the last picture where it is."""
+        """Remove the hooks, and leave the last panel on the terminal."""
         super().close()
         if self._live:
             self._live.update(Group(self._bars(), Text(), Text(self._answer())))
@@ -121,14 +122,14 @@ class LiveRates(AnswerRates):
         return str(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
 
     def _panel(self) -> Group:
-        room = max(1, self.console.height - len(self.rates) - 2)
+        height = max(1, self.console.height - len(self.rates) - 2)
         lines = Text(self._answer()).wrap(self.console, self.console.width)
-        return Group(self._bars(), Text(), *lines[-room:])
+        return Group(self._bars(), Text(), *lines[-height:])
 
     def _bars(self) -> Table:
         table = Table.grid(padding=(0, 1))
         for part, rates in self.rates.items():
-            history = "".join(BLOCKS[min(int(rate / self.full * 8.99), 8)] for rate in rates[-HISTORY:])
+            history = "".join(BAR_CHARACTERS[min(int(rate / self.full * 8.99), 8)] for rate in rates[-HISTORY:])
             bar = ProgressBar(self.full, rates[-1], width=BAR_WIDTH)
             table.add_row(part, bar, f"{rates[-1]:6.2%}", Text(history, style="cyan"))
         return table

@@ -14,14 +14,16 @@ from nordlm.errors import ModelError
 __all__ = [
     "load_model",
     "newest_model",
-    "open_for",
+    "open_from_options",
     "open_model",
 ]
 
 
 def newest_model(runs: Path = Path("runs")) -> Path:
-    """The model of the run that finished last."""
-    finished = [path for path in runs.glob("*/results.json") if (path.parent / "model").is_dir()]  # not of compare.py
+    """Return the model folder of the run that finished last."""
+    finished = [
+        path for path in runs.glob("*/results.json") if (path.parent / "model").is_dir()
+    ]  # a study has no model folder
     finished.sort(key=lambda path: path.stat().st_mtime)
     if not finished:
         raise ModelError(
@@ -31,10 +33,10 @@ def newest_model(runs: Path = Path("runs")) -> Path:
 
 
 def load_model(folder: Path) -> NordForCausalLM:
-    """The model of a folder that ``train.py`` wrote, whole.
+    """Load a model from a folder that ``train.py`` wrote.
 
     Raises:
-        ModelError: something is missing or does not fit.
+        ModelError: a file is missing, or the weights do not fit the configuration.
     """
     if not (folder / "config.json").is_file():
         raise ModelError(
@@ -42,7 +44,7 @@ def load_model(folder: Path) -> NordForCausalLM:
         )
     try:
         model, loading = NordForCausalLM.from_pretrained(folder, output_loading_info=True)
-    except Exception as error:  # a wrong, truncated or foreign file fails in many ways
+    except Exception as error:  # a wrong or truncated file can raise any exception
         raise ModelError(f"{folder}: the model cannot be loaded ({' '.join(str(error).split())[:300]})") from error
     if wrong := {kind: sorted(map(str, names)) for kind, names in loading.items() if names}:
         kind, names = next(iter(wrong.items()))
@@ -53,10 +55,11 @@ def load_model(folder: Path) -> NordForCausalLM:
 
 
 def open_model(folder: Path) -> tuple[NordForCausalLM, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a folder that ``train.py`` wrote.
+    """Load model and tokenizer from a folder that ``train.py`` wrote, on the GPU if there is one.
 
     Raises:
-        ModelError: something is missing or does not fit.
+        ModelError: a file is missing, or the weights do not fit the configuration.
+        DataError: the tokenizer does not fit the model.
     """
     model = load_model(folder)
     try:
@@ -70,10 +73,10 @@ def open_model(folder: Path) -> tuple[NordForCausalLM, PreTrainedTokenizerBase]:
     return model.to(device).eval(), tokenizer
 
 
-def open_for(options: argparse.Namespace) -> tuple[NordForCausalLM, PreTrainedTokenizerBase]:
-    """Model and tokenizer for the command line, seeded and without transformers' own messages."""
+def open_from_options(options: argparse.Namespace) -> tuple[NordForCausalLM, PreTrainedTokenizerBase]:
+    """Load model and tokenizer for the command line: set the seed, and silence transformers."""
     logging.disable_progress_bar()
-    logging.set_verbosity_error()  # it warns where text grows past the context, over which this model slides
+    logging.set_verbosity_error()  # it warns about text beyond the context, which this model handles with a sliding window
     if options.seed is not None:
         set_seed(options.seed)
     return open_model(options.model or newest_model())

@@ -1,20 +1,20 @@
-"""A trained Nord that learns from the text it reads, by reward-modulated STDP, apart from its trained weights.
+"""Learning while reading: reward-modulated STDP in a trained Nord, stored apart from the trained weights.
 
-Two kinds of synapses stand between neurons that fire:
+Two kinds of synapses connect spiking neurons:
 
 ``lm_head``
-    from the readout neurons to the words. A word is given a spike of its own when it comes, one step after the last step of
-    the token before it. For every token that is read two words fire: the one that really came, with reward +1, and one that
-    the model expected there (drawn from its prediction), with reward -1. Where it expected what came, they cancel; so the
-    reward is the prediction error. With the pre spikes' trace p at that step, the mean over what is drawn is
-    ``dW = rate * sum over tokens of (one-hot(came) - probabilities) outer p``. This is a delta rule, though not the gradient of
-    the loss: what the head multiplies in a forward pass are the membranes and rates of the same neurons, normalised. Only
-    pairs of pre before post occur, so ``rate`` is ``a_plus`` and nothing weakens but by a negative reward.
+    from the readout neurons to the vocabulary. A vocabulary entry spikes one time step after the last time step of the token
+    before it. For every token of the text two entries spike: the actual token, with reward +1, and one sampled from the
+    model's prediction, with reward -1. If both are the same token, the changes cancel, so the reward is the prediction error.
+    With the presynaptic trace p at that time step, the expected change is
+    ``dW = rate * sum over tokens of (one-hot(token) - probabilities) outer p``. This is a delta rule but not the gradient of
+    the loss, because the forward pass multiplies the head with the normalised membranes and rates of the same neurons. All
+    pairs are pre before post, so ``rate`` is ``a_plus`` and only a negative reward weakens a weight.
 ``blocks.*.ffn.down``
-    from the first to the second layer of neurons of a feed-forward, both of them true spikes. The reward of a token is
-    its prediction error brought back to each neuron through the weights of the head and the gains of norm and block
-    (``"error"``; what lies between, clamp, readout neurons, the norm's division and later blocks, is left out), or how far its
-    loss lies below the running mean (``"loss"``, one number for all neurons of a token).
+    from the first to the second layer of neurons of a feed-forward, with the spikes of both. The reward of a token is
+    ``"error"``, its prediction error projected to each neuron through the weights of the head and the gains of norm and block
+    (without clamp, readout neurons, the division of the norm and later blocks), or ``"loss"``, the difference between the
+    running mean of the loss and its loss, one number for all neurons.
 """
 
 import argparse
@@ -41,24 +41,24 @@ from nord_snn.ops import reward_modulated_stdp
 from nordlm.cli import number
 from nordlm.errors import PlasticityError
 
-__all__ = ["Control", "Plasticity", "PlasticityError", "plasticity_arguments", "synapse_names"]
+__all__ = ["Control", "Plasticity", "PlasticityError", "add_plasticity_options", "synapse_names"]
 
-#: Change per pair of spikes, by synapse, as ``examples/online_learning`` found it.
+#: Change per pair of spikes, by synapse, from the search in ``examples/online_learning``.
 RATES = {"lm_head": 5e-5, "ffn.down": 0.05}
 REWARDS = ("error", "loss")
 
 
-class Reading(NamedTuple):
-    """What a pass over a text says about the tokens that are learned from.
+class LearningSignals(NamedTuple):
+    """Predictions and errors of one pass over a text, for the n tokens to learn from.
 
     Attributes:
-        positions: of the tokens before them, at which they are predicted.
+        positions: positions that predict these tokens (each one before its token).
         targets: the tokens, ``[n]``.
-        probabilities: of every word in their place, ``[n, V]``.
-        losses: in nats, ``[n]``.
-        feedback: the prediction error, brought back through the head to the channels of the residual stream, ``[n, D]``; None
-            if no synapse wants it.
-        approval: 1, or what the reader thinks of the text: everything that is learned is multiplied with it.
+        probabilities: predicted distribution of each token, ``[n, V]``.
+        losses: loss of each token in nats, ``[n]``.
+        feedback: prediction error projected through the head to the channels of the residual stream, ``[n, D]``; None if no
+            synapse needs it.
+        approval: factor of all rewards: 1, or the user's judgement.
     """
 
     positions: slice
@@ -69,98 +69,100 @@ class Reading(NamedTuple):
     approval: float
 
 
-def _as_it_is(x: Tensor) -> Tensor:
+def _identity(x: Tensor) -> Tensor:
     return x
 
 
 class Control(NamedTuple):
-    """What an experiment changes: rewards, whose first dimension is that of the events, and pre spikes ``[T, n, D]``."""
+    """Functions with which an experiment changes the rewards (first dimension: events) and pre spikes ``[T, n, D]``."""
 
-    rewards: Callable[[Tensor], Tensor] = _as_it_is
-    spikes: Callable[[Tensor], Tensor] = _as_it_is
+    rewards: Callable[[Tensor], Tensor] = _identity
+    spikes: Callable[[Tensor], Tensor] = _identity
 
 
 class PlasticSynapse(Protocol):
-    """What the two kinds of synapses have in common."""
+    """Interface of both kinds of synapses."""
 
     plastic: PlasticPart
-    wants_feedback: bool
+    needs_feedback: bool
 
-    def listen(self) -> None:
-        """Record the next pass."""
+    def start_recording(self) -> None:
+        """Start recording spikes."""
 
-    def stop(self) -> None:
-        """Do not record, and forget what was."""
+    def stop_recording(self) -> None:
+        """Stop recording and discard the record."""
 
-    def learn(self, reading: Reading, control: Control) -> Callable[[], None]:
-        """Compute the change of the weights; what is returned makes it."""
+    def learn(self, signals: LearningSignals, control: Control) -> Callable[[], None]:
+        """Compute the change of the weights and return a function that applies it."""
 
-    def forget(self) -> None:
-        """Forget what is remembered beside the weights."""
+    def clear_state(self) -> None:
+        """Reset the state other than the weights."""
 
     def close(self) -> None:
-        """Stop watching the model."""
+        """Remove the hooks."""
 
 
-class WordSynapse:
-    """The head: readout neurons to words."""
+class HeadSynapse:
+    """The head: synapses from the readout neurons to the vocabulary."""
 
-    wants_feedback = False
+    needs_feedback = False
 
     def __init__(self, model: NordForCausalLM, rate: float) -> None:
         self.rate = rate
         self.plastic = PlasticPart(model.lm_head)
         self._spikes: Tensor | None = None
-        self._listening = self._warned = False
+        self._recording = self._warned = False
         self._hook = model.readout.lif.register_forward_hook(self._record)
 
-    def listen(self) -> None:
-        """Record the next pass."""
-        self._listening = True
+    def start_recording(self) -> None:
+        """Start recording spikes."""
+        self._recording = True
 
-    def stop(self) -> None:
-        """Do not record, and forget what was."""
-        self._listening, self._spikes = False, None
+    def stop_recording(self) -> None:
+        """Stop recording and discard the record."""
+        self._recording, self._spikes = False, None
 
-    def learn(self, reading: Reading, control: Control) -> Callable[[], None]:
-        """Reward the words that came, punish those that were expected."""
+    def learn(self, signals: LearningSignals, control: Control) -> Callable[[], None]:
+        """Reward the actual tokens, punish those sampled from the prediction."""
         if self._spikes is None:
-            raise RuntimeError("nothing was read")
-        spikes = self._spikes[:, 0, reading.positions]
+            raise RuntimeError("no spikes were recorded")
+        spikes = self._spikes[:, 0, signals.positions]
         if not self._warned and not spikes.any():
             self._warned = True
             warnings.warn(
                 "the readout neurons did not fire in this text: the head learned nothing from it", stacklevel=3
             )
-        pre = F.pad(control.spikes(spikes), (0, 0, 0, 0, 0, 1))  # [T + 1, n, D]: the word comes a step later
-        expected = torch.multinomial(reading.probabilities, 1).flatten()
-        events = torch.cat((reading.targets, expected))
+        pre = F.pad(
+            control.spikes(spikes), (0, 0, 0, 0, 0, 1)
+        )  # [T + 1, n, D]: the vocabulary entry spikes one time step later
+        sampled = torch.multinomial(signals.probabilities, 1).flatten()
+        events = torch.cat((signals.targets, sampled))
         rewards = torch.ones(len(events), device=pre.device)
-        rewards[len(expected) :] = -1
+        rewards[len(sampled) :] = -1
         words, index = events.unique(return_inverse=True)
         post = pre.new_zeros(len(pre), len(events), len(words))
         post[-1, torch.arange(len(events)), index] = 1
-        given = reading.approval * control.rewards(rewards)
-        change, _ = reward_modulated_stdp(pre.repeat(1, 2, 1), post, given, a_plus=self.rate, a_minus=0.0)
+        scaled_rewards = signals.approval * control.rewards(rewards)
+        change, _ = reward_modulated_stdp(pre.repeat(1, 2, 1), post, scaled_rewards, a_plus=self.rate, a_minus=0.0)
         return lambda: self.plastic.apply(change, words)
 
-    def forget(self) -> None:
-        """There is nothing beside the weights."""
+    def clear_state(self) -> None:
+        """Do nothing, since the only state is the weights."""
 
     def close(self) -> None:
-        """Stop watching the model."""
+        """Remove the hooks."""
         self._hook.remove()
 
     def _record(self, module: Any, inputs: Any, spikes: Tensor) -> None:
-        if self._listening:
+        if self._recording:
             self._spikes = spikes.detach()
 
 
-class BlockSynapse:
-    """The second map of a feed-forward, between its two layers of neurons."""
+class FeedForwardSynapse:
+    """The second linear map of a feed-forward, between its two layers of neurons."""
 
     def __init__(self, model: NordForCausalLM, index: int, rate: float, reward: str) -> None:
-        self.wants_feedback = reward == "error"
+        self.needs_feedback = reward == "error"
         self.source = LossBelowBaseline(baseline=None)
         self.norm, self.block = model.norm, cast(NordBlock, model.blocks[index])
         self.rule = RewardModulatedSTDP(
@@ -175,54 +177,54 @@ class BlockSynapse:
         self.rule.disable()
         self.plastic = self.rule.plastic
 
-    def listen(self) -> None:
-        """Record the next pass."""
+    def start_recording(self) -> None:
+        """Start recording spikes."""
         self.rule.enable()
 
-    def stop(self) -> None:
-        """Do not record, and forget what was."""
+    def stop_recording(self) -> None:
+        """Stop recording and discard the record."""
         self.rule.reset()
         self.rule.disable()
 
-    def learn(self, reading: Reading, control: Control) -> Callable[[], None]:
-        """Strengthen what fired together where the reward is positive."""
-        if reading.feedback is not None:
+    def learn(self, signals: LearningSignals, control: Control) -> Callable[[], None]:
+        """Apply reward-modulated STDP with the rewards of the tokens."""
+        if signals.feedback is not None:
             gain = self.block.ffn_gain
-            rewards = reading.feedback * self.norm.weight * gain / gain.abs().mean()
+            rewards = signals.feedback * self.norm.weight * gain / gain.abs().mean()
         else:
-            rewards = cast(Tensor, self.source.reward(reading.losses))
-        given = (reading.approval * control.rewards(rewards))[None]
-        delta = cast(Tensor, self.rule.step(given, on_grad=False, positions=reading.positions))
+            rewards = cast(Tensor, self.source.reward(signals.losses))
+        scaled_rewards = (signals.approval * control.rewards(rewards))[None]
+        delta = cast(Tensor, self.rule.step(scaled_rewards, on_grad=False, positions=signals.positions))
 
         def change() -> None:
             self.plastic.apply(delta)
-            if not self.wants_feedback:
-                self.source.update(reading.losses.mean().item())
+            if not self.needs_feedback:
+                self.source.update(signals.losses.mean().item())
 
         return change
 
-    def forget(self) -> None:
-        """Expect nothing."""
+    def clear_state(self) -> None:
+        """Reset the running mean of the loss."""
         self.source.baseline = None
 
     def close(self) -> None:
-        """Stop watching the model."""
+        """Remove the hooks."""
         self.rule.close()
 
 
 class Plasticity:
-    """Everything in a model that learns while it reads.
+    """All synapses of a model that learn while it reads.
 
     Args:
         model: in eval mode.
-        synapses: names, or patterns such as ``blocks.*.ffn.down``; default: ``lm_head``, or where it shares its weights with
-            the embedding, which must not change, every ``ffn.down``.
-        rate: change per pair of spikes; default: as found for each.
-        reward: of the ``ffn.down``: ``"error"`` or ``"loss"``.
-        control: what an experiment changes.
+        synapses: names, or patterns such as ``blocks.*.ffn.down``. Default: ``lm_head``; with tied embeddings, which must not
+            change, every ``ffn.down``.
+        rate: change per pair of spikes. Default: :data:`RATES`.
+        reward: reward of the ``ffn.down``, ``"error"`` or ``"loss"``. Default: ``"error"``.
+        control: changes by an experiment. Default: none.
 
     Raises:
-        PlasticityError: a name fits no synapse that can learn.
+        PlasticityError: a name matches no synapse that can learn.
     """
 
     def __init__(
@@ -236,88 +238,93 @@ class Plasticity:
         if reward not in REWARDS:
             raise PlasticityError(f"the reward must be one of {', '.join(REWARDS)}, got {reward}")
         tied = model.config.tie_word_embeddings
-        asked = synapses or (("blocks.*.ffn.down",) if tied else ("lm_head",))
+        patterns = synapses or (("blocks.*.ffn.down",) if tied else ("lm_head",))
         names = synapse_names(model)
-        for pattern in asked:
+        for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise PlasticityError(f"{pattern}: no synapse that can learn; there are {', '.join(names)}")
         self.model, self.control = model, control
         self.synapses: dict[str, PlasticSynapse] = {}
-        for name in (name for name in names if any(fnmatchcase(name, pattern) for pattern in asked)):
+        for name in (name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)):
             if name == "lm_head":
-                self.synapses[name] = WordSynapse(model, RATES["lm_head"] if rate is None else rate)
+                self.synapses[name] = HeadSynapse(model, RATES["lm_head"] if rate is None else rate)
             else:
                 index = int(name.split(".")[1])
-                self.synapses[name] = BlockSynapse(model, index, RATES["ffn.down"] if rate is None else rate, reward)
-        if control.spikes is not _as_it_is and set(self.synapses) != {"lm_head"}:
+                self.synapses[name] = FeedForwardSynapse(
+                    model, index, RATES["ffn.down"] if rate is None else rate, reward
+                )
+        if control.spikes is not _identity and set(self.synapses) != {"lm_head"}:
             raise PlasticityError("a control of the pre spikes is for the lm_head alone")
 
     @torch.no_grad()
     def read(self, context: Tensor, n_new: int, approval: float = 1.0) -> float | None:
-        """Learn from the last ``n_new`` tokens of ``context [1, S]``; returns their loss before it, in nats per token.
+        """Learn from the last ``n_new`` tokens of ``context [1, S]``; return their loss before the change, in nats per token.
 
-        What came before is context and takes no part in the change. None where nothing is predicted: a text of one token
-        without context.
+        The tokens before them are only context. Return None if there is nothing to predict (a single token without context).
         """
-        first = max(context.shape[1] - n_new, 1)  # nothing predicts the first token
+        first = max(context.shape[1] - n_new, 1)  # the first token has no prediction
         targets = context[0, first:]
         if not len(targets):
             return None
         try:
             for synapse in self.synapses.values():
-                synapse.listen()
+                synapse.start_recording()
             logits = self.model(input_ids=context, logits_to_keep=len(targets) + 1, use_cache=False).logits[0, :-1]
             probabilities = logits.float().softmax(-1)
             losses = F.cross_entropy(logits.float(), targets, reduction="none")
             feedback = None
-            if any(synapse.wants_feedback for synapse in self.synapses.values()):
+            if any(synapse.needs_feedback for synapse in self.synapses.values()):
                 feedback = self.model.lm_head.weight[targets] - probabilities.to(logits) @ self.model.lm_head.weight
-            reading = Reading(slice(first - 1, -1), targets, probabilities, losses, feedback, approval)
-            for change in [synapse.learn(reading, self.control) for synapse in self.synapses.values()]:
+            signals = LearningSignals(slice(first - 1, -1), targets, probabilities, losses, feedback, approval)
+            for change in [synapse.learn(signals, self.control) for synapse in self.synapses.values()]:
                 change()
-        finally:  # also after Ctrl-C: generation must not be recorded, nor half a pass kept
+        finally:  # also after Ctrl-C, so that generation is not recorded and no partial record stays
             for synapse in self.synapses.values():
-                synapse.stop()
+                synapse.stop_recording()
         return losses.mean().item()
 
     def forget(self) -> None:
-        """Take back every change, bit for bit."""
+        """Revert every change, bit for bit."""
         for synapse in self.synapses.values():
             synapse.plastic.revert()
-            synapse.forget()
+            synapse.clear_state()
 
     def close(self) -> None:
-        """Take back every change and stop watching the model."""
+        """Revert every change and remove the hooks."""
         self.forget()
         for synapse in self.synapses.values():
             synapse.close()
 
     def save(self, path: Path) -> None:
-        """Write what was learned, and only that, into a small safetensors file."""
+        """Write only the learned change to a small safetensors file."""
         save_plastic(path, {name: synapse.plastic for name, synapse in self.synapses.items()})
 
     def load(self, path: Path) -> None:
-        """Put what was saved in place of what was learned here."""
+        """Replace the learned change with that of a file."""
         load_plastic(path, {name: synapse.plastic for name, synapse in self.synapses.items()})
 
     @torch.no_grad()
     def change(self) -> float:
-        """Norm of what was learned, relative to the weights that can learn."""
+        """Return the norm of the learned change, relative to the norm of the weights that can learn."""
         parts = [synapse.plastic for synapse in self.synapses.values()]
         learned = sum(float(delta.square().sum()) for part in parts if (delta := part.delta) is not None)
         return float((learned / sum(float(part.trained.square().sum()) for part in parts)) ** 0.5)
 
 
 def synapse_names(model: NordForCausalLM) -> list[str]:
-    """Synapses between neurons that fire, but for a head whose weights are the embedding too."""
+    """Return the names of the synapses that can learn: ``lm_head`` unless embeddings are tied, and every ``ffn.down``."""
     head = [] if model.config.tie_word_embeddings else ["lm_head"]
     return head + [
         f"blocks.{index}.ffn.down" for index, block in enumerate(model.blocks) if isinstance(block, NordBlock)
     ]
 
 
-def plasticity_arguments(parser: argparse.ArgumentParser) -> None:
-    """What learns, and how fast: options of ``chat.py`` and ``examples/online_learning``."""
-    parser.add_argument("--synapses", nargs="+", help="what learns: lm_head, blocks.0.ffn.down, or patterns of names")
+def add_plasticity_options(parser: argparse.ArgumentParser) -> None:
+    """Add the plasticity options of ``chat.py`` and ``examples/online_learning``."""
+    parser.add_argument(
+        "--synapses", nargs="+", help="synapses that learn: lm_head, blocks.0.ffn.down, or patterns of names"
+    )
     parser.add_argument("--rate", type=number(0, 1), help="change of a weight per pair of spikes")
-    parser.add_argument("--reward", choices=REWARDS, default=REWARDS[0], help="of blocks.*.ffn.down")
+    parser.add_argument(
+        "--reward", choices=REWARDS, default=REWARDS[0], help="reward of blocks.*.ffn.down (default: error)"
+    )

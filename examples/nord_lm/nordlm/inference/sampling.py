@@ -1,4 +1,4 @@
-"""How the next token is chosen: arguments of ``generate`` and of the command line."""
+"""Sampling options, for the command line and for ``generate``."""
 
 import argparse
 from pathlib import Path
@@ -7,13 +7,13 @@ from typing import Any
 from nordlm.cli import number, temperature
 
 __all__ = [
-    "sampling",
-    "sampling_arguments",
+    "add_sampling_options",
+    "generate_arguments",
 ]
 
 
-def sampling(temperature: float, top_k: int, top_p: float, repetition_penalty: float) -> dict[str, Any]:
-    """Arguments for ``generate``; temperature 0 takes the best token each time."""
+def generate_arguments(temperature: float, top_k: int, top_p: float, repetition_penalty: float) -> dict[str, Any]:
+    """Return arguments for ``generate``; temperature 0 is greedy search."""
     if temperature == 0:
         return {"do_sample": False, "repetition_penalty": repetition_penalty}
     return {
@@ -25,16 +25,21 @@ def sampling(temperature: float, top_k: int, top_p: float, repetition_penalty: f
     }
 
 
-def sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that ``generate.py`` and ``chat.py`` share."""
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that ``generate.py`` and ``chat.py`` share."""
     parser.add_argument(
-        "--model", type=Path, help="folder with model and tokenizer (default: of the newest run in runs/)"
+        "--model", type=Path, help="folder with model and tokenizer (default: that of the newest finished run in runs/)"
     )
     parser.add_argument("--max-new-tokens", type=number(1, kind=int), default=100)
-    parser.add_argument("--temperature", type=temperature, default=0.8, help="0 takes the best token each time")
-    parser.add_argument("--top-k", type=number(0, kind=int), default=50, help="sample from that many tokens; 0: all")
+    parser.add_argument("--temperature", type=temperature, default=0.8, help="0 is greedy search")
     parser.add_argument(
-        "--top-p", type=number(0, 1), default=0.95, help="sample from the best tokens of this probability"
+        "--top-k", type=number(0, kind=int), default=50, help="sample from this many most probable tokens; 0: all"
     )
-    parser.add_argument("--repetition-penalty", type=number(0.01, 100), default=1.1, help="1: none")
-    parser.add_argument("--seed", type=number(0, 2**32 - 1, int), help="for the same text again")
+    parser.add_argument(
+        "--top-p",
+        type=number(0, 1),
+        default=0.95,
+        help="sample from the most probable tokens with this total probability",
+    )
+    parser.add_argument("--repetition-penalty", type=number(0.01, 100), default=1.1, help="1 is no penalty")
+    parser.add_argument("--seed", type=number(0, 2**32 - 1, int), help="random seed, for a reproducible text")

@@ -1,1 +1,1 @@
-"""Training: settings, the loop, checkpoints, what is shown."""
+"""Training: settings, loop, checkpoints, progress."""

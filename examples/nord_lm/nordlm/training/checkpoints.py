@@ -1,8 +1,8 @@
-"""Run folders and checkpoints: written so that a kill at any moment leaves the last one whole.
+"""Run folders and checkpoints, written so that a kill at any moment leaves the last checkpoint complete.
 
-A run folder holds ``settings.yaml``, ``run.json``, ``tokenizer/``, the newest ``checkpoint-*`` folders, ``tensorboard/``
-and, once it is done, ``model/`` and ``results.json``. Nothing that is read back executes anything: weights are safetensors,
-the rest is JSON or loaded with ``weights_only``.
+A run folder contains ``settings.yaml``, ``run.json``, ``tokenizer/``, the newest ``checkpoint-*`` folders, ``tensorboard/``
+and, after the last step, ``model/`` and ``results.json``. Reading never executes code: weights are safetensors, the
+rest is JSON or loaded with ``weights_only``.
 """
 
 import hashlib
@@ -24,18 +24,18 @@ __all__ = [
     "new_run_folder",
     "read_json",
     "remove_old_checkpoints",
-    "unfinished",
+    "temporary_path",
     "write_folder",
     "write_json",
     "write_text",
 ]
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-KEPT = 2
+KEPT = 2  # newest checkpoints that stay
 
 
 def new_run_folder(parent: Path, name: str) -> Path:
-    """Make ``parent/name-0001``, or the first higher number that is free."""
+    """Create ``parent/name-0001``, or the same with the first free number."""
     for number in range(1, 10_000):
         folder = parent / f"{name}-{number:04d}"
         try:
@@ -48,30 +48,30 @@ def new_run_folder(parent: Path, name: str) -> Path:
     raise CheckpointError(f"{parent}: all numbers for runs named {name} are taken")
 
 
-def unfinished(folder: Path) -> Path:
-    """Where a folder is filled before it is put in place."""
+def temporary_path(folder: Path) -> Path:
+    """Return the path at which a folder or file is written before it is moved into place."""
     return folder.with_name(f".{folder.name}.unfinished")
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Have ``write`` fill a folder beside ``folder``, then put it in place in one move.
+    """Call ``write`` on a temporary folder beside ``folder``, then move it into place in one step.
 
     Raises:
-        CheckpointError: it could not be written; what was there before is untouched.
+        CheckpointError: the folder could not be written; an older one is untouched.
     """
-    beside, old = unfinished(folder), folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(beside, ignore_errors=True)
-    if folder.exists():  # what a kill left of the one before; without the folder itself it is all that there is
+    temporary, old = temporary_path(folder), folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    if folder.exists():  # left by a kill; if folder is missing, old is the only copy
         shutil.rmtree(old, ignore_errors=True)
     try:
-        beside.mkdir(parents=True)
-        write(beside)
+        temporary.mkdir(parents=True)
+        write(temporary)
         if folder.exists():
             os.replace(folder, old)
-        os.replace(beside, folder)
+        os.replace(temporary, folder)
         shutil.rmtree(old, ignore_errors=True)
-    except Exception as error:  # a full disk surfaces as OSError, RuntimeError or SafetensorError, by who writes
-        shutil.rmtree(beside, ignore_errors=True)
+    except Exception as error:  # a full disk is an OSError, RuntimeError or SafetensorError, depending on the writer
+        shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         if shutil.disk_usage(folder.parent).free < 1 << 20:
             reason = f"the disk is full: {reason}"
@@ -81,27 +81,27 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON in one move."""
+    """Write JSON atomically."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a text file in one move."""
+    """Write a text file atomically."""
     write_bytes(path, content.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file in one move; of several processes that write the same one the last wins."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    """Write a file atomically. If several processes write the same file, the last one wins."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON; a CheckpointError if it is none."""
+    """Read JSON; raise CheckpointError if it is not valid."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -109,31 +109,31 @@ def read_json(path: Path) -> Any:
 
 
 def latest_checkpoint(run: Path) -> Path:
-    """The newest whole checkpoint of a run.
+    """Return the newest checkpoint of a run.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: the run has no checkpoint.
     """
-    found = _checkpoints(run)
-    if not found:
+    existing = _checkpoints(run)
+    if not existing:
         raise CheckpointError(f"{run}: no checkpoint to resume from")
-    return found[-1]
+    return existing[-1]
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """A digest of every file in a folder, by name."""
-    found = {}
+    """Return a digest of every file in a folder, by name."""
+    by_name = {}
     for path in sorted(p for p in folder.iterdir() if p.is_file()):
         with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "blake2b").hexdigest()
-    return found
+            by_name[path.name] = hashlib.file_digest(file, "blake2b").hexdigest()
+    return by_name
 
 
 def check_digests(checkpoint: Path, expected: Any) -> None:
-    """Raise a CheckpointError unless every file is the one that was written; it names the checkpoint before, if there is one."""
-    there = digests(checkpoint)
+    """Raise CheckpointError if a file differs from its digest; the message names the previous checkpoint if there is one."""
+    actual = digests(checkpoint)
     damaged = (
-        [name for name, digest in expected.items() if there.get(name) != digest]
+        [name for name, digest in expected.items() if actual.get(name) != digest]
         if isinstance(expected, dict)
         else ["all"]
     )
@@ -144,12 +144,12 @@ def check_digests(checkpoint: Path, expected: Any) -> None:
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
+    """Return the training step in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def remove_old_checkpoints(run: Path) -> None:
-    """Keep the newest :data:`KEPT`."""
+    """Remove all but the newest :data:`KEPT` checkpoints."""
     for old in _checkpoints(run)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
 

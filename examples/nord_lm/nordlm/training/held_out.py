@@ -1,4 +1,4 @@
-"""The text that a run holds out, and any other to evaluate on."""
+"""Open the held-out text of a run, or another text to evaluate on."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,17 +15,23 @@ from nordlm.training.settings import Settings, TrainingSettings, read_run
 
 __all__ = [
     "STREAMED_WINDOWS",
-    "Text",
-    "held_out_of",
+    "EvaluationText",
     "held_out_text",
     "read_text",
+    "verified_held_out_text",
 ]
 
-STREAMED_WINDOWS = 1024  # of a text that is streamed, unless more is asked for: as many as train.py validates on
+STREAMED_WINDOWS = 1024  # default limit for a stream; train.py validates on as many
 
 
-class Text(NamedTuple):
-    """Documents; their tokens, an end-of-text token before the first and behind each; and their bytes in UTF-8."""
+class EvaluationText(NamedTuple):
+    """Documents and their tokens.
+
+    Attributes:
+        documents: the texts.
+        tokens: token ids ``[n]``, with an end-of-text token before the first document and after each.
+        n_bytes: length of all documents in UTF-8.
+    """
 
     documents: list[str]
     tokens: Tensor
@@ -33,10 +39,10 @@ class Text(NamedTuple):
 
 
 def held_out_text(training: TrainingSettings) -> Documents:
-    """What a run with these settings is validated on.
+    """Return the documents that a run with these settings is validated on.
 
     Raises:
-        DataError: the text is not there any more.
+        DataError: the text does not exist any more.
     """
     if training.validation_data is not None:
         return read_documents(training.validation_data)
@@ -44,15 +50,15 @@ def held_out_text(training: TrainingSettings) -> Documents:
     return replace(whole, name=f"{whole.name}, held out", read=split(whole, training.held_out)[1])
 
 
-def held_out_of(run: Path, tokenizer: PreTrainedTokenizerBase) -> Documents:
-    """What the run in a folder was validated on, after a look at whether its text still is what it was.
+def verified_held_out_text(run: Path, tokenizer: PreTrainedTokenizerBase) -> Documents:
+    """Return the documents that a finished run was validated on, after a check of the text's fingerprint.
 
-    Which documents are held out depends on the text: after a change some would be among them that were trained on. A
-    stream is too long to be looked at.
+    The held-out documents depend on the whole text: after a change they could include documents that were trained on. A
+    stream is not checked, because it is too long.
 
     Raises:
         SettingsError: the folder has no settings of a run, or they are damaged.
-        DataError: the text is another one, or not there any more.
+        DataError: the text has changed, or does not exist any more.
     """
     settings = Settings.read(run / "settings.yaml")
     documents = held_out_text(settings.training)
@@ -69,8 +75,8 @@ def held_out_of(run: Path, tokenizer: PreTrainedTokenizerBase) -> Documents:
     return documents
 
 
-def read_text(documents: Documents, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> Text:
-    """The whole documents of a source, up to about ``max_tokens``."""
+def read_text(documents: Documents, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> EvaluationText:
+    """Read whole documents of a source until there are at least ``max_tokens`` tokens; None: all documents."""
     texts: list[str] = []
     parts, n_tokens = [torch.tensor([tokenizer.eos_token_id], dtype=torch.int32)], 0
     for text in documents.read():
@@ -79,4 +85,4 @@ def read_text(documents: Documents, tokenizer: PreTrainedTokenizerBase, max_toke
         n_tokens += len(parts[-1])
         if max_tokens is not None and n_tokens >= max_tokens:
             break
-    return Text(texts, torch.cat(parts).long(), sum(len(text.encode()) for text in texts))
+    return EvaluationText(texts, torch.cat(parts).long(), sum(len(text.encode()) for text in texts))

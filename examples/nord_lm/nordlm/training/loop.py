@@ -19,18 +19,28 @@ from transformers import PreTrainedTokenizerBase, get_cosine_with_min_lr_schedul
 
 from nord_snn.models.nord import NordForCausalLM
 from nord_snn.monitor import SpikeMonitor
-from nordlm.data.corpus import Blocks, Corpus
+from nordlm.data.corpus import Corpus, SequenceDataset
 from nordlm.errors import CheckpointError, DataError
-from nordlm.training.results import finish, measure, summarize, write_report_page
-from nordlm.training.run import Position, Run, accelerate, begin, bits, describe, prepare_text, restore, save
+from nordlm.training.results import collect_results, print_summary, write_report_page, write_trained_model
+from nordlm.training.run import (
+    Position,
+    Run,
+    bits_per_byte,
+    create_run_folder,
+    make_accelerator,
+    prepare_text,
+    print_setup,
+    restore,
+    save,
+)
 from nordlm.training.runtime import Log, StopRequest
 from nordlm.training.settings import Settings, TrainingSettings
 
 __all__ = [
     "INTERRUPTED",
     "Prepared",
-    "endless",
-    "evaluate",
+    "endless_batches",
+    "held_out_loss",
     "model_config",
     "parameter_groups",
     "prepare",
@@ -38,12 +48,12 @@ __all__ = [
     "train",
 ]
 
-INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
+INTERRUPTED = 130  # exit status after Ctrl-C, the convention of shells
 
 
 @dataclass
 class Prepared:
-    """What a training step needs, on its device and wrapped for its processes."""
+    """Model, optimizer, schedule and loaders as accelerate has prepared them (device, wrappers for processes)."""
 
     model: nn.Module
     optimizer: Any
@@ -56,13 +66,13 @@ def train(settings: Settings, out: Path, resume: Path | None, with_report: bool 
     """Train from start to finish; return the exit status.
 
     Args:
-        settings: of the run.
-        out: a numbered folder is made in here for a new run.
-        resume: folder of the run to go on with, or None.
-        with_report: write a page with pictures at the end.
+        settings: settings of the run.
+        out: parent of the numbered folder that a new run gets.
+        resume: folder of the run to resume, or None.
+        with_report: whether to write the report at the end. Default: True.
     """
     options = settings.training
-    accelerator = accelerate(settings, out)
+    accelerator = make_accelerator(settings, out)
     set_seed(options.seed)
     torch.set_float32_matmul_precision(options.matmul_precision)
     with Run.progress_for(options, accelerator) as progress:
@@ -73,9 +83,9 @@ def train(settings: Settings, out: Path, resume: Path | None, with_report: bool 
         if options.compile:
             for block in nord.blocks:
                 block.compile()
-        describe(progress, settings, nord, tokenizer, corpus)
+        print_setup(progress, settings, nord, tokenizer, corpus)
         prepared = prepare(accelerator, nord, corpus, options)
-        folder = resume or begin(accelerator, settings, tokenizer, corpus, out)
+        folder = resume or create_run_folder(accelerator, settings, tokenizer, corpus, out)
         run = Run(accelerator, settings, tokenizer, corpus, folder, progress)
         progress.say(f"run {folder}")
         position = restore(run) if resume else Position()
@@ -88,37 +98,37 @@ def train(settings: Settings, out: Path, resume: Path | None, with_report: bool 
             progress.say(f"stopped at step {position.step}; go on with: python {sys.argv[0]} --resume {folder}")
             log.close()
             return INTERRUPTED
-        stop.give_back()
+        stop.restore_handlers()
         progress.say("evaluating on the held-out text")
         with SpikeMonitor(accelerator.unwrap_model(prepared.model)) as monitor:
-            validation_loss = evaluate(accelerator, prepared.model, prepared.validation)
-        results = measure(run, prepared.model, position, validation_loss, monitor.rates())
+            validation_loss = held_out_loss(accelerator, prepared.model, prepared.validation)
+        results = collect_results(run, prepared.model, position, validation_loss, monitor.rates())
 
-    weights = accelerator.get_state_dict(prepared.model)  # where they are spread over processes, all have a part in it
+    weights = accelerator.get_state_dict(prepared.model)  # a collective call when parameters are sharded
     try:
         if accelerator.is_main_process:
-            finish(run, accelerator.unwrap_model(prepared.model), weights, results)
+            write_trained_model(run, accelerator.unwrap_model(prepared.model), weights, results)
             trained = NordForCausalLM.from_pretrained(folder / "model").to(accelerator.device).eval()
-            summarize(run, trained, results)
+            print_summary(run, trained, results)
     finally:
-        accelerator.wait_for_everyone()  # the others: leaving before the first is done would break the group off
+        accelerator.wait_for_everyone()  # a process that exits early would break the process group
     log.close()
-    if with_report and accelerator.is_main_process:  # it takes its time, and the other processes need not wait
+    if with_report and accelerator.is_main_process:  # takes seconds; the other processes need not wait
         write_report_page(run, trained)
     return 0
 
 
 def _train_steps(run: Run, prepared: Prepared, position: Position, log: Log, stop: StopRequest) -> None:
-    """Take training steps from ``position`` on, which is moved, until the last or until a stop is asked for."""
+    """Run training steps from ``position`` to the last one or to a requested stop; update ``position`` in place."""
     accelerator, options, progress = run.accelerator, run.settings.training, run.progress
     monitor = SpikeMonitor(accelerator.unwrap_model(prepared.model))
-    batches = endless(prepared.loader, position)
+    batches = endless_batches(prepared.loader, position)
     step_tokens = options.grad_accum * options.batch_size * run.settings.block_size * accelerator.num_processes
-    while position.step < options.steps and not stop.agreed(accelerator):
+    while position.step < options.steps and not stop.any_process_requested(accelerator):
         began, before = time.monotonic(), replace(position)
         try:
             mean_loss, grad_norm = take_step(accelerator, prepared, batches, options)
-        except DataError:  # a stream broke off, or something in it is no text: nothing that was learned is lost
+        except DataError:  # a broken stream or a record without text: save what was learned
             save(run, before)
             raise
         seconds = time.monotonic() - began
@@ -136,21 +146,24 @@ def _train_steps(run: Run, prepared: Prepared, position: Position, log: Log, sto
             raise FloatingPointError(f"the loss became {mean_loss} at step {position.step}: lower --lr and start again")
         if position.step % options.eval_every == 0 and not last:
             monitor.pause()
-            held_out = evaluate(accelerator, prepared.model, prepared.validation, options.eval_blocks)
+            held_out = held_out_loss(accelerator, prepared.model, prepared.validation, options.eval_blocks)
             monitor.resume()
-            per_byte = bits(held_out, run.corpus)
+            per_byte = bits_per_byte(held_out, run.corpus)
             progress.say(f"step {position.step}: held-out loss {held_out:.4f}, {per_byte:.3f} bits per byte")
             log(position.step, held_out_loss=held_out, bits_per_byte=per_byte)
         if position.step % options.save_every == 0 and not last:
             try:
                 save(run, position)
-            except CheckpointError as error:  # the disk may have room again by the next one
+            except CheckpointError as error:  # the disk may have space again at the next one
                 progress.say(f"warning: {error}; training goes on")
     monitor.close()
 
 
 def model_config(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Return the model's configuration; a vocabulary trained here on a short text may be smaller than asked for."""
+    """Return the model's configuration, with the size of the tokenizer if it was trained here.
+
+    A tokenizer trained on a short text can have fewer tokens than ``vocab_size`` asks for.
+    """
     size = settings.model_config().vocab_size if settings.training.tokenizer else len(tokenizer)
     return settings.model_config(
         vocab_size=size, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id
@@ -158,7 +171,7 @@ def model_config(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def prepare(accelerator: Accelerator, model: nn.Module, corpus: Corpus, options: TrainingSettings) -> Prepared:
-    """Make AdamW, its schedule (warm-up, then cosine) and the batches."""
+    """Create AdamW, its schedule (linear warm-up, then cosine) and the data loaders."""
     optimizer = torch.optim.AdamW(
         parameter_groups(model, options.weight_decay),
         lr=options.lr,
@@ -168,16 +181,16 @@ def prepare(accelerator: Accelerator, model: nn.Module, corpus: Corpus, options:
     scheduler = get_cosine_with_min_lr_schedule_with_warmup(
         optimizer, options.warmup_steps, options.steps, min_lr_rate=options.min_lr_ratio
     )
-    shuffle = isinstance(corpus.train, Blocks)  # a stream keeps its order
+    shuffle = isinstance(corpus.train, SequenceDataset)  # a stream keeps its order
     loader = DataLoader(corpus.train, options.batch_size, shuffle=shuffle, drop_last=True)
-    validation = DataLoader(Blocks(corpus.validation), options.batch_size)
+    validation = DataLoader(SequenceDataset(corpus.validation), options.batch_size)
     return Prepared(*accelerator.prepare(model, optimizer, scheduler, loader, validation))
 
 
 def take_step(
     accelerator: Accelerator, prepared: Prepared, batches: Iterator[Tensor], options: TrainingSettings
 ) -> tuple[float, float]:
-    """Take one optimizer step over ``grad_accum`` micro-batches.
+    """Run one training step over ``grad_accum`` micro-batches.
 
     Returns:
         The mean loss, and the norm of the gradient before clipping.
@@ -205,8 +218,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def endless(loader: Any, position: Position) -> Iterator[Tensor]:
-    """Yield batches from ``position`` on, epoch after epoch, and keep the position."""
+def endless_batches(loader: Any, position: Position) -> Iterator[Tensor]:
+    """Yield batches from ``position`` on, epoch after epoch, and update ``position``."""
     for epoch in itertools.count(position.epoch):
         loader.set_epoch(epoch)
         for batch in skip_first_batches(loader, position.batches) if position.batches else loader:
@@ -216,8 +229,8 @@ def endless(loader: Any, position: Position) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def evaluate(accelerator: Accelerator, model: nn.Module, loader: Any, max_blocks: int | None = None) -> float:
-    """Return the mean loss in nats per token over held-out blocks."""
+def held_out_loss(accelerator: Accelerator, model: nn.Module, loader: Any, max_blocks: int | None = None) -> float:
+    """Return the mean loss in nats per token over held-out sequences."""
     model.eval()
     losses: list[Tensor] = []
     for batch in loader:

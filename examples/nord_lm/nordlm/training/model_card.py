@@ -1,4 +1,4 @@
-"""The model card: what stands beside the weights for whoever finds them, ``README.md`` of a model's folder."""
+"""Write the model card, ``README.md`` of a model's folder."""
 
 import json
 from typing import Any
@@ -23,7 +23,7 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
 
 
 def parameter_counts(model: PreTrainedModel) -> tuple[int, int]:
-    """All parameters, and those that are neither embedding nor head."""
+    """Return the number of all parameters, and of those that are neither embedding nor head."""
     ends = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
     vocabulary = {id(p): p.numel() for p in ends}
     total = model.num_parameters()
@@ -36,12 +36,12 @@ def model_card(
     results: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
 ) -> str:
-    """The text of the card.
+    """Return the text of the model card.
 
     Args:
-        model: what was trained.
-        origin: one sentence on where it comes from.
-        results: as in ``results.json``.
+        model: the model.
+        origin: one sentence on its origin.
+        results: content of ``results.json``.
         training: settings of the run.
     """
     data = ModelCardData(
@@ -51,13 +51,14 @@ def model_card(
     facts = {"parameters": f"{total:,}", "without embedding and head": f"{without:,}"} | _facts(results)
     parts = [
         f"---\n{data.to_yaml()}\n---\n\n# A Nord spiking language model\n\n{origin} nord-snn {__version__}.",
-        _table(("", ""), facts),
+        _markdown_table(("", ""), facts),
         USE,
     ]
     if results is not None:
         rates = {name: f"{rate:.2%}" for name, rate in results["firing_rates"].items()}
         parts.append(
-            "## Firing rates\n\nMean over the held-out text, from true spikes.\n\n" + _table(("layer", "rate"), rates)
+            "## Firing rates\n\nMean over the held-out text, from true spikes.\n\n"
+            + _markdown_table(("layer", "rate"), rates)
         )
     published = NordConfig().to_dict()
     differing = {name: value for name, value in model.config.to_dict().items() if published.get(name) != value}
@@ -81,6 +82,6 @@ def _facts(results: dict[str, Any] | None) -> dict[str, str]:
     }
 
 
-def _table(columns: tuple[str, str], rows: dict[str, str]) -> str:
+def _markdown_table(columns: tuple[str, str], rows: dict[str, str]) -> str:
     head = f"| {columns[0]} | {columns[1]} |\n|---|---|\n"
     return head + "\n".join(f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows.items())

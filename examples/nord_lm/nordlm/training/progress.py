@@ -1,4 +1,4 @@
-"""What a person sees while a model trains: a live panel in a terminal, plain lines elsewhere."""
+"""Display of training progress: a live panel in a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Mapping
@@ -13,20 +13,20 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Progress", "duration", "print_table"]
+__all__ = ["TrainingProgress", "duration", "print_table"]
 
 BAR_WIDTH = 24
-FULL_BAR = 0.4  # a firing rate that fills its bar; layers are asked to stay below it
-SILENT = 0.001
+FULL_BAR = 0.4  # firing rate of a full bar; bars of higher rates are red
+SILENT = 0.001  # bars of lower rates are red
 
 
-class Progress:
-    """Shows step, loss, learning rate, tokens per second, time left and the firing rate of every neuron layer.
+class TrainingProgress:
+    """Show step, loss, learning rate, tokens per second, time left and the firing rate of every neuron layer.
 
     Args:
-        total: steps in the whole run.
-        console: where to print; with a terminal the panel is live, else each update is a line.
-        visible: False prints nothing, for all processes but the first.
+        total: training steps of the whole run.
+        console: output; a live panel in a terminal, else a line per update. Default: standard output.
+        visible: False prints nothing, as on all processes but the first. Default: True.
     """
 
     def __init__(self, total: int, console: Console | None = None, visible: bool = True) -> None:
@@ -44,12 +44,12 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave the panel as it stands."""
+        """Stop the panel; its last state stays on the terminal."""
         if self._live:
             self._live.stop()
 
     def begin(self, step: int) -> None:
-        """Training starts now, at ``step``: the time left is reckoned from here."""
+        """Start the clock at training step ``step``; the time left is estimated from here."""
         self._start, self._began = step, time.monotonic()
 
     def say(self, message: str) -> None:
@@ -58,7 +58,7 @@ class Progress:
             self.console.print(escape(message), highlight=False, soft_wrap=True)
 
     def update(self, step: int, loss: float, lr: float, tokens_per_second: float, rates: Mapping[str, float]) -> None:
-        """Show where training is."""
+        """Show the state of training."""
         if not self.visible:
             return
         per_step = (time.monotonic() - self._began) / max(step - self._start, 1)
@@ -90,14 +90,14 @@ def _panel(
 
 
 def duration(seconds: float) -> str:
-    """Seconds as ``1h 02m`` or ``3m 05s``."""
+    """Format seconds as ``1h 02m`` or ``3m 05s``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {rest:02d}s"
 
 
 def print_table(console: Console, title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A small table; the first column is text, the others are numbers."""
+    """Print a small table. The first column is text, the others are numbers."""
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")

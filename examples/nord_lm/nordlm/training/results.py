@@ -1,4 +1,4 @@
-"""What a finished run leaves: results, a model folder, a summary on the terminal, a report."""
+"""Write what a finished run produces: results, a model folder, a summary on the terminal, a report."""
 
 import resource
 import shlex
@@ -12,28 +12,28 @@ from torch import Tensor, nn
 
 from nord_snn.models.nord import NordForCausalLM
 from nordlm.data.baselines import bigram_loss, uniform_loss, unigram_loss
-from nordlm.data.corpus import StreamedBlocks
+from nordlm.data.corpus import StreamedSequences
 from nordlm.training.checkpoints import write_folder, write_json
 from nordlm.training.held_out import STREAMED_WINDOWS, held_out_text, read_text
 from nordlm.training.model_card import model_card
 from nordlm.training.progress import duration, print_table
-from nordlm.training.run import Position, Run, bits
+from nordlm.training.run import Position, Run, bits_per_byte
 
-__all__ = ["finish", "measure", "summarize", "write_report_page"]
+__all__ = ["collect_results", "print_summary", "write_report_page", "write_trained_model"]
 
 SAMPLE_PROMPT_TOKENS, SAMPLE_TOKENS = 16, 64
 
 
-def measure(
+def collect_results(
     run: Run, model: nn.Module, position: Position, validation_loss: float, rates: dict[str, float]
 ) -> dict[str, Any]:
-    """Return everything for ``results.json``."""
+    """Return the content of ``results.json``."""
     unwrapped, corpus = run.accelerator.unwrap_model(model), run.corpus
     vocab_size = unwrapped.config.vocab_size
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes, on macOS bytes
     return {
         "validation_loss": validation_loss,
-        "bits_per_byte": bits(validation_loss, corpus),
+        "bits_per_byte": bits_per_byte(validation_loss, corpus),
         "uniform_loss": uniform_loss(vocab_size),
         "unigram_loss": unigram_loss(corpus.sample, corpus.validation, vocab_size),
         "bigram_loss": bigram_loss(corpus.sample, corpus.validation, vocab_size),
@@ -52,8 +52,8 @@ def measure(
     }
 
 
-def finish(run: Run, model: NordForCausalLM, weights: dict[str, Tensor], results: dict[str, Any]) -> None:
-    """Write the model as a folder that ``from_pretrained`` opens, with a card, and the results."""
+def write_trained_model(run: Run, model: NordForCausalLM, weights: dict[str, Tensor], results: dict[str, Any]) -> None:
+    """Write ``model/``, a folder for ``from_pretrained`` with a model card, and ``results.json``."""
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder, state_dict=weights)
@@ -65,8 +65,8 @@ def finish(run: Run, model: NordForCausalLM, weights: dict[str, Tensor], results
     write_json(run.folder / "results.json", results)
 
 
-def summarize(run: Run, model: NordForCausalLM, results: dict[str, Any]) -> None:
-    """Print a sample, and the results beside the baselines."""
+def print_summary(run: Run, model: NordForCausalLM, results: dict[str, Any]) -> None:
+    """Print a generated sample and a table of the results and the baselines."""
     progress, tokenizer, corpus = run.progress, run.tokenizer, run.corpus
     prompt = corpus.validation[:1, :SAMPLE_PROMPT_TOKENS].to(model.device)
     ids = model.generate(
@@ -78,14 +78,16 @@ def summarize(run: Run, model: NordForCausalLM, results: dict[str, Any]) -> None
     names = {"uniform": "uniform", "unigram": "unigram", "bigram, interpolated": "bigram", "this model": "validation"}
     losses = {title: results[f"{name}_loss"] for title, name in names.items()}
     rows = [
-        [title, f"{loss:.4f}", f"{bits(loss, corpus):.3f}", f"{loss / results['unigram_loss'] - 1:+.1%}"]
+        [title, f"{loss:.4f}", f"{bits_per_byte(loss, corpus):.3f}", f"{loss / results['unigram_loss'] - 1:+.1%}"]
         for title, loss in losses.items()
     ]
     columns = ["held-out text", "nats per token", "bits per byte", "against unigram"]
     print_table(progress.console, f"{results['steps']} steps, {results['tokens']:,} tokens", columns, rows)
     rates = [[name, f"{rate:.2%}"] for name, rate in results["firing_rates"].items()]
     print_table(progress.console, "firing rates on the held-out text", ["neuron layer", "rate"], rates)
-    for note in corpus.notes() if isinstance(corpus.train, StreamedBlocks) else []:  # others were shown at the start
+    for note in (
+        corpus.notes() if isinstance(corpus.train, StreamedSequences) else []
+    ):  # those of a corpus in memory were shown at the start
         progress.say(f"note: {note}")
     progress.say(
         f"{duration(results['seconds'])} of training at {results['tokens_per_second']:,.0f} tokens/s, "
@@ -95,16 +97,20 @@ def summarize(run: Run, model: NordForCausalLM, results: dict[str, Any]) -> None
 
 
 def write_report_page(run: Run, model: NordForCausalLM) -> None:
-    """Write a page on what the network does. The run has ended well, with it or without."""
+    """Write the report page. An error is only a warning, because the run is already complete."""
     try:
-        from nordlm.analysis.report import PAGE, Subject, write_report  # loads matplotlib, scikit-learn and pandas
+        from nordlm.analysis.report import PAGE, ReportInput, write_report  # loads matplotlib, scikit-learn and pandas
 
         documents = held_out_text(run.settings.training)
         text = read_text(documents, run.tokenizer, STREAMED_WINDOWS * model.config.max_position_embeddings)
         command = shlex.join(["python", *sys.argv])
-        subject = Subject(model, run.tokenizer, text.documents, text.tokens, documents.name, run.folder, {}, command)
+        subject = ReportInput(
+            model, run.tokenizer, text.documents, text.tokens, documents.name, run.folder, {}, command
+        )
         write_report(run.folder / "report", subject)
-    except Exception as error:  # whatever it is: the model is trained and written
+    except ModuleNotFoundError as error:
+        run.progress.say(f"note: no report was written, since {error.name} is not installed; the extra reports has it")
+    except Exception as error:  # of any kind: the model is already written
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         run.progress.say(f"warning: no report was written ({reason}); evaluate.py --report writes one")
     else:

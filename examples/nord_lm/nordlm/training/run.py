@@ -1,4 +1,4 @@
-"""A run: what it is made of, its folder, and its checkpoints."""
+"""A training run: its constant parts, its folder and its checkpoints."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -8,12 +8,12 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
-from nord_snn._compat.accelerate import begin_accumulation_anew
+from nord_snn._compat.accelerate import reset_accumulation
 from nord_snn.models.nord import NordForCausalLM
 from nordlm.data.corpus import (
     BASELINE_TOKENS,
-    Blocks,
     Corpus,
+    SequenceDataset,
     load_corpus,
     load_tokenizer,
     split,
@@ -29,27 +29,37 @@ from nordlm.training.checkpoints import (
     new_run_folder,
     read_json,
     remove_old_checkpoints,
-    unfinished,
+    temporary_path,
     write_folder,
     write_json,
 )
 from nordlm.training.model_card import parameter_counts
-from nordlm.training.progress import Progress
+from nordlm.training.progress import TrainingProgress
 from nordlm.training.settings import Settings, TrainingSettings, read_run
 
-__all__ = ["Position", "Run", "accelerate", "begin", "bits", "describe", "prepare_text", "restore", "save"]
+__all__ = [
+    "Position",
+    "Run",
+    "bits_per_byte",
+    "create_run_folder",
+    "make_accelerator",
+    "prepare_text",
+    "print_setup",
+    "restore",
+    "save",
+]
 
 
 @dataclass
 class Position:
-    """How far training is. With the seed it decides everything that comes next.
+    """Progress of training. Together with the seed it determines all later steps.
 
     Attributes:
-        step: optimizer steps taken.
-        epoch: passes over the text completed.
-        batches: micro-batches taken of this epoch.
-        tokens: trained on, by all processes.
-        seconds: of training.
+        step: training steps taken.
+        epoch: completed passes over the text.
+        batches: micro-batches of this epoch that were used.
+        tokens: training tokens, summed over all processes.
+        seconds: time spent in training steps.
     """
 
     step: int = 0
@@ -61,15 +71,15 @@ class Position:
 
 @dataclass(frozen=True)
 class Run:
-    """What stays the same from the first step of a run to the last.
+    """The parts of a run that do not change between its first and its last step.
 
     Attributes:
-        accelerator: device, precision and processes.
-        settings: of model and training.
-        tokenizer: of the text.
-        corpus: the text.
-        folder: where everything is written.
-        progress: what is shown.
+        accelerator: device, precision and process group.
+        settings: settings of model and training.
+        tokenizer: the tokenizer.
+        corpus: training and held-out blocks.
+        folder: folder of the run.
+        progress: display on the terminal.
     """
 
     accelerator: Accelerator
@@ -77,35 +87,35 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     corpus: Corpus
     folder: Path
-    progress: Progress
+    progress: TrainingProgress
 
     @staticmethod
-    def progress_for(options: TrainingSettings, accelerator: Accelerator) -> Progress:
-        """Show progress on the first process of a machine."""
-        return Progress(options.steps, visible=accelerator.is_local_main_process)
+    def progress_for(options: TrainingSettings, accelerator: Accelerator) -> TrainingProgress:
+        """Return a progress display, visible on the first process of each machine."""
+        return TrainingProgress(options.steps, visible=accelerator.is_local_main_process)
 
 
-def accelerate(settings: Settings, out: Path) -> Accelerator:
+def make_accelerator(settings: Settings, out: Path) -> Accelerator:
     """Set up device, precision, accumulation and logging."""
     options = settings.training
     try:
         return Accelerator(
             mixed_precision=options.mixed_precision,
-            # An accumulation may reach across the end of an epoch, so that a step is always grad_accum micro-batches.
+            # Accumulate across the end of an epoch, so that every step has grad_accum micro-batches.
             gradient_accumulation_plugin=GradientAccumulationPlugin(options.grad_accum, sync_with_dataloader=False),
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=options.seed),
             step_scheduler_with_optimizer=False,
             log_with="tensorboard",
             project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out)),
         )
-    except ValueError as error:  # a precision that this device does not have
+    except ValueError as error:  # the device does not support this precision
         raise SettingsError(f"mixed_precision {options.mixed_precision}: {error}") from error
 
 
 def prepare_text(
     accelerator: Accelerator, settings: Settings, resume: Path | None
 ) -> tuple[PreTrainedTokenizerBase, Corpus]:
-    """Load or train the tokenizer, and load the corpus; write nothing yet."""
+    """Load or train the tokenizer and load the corpus, without writing anything."""
     options, vocab_size = settings.training, settings.model_config().vocab_size
     documents = read_documents(options.data)
     validation = None if options.validation_data is None else read_documents(options.validation_data)
@@ -114,11 +124,11 @@ def prepare_text(
     elif options.tokenizer is not None:
         tokenizer = load_tokenizer(options.tokenizer, vocab_size)
     else:
-        trained = [None]
+        tokenizers = [None]
         if accelerator.is_main_process:
             texts, _ = split(documents, 0.0 if validation else options.held_out)
-            trained = [train_tokenizer(texts(), vocab_size)]
-        tokenizer = broadcast_object_list(trained)[0]
+            tokenizers = [train_tokenizer(texts(), vocab_size)]
+        tokenizer = broadcast_object_list(tokenizers)[0]
     corpus = load_corpus(documents, tokenizer, settings.block_size, options.held_out, validation)
     blocks = len(corpus.sample) // settings.block_size
     batch = options.batch_size * accelerator.num_processes
@@ -130,45 +140,49 @@ def prepare_text(
     return tokenizer, corpus
 
 
-def begin(
+def create_run_folder(
     accelerator: Accelerator, settings: Settings, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, out: Path
 ) -> Path:
-    """Make the folder of a new run, the same on every process."""
-    made: list[Path | None] = [None]
+    """Create the folder of a new run on the main process and return its path on every process."""
+    folders: list[Path | None] = [None]
     if accelerator.is_main_process:
         folder = new_run_folder(out, settings.name)
         settings.write(folder / "settings.yaml")
-        write_folder(folder / "tokenizer", lambda beside: tokenizer.save_pretrained(beside))
-        about = {"text": corpus.name, "fingerprint": corpus.fingerprint, "settings": settings.digest()}
-        write_json(folder / "run.json", about)
-        made = [folder]
-    return broadcast_object_list(made)[0]
+        write_folder(folder / "tokenizer", lambda temporary: tokenizer.save_pretrained(temporary))
+        metadata = {"text": corpus.name, "fingerprint": corpus.fingerprint, "settings": settings.digest()}
+        write_json(folder / "run.json", metadata)
+        folders = [folder]
+    return broadcast_object_list(folders)[0]
 
 
-def describe(
-    progress: Progress, settings: Settings, model: NordForCausalLM, tokenizer: PreTrainedTokenizerBase, corpus: Corpus
+def print_setup(
+    progress: TrainingProgress,
+    settings: Settings,
+    model: NordForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Corpus,
 ) -> None:
-    """Show what is about to be trained on what."""
+    """Print the text, the size of the model and all notes before training."""
     if settings.training.warmup_steps > settings.training.steps:
         progress.say("note: the warm-up is longer than the run, so the peak learning rate is not reached")
     for note in corpus.notes():
         progress.say(f"note: {note}")
-    blocks = f"{len(corpus.train):,} blocks" if isinstance(corpus.train, Blocks) else "a stream"
+    sequences = f"{len(corpus.train):,} sequences" if isinstance(corpus.train, SequenceDataset) else "a stream"
     progress.say(
-        f"text {corpus.name}: {blocks} to train on, {len(corpus.validation):,} held out, "
+        f"text {corpus.name}: {sequences} to train on, {len(corpus.validation):,} held out, "
         f"{corpus.bytes_per_token:.2f} bytes per token, vocabulary {len(tokenizer):,}"
     )
     total, without = parameter_counts(model)
     progress.say(f"model of {total:,} parameters, {without:,} without embedding and head")
 
 
-def bits(loss: float, corpus: Corpus) -> float:
-    """Return bits per byte for nats per token."""
+def bits_per_byte(loss: float, corpus: Corpus) -> float:
+    """Convert nats per token to bits per byte of the held-out text."""
     return loss / corpus.bytes_per_token / math.log(2)
 
 
 def save(run: Run, position: Position) -> None:
-    """Write a checkpoint and drop the oldest. Every process has its part in it; the first one puts it in place."""
+    """Write a checkpoint and remove old ones. All processes write; the main process moves the folder into place."""
     accelerator = run.accelerator
 
     def write(folder: Path) -> None:
@@ -183,26 +197,26 @@ def save(run: Run, position: Position) -> None:
         remove_old_checkpoints(run.folder)
     else:
         accelerator.wait_for_everyone()
-        accelerator.save_state(str(unfinished(folder)))
+        accelerator.save_state(str(temporary_path(folder)))
         accelerator.wait_for_everyone()
 
 
 def restore(run: Run) -> Position:
-    """Load the newest checkpoint of a run, after checking that it is whole and belongs to this text and model."""
+    """Load the newest checkpoint, after a check that it is complete and fits this text and model."""
     if read_run(run.folder)["fingerprint"] != run.corpus.fingerprint:
         raise CheckpointError(
             f"{run.folder}: the text is no longer the one that the run was begun with ({run.corpus.name})"
         )
     checkpoint = latest_checkpoint(run.folder)
-    about = read_json(checkpoint / "position.json")
-    if not isinstance(about, dict) or about.get("step") != checkpoint_step(checkpoint):
+    saved = read_json(checkpoint / "position.json")
+    if not isinstance(saved, dict) or saved.get("step") != checkpoint_step(checkpoint):
         raise CheckpointError(f"{checkpoint / 'position.json'}: not written by train.py, or damaged")
-    check_digests(checkpoint, about.pop("digests", None))
+    check_digests(checkpoint, saved.pop("digests", None))
     try:
         run.accelerator.load_state(str(checkpoint))
-        begin_accumulation_anew(run.accelerator)
-        position = Position(**about)
-    except Exception as error:  # every part has its own way of not fitting
+        reset_accumulation(run.accelerator)
+        position = Position(**saved)
+    except Exception as error:  # each part raises its own exception if it does not fit
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{checkpoint}: does not fit this model ({reason})") from error
     run.progress.say(f"going on from {checkpoint}")

@@ -1,4 +1,4 @@
-"""What a run is: the model's configuration and how it is trained, from YAML and the command line."""
+"""Settings of a run, for model and training, from YAML and the command line."""
 
 import argparse
 import dataclasses
@@ -8,14 +8,16 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 
-from nord_snn.models.nord import NordConfig
 from nordlm.errors import SettingsError
 from nordlm.training.checkpoints import CheckpointError, read_json, write_text
+
+if TYPE_CHECKING:
+    from nord_snn.models.nord import NordConfig
 
 __all__ = [
     "Settings",
@@ -29,46 +31,57 @@ __all__ = [
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
+def _config_class() -> "type[NordConfig]":
+    """Import the configuration when it is needed, so that ``--help`` need not wait for transformers."""
+    from nord_snn.models.nord import NordConfig
+
+    return NordConfig
+
+
 def _setting(default: Any, description: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": description, **more})
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How a run trains. Every field is an option of ``train.py``; the learning-rate defaults are those of the published run."""
+    """Training settings. Every field is an option of ``train.py``; learning-rate defaults are those of the published run."""
 
-    data: str | None = _setting(None, "text file, folder or dataset name; default: the documentation inside CPython")
-    validation_data: str | None = _setting(None, "other text to validate on; default: part of the data, by hash")
+    data: str | None = _setting(None, "text file, folder or dataset name (default: the documentation inside CPython)")
+    validation_data: str | None = _setting(
+        None, "separate text to validate on (default: part of the data, selected by hash)"
+    )
     held_out: float = _setting(0.05, "fraction of the documents held out for validation")
     tokenizer: str | None = _setting(
-        None, "folder or hub name of a tokenizer; default: train a byte-level BPE on the text"
+        None, "folder or hub name of a tokenizer (default: train a byte-level BPE on the text)"
     )
-    block_size: int | None = _setting(None, "tokens in a block; default: the model's max_position_embeddings")
-    steps: int = _setting(1000, "optimizer steps")
-    batch_size: int = _setting(4, "blocks in a micro-batch, on each process")
-    grad_accum: int = _setting(12, "micro-batches in a step")
+    block_size: int | None = _setting(None, "tokens in a sequence (default: the model's max_position_embeddings)")
+    steps: int = _setting(1000, "training steps")
+    batch_size: int = _setting(4, "sequences in a micro-batch, on each process")
+    grad_accum: int = _setting(12, "micro-batches in a training step")
     lr: float = _setting(6e-4, "peak learning rate")
-    min_lr_ratio: float = _setting(0.1, "the cosine ends at this part of the peak")
-    warmup_steps: int = _setting(100, "steps of linear warm-up")
-    weight_decay: float = _setting(0.05, "of AdamW, on matrices only")
-    beta1: float = _setting(0.9, "of AdamW")
-    beta2: float = _setting(0.95, "of AdamW")
-    max_grad_norm: float = _setting(1.0, "gradients are clipped to this norm")
+    min_lr_ratio: float = _setting(0.1, "final learning rate of the cosine, as a fraction of the peak")
+    warmup_steps: int = _setting(100, "training steps of linear warm-up")
+    weight_decay: float = _setting(0.05, "weight decay of AdamW, on matrices only")
+    beta1: float = _setting(0.9, "beta1 of AdamW")
+    beta2: float = _setting(0.95, "beta2 of AdamW")
+    max_grad_norm: float = _setting(1.0, "maximum norm of the gradient")
     matmul_precision: str = _setting(
         "medium",
-        "of float32 matrix products: highest, or what the device does faster (TF32 on GPUs, oneDNN's kernels on CPUs)",
+        "precision of float32 matrix products; below highest the device may use TF32 (GPU) or oneDNN's kernels (CPU)",
         choices=("highest", "high", "medium"),
     )
     mixed_precision: str = _setting("no", "precision of matrix products", choices=("no", "bf16", "fp16"))
     gradient_checkpointing: bool = _setting(
-        False, "keep only what enters each block and compute the rest again: less memory, more time"
+        False, "store only the input of each transformer block and recompute the rest: less memory, more time"
     )
-    compile: bool = _setting(False, "compile each block with torch.compile")
-    eval_every: int = _setting(500, "steps between two evaluations")
-    eval_blocks: int = _setting(64, "held-out blocks in an evaluation on the way; the last one takes up to 1024")
-    save_every: int = _setting(500, "steps between two checkpoints")
-    log_every: int = _setting(10, "steps between two lines of progress")
-    seed: int = _setting(0, "of initial weights and data order")
+    compile: bool = _setting(False, "compile each transformer block with torch.compile")
+    eval_every: int = _setting(500, "training steps between evaluations")
+    eval_blocks: int = _setting(
+        64, "held-out sequences in each evaluation during training; the final evaluation uses up to 1024"
+    )
+    save_every: int = _setting(500, "training steps between checkpoints")
+    log_every: int = _setting(10, "training steps between log lines")
+    seed: int = _setting(0, "seed of initial weights and data order")
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "grad_accum", "eval_every", "eval_blocks", "save_every", "log_every"):
@@ -95,7 +108,7 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """A whole run: its name, ``NordConfig`` fields that differ from the defaults, and the training."""
+    """All settings of a run: its name, the ``NordConfig`` fields that differ from the defaults, and the training."""
 
     name: str
     model: dict[str, Any]
@@ -106,7 +119,7 @@ class Settings:
         """Read a YAML file with the sections ``model`` and ``training``.
 
         Raises:
-            SettingsError: it is missing, no such YAML, or names a field that does not exist.
+            SettingsError: the file is missing, is not such a YAML file, or has an unknown field.
         """
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -121,7 +134,7 @@ class Settings:
             raise SettingsError(f"{path}: name must be made of letters, digits, '-', '_' and '.', got {name!r}")
         model, training = content.get("model") or {}, content.get("training") or {}
         _check_names(path, "training", training, {f.name for f in dataclasses.fields(TrainingSettings)})
-        _check_names(path, "model", model, set(NordConfig().to_dict()))
+        _check_names(path, "model", model, set(_config_class()().to_dict()))
         _check_types(path, training)
         return cls(name, model, TrainingSettings(**training))
 
@@ -130,24 +143,24 @@ class Settings:
         content = {"name": self.name, "model": self.model, "training": dataclasses.asdict(self.training)}
         write_text(path, yaml.safe_dump(content, sort_keys=False))
 
-    def model_config(self, **changes: Any) -> NordConfig:
-        """The model's configuration.
+    def model_config(self, **changes: Any) -> "NordConfig":
+        """Return the model's configuration, with ``changes`` to its fields.
 
         Raises:
-            SettingsError: sizes do not fit together, or a value has the wrong type.
+            SettingsError: sizes are inconsistent, or a value has the wrong type.
         """
         try:
-            return NordConfig(**{**self.model, **changes})
+            return _config_class()(**{**self.model, **changes})
         except (StrictDataclassError, ValueError, TypeError) as error:
             raise SettingsError(f"model: {' '.join(str(error).split())}") from error
 
     def digest(self) -> str:
-        """Changes when any setting does."""
+        """Return a hash of all settings."""
         return hashlib.blake2b(json.dumps(dataclasses.asdict(self)).encode(), digest_size=16).hexdigest()
 
     @property
     def block_size(self) -> int:
-        """Tokens in a block."""
+        """Return the number of tokens in a sequence."""
         longest = self.model_config().max_position_embeddings
         size = self.training.block_size or longest
         if size > longest:
@@ -172,27 +185,29 @@ def _check_types(path: Path, training: dict[str, Any]) -> None:
 
 
 def _kind(setting: "dataclasses.Field[Any]") -> type:
-    """The type of a setting; of those that may be None, all but block_size are text."""
+    """Return the type of a setting. Of the settings with default None, only block_size is not a string."""
     if setting.default is not None:
         return type(setting.default)
     return int if setting.name == "block_size" else str
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Arguments of ``train.py``. Only training fields that were given are in ``changes``."""
+    """Parse the arguments of ``train.py``; ``changes`` has only the training fields on the command line."""
     parser = argparse.ArgumentParser(
-        description="Train a Nord spiking language model. Without arguments: a tiny one, on text that every Python has.",
+        description="Train a Nord spiking language model. Without arguments: config tiny on the documentation inside CPython.",
         argument_default=argparse.SUPPRESS,
     )
     names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
     parser.add_argument("--config", help=f"{names}, or a YAML file (default: tiny)")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs"), help="a numbered folder is made in here (default: runs)"
+        "--out", type=Path, default=Path("runs"), help="parent of the numbered folder of the run (default: runs)"
     )
-    parser.add_argument("--resume", type=Path, default=None, metavar="RUN", help="go on with the run in this folder")
-    parser.add_argument("--no-resonance", action="store_true", help="the control: positions never meet")
+    parser.add_argument("--resume", type=Path, default=None, metavar="RUN", help="resume the run in this folder")
     parser.add_argument(
-        "--no-report", dest="with_report", action="store_false", default=True, help="no page with pictures at the end"
+        "--no-resonance", action="store_true", help="train the control without exchange between positions"
+    )
+    parser.add_argument(
+        "--no-report", dest="with_report", action="store_false", default=True, help="do not write the report at the end"
     )
     group = parser.add_argument_group("training (override the config)")
     for f in dataclasses.fields(TrainingSettings):
@@ -209,16 +224,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def absolute_paths(training: dict[str, Any]) -> dict[str, Any]:
-    """Those settings that name a file or folder which exists, absolute, so that a run can be resumed from anywhere."""
-    given = {name: training.get(name) for name in ("data", "validation_data", "tokenizer")}
-    return {name: str(Path(value).resolve()) for name, value in given.items() if value and Path(value).exists()}
+    """Return settings that name an existing file or folder, as absolute paths, so that a run resumes from any directory."""
+    paths = {name: training.get(name) for name in ("data", "validation_data", "tokenizer")}
+    return {name: str(Path(value).resolve()) for name, value in paths.items() if value and Path(value).exists()}
 
 
 def settings_from(options: argparse.Namespace) -> Settings:
-    """Settings of a new run, or of the run to resume, which continues as it began.
+    """Return the settings of a new run, or the unchanged settings of the run to resume.
 
     Raises:
-        SettingsError: the config does not exist or is not one, or an option contradicts the run to resume.
+        SettingsError: the config does not exist or is not valid, or an option contradicts the run to resume.
     """
     if options.resume is not None:
         return _resumed(options)
@@ -232,10 +247,10 @@ def settings_from(options: argparse.Namespace) -> Settings:
 
 
 def read_config(name: str) -> Settings:
-    """One of those in ``configs/`` by its name, or a YAML file.
+    """Read a config from ``configs/`` by its name, or a YAML file.
 
     Raises:
-        SettingsError: it is neither, or no config.
+        SettingsError: there is no such config or file, or it is not valid.
     """
     return Settings.read(_config_path(name))
 
@@ -251,7 +266,7 @@ def _config_path(name: str) -> Path:
 
 
 def read_run(run: Path) -> dict[str, str]:
-    """What ``run.json`` says of a run: the name and fingerprint of its text, and the digest of its settings."""
+    """Read ``run.json``: name and fingerprint of the text, and digest of the settings."""
     content = read_json(run / "run.json")
     if not isinstance(content, dict) or not {"text", "fingerprint", "settings"} <= content.keys():
         raise CheckpointError(f"{run / 'run.json'}: not written by train.py, or damaged")

@@ -1,21 +1,20 @@
-"""SmoothActivation: what stands in the place of neurons in a network without spikes, the control."""
+"""DenseActivation: replaces the neurons in a network without spikes, the control."""
 
 from torch import Tensor, nn
 
-__all__ = ["SmoothActivation"]
+__all__ = ["DenseActivation"]
 
 
-class SmoothActivation(nn.Module):
-    """GELU under the interface of a layer of neurons: the control in which only the spikes are missing.
+class DenseActivation(nn.Module):
+    """Apply GELU through the interface of a layer of neurons: the control that differs by its spikes only.
 
-    ``y[t] = gelu(x[t])``; it has no state and no parameters. Meant for one time step: a number says in one what spikes
-    need several for.
+    ``y[t] = gelu(x[t])``; it has no state and no parameters. Use it with T = 1: a real-valued activation needs no time steps.
 
     Args:
-        n_features: width; not needed, but a factory is called with it.
+        n_features: width; not used, but a factory is called with it.
 
     Attributes:
-        store_v_seq: whether to keep the input as ``v_seq``, for layers that read membranes.
+        store_v_seq: whether to store the input as ``v_seq``, for layers that read membranes.
 
     Shapes: ``[T, N, *, D]`` -> ``[T, N, *, D]``.
 
@@ -24,7 +23,7 @@ class SmoothActivation(nn.Module):
     Example:
         >>> import torch
         >>> from nord_snn.layers import SpikingFeedForward
-        >>> dense = SpikingFeedForward(64, 128, neuron=SmoothActivation)
+        >>> dense = SpikingFeedForward(64, 128, neuron=DenseActivation)
         >>> dense(torch.randn(1, 4, 64)).unique().numel() > 2
         True
     """
@@ -36,7 +35,7 @@ class SmoothActivation(nn.Module):
         self.v_seq: Tensor | None = None
 
     def forward(self, x_seq: Tensor) -> Tensor:
-        """Activations of currents."""
+        """Return the activations of currents ``x_seq``."""
         if self.store_v_seq:
             self.v_seq = x_seq
         return nn.functional.gelu(x_seq)

@@ -1,0 +1,62 @@
+"""Collectives of learning rules: weight changes must be equal in all processes that train one network."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+__all__ = ["mean_over_ranks", "raise_on_all_ranks"]
+
+Result = TypeVar("Result")
+
+
+def _single_process() -> bool:
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1
+
+
+def raise_on_all_ranks(compute: Callable[[], Result], device: torch.device) -> Result:
+    """Return ``compute()``; if it raises in one process of ``torch.distributed``, raise in all of them.
+
+    All processes must call this. Without it the others would wait for the failed process in the next collective.
+
+    Args:
+        compute: function without arguments.
+        device: a device whose tensors the processes can exchange.
+
+    Raises:
+        Exception: what ``compute`` raised in this process.
+        RuntimeError: ``compute`` raised in another process.
+    """
+    if _single_process():
+        return compute()
+    failed = torch.ones((), device=device)
+    try:
+        result = compute()
+        failed.zero_()
+    finally:
+        distributed.all_reduce(failed)
+    if failed.item():
+        raise RuntimeError("a learning rule failed in another process")
+    return result
+
+
+def mean_over_ranks(x: Tensor | None, like: Tensor) -> Tensor | None:
+    """Return the mean of ``x`` over all processes, or ``x`` itself in a single process. All processes must call this.
+
+    Args:
+        x: the tensor of this process, or None, which counts as zeros.
+        like: a tensor of the shape of ``x``, on a device whose tensors the processes can exchange.
+
+    Returns:
+        The mean; None if ``x`` is None in every process.
+    """
+    if _single_process():
+        return x
+    n_present = torch.tensor(float(x is not None), device=like.device)
+    distributed.all_reduce(n_present)
+    if not n_present.item():
+        return None
+    total = torch.zeros_like(like) if x is None else x.detach().to(like.device, copy=True)
+    distributed.all_reduce(total)
+    return total / distributed.get_world_size()

@@ -1,0 +1,84 @@
+"""Files of the tree before the model was part of the package: a model folder, a run folder and a plastic file, made then.
+
+``expected.safetensors`` has the logits that tree computed: of the converted ``tests/data/tiny_checkpoint.pt`` in ``model/``,
+of the same model with ``plastic.safetensors``, and of the model of the run.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import train as train_script
+from helpers import DATA, make_text
+from nordlm.inference.plasticity import Plasticity
+from nordlm.training.checkpoints import read_json, write_json
+from nordlm.training.settings import Settings
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import nord_snn.models.nord  # noqa: F401  # registers the model
+
+BEFORE = DATA / "before"
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return load_file(BEFORE / "expected.safetensors")
+
+
+@pytest.mark.parametrize(("folder", "name"), [("model", "logits"), ("run/model", "run_logits")])
+@torch.no_grad()
+def test_a_model_folder_loads_and_computes_the_same(folder, name, expected):
+    model = AutoModelForCausalLM.from_pretrained(BEFORE / folder)
+    assert torch.allclose(model(input_ids=expected["ids"]).logits, expected[name], atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_plastic_file_loads_and_computes_the_same(expected):
+    model = AutoModelForCausalLM.from_pretrained(BEFORE / "model")
+    for name, parameter in model.named_parameters():
+        if name.endswith("v_threshold"):
+            parameter.fill_(0.02)
+    Plasticity(model).load(BEFORE / "plastic.safetensors")
+    learned = model(input_ids=expected["ids"]).logits
+    assert torch.allclose(learned, expected["learned"], atol=1e-5)
+    assert not torch.allclose(learned, expected["logits"], atol=1e-2)
+
+
+def test_the_code_in_a_model_folder_still_runs_and_says_what_to_do(tmp_path):
+    """In a process of its own, where nothing has registered the model that is in the package."""
+    code = (
+        "import sys, torch; from safetensors.torch import load_file; from transformers import AutoModelForCausalLM\n"
+        "before = sys.argv[1]; expected = load_file(before + '/expected.safetensors')\n"
+        "model = AutoModelForCausalLM.from_pretrained(before + '/model', trust_remote_code=True)\n"
+        "assert type(model).__module__.startswith('transformers_modules'), type(model)\n"
+        "with torch.no_grad(): logits = model(input_ids=expected['ids'], use_cache=False).logits\n"
+        "assert torch.allclose(logits, expected['logits'], atol=1e-5)\n"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path), "PYTHONWARNINGS": "default", "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([sys.executable, "-c", code, str(BEFORE)], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "save it again" in run.stderr
+
+
+def test_a_run_folder_is_resumed(tmp_path):
+    """Only the place of the text is another; the loss at the end is the one that the run had then."""
+    text, part = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text(make_text(1500))
+    shutil.copytree(BEFORE / "run", part)
+    was = read_json(part / "results.json")
+    Path(part / "results.json").unlink()
+    settings = Settings.read(part / "settings.yaml")
+    assert settings.digest() == read_json(part / "run.json")["settings"]
+    settings = replace(settings, training=replace(settings.training, data=str(text)))
+    settings.write(part / "settings.yaml")
+    write_json(part / "run.json", read_json(part / "run.json") | {"text": str(text), "settings": settings.digest()})
+    assert train_script.main(["--resume", str(part), "--no-report"]) == 0
+    results = read_json(part / "results.json")
+    assert results["steps"] == 6
+    assert results["validation_loss"] == pytest.approx(was["validation_loss"], abs=1e-3)
