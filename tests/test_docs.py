@@ -52,9 +52,7 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES + READMES, ids=name)
 def test_scripts_that_are_named_exist(page: Path) -> None:
-    for script in re.findall(
-        r"python ((?:examples|studies|benchmarks|docs)/[\w/]+\.py)", page.read_text(encoding="utf-8")
-    ):
+    for script in re.findall(r"(?:examples|studies|benchmarks)/[\w/-]+\.(?:py|yaml)", page.read_text(encoding="utf-8")):
         assert (ROOT / script).exists(), script
 
 

@@ -33,10 +33,7 @@ class SequenceCache:
 
     Example:
         >>> import torch
-        >>> from nord_snn.layers import CoFiringResonance
-        >>> from transformers import DynamicCache                     # doctest: +SKIP
-        >>> stored = DynamicCache()                                   # doctest: +SKIP
-        >>> cache = SequenceCache(update=lambda k, v: stored.update(k, v, layer_idx=0))       # doctest: +SKIP
+        >>> from nord_snn.layers import CoFiringResonance, SequenceCache
         >>> layer = CoFiringResonance(64, n_heads=4)
         >>> layer(torch.randn(10, 2, 7, 64), cache=SequenceCache(lengths=torch.tensor([7, 3]))).shape
         torch.Size([10, 2, 7, 64])

@@ -138,6 +138,11 @@ def test_switches_of_the_command_line(tmp_path, text):
     assert losses[0]["validation_loss"] == losses[1]["validation_loss"]
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in (TRAIN.parent / "nordlm" / "configs").glob("*.yaml")))
+def test_a_config_is_found_by_name_and_in_its_earlier_folder(name):
+    assert read_config(str(TRAIN.parent / "configs" / f"{name}.yaml")) == read_config(name)
+
+
 def test_bf16_trains(tmp_path, text):
     """The losses are close to those of float32, and are not the same, as they would be if nothing were rounded."""
     losses = []
