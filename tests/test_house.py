@@ -198,3 +198,27 @@ def test_no_script_changes_the_search_path():
 def test_the_files_of_the_recipe_are_short():
     for file in (ROOT / "examples" / "nord_lm").rglob("*.py"):
         assert len(file.read_text(encoding="utf-8").splitlines()) <= 350, file
+
+
+def is_triton_kernel(function):
+    return any(ast.unparse(decorator) == "triton.jit" for decorator in function.decorator_list)
+
+
+def test_no_function_has_more_than_twelve_parameters_by_position():
+    """A Triton kernel, which knows no keyword-only parameters, is launched with keywords alone."""
+    kernels = set()
+    for folder in ("nord_snn", "examples", "studies"):
+        for file in (ROOT / folder).rglob("*.py"):
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+            for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+                count = len(function.args.posonlyargs) + len(function.args.args)
+                if count > 12 and is_triton_kernel(function):
+                    kernels.add((file, function.name))
+                else:
+                    assert count <= 12, f"{file}: {function.name}"
+    assert kernels
+    for file, name in kernels:
+        calls = [node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+        launches = [call for call in calls if ast.unparse(call.func).partition("[")[0] == name]
+        assert launches, name
+        assert all(isinstance(call.func, ast.Subscript) and not call.args for call in launches), name

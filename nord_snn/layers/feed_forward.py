@@ -9,13 +9,19 @@ __all__ = ["SpikingFeedForward"]
 
 
 class SpikingFeedForward(nn.Module):
-    """``lif2(down(lif1(up(x))))``, no biases. ``down`` lies between two layers of spikes, which makes it a place for STDP.
+    """Run two linear maps without biases, each followed by neurons: ``lif2(down(lif1(up(x))))``.
+
+    ``down`` has spikes at its input and at its output, so STDP can train it.
 
     Args:
         n_features: D.
         hidden_features: width between the two maps.
         neuron: factory of both neuron layers, see :mod:`nord_snn.neurons.factory`; None for
             ``AssociativeLIFNode`` with its 64 clusters.
+
+    Attributes:
+        hidden_neuron: the neurons between the two maps, ``lif1`` in the state dict.
+        output_neuron: the neurons of the output, ``lif2`` in the state dict.
 
     Shapes: ``[T, N, *, D]`` -> spikes ``[T, N, *, D]``; every call starts from rest.
 
@@ -45,8 +51,18 @@ class SpikingFeedForward(nn.Module):
         self.down = nn.Linear(hidden_features, n_features, bias=False)
         self.lif2 = make_neuron(neuron, n_features)
 
+    @property
+    def hidden_neuron(self) -> nn.Module:
+        """Return the neurons between the two maps."""
+        return self.lif1
+
+    @property
+    def output_neuron(self) -> nn.Module:
+        """Return the neurons of the output."""
+        return self.lif2
+
     def forward(self, x: Tensor) -> Tensor:
-        """Spikes for ``x [T, N, *, D]``."""
+        """Return the spikes for ``x [T, N, *, D]``."""
         check_features(x, self.n_features, type(self).__name__, "[T, N, *, D]")
-        hidden = fire_from_rest(self.lif1, self.up(x))
-        return fire_from_rest(self.lif2, self.down(hidden))
+        hidden = fire_from_rest(self.hidden_neuron, self.up(x))
+        return fire_from_rest(self.output_neuron, self.down(hidden))

@@ -141,10 +141,11 @@ def choose_backend(
 
 def backend_selector(op: str, implementations: Mapping[str, Backend]) -> Callable[[str, CallSignature], str]:
     """Return a cached function ``(requested, call) -> name`` for :func:`choose_backend`."""
+    has_triton = "triton" in implementations
 
     @constant_when_compiled
     def select(requested: str, *call: Any) -> str:
-        key = (op, requested, _default_backend(), _triton_interprets(), call)
+        key = (op, requested, _default_backend(), has_triton and _triton_interprets(), call)
         if key not in _choice_cache:
             _choice_cache[key] = choose_backend(op, implementations, requested, CallSignature(*call)).name
         return _choice_cache[key]

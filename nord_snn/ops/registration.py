@@ -17,7 +17,8 @@ class Kernel(NamedTuple):
 
     Attributes:
         run: function that computes the pass. It needs annotations, because ``torch.library`` infers the schema from its
-            signature. No output may share memory with another output or with an input.
+            signature. The tensors of a forward pass are positional, its options keyword-only. No output may share
+            memory with another output or with an input.
         fake: function of the same signature that returns empty tensors of the right shapes and dtypes.
     """
 
@@ -29,7 +30,7 @@ def register_op(
     name: str,
     forward: Kernel,
     backward: Kernel,
-    setup_context: Callable[..., None],
+    save: Callable[..., None],
     gradients: Callable[..., Any],
     second_derivative: str,
 ) -> Callable[..., Any]:
@@ -42,8 +43,8 @@ def register_op(
         name: name of the op.
         forward: forward pass.
         backward: backward pass.
-        setup_context: ``(ctx, inputs, output)``, as ``torch.library.register_autograd`` takes it.
-        gradients: ``(ctx, *grads, run)``; calls the backward pass ``run`` and returns the gradients of all inputs.
+        save: ``(ctx, tensors, options, output)``; saves in ``ctx`` what ``gradients`` needs.
+        gradients: ``(ctx, *grads, run)``; calls the backward pass ``run`` and returns the gradients of all tensors.
         second_derivative: says what has a second derivative, which the kernels lack; ends the error message.
     """
     op = torch.library.custom_op(f"nord_snn::{name}", forward.run, mutates_args=())
@@ -51,19 +52,30 @@ def register_op(
     backward_op = torch.library.custom_op(f"nord_snn::{name}_backward", backward.run, mutates_args=())
     backward_op.register_fake(backward.fake)
     gradients = _explain_freed_graph(_refuse_second_derivative(gradients, name, second_derivative))
+
+    def setup_context(ctx: Any, inputs: Any, keyword_only_inputs: dict[str, Any], output: Any) -> None:
+        save(ctx, inputs, keyword_only_inputs, output)
+
     op.register_autograd(functools.partial(gradients, run=backward_op), setup_context=setup_context)
 
     # One forward with ``ctx``: with a separate ``setup_context``, autograd.Function inspects signatures in every call.
+    # ``apply`` takes no keywords, so the options travel in a dict.
     def forward_with_context(ctx: Any, *arguments: Any) -> Any:
-        output = forward.run(*arguments)
-        setup_context(ctx, arguments, output)
+        *tensors, options = arguments
+        output = forward.run(*tensors, **options)
+        save(ctx, tensors, options, output)
         return output
 
-    run_backward = functools.partial(gradients, run=backward.run)
-    methods = {"forward": staticmethod(forward_with_context), "backward": staticmethod(run_backward)}
-    direct: Any = type(f"nord_snn_{name}", (torch.autograd.Function,), methods)  # name shown by profilers
+    def run_backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        return *gradients(ctx, *grads, run=backward.run), None
 
-    return _use_dispatcher_if_needed(op, direct.apply)
+    methods = {"forward": staticmethod(forward_with_context), "backward": staticmethod(run_backward)}
+    function: Any = type(f"nord_snn_{name}", (torch.autograd.Function,), methods)  # name shown by profilers
+
+    def direct(*tensors: Any, **options: Any) -> Any:
+        return function.apply(*tensors, options)
+
+    return _use_dispatcher_if_needed(op, direct)
 
 
 def register_op_without_gradient(name: str, kernel: Kernel) -> Callable[..., Any]:
@@ -74,16 +86,20 @@ def register_op_without_gradient(name: str, kernel: Kernel) -> Callable[..., Any
 
 
 def _use_dispatcher_if_needed(op: Callable[..., Any], direct: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or dispatch_mode_is_active() or _any_subclass(arguments):
-            return op(*arguments)
-        return direct(*arguments)
+    def call(*tensors: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling() or dispatch_mode_is_active() or _any_subclass(tensors):
+            return op(*tensors, **options)
+        return direct(*tensors, **options)
 
     return call
 
 
+_PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None), int, float, bool, str}
+
+
 def _any_subclass(arguments: Iterable[Any]) -> bool:
-    return any(isinstance(x, Tensor) and type(x) not in (Tensor, torch.nn.Parameter) for x in arguments)
+    """Return whether an argument is of a subclass of Tensor."""
+    return not _PLAIN_TYPES.issuperset(map(type, arguments))
 
 
 def _explain_freed_graph(gradients: Callable[..., Any]) -> Callable[..., Any]:

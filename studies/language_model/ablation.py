@@ -132,7 +132,7 @@ def clamped_branches(model: PreTrainedModel) -> None:
 
 def clamped_currents(model: PreTrainedModel) -> None:
     """Clamp the input of every neuron layer in the blocks instead of the residual stream."""
-    if model.config.block == "nord":
+    if model.config.block == "published":
         without_clamps(model)
     for block in model.blocks:
         for neurons in [module for module in block.modules() if isinstance(module, AssociativeLIFNode)]:

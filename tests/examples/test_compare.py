@@ -216,7 +216,7 @@ def test_a_rate_at_which_it_diverges_is_not_chosen_and_said(tmp_path, text, spik
             {"lr": 1e30, "max_grad_norm": 1e30},
             "spike-fed diverged with every peak learning rate: give lower ones with --lrs",
         ),
-        ({"block": "nord"}, "expected a config with block: spike_fed in its section model"),
+        ({"block": "published"}, "expected a config with block: spike_fed in its section model"),
     ],
 )
 def test_bad_input_gets_one_sentence(tmp_path, text, capsys, change, message):

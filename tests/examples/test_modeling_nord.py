@@ -299,7 +299,7 @@ def test_bad_input_is_named():
             NordConfig(**{**SMALL, field: value})
     with pytest.raises(ValueError, match="does not offer output_hidden_states"):
         model(input_ids=torch.zeros(1, 3, dtype=torch.long), output_hidden_states=True)
-    with pytest.raises(ValueError, match="block must be 'nord'"):
+    with pytest.raises(ValueError, match="block must be 'published'"):
         NordConfig(**SMALL, block="transformer")
 
 
@@ -369,7 +369,12 @@ def test_parameters_spread_over_processes_learn_the_same(tmp_path):
         assert relative_error(results[0][1][name], parameter.grad) < 5e-4, name
 
 
-@pytest.mark.parametrize("block", ["nord", "spike_fed"])
+def test_the_earlier_name_of_the_published_block_is_the_published_block():
+    assert NordConfig(block="nord").to_dict() == NordConfig().to_dict()
+    assert NordConfig().block == "published"
+
+
+@pytest.mark.parametrize("block", ["published", "spike_fed"])
 def test_the_whole_model_compiles_without_a_graph_break(block):
     """With padding, too: no branch may depend on the mask."""
     torch.manual_seed(0)

@@ -103,11 +103,11 @@ def test_the_twin_lacks_nothing_but_the_neurons():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"block": "other"}, "block must be 'nord' or 'spike_fed', got 'other'"),
+        ({"block": "other"}, "block must be 'published' or 'spike_fed', got 'other'"),
         ({"spiking_values": True}, "spiking_values are those of block='spike_fed'"),
         (
             {"block": "spike_fed", "clamp_floor": -1.0},
-            "clamp_floor is of block='nord': no other block has a leaky clamp",
+            "clamp_floor is of block='published': no other block has a leaky clamp",
         ),
         ({"dense": True}, "a dense model has one time step: t_fast=1 and t_slow=0, got 8 and 2"),
     ],

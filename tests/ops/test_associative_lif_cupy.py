@@ -17,6 +17,7 @@ import torch
 from helpers import relative_error
 
 from nord_snn.ops.lif.reference import AssociativeLIFState, reference
+from nord_snn.ops.lif.support import Arguments, OutputGradients
 from nord_snn.ops.surrogate import SURROGATES, resolve_surrogate
 
 kernels = importlib.import_module("nord_snn.ops.lif.cupy")
@@ -147,21 +148,21 @@ class Call:
         self.grad_spikes, self.grad_v_seq = random(T, N, D).to(case.dtype), random(T, N, D).to(case.dtype)
         self.grad_v_last, self.grad_i_last = random(N, D), random(N, D)
 
-    def arguments(self) -> tuple[Any, ...]:
-        """What forward and backward have in common."""
+    def arguments(self) -> Arguments:
         coupling = None if self.weight is None else self.weight * self.case.C / self.case.D
-        return (
+        return Arguments(
             *(self.x, self.v, self.i_syn, self.refractory, self.threshold, self.beta_mem, self.beta_syn),
             *(coupling, self.v_reset, self.case.refractory_steps),
         )
 
     def forward(self) -> tuple[torch.Tensor, ...]:
-        return kernels.forward(*self.arguments(), self.case.keep_v)
+        return kernels.forward(self.arguments(), self.case.keep_v)
 
     def backward(self) -> tuple[torch.Tensor, ...]:
         grad_v_seq = self.grad_v_seq if self.case.keep_v else None
         last = (self.grad_v_last, self.grad_i_last) if self.case.grad_last else (None, None)
-        return kernels.backward(self.grad_spikes, grad_v_seq, *last, *self.arguments(), self.case.surrogate, 3.0)
+        grads = OutputGradients(self.grad_spikes, grad_v_seq, *last)
+        return kernels.backward(grads, self.arguments(), self.case.surrogate, 3.0)
 
     def expected(self) -> tuple[tuple[Any, ...], dict[str, torch.Tensor], torch.Tensor]:
         """Outputs and gradients of the reference, and how far every membrane was from its threshold."""
@@ -361,10 +362,9 @@ def test_sixteen_bits_round_as_torch_does(device, dtype):
     N, D = 1, v.numel()
     one, zero = torch.ones(1, device=device), torch.zeros(1, device=device)
     nothing = torch.zeros(N, D, device=device)
-    v_seq = kernels.forward(
-        nothing.to(dtype)[None], v[None], nothing, nothing.int(), torch.full((D,), 1e38, device=device),
-        one, zero, None, 0.0, 0, True,
-    )[1].flatten()  # fmt: skip
+    threshold = torch.full((D,), 1e38, device=device)
+    arguments = Arguments(nothing.to(dtype)[None], v[None], nothing, nothing.int(), threshold, one, zero, None, 0.0, 0)
+    v_seq = kernels.forward(arguments, True)[1].flatten()
     number = ~v.isnan()
     assert torch.equal(v_seq[number], v.to(dtype)[number])
     assert v_seq[~number].isnan().all()

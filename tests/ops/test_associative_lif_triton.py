@@ -9,6 +9,7 @@ import torch
 from helpers import relative_error
 
 from nord_snn.ops.lif.reference import AssociativeLIFState, reference
+from nord_snn.ops.lif.support import Arguments, OutputGradients
 from nord_snn.ops.surrogate import SURROGATES, resolve_surrogate
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -106,7 +107,7 @@ def compare(
     x, state = call["x"], call["v"] is not None
     precision = ROUNDING[x.dtype]
 
-    spikes, v_seq, *last = kernels.module.forward(*call.values(), v_reset, refractory_steps, keep_v)
+    spikes, v_seq, *last = kernels.module.forward(Arguments(*call.values(), v_reset, refractory_steps), keep_v)
     assert spikes.dtype == v_seq.dtype == x.dtype
     assert torch.equal(spikes.float(), outputs[0])
     assert v_seq.shape == (x.shape if keep_v else (0, *x.shape[1:]))
@@ -116,7 +117,8 @@ def compare(
         assert got.dtype == expected.dtype
         assert torch.allclose(got, expected, atol=1e-5, rtol=1e-6)
 
-    got = kernels.module.backward(*grads.values(), *call.values(), v_reset, refractory_steps, surrogate, alpha)
+    arguments = Arguments(*call.values(), v_reset, refractory_steps)
+    got = kernels.module.backward(OutputGradients(*grads.values()), arguments, surrogate, alpha)
     assert got[0].dtype == x.dtype
     for name, gradient in zip(("x", "v", "i_syn", "threshold", "beta_mem", "beta_syn", "coupling"), got, strict=True):
         if name in ("v", "i_syn") and not state:
@@ -208,10 +210,12 @@ def test_inputs_need_not_be_contiguous(kernels):
 @pytest.mark.parametrize("C", [0, 3])
 def test_no_rows(kernels, C):
     call, grads = make_call(3, 0, 6, C, device=kernels.device)
-    spikes, v_seq, v, i_syn, refractory = kernels.module.forward(*call.values(), -0.1, 2, True)
+    spikes, v_seq, v, i_syn, refractory = kernels.module.forward(Arguments(*call.values(), -0.1, 2), True)
     assert spikes.shape == v_seq.shape == (3, 0, 6)
     assert v.shape == i_syn.shape == refractory.shape == (0, 6)
-    got = kernels.module.backward(*grads.values(), *call.values(), -0.1, 2, "nord_atan", 4.0)
+    got = kernels.module.backward(
+        OutputGradients(*grads.values()), Arguments(*call.values(), -0.1, 2), "nord_atan", 4.0
+    )
     assert [list(x.shape) for x in got] == [[3, 0, 6], [0, 6], [0, 6], [6], [1], [1], [C, C]]
     assert all(x.eq(0).all() for x in got)
 
@@ -221,8 +225,10 @@ def test_rows_do_not_see_each_other(kernels, C):
     call, grads = make_call(5, 3, 6, C, device=kernels.device)
 
     def run(call):
-        forward = kernels.module.forward(*call.values(), -0.1, 2, True)
-        backward = kernels.module.backward(*grads.values(), *call.values(), -0.1, 2, "nord_atan", 4.0)
+        forward = kernels.module.forward(Arguments(*call.values(), -0.1, 2), True)
+        backward = kernels.module.backward(
+            OutputGradients(*grads.values()), Arguments(*call.values(), -0.1, 2), "nord_atan", 4.0
+        )
         return [out[..., 1:, :] for out in (*forward, *backward[:3])]
 
     before = run(call)
@@ -234,7 +240,8 @@ def test_rows_do_not_see_each_other(kernels, C):
 def test_the_same_call_gives_the_same_bits(kernels):
     call, grads = make_call(4, 9, 8, 4, device=kernels.device)
     first, second = (
-        kernels.module.backward(*grads.values(), *call.values(), -0.1, 2, "nord_atan", 4.0) for _ in range(2)
+        kernels.module.backward(OutputGradients(*grads.values()), Arguments(*call.values(), -0.1, 2), "nord_atan", 4.0)
+        for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -259,16 +266,17 @@ class Compiler:
     def __getitem__(self, grid):
         return self.compile
 
-    def compile(self, *args, num_warps, maxnreg, enable_fp_fusion, **constants):
-        signature = {}
-        for name, arg in zip(self.kernel.arg_names, args, strict=False):
+    def compile(self, *, num_warps, maxnreg, enable_fp_fusion, **arguments):
+        signature, constants = {}, {}
+        for parameter in self.kernel.params:
+            name, arg = parameter.name, arguments.pop(parameter.name)
             if isinstance(arg, torch.Tensor):
                 signature[name] = self.TYPES[arg.dtype]
-            elif arg is None or arg == 1:  # as the launcher does
+            elif parameter.is_constexpr or arg is None or arg == 1:  # as the launcher does
                 signature[name], constants[name] = "constexpr", arg
             else:
                 signature[name] = "i32" if isinstance(arg, int) else "fp32"
-        signature |= dict.fromkeys(constants, "constexpr")
+        assert not arguments
         compiled = triton.compile(
             triton.compiler.ASTSource(self.kernel, signature, constants),
             target=triton.backends.compiler.GPUTarget("cuda", 90, 32),
@@ -286,8 +294,8 @@ def test_kernels_compile_for_a_gpu_without_fused_multiply_adds(monkeypatch, T, C
     for name in ("_forward", "_backward"):
         monkeypatch.setattr(module, name, Compiler(getattr(module, name)))
     call, grads = make_call(T, 64, 512, C, dtype=dtype)
-    module.forward(*call.values(), -0.1, 2, True)
-    module.backward(*grads.values(), *call.values(), -0.1, 2, "sigmoid", 4.0)
+    module.forward(Arguments(*call.values(), -0.1, 2), True)
+    module.backward(OutputGradients(*grads.values()), Arguments(*call.values(), -0.1, 2), "sigmoid", 4.0)
     for kernel in (module._forward, module._backward):
         assert "mul.f32" in kernel.ptx or "mul.rn.f32" in kernel.ptx
         assert "fma" not in kernel.ptx

@@ -336,12 +336,12 @@ class Calls(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[tuple[Any, tuple[Any, ...]]] = []
+        self.seen: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         """Run it, and write it down."""
         if function.namespace == "nord_snn":
-            self.seen.append((function, args))
+            self.seen.append((function, args, kwargs or {}))
         return function(*args, **(kwargs or {}))
 
 
@@ -354,8 +354,8 @@ def opcheck(op: str, backend: str, device: str) -> None:
                 on(device, case, gradient=op not in WITHOUT_GRADIENT),
             )
         expected = [f"nord_snn.{op}.default"] + ([] if op in WITHOUT_GRADIENT else [f"nord_snn.{op}_backward.default"])
-        assert [str(function) for function, _ in calls.seen] == expected
-        for function, arguments in calls.seen:
+        assert [str(function) for function, *_ in calls.seen] == expected
+        for function, arguments, options in calls.seen:
             backward = str(function).endswith("_backward.default")
             smooth = not backward and op not in WITHOUT_GRADIENT
             arguments = tree_map(
@@ -365,7 +365,7 @@ def opcheck(op: str, backend: str, device: str) -> None:
                 arguments,
             )
             tests = ("test_schema", "test_faketensor") if not smooth else None
-            torch.library.opcheck(function, arguments, **({} if tests is None else {"test_utils": tests}))
+            torch.library.opcheck(function, arguments, options, **({} if tests is None else {"test_utils": tests}))
 
 
 def compiled(op: str, backend: str, device: str) -> None:

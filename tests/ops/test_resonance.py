@@ -13,6 +13,7 @@ from nord_snn.ops import resonance
 from nord_snn.ops.topk_resonance import blockwise_torch as blockwise
 from nord_snn.ops.topk_resonance.op import IMPLEMENTATIONS
 from nord_snn.ops.topk_resonance.reference import coincidences, keep_best, reference, resonance_scores
+from nord_snn.ops.topk_resonance.support import Arguments
 
 CASES = load_reference("resonance")
 
@@ -271,8 +272,9 @@ def test_memory_grows_with_the_length_and_not_with_its_square(top_k, backend):
 
     def ours(q, k, v, temperature, recency):
         with torch.no_grad():  # the two passes as autograd calls them; below the op itself no mode sees anything
-            context, *kept = kernel.forward(q, k, v, temperature, recency, 2, top_k, True, True)
-            kernel.backward(context, q, k, v, temperature, recency, *kept, 2, top_k, True, True)
+            arguments = Arguments(q, k, v, temperature, recency, 2, top_k, True)
+            context, *saved = kernel.forward(arguments, True)
+            kernel.backward(context, arguments, saved, True)
 
     def peak(run, S):
         shapes = ((3, 1, S, 8), (3, 1, S, 8), (1, S, 8), (), (2,))
@@ -345,7 +347,8 @@ def test_torch_knows_the_op_and_compiles_it_without_a_break(monkeypatch, backend
             results.append([*result, *(parameter.grad for parameter in layer.parameters())])
         assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(*results, strict=True))
         arguments = (*(x.requires_grad_() for x in inputs), layer.temperature.reshape(()).detach(), layer.recency)
-        torch.library.opcheck(torch.ops.nord_snn.resonance.default, (*arguments, 2, 3, True, True, backend))
+        options = {"n_heads": 2, "top_k": 3, "causal": True, "save_weights": True, "backend": backend}
+        torch.library.opcheck(torch.ops.nord_snn.resonance.default, arguments, options)
     assert len(set(remembered)) == 2
 
 

@@ -48,7 +48,7 @@ class NordConfig(PreTrainedConfig):
         top_k: keys kept per query in the resonance.
         recency: whether scores fall with distance; the published model has no positions at all.
         clamp_floor: initial floor of the leaky clamps of the published block; the other has none.
-        block: ``"nord"``, the published block, or ``"spike_fed"``, in which every linear map sees spikes.
+        block: ``"published"`` (or ``"nord"``, its earlier name), or ``"spike_fed"``, in which every linear map sees spikes.
         spiking_values: whether the values of a spike-fed resonance are spikes.
         dense: the control: smooth activations in the place of all neurons, and one time step.
         backend: backend of the neurons, see ``nord_snn.ops.associative_lif``.
@@ -90,7 +90,7 @@ class NordConfig(PreTrainedConfig):
     top_k: int = 64
     recency: bool = False
     clamp_floor: float = -0.1
-    block: str = "nord"
+    block: str = "published"
     spiking_values: bool = False
     dense: bool = False
     backend: str = "auto"
@@ -106,14 +106,16 @@ class NordConfig(PreTrainedConfig):
         for field in ("output_hidden_states", "output_attentions"):
             if getattr(self, field, False):
                 raise ValueError(f"{field} is not offered: put forward hooks on model.blocks")
-        if self.block not in ("nord", "spike_fed"):
-            raise ValueError(f"block must be 'nord' or 'spike_fed', got {self.block!r}")
+        if self.block == "nord":
+            self.block = "published"
+        if self.block not in ("published", "spike_fed"):
+            raise ValueError(f"block must be 'published' or 'spike_fed', got {self.block!r}")
         if self.spiking_values and self.block != "spike_fed":
             raise ValueError(
                 "spiking_values are those of block='spike_fed': the published block has the mean over time"
             )
-        if self.clamp_floor != NordConfig.clamp_floor and self.block != "nord":
-            raise ValueError("clamp_floor is of block='nord': no other block has a leaky clamp")
+        if self.clamp_floor != NordConfig.clamp_floor and self.block != "published":
+            raise ValueError("clamp_floor is of block='published': no other block has a leaky clamp")
         if self.dense and (self.t_fast, self.t_slow) != (1, 0):
             raise ValueError(
                 f"a dense model has one time step: t_fast=1 and t_slow=0, got {self.t_fast} and {self.t_slow}"

@@ -106,7 +106,7 @@ class NordForCausalLM(CausalLM):
             fast_scale=config.fast_scale,
             slow_scale=config.slow_scale,
         )
-        published = config.block == "nord"
+        published = config.block == "published"
         self.input_lif = make_neuron(neuron, width) if published else nn.Identity()
         self.blocks = nn.ModuleList(_block(config, neuron) for _ in range(config.num_hidden_layers))
         self.stream_norm = nn.Identity() if published else nn.LayerNorm(width, eps=config.layer_norm_eps)

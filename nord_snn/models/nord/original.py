@@ -144,7 +144,7 @@ def to_original(model: NordForCausalLM, tokenizer_id: str = PUBLISHED_TOKENIZER)
     config = model.config
     foreign = {
         "recency": config.recency,
-        f"block = {config.block}": config.block != "nord",
+        f"block = {config.block}": config.block != "published",
         "dense": config.dense,
         "resonance = False": not config.resonance,
         "n_clusters = None": config.n_clusters is None,

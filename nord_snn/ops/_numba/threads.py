@@ -1,8 +1,7 @@
 """Run CPU kernels with as many Numba threads as torch uses."""
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 
 import numba
 import torch
@@ -13,18 +12,33 @@ __all__ = ["as_many_threads_as_torch"]
 _caller_lock = threading.Lock()
 
 
-@contextmanager
-def as_many_threads_as_torch() -> Iterator[int]:
+class _AsManyThreadsAsTorch:
+    """Context of a kernel; a class, since entering a generator takes longer than setting the threads."""
+
+    def __enter__(self) -> int:
+        self._n_torch_threads = torch.get_num_threads()
+        n = min(self._n_torch_threads, numba.config.NUMBA_NUM_THREADS)
+        _caller_lock.acquire()
+        try:
+            if numba.get_num_threads() != n:
+                numba.set_num_threads(n)
+        except BaseException:
+            _caller_lock.release()
+            raise
+        return n
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if torch.get_num_threads() != self._n_torch_threads:
+            torch.set_num_threads(self._n_torch_threads)
+        _caller_lock.release()
+
+
+def as_many_threads_as_torch() -> _AsManyThreadsAsTorch:
     """Set the number of threads of Numba's parallel loops to that of torch, one caller at a time; yield the number.
 
     Numba may share the OpenMP library with torch, and changes its number of threads when it starts its own threads. The
     number of torch threads is restored.
     """
-    n_torch_threads = torch.get_num_threads()
-    with _caller_lock:
-        numba.set_num_threads(min(n_torch_threads, numba.config.NUMBA_NUM_THREADS))
-        try:
-            yield numba.get_num_threads()
-        finally:
-            if torch.get_num_threads() != n_torch_threads:
-                torch.set_num_threads(n_torch_threads)
+    return _AsManyThreadsAsTorch()

@@ -1,5 +1,7 @@
 """Resonance of new positions with cached keys on the CPU; coincidences are counted on the packed bits."""
 
+from typing import Any, NamedTuple
+
 import numpy as np
 import torch
 from numba import prange
@@ -13,7 +15,7 @@ from nord_snn.ops._numba.simd import (
     as_pointer,
     count_bits,
 )
-from nord_snn.ops._numba.tensors import NUMPY_TYPES, as_contiguous, data_pointer
+from nord_snn.ops._numba.tensors import NUMPY_TYPES, addresses, as_contiguous, data_pointer
 from nord_snn.ops._numba.threads import as_many_threads_as_torch
 from nord_snn.ops.checks import compute_dtype
 
@@ -22,21 +24,81 @@ __all__ = ["forward"]
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
+class _Sizes(NamedTuple):
+    """Sizes of a call.
+
+    Attributes:
+        chunks: parts of the work, two per thread.
+        T: time steps.
+        B: sequences.
+        S: new positions.
+        D: neurons of a position.
+        n_all: positions, new and earlier.
+        n_heads: heads.
+        v_head_dim: values of a head.
+        top_k: keys selected per query, at most ``n_all``.
+        window: keys that a query sees, at most ``n_all``.
+        words: 64-bit words that the spikes of a head and position take.
+    """
+
+    chunks: int
+    T: int
+    B: int
+    S: int
+    D: int
+    n_all: int
+    n_heads: int
+    v_head_dim: int
+    top_k: int
+    window: int
+    words: int
+
+
+class _Inputs(NamedTuple):
+    """Addresses of the inputs, 0 for None; ``starts`` is the first token of each sequence, None for position 0."""
+
+    q: int
+    keys: int
+    values: int
+    recency: int
+    starts: int
+
+
+class _Scratch(NamedTuple):
+    """Scratch memory of one query: addresses of all chunks, or pointers of one.
+
+    Attributes:
+        bits: packed spikes of all queries of a head.
+        counts: coincidences with each key.
+        scores: score of each key.
+        selected: selected keys.
+        weights: their weights.
+    """
+
+    bits: Any
+    counts: Any
+    scores: Any
+    selected: Any
+    weights: Any
+
+
 @kernel
-def _forward_heads(
-    first, last, q, shape, keys, n_all, values, v_head_dim, temperature, recency, has_recency, starts, window,
-    n_heads, top_k, int_max, words, bits, counts, scores, selected, weights, context,
-):  # fmt: skip
+def _forward_heads(first, last, sizes, inputs, temperature, int_max, scratch, context):
     """Compute heads ``first`` to ``last`` for the last S of ``n_all`` positions; keys before ``starts`` are masked."""
-    _, _, S, D = shape
+    _, T, B, S, D, n_all, n_heads, v_head_dim, top_k, window, words = sizes
+    bits, counts, scores, selected, weights = scratch
+    q, keys = as_pointer(inputs.q, temperature), as_pointer(inputs.keys, np.int64(0))
+    values, recency = as_pointer(inputs.values, temperature), as_pointer(inputs.recency, temperature)
+    starts = as_pointer(inputs.starts, np.int64(0))
     width = D // n_heads
     for head in range(first, last):
         b, h = head // n_heads, head % n_heads
-        pack(q, shape, b, h, width, bits, 1, words)
-        slope = recency[h] if has_recency else temperature * 0
+        pack(q, (T, B, S, D), b, h, width, bits, 1, words)
+        slope = recency[h] if inputs.recency != 0 else temperature * 0
+        start = starts[b] if inputs.starts != 0 else 0
         for row in range(S):
             i, out = n_all - S + row, ((b * S + row) * n_heads + h) * v_head_dim
-            oldest = max(starts[b], i - window + 1)
+            oldest = max(start, i - window + 1)
             n_visible = i + 1 - oldest
             for j in range(n_visible):
                 counts[j] = 0
@@ -56,23 +118,28 @@ def _forward_heads(
                     context[out + c] = 0
 
 
+@kernel
+def _scratch_of_chunk(c, sizes, scratch, like):
+    """Return the pointers of chunk c from the addresses of all chunks."""
+    bits, counts, scores, selected, weights = scratch
+    return _Scratch(
+        advance(as_pointer(bits, np.int64(0)), c * sizes.S * sizes.words),
+        advance(as_pointer(counts, np.int64(0)), c * sizes.n_all),
+        advance(as_pointer(scores, like), c * (sizes.n_all + WIDTH)),
+        advance(as_pointer(selected, np.int32(0)), c * (sizes.top_k + 1)),
+        advance(as_pointer(weights, like), c * (sizes.top_k + 1)),
+    )
+
+
 @parallel_kernel
-def _forward(
-    like, chunks, q, T, B, S, D, keys, n_all, values, v_head_dim, temperature, recency, starts, window, n_heads,
-    top_k, int_max, words, bits, counts, scores, selected, weights, context,
-):  # fmt: skip
-    """Run chunks of heads in parallel; tensors are addresses, 0 for a ``recency`` of None."""
-    heads, like_int64, like_int32 = B * n_heads, np.int64(0), np.int32(0)
+def _forward(sizes, inputs, temperature, int_max, scratch, context):
+    """Run chunks of heads in parallel; sizes, inputs and scratch are the tuples of the classes above."""
+    chunks, heads = sizes[0], sizes[2] * sizes[6]
     for c in prange(chunks):
+        sizes_ = _Sizes(*sizes)
         _forward_heads(
-            c * heads // chunks, (c + 1) * heads // chunks, as_pointer(q, like), (T, B, S, D),
-            as_pointer(keys, like_int64), n_all, as_pointer(values, like), v_head_dim, temperature,
-            as_pointer(recency, like), recency != 0, as_pointer(starts, like_int64), window, n_heads, top_k, int_max,
-            words, advance(as_pointer(bits, like_int64), c * S * words),
-            advance(as_pointer(counts, like_int64), c * n_all),
-            advance(as_pointer(scores, like), c * (n_all + WIDTH)),
-            advance(as_pointer(selected, like_int32), c * (top_k + 1)),
-            advance(as_pointer(weights, like), c * (top_k + 1)), as_pointer(context, like),
+            c * heads // chunks, (c + 1) * heads // chunks, sizes_, _Inputs(*inputs), temperature, int_max,
+            _scratch_of_chunk(c, sizes_, scratch, temperature), as_pointer(context, temperature),
         )  # fmt: skip
 
 
@@ -88,50 +155,33 @@ def forward(
 ) -> Tensor:
     """Return the context of the last positions from packed keys; the arguments are those of ``resonance_cached``."""
     dtype, out_dtype = compute_dtype(values), values.dtype
-    scalar_type = NUMPY_TYPES[dtype]
     T, B, S, D = q.shape
     H, n_all, n_bytes = keys.shape[1:]
-    words, top_k = n_bytes // 8, min(top_k, n_all)
-    v_head_dim = values.shape[3]
+    top_k, v_head_dim = min(top_k, n_all), values.shape[3]
     context = torch.empty(B, S, H * v_head_dim, dtype=dtype)
-    starts = torch.zeros(B, dtype=torch.int64) if lengths is None else (n_all - lengths).clamp(min=0)
-    q, keys, values, starts = (
+    inputs = (
         as_contiguous(q, dtype),
         as_contiguous(keys, torch.uint8),
         as_contiguous(values, dtype),
-        as_contiguous(starts, torch.int64),
+        None if recency is None else as_contiguous(recency, dtype),
+        None if lengths is None else as_contiguous((n_all - lengths).clamp(min=0), torch.int64),
     )
-    slopes = None if recency is None else as_contiguous(recency, dtype)
     with as_many_threads_as_torch() as threads:
         chunks = max(1, min(B * H, 2 * threads))
+        sizes = _Sizes(chunks, T, B, S, D, n_all, H, v_head_dim, top_k, min(window, n_all), n_bytes // 8)
         scratch = (
-            torch.empty(chunks, S * words, dtype=torch.int64),
+            torch.empty(chunks, S * sizes.words, dtype=torch.int64),
             torch.empty(chunks, n_all, dtype=torch.int64),
             torch.empty(chunks, n_all + WIDTH, dtype=dtype),
             torch.empty(chunks, top_k + 1, dtype=torch.int32),
             torch.empty(chunks, top_k + 1, dtype=dtype),
         )
         _forward(
-            scalar_type(0),
-            chunks,
-            data_pointer(q),
-            T,
-            B,
-            S,
-            D,
-            data_pointer(keys),
-            n_all,
-            data_pointer(values),
-            v_head_dim,
-            scalar_type(float(temperature)),
-            data_pointer(slopes),
-            data_pointer(starts),
-            min(window, n_all),
-            H,
-            top_k,
+            tuple(sizes),
+            addresses(inputs),
+            NUMPY_TYPES[dtype](float(temperature)),
             np.int64(torch.iinfo(_INTEGERS[dtype]).max),
-            words,
-            *map(data_pointer, scratch),
+            addresses(scratch),
             data_pointer(context),
         )
     return context.to(out_dtype)

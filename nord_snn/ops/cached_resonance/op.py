@@ -83,9 +83,11 @@ def resonance_cached(
     name = "torch" if real_keys else _choose(backend, CallSignature(values.device.type, values.dtype, values.shape[-1]))
     window = keys.shape[2] if window is None else window
     dtype = compute_dtype(values)
-    if not isinstance(temperature, Tensor):
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(dtype).view(())
+    else:
         temperature = torch.full((), temperature, dtype=dtype, device=values.device)
-    return _run(q, keys, values, top_k, temperature.to(dtype).reshape(()), recency, lengths, window, name)
+    return _run(q, keys, values, top_k, temperature, recency, lengths, window, name)
 
 
 def _forward(

@@ -1,5 +1,7 @@
 """The leaky clamp on the CPU: one pass over memory each for forward and backward, instead of a dozen by autograd."""
 
+from typing import Any, NamedTuple
+
 import torch
 from numba import prange
 from torch import Tensor
@@ -17,15 +19,35 @@ from nord_snn.ops._numba.simd import (
     store,
     where,
 )
-from nord_snn.ops._numba.tensors import NUMPY_TYPES, as_contiguous, data_pointer
+from nord_snn.ops._numba.tensors import NUMPY_TYPES, addresses, as_contiguous, data_pointer
 from nord_snn.ops._numba.threads import as_many_threads_as_torch
 from nord_snn.ops.checks import compute_dtype
 
 __all__ = ["backward", "forward"]
 
 
+class _Inputs(NamedTuple):
+    """Pointers to the inputs; those of branch and gain are null without a branch."""
+
+    x: Any
+    branch: Any
+    gain: Any
+    leak: Any
+    floor: Any
+
+
 @kernel
-def _forward_rows(first, last, D, x, branch, gain, leak, floor, y, has_branch):
+def _pointers(inputs, like):
+    x, branch, gain, leak, floor = inputs
+    return _Inputs(
+        as_pointer(x, like), as_pointer(branch, like), as_pointer(gain, like), as_pointer(leak, like),
+        as_pointer(floor, like),
+    )  # fmt: skip
+
+
+@kernel
+def _forward_rows(first, last, D, inputs, y, has_branch):
+    x, branch, gain, leak, floor = inputs
     zero = broadcast(x, 0)
     for at in range(first * D, last * D, D):
         for d in range(0, D, WIDTH):
@@ -39,12 +61,13 @@ def _forward_rows(first, last, D, x, branch, gain, leak, floor, y, has_branch):
 
 
 @kernel
-def _backward_rows(first, last, D, grad, x, branch, gain, leak, floor, grad_x, grad_branch, sums, has_branch):
+def _backward_rows(first, last, D, grad, inputs, grad_x, grad_branch, sums, has_branch):
     """Add the gradients of rows ``first`` to ``last``; a tie of ``leak * z`` and ``floor`` splits the gradient equally.
 
     ``torch.maximum`` splits it in the same way. ``sums [3, D rounded up to whole vectors]`` accumulates the gradients
     of leak, floor and gain.
     """
+    x, branch, gain, leak, floor = inputs
     zero, one, half = broadcast(x, 0), broadcast(x, 1), broadcast(x, 0.5)
     row = -(-D // WIDTH) * WIDTH
     leak_sums, floor_sums, gain_sums = sums, advance(sums, row), advance(sums, 2 * row)
@@ -74,34 +97,35 @@ def _backward_rows(first, last, D, grad, x, branch, gain, leak, floor, grad_x, g
 
 
 @parallel_kernel
-def _forward(like, chunks, N, D, x, branch, gain, leak, floor, y):
-    has_branch = branch != 0
+def _forward(like, chunks, N, D, inputs, y):
+    has_branch = inputs[1] != 0
     for c in prange(chunks):
-        _forward_rows(
-            c * N // chunks, (c + 1) * N // chunks, D, as_pointer(x, like), as_pointer(branch, like),
-            as_pointer(gain, like), as_pointer(leak, like), as_pointer(floor, like), as_pointer(y, like), has_branch,
-        )  # fmt: skip
+        first, last = c * N // chunks, (c + 1) * N // chunks
+        _forward_rows(first, last, D, _pointers(inputs, like), as_pointer(y, like), has_branch)
 
 
 @parallel_kernel
-def _backward(like, chunks, N, D, grad, x, branch, gain, leak, floor, grad_x, grad_branch, sums):
-    has_branch, chunk_size = branch != 0, 3 * -(-D // WIDTH) * WIDTH
+def _backward(like, chunks, N, D, grad, inputs, grad_x, grad_branch, sums):
+    has_branch, chunk_size = inputs[1] != 0, 3 * -(-D // WIDTH) * WIDTH
     for c in prange(chunks):
         _backward_rows(
-            c * N // chunks, (c + 1) * N // chunks, D, as_pointer(grad, like), as_pointer(x, like),
-            as_pointer(branch, like), as_pointer(gain, like), as_pointer(leak, like), as_pointer(floor, like),
+            c * N // chunks, (c + 1) * N // chunks, D, as_pointer(grad, like), _pointers(inputs, like),
             as_pointer(grad_x, like), as_pointer(grad_branch, like), advance(as_pointer(sums, like), c * chunk_size),
             has_branch,
         )  # fmt: skip
+
+
+def _contiguous(*tensors: Tensor | None, dtype: torch.dtype) -> list[Tensor | None]:
+    return [None if x is None else as_contiguous(x, dtype) for x in tensors]
 
 
 def forward(x: Tensor, branch: Tensor | None, gain: Tensor | None, leak: Tensor, floor: Tensor) -> Tensor:
     """Return the clamped sum ``[*, D]``; the arguments are those of the op in ``op.py``."""
     dtype, D = compute_dtype(x), x.shape[-1]
     y = torch.empty(x.shape, dtype=dtype)
-    inputs = [None if part is None else as_contiguous(part, dtype) for part in (x, branch, gain, leak, floor)]
+    inputs = _contiguous(x, branch, gain, leak, floor, dtype=dtype)
     with as_many_threads_as_torch() as threads:
-        _forward(NUMPY_TYPES[dtype](0), 2 * threads, x.numel() // D, D, *map(data_pointer, inputs), data_pointer(y))
+        _forward(NUMPY_TYPES[dtype](0), 2 * threads, x.numel() // D, D, addresses(inputs), data_pointer(y))
     return y.to(x.dtype)
 
 
@@ -112,12 +136,12 @@ def backward(
     dtype, D = compute_dtype(x), x.shape[-1]
     grad_x = torch.empty(x.shape, dtype=dtype)
     grad_branch = torch.empty(0 if branch is None else x.shape, dtype=dtype)
-    inputs = [None if part is None else as_contiguous(part, dtype) for part in (grad, x, branch, gain, leak, floor)]
+    grad, inputs = as_contiguous(grad, dtype), _contiguous(x, branch, gain, leak, floor, dtype=dtype)
     with as_many_threads_as_torch() as threads:
         sums = torch.zeros(2 * threads, 3, -(-D // WIDTH) * WIDTH, dtype=dtype)
         _backward(
-            NUMPY_TYPES[dtype](0), 2 * threads, x.numel() // D, D,
-            *map(data_pointer, [*inputs, grad_x, grad_branch, sums])
+            NUMPY_TYPES[dtype](0), 2 * threads, x.numel() // D, D, data_pointer(grad), addresses(inputs),
+            *addresses((grad_x, grad_branch, sums)),
         )  # fmt: skip
     grad_leak, grad_floor, grad_gain = (sums[:, kind, :D].sum(0) for kind in range(3))
     if branch is None:

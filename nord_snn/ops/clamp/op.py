@@ -1,5 +1,6 @@
 """The public op: argument checks, precision, choice of the backend, registration of the kernel with torch.library."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def leaky_clamp(
     if name == "torch":
         cast_branch = None if branch is None else branch.to(dtype)
         return reference(x.to(dtype), cast_branch, gain, leak, floor).to(x.dtype)
-    return _run(x, branch, gain, leak, floor, name)
+    return _run(x, branch, gain, leak, floor, backend=name)
 
 
 def _check(x: Tensor, branch: Tensor | None, gain: Tensor | None, leak: Tensor, floor: Tensor) -> None:
@@ -86,23 +87,23 @@ def _check(x: Tensor, branch: Tensor | None, gain: Tensor | None, leak: Tensor, 
 
 
 def _forward(
-    x: Tensor, branch: Tensor | None, gain: Tensor | None, leak: Tensor, floor: Tensor, backend: str
+    x: Tensor, branch: Tensor | None, gain: Tensor | None, leak: Tensor, floor: Tensor, *, backend: str
 ) -> Tensor:
     return IMPLEMENTATIONS[backend].kernel().forward(x, branch, gain, leak, floor)
 
 
-def _forward_fake(x: Tensor, *arguments: Any) -> Tensor:
+def _forward_fake(x: Tensor, *tensors: Tensor | None, backend: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
 def _backward(
-    grad: Tensor, x: Tensor, branch: Tensor | None, gain: Tensor | None, leak: Tensor, floor: Tensor, backend: str
+    grad: Tensor, x: Tensor, branch: Tensor | None, gain: Tensor | None, leak: Tensor, floor: Tensor, *, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return IMPLEMENTATIONS[backend].kernel().backward(grad, x, branch, gain, leak, floor)
 
 
 def _backward_fake(
-    grad: Tensor, x: Tensor, branch: Tensor | None, gain: Tensor | None, leak: Tensor, floor: Tensor, backend: str
+    grad: Tensor, x: Tensor, branch: Tensor | None, gain: Tensor | None, leak: Tensor, floor: Tensor, *, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grad_branch = leak.new_empty(0) if branch is None else branch.new_empty(branch.shape)
     return (
@@ -111,23 +112,23 @@ def _backward_fake(
     )  # fmt: skip
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.backend = inputs
+def _save(ctx: Any, tensors: Sequence[Tensor | None], options: dict[str, Any], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
+    ctx.options = options
 
 
 def _gradients(ctx: Any, grad: Tensor, run: Any) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    x, branch, gain, leak, floor = run(grad, *tensors, ctx.backend)
+    x, branch, gain, leak, floor = run(grad, *tensors, **ctx.options)
     residual_grads = (None, None) if tensors[1] is None else (branch, gain)
-    return x, *residual_grads, leak, floor, None
+    return x, *residual_grads, leak, floor
 
 
 _run = register_op(
     "leaky_clamp",
     Kernel(_forward, _forward_fake),
     Kernel(_backward, _backward_fake),
-    _setup_context,
+    _save,
     _gradients,
     second_derivative="backend='torch' has one",
 )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nord_snn.ops.dispatch import CallSignature, Support
-from nord_snn.ops.lif.support import knows_surrogate
+from nord_snn.ops.lif.support import Arguments, OutputGradients, knows_surrogate
 
 __all__ = ["SURROGATE_IDS", "accepts", "backward", "fits", "forward"]
 
@@ -621,20 +621,9 @@ def _couplings(coupling: Tensor | None) -> tuple[int, Tensor | None, Tensor | No
     return C, coupling, None if _coupling_is_shared(C) else coupling.T.contiguous()
 
 
-def forward(
-    x: Tensor,
-    v: Tensor | None,
-    i_syn: Tensor | None,
-    refractory: Tensor | None,
-    threshold: Tensor,
-    beta_mem: Tensor,
-    beta_syn: Tensor,
-    coupling: Tensor | None,
-    v_reset: float,
-    refractory_steps: int,
-    keep_v: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return spikes, membranes (empty unless ``keep_v``) and the last state; arguments as in ``op.py``."""
+def forward(arguments: Arguments, keep_v: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return spikes, membranes (empty unless ``keep_v``) and the last state."""
+    x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps = arguments
     T, N, D = x.shape
     kernel = "associative_lif_forward"
     spikes = torch.empty(T, N, D, dtype=x.dtype, device=x.device)
@@ -670,24 +659,10 @@ def forward(
 
 
 def backward(
-    grad_spikes: Tensor,
-    grad_v_seq: Tensor | None,
-    grad_v_last: Tensor | None,
-    grad_i_last: Tensor | None,
-    x: Tensor,
-    v: Tensor | None,
-    i_syn: Tensor | None,
-    refractory: Tensor | None,
-    threshold: Tensor,
-    beta_mem: Tensor,
-    beta_syn: Tensor,
-    coupling: Tensor | None,
-    v_reset: float,
-    refractory_steps: int,
-    surrogate: str,
-    alpha: float,
+    grads: OutputGradients, arguments: Arguments, surrogate: str, alpha: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, v and i_syn (empty without a state), threshold, both betas, coupling (or empty)."""
+    x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps = arguments
     T, N, D = x.shape
     kernel = "associative_lif_backward"
     C, coupling, coupling_t = _couplings(coupling)
@@ -707,10 +682,10 @@ def backward(
         record = torch.empty(blocks, T, plan.rows, D, 2, device=x.device)
         history = torch.empty(blocks, 3, T, plan.rows, -(-C // 4) * 4, device=x.device)
         args = [
-            _prepare(grad_spikes, x.dtype),
-            _prepare(grad_v_seq, x.dtype),
-            _prepare(grad_v_last, torch.float32),
-            _prepare(grad_i_last, torch.float32),
+            _prepare(grads.spikes, x.dtype),
+            _prepare(grads.v_seq, x.dtype),
+            _prepare(grads.v_last, torch.float32),
+            _prepare(grads.i_last, torch.float32),
             _prepare(x, x.dtype),
             _prepare(v, torch.float32),
             _prepare(i_syn, torch.float32),

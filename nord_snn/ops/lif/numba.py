@@ -1,9 +1,11 @@
 """The associative LIF neuron on the CPU: Numba kernels that pass over memory once, with rows in parallel.
 
 A block of rows is computed for all time steps while its state stays in the cache. The backward pass recomputes the
-block forward and then goes through the steps in reverse. The README of this folder explains the explicit vectors and
+block forward and then goes through the steps in reverse. ``ops/_numba/simd.py`` explains the explicit vectors and
 pointers.
 """
+
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,11 +29,11 @@ from nord_snn.ops._numba.simd import (
     store,
     where,
 )
-from nord_snn.ops._numba.tensors import NUMPY_TYPES, as_contiguous, data_pointer
+from nord_snn.ops._numba.tensors import NUMPY_TYPES, addresses, as_contiguous, data_pointer
 from nord_snn.ops._numba.threads import as_many_threads_as_torch
 from nord_snn.ops.checks import compute_dtype
 from nord_snn.ops.dispatch import CallSignature, Support
-from nord_snn.ops.lif.support import knows_surrogate
+from nord_snn.ops.lif.support import Arguments, OutputGradients, knows_surrogate
 
 __all__ = ["SURROGATE_IDS", "accepts", "backward", "forward"]
 
@@ -56,6 +58,121 @@ _MASKS = _TILE // WIDTH  # bit masks of refractory neurons saved per tile and ti
 _BLOCKS_PER_SUM = 16  # blocks whose coupling gradients are summed in the kernel's dtype, before the float64 sum
 
 
+class _Sizes(NamedTuple):
+    """Sizes of a call.
+
+    Attributes:
+        chunks: parts of the work, two per thread.
+        blocks: blocks of rows.
+        rows: rows per block, as many as fill a tile.
+        tiles: tiles per block.
+        T: time steps.
+        N: neurons of all rows, N * D.
+        D: neurons of a row.
+        clusters: clusters C, 0 without a cascade.
+        width: C rounded up to whole vectors.
+    """
+
+    chunks: int
+    blocks: int
+    rows: int
+    tiles: int
+    T: int
+    N: int
+    D: int
+    clusters: int
+    width: int
+
+
+class _Constants(NamedTuple):
+    """Numbers of a call, in the type that the kernels compute in."""
+
+    beta_mem: Any
+    beta_syn: Any
+    v_reset: Any
+    refractory_steps: Any
+
+
+class _Inputs(NamedTuple):
+    """Addresses of the inputs, 0 for None; both couplings are ``[C, width]``."""
+
+    x: int
+    v: int
+    i_syn: int
+    refractory: int
+    threshold: int
+    coupling: int
+    coupling_t: int
+
+
+class _Outputs(NamedTuple):
+    """Addresses of the outputs."""
+
+    spikes: int
+    v_seq: int
+    v_last: int
+    i_last: int
+    refractory_last: int
+
+
+class _OutputGradients(NamedTuple):
+    """Addresses of the gradients of the outputs, 0 for None."""
+
+    spikes: int
+    v_seq: int
+    v_last: int
+    i_last: int
+
+
+class _Gradients(NamedTuple):
+    """Addresses of the gradients of x and of the initial state, and of the sums ``shared`` of each chunk."""
+
+    x: int
+    v: int
+    i_syn: int
+    shared: int
+
+
+class _Block(NamedTuple):
+    """Scratch memory of a block of rows.
+
+    Attributes:
+        state: state of each tile between time steps.
+        cascade_in: current that the cascade adds in the next time step.
+        step_spikes: spikes of the current time step.
+        record: values of every time step that the backward sweep needs.
+        refractory_masks: bit masks of refractory neurons of every time step.
+    """
+
+    state: Any
+    cascade_in: Any
+    step_spikes: Any
+    record: Any
+    refractory_masks: Any
+
+
+class _Tile(NamedTuple):
+    """One tile at one time step.
+
+    Attributes:
+        at: its first neuron in x and in the outputs.
+        next_step: distance to the same neuron at the time step that comes next, for prefetching.
+        n: number of neurons.
+        first: its first neuron in the block.
+        state: its state in ``_Block.state``.
+        record: its values in ``_Block.record``.
+        masks: the time step's masks in ``_Block.refractory_masks``.
+    """
+
+    at: int
+    next_step: int
+    n: int
+    first: int
+    state: int
+    record: int
+    masks: int
+
+
 @kernel
 def _load_or_zero(has_source, source, at, n, target, offset):
     """Set ``target[offset:] = source[at:]``, or zeros without a source; pad with zeros to whole vectors."""
@@ -65,24 +182,24 @@ def _load_or_zero(has_source, source, at, n, target, offset):
 
 
 @kernel
-def _step(
-    x, spikes, v_seq, at, prefetch_distance, n, state, s, cascade_in, step_spikes, lo, record, q, refractory_masks,
-    keep_v, save, v_reset, refractory_steps, beta_mem, beta_syn,
-):  # fmt: skip
-    """Compute one time step of one tile, see ``reference.py``; ``cascade_in`` is the cascade of the step before.
+def _step(x, spikes, v_seq, keep_v, save, tile, block, constants):
+    """Compute one time step of one tile, see ``reference.py``.
 
-    Prefetch the next time step, ``prefetch_distance`` elements on: the stride is too large for the hardware prefetcher.
+    With ``save``, write what the backward sweep needs instead of the outputs. Prefetch the next time step: the stride
+    is too large for the hardware prefetcher.
     """
+    at, next_step, n, lo, s, q, masks = tile
+    state, cascade_in, step_spikes, record, refractory_masks = block
     one, zero, reset, refractory_period = (
         broadcast(x, 1),
         broadcast(x, 0),
-        broadcast(x, v_reset),
-        broadcast(x, refractory_steps),
+        broadcast(x, constants.v_reset),
+        broadcast(x, constants.refractory_steps),
     )
-    mem_decay, syn_decay = broadcast(x, beta_mem), broadcast(x, beta_syn)
+    mem_decay, syn_decay = broadcast(x, constants.beta_mem), broadcast(x, constants.beta_syn)
     mem_input_weight = one - mem_decay
     for d in range(0, n, WIDTH):
-        prefetch(x, at + prefetch_distance + d)
+        prefetch(x, at + next_step + d)
         before = load(state, s + _CURRENT + d) + load(cascade_in, lo + d)
         current = syn_decay * before + masked_load(x, at + d, n - d)
         v = load(state, s + _V + d)
@@ -102,9 +219,9 @@ def _step(
             store(record, q + _DISTANCE_OR_SLOPE + d, distance)
             store(record, q + _V_MINUS_CURRENT + d, v - current)
             store(record, q + _CURRENT_BEFORE + d, before)
-            refractory_masks[(lo + d) // WIDTH] = is_refractory
+            refractory_masks[masks + (lo + d) // WIDTH] = is_refractory
         else:
-            prefetch(spikes, at + prefetch_distance + d)
+            prefetch(spikes, at + next_step + d)
             masked_store(spikes, at + d, n - d, spike)
             if keep_v:
                 masked_store(v_seq, at + d, n - d, after)
@@ -112,23 +229,24 @@ def _step(
 
 @kernel
 def _step_back(
-    grad_spikes, has_grad_v_seq, grad_v_seq, grad_x, at, prefetch_distance, n, state, s, grad_cascade, grad_current,
-    lo, record, q, refractory_masks, beta_sums, beta_mem, beta_syn,
-):  # fmt: skip
+    grad_spikes, has_grad_v_seq, grad_v_seq, grad_x, grad_cascade, grad_current, beta_sums, tile, block, constants
+):
     """Backward of ``_step``; ``grad_cascade`` is the gradient of the spikes through the cascade."""
-    mem_decay, syn_decay = broadcast(record, beta_mem), broadcast(record, beta_syn)
+    at, next_step, n, lo, s, q, masks = tile
+    state, _, _, record, refractory_masks = block
+    mem_decay, syn_decay = broadcast(record, constants.beta_mem), broadcast(record, constants.beta_syn)
     zero, mem_input_weight = broadcast(record, 0), broadcast(record, 1) - mem_decay
     grad_beta_mem, grad_beta_syn = load(beta_sums, 0), load(beta_sums, WIDTH)
     for d in range(0, n, WIDTH):
-        prefetch(grad_spikes, at + prefetch_distance + d)
-        prefetch(grad_x, at + prefetch_distance + d)
+        prefetch(grad_spikes, at + next_step + d)
+        prefetch(grad_x, at + next_step + d)
         grad_v = load(state, s + _GRAD_V + d)
         if has_grad_v_seq:
             grad_v = grad_v + masked_load(grad_v_seq, at + d, n - d)
         grad_out = masked_load(grad_spikes, at + d, n - d) + load(grad_cascade, lo + d)
         grad_spike = grad_out - load(state, s + _THRESHOLD + d) * grad_v
         grad_distance = grad_spike * load(record, q + _DISTANCE_OR_SLOPE + d)
-        grad_u = where(refractory_masks[(lo + d) // WIDTH], zero, grad_v + grad_distance)
+        grad_u = where(refractory_masks[masks + (lo + d) // WIDTH], zero, grad_v + grad_distance)
         grad_i = load(grad_current, lo + d) + mem_input_weight * grad_u
         grad_beta_mem = grad_beta_mem + grad_u * load(record, q + _V_MINUS_CURRENT + d)
         grad_beta_syn = grad_beta_syn + grad_i * load(record, q + _CURRENT_BEFORE + d)
@@ -235,8 +353,12 @@ def _add_outer_products(grad_sums, sums, rows, clusters, width, grad_coupling):
 
 
 @kernel
-def _load_state(start, length, tiles, has_state, v, i_syn, refractory, state, cascade_in):
+def _load_state(start, length, tiles, inputs, like, block):
     """Load the initial state of a block of rows, or zeros for rest."""
+    state, cascade_in, _, _, _ = block
+    v, i_syn = as_pointer(inputs.v, like), as_pointer(inputs.i_syn, like)
+    refractory = as_pointer(inputs.refractory, like)
+    has_state = inputs.v != 0
     for tile in range(tiles):
         lo, s = tile * _TILE, tile * _STATE
         n = min(_TILE, length - lo)
@@ -248,34 +370,36 @@ def _load_state(start, length, tiles, has_state, v, i_syn, refractory, state, ca
 
 
 @kernel
-def _forward_rows(
-    first, last, rows, tiles, T, N, D, clusters, width, x, has_state, v, i_syn, refractory, threshold, beta_mem,
-    beta_syn, coupling_t, v_reset, refractory_steps, keep_v, spikes, v_seq, v_last, i_last, refractory_last, scratch,
-):  # fmt: skip
+def _forward_rows(first, last, sizes, inputs, outputs, keep_v, constants, scratch):
     """Compute blocks ``first`` to ``last`` of ``rows`` rows each."""
+    _, _, rows, tiles, T, N, D, clusters, width = sizes
+    like = constants.v_reset
+    x, threshold = as_pointer(inputs.x, like), as_pointer(inputs.threshold, like)
+    spikes, v_seq = as_pointer(outputs.spikes, like), as_pointer(outputs.v_seq, like)
+    v_last, i_last = as_pointer(outputs.v_last, like), as_pointer(outputs.i_last, like)
+    refractory_last = as_pointer(outputs.refractory_last, np.int32(0))
+    coupling_t = as_pointer(inputs.coupling_t, like)
     members, padded_length = D // max(clusters, 1), tiles * _TILE + WIDTH
-    nothing = as_pointer(0, np.uint16(0))
     state = scratch
     cascade_in = advance(state, tiles * _STATE)
     step_spikes = advance(cascade_in, padded_length)
     sums = advance(step_spikes, padded_length)
     current = advance(sums, rows * width)
+    scratch_of_block = _Block(state, cascade_in, step_spikes, state, as_pointer(0, np.uint16(0)))
     for d in range(rows * D):
         state[d // _TILE * _STATE + _THRESHOLD + d % _TILE] = threshold[d % D]
     for block in range(first, last):
         start = block * rows * D
         length = min(rows * D, N - start)
-        _load_state(start, length, tiles, has_state, v, i_syn, refractory, state, cascade_in)
+        _load_state(start, length, tiles, inputs, like, scratch_of_block)
         for t in range(T):
             # To the next time step, or to the first one of the next block.
-            prefetch_distance = N if t < T - 1 else rows * D - (T - 1) * N
+            next_step = N if t < T - 1 else rows * D - (T - 1) * N
             for tile in range(tiles):
                 lo = tile * _TILE
                 n = min(_TILE, length - lo)
-                _step(
-                    x, spikes, v_seq, t * N + start + lo, prefetch_distance, n, state, tile * _STATE, cascade_in,
-                    step_spikes, lo, state, 0, nothing, keep_v, False, v_reset, refractory_steps, beta_mem, beta_syn,
-                )  # fmt: skip
+                place = _Tile(t * N + start + lo, next_step, n, lo, tile * _STATE, 0, 0)
+                _step(x, spikes, v_seq, keep_v, False, place, scratch_of_block, constants)
             if clusters:
                 _couple(step_spikes, length // D, members, clusters, coupling_t, width, sums, 0, current, cascade_in)
         for tile in range(tiles):
@@ -289,18 +413,20 @@ def _forward_rows(
 
 
 @kernel
-def _backward_rows(
-    first, last, rows, tiles, T, N, D, clusters, width, grad_spikes, has_grad_v_seq, grad_v_seq, has_grad_v_last,
-    grad_v_last, has_grad_i_last, grad_i_last, x, has_state, v, i_syn, refractory, threshold, beta_mem, beta_syn,
-    coupling_t, coupling, v_reset, refractory_steps, surrogate, alpha, record, refractory_masks, scratch, grad_x,
-    grad_v, grad_i, shared,
-):  # fmt: skip
-    """Compute blocks ``first`` to ``last``; add the gradients of parameters to ``shared``, separate for each chunk.
+def _backward_rows(first, last, sizes, grads, inputs, constants, surrogate, alpha, record, masks, scratch, results):
+    """Compute blocks ``first`` to ``last``; add the gradients of parameters to ``results.shared``.
 
     ``shared`` has the gradients of the D thresholds, of both decays, and of the coupling, in float64, because these
     sums are long and may nearly cancel. Gradients of the decays are added to it per block, of the coupling per few
     blocks, of the thresholds per chunk.
     """
+    _, _, rows, tiles, T, N, D, clusters, width = sizes
+    like = constants.v_reset
+    x, threshold = as_pointer(inputs.x, like), as_pointer(inputs.threshold, like)
+    coupling, coupling_t = as_pointer(inputs.coupling, like), as_pointer(inputs.coupling_t, like)
+    grad_spikes, grad_v_seq = as_pointer(grads.spikes, like), as_pointer(grads.v_seq, like)
+    grad_v_last, grad_i_last = as_pointer(grads.v_last, like), as_pointer(grads.i_last, like)
+    grad_x, grad_v, grad_i = as_pointer(results.x, like), as_pointer(results.v, like), as_pointer(results.i_syn, like)
     members, padded_length = D // max(clusters, 1), tiles * _TILE + WIDTH
     state = scratch
     cascade_in = advance(state, tiles * _STATE)
@@ -312,29 +438,28 @@ def _backward_rows(
     current = advance(grad_sums, T * rows * width)
     beta_sums = advance(current, width)
     coupling_sums = advance(beta_sums, 2 * WIDTH)
-    grad_threshold, grad_betas, grad_coupling = shared, advance(shared, D), advance(shared, D + 2)
+    grad_threshold = as_pointer(results.shared, np.float64(0))
+    grad_betas, grad_coupling = advance(grad_threshold, D), advance(grad_threshold, D + 2)
+    scratch_of_block = _Block(state, cascade_in, step_spikes, record, masks)
     for d in range(rows * D):
         state[d // _TILE * _STATE + _THRESHOLD + d % _TILE] = threshold[d % D]
     for block in range(first, last):
         start = block * rows * D
         length = min(rows * D, N - start)
         count = length // D
-        _load_state(start, length, tiles, has_state, v, i_syn, refractory, state, cascade_in)
+        _load_state(start, length, tiles, inputs, like, scratch_of_block)
         for tile in range(tiles):
             lo = tile * _TILE
             n = min(_TILE, length - lo)
-            _load_or_zero(has_grad_v_last, grad_v_last, start + lo, n, state, tile * _STATE + _GRAD_V)
-            _load_or_zero(has_grad_i_last, grad_i_last, start + lo, n, grad_current, lo)
+            _load_or_zero(grads.v_last != 0, grad_v_last, start + lo, n, state, tile * _STATE + _GRAD_V)
+            _load_or_zero(grads.i_last != 0, grad_i_last, start + lo, n, grad_current, lo)
         for t in range(T):
-            prefetch_distance = N if t < T - 1 else rows * D - (T - 1) * N
+            next_step = N if t < T - 1 else rows * D - (T - 1) * N
             for tile in range(tiles):
                 lo, q = tile * _TILE, (t * tiles + tile) * _RECORD
                 n = min(_TILE, length - lo)
-                _step(
-                    x, x, x, t * N + start + lo, prefetch_distance, n, state, tile * _STATE, cascade_in, step_spikes,
-                    lo, record, q, advance(refractory_masks, t * tiles * _MASKS), False, True, v_reset,
-                    refractory_steps, beta_mem, beta_syn,
-                )  # fmt: skip
+                place = _Tile(t * N + start + lo, next_step, n, lo, tile * _STATE, q, t * tiles * _MASKS)
+                _step(x, x, x, False, True, place, scratch_of_block, constants)
                 _surrogate_derivative(surrogate, alpha, record, q + _DISTANCE_OR_SLOPE, n)
             if clusters:
                 _couple(
@@ -348,14 +473,14 @@ def _backward_rows(
                     current, grad_cascade,
                 )  # fmt: skip
             for tile in range(tiles):
-                lo = tile * _TILE
+                lo, q = tile * _TILE, (t * tiles + tile) * _RECORD
                 n = min(_TILE, length - lo)
+                place = _Tile(t * N + start + lo, -N if t else 0, n, lo, tile * _STATE, q, t * tiles * _MASKS)
                 _step_back(
-                    grad_spikes, has_grad_v_seq, grad_v_seq, grad_x, t * N + start + lo, -N if t else 0, n, state,
-                    tile * _STATE, grad_cascade, grad_current, lo, record, (t * tiles + tile) * _RECORD,
-                    advance(refractory_masks, t * tiles * _MASKS), beta_sums, beta_mem, beta_syn,
+                    grad_spikes, grads.v_seq != 0, grad_v_seq, grad_x, grad_cascade, grad_current, beta_sums, place,
+                    scratch_of_block, constants,
                 )  # fmt: skip
-        for tile in range(tiles if has_state else 0):
+        for tile in range(tiles if inputs.v != 0 else 0):
             lo, s = tile * _TILE, tile * _STATE
             for d in range(min(_TILE, length - lo)):
                 grad_v[start + lo + d] = state[s + _GRAD_V + d]
@@ -375,163 +500,124 @@ def _backward_rows(
 
 
 @parallel_kernel
-def _forward(
-    chunks, blocks, rows, tiles, T, N, D, clusters, width, x, v, i_syn, refractory, threshold, beta_mem, beta_syn,
-    coupling_t, v_reset, refractory_steps, keep_v, spikes, v_seq, v_last, i_last, refractory_last, scratch,
-    scratch_size,
-):  # fmt: skip
-    """Run chunks of blocks in parallel. Tensors are addresses, 0 for None; numbers have their element type."""
-    like, like_int32 = v_reset, np.int32(0)
+def _forward(sizes, inputs, outputs, keep_v, constants, scratch, scratch_size):
+    """Run chunks of blocks in parallel; the first three and ``constants`` are the tuples of the classes above."""
+    chunks, blocks = sizes[0], sizes[1]
     for c in prange(chunks):
+        numbers = _Constants(*constants)
         _forward_rows(
-            c * blocks // chunks, (c + 1) * blocks // chunks, rows, tiles, T, N, D, clusters, width,
-            as_pointer(x, like), v != 0, as_pointer(v, like), as_pointer(i_syn, like),
-            as_pointer(refractory, like), as_pointer(threshold, like), beta_mem, beta_syn,
-            as_pointer(coupling_t, like), v_reset, refractory_steps, keep_v, as_pointer(spikes, like),
-            as_pointer(v_seq, like), as_pointer(v_last, like), as_pointer(i_last, like),
-            as_pointer(refractory_last, like_int32), advance(as_pointer(scratch, like), c * scratch_size),
+            c * blocks // chunks, (c + 1) * blocks // chunks, _Sizes(*sizes), _Inputs(*inputs), _Outputs(*outputs),
+            keep_v, numbers, advance(as_pointer(scratch, numbers.v_reset), c * scratch_size),
         )  # fmt: skip
 
 
 @parallel_kernel
 def _backward(
-    chunks, blocks, rows, tiles, T, N, D, clusters, width, grad_spikes, grad_v_seq, grad_v_last, grad_i_last, x, v,
-    i_syn, refractory, threshold, beta_mem, beta_syn, coupling_t, coupling, v_reset, refractory_steps, surrogate,
-    alpha, record, refractory_masks, scratch, scratch_size, grad_x, grad_v, grad_i, shared,
-):  # fmt: skip
-    like, like_uint16, like_float64 = v_reset, np.uint16(0), np.float64(0)
-    shared_size = D + 2 + clusters * width
+    sizes, grads, inputs, constants, surrogate, alpha, record, refractory_masks, scratch, scratch_size, results
+):
+    """Run chunks of blocks in parallel; arguments as in ``_forward``."""
+    chunks, blocks, _, tiles, T, _, D, clusters, width = sizes
+    record_size, masks_size = T * tiles * _RECORD, T * tiles * _MASKS
+    shared_bytes = 8 * (D + 2 + clusters * width)
     for c in prange(chunks):
+        grad_x, grad_v, grad_i, shared = results
         _backward_rows(
-            c * blocks // chunks, (c + 1) * blocks // chunks, rows, tiles, T, N, D, clusters, width,
-            as_pointer(grad_spikes, like), grad_v_seq != 0, as_pointer(grad_v_seq, like), grad_v_last != 0,
-            as_pointer(grad_v_last, like), grad_i_last != 0, as_pointer(grad_i_last, like), as_pointer(x, like),
-            v != 0, as_pointer(v, like), as_pointer(i_syn, like), as_pointer(refractory, like),
-            as_pointer(threshold, like), beta_mem, beta_syn, as_pointer(coupling_t, like),
-            as_pointer(coupling, like), v_reset, refractory_steps, surrogate, alpha,
-            advance(as_pointer(record, like), c * T * tiles * _RECORD),
-            advance(as_pointer(refractory_masks, like_uint16), c * T * tiles * _MASKS),
-            advance(as_pointer(scratch, like), c * scratch_size), as_pointer(grad_x, like),
-            as_pointer(grad_v, like), as_pointer(grad_i, like),
-            advance(as_pointer(shared, like_float64), c * shared_size),
+            c * blocks // chunks, (c + 1) * blocks // chunks, _Sizes(*sizes), _OutputGradients(*grads),
+            _Inputs(*inputs), _Constants(*constants), surrogate, alpha,
+            advance(as_pointer(record, alpha), c * record_size),
+            advance(as_pointer(refractory_masks, np.uint16(0)), c * masks_size),
+            advance(as_pointer(scratch, alpha), c * scratch_size),
+            _Gradients(grad_x, grad_v, grad_i, shared + c * shared_bytes),
         )  # fmt: skip
 
 
-def _call_sizes(x: Tensor, coupling: Tensor | None, threads: int) -> tuple[int, ...]:
-    """Return the sizes of a call, in the order of the kernel arguments.
-
-    These are chunks (two per thread), blocks, rows per block (as many as fill a tile), tiles per block, time steps T,
-    neurons N * D, features D, clusters C, and C rounded up to whole vectors.
-    """
+def _sizes(x: Tensor, coupling: Tensor | None, threads: int) -> _Sizes:
     T, N, D = x.shape
     rows = max(1, _TILE // D)
     blocks = -(-N // rows)
     C = 0 if coupling is None else coupling.shape[0]
-    return min(blocks, 2 * threads), blocks, rows, -(-rows * D // _TILE), T, N * D, D, C, -(-C // WIDTH) * WIDTH
+    return _Sizes(min(blocks, 2 * threads), blocks, rows, -(-rows * D // _TILE), T, N * D, D, C, -(-C // WIDTH) * WIDTH)
 
 
-def _contiguous_inputs(*tensors: Tensor | None, dtype: torch.dtype) -> list[Tensor | None]:
+def _contiguous(*tensors: Tensor | None, dtype: torch.dtype) -> list[Tensor | None]:
     return [None if x is None else as_contiguous(x, dtype) for x in tensors]
 
 
-def _padded(coupling: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _input_tensors(arguments: Arguments, dtype: torch.dtype) -> list[Tensor | None]:
+    """Return the tensors of :class:`_Inputs`, contiguous."""
+    coupling = arguments.coupling
+    couplings = [None, None] if coupling is None else [_padded(coupling, dtype), _padded(coupling.T, dtype)]
+    x, v, i_syn, refractory, threshold, *_ = arguments
+    return [*_contiguous(x, v, i_syn, refractory, threshold, dtype=dtype), *couplings]
+
+
+def _constants(arguments: Arguments, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Return the numbers of :class:`_Constants`."""
+    numbers = arguments.beta_mem.item(), arguments.beta_syn.item(), arguments.v_reset, arguments.refractory_steps
+    return tuple(map(NUMPY_TYPES[dtype], numbers))
+
+
+def _padded(coupling: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the coupling padded with zeros to ``[C, width]``."""
-    if coupling is None:
-        return None
     missing = -coupling.shape[0] % WIDTH
     return as_contiguous(torch.nn.functional.pad(coupling, (0, missing)) if missing else coupling, dtype)
 
 
-def forward(
-    x: Tensor,
-    v: Tensor | None,
-    i_syn: Tensor | None,
-    refractory: Tensor | None,
-    threshold: Tensor,
-    beta_mem: Tensor,
-    beta_syn: Tensor,
-    coupling: Tensor | None,
-    v_reset: float,
-    refractory_steps: int,
-    keep_v: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return spikes, membranes (empty unless ``keep_v``) and the last state; arguments as in ``op.py``."""
+def forward(arguments: Arguments, keep_v: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return spikes, membranes (empty unless ``keep_v``) and the last state."""
+    x = arguments.x
     T, N, D = x.shape
     dtype = compute_dtype(x)
-    scalar_type = NUMPY_TYPES[dtype]
     spikes, v_seq = torch.empty(T, N, D, dtype=dtype), torch.empty(T if keep_v else 0, N, D, dtype=dtype)
     v_last, i_last = torch.empty(N, D, dtype=dtype), torch.empty(N, D, dtype=dtype)
     refractory_last = torch.empty(N, D, dtype=torch.int32)
-    inputs = _contiguous_inputs(x, v, i_syn, refractory, threshold, dtype=dtype)
-    coupling_t = None if coupling is None else _padded(coupling.T, dtype)
+    inputs = _input_tensors(arguments, dtype)
     with as_many_threads_as_torch() as threads:
-        sizes = chunks, _, rows, tiles, *_, width = _call_sizes(x, coupling, threads)
+        sizes = _sizes(x, arguments.coupling, threads)
+        rows, tiles, width = sizes.rows, sizes.tiles, sizes.width
         # Allocated here: memory allocated in the threads causes page faults in every call.
-        scratch = torch.zeros(chunks, tiles * _STATE + 2 * (tiles * _TILE + WIDTH) + (rows + 1) * width, dtype=dtype)
+        scratch_size = tiles * _STATE + 2 * (tiles * _TILE + WIDTH) + (rows + 1) * width
+        scratch = torch.zeros(sizes.chunks, scratch_size, dtype=dtype)
         _forward(
-            *sizes,
-            *map(data_pointer, inputs),
-            scalar_type(beta_mem.item()),
-            scalar_type(beta_syn.item()),
-            data_pointer(coupling_t),
-            scalar_type(v_reset),
-            scalar_type(refractory_steps),
+            tuple(sizes),
+            addresses(inputs),
+            addresses((spikes, v_seq, v_last, i_last, refractory_last)),
             keep_v,
-            *map(data_pointer, (spikes, v_seq, v_last, i_last, refractory_last, scratch)),
-            scratch.shape[1],
+            _constants(arguments, dtype),
+            data_pointer(scratch),
+            scratch_size,
         )
     return spikes.to(x.dtype), v_seq.to(x.dtype), v_last, i_last, refractory_last
 
 
 def backward(
-    grad_spikes: Tensor,
-    grad_v_seq: Tensor | None,
-    grad_v_last: Tensor | None,
-    grad_i_last: Tensor | None,
-    x: Tensor,
-    v: Tensor | None,
-    i_syn: Tensor | None,
-    refractory: Tensor | None,
-    threshold: Tensor,
-    beta_mem: Tensor,
-    beta_syn: Tensor,
-    coupling: Tensor | None,
-    v_reset: float,
-    refractory_steps: int,
-    surrogate: str,
-    alpha: float,
+    grads: OutputGradients, arguments: Arguments, surrogate: str, alpha: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, v and i_syn (empty without a state), threshold, both betas, coupling (or empty)."""
+    x = arguments.x
     T, N, D = x.shape
     dtype = compute_dtype(x)
-    scalar_type = NUMPY_TYPES[dtype]
     grad_x = torch.empty(T, N, D, dtype=dtype)
-    grad_v, grad_i = (torch.empty(0 if v is None else N, D, dtype=dtype) for _ in range(2))
-    inputs = _contiguous_inputs(
-        grad_spikes, grad_v_seq, grad_v_last, grad_i_last, x, v, i_syn, refractory, threshold, dtype=dtype
-    )
-    coupling_t, padded_coupling = None if coupling is None else _padded(coupling.T, dtype), _padded(coupling, dtype)
+    grad_v, grad_i = (torch.empty(0 if arguments.v is None else N, D, dtype=dtype) for _ in range(2))
+    inputs, grad_outputs = _input_tensors(arguments, dtype), _contiguous(*grads, dtype=dtype)
     with as_many_threads_as_torch() as threads:
-        sizes = chunks, _, rows, tiles, *_, C, width = _call_sizes(x, coupling, threads)
+        sizes = _sizes(x, arguments.coupling, threads)
+        chunks, _, rows, tiles, *_, C, width = sizes
         record = torch.empty(chunks, T * tiles * _RECORD, dtype=dtype)
         refractory_masks = torch.empty(chunks, T * tiles * _MASKS, dtype=torch.int16)
         scratch_size = tiles * _STATE + 4 * (tiles * _TILE + WIDTH) + 2 * T * rows * width + (C + 1) * width + 2 * WIDTH
         scratch = torch.zeros(chunks, scratch_size, dtype=dtype)
         shared = torch.zeros(chunks, D + 2 + C * width, dtype=torch.float64)
         _backward(
-            *sizes,
-            *map(data_pointer, inputs),
-            scalar_type(beta_mem.item()),
-            scalar_type(beta_syn.item()),
-            data_pointer(coupling_t),
-            data_pointer(padded_coupling),
-            scalar_type(v_reset),
-            scalar_type(refractory_steps),
+            tuple(sizes),
+            addresses(grad_outputs),
+            addresses(inputs),
+            _constants(arguments, dtype),
             SURROGATE_IDS[surrogate],
-            scalar_type(alpha),
-            *map(data_pointer, (record, refractory_masks, scratch)),
+            NUMPY_TYPES[dtype](alpha),
+            *addresses((record, refractory_masks, scratch)),
             scratch_size,
-            *map(data_pointer, (grad_x, grad_v, grad_i, shared)),
+            addresses((grad_x, grad_v, grad_i, shared)),
         )
     sums = shared.sum(0)
     grad_threshold, grad_beta_mem, grad_beta_syn, grad_coupling = (

@@ -1,5 +1,6 @@
 """The public op: argument checks, precision, choice of the backend, registration of the kernels with torch.library."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from nord_snn.ops.cascade import check_cascade
 from nord_snn.ops.checks import check_features, check_scalar, compute_dtype, without_autocast
 from nord_snn.ops.dispatch import BackendChoice, CallSignature, backend_selector, choose_backend, register_backends
 from nord_snn.ops.lif.reference import AssociativeLIFState, reference
+from nord_snn.ops.lif.support import Arguments, OutputGradients
 from nord_snn.ops.registration import Kernel, register_op
 from nord_snn.ops.surrogate import SurrogateLike, resolve_surrogate
 
@@ -129,12 +131,12 @@ def associative_lif(
             *betas,
             weight,
             gain,
-            v_reset,
-            refractory_steps,
-            str(surrogate),
-            alpha,
-            return_v_seq,
-            name,
+            v_reset=v_reset,
+            refractory_steps=refractory_steps,
+            surrogate=str(surrogate),
+            alpha=alpha,
+            keep_v=return_v_seq,
+            backend=name,
         )
         return spikes, v_seq if return_v_seq else None, AssociativeLIFState(*last_state)
 
@@ -196,6 +198,7 @@ def _forward(
     beta_syn: Tensor,
     weight: Tensor | None,
     gain: Tensor | None,
+    *,
     v_reset: float,
     refractory_steps: int,
     surrogate: str,
@@ -204,11 +207,8 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     coupling = _coupling(weight, gain, x.shape[2])
-    return (
-        IMPLEMENTATIONS[backend]
-        .kernel()
-        .forward(x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps, keep_v)
-    )
+    arguments = Arguments(x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps)
+    return IMPLEMENTATIONS[backend].kernel().forward(arguments, keep_v)
 
 
 def _coupling(weight: Tensor | None, gain: Tensor | None, n_features: int) -> Tensor | None:
@@ -228,8 +228,9 @@ def _cascade_gradients(
     return grad * gain[:, None], (grad * weight).sum(1)
 
 
-def _forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *_, keep_v, _ = arguments
+def _forward_fake(
+    x: Tensor, *tensors: Tensor | None, keep_v: bool, **options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     T, N, D = x.shape
     v_last, i_last = (x.new_empty(N, D, dtype=compute_dtype(x)) for _ in range(2))
     v_seq, refractory_last = x.new_empty(T if keep_v else 0, N, D), x.new_empty(N, D, dtype=torch.int32)
@@ -238,9 +239,7 @@ def _forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, T
 
 def _backward(
     grad_spikes: Tensor,
-    grad_v_seq: Tensor | None,
-    grad_v_last: Tensor | None,
-    grad_i_last: Tensor | None,
+    other_grads: Sequence[Tensor | None],
     x: Tensor,
     v: Tensor | None,
     i_syn: Tensor | None,
@@ -250,22 +249,35 @@ def _backward(
     beta_syn: Tensor,
     weight: Tensor | None,
     gain: Tensor | None,
+    *,
     v_reset: float,
     refractory_steps: int,
     surrogate: str,
     alpha: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    D = x.shape[2]
-    *grads, grad_coupling = IMPLEMENTATIONS[backend].kernel().backward(
-        grad_spikes, grad_v_seq, grad_v_last, grad_i_last, x, v, i_syn, refractory, threshold, beta_mem, beta_syn,
-        _coupling(weight, gain, D), v_reset, refractory_steps, surrogate, alpha,
-    )  # fmt: skip
-    return *grads, *_cascade_gradients(grad_coupling, weight, gain, D)
+    """Run the backward pass; ``other_grads`` are the gradients of v_seq and of the last v and i_syn."""
+    grads = OutputGradients(grad_spikes, *other_grads)
+    coupling = _coupling(weight, gain, x.shape[2])
+    arguments = Arguments(x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps)
+    *results, grad_coupling = IMPLEMENTATIONS[backend].kernel().backward(grads, arguments, surrogate, alpha)
+    return *results, *_cascade_gradients(grad_coupling, weight, gain, x.shape[2])
 
 
-def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x, v, _, _, threshold, beta_mem, beta_syn, weight = arguments[4:12]
+def _backward_fake(
+    grad_spikes: Tensor,
+    other_grads: Sequence[Tensor | None],
+    x: Tensor,
+    v: Tensor | None,
+    i_syn: Tensor | None,
+    refractory: Tensor | None,
+    threshold: Tensor,
+    beta_mem: Tensor,
+    beta_syn: Tensor,
+    weight: Tensor | None,
+    gain: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     C = 0 if weight is None else weight.shape[0]
     grad_v, grad_i = (threshold.new_empty(0 if v is None else x.shape[1], x.shape[2]) for _ in range(2))
     return (
@@ -280,9 +292,9 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:9])
-    *ctx.constants, _, ctx.backend = inputs[9:]
+def _save(ctx: Any, tensors: Sequence[Tensor | None], options: dict[str, Any], output: Any) -> None:
+    ctx.save_for_backward(*tensors)
+    ctx.options = options
     ctx.set_materialize_grads(False)
 
 
@@ -291,28 +303,23 @@ def _gradients(ctx: Any, *grads: Tensor | None, run: Any) -> tuple[Tensor | None
     # Without ``keep_v`` the membranes are empty, but torch.compile still passes a gradient for them.
     if grad_v_seq is not None and not len(grad_v_seq):
         grad_v_seq = None
-    x, v, *others = ctx.saved_tensors
+    x, v, *others, gain = ctx.saved_tensors
+    if grad_spikes is None:
+        grad_spikes = torch.zeros_like(x)
+    options = {name: option for name, option in ctx.options.items() if name != "keep_v"}
     x_grad, v_grad, i_grad, threshold_grad, mem_grad, syn_grad, weight_grad, gain_grad = run(
-        torch.zeros_like(x) if grad_spikes is None else grad_spikes,
-        grad_v_seq,
-        grad_v_last,
-        grad_i_last,
-        x,
-        v,
-        *others,
-        *ctx.constants,
-        ctx.backend,
+        grad_spikes, [grad_v_seq, grad_v_last, grad_i_last], x, v, *others, gain, **options
     )
     state = (None, None) if v is None else (v_grad, i_grad)
-    cascade = (None, None) if others[-1] is None else (weight_grad, gain_grad)
-    return (x_grad, *state, None, threshold_grad, mem_grad, syn_grad, *cascade, *[None] * 6)
+    cascade = (None, None) if gain is None else (weight_grad, gain_grad)
+    return x_grad, *state, None, threshold_grad, mem_grad, syn_grad, *cascade
 
 
 _run = register_op(
     "associative_lif",
     Kernel(_forward, _forward_fake),
     Kernel(_backward, _backward_fake),
-    _setup_context,
+    _save,
     _gradients,
     second_derivative="backend='torch' has one",
 )

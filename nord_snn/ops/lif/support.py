@@ -1,10 +1,41 @@
-"""Support check shared by the neuron kernels."""
+"""The arguments that all kernels of the neuron take, and the surrogates that they know."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
 
 from nord_snn.ops.dispatch import CallSignature, Support
 
-__all__ = ["knows_surrogate"]
+__all__ = ["Arguments", "OutputGradients", "knows_surrogate"]
+
+
+class Arguments(NamedTuple):
+    """The arguments of one call, as :func:`nord_snn.ops.associative_lif` describes them.
+
+    The state ``v, i_syn, refractory`` is None for rest. ``coupling`` is the matrix ``gain[c] * weight[c, k] / members``,
+    ``[C, C]``, or None for no cascade.
+    """
+
+    x: Tensor
+    v: Tensor | None
+    i_syn: Tensor | None
+    refractory: Tensor | None
+    threshold: Tensor
+    beta_mem: Tensor
+    beta_syn: Tensor
+    coupling: Tensor | None
+    v_reset: float
+    refractory_steps: int
+
+
+class OutputGradients(NamedTuple):
+    """The gradients of the outputs of one call; None is zero."""
+
+    spikes: Tensor
+    v_seq: Tensor | None
+    v_last: Tensor | None
+    i_last: Tensor | None
 
 
 def knows_surrogate(call: CallSignature, ids: Mapping[str, int]) -> Support:

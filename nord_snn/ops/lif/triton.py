@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nord_snn.ops.dispatch import CallSignature, Support
-from nord_snn.ops.lif.support import knows_surrogate
+from nord_snn.ops.lif.support import Arguments, OutputGradients, knows_surrogate
 
 __all__ = ["SURROGATE_IDS", "accepts", "backward", "fits", "forward"]
 
@@ -136,17 +136,20 @@ def _step(v, i, refractory, x, threshold, beta_mem, beta_syn, v_reset, refractor
 
 
 @triton.jit
-def _step_back(
-    grad_v, grad_i, grad_s, v, i, active, x, threshold, beta_mem, beta_syn, v_reset, alpha, SURROGATE: tl.constexpr
-):
-    """Backward of ``_step``, from the gradients of its outputs and the state before it.
+def _slope(v, current, active, threshold, beta_mem, v_reset, alpha, SURROGATE: tl.constexpr):
+    """Return the surrogate derivative of a step, from the membrane before it and its synaptic current."""
+    u = tl.where(active, beta_mem * v + (1 - beta_mem) * current, v_reset)
+    return _surrogate(u - threshold, alpha, SURROGATE)
+
+
+@triton.jit
+def _step_back(grad_v, grad_i, grad_s, slope, v, i, current, active, threshold, beta_mem, beta_syn):
+    """Backward of ``_step``, from the gradients of its outputs, the state before it and its synaptic current.
 
     Return the gradients of v and i before the step and of x, and the contributions to those of threshold, beta_mem and
     beta_syn.
     """
-    current = beta_syn * i + x.to(tl.float32)
-    u = tl.where(active, beta_mem * v + (1 - beta_mem) * current, v_reset)
-    grad_distance = (grad_s - threshold * grad_v) * _surrogate(u - threshold, alpha, SURROGATE)
+    grad_distance = (grad_s - threshold * grad_v) * slope
     grad_u = tl.where(active, grad_v + grad_distance, 0.0)
     grad_x = grad_i + (1 - beta_mem) * grad_u
     return beta_mem * grad_u, beta_syn * grad_x, grad_x, -grad_distance, grad_u * (v - current), grad_x * i
@@ -321,9 +324,11 @@ def _backward(
                         tl.store(grad_sums_ptr + now_sums + k * stride_sums + here_sums, sums, mask=inside_sums)
                         grad_s += _couple(sums, coupling_matrix, exchange_ptr, C, R, C_PAD, WIDE)
                     active = (refractory_bits >> k) & 1 == 0
+                    current = beta_syn * currents[k] + x.to(tl.float32)
+                    slope = _slope(vs[k], current, active, threshold, beta_mem, v_reset, alpha, SURROGATE)
                     grad_v, grad_i, grad_x, by_threshold, by_beta_mem, by_beta_syn = _step_back(
-                        grad_v, grad_i, grad_s, vs[k], currents[k], active, x, threshold, beta_mem, beta_syn,
-                        v_reset, alpha, SURROGATE,
+                        grad_v, grad_i, grad_s, slope, vs[k], currents[k], current, active, threshold, beta_mem,
+                        beta_syn,
                     )  # fmt: skip
                     tl.store(grad_x_ptr + now + k * stride + here, grad_x, mask=inside)
                     total_threshold += by_threshold
@@ -426,20 +431,9 @@ def _device_of(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
 
 
-def forward(
-    x: Tensor,
-    v: Tensor | None,
-    i_syn: Tensor | None,
-    refractory: Tensor | None,
-    threshold: Tensor,
-    beta_mem: Tensor,
-    beta_syn: Tensor,
-    coupling: Tensor | None,
-    v_reset: float,
-    refractory_steps: int,
-    keep_v: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return spikes, membranes (empty unless ``keep_v``) and the last state; arguments as in ``op.py``."""
+def forward(arguments: Arguments, keep_v: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return spikes, membranes (empty unless ``keep_v``) and the last state."""
+    x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps = arguments
     T, N, D = x.shape
     x = x.contiguous()
     spikes, v_seq = torch.empty_like(x), x.new_empty(T if keep_v else 0, N, D)
@@ -451,25 +445,25 @@ def forward(
         length, segments = _segments(T, plan)
         with _device_of(x):
             _forward[(programs, plan.columns)](
-                x,
-                _to_float32(v),
-                _to_float32(i_syn),
-                None if refractory is None else refractory.contiguous(),
-                _to_float32(threshold),
-                _to_float32(beta_mem),
-                _to_float32(beta_syn),
-                None if coupling is None else _to_float32(coupling.t()),
-                _exchange_buffer(plan, programs, x),
-                spikes,
-                v_seq if keep_v else None,
-                v_last,
-                i_last,
-                refractory_last,
-                T,
-                N,
-                plan.blocks,
-                float(v_reset),
-                refractory_steps,
+                x_ptr=x,
+                v_ptr=_to_float32(v),
+                i_ptr=_to_float32(i_syn),
+                refractory_ptr=None if refractory is None else refractory.contiguous(),
+                threshold_ptr=_to_float32(threshold),
+                beta_mem_ptr=_to_float32(beta_mem),
+                beta_syn_ptr=_to_float32(beta_syn),
+                coupling_t_ptr=None if coupling is None else _to_float32(coupling.t()),
+                exchange_ptr=_exchange_buffer(plan, programs, x),
+                spikes_ptr=spikes,
+                v_seq_ptr=v_seq if keep_v else None,
+                v_last_ptr=v_last,
+                i_last_ptr=i_last,
+                refractory_last_ptr=refractory_last,
+                T=T,
+                N=N,
+                blocks=plan.blocks,
+                v_reset=float(v_reset),
+                refractory_steps=refractory_steps,
                 LENGTH=length,
                 PADDED=length * segments > T,
                 num_warps=plan.warps,
@@ -481,24 +475,10 @@ def forward(
 
 
 def backward(
-    grad_spikes: Tensor,
-    grad_v_seq: Tensor | None,
-    grad_v_last: Tensor | None,
-    grad_i_last: Tensor | None,
-    x: Tensor,
-    v: Tensor | None,
-    i_syn: Tensor | None,
-    refractory: Tensor | None,
-    threshold: Tensor,
-    beta_mem: Tensor,
-    beta_syn: Tensor,
-    coupling: Tensor | None,
-    v_reset: float,
-    refractory_steps: int,
-    surrogate: str,
-    alpha: float,
+    grads: OutputGradients, arguments: Arguments, surrogate: str, alpha: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, v and i_syn (empty without a state), threshold, both betas, coupling (or empty)."""
+    x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps = arguments
     T, N, D = x.shape
     C = 0 if coupling is None else coupling.shape[0]
     x = x.contiguous()
@@ -527,35 +507,35 @@ def backward(
     sums, grad_sums = torch.empty(T, N, C, **floats), torch.empty(T, N, C, **floats)
     with _device_of(x):
         _backward[(programs, plan.columns)](
-            grad_spikes.contiguous(),
-            None if grad_v_seq is None else grad_v_seq.contiguous(),
-            _to_float32(grad_v_last),
-            _to_float32(grad_i_last),
-            x,
-            _to_float32(v),
-            _to_float32(i_syn),
-            None if refractory is None else refractory.contiguous(),
-            _to_float32(threshold),
-            _to_float32(beta_mem),
-            _to_float32(beta_syn),
-            _to_float32(coupling),
-            None if coupling is None else _to_float32(coupling.t()),
-            _exchange_buffer(plan, programs, x),
-            segment_starts,
-            grad_x,
-            None if v is None else grad_v,
-            None if v is None else grad_i,
-            grad_threshold,
-            grad_betas,
-            sums,
-            grad_sums,
-            T,
-            N,
-            plan.blocks,
-            segments,
-            float(v_reset),
-            refractory_steps,
-            float(alpha),
+            grad_spikes_ptr=grads.spikes.contiguous(),
+            grad_v_seq_ptr=None if grads.v_seq is None else grads.v_seq.contiguous(),
+            grad_v_last_ptr=_to_float32(grads.v_last),
+            grad_i_last_ptr=_to_float32(grads.i_last),
+            x_ptr=x,
+            v_ptr=_to_float32(v),
+            i_ptr=_to_float32(i_syn),
+            refractory_ptr=None if refractory is None else refractory.contiguous(),
+            threshold_ptr=_to_float32(threshold),
+            beta_mem_ptr=_to_float32(beta_mem),
+            beta_syn_ptr=_to_float32(beta_syn),
+            coupling_ptr=_to_float32(coupling),
+            coupling_t_ptr=None if coupling is None else _to_float32(coupling.t()),
+            exchange_ptr=_exchange_buffer(plan, programs, x),
+            segment_starts_ptr=segment_starts,
+            grad_x_ptr=grad_x,
+            grad_v_ptr=None if v is None else grad_v,
+            grad_i_ptr=None if v is None else grad_i,
+            grad_threshold_ptr=grad_threshold,
+            grad_betas_ptr=grad_betas,
+            sums_ptr=sums,
+            grad_sums_ptr=grad_sums,
+            T=T,
+            N=N,
+            blocks=plan.blocks,
+            segments=segments,
+            v_reset=float(v_reset),
+            refractory_steps=refractory_steps,
+            alpha=float(alpha),
             LENGTH=length,
             PADDED=length * segments > T,
             SURROGATE=SURROGATE_IDS[surrogate],

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nord_snn.ops.checks import compute_dtype
+from nord_snn.ops.topk_resonance.support import Arguments
 
 __all__ = ["backward", "forward", "saved_shapes"]
 
@@ -22,22 +23,13 @@ SCORES = {"cpu": 2**16}
 SCORES_ELSEWHERE = 2**24
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    temperature: Tensor,
-    recency: Tensor | None,
-    n_heads: int,
-    top_k: int,
-    causal: bool,
-    save_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the context ``[B, S, V]`` of ``q, k [T, B, S, D]`` and ``v [B, S, V]``, and three tensors for backward.
+def forward(arguments: Arguments, save_weights: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the context ``[B, S, V]``, and three tensors for ``backward``.
 
     These are the oldest selected position at the lowest selected score and that score, each ``[B * H, S, 1]``, and the
-    weights, or an empty tensor. ``temperature`` and ``recency`` have the dtype of the sums, the others any dtype.
+    weights, or an empty tensor.
     """
+    q, k, v, temperature, recency, n_heads, top_k, causal = arguments
     B, S, _ = v.shape
     context = torch.empty_like(v, memory_format=torch.contiguous_format)
     worst = temperature.new_full((B * n_heads, S, 1), -torch.inf)
@@ -60,25 +52,15 @@ def forward(
 
 
 def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    temperature: Tensor,
-    recency: Tensor | None,
-    oldest: Tensor,
-    worst: Tensor,
-    saved_weights: Tensor,
-    n_heads: int,
-    top_k: int,
-    causal: bool,
-    needs_spike_grad: bool,
+    grad: Tensor, arguments: Arguments, saved: tuple[Tensor, Tensor, Tensor], needs_spike_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k (empty unless ``needs_spike_grad``), v, temperature and recency (or empty).
 
     With w the weights of a query and g = grad . v their gradients, the gradient of the scores is
     ``w * (g - sum(w * g))``.
     """
+    q, k, v, temperature, recency, n_heads, top_k, causal = arguments
+    oldest, worst, saved_weights = saved
     S = v.shape[1]
     grad_q, grad_k = (x.new_empty(x.shape if needs_spike_grad else 0) for x in (q, k))
     grad_v = torch.empty_like(v, memory_format=torch.contiguous_format)

@@ -7,7 +7,7 @@ these lists time step by time step, so that the keys of a step and their gradien
 made of zeros and ones, products are summed instead.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,23 +19,137 @@ from nord_snn.ops._numba.scores import pack, penalize, select_best, softmax, wei
 from nord_snn.ops._numba.simd import (
     WIDTH,
     advance,
+    as_pointer,
     broadcast,
     count_bits,
     fused,
     masked_load,
     masked_store,
     ne_mask,
-    pointer,
     prefetch,
     reduce_sum,
 )
+from nord_snn.ops._numba.tensors import NUMPY_TYPES, addresses, as_contiguous, data_pointer
 from nord_snn.ops._numba.threads import as_many_threads_as_torch
 from nord_snn.ops.checks import compute_dtype
+from nord_snn.ops.topk_resonance.support import Arguments
 
 __all__ = ["backward", "forward", "saved_shapes"]
 
 _BLOCK = 64  # queries whose lists the backward pass processes together, time step by time step
 _RECENT = 256  # most recent keys, prefetched for the next time step
+
+
+class _Sizes(NamedTuple):
+    """Sizes of a call.
+
+    Attributes:
+        chunks: parts of the work, two per thread.
+        T: time steps.
+        B: sequences.
+        S: positions.
+        D: neurons of a position.
+        V: values of a position.
+        n_heads: heads.
+        top_k: keys selected per query, at most S.
+        words: 64-bit words that the spikes of a head and position take.
+    """
+
+    chunks: int
+    T: int
+    B: int
+    S: int
+    D: int
+    V: int
+    n_heads: int
+    top_k: int
+    words: int
+
+
+class _Constants(NamedTuple):
+    """Numbers of a call; ``int_max`` is the largest integer of the size of a score."""
+
+    temperature: Any
+    causal: bool
+    int_max: Any
+
+
+class _Inputs(NamedTuple):
+    """Addresses of the inputs, 0 for a recency of None."""
+
+    q: int
+    k: int
+    v: int
+    recency: int
+
+
+class _Lists(NamedTuple):
+    """Selected keys and their weights, ``top_k + 1`` per query: addresses of all chunks, or pointers of one."""
+
+    selected: Any
+    weights: Any
+
+
+class _Scratch(NamedTuple):
+    """Scratch memory for the scores of a query: addresses of all chunks, or pointers of one.
+
+    Attributes:
+        bits: packed spikes of all queries of a head, then of all keys.
+        counts: coincidences with each key.
+        scores: score of each key.
+    """
+
+    bits: Any
+    counts: Any
+    scores: Any
+
+
+class _Groups(NamedTuple):
+    """Scratch memory of the backward pass for a block: addresses of all chunks, or pointers of one.
+
+    Attributes:
+        grad_scores: score gradients of the block's lists.
+        slot_of_key: place of each key in the list of a group, or -1.
+        n_keys: number of keys of each group of four queries.
+        keys: keys of each group.
+        key_grads: score gradients of each group, four per key.
+    """
+
+    grad_scores: Any
+    slot_of_key: Any
+    n_keys: Any
+    keys: Any
+    key_grads: Any
+
+
+class _Results(NamedTuple):
+    """Addresses of the gradients; those of temperature and recency are sums per head, in float64."""
+
+    q: int
+    k: int
+    v: int
+    temperature: int
+    recency: int
+
+
+class _Head(NamedTuple):
+    """The spikes of one head: head ``h`` of sequence ``b``, ``width`` neurons of ``q, k [T, B, S, D]``."""
+
+    q: Any
+    k: Any
+    shape: tuple[int, int, int, int]
+    b: int
+    h: int
+    width: int
+
+
+class _Spikes(NamedTuple):
+    """Pointers to queries and keys, and to their gradients."""
+
+    q: Any
+    k: Any
+    grad_q: Any
+    grad_k: Any
 
 
 @kernel
@@ -53,9 +167,9 @@ def _count_coincidences(q_bits, k_bits, i, keys, words, S, counts, scores):
 
 
 @kernel
-def _sum_products(q, k, shape, b, h, width, i, keys, scores):
+def _sum_products(head, i, keys, scores):
     """Set ``scores[j]`` to the products of query i and key j, if q or k is not binary."""
-    T, B, S, D = shape
+    q, k, (T, B, S, D), b, h, width = head
     last = keys - 1
     for j in range(0, keys, 4):  # four accumulators hide the latency of the FMA
         a, b_, c_, d = broadcast(scores, 0), broadcast(scores, 0), broadcast(scores, 0), broadcast(scores, 0)
@@ -73,48 +187,48 @@ def _sum_products(q, k, shape, b, h, width, i, keys, scores):
 
 
 @kernel
-def _select_keys(
-    i, binary, q, k, shape, b, h, width, q_bits, k_bits, words, temperature, slope, top_k, causal, int_max,
-    counts, scores, selected, weights,
-):  # fmt: skip
-    """Write the selected keys of query i and their weights; return their number."""
+def _pack_head(head, words, bits):
+    """Pack the spikes of a head; return whether all are 0 or 1."""
+    q, k, shape, b, h, width = head
     S = shape[2]
-    keys = i + 1 if causal else S
+    binary = pack(q, shape, b, h, width, bits, 1, words)
+    return binary & pack(k, shape, b, h, width, advance(bits, words * S), S, 1)
+
+
+@kernel
+def _select_keys(i, binary, head, sizes, slope, constants, scratch, selected, weights):
+    """Write the selected keys of query i and their weights; return their number."""
+    bits, counts, scores = scratch
+    S, words = sizes.S, sizes.words
+    keys = i + 1 if constants.causal else S
     if binary:
-        _count_coincidences(q_bits, k_bits, i, keys, words, S, counts, scores)
+        _count_coincidences(bits, advance(bits, words * S), i, keys, words, S, counts, scores)
     else:
-        _sum_products(q, k, shape, b, h, width, i, keys, scores)
-    penalize(scores, i, keys, temperature, slope)
-    n = select_best(scores, keys, top_k, int_max, counts, selected)
+        _sum_products(head, i, keys, scores)
+    penalize(scores, i, keys, constants.temperature, slope)
+    n = select_best(scores, keys, sizes.top_k, constants.int_max, counts, selected)
     softmax(scores, selected, n, weights)
     return n
 
 
 @kernel
-def _forward_heads(
-    first, last, q, k, v, temperature, recency, n_heads, top_k, causal, int_max, words, bits, counts, scores, selected,
-    weights, save_lists, context,
-):  # fmt: skip
+def _forward_heads(first, last, sizes, inputs, constants, scratch, lists, save_lists, context):
     """Compute heads ``first`` to ``last`` of ``B * H``; with ``save_lists``, store the lists of all queries."""
-    shape, (_, S, V) = q.shape, v.shape
-    width, v_head_dim = shape[3] // n_heads, V // n_heads
-    selected_, weights_, stride = pointer(selected), pointer(weights), selected.shape[1]
-    q_, k_, v_, context_ = pointer(q), pointer(k), pointer(v), pointer(context)
-    q_bits, k_bits, counts_, scores_ = pointer(bits[0]), pointer(bits[1]), pointer(counts), pointer(scores)
-    for head in range(first, last):
-        b, h = head // n_heads, head % n_heads
-        binary = pack(q_, shape, b, h, width, q_bits, 1, words)
-        binary &= pack(k_, shape, b, h, width, k_bits, S, 1)
-        at, slope = b * S * V + h * v_head_dim, recency[h] if len(recency) else temperature * 0
+    _, T, B, S, D, V, n_heads, top_k, words = sizes
+    like = constants.temperature
+    q, k, v = as_pointer(inputs.q, like), as_pointer(inputs.k, like), as_pointer(inputs.v, like)
+    recency, context_ = as_pointer(inputs.recency, like), as_pointer(context, like)
+    width, v_head_dim, stride = D // n_heads, V // n_heads, top_k + 1
+    for number in range(first, last):
+        b, h = number // n_heads, number % n_heads
+        head = _Head(q, k, (T, B, S, D), b, h, width)
+        binary = _pack_head(head, words, scratch.bits)
+        at, slope = b * S * V + h * v_head_dim, recency[h] if inputs.recency != 0 else like * 0
         for i in range(S):
-            row = (head * S + i) * stride if save_lists else 0
-            n = _select_keys(
-                i, binary, q_, k_, shape, b, h, width, q_bits, k_bits, words, temperature, slope, top_k, causal,
-                int_max, counts_, scores_, advance(selected_, row), advance(weights_, row),
-            )  # fmt: skip
-            weighted_values(
-                v_, at, V, v_head_dim, advance(selected_, row), advance(weights_, row), n, context_, at + i * V
-            )
+            row = (number * S + i) * stride if save_lists else 0
+            keys, key_weights = advance(lists.selected, row), advance(lists.weights, row)
+            n = _select_keys(i, binary, head, sizes, slope, constants, scratch, keys, key_weights)
+            weighted_values(v, at, V, v_head_dim, keys, key_weights, n, context_, at + i * V)
 
 
 @kernel
@@ -168,14 +282,13 @@ def _merge_lists(selected, grad_scores, stride, i, last, S, top_k, causal, slot_
 
 
 @kernel
-def _spike_gradients(
-    q, k, grad_q, grad_k, at, n_features, width, i, last, keys, key_grads, n, temperature, needs_spike_grad
-):
+def _spike_gradients(spikes, at, n_features, width, i, last, keys, key_grads, n, temperature, needs_spike_grad):
     """Add the gradients of the spikes of queries i to ``last`` (at most four), and of their keys, at one time step.
 
     Each key is read and written once for four queries. Return the gradient of the temperature,
     ``q . (sum of score gradients times k)``: the sum of score gradient times count, where counts are ``q . k``.
     """
+    q, k, grad_q, grad_k = spikes
     scale, zero, grad_temperature = broadcast(q, temperature), broadcast(q, 0), broadcast(q, 0)
     a, b, c, d = at + i * n_features, at + (i + 1) * n_features, at + (i + 2) * n_features, at + (i + 3) * n_features
     for w in range(0, width, WIDTH):
@@ -194,9 +307,9 @@ def _spike_gradients(
             grad_a, grad_b = broadcast(q, key_grads[4 * m]), broadcast(q, key_grads[4 * m + 1])
             grad_c, grad_d = broadcast(q, key_grads[4 * m + 2]), broadcast(q, key_grads[4 * m + 3])
             key = at + keys[m] * n_features + w
-            spikes = masked_load(k, key, width - w)
-            sum_a, sum_b = fused(grad_a, spikes, sum_a), fused(grad_b, spikes, sum_b)
-            sum_c, sum_d = fused(grad_c, spikes, sum_c), fused(grad_d, spikes, sum_d)
+            key_spikes = masked_load(k, key, width - w)
+            sum_a, sum_b = fused(grad_a, key_spikes, sum_a), fused(grad_b, key_spikes, sum_b)
+            sum_c, sum_d = fused(grad_c, key_spikes, sum_c), fused(grad_d, key_spikes, sum_d)
             if needs_spike_grad and any_spikes != 0:  # silent queries give their keys no gradient
                 grad_key = fused(grad_a, q_a, grad_b * q_b) + fused(grad_c, q_c, grad_d * q_d)
                 masked_store(grad_k, key, width - w, fused(scale, grad_key, masked_load(grad_k, key, width - w)))
@@ -219,129 +332,172 @@ def _prefetch_rows(rows, at, first, last, n_features, width):
 
 @kernel
 def _backward_heads(
-    first, last, grad, q, k, v, temperature, recency, n_heads, top_k, causal, needs_spike_grad, int_max, words, bits,
-    counts, scores, selected, weights, has_saved_lists, grad_scores, slot_of_key, n_keys, keys, key_grads, grad_q,
-    grad_k, grad_v, grad_temperature, grad_recency,
-):  # fmt: skip
+    first, last, sizes, grad, inputs, constants, scratch, lists, has_saved_lists, groups, results, needs_spike_grad
+):
     """Compute heads ``first`` to ``last``; unless ``has_saved_lists``, the lists are recomputed block by block."""
-    (T, B, S, D), V, shape = q.shape, v.shape[2], q.shape
-    width, v_head_dim = D // n_heads, V // n_heads
-    q_, k_, v_, grad_ = pointer(q), pointer(k), pointer(v), pointer(grad)
-    grad_q_, grad_k_, grad_v_, grad_scores_ = pointer(grad_q), pointer(grad_k), pointer(grad_v), pointer(grad_scores)
-    q_bits, k_bits, counts_, scores_ = pointer(bits[0]), pointer(bits[1]), pointer(counts), pointer(scores)
-    selected_, weights_, stride = pointer(selected), pointer(weights), selected.shape[1]
-    slot_of_key_, n_keys_, keys_, key_grads_, max_keys = (
-        pointer(slot_of_key),
-        pointer(n_keys),
-        pointer(keys),
-        pointer(key_grads),
-        keys.shape[1],
-    )
-    for head in range(first, last):
-        b, h = head // n_heads, head % n_heads
+    _, T, B, S, D, V, n_heads, top_k, words = sizes
+    like = constants.temperature
+    q, k, v = as_pointer(inputs.q, like), as_pointer(inputs.k, like), as_pointer(inputs.v, like)
+    recency, grad_out, grad_v = as_pointer(inputs.recency, like), as_pointer(grad, like), as_pointer(results.v, like)
+    spikes = _Spikes(q, k, as_pointer(results.q, like), as_pointer(results.k, like))
+    grad_temperature = as_pointer(results.temperature, np.float64(0))
+    grad_recency = as_pointer(results.recency, np.float64(0))
+    width, v_head_dim, stride, max_keys = D // n_heads, V // n_heads, top_k + 1, min(4 * top_k, S)
+    for number in range(first, last):
+        b, h = number // n_heads, number % n_heads
+        head = _Head(q, k, (T, B, S, D), b, h, width)
         at, at_v = b * S * D + h * width, b * S * V + h * v_head_dim
-        slope = recency[h] if len(recency) else temperature * 0
-        binary = True
-        if not has_saved_lists:
-            binary = pack(q_, shape, b, h, width, q_bits, 1, words)
-            binary &= pack(k_, shape, b, h, width, k_bits, S, 1)
+        slope = recency[h] if inputs.recency != 0 else like * 0
+        binary = has_saved_lists or _pack_head(head, words, scratch.bits)
         for start in range(0, S, _BLOCK):
             stop = min(start + _BLOCK, S)
             for i in range(start, stop):
-                row = (head * S + i if has_saved_lists else i - start) * stride
-                n = min(i + 1 if causal else S, top_k)
+                row = (number * S + i if has_saved_lists else i - start) * stride
+                keys, key_weights = advance(lists.selected, row), advance(lists.weights, row)
+                n = min(i + 1 if constants.causal else S, top_k)
                 if not has_saved_lists:
-                    _select_keys(
-                        i, binary, q_, k_, shape, b, h, width, q_bits, k_bits, words, temperature, slope, top_k, causal,
-                        int_max, counts_, scores_, advance(selected_, row), advance(weights_, row),
-                    )  # fmt: skip
-                grad_recency[head] -= _score_gradients(
-                    grad_, v_, grad_v_, at_v, V, v_head_dim, i, advance(selected_, row), advance(weights_, row), n,
-                    advance(grad_scores_, (i - start) * stride),
+                    _select_keys(i, binary, head, sizes, slope, constants, scratch, keys, key_weights)
+                grad_recency[number] -= _score_gradients(
+                    grad_out, v, grad_v, at_v, V, v_head_dim, i, keys, key_weights, n,
+                    advance(groups.grad_scores, (i - start) * stride),
                 )  # fmt: skip
             for i in range(start, stop, 4):
-                row, group = (head * S + i if has_saved_lists else i - start) * stride, (i - start) // 4
-                n_keys_[group] = _merge_lists(
-                    advance(selected_, row), advance(grad_scores_, (i - start) * stride), stride, i, min(i + 4, stop),
-                    S, top_k, causal, slot_of_key_, advance(keys_, group * max_keys),
-                    advance(key_grads_, 4 * group * max_keys),
+                row, group = (number * S + i if has_saved_lists else i - start) * stride, (i - start) // 4
+                groups.n_keys[group] = _merge_lists(
+                    advance(lists.selected, row), advance(groups.grad_scores, (i - start) * stride), stride, i,
+                    min(i + 4, stop), S, top_k, constants.causal, groups.slot_of_key,
+                    advance(groups.keys, group * max_keys), advance(groups.key_grads, 4 * group * max_keys),
                 )  # fmt: skip
             for t in range(T):
                 next_step = min(t + 1, T - 1) * B * S * D + at
                 recent = max(0, stop - _RECENT)
-                _prefetch_rows(q_, next_step, start, stop, D, width)
-                _prefetch_rows(k_, next_step, recent, stop, D, width)
+                _prefetch_rows(q, next_step, start, stop, D, width)
+                _prefetch_rows(k, next_step, recent, stop, D, width)
                 if needs_spike_grad:
-                    _prefetch_rows(grad_q_, next_step, start, stop, D, width)
-                    _prefetch_rows(grad_k_, next_step, recent, stop, D, width)
+                    _prefetch_rows(spikes.grad_q, next_step, start, stop, D, width)
+                    _prefetch_rows(spikes.grad_k, next_step, recent, stop, D, width)
                 for i in range(start, stop, 4):
                     group = (i - start) // 4
-                    grad_temperature[head] += _spike_gradients(
-                        q_, k_, grad_q_, grad_k_, t * B * S * D + at, D, width, i, min(i + 4, stop),
-                        advance(keys_, group * max_keys), advance(key_grads_, 4 * group * max_keys), n_keys_[group],
-                        temperature, needs_spike_grad,
+                    grad_temperature[number] += _spike_gradients(
+                        spikes, t * B * S * D + at, D, width, i, min(i + 4, stop),
+                        advance(groups.keys, group * max_keys), advance(groups.key_grads, 4 * group * max_keys),
+                        groups.n_keys[group], constants.temperature, needs_spike_grad,
                     )  # fmt: skip
 
 
+@kernel
+def _scratch_of_chunk(c, sizes, scratch, like):
+    """Return the pointers of chunk c from the addresses of all chunks."""
+    bits, counts, scores = scratch
+    return _Scratch(
+        advance(as_pointer(bits, np.int64(0)), c * 2 * sizes.words * sizes.S),
+        advance(as_pointer(counts, np.int64(0)), c * sizes.S),
+        advance(as_pointer(scores, like), c * (sizes.S + WIDTH)),
+    )
+
+
+@kernel
+def _groups_of_chunk(c, sizes, groups, like):
+    """Return the pointers of chunk c from the addresses of all chunks."""
+    grad_scores, slot_of_key, n_keys, keys, key_grads = groups
+    n_groups, max_keys = _BLOCK // 4, min(4 * sizes.top_k, sizes.S)
+    return _Groups(
+        advance(as_pointer(grad_scores, like), c * _BLOCK * (sizes.top_k + 1)),
+        advance(as_pointer(slot_of_key, np.int32(0)), c * sizes.S),
+        advance(as_pointer(n_keys, np.int32(0)), c * n_groups),
+        advance(as_pointer(keys, np.int32(0)), c * n_groups * max_keys),
+        advance(as_pointer(key_grads, like), c * n_groups * 4 * max_keys),
+    )
+
+
+@kernel
+def _lists_of_chunk(c, size, saved, lists, like):
+    """Return the pointers of all queries if their lists are ``saved``, else of the ``size`` entries of chunk c."""
+    selected, weights = lists
+    first = 0 if saved else c * size
+    return _Lists(advance(as_pointer(selected, np.int32(0)), first), advance(as_pointer(weights, like), first))
+
+
 @parallel_kernel
-def _forward(
-    chunks, q, k, v, temperature, recency, n_heads, top_k, causal, int_max, words, bits, counts, scores, selected,
-    weights, save_lists, context,
-):  # fmt: skip
-    heads = q.shape[1] * n_heads
+def _forward(sizes, inputs, constants, scratch, lists, save_lists, context):
+    """Run chunks of heads in parallel; the first five are the tuples of the classes above."""
+    chunks, heads = sizes[0], sizes[2] * sizes[6]
     for c in prange(chunks):
-        lists = slice(0, selected.shape[0]) if save_lists else slice(c, c + 1)
+        sizes_, constants_ = _Sizes(*sizes), _Constants(*constants)
+        like = constants_.temperature
         _forward_heads(
-            c * heads // chunks, (c + 1) * heads // chunks, q, k, v, temperature, recency, n_heads, top_k, causal,
-            int_max, words, bits[c], counts[c], scores[c], selected[lists], weights[lists], save_lists, context,
+            c * heads // chunks, (c + 1) * heads // chunks, sizes_, _Inputs(*inputs), constants_,
+            _scratch_of_chunk(c, sizes_, scratch, like), _lists_of_chunk(c, sizes_.top_k + 1, save_lists, lists, like),
+            save_lists, context,
         )  # fmt: skip
 
 
 @parallel_kernel
-def _backward(
-    chunks, grad, q, k, v, temperature, recency, n_heads, top_k, causal, needs_spike_grad, int_max, words, bits,
-    counts, scores, selected, weights, has_saved_lists, grad_scores, slot_of_key, n_keys, keys, key_grads, grad_q,
-    grad_k, grad_v, grad_temperature, grad_recency,
-):  # fmt: skip
-    heads = q.shape[1] * n_heads
+def _backward(sizes, grad, inputs, constants, scratch, lists, has_saved_lists, groups, results, needs_spike_grad):
+    """Run chunks of heads in parallel; arguments as in ``_forward``."""
+    chunks, heads = sizes[0], sizes[2] * sizes[6]
     for c in prange(chunks):
-        lists = slice(0, selected.shape[0]) if has_saved_lists else slice(c * _BLOCK, (c + 1) * _BLOCK)
+        sizes_, constants_ = _Sizes(*sizes), _Constants(*constants)
+        like = constants_.temperature
         _backward_heads(
-            c * heads // chunks, (c + 1) * heads // chunks, grad, q, k, v, temperature, recency, n_heads, top_k,
-            causal, needs_spike_grad, int_max, words, bits[c], counts[c], scores[c], selected[lists], weights[lists],
-            has_saved_lists, grad_scores[c], slot_of_key[c], n_keys[c], keys[c], key_grads[c], grad_q, grad_k, grad_v,
-            grad_temperature, grad_recency,
+            c * heads // chunks, (c + 1) * heads // chunks, sizes_, grad, _Inputs(*inputs), constants_,
+            _scratch_of_chunk(c, sizes_, scratch, like),
+            _lists_of_chunk(c, _BLOCK * (sizes_.top_k + 1), has_saved_lists, lists, like), has_saved_lists,
+            _groups_of_chunk(c, sizes_, groups, like), _Results(*results), needs_spike_grad,
         )  # fmt: skip
 
 
-class _Sizes:
-    """Sizes and scratch memory that both passes need."""
+def _sizes(arguments: Arguments, threads: int) -> _Sizes:
+    T, B, S, D = arguments.q.shape
+    n_heads = arguments.n_heads
+    chunks = max(1, min(B * n_heads, 2 * threads))
+    words = -(-T * -(-D // n_heads // WIDTH) * WIDTH // 64)
+    return _Sizes(chunks, T, B, S, D, arguments.v.shape[2], n_heads, min(arguments.top_k, S), words)
 
-    def __init__(self, q: Tensor, v: Tensor, n_heads: int, top_k: int, threads: int) -> None:
-        T, B, self.length, D = q.shape
-        self.chunks = max(1, min(B * n_heads, 2 * threads))
-        self.words = -(-T * -(-D // n_heads // WIDTH) * WIDTH // 64)
-        self.top_k = min(top_k, self.length)
-        self.stride = self.top_k + 1  # +1: the selection writes a candidate before deciding whether to keep it
 
-    def scratch(self, dtype: torch.dtype) -> tuple[Any, Any, Any]:
-        """Return the bits of queries and keys, counts and scores, for each chunk."""
-        return (
-            torch.empty(self.chunks, 2, self.words * self.length, dtype=torch.int64).numpy(),
-            torch.empty(self.chunks, self.length, dtype=torch.int64).numpy(),
-            torch.empty(self.chunks, self.length + WIDTH, dtype=dtype).numpy(),
-        )
+def _constants(arguments: Arguments, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Return the numbers of :class:`_Constants`."""
+    int_max = np.int64(torch.iinfo(_INTEGERS[dtype]).max)
+    return (NUMPY_TYPES[dtype](arguments.temperature.item()), arguments.causal, int_max)
 
-    def lists_of_four(self, dtype: torch.dtype) -> tuple[Any, ...]:
-        """Return arrays for a block: score gradients, slots of keys; number, keys and gradients of each group."""
-        groups, max_keys = _BLOCK // 4, min(4 * self.top_k, self.length)
-        return (
-            torch.empty(self.chunks, _BLOCK * self.stride, dtype=dtype).numpy(),
-            torch.full((self.chunks, self.length), -1, dtype=torch.int32).numpy(),
-            torch.empty(self.chunks, groups, dtype=torch.int32).numpy(),
-            torch.empty(self.chunks, groups, max_keys, dtype=torch.int32).numpy(),
-            torch.empty(self.chunks, groups, 4 * max_keys, dtype=dtype).numpy(),
-        )
+
+def _input_tensors(arguments: Arguments, dtype: torch.dtype) -> list[Tensor | None]:
+    """Return the tensors of :class:`_Inputs`, contiguous."""
+    inputs = arguments.q, arguments.k, arguments.v, arguments.recency
+    return [None if x is None else as_contiguous(x, dtype) for x in inputs]
+
+
+def _scratch_tensors(sizes: _Sizes, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the tensors of :class:`_Scratch` for all chunks."""
+    return (
+        torch.empty(sizes.chunks, 2, sizes.words * sizes.S, dtype=torch.int64),
+        torch.empty(sizes.chunks, sizes.S, dtype=torch.int64),
+        torch.empty(sizes.chunks, sizes.S + WIDTH, dtype=dtype),
+    )
+
+
+def _group_tensors(sizes: _Sizes, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return the tensors of :class:`_Groups` for all chunks."""
+    chunks, n_groups, max_keys = sizes.chunks, _BLOCK // 4, min(4 * sizes.top_k, sizes.S)
+    return (
+        torch.empty(chunks, _BLOCK * (sizes.top_k + 1), dtype=dtype),
+        torch.full((chunks, sizes.S), -1, dtype=torch.int32),
+        torch.empty(chunks, n_groups, dtype=torch.int32),
+        torch.empty(chunks, n_groups, max_keys, dtype=torch.int32),
+        torch.empty(chunks, n_groups, 4 * max_keys, dtype=dtype),
+    )
+
+
+def _list_tensors(saved: tuple[Tensor, Tensor], sizes: _Sizes, queries: int) -> tuple[Tensor, Tensor]:
+    """Return the saved lists, or if these are empty memory for the lists of ``queries`` queries per chunk.
+
+    The ``top_k + 1``-th entry of a list is a candidate that the selection writes before deciding whether to keep it.
+    """
+    selected, weights = saved
+    if len(selected):
+        return selected, weights
+    shape = sizes.chunks * queries, sizes.top_k + 1
+    return selected.new_empty(shape), weights.new_empty(shape)
 
 
 def saved_shapes(q: Tensor, n_heads: int, top_k: int, save_weights: bool) -> tuple[tuple[int, ...], ...]:
@@ -356,96 +512,59 @@ def saved_shapes(q: Tensor, n_heads: int, top_k: int, save_weights: bool) -> tup
     return lists, (0,), lists
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    temperature: Tensor,
-    recency: Tensor | None,
-    n_heads: int,
-    top_k: int,
-    causal: bool,
-    save_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the context, and for ``backward`` the selected keys and weights; the arguments are those of the op."""
+def forward(arguments: Arguments, save_weights: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the context, and for ``backward`` the selected keys and weights."""
+    q, _, v, _, _, n_heads, top_k, _ = arguments
     dtype = compute_dtype(v)
-    like = torch.empty(0, dtype=dtype)
-    context = torch.empty(v.shape, dtype=dtype)
+    context, nothing = torch.empty(v.shape, dtype=dtype), torch.empty(0, dtype=dtype)
     shape, *_ = saved_shapes(q, n_heads, top_k, save_weights)
     selected, weights = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape, dtype=dtype)
     if not context.numel():
-        return context.to(v.dtype), selected, like, weights
+        return context.to(v.dtype), selected, nothing, weights
+    inputs = _input_tensors(arguments, dtype)
     with as_many_threads_as_torch() as threads:
-        sizes = _Sizes(q, v, n_heads, top_k, threads)
-        lists = selected, weights
-        if not len(selected):
-            lists = selected.new_empty(sizes.chunks, sizes.stride), weights.new_empty(sizes.chunks, sizes.stride)
+        sizes = _sizes(arguments, threads)
+        scratch, lists = _scratch_tensors(sizes, dtype), _list_tensors((selected, weights), sizes, 1)
         _forward(
-            sizes.chunks,
-            *(_array(x, like) for x in (q, k, v)),
-            like.numpy().dtype.type(temperature.item()),
-            _array(like if recency is None else recency, like),
-            n_heads,
-            sizes.top_k,
-            causal,
-            np.int64(torch.iinfo(_INTEGERS[dtype]).max),
-            sizes.words,
-            *sizes.scratch(dtype),
-            *(x.numpy() for x in lists),
+            tuple(sizes),
+            addresses(inputs),
+            _constants(arguments, dtype),
+            addresses(scratch),
+            addresses(lists),
             len(selected) > 0,
-            context.numpy(),
+            data_pointer(context),
         )
-    return context.to(v.dtype), selected, like, weights
+    return context.to(v.dtype), selected, nothing, weights
 
 
 def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    temperature: Tensor,
-    recency: Tensor | None,
-    selected: Tensor,
-    _: Tensor,
-    weights: Tensor,
-    n_heads: int,
-    top_k: int,
-    causal: bool,
-    needs_spike_grad: bool,
+    grad: Tensor, arguments: Arguments, saved: tuple[Tensor, Tensor, Tensor], needs_spike_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k (empty unless ``needs_spike_grad``), v, temperature and recency (or empty)."""
+    q, k, v, _, recency, n_heads, *_ = arguments
+    selected, _, weights = saved
     dtype = compute_dtype(v)
-    like = torch.empty(0, dtype=dtype)
     shape = q.shape if needs_spike_grad else (0,) * 4
     grad_q, grad_k = torch.empty(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
     grad_v = torch.zeros(v.shape, dtype=dtype)
     by_head = torch.zeros(2, v.shape[0] * n_heads, dtype=torch.float64)
     if v.numel():
+        grad, inputs = as_contiguous(grad, dtype), _input_tensors(arguments, dtype)
         with as_many_threads_as_torch() as threads:
-            sizes = _Sizes(q, v, n_heads, top_k, threads)
-            lists = selected, weights
-            if not len(selected):
-                n_rows = sizes.chunks * _BLOCK
-                lists = selected.new_empty(n_rows, sizes.stride), weights.new_empty(n_rows, sizes.stride)
+            sizes = _sizes(arguments, threads)
+            lists = _list_tensors((selected, weights), sizes, _BLOCK)
+            scratch, groups = _scratch_tensors(sizes, dtype), _group_tensors(sizes, dtype)
             _backward(
-                sizes.chunks,
-                *(_array(x, like) for x in (grad, q, k, v)),
-                like.numpy().dtype.type(temperature.item()),
-                _array(like if recency is None else recency, like),
-                n_heads,
-                sizes.top_k,
-                causal,
-                needs_spike_grad,
-                np.int64(torch.iinfo(_INTEGERS[dtype]).max),
-                sizes.words,
-                *sizes.scratch(dtype),
-                *(x.numpy() for x in lists),
+                tuple(sizes),
+                data_pointer(grad),
+                addresses(inputs),
+                _constants(arguments, dtype),
+                addresses(scratch),
+                addresses(lists),
                 len(selected) > 0,
-                *sizes.lists_of_four(dtype),
-                grad_q.numpy(),
-                grad_k.numpy(),
-                grad_v.numpy(),
-                *by_head.numpy(),
+                addresses(groups),
+                addresses((grad_q, grad_k, grad_v, by_head[0], by_head[1])),
+                needs_spike_grad,
             )
     grad_temperature, grad_recency = by_head[0].sum().to(dtype), by_head[1].view(-1, n_heads).sum(0).to(dtype)
     return (
@@ -453,13 +572,8 @@ def backward(
         grad_k.to(k.dtype) if needs_spike_grad else k.new_empty(0),
         grad_v.to(v.dtype),
         grad_temperature,
-        grad_recency if recency is not None else like,
+        grad_recency if recency is not None else torch.empty(0, dtype=dtype),
     )
 
 
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
-
-
-def _array(x: Tensor, like: Tensor) -> Any:
-    """Return a contiguous NumPy array in the dtype of ``like``."""
-    return x.detach().to(like.dtype).contiguous().numpy()

@@ -1,5 +1,6 @@
 """The public op: argument checks, precision, choice of the backend, registration of both passes with torch.library."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from nord_snn.ops.checks import check_heads, check_scalar, compute_dtype, without_autocast
 from nord_snn.ops.dispatch import CallSignature, backend_selector, register_backends
 from nord_snn.ops.registration import Kernel, register_op
+from nord_snn.ops.topk_resonance.support import Arguments
 
 __all__ = ["IMPLEMENTATIONS", "resonance"]
 
@@ -81,7 +83,8 @@ def resonance(
     inputs = (q, k, v, temperature, recency)
     save_weights = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     name = _choose(backend, CallSignature(v.device.type, v.dtype, v.shape[-1]))
-    return _run(*inputs, n_heads, top_k, causal, save_weights, name)[0]
+    context, *_ = _run(*inputs, n_heads=n_heads, top_k=top_k, causal=causal, save_weights=save_weights, backend=name)
+    return context
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, n_heads: int, top_k: int, recency: Tensor | None) -> None:
@@ -110,15 +113,16 @@ def _forward(
     v: Tensor,
     temperature: Tensor,
     recency: Tensor | None,
+    *,
     n_heads: int,
     top_k: int,
     causal: bool,
     save_weights: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernel = IMPLEMENTATIONS[backend].kernel()
+    arguments = Arguments(q, k, v, temperature, recency, n_heads, top_k, causal)
     with without_autocast(v):
-        return kernel.forward(q, k, v, temperature, recency, n_heads, top_k, causal, save_weights)
+        return IMPLEMENTATIONS[backend].kernel().forward(arguments, save_weights)
 
 
 def _forward_fake(
@@ -127,6 +131,7 @@ def _forward_fake(
     v: Tensor,
     temperature: Tensor,
     recency: Tensor | None,
+    *,
     n_heads: int,
     top_k: int,
     causal: bool,
@@ -153,51 +158,55 @@ def _backward(
     keys: Tensor,
     worst: Tensor,
     weights: Tensor,
+    *,
     n_heads: int,
     top_k: int,
     causal: bool,
     needs_spike_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    kernel = IMPLEMENTATIONS[backend].kernel()
+    arguments = Arguments(q, k, v, temperature, recency, n_heads, top_k, causal)
     with without_autocast(v):
-        return kernel.backward(
-            grad, q, k, v, temperature, recency, keys, worst, weights, n_heads, top_k, causal, needs_spike_grad
-        )
+        return IMPLEMENTATIONS[backend].kernel().backward(grad, arguments, (keys, worst, weights), needs_spike_grad)
 
 
-def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _, q, k, v, temperature, recency, *_, n_heads, _, _, needs_spike_grad, _ = arguments
+def _backward_fake(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    temperature: Tensor,
+    recency: Tensor | None,
+    *saved: Tensor,
+    needs_spike_grad: bool,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grad_q, grad_k = (x.new_empty(x.shape if needs_spike_grad else 0) for x in (q, k))
-    return (
-        grad_q,
-        grad_k,
-        v.new_empty(v.shape),
-        torch.empty_like(temperature),
-        temperature.new_empty(0 if recency is None else n_heads),
-    )
+    grad_recency = temperature.new_empty(0) if recency is None else torch.empty_like(recency)
+    return grad_q, grad_k, v.new_empty(v.shape), torch.empty_like(temperature), grad_recency
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.n_heads, ctx.top_k, ctx.causal, _, ctx.backend = inputs
+def _save(ctx: Any, tensors: Sequence[Tensor | None], options: dict[str, Any], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
+    ctx.options = options
 
 
 def _gradients(ctx: Any, grad: Tensor | None, *_: None, run: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 10
-    needed = ctx.needs_input_grad
-    gradients = run(grad, *ctx.saved_tensors, ctx.n_heads, ctx.top_k, ctx.causal, needed[0] or needed[1], ctx.backend)
-    return *(gradient if need else None for gradient, need in zip(gradients, needed[:5], strict=True)), *[None] * 5
+        return (None,) * 5
+    needed = ctx.needs_input_grad[:5]
+    options = {name: option for name, option in ctx.options.items() if name != "save_weights"}
+    gradients = run(grad, *ctx.saved_tensors, **options, needs_spike_grad=needed[0] or needed[1])
+    return tuple(gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
 
 
 _run = register_op(
     "resonance",
     Kernel(_forward, _forward_fake),
     Kernel(_backward, _backward_fake),
-    _setup_context,
+    _save,
     _gradients,
     second_derivative="nord_snn/ops/topk_resonance/reference.py has one",
 )
