@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from nord_snn.ops.checks import check_heads, check_scalar, compute_dtype, without_autocast
+from nord_snn.ops.costs import register_cost
 from nord_snn.ops.dispatch import CallSignature, backend_selector, register_backends
 from nord_snn.ops.registration import Kernel, register_op
+from nord_snn.ops.topk_resonance.cost import resonance_cost
 
 __all__ = ["IMPLEMENTATIONS", "resonance"]
 
@@ -201,3 +203,4 @@ _run = register_op(
     _gradients,
     second_derivative="nord_snn/ops/topk_resonance/reference.py has one",
 )
+register_cost("resonance", resonance_cost)
