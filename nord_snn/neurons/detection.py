@@ -3,6 +3,8 @@
 And read what a module says of itself: see :mod:`nord_snn.neurons.factory`.
 """
 
+from collections.abc import Callable
+
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
 
@@ -42,6 +44,5 @@ def emits_binary_spikes(module: nn.Module) -> bool:
 
 def cost_of_updates(neuron: nn.Module, spikes: Tensor) -> OpCost:
     """Return the cost of the updates that gave ``spikes``: what the neuron says, or that of LIF neurons."""
-    if hasattr(neuron, "update_cost"):
-        return neuron.update_cost(spikes)
-    return lif_update_cost(spikes)
+    own: Callable[[Tensor], OpCost] | None = getattr(neuron, "update_cost", None)
+    return lif_update_cost(spikes) if own is None else own(spikes)

@@ -48,6 +48,7 @@ def profile_energy(net: nn.Module, *inputs: Any, time_steps: int | None = None, 
     "Reconsidering the energy efficiency of spiking neural networks".
 
     Example:
+        >>> from nord_snn.neurons import AssociativeLIFNode
         >>> net = nn.Sequential(AssociativeLIFNode(4, None, step_mode="m"), nn.Linear(4, 3, bias=False))
         >>> profile = profile_energy(net, torch.full((6, 2, 4), 9.0), time_steps=6)  # fires in time steps 0 and 3
         >>> profile.macs, profile.acs, profile.dense
@@ -164,7 +165,7 @@ class EnergyProfiler(TorchDispatchMode):
     def _complete(self) -> None:
         """Fill in the profile what depends on T."""
         profile, time = self.profile, self._time
-        T = profile.time_steps = time.T
+        T = profile.time_steps = time.number
         for key, product in self._products.items():
             product.steps = time.steps_of(product, *self._inputs[key])
             if time.runs_in_loop(product):  # the twin reads its weights once

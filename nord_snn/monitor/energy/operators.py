@@ -1,7 +1,6 @@
 """Operators of torch: what their products cost, which ones count by their outputs, and which ones cannot be counted."""
 
 from collections.abc import Callable
-from math import ceil
 from typing import Any
 
 import torch

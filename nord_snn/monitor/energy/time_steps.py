@@ -44,8 +44,8 @@ class TimeSteps:
         self._single_steps[name] = self._single_steps.get(name, 0) + 1
 
     @property
-    def T(self) -> int:
-        """Return the number of time steps of the network."""
+    def number(self) -> int:
+        """Return T of the network."""
         return self.stated or max(self._sequence_length, self._loop_length)
 
     @property
@@ -82,13 +82,15 @@ class TimeSteps:
         elif self._sequences and self._longest != T:
             raise ValueError(f"time_steps is {T}, but the neurons processed sequences of {self._longest} time steps")
         elif not self._sequences and self._single_steps and self._loop_length % T:
-            raise ValueError(f"time_steps is {T}, but the neurons were called for {self._loop_length} single time steps")
+            raise ValueError(
+                f"time_steps is {T}, but the neurons were called for {self._loop_length} single time steps"
+            )
 
     def repeats(self, shape: Shape) -> bool:
         """Return whether outputs in a module with this input are computed in each of T time steps."""
         if not self.in_sequences:
-            return self.T > 1
-        return self._sequence_length == self.T and self._has_time(shape)
+            return self.number > 1
+        return self._sequence_length == self.number and self._has_time(shape)
 
     def steps_of(self, product: ProductCost, shape: Shape, known: int | None) -> int:
         """Return T if a product is computed in each time step, else 1.
@@ -101,13 +103,13 @@ class TimeSteps:
         if self.in_sequences:
             length = self._sequence_length
             return length if (self._has_time(shape) if known is None else known == length) else 1
-        return self.T if self.runs_in_loop(product) else 1
+        return self.number if self.runs_in_loop(product) else 1
 
     def runs_in_loop(self, product: ProductCost) -> bool:
         """Return whether a product is called once in each of T single time steps."""
         if self.in_sequences:
             return False
-        return product.calls == self.T if self.stated is None else product.calls % self._loop_length == 0
+        return product.calls == self.number if self.stated is None else product.calls % self._loop_length == 0
 
     def _has_time(self, shape: Shape) -> bool:
         """Return whether the first dimension is time ``[T, N, *]``, or time and rows ``[T * N, *]``."""
