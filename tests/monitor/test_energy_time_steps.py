@@ -34,6 +34,13 @@ class TimeMean(nn.Module):
         return self.once(self.each(self.neurons(x)).mean(0))
 
 
+class Transposed(TimeMean):
+    """A linear map over positions, of the mean over time."""
+
+    def forward(self, x):
+        return self.once(self.each(self.neurons(x)).mean(0).mT[..., :5])
+
+
 class Flattened(nn.Module):
     """Time steps in the batch, as in SpikingJelly's layers."""
 
@@ -52,6 +59,7 @@ NETS = {
     "spike-fed, as many positions": (lambda: SpikeFedBlock(16, 2, 32, neuron=node), (6, 16)),
     "mean": (TimeMean, (8,)),
     "mean, as many positions": (TimeMean, (6, 8)),
+    "transposed": (Transposed, (7, 8)),
     "flattened": (Flattened, (8,)),
 }
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nord_snn.ops.cached_resonance.reference import masked_scores
-from nord_snn.ops.checks import compute_dtype, without_autocast
+from nord_snn.ops.checks import compute_dtype
 from nord_snn.ops.costs import OpCost, is_binary
 from nord_snn.ops.topk_resonance.cost import selection_cost
 
@@ -26,7 +26,6 @@ def resonance_cached_cost(
     **more_options: Any,
 ) -> OpCost:
     """Return the cost of one call; the arguments are those of the op. Padding and keys outside the window cost nothing."""
-    with without_autocast(values):
-        scores = masked_scores(q, keys, temperature, recency, lengths, window, compute_dtype(values))
+    scores = masked_scores(q, keys, temperature, recency, lengths, window, compute_dtype(values))
     binary_keys = keys.dtype == torch.uint8 or is_binary(keys)
     return selection_cost(q, binary_keys, values, scores, top_k, recency is not None)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nord_snn.ops.checks import compute_dtype, without_autocast
+from nord_snn.ops.checks import compute_dtype
 from nord_snn.ops.costs import OpCost, ProductCount, is_binary, spike_bytes
 from nord_snn.ops.topk_resonance.reference import coincidences, keep_best, resonance_scores
 
@@ -27,8 +27,7 @@ def resonance_cost(
 ) -> OpCost:
     """Return the cost of one call; the arguments are those of the op, further options do not change it."""
     dtype = compute_dtype(v)
-    with without_autocast(v):
-        scores = resonance_scores(coincidences(q.to(dtype), k.to(dtype), n_heads), temperature, recency, causal)
+    scores = resonance_scores(coincidences(q.to(dtype), k.to(dtype), n_heads), temperature, recency, causal)
     values = v.unflatten(-1, (n_heads, -1)).transpose(1, 2)
     return selection_cost(q, is_binary(k), values, scores, top_k, recency is not None)
 
