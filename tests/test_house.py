@@ -11,6 +11,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from parts import PARTS
+from torch import nn
 
 import nord_snn
 
@@ -171,7 +173,7 @@ def test_the_constraints_are_within_what_the_extras_ask_for():
     assert {"torch", "transformers", "numba", "spikingjelly"} <= checked
 
 
-OP_FILES = {"__init__.py", "reference.py", "op.py"}
+OP_FILES = {"__init__.py", "reference.py", "op.py", "cost.py"}
 
 
 def test_every_folder_of_an_op_has_the_same_files():
@@ -187,6 +189,35 @@ def test_every_folder_of_an_op_has_the_same_files():
         assert not hasattr(importlib.import_module("nord_snn.ops"), folder.name) or inspect.ismodule(
             getattr(importlib.import_module("nord_snn.ops"), folder.name)
         )
+
+
+def attributes_of_layers() -> set[str]:
+    """Names of everything that our layers and neurons add to ``nn.Module``."""
+    names = set()
+    for make, _ in PARTS.values():
+        for module in make().modules():
+            if type(module).__module__.startswith("nord_snn."):
+                names |= vars(module).keys() | module._parameters.keys() | module._modules.keys()
+                names |= {
+                    name for kind in type(module).__mro__ if "nord_snn." in kind.__module__ for name in vars(kind)
+                }
+    return names - vars(nn.Module()).keys() - set(dir(nn.Module))
+
+
+def test_the_energy_profile_knows_no_attribute_of_a_layer():
+    """Ops and neurons say what they cost."""
+    names = attributes_of_layers() | {"remember", "AssociativeLIFNode"}
+    assert {"lif_q", "temperature", "recency", "top_k", "n_heads", "cascade", "update_cost"} <= names
+    files = sorted((ROOT / "nord_snn" / "monitor" / "energy").glob("*.py"))
+    assert {file.name for file in files} >= {"conventions.py", "report.py", "counter.py"}
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        assert "lif_" not in text
+        nodes = list(ast.walk(ast.parse(text)))
+        used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+        used |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+        used |= imported(file)
+        assert not used & (names - {"step_mode"}), file  # SpikingJelly's, of every neuron
 
 
 def test_no_script_changes_the_search_path():

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from nord_snn.layers.cache import SequenceCache, cache_argument
-from nord_snn.neurons import AssociativeLIFNode, DenseActivation, NeuronFactory, fire_from_rest, make_neuron
+from nord_snn.neurons import DenseActivation, NeuronFactory, fire_from_rest, make_neuron
+from nord_snn.neurons.detection import emits_binary_spikes
 from nord_snn.ops import pack_spikes, resonance, resonance_cached
 from nord_snn.ops.cached_resonance.packing import check_spikes
 from nord_snn.ops.checks import check_features, check_heads
@@ -96,11 +97,11 @@ class ResonanceBase(nn.Module):
         if not self.causal:
             raise ValueError("a resonance that is not causal cannot grow: earlier positions would see later ones")
         assert cache.update is not None
-        neurons = {type(self.lif_q), type(self.lif_k)}
-        if neurons == {DenseActivation}:
+        neurons = self.lif_q, self.lif_k
+        if all(type(neuron) is DenseActivation for neuron in neurons):
             new_keys = k.unflatten(-1, (self.n_heads, -1)).permute(1, 3, 2, 0, 4).flatten(-2)  # [B, H, S, T * D/H]
         else:
-            binary = neurons == {AssociativeLIFNode}
+            binary = all(emits_binary_spikes(neuron) for neuron in neurons)
             if not binary:
                 check_spikes(q)
             new_keys = pack_spikes(k, self.n_heads, trusted=binary)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from nord_snn.layers.cache import SequenceCache, UpdateCache, cache_argument
 from nord_snn.layers.resonance import ResonanceBase
-from nord_snn.neurons import AssociativeLIFNode, DenseActivation, NeuronFactory, fire_from_rest, make_neuron
+from nord_snn.neurons import DenseActivation, NeuronFactory, fire_from_rest, make_neuron
+from nord_snn.neurons.detection import emits_binary_spikes
 from nord_snn.ops import pack_spikes
 from nord_snn.ops.cached_resonance.packing import unpack_spikes
 from nord_snn.ops.checks import check_features
@@ -108,7 +109,8 @@ class SpikeFedResonance(ResonanceBase):
 
     def _store_bits(self, update: UpdateCache, v: Tensor) -> UpdateCache:
         """Return an update that stores values as bits, for values that are spikes ``[T, B, S, D]``."""
-        bits = pack_spikes(v, self.n_heads, trusted=type(self.lif_v) is AssociativeLIFNode)
+        assert self.lif_v is not None
+        bits = pack_spikes(v, self.n_heads, trusted=emits_binary_spikes(self.lif_v))
 
         def update_bits(keys: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
             keys, values = update(keys, bits)

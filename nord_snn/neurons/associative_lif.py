@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from nord_snn._compat.spikingjelly import StatefulNode
 from nord_snn.neurons.cascade import AssociativeCascade
-from nord_snn.ops import AssociativeLIFState, BackendChoice, associative_lif, which_backend
+from nord_snn.ops import AssociativeLIFState, BackendChoice, OpCost, associative_lif, which_backend
 from nord_snn.ops.checks import check_features, compute_dtype
 from nord_snn.ops.dispatch import BACKENDS
+from nord_snn.ops.lif.cost import associative_update_cost
 from nord_snn.ops.surrogate import SurrogateLike, resolve_surrogate
 
 __all__ = ["AssociativeLIFNode"]
@@ -133,6 +134,11 @@ class AssociativeLIFNode(StatefulNode):
         return self.beta_syn_logit.sigmoid()
 
     @property
+    def emits_binary_spikes(self) -> bool:
+        """Return whether all outputs are zeros and ones; False for a callable surrogate that does not say it spikes."""
+        return isinstance(self.surrogate_function, str) or getattr(self.surrogate_function, "spiking", False) is True
+
+    @property
     def supported_backends(self) -> tuple[str, ...]:
         """Return every valid ``backend``; SpikingJelly 0.0.0.0.14 and its ``functional.set_backend`` read it."""
         return ("auto", *BACKENDS)
@@ -237,6 +243,10 @@ class AssociativeLIFNode(StatefulNode):
     def firing_threshold(self) -> Tensor:
         """Return the membrane at which a neuron fires, ``[D]``; a subclass may override it."""
         return self.v_threshold
+
+    def update_cost(self, spikes: Tensor) -> OpCost:
+        """Return what the updates that gave ``spikes [*, D]`` cost, cascade included."""
+        return associative_update_cost(spikes, None if self.cascade is None else self.cascade.n_clusters)
 
     def extra_repr(self) -> str:
         """Return the sizes and the constants that are not learnable."""

@@ -1,9 +1,17 @@
-"""Recognise neurons: ours and SpikingJelly's by class, snnTorch's, which may not be installed, by module name and methods."""
+"""Recognise neurons: ours and SpikingJelly's by class, snnTorch's, which may not be installed, by module name and methods.
+
+And read what a module says of itself: see :mod:`nord_snn.neurons.factory`.
+"""
+
+from collections.abc import Callable
 
 from spikingjelly.activation_based.neuron import BaseNode
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["is_neuron", "is_snntorch", "runs_snntorch"]
+from nord_snn.ops import OpCost
+from nord_snn.ops.lif.cost import lif_update_cost
+
+__all__ = ["cost_of_updates", "emits_binary_spikes", "is_neuron", "is_snntorch", "runs_snntorch"]
 
 
 def is_snntorch(module: nn.Module) -> bool:
@@ -22,3 +30,19 @@ def is_neuron(module: nn.Module) -> bool:
     if is_snntorch(module):
         return not any(isinstance(inner, BaseNode) for inner in module.modules())
     return isinstance(module, BaseNode)
+
+
+def emits_binary_spikes(module: nn.Module) -> bool:
+    """Return ``module.emits_binary_spikes``; False if a subclass overrides ``forward`` and does not say it again."""
+    for kind in type(module).__mro__:
+        if "emits_binary_spikes" in kind.__dict__:
+            return bool(module.emits_binary_spikes)
+        if "forward" in kind.__dict__:
+            return False
+    return False
+
+
+def cost_of_updates(neuron: nn.Module, spikes: Tensor) -> OpCost:
+    """Return the cost of the updates that gave ``spikes``: what the neuron says, or that of LIF neurons."""
+    own: Callable[[Tensor], OpCost] | None = getattr(neuron, "update_cost", None)
+    return lif_update_cost(spikes) if own is None else own(spikes)

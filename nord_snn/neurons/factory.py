@@ -7,6 +7,16 @@ return tuples: wrap them in :class:`nord_snn.integrations.snntorch.MultiStep`.
 
 ``AssociativeLIFNode`` has 64 clusters by default, which must divide the width. For other widths set the number:
 ``neuron=lambda n: AssociativeLIFNode(n, n_clusters=8)``.
+
+A module may say two things of itself:
+
+``emits_binary_spikes``
+    Class attribute or property. True: its ``forward`` returns exactly zeros and ones, so that layers which store spikes as
+    bits need not check them, a check that waits for the GPU. It holds for subclasses that do not override ``forward``.
+``update_cost(spikes) -> OpCost``
+    Method. What the updates that gave ``spikes`` cost: multiplications, additions and bytes of state, see
+    :class:`nord_snn.ops.OpCost`. :func:`nord_snn.monitor.profile_energy` asks every neuron, which is a subclass of
+    SpikingJelly's ``BaseNode`` or of snnTorch's neurons. Neurons without it count as LIF neurons.
 """
 
 from collections.abc import Callable, Iterator

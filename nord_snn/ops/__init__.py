@@ -6,6 +6,7 @@ from nord_snn.ops.cached_resonance.op import resonance_cached
 from nord_snn.ops.cached_resonance.packing import pack_spikes
 from nord_snn.ops.cascade import associative_cascade
 from nord_snn.ops.clamp.op import leaky_clamp
+from nord_snn.ops.costs import OpCost
 from nord_snn.ops.dispatch import OPS, BackendChoice, CallSignature, choose_backend
 from nord_snn.ops.lif.op import associative_lif, associative_lif_backend
 from nord_snn.ops.lif.reference import AssociativeLIFState
@@ -21,6 +22,7 @@ __all__ = [
     "AssociativeLIFState",
     "BackendChoice",
     "ConvGeometry",
+    "OpCost",
     "RewardSTDPState",
     "STDPState",
     "TripletState",

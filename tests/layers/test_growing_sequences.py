@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from spikingjelly.activation_based import surrogate
 from spikingjelly.activation_based.neuron import LIFNode
 from torch import nn
 
-from nord_snn.layers import CoFiringResonance, NordBlock, SequenceCache, SpikeFedBlock
+from nord_snn.layers import CoFiringResonance, NordBlock, SequenceCache, SpikeFedBlock, SpikeFedResonance
+from nord_snn.neurons import AssociativeLIFNode, DenseActivation
+from nord_snn.neurons.detection import emits_binary_spikes
 
 
 class Memory:
@@ -77,3 +80,59 @@ def test_keywords_of_before_warn_and_mean_the_same(block):
         layer(x, length=lengths)
     with pytest.raises(TypeError, match="pass cache alone"):
         layer(x, cache=SequenceCache(), lengths=lengths)
+
+
+class Silent(AssociativeLIFNode):
+    """Overrides nothing."""
+
+
+class Halved(AssociativeLIFNode):
+    """Overrides the forward, and its spikes are halves."""
+
+    def forward(self, x, **more):
+        """Halves."""
+        return super().forward(x, **more) / 2
+
+
+class Said(Halved):
+    """Says of its own forward that it gives spikes."""
+
+    emits_binary_spikes = True
+
+    def forward(self, x, **more):
+        """Twice the halves."""
+        return 2 * super().forward(x, **more)
+
+
+class SaidAbove(Said):
+    """Inherits both."""
+
+
+class Mixed(Graded, AssociativeLIFNode):
+    """Gets the forward of the first base class."""
+
+
+def test_a_neuron_says_whether_its_outputs_are_binary_and_a_new_forward_says_it_again():
+    small = {"n_clusters": None}
+    says = {
+        kind: emits_binary_spikes(kind(8, **small)) for kind in (AssociativeLIFNode, Silent, Halved, Said, SaidAbove)
+    }
+    assert says == {AssociativeLIFNode: True, Silent: True, Halved: False, Said: True, SaidAbove: True}
+    assert not emits_binary_spikes(Mixed(8, **small))
+    for stranger in (LIFNode(), Graded(), DenseActivation()):
+        assert not emits_binary_spikes(stranger)
+    assert emits_binary_spikes(AssociativeLIFNode(8, None, surrogate=surrogate.ATan()))
+    assert not emits_binary_spikes(AssociativeLIFNode(8, None, surrogate=surrogate.Sigmoid(spiking=False)))
+    assert not emits_binary_spikes(AssociativeLIFNode(8, None, surrogate=torch.sigmoid))
+
+
+@pytest.mark.parametrize(
+    "neuron",
+    [lambda n: Halved(n, None, threshold=0.01), lambda n: AssociativeLIFNode(n, None, surrogate=torch.sigmoid)],
+)
+@pytest.mark.parametrize("make", [CoFiringResonance, SpikeFedResonance])
+@torch.no_grad()
+def test_outputs_of_a_subclass_or_a_surrogate_that_are_no_spikes_are_refused_and_not_stored_as_bits(neuron, make):
+    layer = make(8, n_heads=2, neuron=neuron)
+    with pytest.raises(ValueError, match="zeros and ones"):
+        layer(9 * torch.rand(6, 1, 3, 8), cache=SequenceCache(update=Memory()))

@@ -13,6 +13,7 @@ from torch import nn
 from nord_snn.layers import CoFiringResonance, SequenceCache
 from nord_snn.monitor import CONVENTIONS, EnergyProfiler, profile_energy
 from nord_snn.neurons import AssociativeLIFNode
+from nord_snn.ops import OpCost, associative_lif, resonance
 
 
 def spikes(*shape, rate=0.3):
@@ -290,7 +291,7 @@ def test_what_cannot_be_counted_is_refused():
         profile_energy(Attention(), torch.rand(2, 1, 5, 16))
     with pytest.raises(ValueError, match=r"cannot count aten.*multi_head_attention"):
         profile_energy(nn.TransformerEncoderLayer(16, 2, batch_first=True).eval(), torch.rand(2, 5, 16))
-    with pytest.raises(ValueError, match="6 time steps and a batch of 6 rows cannot be told apart"):
+    with pytest.raises(ValueError, match=r"6 time steps and a batch of 6 rows cannot be told apart.*pass time_steps=6"):
         profile_energy(AssociativeLIFNode(8, None, step_mode="m"), torch.rand(6, 6, 8))
 
 
@@ -324,6 +325,133 @@ def test_positions_that_come_one_by_one_cost_what_the_whole_sequence_does(window
     assert one_by_one.neuron_ops == whole.neuron_ops
     pairs = 2 * 2 * sum(min(position, window or 7) for position in range(1, 8))
     scores, kept, mean, slopes = 2 * pairs, 2 * 2 * (1 + 2 + 5 * 3), 2 * 7 * 16, 2
-    assert one_by_one.elementwise == scores + kept + mean + slopes
+    assert one_by_one.elementwise == scores + kept + mean + 4 * slopes  # each call has the exponentials of the slopes
     if window is None:
-        assert (whole.elementwise, whole.twin_elementwise) == (one_by_one.elementwise, one_by_one.twin_elementwise)
+        assert whole.elementwise == scores + kept + mean + slopes
+        assert whole.twin_elementwise == scores + kept + (mean + slopes) // 6 + 2 * 2 * 7 * 16
+        assert one_by_one.twin_elementwise == scores + kept + (mean + 4 * slopes) // 6 + 2 * 2 * 7 * 16
+
+
+class Store:
+    """Keys and values of all calls."""
+
+    def __init__(self):
+        self.parts = []
+
+    def __call__(self, *new):
+        self.parts.append(new)
+        return tuple(torch.cat(part, 2) for part in zip(*self.parts, strict=True))
+
+
+def in_parts(layer, x, **more):
+    """Profile of positions 0 to 2, 3, and 4 to 6; ``more`` makes the keywords of a call from its end."""
+    store = Store()
+    with torch.no_grad(), EnergyProfiler(layer) as profiler:
+        for begin, end in ((0, 3), (3, 4), (4, 7)):
+            layer(x[:, :, begin:end], **more["keywords"](store, end))
+    return profiler.profile
+
+
+def small_node(n):
+    return AssociativeLIFNode(n, n_clusters=4)
+
+
+@pytest.mark.filterwarnings("ignore:lengths, remember and window are deprecated:FutureWarning")
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_deprecated_keywords_of_a_cache_are_counted_as_the_cache_is(window):
+    layer, x = CoFiringResonance(16, 2, top_k=3, neuron=small_node), 5 * torch.randn(6, 2, 7, 16)
+    cached = in_parts(layer, x, keywords=lambda store, end: {"cache": SequenceCache(None, store, window)})
+    deprecated = in_parts(layer, x, keywords=lambda store, end: {"remember": store, "window": window})
+    assert only(cached, "coincidences").acs > 0
+    assert deprecated == cached
+
+
+def test_padding_is_not_counted_with_a_cache():
+    """Row 0 has 7 positions and row 1 the last 5 of them, 2 of which come in the first call, whose op knows no padding."""
+    layer, x = CoFiringResonance(16, 2, top_k=3, neuron=small_node), 5 * torch.randn(6, 2, 7, 16)
+
+    def lengths(store, end):
+        return {"cache": SequenceCache(torch.tensor([end, end - 2]), store)}
+
+    padded = in_parts(layer, x, keywords=lengths)
+    first_call = 2 * (1 + 2 + 3)
+    assert only(padded, "coincidences").dense == (first_call + (4 + 5 + 6 + 7) + (2 + 3 + 4 + 5)) * 6 * 16
+    kept = first_call + 4 * 3 + (2 + 3 + 3 + 3)
+    assert only(padded, "values").macs == kept * 16
+
+
+def test_a_window_smaller_than_the_first_call_is_counted():
+    layer, x = CoFiringResonance(16, 2, top_k=3, neuron=small_node), 5 * torch.randn(6, 2, 7, 16)
+    with torch.no_grad():
+        profile = profile_energy(layer, x, cache=SequenceCache(update=Store(), window=2))
+    assert only(profile, "coincidences").dense == 2 * (1 + 6 * 2) * 6 * 16
+
+
+def test_autocast_does_not_round_the_scores():
+    """With more than 256 coincidences bfloat16 would select other keys."""
+    q = (torch.arange(40 * 6 * 64).reshape(40, 1, 6, 64) % 7 > 0).float()
+    values = torch.rand(1, 6, 64)
+    values[0, ::2] = (values[0, ::2] > 0.5).float()
+    whole = profile_energy(Resonance(), q, values)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert profile_energy(Resonance(), q, values) == whole
+
+
+class Resonance(nn.Module):
+    """The op without a layer."""
+
+    def forward(self, q, v):
+        return resonance(q, q, v, n_heads=1, top_k=2, temperature=0.1, recency=torch.ones(1))
+
+
+class Tripled(neuron.LIFNode):
+    """A neuron that says what its update costs."""
+
+    def update_cost(self, spikes):
+        return OpCost(multiplications=3 * spikes.numel(), state_bytes=spikes.numel(), neuron_outputs=spikes.numel())
+
+
+class Inherited(AssociativeLIFNode):
+    """A neuron that costs what its base class does."""
+
+
+def test_neurons_say_what_an_update_costs_and_others_count_as_lif():
+    x, n = 5 * torch.rand(6, 3, 8), 6 * 3 * 8
+    costs = {
+        neuron.LIFNode(step_mode="m"): (2 * n, 3 * n, 8 * n),
+        neuron.ParametricLIFNode(step_mode="m"): (2 * n, 3 * n, 8 * n),
+        Tripled(step_mode="m"): (3 * n, 0, n),
+        Inherited(8, None, step_mode="m"): (3 * n, 5 * n, 24 * n),
+    }
+    for node, cost in costs.items():
+        profile = profile_energy(node, x)
+        assert (profile.multiplications, profile.additions, profile.state_bytes) == cost, node
+        assert profile.twin_elementwise == n // 6
+
+
+def test_our_neuron_with_the_signature_of_snntorch_costs_what_it_does_without():
+    snntorch = pytest.importorskip("nord_snn.integrations.snntorch")
+    lif, x = snntorch.AssociativeSynaptic(8, 4), torch.zeros(3, 8)
+    profile = profile_energy(lif, x)
+    assert (profile.multiplications, profile.additions) == (3 * 24 + 3 * 4 * 5, 5 * 24 + 3 * (16 + 8))
+
+
+def test_the_op_alone_counts_as_the_neurons_do():
+    pytest.importorskip("numba")
+
+    class Op(nn.Module):
+        def forward(self, x):
+            return associative_lif(x, threshold=torch.full((8,), 0.25), beta_mem=0.9, beta_syn=0.5)[0]
+
+    x = 5 * torch.rand(6, 3, 8)
+    alone, node = profile_energy(Op(), x, time_steps=6), profile_energy(AssociativeLIFNode(8, None, step_mode="m"), x)
+    for figure in ("multiplications", "additions", "state_bytes", "twin_elementwise", "joules"):
+        assert getattr(alone, figure) == getattr(node, figure), figure
+
+
+def test_the_package_offers_what_the_module_did():
+    import nord_snn.monitor
+    import nord_snn.monitor.energy as energy
+
+    for name in energy.__all__:
+        assert getattr(energy, name) is getattr(nord_snn.monitor, name)

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nord_snn.ops.cached_resonance.cost import resonance_cached_cost
 from nord_snn.ops.cached_resonance.packing import BITS, STEP, WORD, check_spikes
 from nord_snn.ops.checks import check_heads, check_scalar, compute_dtype, without_autocast
+from nord_snn.ops.costs import register_cost
 from nord_snn.ops.dispatch import CallSignature, backend_selector, register_backends
 from nord_snn.ops.registration import Kernel, register_op_without_gradient
 
@@ -147,3 +149,4 @@ def _check(
 
 
 _run = register_op_without_gradient("resonance_cached", Kernel(_forward, _forward_fake))
+register_cost("resonance_cached", resonance_cached_cost)

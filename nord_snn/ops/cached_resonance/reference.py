@@ -7,7 +7,7 @@ from nord_snn.ops.cached_resonance.packing import unpack_spikes
 from nord_snn.ops.checks import compute_dtype
 from nord_snn.ops.topk_resonance.reference import keep_best, resonance_scores
 
-__all__ = ["forward"]
+__all__ = ["forward", "masked_scores"]
 
 
 def forward(
@@ -22,6 +22,22 @@ def forward(
 ) -> Tensor:
     """Return the context ``[B, S, V]`` of the new positions; the arguments are those of ``resonance_cached``."""
     dtype = compute_dtype(values)
+    scores = masked_scores(q, keys, temperature, recency, lengths, window, dtype)
+    weights = scores.masked_fill(~keep_best(scores, top_k), -torch.inf).softmax(-1)
+    weights = weights.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)  # padding queries see no key
+    return (weights @ values.to(dtype)).transpose(1, 2).flatten(-2).to(values.dtype)
+
+
+def masked_scores(
+    q: Tensor,
+    keys: Tensor,
+    temperature: float | Tensor,
+    recency: Tensor | None,
+    lengths: Tensor | None,
+    window: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the scores ``[B, H, S, S_all]`` of the new positions, minus infinity for keys that a query does not see."""
     n_steps, _, S, _ = q.shape
     H, n_all = keys.shape[1:3]
     width = q.shape[-1] // H
@@ -33,7 +49,4 @@ def forward(
     masked = position[n_all - S :, None] - position >= window
     if lengths is not None:
         masked = masked | (position < n_all - lengths[:, None, None, None])
-    scores = scores.masked_fill(masked, -torch.inf)
-    weights = scores.masked_fill(~keep_best(scores, top_k), -torch.inf).softmax(-1)
-    weights = weights.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)  # padding queries see no key
-    return (weights @ values.to(dtype)).transpose(1, 2).flatten(-2).to(values.dtype)
+    return scores.masked_fill(masked, -torch.inf)

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from nord_snn.ops.checks import check_features, compute_dtype
+from nord_snn.ops.clamp.cost import leaky_clamp_cost
 from nord_snn.ops.clamp.reference import reference
+from nord_snn.ops.costs import register_cost
 from nord_snn.ops.dispatch import CallSignature, backend_selector, register_backends
 from nord_snn.ops.registration import Kernel, register_op
 
@@ -132,3 +134,4 @@ _run = register_op(
     _gradients,
     second_derivative="backend='torch' has one",
 )
+register_cost("leaky_clamp", leaky_clamp_cost)

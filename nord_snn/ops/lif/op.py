@@ -8,7 +8,9 @@ from torch import Tensor
 
 from nord_snn.ops.cascade import check_cascade
 from nord_snn.ops.checks import check_features, check_scalar, compute_dtype, without_autocast
+from nord_snn.ops.costs import register_cost
 from nord_snn.ops.dispatch import BackendChoice, CallSignature, backend_selector, choose_backend, register_backends
+from nord_snn.ops.lif.cost import associative_lif_cost
 from nord_snn.ops.lif.reference import AssociativeLIFState, reference
 from nord_snn.ops.lif.support import Arguments, OutputGradients
 from nord_snn.ops.registration import Kernel, register_op
@@ -323,3 +325,4 @@ _run = register_op(
     _gradients,
     second_derivative="backend='torch' has one",
 )
+register_cost("associative_lif", associative_lif_cost)

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from nord_snn.ops.checks import check_heads, check_scalar, compute_dtype, without_autocast
+from nord_snn.ops.costs import register_cost
 from nord_snn.ops.dispatch import CallSignature, backend_selector, register_backends
 from nord_snn.ops.registration import Kernel, register_op
+from nord_snn.ops.topk_resonance.cost import resonance_cost
 from nord_snn.ops.topk_resonance.support import Arguments
 
 __all__ = ["IMPLEMENTATIONS", "resonance"]
@@ -210,3 +212,4 @@ _run = register_op(
     _gradients,
     second_derivative="nord_snn/ops/topk_resonance/reference.py has one",
 )
+register_cost("resonance", resonance_cost)

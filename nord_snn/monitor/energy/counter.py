@@ -1,0 +1,214 @@
+"""Count the operations of a running network: a dispatch mode and hooks that name the running module."""
+
+from collections import Counter
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from nord_snn._compat.torch import TorchDispatchMode, without_dispatch_modes
+from nord_snn.monitor.energy.operators import PRODUCTS, is_elementwise, is_uncountable
+from nord_snn.monitor.energy.report import EnergyProfile, ProductCost
+from nord_snn.monitor.energy.time_steps import Shape, TimeSteps, check_time_steps
+from nord_snn.neurons.detection import cost_of_updates, is_neuron, runs_snntorch
+from nord_snn.ops.costs import COSTS, OpCost, ProductCount
+
+__all__ = ["EnergyProfiler", "profile_energy"]
+
+#: Counts that a call adds to its product.
+_COUNTS = tuple(name for name in ProductCount._fields if name not in ("kind", "time_steps"))
+
+
+def profile_energy(net: nn.Module, *inputs: Any, time_steps: int | None = None, **more: Any) -> EnergyProfile:
+    """Run ``net(*inputs, **more)`` once and count its operations.
+
+    A product counts as accumulates only if its input is exactly zeros and ones: active inputs times their fan-out. All other
+    products count as multiply-accumulates, including those with zeros. Resonance compares each spike of a query with every
+    visible key, which are accumulates, and sums the weighted values of the selected keys, which are multiply-accumulates
+    unless the values are spikes. Neurons continue from their stored state, as in any call.
+
+    Args:
+        net: any module.
+        inputs: its positional arguments.
+        time_steps: T. Default: None, found out from the neurons' calls. It is not passed to ``net``: if its forward takes a
+            keyword of this name, pass that positionally, or call ``net`` inside an :class:`EnergyProfiler`.
+        more: its keyword arguments.
+
+    Returns:
+        The profile; ``print`` it for a table.
+
+    Raises:
+        ValueError: an unsupported operation contains products (fused attention), so that the figures would be too low;
+            ``time_steps`` is not a positive integer or contradicts the neurons; or it is not given and the batch size equals
+            the number of time steps, so that the two dimensions cannot be distinguished for the twin.
+
+    Source: energies of single operations after Horowitz 2014; the quantised twin after Yan, Bai and Wong 2024,
+    "Reconsidering the energy efficiency of spiking neural networks".
+
+    Example:
+        >>> from nord_snn.neurons import AssociativeLIFNode
+        >>> net = nn.Sequential(AssociativeLIFNode(4, None, step_mode="m"), nn.Linear(4, 3, bias=False))
+        >>> profile = profile_energy(net, torch.full((6, 2, 4), 9.0), time_steps=6)  # fires in time steps 0 and 3
+        >>> profile.macs, profile.acs, profile.dense
+        (0, 48, 144)
+        >>> f"{profile.joules / profile.twin_joules:.2f}"
+        '5.38'
+    """
+    with torch.inference_mode(False), EnergyProfiler(net, time_steps) as profiler, torch.no_grad():
+        net(*inputs, **more)
+    return profiler.profile
+
+
+class EnergyProfiler(TorchDispatchMode):
+    """Count all operations of ``net`` inside the ``with`` block: :func:`profile_energy` for any number of calls.
+
+    Args:
+        net: any module.
+        time_steps: T. Default: None, found out from the neurons' calls.
+
+    Attributes:
+        profile: the counts, complete at the end of the block.
+
+    Raises:
+        RuntimeError: it is already counting, or runs under ``torch.inference_mode()``, which hides products.
+        ValueError: see :func:`profile_energy`; an ambiguous batch size, or ``time_steps`` that contradict the neurons, raise
+            at the end of the block.
+
+    Example:
+        >>> net = nn.Linear(4, 3)
+        >>> with EnergyProfiler(net) as profiler:
+        ...     for _ in range(2):
+        ...         _ = net(torch.ones(5, 4))
+        >>> profiler.profile.acs, profiler.profile.products[0].calls
+        (120, 2)
+    """
+
+    def __init__(self, net: nn.Module, time_steps: int | None = None) -> None:
+        super().__init__()
+        check_time_steps(time_steps)
+        self.net = net
+        self.profile = EnergyProfile()
+        self._time = TimeSteps(time_steps)
+        self._products: dict[tuple[str, str], ProductCost] = {}
+        self._inputs: dict[tuple[str, str], tuple[Shape, int | None]] = {}  # of each product's last call
+        self._elementwise: Counter[Shape] = Counter()  # by the input of the module
+        self._neuron_outputs = 0
+        self._running: list[tuple[str, Shape]] = []  # running modules and their inputs, innermost last
+        self._neurons_running = 0
+        self._weights: set[int] = set()
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> Self:
+        """Start counting."""
+        if self._hooks:
+            raise RuntimeError("this EnergyProfiler is counting already: make another one")
+        self._weights = {p.untyped_storage().data_ptr() for p in self.net.parameters()}
+        for name, module in self.net.named_modules():
+            self._hooks.append(module.register_forward_pre_hook(self._begin(name, module), with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(self._end(name, module), always_call=True))
+        super().__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop counting."""
+        super().__exit__(kind, error, trace)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if error is None:
+            self._time.check()
+        self._complete()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("products cannot be seen under torch.inference_mode(): use torch.no_grad()")
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if self._neurons_running:  # counted as updates
+            return out
+        if func.name() in COSTS:
+            self._add(COSTS[func.name()](*args, out=out, **kwargs))
+        elif func.overloadpacket in PRODUCTS:
+            self._add_product(PRODUCTS[func.overloadpacket](args, out, self._is_weight))
+        elif is_elementwise(func, out):
+            self._elementwise[self._input()] += (out[0] if isinstance(out, tuple) else out).numel()
+        elif is_uncountable(func):
+            raise ValueError(f"cannot count {func.overloadpacket}: what it costs is not known here")
+        return out
+
+    def _add(self, cost: OpCost) -> None:
+        for product in cost.products:
+            self._add_product(product)
+        self._elementwise[self._input()] += cost.elementwise
+        self._elementwise[()] += cost.elementwise_once
+        self.profile.multiplications += cost.multiplications
+        self.profile.additions += cost.additions
+        self.profile.state_bytes += cost.state_bytes
+        self._neuron_outputs += cost.neuron_outputs
+
+    def _add_product(self, count: ProductCount) -> None:
+        key = (self._running[-1][0] if self._running else "", count.kind)
+        entry = self._products.setdefault(key, ProductCost(*key))
+        self._inputs[key] = (self._input(), count.time_steps)
+        entry.calls += 1
+        for name in _COUNTS:
+            setattr(entry, name, getattr(entry, name) + getattr(count, name))
+
+    def _input(self) -> Shape:
+        """Return the shape of the input of the innermost running module."""
+        return self._running[-1][1] if self._running else ()
+
+    def _complete(self) -> None:
+        """Fill in the profile what depends on T."""
+        profile, time = self.profile, self._time
+        T = profile.time_steps = time.number
+        for key, product in self._products.items():
+            product.steps = time.steps_of(product, *self._inputs[key])
+            if time.runs_in_loop(product):  # the twin reads its weights once
+                product.dense_weight_bytes //= T
+        profile.products = list(self._products.values())
+        profile.elementwise = self._elementwise.total()
+        repeated = sum(number for shape, number in self._elementwise.items() if time.repeats(shape))
+        profile.twin_elementwise = profile.elementwise - repeated + repeated // T + self._neuron_outputs // T
+
+    def _begin(self, name: str, hooked: nn.Module) -> Callable[..., None]:
+        def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if module is not hooked:  # the hook was copied with the network
+                return
+            self._neurons_running += is_neuron(module)
+            first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+            self._running.append((name, () if first is None or first.ndim < 2 else tuple(first.shape)))
+
+        return begin
+
+    def _end(self, name: str, hooked: nn.Module) -> Callable[..., None]:
+        def end(module: nn.Module, args: Any, output: Any) -> None:
+            if module is not hooked:
+                return
+            if output is not None:  # None after an error
+                self._add_neurons(name, module, output)
+            self._neurons_running -= is_neuron(module)
+            self._running.pop()
+
+        return end
+
+    def _add_neurons(self, name: str, module: nn.Module, output: Any) -> None:
+        """Count the updates of a layer of neurons, and record its time steps; do nothing for other modules."""
+        in_loop = self._time.stated is not None and runs_snntorch(module)  # its neuron runs single steps of a sequence
+        if not is_neuron(module) and not in_loop:
+            return
+        spikes = output[0] if isinstance(output, tuple) else output
+        if in_loop or getattr(module, "step_mode", "s") == "m":
+            self._time.add_sequence(name, tuple(spikes.shape))
+        else:
+            self._time.add_single_step(name)
+        if not in_loop:
+            with without_dispatch_modes():  # operations in here are not the network's
+                self._add(cost_of_updates(module, spikes))
+
+    def _is_weight(self, x: Tensor) -> bool:
+        return x.untyped_storage().data_ptr() in self._weights

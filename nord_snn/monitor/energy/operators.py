@@ -1,0 +1,121 @@
+"""Operators of torch: what their products cost, which ones count by their outputs, and which ones cannot be counted."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nord_snn._compat.torch import operators_by_private_name
+from nord_snn.ops.costs import ProductCount, is_binary, spike_bytes, tensor_bytes
+
+__all__ = ["PRODUCTS", "is_elementwise", "is_uncountable"]
+
+_aten = torch.ops.aten
+
+#: Returns whether a tensor is a weight of the network, possibly a view of one.
+IsWeight = Callable[[Tensor], bool]
+
+
+def _matrix(a: Tensor, b: Tensor, out: Tensor, is_weight: IsWeight) -> ProductCount:
+    """Count ``a [*, M, K] @ b [*, K, N]``."""
+    batch, (m, k, n) = out.numel() // max(out.shape[-1] * out.shape[-2], 1), (*a.shape[-2:], b.shape[-1])
+    weight = b if is_weight(b) else a if is_weight(a) else None
+    # Fan-out of an active element: n for a, m for b.
+    choices = [(x, fan_out) for x, fan_out in ((a, n), (b, m)) if x is not weight and is_binary(x)]
+    dense = batch * m * k * n
+    activations = [x for x in (a, b, out) if x is not weight]
+    return ProductCount(
+        "activations" if weight is None else "linear",
+        dense,
+        macs=0 if choices else dense,
+        acs=min((int(x.count_nonzero()) * fan_out for x, fan_out in choices), default=0),
+        activation_bytes=sum(map(spike_bytes, activations)),
+        dense_activation_bytes=sum(map(tensor_bytes, activations)),
+        weight_bytes=0 if weight is None else _active_inputs(a, b, weight) * tensor_bytes(weight) // k,
+        dense_weight_bytes=0 if weight is None else tensor_bytes(weight),
+    )
+
+
+def _active_inputs(a: Tensor, b: Tensor, weight: Tensor) -> int:
+    """Return the number of inputs of a weight that are not zero in some row."""
+    k = a.shape[-1]
+    rows = a.reshape(-1, k) if weight is b else b.movedim(-2, -1).reshape(-1, k)
+    return int((rows != 0).any(0).sum())
+
+
+def _convolution(x: Tensor, weight: Tensor, out: Tensor, settings: tuple[Any, ...]) -> ProductCount:
+    """Count a convolution: the fan-out of an input is the number of windows that contain it."""
+    transposed = settings[3]
+    dense, binary = (x if transposed else out).numel() * weight[0].numel(), is_binary(x)
+    windows = torch.ones_like(weight).double()
+    return ProductCount(
+        "convolution",
+        dense,
+        macs=0 if binary else dense,
+        acs=int(_aten.convolution(x.double(), windows, None, *settings).sum().round()) if binary else 0,
+        activation_bytes=spike_bytes(x) + spike_bytes(out),
+        dense_activation_bytes=tensor_bytes(x) + tensor_bytes(out),
+        weight_bytes=tensor_bytes(weight),
+        dense_weight_bytes=tensor_bytes(weight),
+    )
+
+
+#: Operator -> its count from its arguments, its output, and a function that recognises weights.
+PRODUCTS: dict[Any, Callable[[Any, Tensor, IsWeight], ProductCount]] = {
+    _aten.mm: lambda args, out, is_weight: _matrix(args[0], args[1], out, is_weight),
+    _aten.bmm: lambda args, out, is_weight: _matrix(args[0], args[1], out, is_weight),
+    _aten.addmm: lambda args, out, is_weight: _matrix(args[1], args[2], out, is_weight),
+    _aten.baddbmm: lambda args, out, is_weight: _matrix(args[1], args[2], out, is_weight),
+    _aten.mv: lambda args, out, is_weight: _matrix(args[0], args[1][:, None], out[:, None], is_weight),
+    _aten.addmv: lambda args, out, is_weight: _matrix(args[1], args[2][:, None], out[:, None], is_weight),
+    _aten.dot: lambda args, out, is_weight: _matrix(args[0][None], args[1][:, None], out[None, None], is_weight),
+    _aten.convolution: lambda args, out, is_weight: _convolution(args[0], args[1], out, args[3:]),
+}
+
+#: Operations that are neither products nor tagged pointwise by torch: each output counts.
+_ELEMENTWISE = {
+    *(_aten.mean, _aten.sum, _aten.avg_pool2d, _aten.max_pool2d_with_indices, _aten.native_layer_norm),
+    *(_aten.native_batch_norm, _aten.native_group_norm, _aten.leaky_relu, _aten.hardswish, _aten.log_sigmoid_forward),
+    *(_aten.glu, _aten.avg_pool3d, _aten.adaptive_max_pool2d, _aten.max_pool3d_with_indices),
+    *(_aten.amax, _aten.amin, _aten.max, _aten.min, _aten.var, _aten.var_mean),
+    *(_aten.std, _aten.prod, _aten.cumsum, _aten.linalg_vector_norm),
+    *operators_by_private_name(
+        "_softmax",
+        "_log_softmax",
+        "_native_batch_norm_legit",
+        "_native_batch_norm_legit_no_training",
+        "_prelu_kernel",
+        "_adaptive_avg_pool2d",
+        "_adaptive_avg_pool3d",
+    ),
+}
+
+#: Parts of names of operators that contain products and are not counted.
+_UNCOUNTABLE = (
+    "scaled_dot_product",
+    "multi_head_attention",
+    "transformer_encoder_layer",
+    "lstm",
+    "gru",
+    "rnn",
+    "mkldnn",
+    "cdist",
+    "aten._int_mm",
+    "scaled_mm",
+    "aten._trilinear",
+)
+
+
+def is_elementwise(func: Any, out: Any) -> bool:
+    """Return whether an operator is elementwise or a reduction, and its output is floating."""
+    if func.overloadpacket is _aten.clone:  # tagged pointwise by torch
+        return False
+    first = out[0] if isinstance(out, tuple) else out
+    floating = isinstance(first, Tensor) and first.is_floating_point()
+    return floating and (torch.Tag.pointwise in func.tags or func.overloadpacket in _ELEMENTWISE)
+
+
+def is_uncountable(func: Any) -> bool:
+    """Return whether an operator contains products that cannot be seen."""
+    return any(part in str(func.overloadpacket) for part in _UNCOUNTABLE)

@@ -1,0 +1,171 @@
+"""Results of an energy profile: counts of each product, totals, joules, and a Markdown table."""
+
+from dataclasses import dataclass, field, fields, replace
+from math import ceil, log2
+from typing import Any
+
+from nord_snn.monitor.energy.conventions import CONVENTIONS, find_convention
+
+__all__ = ["EnergyProfile", "ProductCost"]
+
+
+@dataclass
+class ProductCost:
+    """Counts of one product of a network, summed over all its calls.
+
+    Attributes:
+        name: the module that computes it.
+        kind: ``"linear"``, ``"convolution"``, ``"activations"`` (product of two activations), ``"coincidences"`` or ``"values"``
+            (resonance).
+        dense: multiply-accumulates of the dense product, without skipping zeros.
+        macs: multiply-accumulates of calls whose input was not exactly zeros and ones.
+        acs: accumulates of calls whose input was exactly zeros and ones: active inputs times their fan-out.
+        weight_bytes: weights with an active input, each read once per call.
+        activation_bytes: inputs and outputs; spikes are one bit each.
+        dense_weight_bytes: all weights, each read once per call; once for all calls if each call is one time step.
+        dense_activation_bytes: inputs and outputs, all of them as numbers.
+        calls: number of calls.
+        steps: T of the network if the product is computed in each time step, else 1.
+    """
+
+    name: str
+    kind: str
+    dense: int = 0
+    macs: int = 0
+    acs: int = 0
+    weight_bytes: int = 0
+    activation_bytes: int = 0
+    dense_weight_bytes: int = 0
+    dense_activation_bytes: int = 0
+    calls: int = 0
+    steps: int = 1
+
+
+#: All counts of a ProductCost at zero.
+_ZERO_COUNTS: dict[str, Any] = {count.name: 0 for count in fields(ProductCost) if count.default == 0}
+
+
+@dataclass
+class EnergyProfile:
+    """Operations of a network and their energy; ``str`` gives a Markdown table.
+
+    The *dense twin* is the same network with an activation function in place of each layer of neurons, run for one time step.
+
+    Attributes:
+        products: every matrix product and convolution, by name and kind.
+        multiplications: multiplications in neurons' updates, including those of the cascade.
+        additions: additions in neurons' updates, including those of the cascade.
+        state_bytes: state of neurons, read and written in each time step.
+        elementwise: outputs of pointwise float operations, means, sums, softmax, pooling and normalisation; in a resonance, each
+            scaled score, each score lowered by recency, and each weight of a selected key.
+        twin_elementwise: elementwise outputs of the dense twin: operations repeated in each time step count once, and each
+            neuron counts as one activation.
+        time_steps: T of the network.
+    """
+
+    products: list[ProductCost] = field(default_factory=list)
+    multiplications: int = 0
+    additions: int = 0
+    state_bytes: int = 0
+    elementwise: int = 0
+    twin_elementwise: int = 0
+    time_steps: int = 1
+
+    @property
+    def macs(self) -> int:
+        """Return the multiply-accumulates of all products."""
+        return sum(product.macs for product in self.products)
+
+    @property
+    def acs(self) -> int:
+        """Return the accumulates of all products."""
+        return sum(product.acs for product in self.products)
+
+    @property
+    def dense(self) -> int:
+        """Return the multiply-accumulates of all dense products, without skipping zeros."""
+        return sum(product.dense for product in self.products)
+
+    @property
+    def neuron_ops(self) -> int:
+        """Return the multiplications and additions of neurons and cascades."""
+        return self.multiplications + self.additions
+
+    @property
+    def bytes(self) -> int:
+        """Return the bytes of weights, activations and state, read and written."""
+        moved = sum(product.weight_bytes + product.activation_bytes for product in self.products)
+        return moved + self.state_bytes
+
+    @property
+    def joules(self) -> float:
+        """Return the energy under the convention "45nm-fp32": 45 nm, float32, without memory."""
+        return self.joules_under("45nm-fp32")
+
+    @property
+    def twin_joules(self) -> float:
+        """Return the energy of the dense twin under the convention "45nm-fp32", see :meth:`twin_joules_under`."""
+        return self.twin_joules_under("45nm-fp32")
+
+    def joules_under(self, convention: str) -> float:
+        """Return the energy under one of :data:`CONVENTIONS`. An elementwise output costs one multiply-accumulate."""
+        price = find_convention(convention)
+        products = self.macs * price.mac + self.acs * price.ac
+        neurons = self.multiplications * price.mul + self.additions * price.add
+        return products + neurons + self.elementwise * price.mac + self.bytes * price.byte
+
+    def twin_macs(self) -> int:
+        """Return the multiply-accumulates of the dense twin: its products run once instead of in T time steps."""
+        return sum(product.dense // self._time_repetitions(product) for product in self.products)
+
+    def twin_joules_under(self, convention: str) -> float:
+        """Return the energy of the dense twin under one of :data:`CONVENTIONS`.
+
+        It counts each product once, all weights read once, activations as numbers, and elementwise operations: norms,
+        softmax, and one activation function for each neuron.
+        """
+        price = find_convention(convention)
+        moved = sum(p.dense_weight_bytes + p.dense_activation_bytes // self._time_repetitions(p) for p in self.products)
+        return (self.twin_macs() + self.twin_elementwise) * price.mac + moved * price.byte
+
+    @property
+    def quantised_twin_joules(self) -> float:
+        """Return the energy of the twin with activations of ``ceil(log2(T + 1))`` bits and weights of 8 bits, without memory.
+
+        Spike counts over T time steps range from 0 to T, so numbers of that many bits carry the same information (Yan, Bai
+        and Wong 2024). A product of b and 8 bits costs ``b / 8`` of an 8-bit one (0.2 pJ), the 32-bit accumulation 0.1 pJ.
+        """
+        bits = ceil(log2(self.time_steps + 1))
+        return self.twin_macs() * (0.2e-12 * bits / 8 + 0.1e-12)
+
+    def grouped(self) -> "EnergyProfile":
+        """Return a profile with one entry for all products whose names differ in numbers only: ``blocks.*.ffn.up``."""
+        groups: dict[tuple[str, str, int], ProductCost] = {}
+        for product in self.products:
+            name = ".".join("*" if part.isdigit() else part for part in product.name.split("."))
+            group = groups.setdefault((name, product.kind, product.steps), replace(product, name=name, **_ZERO_COUNTS))
+            for count in _ZERO_COUNTS:
+                setattr(group, count, getattr(group, count) + getattr(product, count))
+        return replace(self, products=list(groups.values()))
+
+    def __str__(self) -> str:
+        """Return the Markdown table."""
+        rows = ["| product | kind | dense MACs | MACs | ACs | bytes |", "|---|---|---|---|---|---|"]
+        rows += [
+            f"| {p.name or 'network'} | {p.kind} | {p.dense:,} | {p.macs:,} | {p.acs:,} | "
+            f"{p.weight_bytes + p.activation_bytes:,} |"
+            for p in self.products
+        ]
+        rows.append(f"| neurons and cascades | {self.neuron_ops:,} operations | | | | {self.state_bytes:,} |")
+        rows.append(f"| elementwise | {self.elementwise:,} outputs | | | | |")
+        rows.append(f"| **all** | | {self.dense:,} | {self.macs:,} | {self.acs:,} | {self.bytes:,} |")
+        rows += ["", "| convention | this network, J | dense twin, J |", "|---|---|---|"]
+        rows += [
+            f"| {name} | {self.joules_under(name):.3g} | {self.twin_joules_under(name):.3g} |" for name in CONVENTIONS
+        ]
+        rows.append(f"| quantised twin, {ceil(log2(self.time_steps + 1))} bits | | {self.quantised_twin_joules:.3g} |")
+        return "\n".join(rows)
+
+    def _time_repetitions(self, product: ProductCost) -> int:
+        """Return how many times fewer the dense twin computes this product (T or 1)."""
+        return self.time_steps if product.steps == self.time_steps else 1

@@ -1,0 +1,62 @@
+"""Operations and bytes of neurons: of the associative LIF, and of a plain LIF, as which all other neurons count."""
+
+from typing import Any
+
+from torch import Tensor
+
+from nord_snn.ops.costs import OpCost
+
+__all__ = ["associative_lif_cost", "associative_update_cost", "lif_update_cost"]
+
+
+def associative_update_cost(spikes: Tensor, n_clusters: int | None) -> OpCost:
+    """Return the cost of the updates of associative LIF neurons and their cascade.
+
+    One neuron in one time step takes (multiplications, additions): current (1, 1), membrane (2, 1), comparison (0, 1),
+    reset (0, 1), refractory counter (0, 1). Its state is v, i_syn and the refractory counter, 4 bytes each, read and
+    written. One row of a cascade takes the spike counts of clusters, their matrix product, and the current added to every
+    neuron.
+
+    Args:
+        spikes: output of the neurons, ``[*, D]``.
+        n_clusters: C of the cascade, or None for no cascade.
+    """
+    updates, rows = spikes.numel(), spikes.numel() // max(spikes.shape[-1], 1)
+    multiplications, additions = 3 * updates, 5 * updates
+    if n_clusters is not None:
+        multiplications += rows * n_clusters * (n_clusters + 1)
+        additions += int(spikes.count_nonzero()) + rows * (n_clusters**2 + spikes.shape[-1])
+    return OpCost(
+        multiplications=multiplications, additions=additions, state_bytes=24 * updates, neuron_outputs=updates
+    )
+
+
+def lif_update_cost(spikes: Tensor) -> OpCost:
+    """Return the cost of the updates of LIF neurons.
+
+    One neuron in one time step takes (multiplications, additions): membrane (2, 1), comparison (0, 1), reset (0, 1). Its
+    state is v, 4 bytes, read and written.
+
+    Args:
+        spikes: output of the neurons, in any shape.
+    """
+    n = spikes.numel()
+    return OpCost(multiplications=2 * n, additions=3 * n, state_bytes=8 * n, neuron_outputs=n)
+
+
+def associative_lif_cost(
+    x: Tensor,
+    v: Tensor | None,
+    i_syn: Tensor | None,
+    refractory: Tensor | None,
+    threshold: Tensor,
+    beta_mem: Tensor,
+    beta_syn: Tensor,
+    weight: Tensor | None,
+    gain: Tensor | None,
+    *options: Any,
+    out: tuple[Tensor, ...],
+    **more_options: Any,
+) -> OpCost:
+    """Return the cost of one call of the op; its options do not change it."""
+    return associative_update_cost(out[0], None if gain is None else gain.shape[0])
