@@ -1,4 +1,4 @@
-"""Layers: the mechanisms as modules over sequences ``[T, N, *, D]``. Those that hold neurons take a ``neuron`` factory."""
+"""Layers: the mechanisms as modules over sequences ``[T, N, *, D]``. Layers with neurons take a ``neuron`` factory."""
 
 from nord_snn.layers.block import NordBlock
 from nord_snn.layers.cache import SequenceCache

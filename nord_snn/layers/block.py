@@ -16,20 +16,26 @@ __all__ = ["NordBlock"]
 
 
 class NordBlock(nn.Module):
-    """One block of the Nord language model.
+    """Run one block of the published Nord language model.
 
-    ``x = x + g1 * resonance(norm1(x)); x = x + g2 * ffn(norm2(x)); x = leaky_clamp(x)`` with g1, g2 learnable per channel.
+    ::
+
+        x = x + g1 * resonance(norm1(x))
+        x = x + g2 * ffn(norm2(x))
+        x = leaky_clamp(x)
+
+    g1 and g2 are learnable per channel.
 
     Args:
         n_features: D.
         n_heads: heads of the resonance.
         hidden_features: hidden width of the feed-forward.
-        top_k: keys kept per query.
+        top_k: keys selected per query.
         recency: see :class:`CoFiringResonance`.
-        residual_scale: initial g1 and g2; the language model takes ``0.1 / n_layers``.
-        resonance: False leaves the resonance and its norm out, so that positions never meet: the control.
+        residual_scale: initial g1 and g2; the language model uses ``0.1 / n_layers``.
+        resonance: False omits the resonance and its norm: a control in which positions do not interact.
         clamp_floor: initial floor of the clamp.
-        norm_eps: of both layer norms.
+        norm_eps: epsilon of both layer norms.
         neuron: factory of all neurons, see :mod:`nord_snn.neurons.factory`; None for
             ``AssociativeLIFNode`` with its 64 clusters.
 
@@ -43,10 +49,10 @@ class NordBlock(nn.Module):
 
     Example:
         >>> block = NordBlock(64, n_heads=4, hidden_features=128)
-        >>> block(torch.randn(10, 2, 7, 64)).shape                    # 10 steps, 2 sequences of 7 positions
+        >>> block(torch.randn(10, 2, 7, 64)).shape                    # 10 time steps, 2 sequences of 7 positions
         torch.Size([10, 2, 7, 64])
 
-        The same with SpikingJelly's neurons:
+        With SpikingJelly's neurons:
 
         >>> from spikingjelly.activation_based.neuron import LIFNode
         >>> NordBlock(64, 4, 128, neuron=lambda n: LIFNode())(torch.randn(10, 2, 7, 64)).shape
@@ -83,7 +89,7 @@ class NordBlock(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Reset the two gains to their initial value, not the submodules."""
+        """Reset the two gains to their initial value, but not the submodules."""
         if self.resonance is not None:
             nn.init.constant_(self.resonance_gain, self.residual_scale)
         nn.init.constant_(self.ffn_gain, self.residual_scale)
@@ -95,10 +101,10 @@ class NordBlock(nn.Module):
         cache: SequenceCache | None = None,
         **deprecated: Any,
     ) -> Tensor:
-        """Run ``x [T, B, S, D]`` through the block; ``cache`` is that of :class:`CoFiringResonance`."""
+        """Return the output ``[T, B, S, D]`` for ``x [T, B, S, D]``; for ``cache`` see :class:`CoFiringResonance`."""
         check_features(x, self.n_features, type(self).__name__, "[T, B, S, D]")
         cache = cache_argument(cache, deprecated)
         if self.resonance is not None:
             context = self.resonance(self.norm1(x), False, cache=cache)
-            x = x + self.resonance_gain * context  # the same at every step
+            x = x + self.resonance_gain * context  # the same at every time step
         return self.clamp(x, self.ffn(self.norm2(x)), self.ffn_gain)

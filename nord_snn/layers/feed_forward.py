@@ -16,7 +16,7 @@ class SpikingFeedForward(nn.Module):
     Args:
         n_features: D.
         hidden_features: width between the two maps.
-        neuron: factory of both neuron layers, see :mod:`nord_snn.neurons.factory`; None for
+        neuron: factory of both layers of neurons, see :mod:`nord_snn.neurons.factory`; None for
             ``AssociativeLIFNode`` with its 64 clusters.
 
     Attributes:
@@ -36,7 +36,7 @@ class SpikingFeedForward(nn.Module):
         >>> ffn(torch.randn(10, 4, 64)).unique().tolist()
         [0.0, 1.0]
 
-        The same with SpikingJelly's neurons:
+        With SpikingJelly's neurons:
 
         >>> from spikingjelly.activation_based.neuron import LIFNode
         >>> SpikingFeedForward(64, 128, neuron=lambda n: LIFNode())(torch.randn(10, 4, 64)).shape

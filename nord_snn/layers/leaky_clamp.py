@@ -1,4 +1,4 @@
-"""LeakyClamp: an activation that keeps a little of what is negative, down to a learnable floor."""
+"""LeakyClamp: a leaky ReLU with a learnable lower bound."""
 
 import math
 
@@ -12,14 +12,15 @@ __all__ = ["LeakyClamp"]
 
 
 class LeakyClamp(nn.Module):
-    """``y = x`` where ``x >= 0``, else ``max(leak * x, floor)``, with ``floor`` and ``leak`` learnable per channel.
+    """Return ``x`` where ``x >= 0``, else ``max(leak * x, floor)``, with ``floor`` and ``leak`` learnable per channel.
 
-    Negative values are how a membrane under its threshold is told from one at rest; ReLU deletes them and their gradient.
+    ReLU sets negative values and their gradient to zero. Then a membrane below its threshold equals one at rest; here the
+    two stay different.
 
     Args:
         n_features: D, the number of channels.
         floor: initial lower bound.
-        leak: initial slope of the negative side, in (0, 1); kept as a logit.
+        leak: initial slope of the negative side, in (0, 1); stored as a logit.
         backend: see :func:`nord_snn.ops.leaky_clamp`.
 
     Shapes: ``[*, D]`` -> ``[*, D]``.
@@ -36,7 +37,7 @@ class LeakyClamp(nn.Module):
         True
     """
 
-    #: SpikingJelly 0.0.0.0.14's ``functional.set_backend`` asks for it, and leaves alone what does not have the backend.
+    #: SpikingJelly 0.0.0.0.14's ``functional.set_backend`` skips modules that do not list the backend here.
     supported_backends = ("auto", "torch", "numba")
 
     def __init__(self, n_features: int, floor: float = -0.1, leak: float = 0.1, backend: str = "auto") -> None:
@@ -50,13 +51,13 @@ class LeakyClamp(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Put floor and leak back to their initial values."""
+        """Reset floor and leak to their initial values."""
         nn.init.constant_(self.floor, self._initial[0])
         nn.init.constant_(self.leak_logit, self._initial[1])
 
     @property
     def leak(self) -> Tensor:
-        """Slope of the negative side, ``[D]``."""
+        """Return the slope of the negative side, ``[D]``."""
         return self.leak_logit.sigmoid()
 
     def forward(self, x: Tensor, branch: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
@@ -65,5 +66,5 @@ class LeakyClamp(nn.Module):
         return leaky_clamp(x, branch, gain, leak=self.leak, floor=self.floor, backend=self.backend)
 
     def extra_repr(self) -> str:
-        """The width."""
+        """Return the width."""
         return f"n_features={self.n_features}"

@@ -1,4 +1,4 @@
-"""MembraneReadout: from spiking time back to one vector."""
+"""MembraneReadout: one vector from the membranes and spikes of all time steps."""
 
 from typing import Any
 
@@ -12,21 +12,21 @@ __all__ = ["MembraneReadout"]
 
 
 class MembraneReadout(nn.Module):
-    """An exponential mean of the membranes plus the firing rate of one layer of neurons.
+    """Return an exponential mean of the membranes plus the firing rate of one layer of neurons.
 
     ``e[t] = d * e[t-1] + (1 - d) * v[t]`` from ``e = 0``, with ``d = sigmoid(decay_logit)``; the output is
-    ``e[T] + mean_t s[t]``. Spikes alone are 0 or 1; the membrane carries what lies between.
+    ``e[T] + mean_t s[t]``. The membranes add the values between 0 and 1 that spikes lack.
 
     Args:
         n_features: D.
         decay_logit: initial logit of d.
-        neuron: factory of the neurons; they must offer ``store_v_seq`` and ``v_seq``, as SpikingJelly's do.
+        neuron: factory of the neurons, which need the attributes ``store_v_seq`` and ``v_seq``, as SpikingJelly's have.
 
     Shapes: current ``[T, N, *, D]`` -> ``[N, *, D]``; every call starts from rest.
 
     Raises:
-        TypeError: the neurons offer no membranes.
-        RuntimeError: the neurons kept none, as when SpikingJelly's memopt runs them.
+        TypeError: the neurons do not have these attributes.
+        RuntimeError: the neurons stored no membranes, for example under SpikingJelly's memopt.
         ValueError: the input has another rank or width, or 64 does not divide a width and no ``neuron`` is given.
 
     Source: the Nord spiking language model.
@@ -36,7 +36,7 @@ class MembraneReadout(nn.Module):
         >>> readout(torch.randn(10, 4, 64)).shape
         torch.Size([4, 64])
 
-        The same with SpikingJelly's neurons:
+        With SpikingJelly's neurons:
 
         >>> from spikingjelly.activation_based.neuron import LIFNode
         >>> MembraneReadout(64, neuron=lambda n: LIFNode())(torch.randn(10, 4, 64)).shape
@@ -52,23 +52,23 @@ class MembraneReadout(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Put the decay back to its initial value; the neurons have their own."""
+        """Reset the decay to its initial value, but not the neurons."""
         nn.init.constant_(self.decay_logit, self._initial_decay_logit)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Read ``x [T, N, *, D]`` out."""
+        """Return the readout ``[N, *, D]`` of the current ``x [T, N, *, D]``."""
         check_features(x, self.n_features, type(self).__name__, "[T, N, *, D]")
         spikes = fire_from_rest(self.lif, x)
         v_seq = self.lif.v_seq
         if v_seq is None:
             raise RuntimeError(
-                "the neurons of MembraneReadout kept no membranes: gradient checkpointing of the neurons alone (memopt) loses "
-                "them; checkpoint the whole MembraneReadout, or leave it out"
+                "the neurons of MembraneReadout stored no membranes: gradient checkpointing of the neurons alone (memopt) "
+                "loses them; checkpoint the whole MembraneReadout, or nothing of it"
             )
-        self.lif.v_seq = None  # not kept: it would hold the graph of the last batch
+        self.lif.v_seq = None  # else the graph of the last batch stays in memory
         decay = self.decay_logit.to(compute_dtype(x)).sigmoid()
         steps_left = torch.arange(x.shape[0] - 1, -1, -1, device=x.device)
-        weights = (1 - decay) * decay**steps_left  # the recursion, written out
+        weights = (1 - decay) * decay**steps_left  # of the recursion above
         with without_autocast(x):
             mean = torch.tensordot(weights, v_seq.to(weights.dtype), dims=1)
         return mean.to(x.dtype) + spikes.mean(0)

@@ -1,4 +1,4 @@
-"""CoFiringResonance: positions of a sequence bind by firing together."""
+"""CoFiringResonance: attention whose scores count coincident spikes."""
 
 import math
 from typing import Any
@@ -17,12 +17,16 @@ __all__ = ["CoFiringResonance", "ResonanceBase"]
 
 
 class ResonanceBase(nn.Module):
-    """Provide what the resonance layers share: four projections, query and key neurons, and the resonance of their spikes.
+    """Base class of the resonance layers: projections, query and key neurons, and the resonance of their spikes.
 
     The arguments are those of :class:`CoFiringResonance`.
+
+    Attributes:
+        query_neuron: the query neurons, ``lif_q`` in the state dict.
+        key_neuron: the key neurons, ``lif_k`` in the state dict.
     """
 
-    #: SpikingJelly 0.0.0.0.14's ``functional.set_backend`` asks for it, and leaves alone what does not have the backend.
+    #: SpikingJelly 0.0.0.0.14's ``functional.set_backend`` skips modules that do not list the backend here.
     supported_backends = ("auto", "torch", "numba")
 
     def __init__(
@@ -51,10 +55,20 @@ class ResonanceBase(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Reset temperature and slopes to their initial values, not those of projections and neurons."""
+        """Reset temperature and slopes to their initial values, but not projections and neurons."""
         nn.init.constant_(self.temperature, (self.n_features / self.n_heads) ** -0.5)
         if self.recency_log is not None:
             self.recency_log.copy_(-(1 + 2 * torch.arange(self.n_heads)) * math.log(2.0))
+
+    @property
+    def query_neuron(self) -> nn.Module:
+        """Return the query neurons."""
+        return self.lif_q
+
+    @property
+    def key_neuron(self) -> nn.Module:
+        """Return the key neurons."""
+        return self.lif_k
 
     @property
     def recency(self) -> Tensor | None:
@@ -65,15 +79,15 @@ class ResonanceBase(nn.Module):
         """Return the context ``[B, S, V]`` of query and key spikes ``[T, B, S, D]`` and values ``[B, S, V]``.
 
         Raises:
-            ValueError: padding or earlier positions in a layer that is not causal, or, with earlier positions, q or k that
-                are not zeros and ones.
+            ValueError: the layer is not causal and there is padding or there are earlier positions, or there are earlier
+                positions and q or k are not zeros and ones.
         """
         return self._attend_new(q, k, v, cache.lengths) if cache.update is None else self._attend_cached(q, k, v, cache)
 
     def _attend_new(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
-        if lengths is not None:  # moved behind the tokens, where a causal resonance does not see it
+        if lengths is not None:  # move padding behind the tokens, where causal queries do not reach
             if not self.causal:
-                raise ValueError("padding needs a causal resonance: behind the tokens it must not be seen")
+                raise ValueError("padding needs a causal resonance, in which no query sees the positions after it")
             S = v.shape[1]
             row = torch.arange(len(v), device=v.device)[:, None]
             position = torch.arange(S, device=v.device)
@@ -95,9 +109,9 @@ class ResonanceBase(nn.Module):
 
     def _attend_cached(self, q: Tensor, k: Tensor, v: Tensor, cache: SequenceCache) -> Tensor:
         if not self.causal:
-            raise ValueError("a resonance that is not causal cannot grow: earlier positions would see later ones")
+            raise ValueError("a cache needs a causal resonance: otherwise new positions would change earlier ones")
         assert cache.update is not None
-        neurons = self.lif_q, self.lif_k
+        neurons = self.query_neuron, self.key_neuron
         if all(type(neuron) is DenseActivation for neuron in neurons):
             new_keys = k.unflatten(-1, (self.n_heads, -1)).permute(1, 3, 2, 0, 4).flatten(-2)  # [B, H, S, T * D/H]
         else:
@@ -123,31 +137,37 @@ class ResonanceBase(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Return the settings that no submodule shows."""
+        """Return the settings."""
         return (
             f"n_heads={self.n_heads}, top_k={self.top_k}, recency={self.recency_log is not None}, causal={self.causal}"
         )
 
 
 class CoFiringResonance(ResonanceBase):
-    """Attention whose scores are counts of coincident spikes.
+    """Attend to the positions that fired at the same time steps: scores count coincident spikes.
 
-    ``q, k = lif_q(W_q x), lif_k(W_k x)`` are spikes; the score of two positions is the number of (step, neuron) pairs of a
-    head that fire in both, times a learnable temperature; the ``top_k`` best keys of each query bind by softmax; the values
-    are ``W_v`` of the time-mean of x; ``W_o`` closes. The equations, ties included, are those of :func:`nord_snn.ops.resonance`.
+    ::
+
+        q, k = lif_q(W_q x), lif_k(W_k x)                                          spikes
+        v = W_v mean_t(x)
+        score[a, b] = temperature * number of (time step, neuron) pairs of a head that fire in both q[a] and k[b]
+        context[a] = softmax over the top_k best keys b of score[a, b], times v[b]
+        output = W_o context
+
+    The temperature is learnable. :func:`nord_snn.ops.resonance` has all details, such as ties.
 
     Args:
         n_features: D.
         n_heads: H; D must be a multiple of it.
-        top_k: keys kept per query.
+        top_k: keys selected per query.
         recency: give every head a learnable positive slope that lowers the score with distance, starting at
-            ``2^-(1 + 2h)`` for head h. Without it the layer knows no order of the positions before a query.
-        causal: whether a position sees only itself and earlier ones.
+            ``2^-(1 + 2h)`` for head h. Without it the order of the positions before a query has no effect.
+        causal: whether a query sees only its own and earlier positions.
         neuron: factory of the query and key neurons, see :mod:`nord_snn.neurons.factory`; None for
             ``AssociativeLIFNode`` with its 64 clusters.
-        backend: of the resonance itself, see :func:`nord_snn.ops.resonance`; the neurons have their own.
+        backend: backend of the op, see :func:`nord_snn.ops.resonance`; the neurons have their own.
 
-    Shapes: ``[T, B, S, D]`` -> ``[T, B, S, D]``, the same context at every step (a view without memory of its own).
+    Shapes: ``[T, B, S, D]`` -> ``[T, B, S, D]``. The output is the same at all time steps, an expanded view.
 
     Raises:
         ValueError: H does not divide D, the input has another rank or width, or 64 does not divide a width and no ``neuron``
@@ -157,11 +177,11 @@ class CoFiringResonance(ResonanceBase):
 
     Example:
         >>> layer = CoFiringResonance(64, n_heads=4)
-        >>> x = torch.randn(10, 2, 7, 64)                             # 10 steps, 2 sequences of 7 positions
+        >>> x = torch.randn(10, 2, 7, 64)                             # 10 time steps, 2 sequences of 7 positions
         >>> layer(x).shape
         torch.Size([10, 2, 7, 64])
 
-        The same with SpikingJelly's neurons:
+        With SpikingJelly's neurons:
 
         >>> from spikingjelly.activation_based.neuron import LIFNode
         >>> CoFiringResonance(64, n_heads=4, neuron=lambda n: LIFNode())(x).shape
@@ -191,18 +211,19 @@ class CoFiringResonance(ResonanceBase):
         """Return the context of ``x [T, B, S, D]``.
 
         Args:
-            x: the input; with earlier positions in ``cache``, that of the new positions alone.
-            expand: False returns the context once, as ``[B, S, D]``.
+            x: the input, of the new positions alone if ``cache`` has earlier ones.
+            expand: False returns the context without the time dimension, ``[B, S, D]``.
             cache: padding and earlier positions. With earlier positions there is no gradient, and q and k must be spikes.
-            deprecated: ``lengths``, ``remember`` (now ``update``) and ``window``, the fields of the cache, for one release.
+            deprecated: ``lengths``, ``remember`` (now ``update``) and ``window``: the fields of the cache, deprecated.
 
         Raises:
-            ValueError: wrong rank or width, padding or earlier positions in a layer that is not causal, or, with earlier
-                positions, q or k that are not zeros and ones.
+            ValueError: x has another rank or width; the layer is not causal and there is padding or there are earlier
+                positions; or there are earlier positions and q or k are not zeros and ones.
         """
         check_features(x, self.n_features, type(self).__name__, "[T, B, S, D]")
         cache = cache_argument(cache, deprecated)
-        q, k = fire_from_rest(self.lif_q, self.q_proj(x)), fire_from_rest(self.lif_k, self.k_proj(x))
-        v = self.v_proj(x.mean(0))  # a mean and a linear map commute: W_v runs once and not T times
+        q = fire_from_rest(self.query_neuron, self.q_proj(x))
+        k = fire_from_rest(self.key_neuron, self.k_proj(x))
+        v = self.v_proj(x.mean(0))  # mean and linear map commute, so W_v runs once instead of T times
         context = self.o_proj(self.attend(q, k, v, cache))
         return context.expand(x.shape) if expand else context

@@ -1,4 +1,4 @@
-"""SpikeFedBlock: every linear map of the block sees spikes, and the stream of currents between blocks is never cut."""
+"""SpikeFedBlock: a block in which the input of every linear map is spikes."""
 
 from dataclasses import replace
 from typing import Any
@@ -18,31 +18,36 @@ __all__ = ["SpikeFedBlock", "SpikeFedResonance"]
 
 
 class SpikeFedResonance(ResonanceBase):
-    """Apply resonance with spikes at the input of every linear map: those of the input, and those of the context.
+    """Apply resonance so that the input of every linear map is spikes.
 
-    For spikes s::
+    For input spikes s::
 
         q, k = lif_q(norm_q(W_q s)), lif_k(norm_k(W_k s));  v[t] = W_v s[t], or lif_v(norm_v(W_v s))[t]
-        c[t] = softmax over the kept keys of (temperature * coincidences - recency * distance) @ v[t]
+        c[t] = softmax over the selected keys of (temperature * coincidences - recency * distance) @ v[t]
         out  = W_o lif_o(norm_o(c))
 
-    Weights are the same at all steps, so scores and softmax are computed once; values are of each step, where
-    :class:`CoFiringResonance` has their mean. With values that spike, mixing positions is additions, too.
+    The weights of the softmax are the same at all time steps, so they are computed once. Each time step has its own values,
+    where :class:`CoFiringResonance` takes their mean. If the values spike, mixing positions needs additions only.
 
-    A sum over few spikes is a small current, and a mean over many keys a smaller one: without the norms the neurons behind
-    them are all but silent before training.
+    The norms scale the currents: a sum over few spikes is small, and a mean over many keys is smaller, so without norms the
+    neurons would be nearly silent before training.
 
     Args:
         n_features: D.
         n_heads: H; D must be a multiple of it.
-        top_k: keys kept per query.
+        top_k: keys selected per query.
         recency: see :class:`CoFiringResonance`.
-        causal: whether a position sees only itself and earlier ones.
+        causal: whether a query sees only its own and earlier positions.
         neuron: factory of all neurons, see :mod:`nord_snn.neurons.factory`; None for ``AssociativeLIFNode`` with its 64
             clusters.
-        backend: of the resonance itself, see :func:`nord_snn.ops.resonance`.
-        norm_eps: of the layer norms.
+        backend: backend of the op, see :func:`nord_snn.ops.resonance`.
+        norm_eps: epsilon of the layer norms.
         spiking_values: whether values are spikes.
+
+    Attributes:
+        query_neuron, key_neuron: ``lif_q`` and ``lif_k`` in the state dict.
+        value_neuron: the neurons of spiking values or None, ``lif_v`` in the state dict.
+        output_neuron: the neurons before W_o, ``lif_o`` in the state dict.
 
     Shapes: spikes ``[T, B, S, D]`` -> currents ``[T, B, S, D]``; every call starts from rest.
 
@@ -50,7 +55,7 @@ class SpikeFedResonance(ResonanceBase):
         ValueError: H does not divide D, the input has another rank or width, or 64 does not divide a width and no ``neuron``
             is given.
 
-    Source: the resonance of the Nord spiking language model; that all its linear maps see spikes is this library's.
+    Source: the resonance of the Nord spiking language model; spikes at the input of all its linear maps: this library.
 
     Example:
         >>> layer = SpikeFedResonance(64, n_heads=4)
@@ -82,6 +87,16 @@ class SpikeFedResonance(ResonanceBase):
         self.norm_o = nn.LayerNorm(n_features, eps=norm_eps)
         self.lif_o = make_neuron(neuron, n_features)
 
+    @property
+    def value_neuron(self) -> nn.Module | None:
+        """Return the neurons of spiking values, or None."""
+        return self.lif_v
+
+    @property
+    def output_neuron(self) -> nn.Module:
+        """Return the neurons before W_o."""
+        return self.lif_o
+
     def forward(
         self,
         spikes: Tensor,
@@ -89,23 +104,22 @@ class SpikeFedResonance(ResonanceBase):
         cache: SequenceCache | None = None,
         **deprecated: Any,
     ) -> Tensor:
-        """Return currents for ``spikes [T, B, S, D]``; ``cache`` is that of :class:`CoFiringResonance`.
+        """Return currents for ``spikes [T, B, S, D]``; for ``cache`` see :class:`CoFiringResonance`.
 
-        It stores of each position the key spikes as bits, and the values of all time steps, ``[B, H, S, T * D/H]``; values
-        that spike are stored as bits.
+        The cache stores key spikes as bits and the values of all time steps, ``[B, H, S, T * D/H]``, as bits if they spike.
         """
         check_features(spikes, self.n_features, type(self).__name__, "[T, B, S, D]")
         cache = cache_argument(cache, deprecated)
-        q = fire_from_rest(self.lif_q, self.norm_q(self.q_proj(spikes)))
-        k = fire_from_rest(self.lif_k, self.norm_k(self.k_proj(spikes)))
+        q = fire_from_rest(self.query_neuron, self.norm_q(self.q_proj(spikes)))
+        k = fire_from_rest(self.key_neuron, self.norm_k(self.k_proj(spikes)))
         v = self.v_proj(spikes)
-        if self.lif_v is not None:
-            v = fire_from_rest(self.lif_v, self.norm_v(v))
-            if cache.update is not None and not isinstance(self.lif_v, DenseActivation):
+        if self.value_neuron is not None:
+            v = fire_from_rest(self.value_neuron, self.norm_v(v))
+            if cache.update is not None and not isinstance(self.value_neuron, DenseActivation):
                 cache = replace(cache, update=self._store_bits(cache.update, v))
         context = self.attend(q, k, self._fold_time_into_heads(v), cache)
         current = self.norm_o(self._unfold_time(context, len(spikes)))
-        return self.o_proj(fire_from_rest(self.lif_o, current))
+        return self.o_proj(fire_from_rest(self.output_neuron, current))
 
     def _store_bits(self, update: UpdateCache, v: Tensor) -> UpdateCache:
         """Return an update that stores values as bits, for values that are spikes ``[T, B, S, D]``."""
@@ -143,22 +157,27 @@ class SpikeFedBlock(nn.Module):
         x = x + g1 * resonance(lif1(norm1(x)))
         x = x + g2 * down(lif_h(norm_h(up(lif2(norm2(x))))))
 
-    The stream x holds currents, real numbers at each step, and is never clamped; g1 and g2 are learnable per channel. Before
-    every layer of neurons stands a norm, so that these get currents of one size at any width and depth; that of the hidden
-    neurons starts at 2, because training silences most of these where it starts at 1.
+    x is a current, a real number at each time step, and is not clamped. g1 and g2 are learnable per channel. A norm before
+    every layer of neurons gives them currents of the same size at any width and depth. The scale of the hidden neurons'
+    norm starts at 2: with 1, training silences most of these neurons.
 
     Args:
         n_features: D.
-        n_heads: heads of the resonance.
+        n_heads: number of heads of the resonance.
         hidden_features: hidden width of the feed-forward.
-        top_k: keys kept per query.
+        top_k: keys selected per query.
         recency: see :class:`CoFiringResonance`.
         residual_scale: initial g1 and g2.
-        resonance: False leaves the resonance, its norm and its neurons out, so that positions never meet: the control.
-        norm_eps: of all layer norms.
+        resonance: False omits the resonance, its norm and its neurons: a control in which positions do not interact.
+        norm_eps: epsilon of all layer norms.
         neuron: factory of all neurons, see :mod:`nord_snn.neurons.factory`; None for
             ``AssociativeLIFNode`` with its 64 clusters.
         spiking_values: see :class:`SpikeFedResonance`.
+
+    Attributes:
+        attention_neuron: the neurons before the resonance or None, ``lif1`` in the state dict.
+        ffn_neuron: the neurons before the feed-forward, ``lif2`` in the state dict.
+        hidden_neuron: the hidden neurons of the feed-forward, ``lif_h`` in the state dict.
 
     Shapes: ``[T, B, S, D]`` -> ``[T, B, S, D]``; every call starts from rest.
 
@@ -166,12 +185,12 @@ class SpikeFedBlock(nn.Module):
         ValueError: H does not divide D, the input has another rank or width, or 64 does not divide a width and no ``neuron``
             is given.
 
-    Source: this library, from the parts of the Nord block; currents on the residual stream and spikes before every linear
-    map as in spike-driven transformers (Yao et al. 2023), a norm before every neuron as in Spikformer (Zhou et al. 2023).
+    Source: this library, from the parts of the Nord block. A residual stream of currents and spikes before every linear map
+    are from spike-driven transformers (Yao et al. 2023), a norm before every neuron from Spikformer (Zhou et al. 2023).
 
     Example:
         >>> block = SpikeFedBlock(64, n_heads=4, hidden_features=128)
-        >>> block(torch.randn(10, 2, 7, 64)).shape                    # 10 steps, 2 sequences of 7 positions
+        >>> block(torch.randn(10, 2, 7, 64)).shape                    # 10 time steps, 2 sequences of 7 positions
         torch.Size([10, 2, 7, 64])
     """
 
@@ -214,8 +233,23 @@ class SpikeFedBlock(nn.Module):
         self.ffn_gain = nn.Parameter(torch.empty(n_features))
         self.reset_parameters()
 
+    @property
+    def attention_neuron(self) -> nn.Module | None:
+        """Return the neurons before the resonance, or None without a resonance."""
+        return None if self.resonance is None else self.lif1
+
+    @property
+    def ffn_neuron(self) -> nn.Module:
+        """Return the neurons before the feed-forward."""
+        return self.lif2
+
+    @property
+    def hidden_neuron(self) -> nn.Module:
+        """Return the hidden neurons of the feed-forward."""
+        return self.lif_h
+
     def reset_parameters(self) -> None:
-        """Reset the two gains to their initial value, not the submodules."""
+        """Reset the two gains to their initial value, but not the submodules."""
         if self.resonance is not None:
             nn.init.constant_(self.resonance_gain, self.residual_scale)
         nn.init.constant_(self.ffn_gain, self.residual_scale)
@@ -227,11 +261,11 @@ class SpikeFedBlock(nn.Module):
         cache: SequenceCache | None = None,
         **deprecated: Any,
     ) -> Tensor:
-        """Run ``x [T, B, S, D]`` through the block; ``cache`` is that of :class:`CoFiringResonance`."""
+        """Return the output ``[T, B, S, D]`` for ``x [T, B, S, D]``; for ``cache`` see :class:`CoFiringResonance`."""
         check_features(x, self.n_features, type(self).__name__, "[T, B, S, D]")
         cache = cache_argument(cache, deprecated)
         if self.resonance is not None:
             spikes = fire_from_rest(self.lif1, self.norm1(x))
             x = x + self.resonance_gain * self.resonance(spikes, cache=cache)
-        hidden = self.norm_h(self.up(fire_from_rest(self.lif2, self.norm2(x))))
-        return x + self.ffn_gain * self.down(fire_from_rest(self.lif_h, hidden))
+        hidden = self.norm_h(self.up(fire_from_rest(self.ffn_neuron, self.norm2(x))))
+        return x + self.ffn_gain * self.down(fire_from_rest(self.hidden_neuron, hidden))

@@ -1,4 +1,4 @@
-"""MultiScaleTemporalEncoder: one feature vector becomes a few time steps of input current."""
+"""MultiScaleTemporalEncoder: input current over a few time steps from one feature vector."""
 
 import torch
 from torch import Tensor, nn
@@ -9,23 +9,23 @@ __all__ = ["MultiScaleTemporalEncoder"]
 
 
 class MultiScaleTemporalEncoder(nn.Module):
-    """Spread features over fast steps of strong current, then slow steps of weak current.
+    """Return input current over time: fast time steps of strong current, then slow time steps of weak current.
 
-    With ``p = projection(x)``, step k of a path is ``sigmoid(basis[k]) * p * scale``: every step has its own learnable gate
-    over the features. The fast path drives the first spikes, the slow path holds a context for what decays slowly.
+    With ``p = projection(x)``, time step k of a path is ``sigmoid(basis[k]) * p * scale``, so each time step has its own
+    learnable gate per feature. The fast path causes the first spikes; the slow path adds current to decaying membranes.
 
     Args:
         in_features: width of the input, D_in.
-        out_features: D, the number of neurons that are driven; None for D_in.
-        t_fast: fast steps, which come first.
-        t_slow: slow steps; 0 for none.
-        fast_scale: initial strength of the fast path.
-        slow_scale: initial strength of the slow path.
+        out_features: D, the number of neurons that receive the current; None for D_in.
+        t_fast: number of fast time steps, which come first.
+        t_slow: number of slow time steps; 0 for none.
+        fast_scale: initial scale of the fast path.
+        slow_scale: initial scale of the slow path.
 
-    Shapes: ``[*, D_in]`` -> ``[t_fast + t_slow, *, D]``. It takes features, not token ids: embed those first.
+    Shapes: features ``[*, D_in]`` -> current ``[t_fast + t_slow, *, D]``. Embed token ids first.
 
     Raises:
-        ValueError: there are no fast steps, or the input's last dimension is not D_in.
+        ValueError: ``t_fast`` is less than 1, ``t_slow`` is negative, or the input's last dimension is not D_in.
 
     Source: the Nord spiking language model.
 
@@ -58,18 +58,18 @@ class MultiScaleTemporalEncoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the bases anew and put the scales back; the projection has its own."""
+        """Draw new bases and reset the scales, but not the projection."""
         nn.init.normal_(self.fast_basis, std=0.02)
         nn.init.normal_(self.slow_basis, std=0.02)
         nn.init.constant_(self.fast_scale, self._initial_scales[0])
         nn.init.constant_(self.slow_scale, self._initial_scales[1])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Current ``[T, *, D]`` for features ``[*, D_in]``."""
+        """Return the current ``[T, *, D]`` for features ``[*, D_in]``."""
         check_features(x, self.in_features, type(self).__name__, "[*, D]")
         gates = torch.cat((self.fast_basis.sigmoid() * self.fast_scale, self.slow_basis.sigmoid() * self.slow_scale))
         return torch.einsum("td,...d->t...d", gates, self.projection(x))
 
     def extra_repr(self) -> str:
-        """The steps."""
+        """Return the numbers of time steps."""
         return f"t_fast={self.t_fast}, t_slow={self.t_slow}"

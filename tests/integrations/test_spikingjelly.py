@@ -137,7 +137,7 @@ def test_counters_and_memory_optimisation_run_over_every_part(make, shape):
 def test_membranes_that_checkpointing_loses_are_missed():
     readout = MembraneReadout(16, neuron=node)
     readout.lif = memopt.checkpoint_module(readout.lif)
-    with pytest.raises(RuntimeError, match=r"kept no membranes.*checkpoint the whole MembraneReadout"):
+    with pytest.raises(RuntimeError, match=r"stored no membranes.*checkpoint the whole MembraneReadout"):
         readout(X)
 
 

@@ -62,7 +62,7 @@ def test_what_cannot_be_remembered_is_named():
         CoFiringResonance(64, n_heads=2)(torch.randn(2, 1, 3, 64), cache=SequenceCache(update=Memory(), window=0))
     with pytest.raises(ValueError, match="window needs update"):
         CoFiringResonance(64, n_heads=2)(torch.randn(2, 1, 3, 64), cache=SequenceCache(window=2))
-    with pytest.raises(ValueError, match="not causal cannot grow"):
+    with pytest.raises(ValueError, match="a cache needs a causal resonance"):
         CoFiringResonance(64, n_heads=2, causal=False)(torch.randn(2, 1, 3, 64), cache=SequenceCache(update=Memory()))
     with pytest.raises(ValueError, match="padding needs a causal resonance"):
         CoFiringResonance(64, n_heads=2, causal=False)(torch.randn(2, 1, 3, 64), cache=SequenceCache(torch.tensor([2])))

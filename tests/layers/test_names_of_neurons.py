@@ -1,0 +1,46 @@
+"""Neurons have attributes that say what they are; state dicts keep their earlier names."""
+
+import pytest
+
+from nord_snn.layers import CoFiringResonance, SpikeFedBlock, SpikeFedResonance, SpikingFeedForward
+
+NAMES = {
+    CoFiringResonance: {"query_neuron": "lif_q", "key_neuron": "lif_k"},
+    SpikeFedResonance: {
+        "query_neuron": "lif_q",
+        "key_neuron": "lif_k",
+        "value_neuron": "lif_v",
+        "output_neuron": "lif_o",
+    },
+    SpikingFeedForward: {"hidden_neuron": "lif1", "output_neuron": "lif2"},
+    SpikeFedBlock: {"attention_neuron": "lif1", "ffn_neuron": "lif2", "hidden_neuron": "lif_h"},
+}
+LAYERS = {
+    CoFiringResonance: lambda: CoFiringResonance(64, 4),
+    SpikeFedResonance: lambda: SpikeFedResonance(64, 4, spiking_values=True),
+    SpikingFeedForward: lambda: SpikingFeedForward(64, 128),
+    SpikeFedBlock: lambda: SpikeFedBlock(64, 4, 128),
+}
+
+
+@pytest.mark.parametrize("layer", NAMES, ids=lambda layer: layer.__name__)
+def test_every_neuron_has_both_names(layer):
+    module = LAYERS[layer]()
+    children = dict(module.named_children())
+    for attribute, stored in NAMES[layer].items():
+        assert getattr(module, attribute) is children[stored]
+    neurons = {name for name in children if name.startswith("lif")}
+    assert neurons == set(NAMES[layer].values())
+
+
+def test_neurons_that_a_layer_does_not_have_are_none():
+    assert SpikeFedBlock(64, 4, 128, resonance=False).attention_neuron is None
+    assert SpikeFedResonance(64, 4).value_neuron is None
+
+
+def test_a_neuron_that_is_replaced_runs():
+    """The attributes follow the module that the state dict's name has."""
+    ffn = SpikingFeedForward(64, 128)
+    other = SpikingFeedForward(64, 128).lif1
+    ffn.lif1 = other
+    assert ffn.hidden_neuron is other
