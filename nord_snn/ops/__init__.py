@@ -9,7 +9,7 @@ from nord_snn.ops.clamp.op import leaky_clamp
 from nord_snn.ops.costs import OpCost
 from nord_snn.ops.dispatch import OPS, BackendChoice, CallSignature, choose_backend
 from nord_snn.ops.lif.op import associative_lif, associative_lif_backend
-from nord_snn.ops.lif.reference import AssociativeLIFState
+from nord_snn.ops.lif.reference import AssociativeLIFState, Dynamics
 from nord_snn.ops.plasticity.correlation import ConvGeometry
 from nord_snn.ops.plasticity.op import reward_modulated_stdp, stdp, triplet_stdp
 from nord_snn.ops.plasticity.reference import RewardSTDPState, STDPState, TripletState, reward_from_loss
@@ -22,6 +22,7 @@ __all__ = [
     "AssociativeLIFState",
     "BackendChoice",
     "ConvGeometry",
+    "Dynamics",
     "OpCost",
     "RewardSTDPState",
     "STDPState",

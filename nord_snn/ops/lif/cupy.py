@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nord_snn.ops.dispatch import CallSignature, Support
-from nord_snn.ops.lif.support import Arguments, OutputGradients, knows_surrogate
+from nord_snn.ops.lif.support import Arguments, OutputGradients, has_published_dynamics, knows_surrogate
 
 __all__ = ["SURROGATE_IDS", "accepts", "backward", "fits", "forward"]
 
@@ -541,6 +541,7 @@ def _plan(n_features: int, n_clusters: int) -> _Plan:
 def accepts(call: CallSignature) -> Support:
     """Return whether the kernels can run a call."""
     support = knows_surrogate(call, SURROGATE_IDS)
+    support = has_published_dynamics(call) if support.runs else support
     return fits(call.n_features, dict(call.options)["n_clusters"]) if support.runs else support
 
 
@@ -623,7 +624,7 @@ def _couplings(coupling: Tensor | None) -> tuple[int, Tensor | None, Tensor | No
 
 def forward(arguments: Arguments, keep_v: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return spikes, membranes (empty unless ``keep_v``) and the last state."""
-    x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps = arguments
+    x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps, _ = arguments
     T, N, D = x.shape
     kernel = "associative_lif_forward"
     spikes = torch.empty(T, N, D, dtype=x.dtype, device=x.device)
@@ -662,7 +663,7 @@ def backward(
     grads: OutputGradients, arguments: Arguments, surrogate: str, alpha: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, v and i_syn (empty without a state), threshold, both betas, coupling (or empty)."""
-    x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps = arguments
+    x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps, _ = arguments
     T, N, D = x.shape
     kernel = "associative_lif_backward"
     C, coupling, coupling_t = _couplings(coupling)

@@ -5,6 +5,7 @@ block forward and then goes through the steps in reverse. ``ops/_numba/simd.py``
 pointers.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,12 +49,13 @@ def accepts(call: CallSignature) -> Support:
 
 _TILE = 512  # neurons per tile: their state fits into the first-level cache
 _ROW = _TILE + 16  # not a power of two, multiples of which share the same few sets of the cache
-# Offsets in the scratch of a tile: state carried between time steps, then values that the forward sweep saves for the
-# backward sweep.
-_V, _CURRENT, _REFRACTORY, _THRESHOLD, _GRAD_V, _GRAD_THRESHOLD = range(0, 6 * _ROW, _ROW)
-_STATE = 6 * _ROW
-_DISTANCE_OR_SLOPE, _V_MINUS_CURRENT, _CURRENT_BEFORE = range(0, 3 * _ROW, _ROW)
-_RECORD = 3 * _ROW
+# Offsets in the scratch of a tile: state carried between time steps, parameters, gradients.
+_V, _CURRENT, _REFRACTORY, _THRESHOLD, _MEM, _SYN, _GRAD_V, _GRAD_THRESHOLD, _GRAD_MEM, _GRAD_SYN = range(
+    0, 10 * _ROW, _ROW
+)
+_STATE = 10 * _ROW
+# Offsets of the values that the forward sweep saves for the backward sweep; the last one for a hard reset only.
+_DISTANCE_OR_SLOPE, _V_MINUS_CURRENT, _CURRENT_BEFORE, _MEMBRANE = range(0, 4 * _ROW, _ROW)
 _MASKS = _TILE // WIDTH  # bit masks of refractory neurons saved per tile and time step, one bit per neuron
 _BLOCKS_PER_SUM = 16  # blocks whose coupling gradients are summed in the kernel's dtype, before the float64 sum
 
@@ -63,34 +65,63 @@ class _Sizes(NamedTuple):
 
     Attributes:
         chunks: parts of the work, two per thread.
-        blocks: blocks of rows.
-        rows: rows per block, as many as fill a tile.
+        blocks: blocks of neurons.
+        block_length: neurons per block: with a cascade whole rows, as many as fill a tile, else a tile.
         tiles: tiles per block.
         T: time steps.
-        N: neurons of all rows, N * D.
-        D: neurons of a row.
+        N: neurons of all rows, N * D * M.
+        D: neurons with parameters of their own in a row.
+        places: neurons M that share these parameters.
+        n_decays: D if every neuron has decays of its own, else 1.
         clusters: clusters C, 0 without a cascade.
         width: C rounded up to whole vectors.
+        record: values saved per tile and time step.
     """
 
     chunks: int
     blocks: int
-    rows: int
+    block_length: int
     tiles: int
     T: int
     N: int
     D: int
+    places: int
+    n_decays: int
     clusters: int
     width: int
+    record: int
+
+
+class _Modes(NamedTuple):
+    """Equations of a call, see ``Dynamics`` in ``reference.py``.
+
+    Attributes:
+        relaxes: whether the charge is "relax".
+        leaks: whether the charge is "leak".
+        averages: whether the charge is "average".
+        own_decays: whether every neuron has decays of its own.
+        hard_reset: whether a spike sets the membrane to rest.
+        detach_reset: whether the reset has no gradient by the spike.
+    """
+
+    relaxes: int
+    leaks: int
+    averages: int
+    own_decays: int
+    hard_reset: int
+    detach_reset: int
 
 
 class _Constants(NamedTuple):
-    """Numbers of a call, in the type that the kernels compute in."""
+    """Numbers of a call, in the type that the kernels compute in; the betas are 0 where every neuron has its own."""
 
     beta_mem: Any
     beta_syn: Any
     v_reset: Any
     refractory_steps: Any
+    tau: Any
+    v_rest: Any
+    reset_scale: Any
 
 
 class _Inputs(NamedTuple):
@@ -101,6 +132,8 @@ class _Inputs(NamedTuple):
     i_syn: int
     refractory: int
     threshold: int
+    beta_mem: int
+    beta_syn: int
     coupling: int
     coupling_t: int
 
@@ -182,7 +215,7 @@ def _load_or_zero(has_source, source, at, n, target, offset):
 
 
 @kernel
-def _step(x, spikes, v_seq, keep_v, save, tile, block, constants):
+def _step(x, spikes, v_seq, keep_v, save, tile, block, constants, modes):
     """Compute one time step of one tile, see ``reference.py``.
 
     With ``save``, write what the backward sweep needs instead of the outputs. Prefetch the next time step: the stride
@@ -197,28 +230,47 @@ def _step(x, spikes, v_seq, keep_v, save, tile, block, constants):
         broadcast(x, constants.refractory_steps),
     )
     mem_decay, syn_decay = broadcast(x, constants.beta_mem), broadcast(x, constants.beta_syn)
-    mem_input_weight = one - mem_decay
+    tau, rest, reset_scale = (
+        broadcast(x, constants.tau),
+        broadcast(x, constants.v_rest),
+        broadcast(x, constants.reset_scale),
+    )
     for d in range(0, n, WIDTH):
         prefetch(x, at + next_step + d)
+        if modes.own_decays:
+            mem_decay, syn_decay = load(state, s + _MEM + d), load(state, s + _SYN + d)
         before = load(state, s + _CURRENT + d) + load(cascade_in, lo + d)
         current = syn_decay * before + masked_load(x, at + d, n - d)
         v = load(state, s + _V + d)
+        if modes.relaxes:
+            charged = v + (current - (v - rest)) / tau
+        elif modes.leaks:
+            charged = v - (v - rest) / tau + current
+        elif modes.averages:
+            charged = mem_decay * v + (one - mem_decay) * (current + rest)
+        else:
+            charged = mem_decay * v + (one - mem_decay) * rest + current
         refractory = load(state, s + _REFRACTORY + d)
         is_refractory = ge_mask(refractory, one)
         threshold = load(state, s + _THRESHOLD + d)
-        u = where(is_refractory, reset, mem_decay * v + mem_input_weight * current)
+        u = where(is_refractory, reset, charged)
         distance = u - threshold
         fires = ge_mask(distance, zero)
         spike = where(fires, one, zero)
-        after = u - spike * threshold
+        if modes.hard_reset:
+            after = where(fires, rest, u)
+        else:
+            after = u - spike * (threshold * reset_scale)
         store(state, s + _V + d, after)
         store(state, s + _CURRENT + d, current)
         store(state, s + _REFRACTORY + d, where(fires, refractory_period, maximum(refractory - one, zero)))
         store(step_spikes, lo + d, spike)
         if save:
             store(record, q + _DISTANCE_OR_SLOPE + d, distance)
-            store(record, q + _V_MINUS_CURRENT + d, v - current)
+            store(record, q + _V_MINUS_CURRENT + d, v - rest - current if modes.averages else v - rest)
             store(record, q + _CURRENT_BEFORE + d, before)
+            if modes.hard_reset:
+                store(record, q + _MEMBRANE + d, u)
             refractory_masks[masks + (lo + d) // WIDTH] = is_refractory
         else:
             prefetch(spikes, at + next_step + d)
@@ -229,29 +281,50 @@ def _step(x, spikes, v_seq, keep_v, save, tile, block, constants):
 
 @kernel
 def _step_back(
-    grad_spikes, has_grad_v_seq, grad_v_seq, grad_x, grad_cascade, grad_current, beta_sums, tile, block, constants
-):
+    grad_spikes, has_grad_v_seq, grad_v_seq, grad_x, grad_cascade, grad_current, beta_sums, tile, block, constants,
+    modes,
+):  # fmt: skip
     """Backward of ``_step``; ``grad_cascade`` is the gradient of the spikes through the cascade."""
     at, next_step, n, lo, s, q, masks = tile
     state, _, _, record, refractory_masks = block
+    one, zero, rest = broadcast(record, 1), broadcast(record, 0), broadcast(record, constants.v_rest)
     mem_decay, syn_decay = broadcast(record, constants.beta_mem), broadcast(record, constants.beta_syn)
-    zero, mem_input_weight = broadcast(record, 0), broadcast(record, 1) - mem_decay
+    reset_scale = broadcast(record, constants.reset_scale)
+    v_weight, current_weight = mem_decay, one - mem_decay if modes.averages else one
+    if modes.relaxes or modes.leaks:
+        share = one / broadcast(record, constants.tau)
+        v_weight, current_weight = one - share, share if modes.relaxes else one
     grad_beta_mem, grad_beta_syn = load(beta_sums, 0), load(beta_sums, WIDTH)
     for d in range(0, n, WIDTH):
         prefetch(grad_spikes, at + next_step + d)
         prefetch(grad_x, at + next_step + d)
+        if modes.own_decays:
+            mem_decay, syn_decay = load(state, s + _MEM + d), load(state, s + _SYN + d)
+            if not (modes.relaxes or modes.leaks):
+                v_weight, current_weight = mem_decay, one - mem_decay if modes.averages else one
         grad_v = load(state, s + _GRAD_V + d)
         if has_grad_v_seq:
             grad_v = grad_v + masked_load(grad_v_seq, at + d, n - d)
-        grad_out = masked_load(grad_spikes, at + d, n - d) + load(grad_cascade, lo + d)
-        grad_spike = grad_out - load(state, s + _THRESHOLD + d) * grad_v
+        grad_spike = masked_load(grad_spikes, at + d, n - d) + load(grad_cascade, lo + d)
+        threshold, through_u = load(state, s + _THRESHOLD + d), grad_v
+        if modes.hard_reset:
+            u = load(record, q + _MEMBRANE + d)
+            through_u = where(ge_mask(u - threshold, zero), zero, grad_v)
+            if not modes.detach_reset:
+                grad_spike = grad_spike + (rest - u) * grad_v
+        elif not modes.detach_reset:
+            grad_spike = grad_spike - threshold * reset_scale * grad_v
         grad_distance = grad_spike * load(record, q + _DISTANCE_OR_SLOPE + d)
-        grad_u = where(refractory_masks[masks + (lo + d) // WIDTH], zero, grad_v + grad_distance)
-        grad_i = load(grad_current, lo + d) + mem_input_weight * grad_u
-        grad_beta_mem = grad_beta_mem + grad_u * load(record, q + _V_MINUS_CURRENT + d)
-        grad_beta_syn = grad_beta_syn + grad_i * load(record, q + _CURRENT_BEFORE + d)
+        grad_u = where(refractory_masks[masks + (lo + d) // WIDTH], zero, through_u + grad_distance)
+        grad_i = load(grad_current, lo + d) + current_weight * grad_u
+        by_mem, by_syn = grad_u * load(record, q + _V_MINUS_CURRENT + d), grad_i * load(record, q + _CURRENT_BEFORE + d)
+        if modes.own_decays:
+            store(state, s + _GRAD_MEM + d, load(state, s + _GRAD_MEM + d) + by_mem)
+            store(state, s + _GRAD_SYN + d, load(state, s + _GRAD_SYN + d) + by_syn)
+        else:
+            grad_beta_mem, grad_beta_syn = grad_beta_mem + by_mem, grad_beta_syn + by_syn
         store(state, s + _GRAD_THRESHOLD + d, load(state, s + _GRAD_THRESHOLD + d) - grad_distance)
-        store(state, s + _GRAD_V + d, mem_decay * grad_u)
+        store(state, s + _GRAD_V + d, v_weight * grad_u)
         store(grad_current, lo + d, syn_decay * grad_i)
         masked_store(grad_x, at + d, n - d, grad_i)
     store(beta_sums, 0, grad_beta_mem)
@@ -354,7 +427,7 @@ def _add_outer_products(grad_sums, sums, rows, clusters, width, grad_coupling):
 
 @kernel
 def _load_state(start, length, tiles, inputs, like, block):
-    """Load the initial state of a block of rows, or zeros for rest."""
+    """Load the initial state of a block of neurons, or zeros for rest."""
     state, cascade_in, _, _, _ = block
     v, i_syn = as_pointer(inputs.v, like), as_pointer(inputs.i_syn, like)
     refractory = as_pointer(inputs.refractory, like)
@@ -370,11 +443,83 @@ def _load_state(start, length, tiles, inputs, like, block):
 
 
 @kernel
-def _forward_rows(first, last, sizes, inputs, outputs, keep_v, constants, scratch):
-    """Compute blocks ``first`` to ``last`` of ``rows`` rows each."""
-    _, _, rows, tiles, T, N, D, clusters, width = sizes
+def _load_parameter(source, sizes, start, n, state, row):
+    """Write the parameter of each of the n neurons from ``start`` on to ``state[row:]``."""
+    places, D = sizes.places, sizes.D
+    c, place, d = start // places % D, start % places, 0
+    while d < n:
+        if places == 1:
+            run = min(D - c, n - d)
+            for j in range(run):
+                state[row + d + j] = source[c + j]
+            c = 0
+        else:
+            run = min(places - place, n - d)
+            for j in range(run):
+                state[row + d + j] = source[c]
+            c, place = c + 1 if c + 1 < D else 0, 0
+        d += run
+
+
+@kernel
+def _add_gradient(state, row, sizes, start, n, target):
+    """Add ``state[row:]``, the gradients of the parameters of n neurons from ``start`` on, to ``target``; clear them."""
+    places, D = sizes.places, sizes.D
+    c, place, d = start // places % D, start % places, 0
+    while d < n:
+        if places == 1:
+            run = min(D - c, n - d)
+            for j in range(run):
+                target[c + j] += state[row + d + j]
+            c = 0
+        else:
+            run = min(places - place, n - d)
+            total = broadcast(state, 0)
+            for j in range(0, run, WIDTH):
+                total = total + masked_load(state, row + d + j, run - j)
+            target[c] += reduce_sum(total)
+            c, place = c + 1 if c + 1 < D else 0, 0
+        d += run
+    for d in range(0, n, WIDTH):
+        store(state, row + d, broadcast(state, 0))
+
+
+@kernel
+def _load_parameters(start, length, sizes, inputs, like, state):
+    """Load thresholds, and decays where every neuron has its own, of a block of neurons."""
+    for tile in range(sizes.tiles):
+        at, s, n = start + tile * _TILE, tile * _STATE, min(_TILE, length - tile * _TILE)
+        _load_parameter(as_pointer(inputs.threshold, like), sizes, at, n, state, s + _THRESHOLD)
+        if sizes.n_decays > 1:
+            _load_parameter(as_pointer(inputs.beta_mem, like), sizes, at, n, state, s + _MEM)
+            _load_parameter(as_pointer(inputs.beta_syn, like), sizes, at, n, state, s + _SYN)
+
+
+@kernel
+def _add_gradients(start, length, sizes, state, grad_threshold, grad_betas):
+    """Add the gradients of thresholds and of neurons' own decays of a block of neurons; clear them."""
+    for tile in range(sizes.tiles):
+        at, s, n = start + tile * _TILE, tile * _STATE, min(_TILE, length - tile * _TILE)
+        _add_gradient(state, s + _GRAD_THRESHOLD, sizes, at, n, grad_threshold)
+        if sizes.n_decays > 1:
+            _add_gradient(state, s + _GRAD_MEM, sizes, at, n, grad_betas)
+            _add_gradient(state, s + _GRAD_SYN, sizes, at, n, advance(grad_betas, sizes.n_decays))
+
+
+@kernel
+def _has_same_parameters(sizes):
+    """Return whether the neurons of all blocks have the parameters of those of the first one."""
+    return sizes.block_length % (sizes.D * sizes.places) == 0
+
+
+@kernel
+def _forward_rows(first, last, sizes, inputs, outputs, keep_v, constants, modes, scratch):
+    """Compute blocks ``first`` to ``last``."""
+    block_length, tiles, T, N, D, clusters, width = (
+        sizes.block_length, sizes.tiles, sizes.T, sizes.N, sizes.D, sizes.clusters, sizes.width
+    )  # fmt: skip
     like = constants.v_reset
-    x, threshold = as_pointer(inputs.x, like), as_pointer(inputs.threshold, like)
+    x = as_pointer(inputs.x, like)
     spikes, v_seq = as_pointer(outputs.spikes, like), as_pointer(outputs.v_seq, like)
     v_last, i_last = as_pointer(outputs.v_last, like), as_pointer(outputs.i_last, like)
     refractory_last = as_pointer(outputs.refractory_last, np.int32(0))
@@ -384,22 +529,22 @@ def _forward_rows(first, last, sizes, inputs, outputs, keep_v, constants, scratc
     cascade_in = advance(state, tiles * _STATE)
     step_spikes = advance(cascade_in, padded_length)
     sums = advance(step_spikes, padded_length)
-    current = advance(sums, rows * width)
+    current = advance(sums, block_length // D * width)
     scratch_of_block = _Block(state, cascade_in, step_spikes, state, as_pointer(0, np.uint16(0)))
-    for d in range(rows * D):
-        state[d // _TILE * _STATE + _THRESHOLD + d % _TILE] = threshold[d % D]
     for block in range(first, last):
-        start = block * rows * D
-        length = min(rows * D, N - start)
+        start = block * block_length
+        length = min(block_length, N - start)
+        if block == first or not _has_same_parameters(sizes):
+            _load_parameters(start, block_length, sizes, inputs, like, state)
         _load_state(start, length, tiles, inputs, like, scratch_of_block)
         for t in range(T):
             # To the next time step, or to the first one of the next block.
-            next_step = N if t < T - 1 else rows * D - (T - 1) * N
+            next_step = N if t < T - 1 else block_length - (T - 1) * N
             for tile in range(tiles):
                 lo = tile * _TILE
                 n = min(_TILE, length - lo)
                 place = _Tile(t * N + start + lo, next_step, n, lo, tile * _STATE, 0, 0)
-                _step(x, spikes, v_seq, keep_v, False, place, scratch_of_block, constants)
+                _step(x, spikes, v_seq, keep_v, False, place, scratch_of_block, constants, modes)
             if clusters:
                 _couple(step_spikes, length // D, members, clusters, coupling_t, width, sums, 0, current, cascade_in)
         for tile in range(tiles):
@@ -412,41 +557,51 @@ def _forward_rows(first, last, sizes, inputs, outputs, keep_v, constants, scratc
                 refractory_last[start + lo + d] = state[s + _REFRACTORY + d]
 
 
+class _Surrogate(NamedTuple):
+    """Number of the surrogate in :data:`SURROGATE_IDS`, and its sharpness."""
+
+    number: int
+    alpha: Any
+
+
 @kernel
-def _backward_rows(first, last, sizes, grads, inputs, constants, surrogate, alpha, record, masks, scratch, results):
+def _backward_rows(first, last, sizes, grads, inputs, constants, modes, surrogate, record, masks, scratch, results):
     """Compute blocks ``first`` to ``last``; add the gradients of parameters to ``results.shared``.
 
-    ``shared`` has the gradients of the D thresholds, of both decays, and of the coupling, in float64, because these
-    sums are long and may nearly cancel. Gradients of the decays are added to it per block, of the coupling per few
-    blocks, of the thresholds per chunk.
+    ``shared`` has the gradients of the thresholds, of both decays, and of the coupling, in float64, because these sums
+    are long and may nearly cancel. Gradients of single decays are added to it per block, of the coupling per few blocks,
+    of thresholds and neurons' own decays per block, or per chunk if the parameters of all blocks are the same.
     """
-    _, _, rows, tiles, T, N, D, clusters, width = sizes
+    block_length, tiles, T, N, D, clusters, width = (
+        sizes.block_length, sizes.tiles, sizes.T, sizes.N, sizes.D, sizes.clusters, sizes.width
+    )  # fmt: skip
     like = constants.v_reset
-    x, threshold = as_pointer(inputs.x, like), as_pointer(inputs.threshold, like)
+    x = as_pointer(inputs.x, like)
     coupling, coupling_t = as_pointer(inputs.coupling, like), as_pointer(inputs.coupling_t, like)
     grad_spikes, grad_v_seq = as_pointer(grads.spikes, like), as_pointer(grads.v_seq, like)
     grad_v_last, grad_i_last = as_pointer(grads.v_last, like), as_pointer(grads.i_last, like)
     grad_x, grad_v, grad_i = as_pointer(results.x, like), as_pointer(results.v, like), as_pointer(results.i_syn, like)
-    members, padded_length = D // max(clusters, 1), tiles * _TILE + WIDTH
+    members, padded_length, n_rows = D // max(clusters, 1), tiles * _TILE + WIDTH, block_length // D
     state = scratch
     cascade_in = advance(state, tiles * _STATE)
     step_spikes = advance(cascade_in, padded_length)
     grad_cascade = advance(step_spikes, padded_length)
     grad_current = advance(grad_cascade, padded_length)
     sums = advance(grad_current, padded_length)
-    grad_sums = advance(sums, T * rows * width)
-    current = advance(grad_sums, T * rows * width)
+    grad_sums = advance(sums, T * n_rows * width)
+    current = advance(grad_sums, T * n_rows * width)
     beta_sums = advance(current, width)
     coupling_sums = advance(beta_sums, 2 * WIDTH)
     grad_threshold = as_pointer(results.shared, np.float64(0))
-    grad_betas, grad_coupling = advance(grad_threshold, D), advance(grad_threshold, D + 2)
+    grad_betas = advance(grad_threshold, D)
+    grad_coupling = advance(grad_betas, 2 * sizes.n_decays)
     scratch_of_block = _Block(state, cascade_in, step_spikes, record, masks)
-    for d in range(rows * D):
-        state[d // _TILE * _STATE + _THRESHOLD + d % _TILE] = threshold[d % D]
     for block in range(first, last):
-        start = block * rows * D
-        length = min(rows * D, N - start)
+        start = block * block_length
+        length = min(block_length, N - start)
         count = length // D
+        if block == first or not _has_same_parameters(sizes):
+            _load_parameters(start, block_length, sizes, inputs, like, state)
         _load_state(start, length, tiles, inputs, like, scratch_of_block)
         for tile in range(tiles):
             lo = tile * _TILE
@@ -454,13 +609,13 @@ def _backward_rows(first, last, sizes, grads, inputs, constants, surrogate, alph
             _load_or_zero(grads.v_last != 0, grad_v_last, start + lo, n, state, tile * _STATE + _GRAD_V)
             _load_or_zero(grads.i_last != 0, grad_i_last, start + lo, n, grad_current, lo)
         for t in range(T):
-            next_step = N if t < T - 1 else rows * D - (T - 1) * N
+            next_step = N if t < T - 1 else block_length - (T - 1) * N
             for tile in range(tiles):
-                lo, q = tile * _TILE, (t * tiles + tile) * _RECORD
+                lo, q = tile * _TILE, (t * tiles + tile) * sizes.record
                 n = min(_TILE, length - lo)
                 place = _Tile(t * N + start + lo, next_step, n, lo, tile * _STATE, q, t * tiles * _MASKS)
-                _step(x, x, x, False, True, place, scratch_of_block, constants)
-                _surrogate_derivative(surrogate, alpha, record, q + _DISTANCE_OR_SLOPE, n)
+                _step(x, x, x, False, True, place, scratch_of_block, constants, modes)
+                _surrogate_derivative(surrogate.number, surrogate.alpha, record, q + _DISTANCE_OR_SLOPE, n)
             if clusters:
                 _couple(
                     step_spikes, count, members, clusters, coupling_t, width, sums, t * count * width,
@@ -473,70 +628,95 @@ def _backward_rows(first, last, sizes, grads, inputs, constants, surrogate, alph
                     current, grad_cascade,
                 )  # fmt: skip
             for tile in range(tiles):
-                lo, q = tile * _TILE, (t * tiles + tile) * _RECORD
+                lo, q = tile * _TILE, (t * tiles + tile) * sizes.record
                 n = min(_TILE, length - lo)
                 place = _Tile(t * N + start + lo, -N if t else 0, n, lo, tile * _STATE, q, t * tiles * _MASKS)
                 _step_back(
                     grad_spikes, grads.v_seq != 0, grad_v_seq, grad_x, grad_cascade, grad_current, beta_sums, place,
-                    scratch_of_block, constants,
+                    scratch_of_block, constants, modes,
                 )  # fmt: skip
         for tile in range(tiles if inputs.v != 0 else 0):
             lo, s = tile * _TILE, tile * _STATE
             for d in range(min(_TILE, length - lo)):
                 grad_v[start + lo + d] = state[s + _GRAD_V + d]
                 grad_i[start + lo + d] = grad_current[lo + d]
-        for kind in range(2):
-            grad_betas[kind] += reduce_sum(load(beta_sums, kind * WIDTH))
-            store(beta_sums, kind * WIDTH, broadcast(beta_sums, 0))
-        _add_outer_products(grad_sums, sums, T * count, clusters, width, coupling_sums)
-        if (block - first) % _BLOCKS_PER_SUM == 0 or block == last - 1:
-            for c in range(clusters * width):
-                grad_coupling[c] += coupling_sums[c]
-                coupling_sums[c] = 0
-    for tile in range(tiles):
-        lo, s = tile * _TILE, tile * _STATE
-        for d in range(min(_TILE, rows * D - lo)):
-            grad_threshold[(lo + d) % D] += state[s + _GRAD_THRESHOLD + d]
+        if sizes.n_decays == 1:
+            for kind in range(2):
+                grad_betas[kind] += reduce_sum(load(beta_sums, kind * WIDTH))
+                store(beta_sums, kind * WIDTH, broadcast(beta_sums, 0))
+        if clusters:
+            _add_outer_products(grad_sums, sums, T * count, clusters, width, coupling_sums)
+            if (block - first) % _BLOCKS_PER_SUM == 0 or block == last - 1:
+                for c in range(clusters * width):
+                    grad_coupling[c] += coupling_sums[c]
+                    coupling_sums[c] = 0
+        if not _has_same_parameters(sizes):
+            _add_gradients(start, length, sizes, state, grad_threshold, grad_betas)
+    if _has_same_parameters(sizes):
+        _add_gradients(0, block_length, sizes, state, grad_threshold, grad_betas)
 
 
 @parallel_kernel
-def _forward(sizes, inputs, outputs, keep_v, constants, scratch, scratch_size):
-    """Run chunks of blocks in parallel; the first three and ``constants`` are the tuples of the classes above."""
+def _forward(sizes, inputs, outputs, keep_v, constants, modes, scratch, scratch_size):
+    """Run chunks of blocks in parallel; the tuples are those of the classes above."""
     chunks, blocks = sizes[0], sizes[1]
     for c in prange(chunks):
         numbers = _Constants(*constants)
         _forward_rows(
             c * blocks // chunks, (c + 1) * blocks // chunks, _Sizes(*sizes), _Inputs(*inputs), _Outputs(*outputs),
-            keep_v, numbers, advance(as_pointer(scratch, numbers.v_reset), c * scratch_size),
+            keep_v, numbers, _Modes(*modes), advance(as_pointer(scratch, numbers.v_reset), c * scratch_size),
         )  # fmt: skip
 
 
 @parallel_kernel
 def _backward(
-    sizes, grads, inputs, constants, surrogate, alpha, record, refractory_masks, scratch, scratch_size, results
+    sizes, grads, inputs, constants, modes, surrogate, record, refractory_masks, scratch, scratch_size, results
 ):
-    """Run chunks of blocks in parallel; arguments as in ``_forward``."""
-    chunks, blocks, _, tiles, T, _, D, clusters, width = sizes
-    record_size, masks_size = T * tiles * _RECORD, T * tiles * _MASKS
-    shared_bytes = 8 * (D + 2 + clusters * width)
+    """Run chunks of blocks in parallel; the tuples are those of the classes above."""
+    chunks, blocks, _, tiles, T, _, D, _, n_decays, clusters, width, record_of_tile = sizes
+    record_size, masks_size = T * tiles * record_of_tile, T * tiles * _MASKS
+    shared_bytes = 8 * (D + 2 * n_decays + clusters * width)
     for c in prange(chunks):
         grad_x, grad_v, grad_i, shared = results
+        numbers = _Constants(*constants)
+        like = numbers.v_reset
         _backward_rows(
             c * blocks // chunks, (c + 1) * blocks // chunks, _Sizes(*sizes), _OutputGradients(*grads),
-            _Inputs(*inputs), _Constants(*constants), surrogate, alpha,
-            advance(as_pointer(record, alpha), c * record_size),
+            _Inputs(*inputs), numbers, _Modes(*modes), _Surrogate(*surrogate),
+            advance(as_pointer(record, like), c * record_size),
             advance(as_pointer(refractory_masks, np.uint16(0)), c * masks_size),
-            advance(as_pointer(scratch, alpha), c * scratch_size),
+            advance(as_pointer(scratch, like), c * scratch_size),
             _Gradients(grad_x, grad_v, grad_i, shared + c * shared_bytes),
         )  # fmt: skip
 
 
-def _sizes(x: Tensor, coupling: Tensor | None, threads: int) -> _Sizes:
-    T, N, D = x.shape
-    rows = max(1, _TILE // D)
-    blocks = -(-N // rows)
+def _sizes(arguments: Arguments, threads: int) -> _Sizes:
+    x, coupling = arguments.x, arguments.coupling
+    T, N, D, *places = x.shape
     C = 0 if coupling is None else coupling.shape[0]
-    return _Sizes(min(blocks, 2 * threads), blocks, rows, -(-rows * D // _TILE), T, N * D, D, C, -(-C // WIDTH) * WIDTH)
+    block_length = max(1, _TILE // D) * D if C else _TILE
+    blocks = -(-x[0].numel() // block_length)
+    return _Sizes(
+        chunks=min(blocks, 2 * threads),
+        blocks=blocks,
+        block_length=block_length,
+        tiles=-(-block_length // _TILE),
+        T=T,
+        N=N * D * math.prod(places),
+        D=D,
+        places=math.prod(places),
+        n_decays=len(arguments.beta_mem),
+        clusters=C,
+        width=-(-C // WIDTH) * WIDTH,
+        record=(4 if arguments.dynamics.hard_reset else 3) * _ROW,
+    )
+
+
+def _modes(arguments: Arguments) -> tuple[int, ...]:
+    """Return the numbers of :class:`_Modes`."""
+    charge, _, _, hard_reset, _, detach_reset = arguments.dynamics
+    flags = charge == "relax", charge == "leak", charge == "average", len(arguments.beta_mem) > 1
+    return tuple(map(int, (*flags, hard_reset, detach_reset)))
 
 
 def _contiguous(*tensors: Tensor | None, dtype: torch.dtype) -> list[Tensor | None]:
@@ -545,15 +725,16 @@ def _contiguous(*tensors: Tensor | None, dtype: torch.dtype) -> list[Tensor | No
 
 def _input_tensors(arguments: Arguments, dtype: torch.dtype) -> list[Tensor | None]:
     """Return the tensors of :class:`_Inputs`, contiguous."""
-    coupling = arguments.coupling
+    x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, *_ = arguments
     couplings = [None, None] if coupling is None else [_padded(coupling, dtype), _padded(coupling.T, dtype)]
-    x, v, i_syn, refractory, threshold, *_ = arguments
-    return [*_contiguous(x, v, i_syn, refractory, threshold, dtype=dtype), *couplings]
+    return [*_contiguous(x, v, i_syn, refractory, threshold, beta_mem, beta_syn, dtype=dtype), *couplings]
 
 
 def _constants(arguments: Arguments, dtype: torch.dtype) -> tuple[Any, ...]:
     """Return the numbers of :class:`_Constants`."""
-    numbers = arguments.beta_mem.item(), arguments.beta_syn.item(), arguments.v_reset, arguments.refractory_steps
+    _, tau, v_rest, _, reset_scale, _ = arguments.dynamics
+    betas = [beta.item() if len(beta) == 1 else 0.0 for beta in (arguments.beta_mem, arguments.beta_syn)]
+    numbers = (*betas, arguments.v_reset, arguments.refractory_steps, tau, v_rest, reset_scale)
     return tuple(map(NUMPY_TYPES[dtype], numbers))
 
 
@@ -566,17 +747,16 @@ def _padded(coupling: Tensor, dtype: torch.dtype) -> Tensor:
 def forward(arguments: Arguments, keep_v: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return spikes, membranes (empty unless ``keep_v``) and the last state."""
     x = arguments.x
-    T, N, D = x.shape
-    dtype = compute_dtype(x)
-    spikes, v_seq = torch.empty(T, N, D, dtype=dtype), torch.empty(T if keep_v else 0, N, D, dtype=dtype)
-    v_last, i_last = torch.empty(N, D, dtype=dtype), torch.empty(N, D, dtype=dtype)
-    refractory_last = torch.empty(N, D, dtype=torch.int32)
+    step, dtype = x.shape[1:], compute_dtype(x)
+    spikes, v_seq = torch.empty(x.shape, dtype=dtype), torch.empty(x.shape if keep_v else (0, *step), dtype=dtype)
+    v_last, i_last = torch.empty(step, dtype=dtype), torch.empty(step, dtype=dtype)
+    refractory_last = torch.empty(step, dtype=torch.int32)
     inputs = _input_tensors(arguments, dtype)
     with as_many_threads_as_torch() as threads:
-        sizes = _sizes(x, arguments.coupling, threads)
-        rows, tiles, width = sizes.rows, sizes.tiles, sizes.width
+        sizes = _sizes(arguments, threads)
+        tiles, width = sizes.tiles, sizes.width
         # Allocated here: memory allocated in the threads causes page faults in every call.
-        scratch_size = tiles * _STATE + 2 * (tiles * _TILE + WIDTH) + (rows + 1) * width
+        scratch_size = tiles * _STATE + 2 * (tiles * _TILE + WIDTH) + (sizes.block_length // sizes.D + 1) * width
         scratch = torch.zeros(sizes.chunks, scratch_size, dtype=dtype)
         _forward(
             tuple(sizes),
@@ -584,6 +764,7 @@ def forward(arguments: Arguments, keep_v: bool) -> tuple[Tensor, Tensor, Tensor,
             addresses((spikes, v_seq, v_last, i_last, refractory_last)),
             keep_v,
             _constants(arguments, dtype),
+            _modes(arguments),
             data_pointer(scratch),
             scratch_size,
         )
@@ -595,33 +776,33 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, v and i_syn (empty without a state), threshold, both betas, coupling (or empty)."""
     x = arguments.x
-    T, N, D = x.shape
-    dtype = compute_dtype(x)
-    grad_x = torch.empty(T, N, D, dtype=dtype)
-    grad_v, grad_i = (torch.empty(0 if arguments.v is None else N, D, dtype=dtype) for _ in range(2))
+    step, dtype = x.shape[1:], compute_dtype(x)
+    grad_x = torch.empty(x.shape, dtype=dtype)
+    grad_v, grad_i = (torch.empty((0, *step[1:]) if arguments.v is None else step, dtype=dtype) for _ in range(2))
     inputs, grad_outputs = _input_tensors(arguments, dtype), _contiguous(*grads, dtype=dtype)
     with as_many_threads_as_torch() as threads:
-        sizes = _sizes(x, arguments.coupling, threads)
-        chunks, _, rows, tiles, *_, C, width = sizes
-        record = torch.empty(chunks, T * tiles * _RECORD, dtype=dtype)
+        sizes = _sizes(arguments, threads)
+        chunks, _, block_length, tiles, T, _, D, _, n_decays, C, width, record_of_tile = sizes
+        record = torch.empty(chunks, T * tiles * record_of_tile, dtype=dtype)
         refractory_masks = torch.empty(chunks, T * tiles * _MASKS, dtype=torch.int16)
-        scratch_size = tiles * _STATE + 4 * (tiles * _TILE + WIDTH) + 2 * T * rows * width + (C + 1) * width + 2 * WIDTH
+        scratch_size = tiles * _STATE + 4 * (tiles * _TILE + WIDTH) + 2 * WIDTH
+        scratch_size += (2 * T * (block_length // D) + C + 1) * width
         scratch = torch.zeros(chunks, scratch_size, dtype=dtype)
-        shared = torch.zeros(chunks, D + 2 + C * width, dtype=torch.float64)
+        shared = torch.zeros(chunks, D + 2 * n_decays + C * width, dtype=torch.float64)
         _backward(
             tuple(sizes),
             addresses(grad_outputs),
             addresses(inputs),
             _constants(arguments, dtype),
-            SURROGATE_IDS[surrogate],
-            NUMPY_TYPES[dtype](alpha),
+            _modes(arguments),
+            (SURROGATE_IDS[surrogate], NUMPY_TYPES[dtype](alpha)),
             *addresses((record, refractory_masks, scratch)),
             scratch_size,
             addresses((grad_x, grad_v, grad_i, shared)),
         )
     sums = shared.sum(0)
     grad_threshold, grad_beta_mem, grad_beta_syn, grad_coupling = (
-        part.to(dtype, copy=True) for part in sums.split((D, 1, 1, C * width))
+        part.to(dtype, copy=True) for part in sums.split((D, n_decays, n_decays, C * width))
     )
     return (
         grad_x.to(x.dtype),

@@ -1,17 +1,17 @@
 """The public op: argument checks, precision, choice of the backend, registration of the kernels with torch.library."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nord_snn.ops.cascade import check_cascade
-from nord_snn.ops.checks import check_features, check_scalar, compute_dtype, without_autocast
+from nord_snn.ops.checks import check_channels, check_features, compute_dtype, without_autocast
 from nord_snn.ops.costs import register_cost
 from nord_snn.ops.dispatch import BackendChoice, CallSignature, backend_selector, choose_backend, register_backends
 from nord_snn.ops.lif.cost import associative_lif_cost
-from nord_snn.ops.lif.reference import AssociativeLIFState, reference
+from nord_snn.ops.lif.reference import CHARGES, PUBLISHED, AssociativeLIFState, Dynamics, reference
 from nord_snn.ops.lif.support import Arguments, OutputGradients
 from nord_snn.ops.registration import Kernel, register_op
 from nord_snn.ops.surrogate import SurrogateLike, resolve_surrogate
@@ -23,16 +23,35 @@ _choose = backend_selector("associative_lif", IMPLEMENTATIONS)
 
 
 def associative_lif_backend(
-    x_seq: Tensor, backend: str = "auto", surrogate: SurrogateLike = "nord_atan", n_clusters: int | None = None
+    x_seq: Tensor,
+    backend: str = "auto",
+    surrogate: SurrogateLike = "nord_atan",
+    n_clusters: int | None = None,
+    dynamics: Dynamics = PUBLISHED,
+    n_decays: int = 1,
+    channels_first: bool = False,
 ) -> BackendChoice:
     """Return the backend that :func:`associative_lif` would choose for ``x_seq``, and why not the others."""
-    return choose_backend("associative_lif", IMPLEMENTATIONS, backend, _call(x_seq, surrogate, n_clusters))
+    call = _call(x_seq, surrogate, n_clusters, dynamics, n_decays, channels_first)
+    return choose_backend("associative_lif", IMPLEMENTATIONS, backend, call)
 
 
-def _call(x_seq: Tensor, surrogate: SurrogateLike, n_clusters: int | None) -> CallSignature:
+def _call(
+    x_seq: Tensor,
+    surrogate: SurrogateLike,
+    n_clusters: int | None,
+    dynamics: Dynamics,
+    n_decays: int,
+    channels_first: bool,
+) -> CallSignature:
     name = surrogate if isinstance(surrogate, str) else "callable"
-    options = (("n_clusters", n_clusters or 0), ("surrogate", name))
-    return CallSignature(x_seq.device.type, x_seq.dtype, x_seq.shape[-1], options)
+    options = (
+        ("n_clusters", n_clusters or 0),
+        ("surrogate", name),
+        ("dynamics", dynamics),
+        ("n_decays", n_decays),
+    )
+    return CallSignature(x_seq.device.type, x_seq.dtype, x_seq.shape[2 if channels_first else -1], options)
 
 
 def associative_lif(
@@ -40,7 +59,7 @@ def associative_lif(
     state: AssociativeLIFState | None = None,
     *,
     threshold: Tensor,
-    beta_mem: float | Tensor,
+    beta_mem: float | Tensor | None = None,
     beta_syn: float | Tensor,
     cascade_weight: Tensor | None = None,
     cascade_gain: Tensor | None = None,
@@ -48,6 +67,8 @@ def associative_lif(
     refractory_steps: int = 2,
     surrogate: SurrogateLike = "nord_atan",
     alpha: float = 4.0,
+    dynamics: Dynamics = PUBLISHED,
+    channels_first: bool = False,
     return_v_seq: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
@@ -66,21 +87,26 @@ def associative_lif(
     States and arithmetic are float32 (float64 for float64 input), also under autocast. Outputs have the dtype of
     ``x_seq``. For float16 and bfloat16 input, spikes and states are exactly those of the same values in float32;
     only ``v_seq`` is rounded, once. Rows are independent. A neuron whose threshold is at or below
-    ``v_reset`` fires while refractory.
+    ``v_reset`` fires while refractory. :class:`nord_snn.ops.Dynamics` has other equations of ``u`` and of the reset.
 
     Args:
-        x_seq: input current ``[T, N, D]``, T >= 1; N may be 0.
-        state: initial state, each part ``[N, D]``; None for rest.
+        x_seq: input current ``[T, N, D]``, T >= 1; N may be 0. With ``channels_first``: ``[T, N, D, M]``.
+        state: initial state, each part ``[N, D]`` or ``[N, D, M]``; None for rest.
         threshold: ``[D]``.
-        beta_mem: membrane decay in (0, 1), a float or a tensor of one element. The value of a tensor is not checked,
-            because that would synchronise with the GPU.
-        beta_syn: synaptic decay in (0, 1), a float or a tensor of one element, which is not checked either.
+        beta_mem: membrane decay in (0, 1), a float, or a tensor of one element or ``[D]``. With the charge "sum" it may be
+            0 or 1. The values of a tensor are not checked, because that would synchronise with the GPU. None if the
+            dynamics have ``tau``.
+        beta_syn: synaptic decay in [0, 1), a float, or a tensor of one element or ``[D]``, which is not checked either. At 0
+            the synaptic current is the input, plus the cascade of the time step before.
         cascade_weight: ``[C, C]``, after the sigmoid, or None for no cascade.
         cascade_gain: ``[C]``, or None for no cascade.
         v_reset: membrane potential while refractory.
         refractory_steps: number of refractory time steps after a spike; 0 for none.
         surrogate: name from :data:`nord_snn.ops.surrogate.SURROGATES` or a callable of ``u - threshold``.
         alpha: sharpness of a named surrogate.
+        dynamics: equations of membrane and reset. Default: those above.
+        channels_first: take ``[T, N, D, M]``: each neuron parameter belongs to a channel of M places, such as the pixels of
+            an image. Outputs have the layout of the input. Default: False.
         return_v_seq: also return the membrane potentials after reset.
         backend: ``"auto"``, ``"torch"``, ``"numba"``, ``"triton"`` or ``"cupy"``; see :mod:`nord_snn.ops.dispatch`. The
             kernels have a first derivative only; a second derivative needs ``"torch"`` and raises an error elsewhere.
@@ -102,45 +128,105 @@ def associative_lif(
         >>> spikes.flatten()                                # fires; refractory for two steps; then below threshold
         tensor([1., 0., 0., 0., 0.])
     """
-    _check(x_seq, state, threshold, cascade_weight, cascade_gain, refractory_steps)
+    _check(x_seq, state, threshold, cascade_weight, cascade_gain, refractory_steps, channels_first)
+    _check_dynamics(dynamics, beta_mem)
     resolve_surrogate(surrogate, alpha)
     n_clusters = None if cascade_gain is None else cascade_gain.shape[0]
-    name = _choose(backend, _call(x_seq, surrogate, n_clusters))
     dtype = compute_dtype(x_seq)
     with without_autocast(x_seq):
+        mem = _beta_tensor(0.0 if beta_mem is None else beta_mem, x_seq, "beta_mem", threshold, closed=True)
+        syn = _beta_tensor(beta_syn, x_seq, "beta_syn", threshold)
+        if mem.shape != syn.shape:
+            mem, syn = mem.expand(threshold.shape), syn.expand(threshold.shape)
+        name = _choose(backend, _call(x_seq, surrogate, n_clusters, dynamics, len(mem), channels_first))
+        if state is None and dynamics.v_rest != 0:
+            state = _resting_state(x_seq, dtype, dynamics.v_rest)
         state = None if state is None else _cast_state(dtype, state)
-        threshold = threshold.to(dtype)
-        betas = _beta_tensor(beta_mem, x_seq, "beta_mem"), _beta_tensor(beta_syn, x_seq, "beta_syn")
-        weight = None if cascade_weight is None else cascade_weight.to(dtype)
-        gain = None if cascade_gain is None else cascade_gain.to(dtype)
-        if name == "torch":
-            spikes, v_seq, last = reference(
-                x_seq.to(dtype),
-                _resting_state(x_seq, dtype) if state is None else state,
-                threshold,
-                *betas,
-                weight,
-                gain,
-                v_reset,
-                refractory_steps,
-                resolve_surrogate(surrogate, alpha),
-            )
-            return spikes.to(x_seq.dtype), v_seq.to(x_seq.dtype) if return_v_seq else None, last
-        spikes, v_seq, *last_state = _run(
+        call = _Call(
             x_seq,
-            *(state or (None, None, None)),
-            threshold,
-            *betas,
-            weight,
-            gain,
-            v_reset=v_reset,
-            refractory_steps=refractory_steps,
-            surrogate=str(surrogate),
-            alpha=alpha,
-            keep_v=return_v_seq,
-            backend=name,
+            state,
+            threshold.to(dtype),
+            mem,
+            syn,
+            None if cascade_weight is None else cascade_weight.to(dtype),
+            None if cascade_gain is None else cascade_gain.to(dtype),
         )
-        return spikes, v_seq if return_v_seq else None, AssociativeLIFState(*last_state)
+        options = {
+            "v_reset": v_reset,
+            "refractory_steps": refractory_steps,
+            "surrogate": surrogate,
+            "alpha": alpha,
+            "dynamics": dynamics,
+            "keep_v": return_v_seq,
+            "backend": name,
+        }
+        # Clusters are not contiguous with channels first, and the GPU kernels take features last.
+        if channels_first and (n_clusters is not None or name in ("triton", "cupy")):
+            return _run_features_last(call, options)
+        return _run_call(call, options)
+
+
+class _Call(NamedTuple):
+    """The tensors of a call."""
+
+    x_seq: Tensor
+    state: AssociativeLIFState | None
+    threshold: Tensor
+    beta_mem: Tensor
+    beta_syn: Tensor
+    cascade_weight: Tensor | None
+    cascade_gain: Tensor | None
+
+
+def _run_call(call: _Call, options: dict[str, Any]) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
+    x_seq, state, *parameters = call
+    if options["backend"] == "torch":
+        return _run_reference(call, options)
+    dynamics = options["dynamics"]._asdict()
+    spikes, v_seq, *last_state = _run(
+        x_seq,
+        *(state or (None, None, None)),
+        *parameters,
+        **{name: option for name, option in options.items() if name != "dynamics"},
+        **dynamics,
+    )
+    return spikes, v_seq if options["keep_v"] else None, AssociativeLIFState(*last_state)
+
+
+def _run_reference(call: _Call, options: dict[str, Any]) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
+    x_seq, state, threshold, beta_mem, beta_syn, weight, gain = call
+    dtype, D = compute_dtype(x_seq), len(threshold)
+    if x_seq.ndim == 4:  # one column per channel
+        threshold, beta_mem, beta_syn = (x[:, None] if len(x) == D else x for x in (threshold, beta_mem, beta_syn))
+    spikes, v_seq, last = reference(
+        x_seq.to(dtype),
+        _resting_state(x_seq, dtype) if state is None else state,
+        threshold,
+        beta_mem,
+        beta_syn,
+        weight,
+        gain,
+        options["v_reset"],
+        options["refractory_steps"],
+        resolve_surrogate(options["surrogate"], options["alpha"]),
+        options["dynamics"],
+    )
+    return spikes.to(x_seq.dtype), v_seq.to(x_seq.dtype) if options["keep_v"] else None, last
+
+
+def _run_features_last(call: _Call, options: dict[str, Any]) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
+    """Run ``[T, N, D, M]`` as ``[T, N * M, D]``, which copies inputs and outputs."""
+    _, N, D, M = call.x_seq.shape
+
+    def last(x: Tensor) -> Tensor:
+        return x.movedim(-2, -1).reshape(*x.shape[:-3], N * M, D)
+
+    def first(x: Tensor) -> Tensor:
+        return x.reshape(*x.shape[:-2], N, M, D).movedim(-1, -2).contiguous()
+
+    state = None if call.state is None else AssociativeLIFState(*map(last, call.state))
+    spikes, v_seq, final = _run_call(call._replace(x_seq=last(call.x_seq), state=state), options)
+    return first(spikes), None if v_seq is None else first(v_seq), AssociativeLIFState(*map(first, final))
 
 
 def _check(
@@ -150,12 +236,16 @@ def _check(
     cascade_weight: Tensor | None,
     cascade_gain: Tensor | None,
     refractory_steps: int,
+    channels_first: bool,
 ) -> None:
     if not isinstance(threshold, Tensor) or threshold.ndim != 1:
         got = list(threshold.shape) if isinstance(threshold, Tensor) else repr(threshold)
         raise ValueError(f"associative_lif expects threshold of shape [D], got {got}")
     n_features = threshold.shape[0]
-    check_features(x_seq, n_features, "associative_lif", "[T, N, D]")
+    if channels_first:
+        check_channels(x_seq, n_features, "associative_lif")
+    else:
+        check_features(x_seq, n_features, "associative_lif", "[T, N, D]")
     if refractory_steps < 0:
         raise ValueError(f"refractory_steps must be 0 or more, got {refractory_steps}")
     if (cascade_weight is None) != (cascade_gain is None):
@@ -164,29 +254,50 @@ def _check(
         check_cascade(n_features, cascade_weight, cascade_gain)
     if state is None:
         return
+    layout = "[N, D, M]" if channels_first else "[N, D]"
     for name, part in zip(AssociativeLIFState._fields, state, strict=True):
         if part.shape != x_seq.shape[1:]:
             raise ValueError(
-                f"state.{name} must be [N, D] = {list(x_seq.shape[1:])} as the input has, got {list(part.shape)}"
+                f"state.{name} must be {layout} = {list(x_seq.shape[1:])} as the input has, got {list(part.shape)}"
             )
+
+
+def _check_dynamics(dynamics: Dynamics, beta_mem: float | Tensor | None) -> None:
+    if dynamics.charge not in CHARGES:
+        raise ValueError(f"unknown charge {dynamics.charge!r}: expected one of {list(CHARGES)}")
+    if dynamics.charge in ("relax", "leak"):
+        if not dynamics.tau >= 1:
+            raise ValueError(f"the charge {dynamics.charge!r} needs tau >= 1 time steps, got {dynamics.tau}")
+        if beta_mem is not None:
+            raise ValueError(f"the charge {dynamics.charge!r} has tau instead of beta_mem: leave beta_mem out")
+        return
+    if beta_mem is None:
+        raise ValueError(f"the charge {dynamics.charge!r} needs beta_mem")
+    if dynamics.charge == "average" and not isinstance(beta_mem, Tensor) and not 0 < beta_mem < 1:
+        raise ValueError(f"beta_mem must lie in (0, 1), got {beta_mem}")
 
 
 def _cast_state(dtype: torch.dtype, state: AssociativeLIFState) -> AssociativeLIFState:
     return AssociativeLIFState(state.v.to(dtype), state.i_syn.to(dtype), state.refractory.to(torch.int32))
 
 
-def _resting_state(x_seq: Tensor, dtype: torch.dtype) -> AssociativeLIFState:
+def _resting_state(x_seq: Tensor, dtype: torch.dtype, v_rest: float = 0.0) -> AssociativeLIFState:
     rest = x_seq.new_zeros(x_seq.shape[1:], dtype=dtype)
-    return AssociativeLIFState(rest, rest, torch.zeros_like(rest, dtype=torch.int32))
+    v = rest if v_rest == 0 else torch.full_like(rest, v_rest)
+    return AssociativeLIFState(v, rest, torch.zeros_like(rest, dtype=torch.int32))
 
 
-def _beta_tensor(beta: float | Tensor, x_seq: Tensor, name: str) -> Tensor:
-    check_scalar(beta, name)
+def _beta_tensor(beta: float | Tensor, x_seq: Tensor, name: str, threshold: Tensor, closed: bool = False) -> Tensor:
+    """Return a decay as tensor ``[1]`` or ``[D]``; a float must lie in [0, 1), or in [0, 1] if ``closed``."""
     dtype = compute_dtype(x_seq)
     if isinstance(beta, Tensor):
-        return beta.to(dtype).reshape(1)
-    if not 0 < beta < 1:
-        raise ValueError(f"{name} must lie in (0, 1), got {beta}")
+        if beta.numel() != 1 and beta.shape != threshold.shape:
+            raise ValueError(
+                f"{name} must have one element or shape [D] = {list(threshold.shape)}, got {list(beta.shape)}"
+            )
+        return beta.to(dtype).reshape(-1)
+    if not (0 <= beta < 1 or (closed and beta == 1)):
+        raise ValueError(f"{name} must lie in {'[0, 1]' if closed else '[0, 1)'}, got {beta}")
     return torch.full((1,), beta, dtype=dtype, device=x_seq.device)
 
 
@@ -205,11 +316,20 @@ def _forward(
     refractory_steps: int,
     surrogate: str,
     alpha: float,
+    charge: str,
+    tau: float,
+    v_rest: float,
+    hard_reset: bool,
+    reset_scale: float,
+    detach_reset: bool,
     keep_v: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     coupling = _coupling(weight, gain, x.shape[2])
-    arguments = Arguments(x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps)
+    dynamics = Dynamics(charge, tau, v_rest, hard_reset, reset_scale, detach_reset)
+    arguments = Arguments(
+        x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps, dynamics
+    )
     return IMPLEMENTATIONS[backend].kernel().forward(arguments, keep_v)
 
 
@@ -233,10 +353,10 @@ def _cascade_gradients(
 def _forward_fake(
     x: Tensor, *tensors: Tensor | None, keep_v: bool, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    T, N, D = x.shape
-    v_last, i_last = (x.new_empty(N, D, dtype=compute_dtype(x)) for _ in range(2))
-    v_seq, refractory_last = x.new_empty(T if keep_v else 0, N, D), x.new_empty(N, D, dtype=torch.int32)
-    return x.new_empty(x.shape), v_seq, v_last, i_last, refractory_last
+    step, dtype = x.shape[1:], compute_dtype(x)
+    v_last, i_last = (x.new_empty(step, dtype=dtype) for _ in range(2))
+    v_seq = x.new_empty(x.shape if keep_v else (0, *step))
+    return x.new_empty(x.shape), v_seq, v_last, i_last, x.new_empty(step, dtype=torch.int32)
 
 
 def _backward(
@@ -256,12 +376,21 @@ def _backward(
     refractory_steps: int,
     surrogate: str,
     alpha: float,
+    charge: str,
+    tau: float,
+    v_rest: float,
+    hard_reset: bool,
+    reset_scale: float,
+    detach_reset: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run the backward pass; ``other_grads`` are the gradients of v_seq and of the last v and i_syn."""
     grads = OutputGradients(grad_spikes, *other_grads)
     coupling = _coupling(weight, gain, x.shape[2])
-    arguments = Arguments(x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps)
+    dynamics = Dynamics(charge, tau, v_rest, hard_reset, reset_scale, detach_reset)
+    arguments = Arguments(
+        x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps, dynamics
+    )
     *results, grad_coupling = IMPLEMENTATIONS[backend].kernel().backward(grads, arguments, surrogate, alpha)
     return *results, *_cascade_gradients(grad_coupling, weight, gain, x.shape[2])
 
@@ -281,7 +410,7 @@ def _backward_fake(
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     C = 0 if weight is None else weight.shape[0]
-    grad_v, grad_i = (threshold.new_empty(0 if v is None else x.shape[1], x.shape[2]) for _ in range(2))
+    grad_v, grad_i = (threshold.new_empty(0 if v is None else x.shape[1], *x.shape[2:]) for _ in range(2))
     return (
         x.new_empty(x.shape),
         grad_v,

@@ -8,7 +8,47 @@ from torch import Tensor
 
 from nord_snn.ops.cascade import associative_cascade
 
-__all__ = ["AssociativeLIFState", "reference"]
+__all__ = ["CHARGES", "PUBLISHED", "AssociativeLIFState", "Dynamics", "reference"]
+
+#: Names of the ways in which the membrane takes the current, see :class:`Dynamics`.
+CHARGES = ("average", "sum", "relax", "leak")
+
+
+class Dynamics(NamedTuple):
+    """How the membrane takes the current, and how a spike resets it.
+
+    With ``i`` the synaptic current::
+
+        average    u = beta_mem * v + (1 - beta_mem) * (i + v_rest)        the published neuron
+        sum        u = beta_mem * v + (1 - beta_mem) * v_rest + i          snnTorch's neurons
+        relax      u = v + (i - (v - v_rest)) / tau                        SpikingJelly's LIFNode
+        leak       u = v - (v - v_rest) / tau + i                          SpikingJelly's with decay_input=False
+
+        soft reset v = u - s * reset_by
+        hard reset v = v_rest where s, u elsewhere
+
+    "average" and "relax" are the same function at ``tau = 1 / (1 - beta_mem)``, as are "sum" and "leak"; their last bits
+    differ. ``tau`` is a constant, ``beta_mem`` learnable.
+
+    Attributes:
+        charge: one of :data:`CHARGES`.
+        tau: membrane time constant in time steps, for "relax" and "leak".
+        v_rest: membrane at rest.
+        hard_reset: whether a spike sets the membrane to ``v_rest``, instead of subtracting the threshold.
+        reset_scale: ``reset_by`` is this number times the threshold.
+        detach_reset: whether the reset has no gradient by the spike.
+    """
+
+    charge: str = "average"
+    tau: float = 0.0
+    v_rest: float = 0.0
+    hard_reset: bool = False
+    reset_scale: float = 1.0
+    detach_reset: bool = False
+
+
+#: The dynamics of the published neuron.
+PUBLISHED = Dynamics()
 
 
 class AssociativeLIFState(NamedTuple):
@@ -36,21 +76,41 @@ def reference(
     v_reset: float,
     refractory_steps: int,
     fire: Callable[[Tensor], Tensor],
+    dynamics: Dynamics = PUBLISHED,
 ) -> tuple[Tensor, Tensor, AssociativeLIFState]:
     """Run ``x_seq [T, N, D]`` from ``state``; return spikes ``[T, N, D]``, membranes ``[T, N, D]`` and the last state.
 
-    All tensors have the same dtype. The equations are in the docstring of :func:`nord_snn.ops.associative_lif`.
+    All tensors have the same dtype. The equations are in the docstring of :func:`nord_snn.ops.associative_lif`. Without a
+    cascade, ``x_seq`` may be ``[T, N, D, M]`` if the parameters are ``[D, 1]``.
     """
     v, i_syn, refractory = state
     spikes, membranes = [], []
     for x in x_seq.unbind(0):
         i_syn = beta_syn * i_syn + x
-        u = torch.where(refractory > 0, v_reset, beta_mem * v + (1 - beta_mem) * i_syn)
+        u = torch.where(refractory > 0, v_reset, _charge(v, i_syn, beta_mem, dynamics))
         s = fire(u - threshold)
         if cascade_weight is not None and cascade_gain is not None:
             i_syn = i_syn + associative_cascade(s, cascade_weight, cascade_gain)
-        v = u - s * threshold.detach()
+        v = _reset(u, s, threshold.detach(), dynamics)
         refractory = torch.where(s > 0, refractory_steps, (refractory - 1).clamp(min=0))
         spikes.append(s)
         membranes.append(v)
     return torch.stack(spikes), torch.stack(membranes), AssociativeLIFState(v, i_syn, refractory)
+
+
+def _charge(v: Tensor, i_syn: Tensor, beta_mem: float | Tensor, dynamics: Dynamics) -> Tensor:
+    charge, tau, v_rest, *_ = dynamics
+    if charge == "average":
+        return beta_mem * v + (1 - beta_mem) * (i_syn + v_rest)
+    if charge == "sum":
+        return beta_mem * v + (1 - beta_mem) * v_rest + i_syn
+    if charge == "relax":
+        return v + (i_syn - (v - v_rest)) / tau
+    return v - (v - v_rest) / tau + i_syn
+
+
+def _reset(u: Tensor, s: Tensor, threshold: Tensor, dynamics: Dynamics) -> Tensor:
+    s = s.detach() if dynamics.detach_reset else s
+    if dynamics.hard_reset:
+        return (1 - s) * u + s * dynamics.v_rest
+    return u - s * (threshold * dynamics.reset_scale)

@@ -6,14 +6,16 @@ from typing import NamedTuple
 from torch import Tensor
 
 from nord_snn.ops.dispatch import CallSignature, Support
+from nord_snn.ops.lif.reference import PUBLISHED, Dynamics
 
-__all__ = ["Arguments", "OutputGradients", "knows_surrogate"]
+__all__ = ["Arguments", "OutputGradients", "has_published_dynamics", "knows_surrogate"]
 
 
 class Arguments(NamedTuple):
     """The arguments of one call, as :func:`nord_snn.ops.associative_lif` describes them.
 
-    The state ``v, i_syn, refractory`` is None for rest. ``coupling`` is the matrix ``gain[c] * weight[c, k] / members``,
+    ``x`` is ``[T, N, D]`` or, for kernels that take channels first, ``[T, N, D, M]``. Both betas are ``[1]`` or ``[D]``. The
+    state ``v, i_syn, refractory`` is None for rest. ``coupling`` is the matrix ``gain[c] * weight[c, k] / members``,
     ``[C, C]``, or None for no cascade.
     """
 
@@ -27,6 +29,7 @@ class Arguments(NamedTuple):
     coupling: Tensor | None
     v_reset: float
     refractory_steps: int
+    dynamics: Dynamics = PUBLISHED
 
 
 class OutputGradients(NamedTuple):
@@ -44,3 +47,13 @@ def knows_surrogate(call: CallSignature, ids: Mapping[str, int]) -> Support:
     if surrogate in ids:
         return Support(True, "runs")
     return Support(False, f"it does not know the surrogate {surrogate!r}: it has {sorted(ids)}")
+
+
+def has_published_dynamics(call: CallSignature) -> Support:
+    """Return whether a call has the published dynamics and one decay for all neurons."""
+    options = dict(call.options)
+    if options.get("dynamics", PUBLISHED) != PUBLISHED:
+        return Support(False, "it has the published dynamics only")
+    if options.get("n_decays", 1) > 1:
+        return Support(False, "it has one decay for all neurons")
+    return Support(True, "runs")

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nord_snn.ops.dispatch import CallSignature, Support
-from nord_snn.ops.lif.support import Arguments, OutputGradients, knows_surrogate
+from nord_snn.ops.lif.support import Arguments, OutputGradients, has_published_dynamics, knows_surrogate
 
 __all__ = ["SURROGATE_IDS", "accepts", "backward", "fits", "forward"]
 
@@ -399,6 +399,7 @@ def _segments(n_steps: int, plan: _Plan) -> tuple[int, int]:
 def accepts(call: CallSignature) -> Support:
     """Return whether the kernels can run a call."""
     support = knows_surrogate(call, SURROGATE_IDS)
+    support = has_published_dynamics(call) if support.runs else support
     return fits(call.n_features, dict(call.options)["n_clusters"]) if support.runs else support
 
 
@@ -433,7 +434,7 @@ def _device_of(x: Tensor) -> AbstractContextManager[Any]:
 
 def forward(arguments: Arguments, keep_v: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return spikes, membranes (empty unless ``keep_v``) and the last state."""
-    x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps = arguments
+    x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps, _ = arguments
     T, N, D = x.shape
     x = x.contiguous()
     spikes, v_seq = torch.empty_like(x), x.new_empty(T if keep_v else 0, N, D)
@@ -478,7 +479,7 @@ def backward(
     grads: OutputGradients, arguments: Arguments, surrogate: str, alpha: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, v and i_syn (empty without a state), threshold, both betas, coupling (or empty)."""
-    x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps = arguments
+    x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps, _ = arguments
     T, N, D = x.shape
     C = 0 if coupling is None else coupling.shape[0]
     x = x.contiguous()
