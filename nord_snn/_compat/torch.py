@@ -19,6 +19,7 @@ __all__ = [
     "constant_when_compiled",
     "detached_state",
     "dispatch_mode_is_active",
+    "initialize_lazy_module",
     "is_view",
     "move_state",
     "observe_forward",
@@ -46,6 +47,11 @@ def constant_when_compiled(function: Function) -> Function:
 def allow_recompilations(number: int) -> None:
     """Set torch.compile's limit of recompilations per function. Process-wide, so for scripts only."""
     torch._dynamo.config.recompile_limit = number
+
+
+def initialize_lazy_module(module: Any, *arguments: Any) -> None:
+    """Initialise a lazy module without calling it, as its first call would. There is no public function for it."""
+    module._infer_parameters(module, arguments)
 
 
 def dispatch_mode_is_active() -> bool:

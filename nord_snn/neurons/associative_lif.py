@@ -1,17 +1,24 @@
 """The associative LIF neuron as a SpikingJelly node."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from nord_snn._compat.spikingjelly import StatefulNode
-from nord_snn.neurons.cascade import AssociativeCascade
-from nord_snn.ops import AssociativeLIFState, BackendChoice, OpCost, associative_lif, which_backend
+from nord_snn._compat.torch import initialize_lazy_module
+from nord_snn.neurons.cascade import AssociativeCascade, LazyAssociativeCascade, largest_clusters
+from nord_snn.neurons.presets import OF_PRESET, known_surrogate, resolve_constants
+from nord_snn.ops import AssociativeLIFState, BackendChoice, Dynamics, OpCost, associative_lif
+from nord_snn.ops.cascade import check_clusters
 from nord_snn.ops.checks import check_features, compute_dtype
 from nord_snn.ops.dispatch import BACKENDS
 from nord_snn.ops.lif.cost import associative_update_cost
+from nord_snn.ops.lif.op import associative_lif_backend
+from nord_snn.ops.lif.reference import PUBLISHED
 from nord_snn.ops.surrogate import SurrogateLike, resolve_surrogate
 
 __all__ = ["AssociativeLIFNode"]
@@ -27,30 +34,44 @@ class AssociativeLIFNode(StatefulNode):
     logits, so that they stay in (0, 1)) and the cascade's weight and gain are learnable.
 
     It is a SpikingJelly node: ``step_mode``, ``functional.reset_net``, ``set_step_mode``, ``detach_net`` and monitors work on
-    it; its memories are ``v``, ``i_syn`` and ``refractory``. It differs from SpikingJelly's nodes in two ways. The membrane
-    rests at 0; it is clamped to ``v_reset`` only while refractory. And it raises if the batch shape changes while state is
-    stored, where SpikingJelly restarts from rest silently.
+    it; its memories are ``v``, ``i_syn`` and ``refractory``. Networks that make their neurons as
+    ``spiking_neuron(**kwargs)`` take it: without a width it finds its width at the first call, as ``nn.LazyLinear`` does, and
+    it takes SpikingJelly's names of arguments. It differs from SpikingJelly's nodes in two ways. The membrane rests at 0; it
+    is clamped to ``v_reset`` only while refractory. And it raises if the batch shape changes while state is stored, where
+    SpikingJelly restarts from rest silently.
 
     Args:
-        n_features: D, the number of neurons.
-        n_clusters: C of the cascade, a divisor of D. None switches the cascade off.
+        n_features: D, the number of neurons. None: found at the first call.
+        n_clusters: C of the cascade, a divisor of D; "auto" for the largest divisor up to 64. None switches the cascade off.
+        preset: constants that are not given, by name, see :data:`nord_snn.neurons.PRESETS`. Default: None, "nord" (the
+            published neuron) if ``n_features`` is given and no argument under SpikingJelly's name, else "lif".
+        channel_dim: dimension of the neurons in one time step: 1 for images ``[N, C, H, W]``. Default: None, the last
+            one; for a width that is found at the first call, 1 if a time step has four dimensions or more.
         cascade_radius: initial range of the cascade, in neighbouring clusters on each side.
         cascade_gain: initial gain of the cascade.
-        threshold: initial threshold of every neuron.
-        beta_mem: initial membrane decay, in (0, 1).
-        beta_syn: initial synaptic decay, in (0, 1).
-        v_reset: membrane while refractory.
+        threshold: initial threshold, a number or a tensor ``[D]``. Learned for every neuron.
+        beta_mem: initial membrane decay, in (0, 1): a number, or a tensor ``[D]`` of a decay for every neuron.
+        beta_syn: initial synaptic decay, in [0, 1), in the same way; 0 is constant: no synaptic current.
+        own_decays: learn a decay for every neuron. Default: False, one decay for all unless a tensor is given.
+        v_reset: membrane while refractory; None where there is no refractory period.
         refractory_steps: refractory period after a spike, in time steps.
         surrogate: a name from :data:`nord_snn.ops.SURROGATES` or a SpikingJelly surrogate module.
         alpha: sharpness of a named surrogate.
+        hard_reset: set the membrane to ``v_reset`` after a spike instead of subtracting the threshold. Default: False.
+        detach_reset: compute no gradient of the reset by the spike. Default: False.
         step_mode: ``"s"`` for one time step ``[N, *, D]`` per call, ``"m"`` for sequences ``[T, N, *, D]``.
         backend: see :func:`nord_snn.ops.associative_lif`.
         store_v_seq: store membranes in ``v_seq``, ``[T, N, *, D]``: of the last call in step mode ``"m"``, of all calls since
             the last reset in ``"s"``.
+        tau: SpikingJelly's name of ``beta_mem = 1 - 1 / tau``.
+        v_threshold: SpikingJelly's name of ``threshold``.
+        surrogate_function: SpikingJelly's name of ``surrogate``.
+        decay_input: SpikingJelly's: False adds the whole current to the membrane, True ``(1 - beta_mem)`` of it. Default:
+            None, as True.
 
     Raises:
-        TypeError: ``v_reset`` is not a number.
-        ValueError: D is not a multiple of C, a decay is not in (0, 1), an input has the wrong rank or width, or its batch
+        TypeError: ``v_reset`` is not a number where one is needed, or an argument is given under two names.
+        ValueError: D is not a multiple of C, a decay is not in its range, an input has the wrong rank or width, or its batch
             shape differs from that of the stored state.
 
     Source: the Nord spiking language model.
@@ -60,78 +81,147 @@ class AssociativeLIFNode(StatefulNode):
         >>> spikes = node(torch.rand(10, 4, 512))
         >>> spikes.shape, spikes.unique().tolist()
         (torch.Size([10, 4, 512]), [0.0, 1.0])
+
+        In a network for images, behind a convolution:
+
+        >>> from spikingjelly.activation_based import surrogate
+        >>> node = AssociativeLIFNode(tau=2.0, surrogate_function=surrogate.ATan(), detach_reset=True, step_mode="m")
+        >>> node(torch.rand(4, 2, 16, 8, 8)).shape, node.n_features, node.channel_dim
+        (torch.Size([4, 2, 16, 8, 8]), 16, 1)
     """
+
+    def __new__(cls, n_features: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Make a lazy node where the width is not given."""
+        lazy = n_features is None and cls is AssociativeLIFNode
+        return super().__new__(LazyAssociativeLIFNode if lazy else cls)
+
+    def __getnewargs__(self) -> tuple[int]:
+        """Return the argument of ``__new__`` for copies and pickles."""
+        return (self.n_features,)
 
     def __init__(
         self,
-        n_features: int,
-        n_clusters: int | None = 64,
+        n_features: int | None = None,
+        n_clusters: int | str | None = OF_PRESET,
         *,
-        cascade_radius: int = 3,
-        cascade_gain: float = 0.8,
-        threshold: float = 0.25,
-        beta_mem: float = 0.9,
-        beta_syn: float = 0.5,
-        v_reset: float = -0.1,
-        refractory_steps: int = 2,
-        surrogate: SurrogateLike = "nord_atan",
-        alpha: float = 4.0,
+        preset: str | None = None,
+        channel_dim: int | None = None,
+        cascade_radius: int = OF_PRESET,
+        cascade_gain: float = OF_PRESET,
+        threshold: float | Tensor = OF_PRESET,
+        beta_mem: float | Tensor = OF_PRESET,
+        beta_syn: float | Tensor = OF_PRESET,
+        own_decays: bool = False,
+        v_reset: float | None = OF_PRESET,
+        refractory_steps: int = OF_PRESET,
+        surrogate: SurrogateLike = OF_PRESET,
+        alpha: float = OF_PRESET,
+        hard_reset: bool = False,
+        detach_reset: bool = False,
         step_mode: str = "s",
         backend: str = "auto",
         store_v_seq: bool = False,
+        tau: float | None = None,
+        v_threshold: float | None = None,
+        surrogate_function: SurrogateLike | None = None,
+        decay_input: bool | None = None,
     ) -> None:
+        given = {
+            "n_clusters": n_clusters, "cascade_radius": cascade_radius, "cascade_gain": cascade_gain,
+            "threshold": threshold, "beta_mem": beta_mem, "beta_syn": beta_syn, "v_reset": v_reset,
+            "refractory_steps": refractory_steps, "surrogate": surrogate, "alpha": alpha, "hard_reset": hard_reset,
+        }  # fmt: skip
+        theirs = {
+            "tau": tau, "v_threshold": v_threshold, "surrogate_function": surrogate_function, "decay_input": decay_input,
+        }  # fmt: skip
+        constants = resolve_constants(preset, n_features is not None, given, theirs)
+        charge = "average" if decay_input is not False else "sum"
+        self._build(
+            n_features, constants, Dynamics(charge, hard_reset=hard_reset, detach_reset=detach_reset), channel_dim,
+            own_decays, {"step_mode": step_mode, "store_v_seq": store_v_seq}, backend,
+        )  # fmt: skip
+
+    def _build(
+        self,
+        n_features: int | None,
+        constants: dict[str, Any],
+        dynamics: Dynamics,
+        channel_dim: int | None,
+        own_decays: bool,
+        node_options: dict[str, Any],
+        backend: str,
+    ) -> None:
+        surrogate, alpha = constants["surrogate"], constants["alpha"]
+        v_reset, refractory_steps, n_clusters = (
+            constants["v_reset"], constants["refractory_steps"], constants["n_clusters"]
+        )  # fmt: skip
         resolve_surrogate(surrogate, alpha)
-        if not isinstance(v_reset, int | float) or math.isnan(v_reset):
-            raise TypeError(
-                f"v_reset must be a number, the membrane while a neuron rests, got {v_reset!r}; a spike always subtracts the "
-                "threshold, and refractory_steps=0 leaves no rest"
-            )
         if refractory_steps < 0:
             raise ValueError(f"refractory_steps must be 0 or more, got {refractory_steps}")
-        # BaseNode requires floats here and uses v_reset as the resting membrane; ours rests at 0.
+        if v_reset is None and (refractory_steps == 0 and not dynamics.hard_reset):
+            pass
+        elif not isinstance(v_reset, int | float) or math.isnan(v_reset):
+            raise TypeError(
+                f"v_reset must be a number, the membrane while a neuron is refractory or after a hard reset, got {v_reset!r}; "
+                "without hard_reset a spike subtracts the threshold, and refractory_steps=0 leaves no refractory period"
+            )
+        if dynamics.hard_reset:
+            dynamics = dynamics._replace(v_rest=float(v_reset))
+        threshold = constants["threshold"]
+        # BaseNode requires floats here and uses v_reset as the resting membrane.
         super().__init__(
-            v_threshold=float(threshold),
-            v_reset=None,
+            v_threshold=1.0 if isinstance(threshold, Tensor) else float(threshold),
+            v_reset=dynamics.v_rest or None,
             surrogate_function=surrogate,
-            step_mode=step_mode,
-            store_v_seq=store_v_seq,
+            detach_reset=dynamics.detach_reset,
+            **node_options,
         )
         self.v: float | Tensor
         self.i_syn: float | Tensor
         self.refractory: int | Tensor
         self.register_memory("i_syn", 0.0)
         self.register_memory("refractory", 0)
-        self.n_features, self.alpha, self.backend = n_features, alpha, backend
-        self.v_reset, self.refractory_steps = v_reset, refractory_steps
+        self.n_features, self.alpha, self.backend, self.channel_dim = n_features, alpha, backend, channel_dim
+        self.v_reset, self.refractory_steps, self.dynamics = v_reset, refractory_steps, dynamics
         if not hasattr(self, "v_seq"):  # a memory in SpikingJelly 0.0.0.0.14, which reset() clears
             self.register_memory("v_seq", None)
-        self._initial = (float(threshold), _logit(beta_mem, "beta_mem"), _logit(beta_syn, "beta_syn"))
-        self.v_threshold = nn.Parameter(torch.empty(n_features))
-        self.beta_mem_logit = nn.Parameter(torch.empty(1))
-        self.beta_syn_logit = nn.Parameter(torch.empty(1))
-        self.cascade = (
-            None
-            if n_clusters is None
-            else AssociativeCascade(n_features, n_clusters, radius=cascade_radius, gain=cascade_gain)
-        )
+        own_decays = own_decays or any(isinstance(constants[name], Tensor) for name in ("beta_mem", "beta_syn"))
+        self._initial = {
+            "v_threshold": threshold,
+            "beta_mem_logit": None if dynamics.tau else _logit(constants["beta_mem"], "beta_mem"),
+            "beta_syn_logit": _synaptic_logit(constants["beta_syn"]),
+        }
+        size = n_features if own_decays else 1
+        self.v_threshold = _parameter(n_features)
+        self.beta_mem_logit = None if self._initial["beta_mem_logit"] is None else _parameter(size)
+        self.beta_syn_logit = None if self._initial["beta_syn_logit"] is None else _parameter(size)
+        for name, value in self._initial.items():
+            if isinstance(value, Tensor) and n_features is not None and value.shape not in ((n_features,), (1,)):
+                raise ValueError(f"{name} must be a number or a tensor [D] = [{n_features}], got {list(value.shape)}")
+        self.cascade = _make_cascade(n_features, n_clusters, constants["cascade_radius"], constants["cascade_gain"])
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Set thresholds and decays to their initial values. The cascade has its own method; ``reset`` is for the state."""
-        threshold, beta_mem_logit, beta_syn_logit = self._initial
-        nn.init.constant_(self.v_threshold, threshold)
-        nn.init.constant_(self.beta_mem_logit, beta_mem_logit)
-        nn.init.constant_(self.beta_syn_logit, beta_syn_logit)
+        for name, value in self._initial.items():
+            parameter = getattr(self, name)
+            if parameter is not None and not is_lazy(parameter):
+                with torch.no_grad():
+                    parameter.copy_(torch.as_tensor(value, dtype=parameter.dtype).expand(parameter.shape))
 
     @property
     def beta_mem(self) -> Tensor:
-        """Return the membrane decay, ``[1]``, in (0, 1)."""
-        return self.beta_mem_logit.sigmoid()
+        """Return the membrane decay, ``[1]`` or ``[D]``, in (0, 1)."""
+        return (
+            self.v_threshold.new_tensor([1 - 1 / self.dynamics.tau])
+            if self.beta_mem_logit is None
+            else self.beta_mem_logit.sigmoid()
+        )
 
     @property
     def beta_syn(self) -> Tensor:
-        """Return the synaptic decay, ``[1]``, in (0, 1)."""
-        return self.beta_syn_logit.sigmoid()
+        """Return the synaptic decay, ``[1]`` or ``[D]``, in [0, 1)."""
+        return self.v_threshold.new_zeros(1) if self.beta_syn_logit is None else self.beta_syn_logit.sigmoid()
 
     @property
     def emits_binary_spikes(self) -> bool:
@@ -157,23 +247,28 @@ class AssociativeLIFNode(StatefulNode):
     def which_backend(self, x: Tensor) -> BackendChoice:
         """Return the backend that would run on input ``x``, and why the others would not."""
         clusters = None if self.cascade is None else self.cascade.n_clusters
-        return which_backend(x, self.backend, self.surrogate_function, clusters)
+        surrogate, _ = known_surrogate(self.surrogate_function, self.alpha)
+        decays = [logit for logit in (self.beta_mem_logit, self.beta_syn_logit) if logit is not None]
+        n_decays = max((len(logit) for logit in decays), default=1)
+        x = x.movedim(self._dimension(x.ndim), -1)
+        return associative_lif_backend(x, self.backend, surrogate, clusters, self.dynamics, n_decays)
 
     def forward(self, x: Tensor, *, stateless: bool = False) -> Tensor:
         """Return the spikes for input current ``x``.
 
         Args:
-            x: ``[N, *, D]`` in step mode ``"s"``, ``[T, N, *, D]`` in ``"m"``.
+            x: ``[N, *, D]`` in step mode ``"s"``, ``[T, N, *, D]`` in ``"m"``; D stands at ``channel_dim``.
             stateless: start from rest and leave the memories unchanged, as layers do that process whole sequences.
 
         Returns:
             Zeros and ones in the shape and dtype of ``x``.
         """
         multi = self.step_mode == "m"
-        check_features(x, self.n_features, type(self).__name__, "[T, N, *, D]" if multi else "[N, *, D]")
+        self._check_input(x, multi)
         x_seq = x if multi else x.unsqueeze(0)
-        stored: _States = (0.0, 0.0, 0) if stateless else (self.v, self.i_syn, self.refractory)
-        at_rest = not any(isinstance(part, Tensor) or part for part in stored)
+        rest = self.dynamics.v_rest
+        stored: _States = (rest, 0.0, 0) if stateless else (self.v, self.i_syn, self.refractory)
+        at_rest = not any(isinstance(part, Tensor) for part in stored) and stored == (rest, 0.0, 0)
         initial = None if at_rest else self.materialize_states((x_seq,), stored, "m")
         spikes, v_seq, state = self._run(x_seq, initial, self.store_v_seq)
         if not stateless:
@@ -182,6 +277,41 @@ class AssociativeLIFNode(StatefulNode):
             earlier = None if multi or stateless else self.v_seq
             self.v_seq = v_seq if earlier is None else torch.cat((earlier, v_seq))
         return spikes if multi else spikes.squeeze(0)
+
+    def _dimension(self, ndim: int) -> int:
+        """Return the dimension of the neurons, counted from the end, in an input with ``ndim`` dimensions."""
+        if self.channel_dim is None or self.channel_dim < 0:
+            return -1 if self.channel_dim is None else self.channel_dim
+        return self.channel_dim - (ndim - 1 if self.step_mode == "m" else ndim)
+
+    def _check_input(self, x: Tensor, multi: bool) -> None:
+        layout = "[T, N, *, D]" if multi else "[N, *, D]"
+        dim = self._dimension(x.ndim) if isinstance(x, Tensor) else -1
+        n_features = cast(int, self.n_features)
+        if dim == -1:
+            self._check_last(x, n_features, layout, multi)
+            return
+        batch = 1 if multi else 0
+        if not batch - x.ndim < dim <= -1:
+            raise ValueError(
+                f"{type(self).__name__} expects {layout} with D at channel_dim={self.channel_dim} of a time step, got "
+                f"{list(x.shape)}"
+            )
+        expected = f"{layout[:-3]}D at dimension {self.channel_dim} of a time step]"
+        if x.shape[dim] != n_features:
+            raise ValueError(f"{type(self).__name__} expects {expected} with D = {n_features}, got {list(x.shape)}")
+        check_features(x.movedim(dim, -1), n_features, type(self).__name__, layout)
+
+    def _check_last(self, x: Tensor, n_features: int, layout: str, multi: bool) -> None:
+        """Check an input with the neurons in its last dimension; name ``channel_dim`` where they may be channels."""
+        step = tuple(x.shape[1:] if multi else x.shape) if isinstance(x, Tensor) else ()
+        if self.channel_dim is None and len(step) >= 4 and step[1] == n_features:
+            raise ValueError(
+                f"{type(self).__name__}({n_features}) got a time step {list(step)} whose dimension 1 has {n_features} "
+                "channels: pass channel_dim=1 if these are its neurons, as behind a convolution, or channel_dim=-1 for the last "
+                "dimension"
+            )
+        check_features(x, n_features, type(self).__name__, layout)
 
     def single_step_functional_forward(
         self, inputs: _Tensors, states: _States, **kwargs: object
@@ -220,24 +350,41 @@ class AssociativeLIFNode(StatefulNode):
     def _run(
         self, x_seq: Tensor, states: AssociativeLIFState | None, return_v_seq: bool = False
     ) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
-        rows = x_seq.flatten(1, -2)  # the op takes [T, rows, D]
+        dim = self._dimension(x_seq.ndim)
+        if dim != -1 and x_seq.movedim(dim, -1).is_contiguous():  # images in the memory format channels_last
+            moved = None if states is None else AssociativeLIFState(*(part.movedim(dim, -1) for part in states))
+            spikes, v_seq, state = self._run_op(x_seq.movedim(dim, -1), moved, return_v_seq, -1)
+            back = [None if part is None else part.movedim(-1, dim) for part in (spikes, v_seq, *state)]
+            return cast(Tensor, back[0]), back[1], AssociativeLIFState(*cast(list[Tensor], back[2:]))
+        return self._run_op(x_seq, states, return_v_seq, dim)
+
+    def _run_op(
+        self, x_seq: Tensor, states: AssociativeLIFState | None, return_v_seq: bool, dim: int
+    ) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
+        """Run the op, which takes ``[T, rows, D]``, or ``[T, rows, D, places]`` with dimensions after that of the neurons."""
+        step = x_seq.shape[1:]
+        shape = (-1, self.n_features) if dim == -1 else (-1, self.n_features, math.prod(step[dim + 1 :]))
         dtype = compute_dtype(x_seq)  # cast before the sigmoid: in bfloat16, 1 - beta_mem would be 2 % off
+        surrogate, alpha = known_surrogate(self.surrogate_function, self.alpha)
+        beta_mem, beta_syn = self.beta_mem_logit, self.beta_syn_logit
         spikes, v_seq, state = associative_lif(
-            rows,
-            None if states is None else AssociativeLIFState(*(part.flatten(0, -2) for part in states)),
+            _rows(x_seq, shape, 1),
+            None if states is None else AssociativeLIFState(*(_rows(part, shape) for part in states)),
             threshold=self.firing_threshold(),
-            beta_mem=self.beta_mem_logit.to(dtype).sigmoid(),
-            beta_syn=self.beta_syn_logit.to(dtype).sigmoid(),
+            beta_mem=None if beta_mem is None else beta_mem.to(dtype).sigmoid(),
+            beta_syn=0.0 if beta_syn is None else beta_syn.to(dtype).sigmoid(),
             cascade_weight=None if self.cascade is None else self.cascade.weight.to(dtype).sigmoid(),
             cascade_gain=None if self.cascade is None else self.cascade.gain,
-            v_reset=self.v_reset,
+            v_reset=0.0 if self.v_reset is None else self.v_reset,
             refractory_steps=self.refractory_steps,
-            surrogate=self.surrogate_function,
-            alpha=self.alpha,
+            surrogate=surrogate,
+            alpha=alpha,
+            dynamics=self.dynamics,
+            channels_first=dim != -1,
             return_v_seq=return_v_seq,
             backend=self.backend,
         )
-        final = AssociativeLIFState(*(part.reshape(x_seq.shape[1:]) for part in state))
+        final = AssociativeLIFState(*(part.reshape(step) for part in state))
         return spikes.reshape(x_seq.shape), None if v_seq is None else v_seq.reshape(x_seq.shape), final
 
     def firing_threshold(self) -> Tensor:
@@ -245,19 +392,106 @@ class AssociativeLIFNode(StatefulNode):
         return self.v_threshold
 
     def update_cost(self, spikes: Tensor) -> OpCost:
-        """Return what the updates that gave ``spikes [*, D]`` cost, cascade included."""
+        """Return what the updates that gave ``spikes`` cost, cascade included."""
+        spikes = spikes.movedim(self._dimension(spikes.ndim), -1)
         return associative_update_cost(spikes, None if self.cascade is None else self.cascade.n_clusters)
 
     def extra_repr(self) -> str:
         """Return the sizes and the constants that are not learnable."""
-        return (
-            f"n_features={self.n_features}, v_reset={self.v_reset}, refractory_steps={self.refractory_steps}, "
-            f"surrogate={self.surrogate_function!r}, alpha={self.alpha}, "
-            f"step_mode={self.step_mode!r}, backend={self.backend!r}"
-        )
+        changed = [
+            f"{name}={value!r}"
+            for name, value, default in zip(Dynamics._fields, self.dynamics, PUBLISHED, strict=True)
+            if value != default
+        ]
+        if self.channel_dim is not None:
+            changed.append(f"channel_dim={self.channel_dim}")
+        parts = [
+            f"n_features={self.n_features}, v_reset={self.v_reset}, refractory_steps={self.refractory_steps}",
+            f"surrogate={self.surrogate_function!r}, alpha={self.alpha}",
+            *changed,
+            f"step_mode={self.step_mode!r}, backend={self.backend!r}",
+        ]
+        return ", ".join(parts)
 
 
-def _logit(beta: float, name: str) -> float:
+class LazyAssociativeLIFNode(LazyModuleMixin, AssociativeLIFNode):  # type: ignore[misc]
+    """An :class:`AssociativeLIFNode` whose width is found at the first call; it then becomes one.
+
+    As in ``nn.LazyLinear``, its parameters are ``UninitializedParameter`` until then; optimizers may hold them, and its state
+    dict may be saved and loaded before and after.
+    """
+
+    cls_to_become = AssociativeLIFNode
+
+    def initialize_parameters(self, x: Tensor, **_: Any) -> None:
+        """Take width and, if it is not given, ``channel_dim`` from the first input."""
+        multi = self.step_mode == "m"
+        ndim = x.ndim - multi
+        if ndim < 2:
+            raise ValueError(
+                f"{type(self).__name__} expects {'[T, N, *, D]' if multi else '[N, *, D]'}, got {list(x.shape)}"
+            )
+        if self.channel_dim is None and ndim >= 4:
+            self.channel_dim = 1
+        width = x.shape[self._dimension(x.ndim)]
+        loaded = not is_lazy(self.v_threshold)
+        if loaded and len(self.v_threshold) != width:
+            raise ValueError(
+                f"the loaded parameters are those of {len(self.v_threshold)} neurons, the first input has {width}: "
+                f"{list(x.shape)} with channel_dim={self.channel_dim}"
+            )
+        self.n_features = width
+        for name, value in self._initial.items():
+            parameter = getattr(self, name)
+            if is_lazy(parameter):
+                if isinstance(value, Tensor) and value.shape not in ((width,), (1,)):
+                    raise ValueError(f"{name} was given for {len(value)} neurons, the first input has {width}")
+                parameter.materialize((width,), device=x.device)
+        if not loaded:
+            self.reset_parameters()
+        if isinstance(self.cascade, LazyAssociativeCascade):
+            initialize_lazy_module(self.cascade, width)
+        elif self.cascade is not None:
+            check_clusters(width, self.cascade.n_clusters)
+            self.cascade.n_features = width
+
+
+def _parameter(size: int | None) -> nn.Parameter:
+    return UninitializedParameter() if size is None else nn.Parameter(torch.empty(size))
+
+
+def _make_cascade(
+    n_features: int | None, n_clusters: int | str | None, radius: int, gain: float
+) -> AssociativeCascade | None:
+    if n_clusters is None:
+        return None
+    if n_clusters == "auto":
+        if n_features is None:
+            return LazyAssociativeCascade(radius, gain)
+        n_clusters = largest_clusters(n_features)
+    if not isinstance(n_clusters, int):
+        raise TypeError(f"n_clusters must be a number, 'auto' or None, got {n_clusters!r}")
+    return AssociativeCascade(n_clusters if n_features is None else n_features, n_clusters, radius=radius, gain=gain)
+
+
+def _rows(x: Tensor, shape: tuple[int, ...], before: int = 0) -> Tensor:
+    """Reshape the dimensions after the first ``before`` ones to ``shape``, whose first entry is -1."""
+    rows = x[(0,) * before].numel() // max(math.prod(shape[1:]), 1) if x.numel() else 0
+    return x.reshape(*x.shape[:before], rows, *shape[1:])
+
+
+def _logit(beta: float | Tensor, name: str) -> float | Tensor:
+    if isinstance(beta, Tensor):
+        if not bool(((beta > 0) & (beta < 1)).all()):
+            raise ValueError(f"{name} must lie in (0, 1), got values from {beta.min():.3g} to {beta.max():.3g}")
+        return torch.logit(beta.double())
     if not 0 < beta < 1:
         raise ValueError(f"{name} must lie in (0, 1), got {beta}")
     return math.log(beta / (1 - beta))
+
+
+def _synaptic_logit(beta: float | Tensor) -> float | Tensor | None:
+    """Return the logit of the synaptic decay, or None if it is constantly 0."""
+    if not isinstance(beta, Tensor) and beta == 0:
+        return None
+    return _logit(beta, "beta_syn")

@@ -2,11 +2,18 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from nord_snn.ops.cascade import associative_cascade, check_clusters, ring_weight
 from nord_snn.ops.checks import check_features
 
-__all__ = ["AssociativeCascade"]
+__all__ = ["AssociativeCascade", "LazyAssociativeCascade", "largest_clusters"]
+
+
+def largest_clusters(n_features: int, most: int = 64) -> int:
+    """Return the largest number of clusters up to ``most`` that divides the number of neurons."""
+    return max(c for c in range(1, min(most, n_features) + 1) if n_features % c == 0)
 
 
 class AssociativeCascade(nn.Module):
@@ -58,3 +65,32 @@ class AssociativeCascade(nn.Module):
     def extra_repr(self) -> str:
         """Return the sizes."""
         return f"n_features={self.n_features}, n_clusters={self.n_clusters}, radius={self.radius}"
+
+
+class LazyAssociativeCascade(LazyModuleMixin, AssociativeCascade):  # type: ignore[misc]
+    """An :class:`AssociativeCascade` whose number of clusters follows from the width, which is found at the first call."""
+
+    cls_to_become = AssociativeCascade
+    weight: UninitializedParameter
+    gain: UninitializedParameter
+
+    def __init__(self, radius: int = 3, gain: float = 0.8) -> None:
+        super().__init__(1, 1, radius, gain)
+        self.n_features = self.n_clusters = 0
+        self.weight, self.gain = UninitializedParameter(), UninitializedParameter()
+
+    def reset_parameters(self) -> None:
+        """Set the ring and the initial gain, if the width is known."""
+        if not self.has_uninitialized_params() and self.n_clusters:
+            super().reset_parameters()
+
+    def initialize_parameters(self, n_features: int) -> None:
+        """Make the parameters for this width, or check those that were loaded."""
+        loaded = not is_lazy(self.gain)
+        self.n_features = n_features
+        self.n_clusters = len(self.gain) if loaded else largest_clusters(n_features)
+        check_clusters(n_features, self.n_clusters)
+        if not loaded:
+            self.weight.materialize((self.n_clusters, self.n_clusters))
+            self.gain.materialize((self.n_clusters,))
+            self.reset_parameters()
