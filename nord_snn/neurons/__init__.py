@@ -7,8 +7,10 @@ from nord_snn.neurons.associative_lif import AssociativeLIFNode
 from nord_snn.neurons.cascade import AssociativeCascade
 from nord_snn.neurons.dense import DenseActivation
 from nord_snn.neurons.factory import NeuronFactory, fire_from_rest, make_neuron
+from nord_snn.neurons.presets import PRESETS
 
 __all__ = [
+    "PRESETS",
     "AssociativeCascade",
     "AssociativeLIFNode",
     "DenseActivation",

@@ -1,6 +1,7 @@
 """The associative LIF neuron as a SpikingJelly node."""
 
 import math
+from collections.abc import Collection
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 from nord_snn._compat.spikingjelly import StatefulNode
 from nord_snn._compat.torch import initialize_lazy_module
 from nord_snn.neurons.cascade import AssociativeCascade, LazyAssociativeCascade, largest_clusters
+from nord_snn.neurons.like import arguments_like
 from nord_snn.neurons.presets import OF_PRESET, known_surrogate, resolve_constants
 from nord_snn.ops import AssociativeLIFState, BackendChoice, Dynamics, OpCost, associative_lif
 from nord_snn.ops.cascade import check_clusters
@@ -22,6 +24,9 @@ from nord_snn.ops.lif.reference import PUBLISHED
 from nord_snn.ops.surrogate import SurrogateLike, resolve_surrogate
 
 __all__ = ["AssociativeLIFNode"]
+
+#: Parameters that a node learns, besides those of the cascade.
+LEARNABLE = ("threshold", "beta_mem", "beta_syn")
 
 _States = tuple[object, ...]
 _Tensors = tuple[Tensor, ...]
@@ -53,12 +58,15 @@ class AssociativeLIFNode(StatefulNode):
         beta_mem: initial membrane decay, in (0, 1): a number, or a tensor ``[D]`` of a decay for every neuron.
         beta_syn: initial synaptic decay, in [0, 1), in the same way; 0 is constant: no synaptic current.
         own_decays: learn a decay for every neuron. Default: False, one decay for all unless a tensor is given.
+        learnable: which of "threshold", "beta_mem" and "beta_syn" are learned. Default: all.
         v_reset: membrane while refractory; None where there is no refractory period.
         refractory_steps: refractory period after a spike, in time steps.
         surrogate: a name from :data:`nord_snn.ops.SURROGATES` or a SpikingJelly surrogate module.
         alpha: sharpness of a named surrogate.
         hard_reset: set the membrane to ``v_reset`` after a spike instead of subtracting the threshold. Default: False.
         detach_reset: compute no gradient of the reset by the spike. Default: False.
+        dynamics: equations of membrane and reset, see :class:`nord_snn.ops.Dynamics`, instead of ``hard_reset``,
+            ``detach_reset`` and ``decay_input``. Default: None, those above.
         step_mode: ``"s"`` for one time step ``[N, *, D]`` per call, ``"m"`` for sequences ``[T, N, *, D]``.
         backend: see :func:`nord_snn.ops.associative_lif`.
         store_v_seq: store membranes in ``v_seq``, ``[T, N, *, D]``: of the last call in step mode ``"m"``, of all calls since
@@ -112,12 +120,14 @@ class AssociativeLIFNode(StatefulNode):
         beta_mem: float | Tensor = OF_PRESET,
         beta_syn: float | Tensor = OF_PRESET,
         own_decays: bool = False,
+        learnable: Collection[str] = LEARNABLE,
         v_reset: float | None = OF_PRESET,
         refractory_steps: int = OF_PRESET,
         surrogate: SurrogateLike = OF_PRESET,
         alpha: float = OF_PRESET,
         hard_reset: bool = False,
         detach_reset: bool = False,
+        dynamics: Dynamics | None = None,
         step_mode: str = "s",
         backend: str = "auto",
         store_v_seq: bool = False,
@@ -134,12 +144,54 @@ class AssociativeLIFNode(StatefulNode):
         theirs = {
             "tau": tau, "v_threshold": v_threshold, "surrogate_function": surrogate_function, "decay_input": decay_input,
         }  # fmt: skip
-        constants = resolve_constants(preset, n_features is not None, given, theirs)
-        charge = "average" if decay_input is not False else "sum"
+        constants = resolve_constants(preset, n_features is not None, given, theirs) | {"learnable": learnable}
+        if dynamics is None:
+            charge = "sum" if decay_input is False else "average"
+            dynamics = Dynamics(charge, hard_reset=hard_reset, detach_reset=detach_reset)
         self._build(
-            n_features, constants, Dynamics(charge, hard_reset=hard_reset, detach_reset=detach_reset), channel_dim,
-            own_decays, {"step_mode": step_mode, "store_v_seq": store_v_seq}, backend,
+            n_features, constants, dynamics, channel_dim, own_decays,
+            {"step_mode": step_mode, "store_v_seq": store_v_seq}, backend,
         )  # fmt: skip
+
+    @classmethod
+    def like(
+        cls,
+        node: nn.Module,
+        n_features: int | None = None,
+        *,
+        channel_dim: int | None = None,
+        learnable: bool = False,
+        backend: str = "auto",
+    ) -> "AssociativeLIFNode":
+        """Return neurons that give the same spikes as ``node``.
+
+        They equal SpikingJelly's ``IFNode`` and ``LIFNode`` to the bit with a soft reset, its ``ParametricLIFNode`` and nodes
+        with a hard reset to rounding, and snnTorch's ``Leaky`` and ``Synaptic`` to rounding.
+
+        Args:
+            node: a neuron of SpikingJelly or snnTorch. It is read, not changed; its state is not copied.
+            n_features: D. Default: None, found at the first call.
+            channel_dim: see the class.
+            learnable: learn the thresholds. Default: False, only what ``node`` learns.
+            backend: see the class.
+
+        Raises:
+            TypeError: the class is unknown, or an option cannot be matched.
+
+        Example:
+            >>> from spikingjelly.activation_based.neuron import LIFNode
+            >>> theirs = LIFNode(tau=2.0, v_reset=None, step_mode="m")
+            >>> x = torch.rand(8, 2, 16) * 3
+            >>> torch.equal(AssociativeLIFNode.like(theirs)(x), theirs(x))
+            True
+        """
+        arguments = arguments_like(node)
+        names = LEARNABLE if learnable else arguments.pop("learnable")
+        neurons = cls(n_features, channel_dim=channel_dim, backend=backend, **arguments | {"learnable": names})
+        if type(node).__name__ == "ParametricLIFNode":  # it learns 1 / tau = sigmoid(w)
+            neurons._initial["beta_mem_logit"] = -node.w.detach().double()
+            neurons.reset_parameters()
+        return neurons
 
     def _build(
         self,
@@ -176,6 +228,8 @@ class AssociativeLIFNode(StatefulNode):
             detach_reset=dynamics.detach_reset,
             **node_options,
         )
+        self.beta_mem_logit: nn.Parameter | None
+        self.beta_syn_logit: nn.Parameter | None
         self.v: float | Tensor
         self.i_syn: float | Tensor
         self.refractory: int | Tensor
@@ -191,10 +245,13 @@ class AssociativeLIFNode(StatefulNode):
             "beta_mem_logit": None if dynamics.tau else _logit(constants["beta_mem"], "beta_mem"),
             "beta_syn_logit": _synaptic_logit(constants["beta_syn"]),
         }
-        size = n_features if own_decays else 1
-        self.v_threshold = _parameter(n_features)
-        self.beta_mem_logit = None if self._initial["beta_mem_logit"] is None else _parameter(size)
-        self.beta_syn_logit = None if self._initial["beta_syn_logit"] is None else _parameter(size)
+        unknown = set(constants["learnable"]) - set(LEARNABLE)
+        if unknown:
+            raise ValueError(f"learnable must be names of {list(LEARNABLE)}, got {sorted(unknown)}")
+        for name, value in self._initial.items():
+            size = n_features if own_decays or name == "v_threshold" else 1
+            learned = name.removeprefix("v_").removesuffix("_logit") in constants["learnable"]
+            setattr(self, name, None if value is None else _parameter(size, learned))
         for name, value in self._initial.items():
             if isinstance(value, Tensor) and n_features is not None and value.shape not in ((n_features,), (1,)):
                 raise ValueError(f"{name} must be a number or a tensor [D] = [{n_features}], got {list(value.shape)}")
@@ -456,8 +513,8 @@ class LazyAssociativeLIFNode(LazyModuleMixin, AssociativeLIFNode):  # type: igno
             self.cascade.n_features = width
 
 
-def _parameter(size: int | None) -> nn.Parameter:
-    return UninitializedParameter() if size is None else nn.Parameter(torch.empty(size))
+def _parameter(size: int | None, learned: bool) -> nn.Parameter:
+    return UninitializedParameter(learned) if size is None else nn.Parameter(torch.empty(size), learned)
 
 
 def _make_cascade(

@@ -1,0 +1,160 @@
+"""The constants of neurons of SpikingJelly and snnTorch, as arguments of :class:`nord_snn.neurons.AssociativeLIFNode`."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from nord_snn.ops import Dynamics
+
+__all__ = ["arguments_like"]
+
+
+def arguments_like(node: nn.Module) -> dict[str, Any]:
+    """Return the arguments that give the same spikes as ``node``.
+
+    Raises:
+        TypeError: the class of ``node`` is unknown, or an option of it cannot be matched; the message says which.
+    """
+    library, kind = type(node).__module__.partition(".")[0], type(node).__name__
+    translate = _KNOWN.get((library, kind))
+    if translate is None:
+        known = ", ".join(f"{library}'s {kind}" for library, kind in _KNOWN)
+        raise TypeError(f"like() knows {known}, got {type(node).__module__}.{kind}")
+    return _COMMON | translate(node)
+
+
+_COMMON: dict[str, Any] = {"preset": "lif", "n_clusters": None, "beta_syn": 0.0, "learnable": ()}
+
+
+def _spikingjelly(node: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the arguments, and the fields of the dynamics, that all nodes of SpikingJelly have."""
+    if isinstance(node.v_threshold, Tensor):
+        raise TypeError("like() needs a threshold that is a number, got a tensor")
+    arguments = {
+        "threshold": node.v_threshold,
+        "surrogate": node.surrogate_function,
+        "step_mode": node.step_mode,
+        "store_v_seq": node.store_v_seq,
+        "v_reset": node.v_reset,
+        "hard_reset": node.v_reset is not None,
+    }
+    dynamics = {
+        "v_rest": node.v_reset or 0.0,
+        "hard_reset": node.v_reset is not None,
+        "detach_reset": node.detach_reset,
+    }
+    return arguments, dynamics
+
+
+def _if(node: Any) -> dict[str, Any]:
+    arguments, dynamics = _spikingjelly(node)
+    return arguments | {"dynamics": Dynamics("leak", math.inf, **dynamics)}
+
+
+def _lif(node: Any) -> dict[str, Any]:
+    arguments, dynamics = _spikingjelly(node)
+    return arguments | {"dynamics": Dynamics("relax" if node.decay_input else "leak", float(node.tau), **dynamics)}
+
+
+def _plif(node: Any) -> dict[str, Any]:
+    arguments, dynamics = _spikingjelly(node)
+    charge = "average" if node.decay_input else "sum"
+    decay = 1 - node.w.detach().double().sigmoid()
+    return arguments | {
+        "dynamics": Dynamics(charge, **dynamics), "beta_mem": float(decay), "learnable": _learned(beta_mem=node.w)
+    }  # fmt: skip
+
+
+def _snntorch(node: Any, resets_after_charge: bool, beta: Tensor) -> dict[str, Any]:
+    """Return the arguments for ``mem = beta * mem + input`` with snnTorch's reset, which comes one time step late by default."""
+    threshold = node.threshold
+    if node.inhibition:
+        raise TypeError("like() cannot match inhibition=True, in which neurons of a layer silence each other")
+    if float(node.graded_spikes_factor) != 1:
+        raise TypeError("like() cannot match graded_spikes_factor: its outputs are not zeros and ones")
+    arguments: dict[str, Any] = {
+        "threshold": _number(threshold),
+        "beta_mem": _number(beta),
+        "surrogate": node.spike_grad,
+        "step_mode": "s",
+        "learnable": _learned(threshold=threshold, beta_mem=beta),
+    }
+    if node.state_quant:
+        raise TypeError("like() cannot match state_quant: the membrane is not rounded here")
+    dynamics: dict[str, Any] = {"detach_reset": True}
+    if node.reset_mechanism == "none":
+        dynamics["reset_scale"] = 0.0
+    elif node.reset_mechanism == "subtract":
+        dynamics["reset_scale"] = _late_reset_scale(node, beta)
+    elif node.reset_delay and resets_after_charge:
+        arguments |= {
+            "refractory_steps": 1,
+            "v_reset": 0.0,
+        }  # the membrane is 0 at the next time step, whatever comes in
+    else:
+        arguments |= {"hard_reset": True, "v_reset": 0.0}
+        dynamics["hard_reset"] = True
+    return arguments | {"dynamics": Dynamics("sum", **dynamics)}
+
+
+def _late_reset_scale(node: Any, beta: Tensor) -> float:
+    """Return 1 / beta: the threshold is subtracted at the next time step, when the membrane has decayed."""
+    if not node.reset_delay:
+        raise TypeError(
+            "like() cannot match reset_delay=False with reset_mechanism='subtract': a membrane that is above the threshold after "
+            "its reset is reset at other time steps; with 'zero' it can"
+        )
+    if isinstance(beta, nn.Parameter) and beta.requires_grad:
+        raise TypeError("like() cannot match a learnable beta with reset_mechanism='subtract'")
+    if beta.numel() != 1 or not float(beta) > 0:
+        raise TypeError("like() cannot match reset_mechanism='subtract' unless beta is one number above 0")
+    return 1 / float(beta)
+
+
+def _leaky(node: Any) -> dict[str, Any]:
+    return _snntorch(node, resets_after_charge=False, beta=node.beta)
+
+
+def _lapicque(node: Any) -> dict[str, Any]:
+    """Scale the membrane by C / time_step, so that the input enters it unscaled."""
+    scale = float(node.time_step / node.C)
+    arguments = _snntorch(node, resets_after_charge=True, beta=1 - node.time_step / (node.R * node.C))
+    return arguments | {
+        "threshold": _number(node.threshold / scale),
+        "surrogate": functools.partial(_scaled, node.spike_grad, scale),
+        "learnable": _learned(threshold=node.threshold),
+    }
+
+
+def _scaled(surrogate: Callable[[Tensor], Tensor], scale: float, x: Tensor) -> Tensor:
+    return surrogate(x * scale)
+
+
+def _synaptic(node: Any) -> dict[str, Any]:
+    learned = _learned(threshold=node.threshold, beta_mem=node.beta, beta_syn=node.alpha)
+    return _snntorch(node, resets_after_charge=True, beta=node.beta) | {
+        "beta_syn": _number(node.alpha),
+        "learnable": learned,
+    }
+
+
+def _learned(**parameters: Tensor) -> tuple[str, ...]:
+    """Return the names of the parameters that are learned."""
+    return tuple(name for name, x in parameters.items() if isinstance(x, nn.Parameter) and x.requires_grad)
+
+
+def _number(x: Tensor) -> Any:
+    return float(x) if x.numel() == 1 else x.detach().clone()
+
+
+_KNOWN: dict[tuple[str, str], Any] = {
+    ("spikingjelly", "IFNode"): _if,
+    ("spikingjelly", "LIFNode"): _lif,
+    ("spikingjelly", "ParametricLIFNode"): _plif,
+    ("snntorch", "Lapicque"): _lapicque,
+    ("snntorch", "Leaky"): _leaky,
+    ("snntorch", "Synaptic"): _synaptic,
+}
