@@ -89,7 +89,7 @@ def _snntorch(node: Any, resets_after_charge: bool, beta: Tensor) -> dict[str, A
         dynamics["reset_scale"] = 0.0
     elif node.reset_mechanism == "subtract":
         dynamics["reset_scale"] = _late_reset_scale(node, beta)
-    elif node.reset_delay and resets_after_charge:
+    elif resets_after_charge and getattr(node, "reset_delay", True):
         arguments |= {
             "refractory_steps": 1,
             "v_reset": 0.0,
@@ -102,7 +102,7 @@ def _snntorch(node: Any, resets_after_charge: bool, beta: Tensor) -> dict[str, A
 
 def _late_reset_scale(node: Any, beta: Tensor) -> float:
     """Return 1 / beta: the threshold is subtracted at the next time step, when the membrane has decayed."""
-    if not node.reset_delay:
+    if not getattr(node, "reset_delay", True):  # Lapicque has no such option
         raise TypeError(
             "like() cannot match reset_delay=False with reset_mechanism='subtract': a membrane that is above the threshold after "
             "its reset is reset at other time steps; with 'zero' it can"
