@@ -171,6 +171,14 @@ def test_the_constraints_are_within_what_the_extras_ask_for():
     assert {"torch", "transformers", "numba", "spikingjelly"} <= checked
 
 
+def test_the_sdist_has_every_page_and_whatever_tests_read():
+    lines = [line.split() for line in (ROOT / "MANIFEST.in").read_text(encoding="utf-8").splitlines()]
+    whole = {name for line in lines if line[0] == "graft" for name in line[1:]}
+    single = {"README.md", "pyproject.toml"} | {name for line in lines if line[0] == "include" for name in line[1:]}
+    assert {"benchmarks", "docs", "examples", "nord_snn", "studies", "tests"} <= whole  # packages alone have no pages
+    assert {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "constraints.txt"} <= single
+
+
 OP_FILES = {"__init__.py", "reference.py", "op.py"}
 
 
