@@ -5,6 +5,7 @@ import importlib
 import inspect
 import sys
 import tomllib
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import nord_snn
+
+pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).parents[1]
 ALLOWED = {
@@ -206,3 +209,26 @@ def test_no_script_changes_the_search_path():
 def test_the_files_of_the_recipe_are_short():
     for file in (ROOT / "examples" / "nord_lm").rglob("*.py"):
         assert len(file.read_text(encoding="utf-8").splitlines()) <= 350, file
+
+
+def quick_tests(path: Path) -> int:
+    """Number of test functions of a file that are marked quick, each by itself or all by the mark of the file."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    tests = [node for node in body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+    marks = [ast.unparse(node) for node in body if isinstance(node, ast.Assign)]
+    if any(mark.startswith("pytestmark = ") and "pytest.mark.quick" in mark for mark in marks):
+        return len(tests)
+    return sum("pytest.mark.quick" in map(ast.unparse, test.decorator_list) for test in tests)
+
+
+def test_every_folder_of_tests_has_quick_ones():
+    """At least three, so that ``pytest -m quick`` runs something of every part of the library."""
+    files = defaultdict(list)
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        files[path.parent].append(path)
+    few = {
+        str(folder.relative_to(ROOT)): found
+        for folder, paths in files.items()
+        if (found := sum(map(quick_tests, paths))) < 3
+    }
+    assert not few, f"mark at least three tests as quick, by pytest.mark.quick, in {few}"

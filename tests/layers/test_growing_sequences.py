@@ -7,6 +7,8 @@ from torch import nn
 
 from nord_snn.layers import CoFiringResonance, NordBlock, SequenceCache, SpikeFedBlock
 
+pytestmark = pytest.mark.quick
+
 
 class Memory:
     """The plainest thing that remembers."""

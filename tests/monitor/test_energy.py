@@ -14,6 +14,8 @@ from nord_snn.layers import CoFiringResonance, SequenceCache
 from nord_snn.monitor import CONVENTIONS, EnergyProfiler, profile_energy
 from nord_snn.neurons import AssociativeLIFNode
 
+pytestmark = pytest.mark.quick
+
 
 def spikes(*shape, rate=0.3):
     return (torch.rand(shape) < rate).float()
