@@ -73,6 +73,7 @@ def foreign_names(tree: ast.Module, known: set[str]) -> list[str]:
     return found
 
 
+@pytest.mark.quick
 def test_private_names_of_others_stand_in_compat_alone():
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in OURS}
     outside = {path: tree for path, tree in trees.items() if path.parent.name != "_compat"}
@@ -89,6 +90,7 @@ def test_the_search_for_private_names_finds_them():
     assert len(foreign_names(tree, names_defined([tree]))) == 4
 
 
+@pytest.mark.quick
 def test_no_class_overrides_what_others_call_private():
     """Outside of _compat: whatever a base class of another library calls private may change without a word."""
     names = [module.name for module in pkgutil.walk_packages(nord_snn.__path__, "nord_snn.")]
@@ -142,6 +144,7 @@ def test_modes_are_seen_and_left():
             assert torch.ones(2).sum() == 2
 
 
+@pytest.mark.quick
 def test_versions_and_views():
     x = torch.zeros(3)
     before = compat.version_counter(x)
@@ -151,6 +154,7 @@ def test_versions_and_views():
     assert not compat.is_view(x)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("padding", ["same", "valid", (2, 1)])
 def test_padding_is_what_the_convolution_adds(padding):
     conv = nn.Conv2d(1, 1, (4, 3), padding=padding, bias=False)
@@ -214,6 +218,7 @@ class Observer:
         self.seen.append(("after", module))
 
 
+@pytest.mark.quick
 def test_observers_see_every_forward_until_they_leave():
     net, first, second = nn.Sequential(nn.Linear(2, 2)), Observer(), Observer()
     linear = net[0]
@@ -257,6 +262,7 @@ def test_a_patch_that_came_later_stays():
     assert observer.seen == []
 
 
+@pytest.mark.quick
 def test_patches_of_others_may_come_and_go_in_any_order():
     """As accelerate's hooks do: a patch calls what it found, and puts that back."""
     module, x, observer = nn.Linear(2, 2), torch.ones(1, 2), Observer()

@@ -27,6 +27,7 @@ def name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+@pytest.mark.quick
 @pytest.mark.filterwarnings("error:.*did not fire:UserWarning")
 @pytest.mark.parametrize("page", [p for p in PAGES + READMES if blocks(p)], ids=name)
 def test_every_python_block_runs(page: Path) -> None:
@@ -35,6 +36,7 @@ def test_every_python_block_runs(page: Path) -> None:
         exec(compile(block, name(page), "exec"), {})
 
 
+@pytest.mark.quick
 def test_there_is_one_command_to_train_and_one_to_test() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for marker, ending in (("train", "examples/nord_lm/train.py"), ("test", "pytest --cov")):
@@ -44,18 +46,21 @@ def test_there_is_one_command_to_train_and_one_to_test() -> None:
         assert "\n" not in found[0]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("page", PAGES + READMES, ids=name)
 def test_relative_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("page", PAGES + READMES, ids=name)
 def test_scripts_that_are_named_exist(page: Path) -> None:
     for script in re.findall(r"(?:examples|studies|benchmarks)/[\w/-]+\.(?:py|yaml)", page.read_text(encoding="utf-8")):
         assert (ROOT / script).exists(), script
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("page", PARTS, ids=name)
 def test_a_page_of_a_part_has_what_such_a_page_has(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
@@ -66,6 +71,7 @@ def test_a_page_of_a_part_has_what_such_a_page_has(page: Path) -> None:
     assert re.search(r"!\[.+\]\(\.\./figures/\w+\.png\)", text)
 
 
+@pytest.mark.quick
 def test_every_layer_and_rule_is_on_a_page() -> None:
     text = " ".join(page.read_text(encoding="utf-8") for page in PARTS)
     for package in ("nord_snn.layers", "nord_snn.learning_rules"):
@@ -76,6 +82,7 @@ def test_every_layer_and_rule_is_on_a_page() -> None:
             assert thing in text, thing
 
 
+@pytest.mark.quick
 def test_the_reference_has_every_layer_and_neuron() -> None:
     reference = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     names = [*importlib.import_module("nord_snn.layers").__all__, "AssociativeLIFNode", "DenseActivation"]

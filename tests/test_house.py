@@ -5,6 +5,7 @@ import importlib
 import inspect
 import sys
 import tomllib
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from parts import PARTS
 from torch import nn
 
 import nord_snn
+
+pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).parents[1]
 ALLOWED = {
@@ -173,6 +176,14 @@ def test_the_constraints_are_within_what_the_extras_ask_for():
     assert {"torch", "transformers", "numba", "spikingjelly"} <= checked
 
 
+def test_the_sdist_has_every_page_and_whatever_tests_read():
+    lines = [line.split() for line in (ROOT / "MANIFEST.in").read_text(encoding="utf-8").splitlines()]
+    whole = {name for line in lines if line[0] == "graft" for name in line[1:]}
+    single = {"README.md", "pyproject.toml"} | {name for line in lines if line[0] == "include" for name in line[1:]}
+    assert {"benchmarks", "docs", "examples", "nord_snn", "studies", "tests"} <= whole  # packages alone have no pages
+    assert {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "constraints.txt"} <= single
+
+
 OP_FILES = {"__init__.py", "reference.py", "op.py", "cost.py"}
 
 
@@ -253,3 +264,26 @@ def test_no_function_has_more_than_twelve_parameters_by_position():
         launches = [call for call in calls if ast.unparse(call.func).partition("[")[0] == name]
         assert launches, name
         assert all(isinstance(call.func, ast.Subscript) and not call.args for call in launches), name
+
+
+def quick_tests(path: Path) -> int:
+    """Number of test functions of a file that are marked quick, each by itself or all by the mark of the file."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    tests = [node for node in body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+    marks = [ast.unparse(node) for node in body if isinstance(node, ast.Assign)]
+    if any(mark.startswith("pytestmark = ") and "pytest.mark.quick" in mark for mark in marks):
+        return len(tests)
+    return sum("pytest.mark.quick" in map(ast.unparse, test.decorator_list) for test in tests)
+
+
+def test_every_folder_of_tests_has_quick_ones():
+    """At least three, so that ``pytest -m quick`` runs something of every part of the library."""
+    files = defaultdict(list)
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        files[path.parent].append(path)
+    few = {
+        str(folder.relative_to(ROOT)): found
+        for folder, paths in files.items()
+        if (found := sum(map(quick_tests, paths))) < 3
+    }
+    assert not few, f"mark at least three tests as quick, by pytest.mark.quick, in {few}"

@@ -33,6 +33,7 @@ def run(code: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.quick
 def test_importing_loads_no_compiler():
     """TorchDynamo alone takes longer than all of nord_snn; Numba and Triton are loaded with the first kernel."""
     loaded = run(
@@ -123,6 +124,7 @@ def node() -> AssociativeLIFNode:
     return AssociativeLIFNode(8, n_clusters=4, step_mode="m", threshold=0.01, backend="torch")
 
 
+@pytest.mark.quick
 def test_a_patched_forward_of_others_runs_and_comes_back():
     """Accelerate's hooks, for one, are such patches."""
     net = node()
@@ -144,6 +146,7 @@ def test_a_patched_forward_of_others_runs_and_comes_back():
 # --- the rest of the process
 
 
+@pytest.mark.quick
 def test_apply_leaves_the_handler_of_ctrl_c_alone(monkeypatch):
     def refuse(*_):
         raise AssertionError("signal handlers belong to the application")
@@ -156,6 +159,7 @@ def test_apply_leaves_the_handler_of_ctrl_c_alone(monkeypatch):
     part.revert()
 
 
+@pytest.mark.quick
 def test_no_module_keeps_a_tensor():
     """After every op has run: neither in a cache nor in a global of a module."""
     import gc
@@ -179,6 +183,7 @@ def test_no_module_keeps_a_tensor():
                 assert not any(isinstance(x, torch.Tensor) for x in kept), f"{name}.{label}"
 
 
+@pytest.mark.quick
 def test_the_environment_variable_is_read_when_a_backend_is_chosen(monkeypatch):
     x = torch.zeros(2, 1, 4)
     for name in ("torch", "auto"):

@@ -7,7 +7,10 @@ import importlib
 import inspect
 from pathlib import Path
 
+import pytest
 from test_house import PUBLIC
+
+pytestmark = pytest.mark.quick
 
 SNAPSHOT = Path(__file__).parent / "data" / "signatures.txt"
 

@@ -9,6 +9,8 @@ from torch import nn
 from nord_snn.layers import LeakyClamp
 from nord_snn.neurons import AssociativeLIFNode
 
+pytestmark = pytest.mark.quick
+
 
 def test_neurons_of_a_channel_share_what_is_theirs_at_every_place():
     node = script.ours(16)

@@ -102,6 +102,7 @@ def test_a_hub_dataset_is_streamed(monkeypatch, tokenizer):
     assert torch.equal(streamed.flatten(), corpus.sample[: streamed.numel()].long())
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -158,12 +159,14 @@ def test_few_documents_still_leave_one_held_out():
 # --- tokens
 
 
+@pytest.mark.quick
 def test_any_text_survives_the_trained_tokenizer(tokenizer):
     for text in ("plain", "Ünïcode ✓ 日本語", "tabs\tand\n\nlines  ", "\x00\x7f"):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
     assert len(train_tokenizer(TEXTS, 300)) == 300
 
 
+@pytest.mark.quick
 @given(st.lists(st.integers(0, 9), max_size=12), st.integers(1, 7))
 def test_packing_loses_only_the_last_part(lengths, block_size):
     encoded, start = [], 0
@@ -175,6 +178,7 @@ def test_packing_loses_only_the_last_part(lengths, block_size):
     assert all(len(block) == block_size for block in blocks)
 
 
+@pytest.mark.quick
 def test_corpus_counts_every_byte_and_ends_every_document(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in TEXTS))
     corpus = load_corpus(read_documents(str(tmp_path / "a.jsonl")), tokenizer, 8, held_out=0.25)
@@ -280,6 +284,7 @@ def test_tokenizers_that_do_not_fit_are_named(tmp_path, tokenizer):
 # --- baselines
 
 
+@pytest.mark.quick
 def test_baselines_by_hand():
     train = torch.tensor([0, 1, 0, 1, 0, 2], dtype=torch.int32)
     validation = torch.tensor([[0, 1, 0]])

@@ -31,6 +31,7 @@ def expected():
     return load_file(BEFORE / "expected.safetensors")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("folder", "name"), [("model", "logits"), ("run/model", "run_logits")])
 @torch.no_grad()
 def test_a_model_folder_loads_and_computes_the_same(folder, name, expected):
@@ -38,6 +39,7 @@ def test_a_model_folder_loads_and_computes_the_same(folder, name, expected):
     assert torch.allclose(model(input_ids=expected["ids"]).logits, expected[name], atol=1e-5)
 
 
+@pytest.mark.quick
 @torch.no_grad()
 def test_a_plastic_file_loads_and_computes_the_same(expected):
     model = AutoModelForCausalLM.from_pretrained(BEFORE / "model")
@@ -66,6 +68,7 @@ def test_the_code_in_a_model_folder_still_runs_and_says_what_to_do(tmp_path):
     assert "save it again" in run.stderr
 
 
+@pytest.mark.quick
 def test_a_run_folder_is_resumed(tmp_path):
     """Only the place of the text is another; the loss at the end is the one that the run had then."""
     text, part = tmp_path / "text.txt", tmp_path / "run"

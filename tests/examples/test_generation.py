@@ -208,6 +208,7 @@ def test_an_assistant_changes_nothing_and_ends_within_the_window():
         model.generate(ids, max_new_tokens=24, do_sample=False, assistant_model=assistant, pad_token_id=0)
 
 
+@pytest.mark.quick
 def test_only_new_tokens_are_computed():
     model = make()
     lengths = []

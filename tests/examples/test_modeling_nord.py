@@ -27,6 +27,7 @@ SMALL = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["tiny", "persistent"])
 def test_published_checkpoints_give_the_expected_numbers(name):
     expected = load_reference(f"{name}_expected")
@@ -45,12 +46,14 @@ def test_published_checkpoints_give_the_expected_numbers(name):
         assert relative_error(parameters[our_name(published)].grad.reshape(gradient.shape), gradient) < 5e-4, published
 
 
+@pytest.mark.quick
 def test_the_published_size_to_the_parameter():
     with torch.device("meta"):
         model = NordForCausalLM(NordConfig())
     assert model.num_parameters() == 144_334_525
 
 
+@pytest.mark.quick
 def test_converted_folder_opens_with_auto_classes(tmp_path, capsys):
     main([str(DATA / "tiny_checkpoint.pt"), str(tmp_path / "out")])
     assert "25,577 parameters" in capsys.readouterr().out
@@ -65,6 +68,7 @@ def test_converted_folder_opens_with_auto_classes(tmp_path, capsys):
         main([str(DATA / "tiny_checkpoint.pt"), str(tmp_path / "out")])
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["tiny", "persistent"])
 def test_the_way_back_gives_the_published_checkpoint(name, tmp_path, capsys):
     main([str(DATA / f"{name}_checkpoint.pt"), str(tmp_path / "folder")])
@@ -165,6 +169,7 @@ def test_bad_checkpoints_get_one_sentence_and_execute_nothing(tmp_path):
         main([str(tmp_path / "none.pt"), str(tmp_path / "out2")])
 
 
+@pytest.mark.quick
 def test_save_and_load_are_exact(tmp_path):
     model = NordForCausalLM(NordConfig(**SMALL, recency=True)).eval()
     model.save_pretrained(tmp_path)
@@ -192,6 +197,7 @@ def test_tied_embeddings(tmp_path):
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
 
 
+@pytest.mark.quick
 def test_initial_values_are_those_of_the_design():
     torch.manual_seed(0)
     model = NordForCausalLM(NordConfig(**SMALL))
@@ -207,6 +213,7 @@ def test_initial_values_are_those_of_the_design():
     assert all(p.ndim >= 1 for p in model.parameters())
 
 
+@pytest.mark.quick
 def test_the_model_is_causal_and_rows_start_from_rest():
     model = NordForCausalLM(NordConfig(**SMALL, recency=True)).eval()
     ids = torch.randint(50, (2, 10))
@@ -226,6 +233,7 @@ def test_without_resonance_only_the_last_token_counts():
     assert torch.allclose(model(input_ids=ids).logits[:, -1], model(input_ids=ids[:, -1:]).logits[:, -1], atol=1e-5)
 
 
+@pytest.mark.quick
 def test_padding_changes_nothing_wherever_it_stands():
     model = NordForCausalLM(NordConfig(**SMALL)).eval()
     ids = torch.randint(50, (1, 6))
@@ -271,6 +279,7 @@ def test_gradient_checkpointing_keeps_less_and_gives_the_same():
         model(input_ids=ids, use_cache=True)
 
 
+@pytest.mark.quick
 def test_bad_input_is_named():
     model = NordForCausalLM(NordConfig(**SMALL))
     with pytest.raises(ValueError, match="13 positions, more than max_position_embeddings = 12"):

@@ -73,6 +73,7 @@ def test_a_control_of_spikes_is_for_the_head(model):
         Plasticity(model, BLOCKS, control=Control(spikes=torch.zeros_like))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("names", "reward"), [(None, "error"), (BLOCKS, "error"), (BLOCKS, "loss")])
 def test_only_what_was_asked_for_changes_and_forgetting_is_exact(model, names, reward):
     model, ids = model
@@ -88,6 +89,7 @@ def test_only_what_was_asked_for_changes_and_forgetting_is_exact(model, names, r
     assert not any(getattr(synapse, "_spikes", None) is not None for synapse in plasticity.synapses.values())
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("names", [None, BLOCKS])
 def test_without_rewards_nothing_changes(model, names):
     model, ids = model

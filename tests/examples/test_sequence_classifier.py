@@ -21,6 +21,7 @@ def test_each_kind_has_what_stands_for_attention():
         assert exchanged is (name != "none")
 
 
+@pytest.mark.quick
 def test_resonance_lets_words_see_each_other_in_both_directions():
     torch.manual_seed(0)
     attention = script.ResonanceAttention(16, 2)

@@ -12,6 +12,8 @@ from nordlm.training.settings import SettingsError, parse_arguments, read_config
 from nord_snn.models.nord import NordConfig, NordForCausalLM
 from nord_snn.monitor import SpikeMonitor, profile_energy
 
+pytestmark = pytest.mark.quick
+
 SMALL = {
     "vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
     "max_position_embeddings": 12, "n_clusters": 4, "recency": True,

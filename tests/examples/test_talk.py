@@ -29,6 +29,7 @@ def model_folder(trained):
     return trained / "model"
 
 
+@pytest.mark.quick
 def test_generate_continues_a_prompt_and_a_seed_repeats_it(model_folder, capsys):
     arguments = ["--model", str(model_folder), "--max-new-tokens", "12", "--seed", "3", "the neuron"]
     assert generate.main(arguments) == 0
@@ -121,6 +122,7 @@ def talk(model_folder):
     return Chat(model, tokenizer, options, console), console.file
 
 
+@pytest.mark.quick
 def test_it_answers_and_remembers_until_reset(talk, capsys):
     chat, printed = talk
     assert chat.handle("the neuron fires")
@@ -160,6 +162,7 @@ def test_rates_of_an_answer_are_those_of_the_tokens_that_chose_it(talk):
         )
 
 
+@pytest.mark.quick
 def test_live_rates_come_token_by_token(talk):
     chat, printed = talk
     chat.handle("/stats")

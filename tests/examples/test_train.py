@@ -65,6 +65,7 @@ def go_on(part) -> int:
 # --- a finished run
 
 
+@pytest.mark.quick
 def test_results_have_the_promised_keys(trained):
     results = json.loads((trained / "results.json").read_text())
     assert {
@@ -83,6 +84,7 @@ def test_results_have_the_promised_keys(trained):
     assert results["steps"] == 12
 
 
+@pytest.mark.quick
 def test_the_run_folder_holds_what_is_needed_and_nothing_half_written(trained):
     names = {path.name for path in trained.iterdir()}
     assert {"settings.yaml", "tokenizer", "model", "results.json", "run.json", "tensorboard"} <= names
@@ -327,6 +329,7 @@ def test_a_run_without_checkpoints_cannot_be_resumed(tmp_path, text, capsys):
     assert "no checkpoint to resume from" in refused(capsys, go_on(part))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -351,6 +354,7 @@ def test_bad_arguments_get_one_sentence(tmp_path, text, capsys, arguments, messa
     assert message in refused(capsys, run(tmp_path, text, *arguments))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -591,6 +595,7 @@ def test_run_folders_that_cannot_be_made_are_named(tmp_path):
         new_run_folder(tmp_path / "file", "run")
 
 
+@pytest.mark.quick
 def test_settings_survive_being_written(tmp_path):
     settings = Settings.read(write_config(tmp_path))
     settings.write(tmp_path / "again.yaml")

@@ -132,6 +132,7 @@ def test_a_graph_from_a_file_computes_what_the_network_does(name: str, x_seq: Te
     assert float(graph.metadata["deviation"]) < 1e-6
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("refractory_steps", [0, 2])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_way_back_makes_the_same_network(name: str, refractory_steps: int, x_seq: Tensor, tmp_path) -> None:
@@ -154,6 +155,7 @@ def test_the_way_back_makes_the_same_network(name: str, refractory_steps: int, x
     assert kinds(back) == kinds(net)
 
 
+@pytest.mark.quick
 def test_a_network_from_a_file_trains(x_seq: Tensor) -> None:
     back = import_from_nir(export_to_nir(networks(0)["everything"], x_seq))
     back(x_seq).square().mean().backward()
@@ -188,6 +190,7 @@ def test_what_stands_in_a_graph_resets_to_v_reset(x_seq: Tensor) -> None:
         v = torch.where(fired, -0.3, v)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("n_clusters", [None, 5])
 def test_norse_fires_the_same_spikes(n_clusters: int | None, x_seq: Tensor, tmp_path) -> None:
     norse = pytest.importorskip("norse.torch")
@@ -299,6 +302,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("approximate", [False, True])
 def test_what_nir_cannot_say_is_refused_by_name(name: str, approximate: bool, x_seq: Tensor) -> None:
@@ -538,6 +542,7 @@ CANNOT = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", CANNOT)
 def test_forwards_that_a_graph_cannot_say(name: str, x_seq: Tensor) -> None:
     forward, sentence = CANNOT[name]
@@ -598,6 +603,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_graphs_are_refused(name: str) -> None:
     nodes, edges, sentence = BROKEN[name]

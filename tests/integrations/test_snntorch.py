@@ -19,6 +19,8 @@ from nord_snn.layers import MembraneReadout, NordBlock, SpikingFeedForward  # no
 from nord_snn.monitor import SpikeMonitor  # noqa: E402
 from nord_snn.neurons import AssociativeLIFNode  # noqa: E402
 
+pytestmark = pytest.mark.quick
+
 
 def pair(**more):
     """Our node and its snnTorch form with the same parameters."""

@@ -42,6 +42,7 @@ def network():
 X = 3 * torch.rand(6, 3, 16, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("make", "shape"), PARTS.values(), ids=PARTS)
 def test_every_part_can_be_reset_detached_copied_pickled_and_loaded(make, shape):
     part, x = make(), 2 * torch.rand(shape)
@@ -62,6 +63,7 @@ def test_every_part_can_be_reset_detached_copied_pickled_and_loaded(make, shape)
     assert not any("v_seq" in name or name.endswith(("i_syn", "refractory")) for name in part.state_dict())
 
 
+@pytest.mark.quick
 def test_step_modes_of_a_whole_network():
     net = network()[:4]
     whole = net(X)
@@ -95,6 +97,7 @@ def test_functional_forward_of_a_network_with_ours_in_it():
     assert all(torch.equal(a, b) for a, b in zip(after, memories(net), strict=True))
 
 
+@pytest.mark.quick
 @needs_spikingjelly_2
 @pytest.mark.parametrize(("make", "shape"), PARTS.values(), ids=PARTS)
 def test_functional_forward_of_every_part(make, shape):
@@ -141,6 +144,7 @@ def test_membranes_that_checkpointing_loses_are_missed():
         readout(X)
 
 
+@pytest.mark.quick
 def test_monitors_see_spikes_and_membranes():
     net = network()
     net[3].store_v_seq = True
@@ -170,6 +174,7 @@ def test_energy_counters_count_additions_behind_our_spikes():
         op_counter.estimate_lemaire_energy(net, X)
 
 
+@pytest.mark.quick
 @needs_spikingjelly_2
 @pytest.mark.parametrize("level", [0, 1])
 def test_memory_optimisation_gives_the_same_gradients(level):
@@ -193,6 +198,7 @@ def test_checkpointed_node_keeps_its_state():
     assert torch.equal(plain.v, next(m for m in lean.modules() if isinstance(m, AssociativeLIFNode)).v)
 
 
+@pytest.mark.quick
 def test_inside_spikingjellys_containers():
     x = torch.randn(6, 3, 16)
     assert torch.equal(layer.SeqToANNContainer(LeakyClamp(16))(x), LeakyClamp(16)(x))
@@ -200,6 +206,7 @@ def test_inside_spikingjellys_containers():
     assert torch.equal(net(X), node()(X))
 
 
+@pytest.mark.quick
 @pytest.mark.skipif(SPIKINGJELLY_2, reason="release 2 chooses its backends by itself")
 def test_set_backend_switches_our_nodes_with_theirs(monkeypatch):
     monkeypatch.setattr(

@@ -59,6 +59,7 @@ def whole(net: nn.Module, x_seq: Tensor = X) -> Tensor:
     return other(x_seq)
 
 
+@pytest.mark.quick
 def test_another_batch_size_is_refused_and_the_state_is_still_there(made: nn.Module) -> None:
     expected = whole(made)
     first = made(X[:4])
@@ -77,6 +78,7 @@ RESETS = {
 }
 
 
+@pytest.mark.quick
 def test_every_reset_begins_anew(made: nn.Module) -> None:
     expected = whole(made)
     for reset in RESETS["AssociativeSynaptic" if isinstance(made, Steps) else "node"]:
@@ -86,6 +88,7 @@ def test_every_reset_begins_anew(made: nn.Module) -> None:
         reset(made)
 
 
+@pytest.mark.quick
 def test_the_state_moves_along_to_another_dtype(made: nn.Module) -> None:
     """float64 goes on in float64 from where float32 was."""
     made(X[:4])
@@ -99,6 +102,7 @@ def test_the_state_moves_along_to_another_dtype(made: nn.Module) -> None:
     assert torch.equal(after.float(), whole(made.float())[4:])
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_takes_nothing_from_the_state(made: nn.Module, dtype: torch.dtype) -> None:
     made(X[:4])
@@ -196,6 +200,7 @@ def test_input_of_another_dtype_goes_on_from_the_state(made: nn.Module) -> None:
     assert torch.equal(torch.cat((first, rest.float())), expected)
 
 
+@pytest.mark.quick
 def test_a_freed_graph_is_named_and_detaching_cures_it(made: nn.Module) -> None:
     made(X).sum().backward()
     # With kernels our sentence, which names the cure; where the reference runs, torch's own.
@@ -221,6 +226,7 @@ def test_backward_twice_is_fine_where_the_graph_is_kept(made: nn.Module) -> None
     assert all(torch.allclose(2 * a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["deepcopy", "pickle"]
 )
@@ -279,6 +285,7 @@ def test_foreign_neurons_in_a_layer_see_whole_sequences_too() -> None:
         assert torch.equal(part(X), expected)
 
 
+@pytest.mark.quick
 def test_an_error_on_the_way_leaves_the_state_alone(made: nn.Module) -> None:
     expected = whole(made)
     first = made(X[:4])
@@ -287,6 +294,7 @@ def test_an_error_on_the_way_leaves_the_state_alone(made: nn.Module) -> None:
     assert torch.equal(torch.cat((first, made(X[4:]))), expected)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_hold_nothing_that_a_call_could_leave_behind(name: str) -> None:
     """Any batch size, twice backward, a copy in between: each call is the first."""
@@ -344,6 +352,7 @@ def trained() -> tuple[nn.Module, Tensor]:
     return net, expected
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("way", ["state_dict", "safetensors", "whole module"])
 def test_saving_and_loading(way: str, tmp_path) -> None:
     """The three habits; what is held is no weight and is not in the files of weights."""

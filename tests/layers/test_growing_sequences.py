@@ -10,6 +10,8 @@ from nord_snn.layers import CoFiringResonance, NordBlock, SequenceCache, SpikeFe
 from nord_snn.neurons import AssociativeLIFNode, DenseActivation
 from nord_snn.neurons.detection import emits_binary_spikes
 
+pytestmark = pytest.mark.quick
+
 
 class Memory:
     """The plainest thing that remembers."""

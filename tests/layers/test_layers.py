@@ -18,6 +18,8 @@ from nord_snn.layers import (
 )
 from nord_snn.neurons import AssociativeLIFNode
 
+pytestmark = pytest.mark.quick
+
 SMALL = partial(AssociativeLIFNode, n_clusters=4)
 
 

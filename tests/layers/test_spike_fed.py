@@ -10,6 +10,8 @@ from nord_snn.monitor import EnergyProfiler, SpikeMonitor, profile_energy
 from nord_snn.neurons import AssociativeLIFNode, DenseActivation, fire_from_rest
 from nord_snn.ops.topk_resonance.reference import reference
 
+pytestmark = pytest.mark.quick
+
 
 def node(n):
     return AssociativeLIFNode(n, n_clusters=4)

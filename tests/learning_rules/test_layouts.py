@@ -16,6 +16,8 @@ from nord_snn.learning_rules import STDP, RewardModulatedSTDP, TripletSTDP
 from nord_snn.learning_rules.learner import _geometry
 from nord_snn.ops import reward_modulated_stdp, stdp, triplet_stdp
 
+pytestmark = pytest.mark.quick
+
 RULES = [(STDP, stdp), (TripletSTDP, triplet_stdp)]
 
 

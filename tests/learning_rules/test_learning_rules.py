@@ -13,6 +13,8 @@ from nord_snn.learning_rules import STDP, GivenReward, RewardModulatedSTDP
 from nord_snn.neurons import AssociativeLIFNode
 from nord_snn.ops import stdp
 
+pytestmark = pytest.mark.quick
+
 
 class Scripted(nn.Module):
     """A neuron that fires what it is told to."""

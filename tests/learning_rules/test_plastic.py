@@ -22,6 +22,8 @@ from nord_snn.learning_rules import (
 from nord_snn.neurons import AssociativeLIFNode
 from nord_snn.ops import reward_from_loss
 
+pytestmark = pytest.mark.quick
+
 
 def network(**more):
     net = nn.Sequential(nn.Linear(6, 4, bias=False), AssociativeLIFNode(4, n_clusters=2, step_mode="m"))

@@ -15,6 +15,8 @@ from nord_snn.monitor import CONVENTIONS, EnergyProfiler, profile_energy
 from nord_snn.neurons import AssociativeLIFNode
 from nord_snn.ops import OpCost, associative_lif, resonance
 
+pytestmark = pytest.mark.quick
+
 
 def spikes(*shape, rate=0.3):
     return (torch.rand(shape) < rate).float()

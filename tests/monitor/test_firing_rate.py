@@ -14,6 +14,7 @@ from nord_snn.monitor import SpikeMonitor
 from nord_snn.neurons import AssociativeLIFNode
 
 
+@pytest.mark.quick
 def test_rates_are_the_means_of_the_outputs_over_all_calls():
     net = nn.Sequential(AssociativeLIFNode(8, n_clusters=4, step_mode="m"), nn.Linear(8, 4), LIFNode(step_mode="m"))
     x = torch.rand(6, 3, 8)
@@ -31,6 +32,7 @@ def test_rates_are_the_means_of_the_outputs_over_all_calls():
     assert monitor.rates() == {}
 
 
+@pytest.mark.quick
 def test_what_a_copy_of_the_network_does_is_not_counted():
     net = nn.Sequential(AssociativeLIFNode(8, n_clusters=4, step_mode="m"))
     with SpikeMonitor(net) as monitor:
@@ -48,6 +50,7 @@ def test_a_network_without_neurons_is_refused():
         SpikeMonitor(nn.Linear(2, 2))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("init_hidden", [False, True])
 def test_neurons_of_snntorch_are_counted_once(init_hidden):
     snntorch = pytest.importorskip("snntorch")
@@ -88,6 +91,7 @@ def test_activity_is_that_of_the_recorded_spikes():
     assert activity.rate == pytest.approx(monitor.rates()[""]) == pytest.approx(activity.per_neuron.mean().item())
 
 
+@pytest.mark.quick
 def test_single_steps_are_the_sequence():
     """A node at rest begins one, so a reset begins the next."""
     x = 3 * torch.rand(6, 3, 8)
@@ -146,6 +150,7 @@ def test_without_rest_a_saturated_neuron_fires_in_every_step():
     assert monitor.activity()[""].saturated.tolist() == [False, True]
 
 
+@pytest.mark.quick
 def test_zones_are_means_over_neurons_and_not_over_layers():
     block = NordBlock(16, 2, 64, neuron=lambda n: AssociativeLIFNode(n, n_clusters=4))
     zones = {"binding": ["resonance"], "both": ["resonance.lif_q", "ffn"], "all": [""]}
@@ -218,6 +223,7 @@ def test_compiled_networks_are_counted_whenever_the_monitor_comes(inside):
             assert monitor.rates() == pytest.approx(plain.rates())
 
 
+@pytest.mark.quick
 def test_a_monitor_leaves_no_hook_behind():
     net = NordBlock(16, 2, 32, neuron=lambda n: AssociativeLIFNode(n, n_clusters=4))
     SpikeMonitor(net).close()

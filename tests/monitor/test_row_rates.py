@@ -17,6 +17,7 @@ def node(n):
     return AssociativeLIFNode(n, n_clusters=4)
 
 
+@pytest.mark.quick
 def test_every_row_has_the_mean_of_its_own_spikes():
     net = nn.Sequential(AssociativeLIFNode(12, n_clusters=4, step_mode="m"))
     x = 2 * torch.rand(7, 3, 5, 12)
@@ -29,6 +30,7 @@ def test_every_row_has_the_mean_of_its_own_spikes():
     assert not net[0]._forward_hooks
 
 
+@pytest.mark.quick
 def test_a_row_is_what_it_is_in_any_batch():
     """Of tokens, too: what stands behind one does not change it."""
     torch.manual_seed(0)
@@ -45,6 +47,7 @@ def test_a_row_is_what_it_is_in_any_batch():
         assert torch.equal(rates[1:, :4], part[name])
 
 
+@pytest.mark.quick
 def test_means_over_rows_are_the_rates_of_the_layers():
     block = NordBlock(16, 2, 32, neuron=node)
     with RowRates(block) as rows, SpikeMonitor(block) as monitor:

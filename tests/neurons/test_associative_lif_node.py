@@ -13,6 +13,8 @@ import nord_snn
 from nord_snn.neurons import AssociativeCascade, AssociativeLIFNode, fire_from_rest, make_neuron
 from nord_snn.ops import associative_lif
 
+pytestmark = pytest.mark.quick
+
 
 def node(**more):
     """A small node in step mode m."""

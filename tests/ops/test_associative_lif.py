@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from nord_snn.ops import SURROGATES, AssociativeLIFState, associative_lif, dispatch, which_backend
 from nord_snn.ops.__main__ import table as backend_table
 
+pytestmark = pytest.mark.quick
+
 CASES = load_reference("neuron")
 EPSILON = 1e-5  # spikes must agree wherever |u - threshold| is larger
 

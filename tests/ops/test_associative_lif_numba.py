@@ -93,6 +93,7 @@ def assert_equal(leaves, refractory, **more):
         assert (got - expected).norm() <= 1e-4 * torch.maximum(expected.norm(), scale), name
 
 
+@pytest.mark.quick
 @settings(deadline=None, max_examples=60)
 @given(
     T=st.integers(1, 7),
@@ -108,6 +109,7 @@ def test_everything_equals_the_reference(T, N, width, with_state, refractory_ste
     assert_equal(leaves, refractory, refractory_steps=refractory_steps)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_surrogate_of_the_table(surrogate, dtype):
@@ -116,6 +118,7 @@ def test_every_surrogate_of_the_table(surrogate, dtype):
     assert_equal(leaves, refractory, surrogate=surrogate, alpha=2.5)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("surrogate", SURROGATES)
 def test_what_fills_the_last_vector_up_adds_nothing(surrogate):
     """Six neurons in a vector of sixteen; at a distance of exactly -1 a mistake there would divide by zero."""
@@ -126,6 +129,7 @@ def test_what_fills_the_last_vector_up_adds_nothing(surrogate):
     assert_equal(leaves, refractory, surrogate=surrogate, v_reset=-1.0)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_in_and_out_and_float32_inside(dtype):
     leaves, refractory = leaves_for(6, 9, 24, 4, True, dtype)
@@ -148,6 +152,7 @@ def test_a_threshold_below_v_reset_fires_while_refractory():
     assert_equal(leaves, refractory)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("part", ["spikes", "v_seq", "v", "i_syn"])
 def test_gradients_through_one_output_alone(part):
     leaves, refractory = leaves_for(5, 4, 12, 3, True)

@@ -457,10 +457,15 @@ def applies(op: str, backend: str, mode: str) -> bool:
     return mode != "second-derivative" or op not in WITHOUT_GRADIENT
 
 
+def marks(lane: str, mode: str) -> list[pytest.MarkDecorator]:
+    """A GPU is needed, or it is quick: everything on a CPU that does not have to be traced or compiled first."""
+    if lane == "gpu":
+        return [pytest.mark.gpu]
+    return [pytest.mark.quick] if lane == "cpu" and mode not in ("opcheck", "compiled") else []
+
+
 EVERYTHING = [
-    pytest.param(
-        lane, op, backend, mode, id=f"{lane}/{op}/{backend}/{mode}", marks=[pytest.mark.gpu] if lane == "gpu" else []
-    )
+    pytest.param(lane, op, backend, mode, id=f"{lane}/{op}/{backend}/{mode}", marks=marks(lane, mode))
     for lane, pairs in LANES.items()
     for op, backend in pairs
     for mode in MODES

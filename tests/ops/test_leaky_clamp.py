@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from nord_snn.ops import leaky_clamp
 
+pytestmark = pytest.mark.quick
+
 
 @settings(deadline=None, max_examples=80)
 @given(

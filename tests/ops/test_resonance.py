@@ -27,6 +27,7 @@ def backend(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("case", CASES)
 def test_counts_kept_keys_and_context_are_the_expected_ones(case):
     q, k = case["q"].float(), case["k"].float()
@@ -43,6 +44,7 @@ def spikes(*shape, rate=0.3):
     return (torch.rand(*shape) < rate).float()
 
 
+@pytest.mark.quick
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(n=st.integers(1, 9), top_k=st.integers(1, 9), values=st.integers(1, 4), seed=st.integers(0, 999))
 def test_among_equals_the_most_recent_wins(n, top_k, values, seed):
@@ -59,6 +61,7 @@ def test_silence_binds_to_the_most_recent_positions():
     assert context.flatten().tolist() == [0.0, 0.5, 1.5, 2.5, 3.5]
 
 
+@pytest.mark.quick
 def test_a_later_position_never_changes_an_earlier_one():
     q, k, v = spikes(4, 2, 7, 8), spikes(4, 2, 7, 8), torch.randn(2, 7, 8)
     arguments = {"n_heads": 2, "top_k": 3, "temperature": 0.4}
@@ -83,6 +86,7 @@ def test_a_negative_temperature_prefers_the_least_coincident():
         assert context[0, 2].argmax().item() == best
 
 
+@pytest.mark.quick
 def test_recency_prefers_what_is_near():
     q = k = torch.ones(1, 1, 4, 2)
     v = torch.eye(4)[None, :, :2].repeat(1, 1, 1)
@@ -92,6 +96,7 @@ def test_recency_prefers_what_is_near():
     assert (sloped[0, 2:, 1] < flat[0, 2:, 1]).all()  # head 1 hears less of position 1, the farther the less
 
 
+@pytest.mark.quick
 def test_heads_do_not_mix():
     q, k, v = spikes(3, 1, 5, 6), spikes(3, 1, 5, 6), torch.randn(1, 5, 6)
     together = resonance(q, k, v, n_heads=2, top_k=3, temperature=0.5)
@@ -101,6 +106,7 @@ def test_heads_do_not_mix():
     assert torch.equal(together, torch.cat(alone, -1))
 
 
+@pytest.mark.quick
 def test_gradients_of_what_is_smooth():
     """With the kept keys fixed (top_k = S), everything is smooth in q, k, v, temperature and recency."""
     q, k = spikes(3, 1, 4, 4).double().requires_grad_(), spikes(3, 1, 4, 4).double().requires_grad_()
@@ -388,6 +394,7 @@ def test_counts_are_exact_under_autocast():
     assert (context[0, 1] == 1.0).all()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("shapes", "change", "message"),
     [

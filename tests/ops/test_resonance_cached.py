@@ -21,6 +21,7 @@ def heads(v, n_heads):
     return v.unflatten(-1, (n_heads, -1)).transpose(1, 2)
 
 
+@pytest.mark.quick
 @settings(deadline=None, max_examples=60)
 @given(
     T=st.integers(1, 11),
@@ -90,6 +91,7 @@ def test_long_sequences_token_by_token(backend):
         assert torch.allclose(one[:, 0], whole[:, end - 1], atol=1e-6), end
 
 
+@pytest.mark.quick
 def test_half_precision_values_and_memory_full_of_nan(backend, memory_full_of_nan):
     k = (torch.rand(3, 1, 9, 6) < 0.5).float()
     v = torch.randn(1, 9, 6)
@@ -109,6 +111,7 @@ GOOD = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -7,7 +7,7 @@ from numba import njit
 from nord_snn.ops._numba import simd
 from nord_snn.ops._numba.simd import WIDTH
 
-pytestmark = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+pytestmark = [pytest.mark.quick, pytest.mark.parametrize("dtype", [np.float32, np.float64])]
 
 
 @njit

@@ -16,6 +16,7 @@ from nord_snn.ops.plasticity.reference import Pairing, Traces, reference
 CASES = load_reference("stdp")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("case", CASES)
 def test_weight_change_and_rewards_are_the_expected_ones(case):
     constants = {name: case[name] for name in ("tau_plus", "tau_minus", "a_plus", "a_minus")}
@@ -38,6 +39,7 @@ def brute_force(pre, post, tau_plus, tau_minus, a_plus, a_minus):
     return delta
 
 
+@pytest.mark.quick
 @settings(deadline=None, max_examples=40)
 @given(
     T=st.integers(1, 8),
@@ -136,18 +138,21 @@ def test_low_precision_and_bool_spikes_are_summed_in_float32():
         assert state.pre.dtype == torch.float32
 
 
+@pytest.mark.quick
 def test_pre_before_post_strengthens_and_the_reverse_weakens():
     early, late = torch.tensor([1.0, 0.0, 0.0]).reshape(3, 1, 1), torch.tensor([0.0, 0.0, 1.0]).reshape(3, 1, 1)
     assert stdp(early, late)[0].item() == pytest.approx(0.005 * math.exp(-2 / 20))
     assert stdp(late, early)[0].item() == pytest.approx(-0.005 * math.exp(-2 / 20))
 
 
+@pytest.mark.quick
 def test_the_reward_is_positive_below_the_baseline():
     assert reward_from_loss(2.0, 3.0) > 0 > reward_from_loss(4.0, 3.0)
     assert reward_from_loss(3.0, 3.0) == 0
     assert -1 <= reward_from_loss(1e9, 0.0) < reward_from_loss(-1e9, 0.0) <= 1
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("pre", "post", "change", "message"),
     [

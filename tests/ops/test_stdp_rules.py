@@ -91,6 +91,7 @@ def random_spikes(shape, seed, rate=0.4):
     return (torch.rand(shape, generator=generator) < rate).double()
 
 
+@pytest.mark.quick
 @settings(deadline=None, max_examples=30)
 @given(
     T=st.integers(1, 7), N=st.integers(1, 3), cut=st.integers(1, 7), chunk=st.integers(1, 5), seed=st.integers(0, 999)
@@ -108,6 +109,7 @@ def test_triplets_are_all_triplets_and_can_be_cut_anywhere(T, N, cut, chunk, see
             assert torch.allclose(first + second, stronger - weaker, atol=1e-12)
 
 
+@pytest.mark.quick
 def test_without_triplets_it_is_the_pair_rule():
     pre, post = random_spikes((9, 4, 5), 0), random_spikes((9, 4, 3), 1)
     pairs = {**TRIPLET, "a3_plus": 0.0, "a3_minus": 0.0}
@@ -221,6 +223,7 @@ def test_a_batch_is_the_sum_of_its_samples(rule, weakens):
     assert error < 1e-6 * rule(pre, post, **{weakens: 0.0})[0].norm()
 
 
+@pytest.mark.quick
 def test_multiplicative_changes_vanish_at_the_bounds_and_never_turn_round():
     pre, post = torch.ones(3, 1, 3), torch.ones(3, 1, 1)
     weight = torch.tensor([[1.0, 1.7, 0.35]])
@@ -249,6 +252,7 @@ def test_no_memory_for_each_row_of_its_own(monkeypatch):
     assert largest <= pre.numel() * 4
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("call", "message"),
     [

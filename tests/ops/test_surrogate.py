@@ -8,6 +8,8 @@ from spikingjelly.activation_based import surrogate as sj
 
 from nord_snn.ops import SURROGATES, spike
 
+pytestmark = pytest.mark.quick
+
 X = torch.linspace(-2, 2, 401, dtype=torch.float64)
 
 

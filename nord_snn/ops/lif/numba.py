@@ -1,7 +1,7 @@
 """The associative LIF neuron on the CPU: Numba kernels that pass over memory once, with rows in parallel.
 
 A block of rows is computed for all time steps while its state stays in the cache. The backward pass recomputes the
-block forward and then goes through the steps in reverse. ``ops/_numba/simd.py`` explains the explicit vectors and
+block forward and then goes through the steps in reverse. The README of this folder explains the explicit vectors and
 pointers.
 """
 
