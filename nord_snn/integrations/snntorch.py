@@ -10,7 +10,7 @@ from nord_snn._compat.snntorch import SynapticWithOwnState
 from nord_snn._compat.torch import StatePrecisionMixin, detached_state, is_view
 from nord_snn.neurons import AssociativeLIFNode
 from nord_snn.ops import AssociativeLIFState
-from nord_snn.ops.checks import check_features, compute_dtype
+from nord_snn.ops.checks import compute_dtype
 from nord_snn.ops.surrogate import SurrogateLike
 
 __all__ = ["AssociativeSynaptic", "MultiStep"]
@@ -89,6 +89,7 @@ class AssociativeSynaptic(SynapticWithOwnState):
         if unsupported := sorted(_UNSUPPORTED & more.keys()):
             raise TypeError(f"AssociativeSynaptic subtracts its threshold at once and has no {', '.join(unsupported)}")
         super().__init__(init_hidden, output)
+        learned = {"beta_syn": learn_alpha, "beta_mem": learn_beta, "threshold": learn_threshold}
         self.node = _StrictNode(
             n_features,
             n_clusters,
@@ -97,11 +98,9 @@ class AssociativeSynaptic(SynapticWithOwnState):
             beta_syn=alpha,
             surrogate=spike_grad,
             step_mode="s",
+            learnable=[name for name, learned in learned.items() if learned],
             **more,
         )
-        self.node.beta_syn_logit.requires_grad_(learn_alpha)
-        self.node.beta_mem_logit.requires_grad_(learn_beta)
-        self.node.v_threshold.requires_grad_(learn_threshold)
         for name in ("_syn", "_mem", "_refractory"):
             self.register_buffer(name, torch.zeros(0), persistent=False)
         self._syn: Tensor
@@ -155,7 +154,7 @@ class AssociativeSynaptic(SynapticWithOwnState):
         self, input_: Tensor, syn: Tensor | None = None, mem: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Run one time step."""
-        check_features(input_, self.node.n_features, type(self).__name__, "[N, *, D]")
+        self.node.check_input(input_, "s")
         if self.init_hidden and not (syn is None and mem is None):
             raise TypeError("with init_hidden=True the states are kept here: pass neither syn nor mem")
         if (syn is None) != (mem is None):

@@ -18,7 +18,7 @@ from nord_snn.ops import AssociativeLIFState, BackendChoice, Dynamics, OpCost, a
 from nord_snn.ops.cascade import check_clusters
 from nord_snn.ops.checks import check_features, compute_dtype
 from nord_snn.ops.dispatch import BACKENDS
-from nord_snn.ops.lif.cost import associative_update_cost
+from nord_snn.ops.lif.cost import associative_update_cost, lif_update_cost
 from nord_snn.ops.lif.op import associative_lif_backend
 from nord_snn.ops.lif.reference import PUBLISHED
 from nord_snn.ops.surrogate import SurrogateLike, resolve_surrogate
@@ -103,7 +103,7 @@ class AssociativeLIFNode(StatefulNode):
         lazy = n_features is None and cls is AssociativeLIFNode
         return super().__new__(LazyAssociativeLIFNode if lazy else cls)
 
-    def __getnewargs__(self) -> tuple[int]:
+    def __getnewargs__(self) -> tuple[int | None]:
         """Return the argument of ``__new__`` for copies and pickles."""
         return (self.n_features,)
 
@@ -189,7 +189,8 @@ class AssociativeLIFNode(StatefulNode):
         names = LEARNABLE if learnable else arguments.pop("learnable")
         neurons = cls(n_features, channel_dim=channel_dim, backend=backend, **arguments | {"learnable": names})
         if type(node).__name__ == "ParametricLIFNode":  # it learns 1 / tau = sigmoid(w)
-            neurons._initial["beta_mem_logit"] = -node.w.detach().double()
+            w: Any = node.w
+            neurons._initial["beta_mem_logit"] = -w.detach().double()
             neurons.reset_parameters()
         return neurons
 
@@ -228,14 +229,15 @@ class AssociativeLIFNode(StatefulNode):
             detach_reset=dynamics.detach_reset,
             **node_options,
         )
-        self.beta_mem_logit: nn.Parameter | None
-        self.beta_syn_logit: nn.Parameter | None
+        self.beta_mem_logit: Any  # None where the decay is a constant
+        self.beta_syn_logit: Any
         self.v: float | Tensor
         self.i_syn: float | Tensor
         self.refractory: int | Tensor
         self.register_memory("i_syn", 0.0)
         self.register_memory("refractory", 0)
-        self.n_features, self.alpha, self.backend, self.channel_dim = n_features, alpha, backend, channel_dim
+        self.n_features = cast(int, n_features)  # None in a lazy node until its first call
+        self.alpha, self.backend, self.channel_dim = alpha, backend, channel_dim
         self.v_reset, self.refractory_steps, self.dynamics = v_reset, refractory_steps, dynamics
         if not hasattr(self, "v_seq"):  # a memory in SpikingJelly 0.0.0.0.14, which reset() clears
             self.register_memory("v_seq", None)
@@ -307,7 +309,7 @@ class AssociativeLIFNode(StatefulNode):
         surrogate, _ = known_surrogate(self.surrogate_function, self.alpha)
         decays = [logit for logit in (self.beta_mem_logit, self.beta_syn_logit) if logit is not None]
         n_decays = max((len(logit) for logit in decays), default=1)
-        x = x.movedim(self._dimension(x.ndim), -1)
+        x = x.movedim(self._dimension(self._step_ndim(x)), -1)
         return associative_lif_backend(x, self.backend, surrogate, clusters, self.dynamics, n_decays)
 
     def forward(self, x: Tensor, *, stateless: bool = False) -> Tensor:
@@ -321,7 +323,7 @@ class AssociativeLIFNode(StatefulNode):
             Zeros and ones in the shape and dtype of ``x``.
         """
         multi = self.step_mode == "m"
-        self._check_input(x, multi)
+        self.check_input(x, self.step_mode)
         x_seq = x if multi else x.unsqueeze(0)
         rest = self.dynamics.v_rest
         stored: _States = (rest, 0.0, 0) if stateless else (self.v, self.i_syn, self.refractory)
@@ -335,16 +337,27 @@ class AssociativeLIFNode(StatefulNode):
             self.v_seq = v_seq if earlier is None else torch.cat((earlier, v_seq))
         return spikes if multi else spikes.squeeze(0)
 
-    def _dimension(self, ndim: int) -> int:
-        """Return the dimension of the neurons, counted from the end, in an input with ``ndim`` dimensions."""
-        if self.channel_dim is None or self.channel_dim < 0:
-            return -1 if self.channel_dim is None else self.channel_dim
-        return self.channel_dim - (ndim - 1 if self.step_mode == "m" else ndim)
+    def _dimension(self, step_ndim: int) -> int:
+        """Return the dimension of the neurons, counted from the end, where a time step has ``step_ndim`` dimensions."""
+        if self.channel_dim is None:
+            return -1
+        return self.channel_dim if self.channel_dim < 0 else self.channel_dim - step_ndim
 
-    def _check_input(self, x: Tensor, multi: bool) -> None:
+    def _step_ndim(self, x: Tensor) -> int:
+        """Return the number of dimensions of a time step of an input in the node's step mode."""
+        return x.ndim - (self.step_mode == "m")
+
+    def check_input(self, x: Tensor, step_mode: str) -> None:
+        """Raise unless ``x`` is an input for this step mode: a floating tensor with D neurons at ``channel_dim``.
+
+        Raises:
+            TypeError: it is not a floating tensor.
+            ValueError: its rank or width is wrong, or it may have channels where the last dimension is taken for neurons.
+        """
+        multi = step_mode == "m"
         layout = "[T, N, *, D]" if multi else "[N, *, D]"
-        dim = self._dimension(x.ndim) if isinstance(x, Tensor) else -1
-        n_features = cast(int, self.n_features)
+        dim = self._dimension(x.ndim - multi) if isinstance(x, Tensor) else -1
+        n_features = self.n_features
         if dim == -1:
             self._check_last(x, n_features, layout, multi)
             return
@@ -407,7 +420,7 @@ class AssociativeLIFNode(StatefulNode):
     def _run(
         self, x_seq: Tensor, states: AssociativeLIFState | None, return_v_seq: bool = False
     ) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
-        dim = self._dimension(x_seq.ndim)
+        dim = self._dimension(x_seq.ndim - 1)
         if dim != -1 and x_seq.movedim(dim, -1).is_contiguous():  # images in the memory format channels_last
             moved = None if states is None else AssociativeLIFState(*(part.movedim(dim, -1) for part in states))
             spikes, v_seq, state = self._run_op(x_seq.movedim(dim, -1), moved, return_v_seq, -1)
@@ -450,7 +463,9 @@ class AssociativeLIFNode(StatefulNode):
 
     def update_cost(self, spikes: Tensor) -> OpCost:
         """Return what the updates that gave ``spikes`` cost, cascade included."""
-        spikes = spikes.movedim(self._dimension(spikes.ndim), -1)
+        if self.cascade is None and self.beta_syn_logit is None and self.refractory_steps == 0:
+            return lif_update_cost(spikes)
+        spikes = spikes.movedim(self._dimension(self._step_ndim(spikes)), -1)
         return associative_update_cost(spikes, None if self.cascade is None else self.cascade.n_clusters)
 
     def extra_repr(self) -> str:
@@ -471,7 +486,7 @@ class AssociativeLIFNode(StatefulNode):
         return ", ".join(parts)
 
 
-class LazyAssociativeLIFNode(LazyModuleMixin, AssociativeLIFNode):  # type: ignore[misc]
+class LazyAssociativeLIFNode(LazyModuleMixin, AssociativeLIFNode):
     """An :class:`AssociativeLIFNode` whose width is found at the first call; it then becomes one.
 
     As in ``nn.LazyLinear``, its parameters are ``UninitializedParameter`` until then; optimizers may hold them, and its state
@@ -482,15 +497,14 @@ class LazyAssociativeLIFNode(LazyModuleMixin, AssociativeLIFNode):  # type: igno
 
     def initialize_parameters(self, x: Tensor, **_: Any) -> None:
         """Take width and, if it is not given, ``channel_dim`` from the first input."""
-        multi = self.step_mode == "m"
-        ndim = x.ndim - multi
+        ndim = self._step_ndim(x)
         if ndim < 2:
             raise ValueError(
-                f"{type(self).__name__} expects {'[T, N, *, D]' if multi else '[N, *, D]'}, got {list(x.shape)}"
+                f"{type(self).__name__} expects {'[T, N, *, D]' if self.step_mode == 'm' else '[N, *, D]'}, got {list(x.shape)}"
             )
         if self.channel_dim is None and ndim >= 4:
             self.channel_dim = 1
-        width = x.shape[self._dimension(x.ndim)]
+        width = x.shape[self._dimension(ndim)]
         loaded = not is_lazy(self.v_threshold)
         if loaded and len(self.v_threshold) != width:
             raise ValueError(
@@ -513,8 +527,8 @@ class LazyAssociativeLIFNode(LazyModuleMixin, AssociativeLIFNode):  # type: igno
             self.cascade.n_features = width
 
 
-def _parameter(size: int | None, learned: bool) -> nn.Parameter:
-    return UninitializedParameter(learned) if size is None else nn.Parameter(torch.empty(size), learned)
+def _parameter(size: int | None, learned: bool) -> Any:
+    return UninitializedParameter(requires_grad=learned) if size is None else nn.Parameter(torch.empty(size), learned)
 
 
 def _make_cascade(

@@ -1,5 +1,7 @@
 """The associative cascade as a module: learnable coupling between clusters of neurons."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -67,12 +69,12 @@ class AssociativeCascade(nn.Module):
         return f"n_features={self.n_features}, n_clusters={self.n_clusters}, radius={self.radius}"
 
 
-class LazyAssociativeCascade(LazyModuleMixin, AssociativeCascade):  # type: ignore[misc]
+class LazyAssociativeCascade(LazyModuleMixin, AssociativeCascade):
     """An :class:`AssociativeCascade` whose number of clusters follows from the width, which is found at the first call."""
 
     cls_to_become = AssociativeCascade
-    weight: UninitializedParameter
-    gain: UninitializedParameter
+    weight: Any
+    gain: Any
 
     def __init__(self, radius: int = 3, gain: float = 0.8) -> None:
         super().__init__(1, 1, radius, gain)

@@ -99,4 +99,5 @@ def known_surrogate(surrogate: Any, alpha: float) -> tuple[Any, float]:
     name = {"ATan": "atan", "Sigmoid": "sigmoid"}.get(type(surrogate).__name__)
     if name is None or not getattr(surrogate, "spiking", False):
         return surrogate, alpha
-    return name, float(surrogate.alpha)
+    sharpness: Any = surrogate.alpha
+    return name, float(sharpness)

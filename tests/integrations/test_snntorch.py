@@ -307,3 +307,13 @@ def test_misuse_is_named():
         readout(torch.rand(3, 2, 4))
     ffn = SpikingFeedForward(4, 8, neuron=lambda n: MultiStep(snntorch.Leaky(beta=0.9, init_hidden=True)))
     assert ffn(torch.rand(3, 2, 4)).shape == (3, 2, 4)
+
+
+def test_channels_behind_a_convolution_are_named():
+    """12 channels of 12 x 12 places: the last dimension is not taken for the neurons in silence."""
+    neuron = AssociativeSynaptic(12, n_clusters=4)
+    with pytest.raises(ValueError, match="12 channels: pass channel_dim=1"):
+        neuron(torch.rand(2, 12, 12, 12))
+    x = torch.rand(2, 12, 3, 5)
+    spk, syn, mem = AssociativeSynaptic(12, n_clusters=4, channel_dim=1)(x)
+    assert spk.shape == syn.shape == mem.shape == x.shape

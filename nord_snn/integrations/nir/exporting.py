@@ -25,6 +25,7 @@ from nord_snn.layers import (
     SpikingFeedForward,
 )
 from nord_snn.neurons import AssociativeCascade, AssociativeLIFNode, fire_from_rest
+from nord_snn.ops import Dynamics
 from nord_snn.ops.checks import compute_dtype
 
 __all__ = ["Exporter", "deviation", "export_to_nir"]
@@ -214,6 +215,15 @@ class Exporter:
 
     def constants(self, node: AssociativeLIFNode) -> dict[str, np.ndarray]:
         """Return the constants of a CubaLIF, in float64: rounding a time constant would change the decay."""
+        if node.dynamics != Dynamics() or node.beta_syn_logit is None or len(node.beta_mem_logit) > 1:
+            raise ValueError(
+                "export_to_nir writes neurons with the published dynamics, a synaptic current, and one decay for all neurons; "
+                f"this one has {node.dynamics}, beta_syn {_described(node.beta_syn)} and beta_mem {_described(node.beta_mem)}"
+            )
+        if node.channel_dim not in (None, -1):
+            raise ValueError(
+                f"export_to_nir writes neurons in the last dimension, this one has channel_dim={node.channel_dim}"
+            )
         if node.refractory_steps and not self.approximate:
             raise ValueError(
                 f"NIR cannot express the refractory hold (refractory_steps={node.refractory_steps}): train with "
@@ -349,6 +359,10 @@ def _check_neurons(owner: nn.Module, name: str, neurons: nn.Module) -> None:
         raise ValueError(
             f"cannot export {type(owner).__name__} with {type(neurons).__name__} as its {name}: only with AssociativeLIFNode"
         )
+
+
+def _described(beta: Tensor) -> str:
+    return f"{beta.item():.3g}" if len(beta) == 1 else "per neuron"
 
 
 def _array(x: Tensor) -> np.ndarray:

@@ -1,0 +1,314 @@
+"""AssociativeLIFNode in networks of others: a width found at the first call, channels, SpikingJelly's arguments, like()."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from helpers import relative_error
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from nord_snn.neurons import PRESETS, AssociativeLIFNode
+
+IMAGES = 2 * torch.rand(4, 2, 6, 3, 5, generator=torch.Generator().manual_seed(0))
+
+
+def lazy(**more):
+    return AssociativeLIFNode(step_mode="m", **more)
+
+
+# ---- the width
+
+
+@pytest.mark.parametrize(
+    ("shape", "width", "channel_dim"), [((4, 2, 7), 7, None), ((4, 2, 3, 7), 7, None), ((4, 2, 6, 3, 5), 6, 1)]
+)
+def test_the_width_is_found_at_the_first_call(shape, width, channel_dim):
+    node = lazy()
+    assert node.n_features is None
+    node(torch.rand(shape))
+    assert type(node) is AssociativeLIFNode
+    assert (node.n_features, node.channel_dim, len(node.v_threshold)) == (width, channel_dim, width)
+
+
+def test_an_optimizer_made_before_the_first_call_trains_the_thresholds():
+    node = lazy()
+    optimizer = torch.optim.SGD(node.parameters(), lr=0.1)
+    node(IMAGES).sum().backward()
+    before = node.v_threshold.detach().clone()
+    optimizer.step()
+    assert not torch.equal(node.v_threshold, before)
+
+
+@pytest.mark.parametrize("clusters", [None, "auto", 3])
+@pytest.mark.parametrize(("saved_called", "loaded_called"), [(True, True), (True, False), (False, False)])
+def test_state_dicts_before_and_after_the_first_call(clusters, saved_called, loaded_called):
+    """As with nn.LazyLinear: parameters found at the first call load into a node that has not been called."""
+    nodes = lazy(n_clusters=clusters), lazy(n_clusters=clusters)
+    for node, called in zip(nodes, (saved_called, loaded_called), strict=True):
+        if called:
+            node(IMAGES)
+            functional.reset_net(node)
+    if saved_called:
+        with torch.no_grad():
+            for parameter in nodes[0].parameters():
+                parameter.add_(0.01)
+    file = io.BytesIO()
+    torch.save(nodes[0].state_dict(), file)
+    file.seek(0)
+    nodes[1].load_state_dict(torch.load(file, weights_only=saved_called))
+    assert torch.equal(nodes[0](IMAGES), nodes[1](IMAGES))
+    assert [len(p) for p in nodes[1].parameters()] == [len(p) for p in nodes[0].parameters()]
+
+
+def test_parameters_of_another_width_do_not_load():
+    trained, other = lazy(), lazy()
+    trained(IMAGES)
+    other.load_state_dict(trained.state_dict())
+    with pytest.raises(ValueError, match="the loaded parameters are those of 6 neurons, the first input has 7"):
+        other(torch.rand(4, 2, 7))
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_copies(called):
+    node = lazy(n_clusters="auto")
+    if called:
+        node(IMAGES)
+        functional.reset_net(node)
+        pickled = pickle.loads(pickle.dumps(node))
+        assert torch.equal(pickled(IMAGES), node(IMAGES))
+        functional.reset_net(node)
+    other = copy.deepcopy(node)
+    assert type(other) is type(node)
+    assert torch.equal(other(IMAGES), node(IMAGES))
+
+
+def test_before_the_first_call_parameters_are_uninitialized():
+    node = lazy(n_clusters="auto")
+    assert isinstance(node.v_threshold, UninitializedParameter)
+    assert isinstance(node.cascade.gain, UninitializedParameter)
+    assert "n_features=None" in repr(node)
+
+
+def test_a_given_threshold_must_have_the_width_of_the_input():
+    with pytest.raises(ValueError, match="was given for 5 neurons, the first input has 6"):
+        lazy(threshold=torch.rand(5))(IMAGES)
+    node = lazy(threshold=torch.arange(1.0, 7.0))
+    node(IMAGES)
+    assert node.v_threshold.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_clusters_must_divide_the_width_that_is_found():
+    with pytest.raises(ValueError, match="D = 6 and C = 4"):
+        lazy(n_clusters=4)(IMAGES)
+    node = lazy(n_clusters="auto")
+    node(IMAGES)
+    assert node.cascade.n_clusters == 6
+    assert AssociativeLIFNode(100, n_clusters="auto").cascade.n_clusters == 50
+
+
+# ---- channels
+
+
+@pytest.mark.parametrize("clusters", [None, 3])
+@pytest.mark.parametrize("step_mode", ["m", "s"])
+def test_channels_are_the_last_dimension_of_the_transposed_input(clusters, step_mode):
+    constants = {"n_clusters": clusters, "step_mode": step_mode, "threshold": torch.rand(6) + 0.1, "preset": "nord"}
+    first = AssociativeLIFNode(6, channel_dim=1, store_v_seq=True, **constants)
+    last = AssociativeLIFNode(6, store_v_seq=True, **constants)
+    for x in [IMAGES] if step_mode == "m" else IMAGES:
+        dim = x.ndim - 3
+        spikes = first(x)
+        assert spikes.stride() == x.stride()
+        assert torch.equal(spikes, last(x.movedim(dim, -1)).movedim(-1, dim))
+    assert torch.equal(first.v_seq, last.v_seq.movedim(-1, 2))
+    assert torch.equal(first.v, last.v.movedim(-1, 1))
+
+
+def test_outputs_keep_the_memory_format_of_the_input():
+    x = IMAGES.flatten(0, 1).to(memory_format=torch.channels_last).unflatten(0, (4, 2))
+    node = AssociativeLIFNode(6, None, channel_dim=1, step_mode="m")
+    spikes = node(x)
+    assert spikes.stride() == x.stride()
+    functional.reset_net(node)
+    assert torch.equal(spikes, node(IMAGES))
+
+
+def test_columns_of_an_image_are_not_taken_for_neurons():
+    with pytest.raises(ValueError, match="12 channels: pass channel_dim=1"):
+        AssociativeLIFNode(12, None, step_mode="m")(torch.rand(3, 2, 12, 12, 12))
+    with pytest.raises(ValueError, match="12 channels: pass channel_dim=1"):
+        AssociativeLIFNode(12, None)(torch.rand(2, 12, 8, 8))
+    AssociativeLIFNode(12, None, step_mode="m", channel_dim=-1)(torch.rand(3, 2, 12, 12, 12))
+    with pytest.raises(ValueError, match=r"D at dimension 1 of a time step.*with D = 5, got"):
+        AssociativeLIFNode(5, None, channel_dim=1, step_mode="m")(IMAGES)
+    with pytest.raises(ValueError, match="with D at channel_dim=3 of a time step"):
+        AssociativeLIFNode(5, None, channel_dim=3, step_mode="m")(torch.rand(3, 2, 5))
+
+
+# ---- constants
+
+
+def test_the_preset_follows_from_how_the_neuron_is_made():
+    published, swapped = AssociativeLIFNode(64), AssociativeLIFNode()
+    assert (published.refractory_steps, published.cascade.n_clusters) == (2, 64)
+    assert (swapped.refractory_steps, swapped.cascade, swapped.beta_syn_logit) == (0, None, None)
+    assert AssociativeLIFNode(64, tau=2.0).refractory_steps == 0
+    assert AssociativeLIFNode(64, preset="lif").v_threshold[0] == PRESETS["lif"]["threshold"]
+    with pytest.raises(ValueError, match="unknown preset 'none'"):
+        AssociativeLIFNode(64, preset="none")
+
+
+def test_the_arguments_of_spikingjelly():
+    node = AssociativeLIFNode(
+        6,
+        tau=4.0,
+        v_threshold=1.5,
+        v_reset=None,
+        surrogate_function=surrogate.Sigmoid(3.0),
+        detach_reset=True,
+        decay_input=False,
+    )
+    assert node.beta_mem.item() == pytest.approx(0.75)
+    assert node.v_threshold.tolist() == [1.5] * 6
+    assert (node.dynamics.charge, node.dynamics.detach_reset) == ("sum", True)
+    assert node.which_backend(torch.rand(2, 6)).name in ("numba", "torch")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"v_reset": 0.0}, ValueError, "v_reset=0.0 would have no effect.*pass hard_reset=True"),
+        ({"tau": 2.0, "beta_mem": 0.5}, TypeError, "tau and beta_mem are the same constant"),
+        ({"v_threshold": 1.0, "threshold": 0.5}, TypeError, "v_threshold and threshold are the same constant"),
+        ({"tau": 0.5}, ValueError, "tau must be at least 1 time step, got 0.5"),
+        ({"hard_reset": True}, TypeError, "v_reset must be a number"),
+        ({"refractory_steps": 2}, TypeError, "v_reset must be a number"),
+        ({"learnable": ("tau",)}, ValueError, r"learnable must be names of .*got \['tau'\]"),
+        ({"n_clusters": "all"}, TypeError, "n_clusters must be a number, 'auto' or None, got 'all'"),
+        ({"v_thresh": 1.0}, TypeError, "unexpected keyword argument"),
+    ],
+)
+def test_arguments_that_contradict_each_other_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        AssociativeLIFNode(**arguments)
+
+
+def test_decays_of_every_neuron():
+    betas = torch.tensor([0.2, 0.5, 0.8])
+    node = AssociativeLIFNode(3, None, beta_mem=betas, step_mode="m")
+    assert torch.allclose(node.beta_mem, betas)
+    assert node.beta_syn.shape == (3,)
+    node(torch.rand(5, 2, 3)).sum().backward()
+    assert (node.beta_mem_logit.grad != 0).all()
+    for j in range(3):
+        single = AssociativeLIFNode(1, None, beta_mem=betas[j].item(), step_mode="m")
+        x = torch.rand(9, 2, 3)
+        functional.reset_net(node)
+        assert torch.equal(node(x)[..., j], single(x[..., j : j + 1])[..., 0])
+    assert AssociativeLIFNode(3, None, own_decays=True).beta_mem.shape == (3,)
+
+
+def test_what_is_not_learnable_has_no_gradient():
+    node = AssociativeLIFNode(3, None, learnable=("beta_mem",))
+    assert [name for name, p in node.named_parameters() if p.requires_grad] == ["beta_mem_logit"]
+
+
+# ---- like
+
+
+LIKE = [
+    (neuron.IFNode, {}),
+    *((neuron.LIFNode, {"tau": tau, "decay_input": d}) for tau in (2.0, 3.0) for d in (True, False)),
+    *((neuron.ParametricLIFNode, {"init_tau": 3.0, "decay_input": d}) for d in (True, False)),
+]
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.parametrize("v_reset", [None, 0.0, -0.2])
+@pytest.mark.parametrize("detach_reset", [True, False])
+@pytest.mark.parametrize(("kind", "options"), LIKE)
+def test_like_gives_the_spikes_and_gradients_of_spikingjelly(kind, options, detach_reset, v_reset, backend):
+    if backend == "numba":
+        pytest.importorskip("numba")
+    torch.manual_seed(0)
+    theirs = kind(
+        v_reset=v_reset, detach_reset=detach_reset, step_mode="m", surrogate_function=surrogate.ATan(), **options
+    )
+    theirs.store_v_seq = True
+    ours = AssociativeLIFNode.like(theirs, backend=backend)
+    inputs = [(1.5 * torch.randn(20, 4, 64) + 0.3).requires_grad_()]
+    inputs.append(inputs[0].detach().clone().requires_grad_())
+    expected, spikes = theirs(inputs[0]), ours(inputs[1])
+    assert torch.equal(spikes, expected)
+    assert 0.02 < expected.mean() < 0.9
+    if v_reset is None and kind is not neuron.ParametricLIFNode:
+        assert torch.equal(ours.v_seq, theirs.v_seq)
+    assert torch.allclose(ours.v_seq, theirs.v_seq, atol=1e-6)
+    weight = torch.rand_like(expected)
+    for y in (expected, spikes):
+        (y * weight).sum().backward()
+    assert relative_error(inputs[1].grad, inputs[0].grad) < 1e-5
+    assert [p.requires_grad for p in ours.parameters()] == [False] + [True] * (kind is neuron.ParametricLIFNode)
+    if kind is neuron.ParametricLIFNode:  # the logit of 1 - 1 / tau is -w
+        assert relative_error(-ours.beta_mem_logit.grad, theirs.w.grad.reshape(1)) < 1e-4
+
+
+def test_like_in_a_network_of_images_gives_its_output_to_the_bit():
+    torch.manual_seed(0)
+    theirs = nn.Sequential(
+        layer.Conv2d(3, 8, 3, padding=1), layer.BatchNorm2d(8), neuron.LIFNode(tau=2.0, v_reset=None),
+        layer.MaxPool2d(2, 2), layer.Flatten(), layer.Linear(128, 10), neuron.IFNode(v_reset=None),
+    )  # fmt: skip
+    ours = copy.deepcopy(theirs)
+    for i in (2, 6):
+        ours[i] = AssociativeLIFNode.like(theirs[i])
+    x = torch.rand(4, 2, 3, 8, 8)
+    for net in (theirs, ours):
+        functional.set_step_mode(net, "m")
+    assert torch.equal(ours(x), theirs(x))
+    assert ours[2].channel_dim == 1
+
+
+def test_like_names_what_it_cannot_match():
+    class Own(neuron.LIFNode):
+        pass
+
+    for node in (Own(), nn.ReLU(), neuron.GatedLIFNode(T=4) if hasattr(neuron, "GatedLIFNode") else nn.ReLU()):
+        with pytest.raises(TypeError, match=r"like\(\) knows spikingjelly's IFNode, .*got "):
+            AssociativeLIFNode.like(node)
+
+
+def snntorch_runs(node, x):
+    """Spikes of a snnTorch neuron over time."""
+    states = node.reset_mem()
+    states, spikes = states if isinstance(states, tuple) else (states,), []
+    for step in x:
+        spike, *states = node(step, *states)
+        spikes.append(spike)
+    return torch.stack(spikes)
+
+
+@pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
+@pytest.mark.parametrize("kind", ["Leaky", "Synaptic", "Lapicque"])
+@pytest.mark.parametrize("delay", [True, False])
+def test_like_gives_the_spikes_of_snntorch(kind, reset, delay):
+    snntorch = pytest.importorskip("snntorch")
+    torch.manual_seed(0)
+    options = {"reset_mechanism": reset, "beta": 0.9}
+    options |= {"alpha": 0.7} if kind == "Synaptic" else {}
+    options |= {"R": 1.0, "time_step": 0.02} if kind == "Lapicque" else {"reset_delay": delay}
+    theirs = getattr(snntorch, kind)(**options)
+    x = (0.8 * torch.randn(40, 4, 16) + 0.2) * (20 if kind == "Lapicque" else 1)
+    if reset == "subtract" and not delay and kind != "Lapicque":
+        with pytest.raises(TypeError, match="cannot match reset_delay=False with reset_mechanism='subtract'"):
+            AssociativeLIFNode.like(theirs)
+        return
+    ours = AssociativeLIFNode.like(theirs)
+    expected = snntorch_runs(theirs, x)
+    spikes = torch.stack([ours(step) for step in x])
+    assert torch.equal(spikes, expected)
+    assert 0.02 < expected.mean() < 0.9

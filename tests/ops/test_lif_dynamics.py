@@ -1,0 +1,143 @@
+"""The neuron op with other charges and resets, decays of every neuron, and channels first."""
+
+import pytest
+import torch
+from helpers import relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nord_snn.ops import AssociativeLIFState, Dynamics, associative_lif
+from nord_snn.ops.lif.reference import CHARGES
+
+pytest.importorskip("numba", reason="the CPU kernels need Numba")
+
+DYNAMICS = st.builds(
+    Dynamics,
+    charge=st.sampled_from(CHARGES),
+    tau=st.sampled_from([1.0, 1.7, 2.0, float("inf")]),
+    v_rest=st.sampled_from([0.0, -0.3]),
+    hard_reset=st.booleans(),
+    reset_scale=st.sampled_from([1.0, 1.3]),
+    detach_reset=st.booleans(),
+)
+
+
+def random(*shape, low=0.0, high=1.0):
+    return torch.rand(shape, dtype=torch.float64) * (high - low) + low
+
+
+def make(shape, n_clusters, own_decays):
+    """Return leaves for all inputs of the op, and a random state; float64, so that no membrane is near its threshold."""
+    D, size = shape[2], shape[2] if own_decays else 1
+    leaves = {
+        "x": torch.randn(shape, dtype=torch.float64),
+        "v": random(*shape[1:], low=-0.2, high=0.2),
+        "i_syn": random(*shape[1:], low=-0.2, high=0.2),
+        "threshold": random(D, low=0.1, high=0.5),
+        "beta_mem": random(size, low=0.3, high=0.8),
+        "beta_syn": random(size, low=0.2, high=0.7),
+    }
+    if n_clusters:
+        leaves |= {"cascade_weight": random(n_clusters, n_clusters), "cascade_gain": random(n_clusters)}
+    return leaves, torch.randint(0, 3, shape[1:], dtype=torch.int32)
+
+
+def run(leaves, refractory, dynamics, backend, **options):
+    """Return outputs and gradients of a fixed random sum of them."""
+    given = {name: x.clone().requires_grad_() for name, x in leaves.items()}
+    arguments = dict(given)
+    x, v, i_syn = (arguments.pop(name) for name in ("x", "v", "i_syn"))
+    if dynamics.charge in ("relax", "leak"):
+        del arguments["beta_mem"]
+    spikes, v_seq, last = associative_lif(
+        x,
+        AssociativeLIFState(v, i_syn, refractory),
+        **arguments,
+        dynamics=dynamics,
+        surrogate="sigmoid",
+        return_v_seq=True,
+        backend=backend,
+        channels_first=x.ndim == 4,
+        **options,
+    )
+    outputs = (spikes, v_seq, last.v, last.i_syn)
+    generator = torch.Generator().manual_seed(1)
+    loss = sum((y * torch.rand(y.shape, dtype=y.dtype, generator=generator)).sum() for y in outputs)
+    gradients = torch.autograd.grad(loss, list(given.values()), allow_unused=True, materialize_grads=True)
+    return [y.detach() for y in (*outputs, last.refractory)], dict(zip(given, gradients, strict=True))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    shape=st.sampled_from([(5, 3, 6), (4, 2, 5, 7), (3, 2, 3, 600), (4, 30, 700), (4, 3, 8, 1), (2, 2, 70, 33)]),
+    dynamics=DYNAMICS,
+    own_decays=st.booleans(),
+    with_cascade=st.booleans(),
+    refractory_steps=st.integers(0, 2),
+    seed=st.integers(0, 99),
+)
+def test_the_kernels_equal_the_reference(shape, dynamics, own_decays, with_cascade, refractory_steps, seed):
+    torch.manual_seed(seed)
+    n_clusters = next(c for c in (7, 5, 3, 2) if shape[2] % c == 0) if with_cascade else 0
+    leaves, refractory = make(shape, n_clusters, own_decays)
+    results = [
+        run(leaves, refractory, dynamics, backend, refractory_steps=refractory_steps) for backend in ("torch", "numba")
+    ]
+    (expected, gradients), (got, got_gradients) = results
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[-1], expected[-1])
+    for x, y in zip(got, expected, strict=True):
+        assert torch.allclose(x, y, atol=1e-12)
+    for name, gradient in gradients.items():
+        assert got_gradients[name].shape == gradient.shape
+        assert relative_error(got_gradients[name], gradient) < 1e-9 or gradient.norm() < 1e-9, name
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.parametrize("n_clusters", [None, 2])
+def test_channels_first_is_features_last_of_the_transposed_input(backend, n_clusters):
+    torch.manual_seed(0)
+    leaves, _ = make((5, 2, 4, 3), n_clusters, own_decays=True)
+    x, parameters = leaves["x"], {name: y for name, y in leaves.items() if name not in ("x", "v", "i_syn")}
+    first, _, state = associative_lif(x, **parameters, channels_first=True, backend=backend)
+    last, _, expected = associative_lif(x.movedim(2, 3).flatten(1, 2), **parameters, backend=backend)
+    assert torch.equal(first, last.unflatten(1, (2, 3)).movedim(3, 2))
+    assert first.is_contiguous()
+    for got, part in zip(state, expected, strict=True):
+        assert torch.equal(got, part.unflatten(0, (2, 3)).movedim(2, 1))
+
+
+@pytest.mark.parametrize("charge", ["average", "sum"])
+def test_charges_with_tau_are_those_with_the_decay_to_rounding(charge):
+    torch.manual_seed(0)
+    x, threshold = torch.randn(20, 3, 5, dtype=torch.float64), random(5, low=0.2, high=0.6)
+    common = {"threshold": threshold, "beta_syn": 0.4, "return_v_seq": True}
+    dynamics = Dynamics({"average": "relax", "sum": "leak"}[charge], tau=4.0, v_rest=-0.2)
+    _, with_tau, _ = associative_lif(x, dynamics=dynamics, **common)
+    _, with_decay, _ = associative_lif(x, beta_mem=0.75, dynamics=Dynamics(charge, v_rest=-0.2), **common)
+    assert torch.allclose(with_tau, with_decay, atol=1e-12)
+
+
+def test_without_synaptic_decay_the_current_is_the_input():
+    x = torch.randn(4, 2, 3)
+    _, _, state = associative_lif(x, threshold=torch.full((3,), 9.0), beta_mem=0.5, beta_syn=0.0)
+    assert torch.equal(state.i_syn, x[-1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dynamics": Dynamics("sums")}, "unknown charge 'sums': expected one of"),
+        ({"dynamics": Dynamics("relax", tau=0.5), "beta_mem": None}, "'relax' needs tau >= 1 time steps, got 0.5"),
+        ({"dynamics": Dynamics("leak", tau=2.0)}, "'leak' has tau instead of beta_mem: leave beta_mem out"),
+        ({"beta_mem": None}, "'average' needs beta_mem"),
+        ({"beta_mem": 1.0}, r"beta_mem must lie in \(0, 1\), got 1.0"),
+        ({"beta_syn": 1.0}, r"beta_syn must lie in \[0, 1\), got 1.0"),
+        ({"beta_mem": torch.rand(2)}, r"beta_mem must have one element or shape \[D\] = \[4\], got \[2\]"),
+        ({"channels_first": True}, r"expects shape \[T, N, D, M\] with T >= 1 and D = 4, got \[2, 3, 4\]"),
+    ],
+)
+def test_bad_input_is_named(options, message):
+    arguments = {"threshold": torch.ones(4), "beta_mem": 0.5, "beta_syn": 0.5} | options
+    with pytest.raises(ValueError, match=message):
+        associative_lif(torch.randn(2, 3, 4), **arguments)
