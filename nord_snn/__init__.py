@@ -1,7 +1,8 @@
 """nord-snn: the five mechanisms of the Nord spiking language model as parts for any spiking network.
 
 Neurons and layers are here under their names. Everything else is one level down: :mod:`nord_snn.learning_rules`,
-:mod:`nord_snn.monitor`, :mod:`nord_snn.integrations`, :mod:`nord_snn.models`, and the pure functions in :mod:`nord_snn.ops`.
+:mod:`nord_snn.monitor`, :mod:`nord_snn.convert`, :mod:`nord_snn.integrations`, :mod:`nord_snn.models`, and the pure functions
+in :mod:`nord_snn.ops`. :func:`replace_neurons` and :func:`calibrate_thresholds` are here, too.
 """
 
 from spikingjelly.activation_based import functional
@@ -9,6 +10,7 @@ from torch import nn
 
 from nord_snn._compat.spikingjelly import clear_module_cache
 from nord_snn._version import __version__
+from nord_snn.convert import calibrate_thresholds, replace_neurons
 from nord_snn.layers import (
     CoFiringResonance,
     LeakyClamp,
@@ -37,6 +39,8 @@ __all__ = [
     "SpikeFedResonance",
     "SpikingFeedForward",
     "__version__",
+    "calibrate_thresholds",
+    "replace_neurons",
     "reset",
 ]
 

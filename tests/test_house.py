@@ -27,11 +27,13 @@ ALLOWED = {
     "layers": {"ops", "neurons"},
     "learning_rules": {"_compat", "ops"},
     "monitor": {"_compat", "ops", "neurons"},
+    "convert": {"_compat", "ops", "neurons", "layers", "learning_rules", "monitor"},
     "models": {"_compat", "ops", "neurons", "layers"},
     "integrations": {"_compat", "ops", "neurons", "layers", "learning_rules", "monitor"},
 }
 PUBLIC = {
-    "nord_snn": {"__version__", "AssociativeLIFNode", "NordBlock", "reset"},
+    "nord_snn": {"__version__", "AssociativeLIFNode", "NordBlock", "calibrate_thresholds", "replace_neurons", "reset"},
+    "nord_snn.convert": {"calibrate_thresholds", "replace_neurons"},
     "nord_snn.ops": {"AssociativeLIFState", "associative_lif", "resonance", "stdp", "which_backend"},
     "nord_snn.neurons": {"AssociativeLIFNode", "AssociativeCascade"},
     "nord_snn.layers": {

@@ -1,0 +1,176 @@
+"""replace_neurons and calibrate_thresholds: one line for networks of SpikingJelly."""
+
+import copy
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from spikingjelly.activation_based.model import sew_resnet, spiking_resnet, spiking_vgg
+from torch import nn
+
+from nord_snn.convert import calibrate_thresholds, replace_neurons
+from nord_snn.neurons import AssociativeLIFNode
+
+pytestmark = pytest.mark.quick
+X = torch.rand(4, 2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def network(**options):
+    """A network for images of SpikingJelly, in step mode m."""
+    torch.manual_seed(0)
+    make = lambda: neuron.LIFNode(tau=2.0, surrogate_function=surrogate.ATan(), **options)  # noqa: E731
+    net = nn.Sequential(
+        layer.Conv2d(1, 8, 3, padding=1), layer.BatchNorm2d(8), make(), layer.MaxPool2d(2, 2),
+        layer.Flatten(), layer.Linear(128, 10), make(),
+    )  # fmt: skip
+    functional.set_step_mode(net, "m")
+    return net
+
+
+def sizes(report):
+    return [(row.name, row.width, row.channel_dim) for row in report.replaced]
+
+
+def test_widths_and_channels_come_from_the_example():
+    net = network()
+    report = replace_neurons(net, X)
+    assert sizes(report) == [("2", 8, 1), ("6", 10, -1)]
+    assert isinstance(net[2], AssociativeLIFNode)
+    assert "| 2 | LIFNode | AssociativeLIFNode | 8 | 1 |  |" in str(report)
+    net(X).sum().backward()
+    assert net[2].v_threshold.grad.abs().sum() > 0
+
+
+def test_all_other_parameters_keep_their_names_and_values():
+    net = network()
+    before = copy.deepcopy(net.state_dict())
+    replace_neurons(net, X)
+    after = net.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_like_gives_the_output_of_the_network_to_the_bit():
+    net = network(v_reset=None)
+    expected = net(X)
+    functional.reset_net(net)
+    replace_neurons(net, X, like=True)
+    assert torch.equal(net(X), expected)
+
+
+def test_the_network_is_as_it_was_where_nothing_is_replaced():
+    net = network()
+    net[1].eval()
+    modes, before = {name: m.training for name, m in net.named_modules()}, copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match="no neuron of SpikingJelly is selected"):
+        replace_neurons(net, X, only=neuron.IFNode)
+    replace_neurons(net, X, only="6")
+    assert all(modes.get(name, True) == m.training for name, m in net.named_modules())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items() if name in before)
+    assert isinstance(net[2], neuron.LIFNode)
+
+
+@pytest.mark.parametrize(
+    ("only", "names"),
+    [
+        (neuron.LIFNode, ["2", "6"]),
+        ("6", ["6"]),
+        (lambda name, module: name == "2", ["2"]),
+        ((neuron.IFNode, neuron.LIFNode), ["2", "6"]),
+    ],
+)
+def test_selections(only, names):
+    assert [row.name for row in replace_neurons(network(), X, only=only)] == names
+
+
+def test_overrides_and_constants():
+    net = network()
+    replace_neurons(net, X, overrides={"6": {"threshold": 0.7, "channel_dim": -1}}, preset="nord", n_clusters="auto")
+    assert net[2].cascade.n_clusters == 8
+    assert net[6].v_threshold.tolist() == pytest.approx([0.7] * 10)
+    with pytest.raises(
+        ValueError, match=r"overrides for \['7'\], which are not among the selected neurons \['2', '6'\]"
+    ):
+        replace_neurons(network(), X, overrides={"7": {}})
+
+
+def test_a_neuron_under_two_names_stays_one():
+    net = network()
+    shared = nn.ModuleDict({"first": net, "again": net[6]})
+    shared.forward = lambda x: shared["again"](shared["first"](x))
+    report = replace_neurons(shared, X)
+    assert [row.name for row in report] == ["first.2", "first.6", "again"]
+    assert shared["again"] is shared["first"][6]
+
+
+def test_what_is_skipped_says_why():
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused, self.psn = network(), neuron.LIFNode(), neuron.QIFNode()
+
+        def forward(self, x):
+            return self.psn(self.used(x))
+
+    report = replace_neurons(Unused(), X, like=True)
+    reasons = {row.name: row.skipped for row in report.skipped}
+    assert reasons["unused"] == "the example input did not reach it"
+    assert reasons["psn"].startswith("like() knows")
+    assert len(report.replaced) == 2
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: sew_resnet.sew_resnet18(num_classes=4, cnf="ADD", spiking_neuron=neuron.IFNode),
+        lambda: spiking_resnet.spiking_resnet18(num_classes=4, spiking_neuron=neuron.IFNode),
+        lambda: spiking_vgg.spiking_vgg11_bn(num_classes=4, spiking_neuron=neuron.IFNode),
+    ],
+    ids=["sew_resnet18", "spiking_resnet18", "spiking_vgg11_bn"],
+)
+def test_one_line_on_the_zoo(make):
+    net = make()
+    functional.set_step_mode(net, "m")
+    report = replace_neurons(net, torch.rand(2, 1, 3, 32, 32))
+    assert not report.skipped
+    assert {row.channel_dim for row in report} <= {1, -1}
+    assert not [module for module in net.modules() if isinstance(module, neuron.IFNode)]
+    assert net(torch.rand(2, 2, 3, 32, 32)).shape == (2, 2, 4)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.2])
+def test_every_layer_fires_at_the_rate_after_calibration(rate):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(8, 64), AssociativeLIFNode(64, preset="lif", step_mode="m"), nn.Linear(64, 64),
+        AssociativeLIFNode(64, preset="nord", step_mode="m"),
+    )  # fmt: skip
+    x = torch.rand(10, 16, 8)
+    layers = calibrate_thresholds(net, x, rate=rate)
+    assert [one.name for one in layers] == ["1", "3"]
+    spikes = net[1](net[0](x))
+    assert spikes.mean().item() == pytest.approx(layers[0].after)
+    assert all(abs(one.after - rate) < 0.2 * rate for one in layers)
+
+
+def test_calibration_finds_the_width_and_leaves_what_cannot_fire():
+    net = nn.Sequential(layer.Conv2d(1, 8, 3), AssociativeLIFNode(), layer.Flatten(), AssociativeLIFNode())
+    functional.set_step_mode(net, "m")
+    first, _ = calibrate_thresholds(net, X)
+    assert abs(first.after - 0.1) < 0.03
+    silent = nn.Sequential(AssociativeLIFNode(4, preset="lif", step_mode="m"))
+    [entry] = calibrate_thresholds(silent, torch.zeros(3, 2, 4))
+    assert (entry.before, entry.after, entry.scale) == (0, 0, 1)
+    assert silent[0].v_threshold.tolist() == [0.5] * 4
+
+
+@pytest.mark.parametrize(
+    ("net", "options", "message"),
+    [
+        (nn.Linear(4, 4), {}, "needs a network with AssociativeLIFNode"),
+        (AssociativeLIFNode(4, None), {}, "needs step mode 'm'"),
+        (AssociativeLIFNode(4, None, step_mode="m"), {"rate": 0.0}, r"rate must lie in \(0, 1\), got 0.0"),
+    ],
+)
+def test_calibration_names_what_it_needs(net, options, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate_thresholds(net, torch.rand(3, 2, 4), **options)
