@@ -66,7 +66,7 @@ def spike(x: Tensor, surrogate: SurrogateLike = "nord_atan", alpha: float = 4.0)
     """Return 1 where ``x >= 0``, else 0; the backward pass uses the surrogate derivative.
 
     Args:
-        x: membrane minus threshold, any shape.
+        x: membrane potential minus threshold, any shape.
         surrogate: a name from :data:`SURROGATES`, or a callable of ``x`` with its own backward pass.
         alpha: sharpness of a named surrogate; not used for a callable.
 
