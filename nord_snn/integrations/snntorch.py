@@ -30,7 +30,7 @@ class _StrictNode(AssociativeLIFNode):
 
 
 class AssociativeSynaptic(SynapticWithOwnState):
-    """Associative LIF neurons with the signature and life cycle of ``snntorch.Synaptic``: one time step per call.
+    """Associative LIF neurons that are called and reset as ``snntorch.Synaptic``: one time step per call.
 
     The equations are those of :func:`nord_snn.ops.associative_lif`, with two differences from
     :class:`~nord_snn.neurons.AssociativeLIFNode`. A neuron fires only above its threshold, not at it, as snnTorch's neurons do.
@@ -39,7 +39,7 @@ class AssociativeSynaptic(SynapticWithOwnState):
     at 0; ``mem.detach()`` counts as the same tensor.
 
     There are two differences from ``Synaptic``. The threshold is subtracted in the same time step (``mem`` is the membrane
-    potential after the reset). A changed batch shape raises an error without :meth:`reset_mem` or ``snntorch.utils.reset``.
+    potential after the reset). A new batch shape needs :meth:`reset_mem` or ``snntorch.utils.reset`` first, or raises an error.
 
     Args:
         n_features: D, the number of neurons.

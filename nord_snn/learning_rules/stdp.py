@@ -115,7 +115,7 @@ class STDP(Learner):
         return delta, commit
 
     def _constants(self) -> dict[str, Any]:
-        """Return the arguments of the op that are the same for every record."""
+        """Return the arguments of the op that do not depend on the record."""
         return {
             "tau_plus": self.tau_plus,
             "tau_minus": self.tau_minus,

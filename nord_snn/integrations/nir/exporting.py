@@ -62,18 +62,18 @@ def export_to_nir(
 ) -> nir.NIRGraph:
     r"""Export a network as a graph of NIR nodes, for any simulator or chip that reads NIR.
 
-    A layer of :class:`~nord_snn.neurons.AssociativeLIFNode` becomes a ``CubaLIF`` with ``tau = dt / (1 - beta)``; with a
-    cascade, a subgraph with a recurrent connection of the ``CubaLIF`` through a ``Linear`` of
-    ``beta_syn * gain[c] * sigmoid(weight[c, k]) / (D / C)``, delayed by one time step. Membranes are scaled by
+    A layer of :class:`~nord_snn.neurons.AssociativeLIFNode` becomes a ``CubaLIF`` with ``tau = dt / (1 - beta)``. With a
+    cascade it becomes a subgraph of a ``CubaLIF`` and a recurrent ``Linear``, delayed by one time step, with the weights
+    ``beta_syn * gain[c] * sigmoid(weight[c, k]) / (D / C)``. Potentials are scaled by
     ``1 / (1 - beta_mem)``, so that ``r = tau_mem / dt`` and ``w_in = tau_syn / dt``, the only values that SpikingJelly and
     snnTorch read; spikes are the same. ``SpikingFeedForward`` becomes a subgraph of two such layers, and ``MembraneReadout`` a
-    subgraph in which leaky integrators compute the membranes: its return value is the graph's output in the last time step.
+    subgraph in which leaky integrators compute the potentials: its return value is the graph's output in the last time step.
 
     NIR cannot express:
 
     * The refractory period. A layer with ``refractory_steps > 0`` raises or, with ``approximate=True``, is exported without
       it, but with the reset to ``v_reset``.
-    * Reset by subtraction, as in a layer with ``refractory_steps=0``. NIR describes continuous time, where membranes do not
+    * Reset by subtraction, as in a layer with ``refractory_steps=0``. NIR describes continuous time, where potentials do not
       overshoot, so that subtracting the threshold and resetting to 0 are equal. In discrete time they differ, and the reader
       must subtract (Norse: ``reset_method=reset_subtract``). The metadata has ``reset: subtract``.
     * LeakyClamp below zero. After spikes it is the identity and needs no node; elsewhere it raises.
@@ -82,7 +82,7 @@ def export_to_nir(
     Args:
         net: a part of nord-snn, or any module composed of these parts, ``Linear``, the classes in ``more``, and additions, as
             :func:`torch.fx.symbolic_trace` traces them. Its state is unchanged; it is exported in eval mode.
-        x_seq: example input, ``[T, N, D]``: sets the number of time steps of the readout, and is used to compute the deviation.
+        x_seq: example input, ``[T, N, D]``: T is the number of time steps of the readout; the deviation is computed on it.
         dt: length of a time step in seconds.
         approximate: export layers with a refractory period without it.
         more: further modules: class -> function that turns an instance into a ``nir.NIRNode``.

@@ -184,7 +184,7 @@ class _Importer:
         metadata = metadata_of(lif)
         self.check_lif(name, lif, metadata)
         beta_mem, beta_syn = (self.decay(name, tau, kind) for tau, kind in ((tau_mem, "tau_mem"), (tau_syn, "tau_syn")))
-        # Increase of the membrane potential per unit of input; ours is scaled by 1 - beta_mem.
+        # Increase of the membrane potential per unit of input; in our neurons it is scaled by 1 - beta_mem.
         gain = np.asarray(w_in) * (1 - beta_syn) * lif.r
         if not (gain > 0).all() or not np.isfinite(lif.v_threshold).all() or np.ndim(lif.v_threshold) != 1:
             raise ValueError(f"'{name}' must have positive r and w_in, and a finite v_threshold with one dimension")

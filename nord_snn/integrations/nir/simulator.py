@@ -28,7 +28,7 @@ def simulate(graph: nir.NIRGraph, x_seq: Tensor, dt: float | None = None, *, res
             ``Threshold``, ``Conv1d``, ``Conv2d``, ``AvgPool2d``, ``SumPool2d``, ``Flatten`` and graphs of these.
         x_seq: input, ``[T, N, *]``.
         dt: length of a time step in seconds; None: that of the graph's metadata, as our exports have it, else 1e-4.
-        reset: ``"value"`` resets membranes to ``v_reset``, as in NIR's equations; ``"subtract"`` subtracts the threshold;
+        reset: ``"value"`` sets the potential to ``v_reset``, as in NIR's equations; ``"subtract"`` subtracts the threshold;
             None uses the reset in each node's metadata, or ``"value"`` if there is none.
 
     Returns:

@@ -110,7 +110,7 @@ def our_name(published: str) -> str:
 
 
 def published_name(ours: str) -> str:
-    """Return the published name of a parameter of ours."""
+    """Return the published name of a parameter of our model."""
     return _rename(ours, ((our, published) for published, our in NAMES))
 
 

@@ -117,7 +117,7 @@ def _surrogate(x, alpha, SURROGATE: tl.constexpr):
 def _load_steps(ptr, here, inside, stride, first, T, LENGTH: tl.constexpr):
     """Load steps ``first`` to ``first + LENGTH``; zero from T on.
 
-    Loads are not moved before stores, so loading all steps first costs one memory latency instead of LENGTH.
+    The compiler does not move loads before stores, so loading all steps first costs one memory latency instead of LENGTH.
     """
     out = ()
     for k in tl.static_range(LENGTH):

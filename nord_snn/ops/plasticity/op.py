@@ -117,8 +117,8 @@ def triplet_stdp(
         x[t] = x' + pre[t],  y[t] = y' + post[t]
 
     A pair thus changes the weight more if the neuron that fires second has fired often before. With
-    ``a3_plus = a3_minus = 0`` the rule is pair-based STDP. The defaults are the fit of the paper to visual cortex (all
-    spikes interact), with time steps of 1 ms.
+    ``a3_plus = a3_minus = 0`` the rule is pair-based STDP. The defaults are the paper's fit to visual cortex
+    (all-to-all interaction), with time steps of 1 ms.
 
     Args:
         pre: presynaptic spikes ``[T, N, n_in]``; for a convolution ``[T, N, C_in, *]``.
