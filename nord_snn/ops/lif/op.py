@@ -25,7 +25,7 @@ _choose = backend_selector("associative_lif", IMPLEMENTATIONS)
 def associative_lif_backend(
     x_seq: Tensor, backend: str = "auto", surrogate: SurrogateLike = "nord_atan", n_clusters: int | None = None
 ) -> BackendChoice:
-    """Return the backend that :func:`associative_lif` would choose for ``x_seq``, and why not the others."""
+    """Return the backend that :func:`associative_lif` would choose for ``x_seq``, and why it would not choose the others."""
     return choose_backend("associative_lif", IMPLEMENTATIONS, backend, _call(x_seq, surrogate, n_clusters))
 
 
@@ -74,7 +74,7 @@ def associative_lif(
         threshold: ``[D]``.
         beta_mem: membrane decay in (0, 1), a float or a tensor of one element. The value of a tensor is not checked,
             because that would synchronise with the GPU.
-        beta_syn: synaptic decay in (0, 1), a float or a tensor of one element, which is not checked either.
+        beta_syn: synaptic decay in (0, 1), a float or a tensor of one element, whose value is not checked either.
         cascade_weight: ``[C, C]``, after the sigmoid, or None for no cascade.
         cascade_gain: ``[C]``, or None for no cascade.
         v_reset: membrane potential while refractory.
@@ -159,7 +159,7 @@ def _check(
     if refractory_steps < 0:
         raise ValueError(f"refractory_steps must be 0 or more, got {refractory_steps}")
     if (cascade_weight is None) != (cascade_gain is None):
-        raise ValueError("cascade_weight and cascade_gain belong together: give both, or neither for no cascade")
+        raise ValueError("pass both cascade_weight and cascade_gain, or neither for no cascade")
     if cascade_weight is not None and cascade_gain is not None:
         check_cascade(n_features, cascade_weight, cascade_gain)
     if state is None:
@@ -167,7 +167,7 @@ def _check(
     for name, part in zip(AssociativeLIFState._fields, state, strict=True):
         if part.shape != x_seq.shape[1:]:
             raise ValueError(
-                f"state.{name} must be [N, D] = {list(x_seq.shape[1:])} as the input has, got {list(part.shape)}"
+                f"state.{name} must be [N, D] = {list(x_seq.shape[1:])} for this input, got {list(part.shape)}"
             )
 
 
@@ -214,7 +214,7 @@ def _forward(
 
 
 def _coupling(weight: Tensor | None, gain: Tensor | None, n_features: int) -> Tensor | None:
-    """Return the matrix that the kernels take for the cascade: ``gain[c] * weight[c, k] / members``, ``[C, C]``."""
+    """Return the cascade as one matrix for the kernels: ``gain[c] * weight[c, k] / members``, ``[C, C]``."""
     if weight is None or gain is None:
         return None
     return gain[:, None] * weight / (n_features // gain.shape[0])
@@ -223,7 +223,7 @@ def _coupling(weight: Tensor | None, gain: Tensor | None, n_features: int) -> Te
 def _cascade_gradients(
     grad: Tensor, weight: Tensor | None, gain: Tensor | None, n_features: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of weight and gain from that of the coupling; empty without a cascade."""
+    """Return the gradients of weight and gain from the gradient of the coupling; empty without a cascade."""
     if weight is None or gain is None:
         return grad, grad.new_empty(0)
     grad = grad / (n_features // gain.shape[0])
@@ -302,7 +302,7 @@ def _save(ctx: Any, tensors: Sequence[Tensor | None], options: dict[str, Any], o
 
 def _gradients(ctx: Any, *grads: Tensor | None, run: Any) -> tuple[Tensor | None, ...]:
     grad_spikes, grad_v_seq, grad_v_last, grad_i_last, _ = grads
-    # Without ``keep_v`` the membranes are empty, but torch.compile still passes a gradient for them.
+    # Without ``keep_v`` the output v_seq is empty, but torch.compile still passes a gradient for it.
     if grad_v_seq is not None and not len(grad_v_seq):
         grad_v_seq = None
     x, v, *others, gain = ctx.saved_tensors

@@ -37,7 +37,7 @@ def reference(
     refractory_steps: int,
     fire: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, AssociativeLIFState]:
-    """Run ``x_seq [T, N, D]`` from ``state``; return spikes ``[T, N, D]``, membranes ``[T, N, D]`` and the last state.
+    """Run ``x_seq [T, N, D]`` from ``state``; return spikes and membrane potentials ``[T, N, D]`` and the last state.
 
     All tensors have the same dtype. The equations are in the docstring of :func:`nord_snn.ops.associative_lif`.
     """

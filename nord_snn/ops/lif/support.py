@@ -1,4 +1,4 @@
-"""The arguments that all kernels of the neuron take, and the surrogates that they know."""
+"""The arguments that all kernels of the neuron take, and the check of their surrogates."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nord_snn.ops.dispatch import CallSignature, Support
 
-__all__ = ["Arguments", "OutputGradients", "knows_surrogate"]
+__all__ = ["Arguments", "OutputGradients", "supports_surrogate"]
 
 
 class Arguments(NamedTuple):
@@ -30,7 +30,7 @@ class Arguments(NamedTuple):
 
 
 class OutputGradients(NamedTuple):
-    """The gradients of the outputs of one call; None is zero."""
+    """The gradients of the outputs of one call; None counts as zero."""
 
     spikes: Tensor
     v_seq: Tensor | None
@@ -38,9 +38,9 @@ class OutputGradients(NamedTuple):
     i_last: Tensor | None
 
 
-def knows_surrogate(call: CallSignature, ids: Mapping[str, int]) -> Support:
-    """Return whether a kernel with the surrogates ``ids`` has the requested one."""
+def supports_surrogate(call: CallSignature, ids: Mapping[str, int]) -> Support:
+    """Return whether a kernel with the surrogates ``ids`` supports the requested one."""
     surrogate = dict(call.options).get("surrogate")
     if surrogate in ids:
         return Support(True, "runs")
-    return Support(False, f"it does not know the surrogate {surrogate!r}: it has {sorted(ids)}")
+    return Support(False, f"it supports the surrogates {sorted(ids)}, got {surrogate!r}")
