@@ -1,4 +1,4 @@
-"""Decoding with the published size, 144 M parameters, float32, batch 1: with the cache and without."""
+"""Decoding at the published size (144 M parameters), float32, batch 1, with and without the cache."""
 
 import itertools
 import statistics
@@ -85,7 +85,7 @@ def gate(net: NordForCausalLM) -> str:
         raise SystemExit(f"correctness gate: logits from the cache are off by {worst:.1e}")
     if not torch.equal(generate(net, 64, 4, True), generate(net, 64, 4, False)):
         raise SystemExit("correctness gate: other tokens with the cache than without")
-    return f"logits within {worst:.1e} of a full forward's, tokens the same"
+    return f"logits within {worst:.1e} of a full forward pass, identical tokens"
 
 
 def measure(net: NordForCausalLM) -> dict[tuple[int, bool], Speed]:

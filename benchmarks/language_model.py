@@ -18,7 +18,7 @@ from nord_snn.ops.topk_resonance.reference import reference
 __all__ = ["BATCH", "FLOOR", "LENGTH", "contestants", "gate", "keep_freed_memory"]
 
 BATCH, LENGTH = 8, 128
-FLOOR = "its matrix products alone"
+FLOOR = "the matrix products alone"
 Factory = Callable[[int], nn.Module]
 
 
@@ -181,14 +181,14 @@ def contestants() -> dict[str, Callable[[], Callable[[], object]]]:
     """What builds each of them, the plain loop first, the floor last."""
     made = {
         "plain PyTorch loop": plain_loop,
-        "torch.compile of its blocks": compiled_loop,
-        "plain loop with the recipe's memory, matrix products and optimizer": plain_loop_tuned,
-        "nord-snn's kernels alone": kernels_alone,
+        "torch.compile of the blocks of the plain loop": compiled_loop,
+        "plain loop with the memory, matrix-product and optimizer settings of `train.py`": plain_loop_tuned,
+        "nord-snn's kernels with PyTorch's default settings": kernels_alone,
         "**nord-snn**, as `train.py` runs it": ours,
-        "the same with SpikingJelly's `LIFNode`": with_lif_nodes,
+        "`train.py` with SpikingJelly's `LIFNode`": with_lif_nodes,
     }
     if importlib.util.find_spec("snntorch"):
-        made["the same with snnTorch's `Synaptic`"] = with_synaptic
+        made["`train.py` with snnTorch's `Synaptic`"] = with_synaptic
     return made | {FLOOR: products_alone}
 
 

@@ -1,4 +1,4 @@
-"""One training step of the language model of the table above, with a `SpikeMonitor` that counts and without one."""
+"""One training step of the language model as in the table above, with and without a `SpikeMonitor`."""
 
 from collections.abc import Callable
 

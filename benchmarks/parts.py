@@ -43,7 +43,7 @@ def parts() -> dict[str, nn.Module]:
         "`MembraneReadout`": MembraneReadout(WIDTH),
         "`NordBlock`": NordBlock(WIDTH, HEADS, HIDDEN),
         "`SpikeFedBlock`": SpikeFedBlock(WIDTH, HEADS, HIDDEN),
-        "`SpikeFedBlock`, values spike": SpikeFedBlock(WIDTH, HEADS, HIDDEN, spiking_values=True),
+        "`SpikeFedBlock`, spiking values": SpikeFedBlock(WIDTH, HEADS, HIDDEN, spiking_values=True),
     }
 
 
@@ -81,20 +81,21 @@ def gate(all_parts: dict[str, nn.Module]) -> str:
         worst = max(worst, ((ours - plain).abs() > 1e-4 * plain.abs().max()).float().mean().item())
         if worst > 1e-4:
             raise SystemExit(f"{name} computes something else than plain PyTorch")
-    return f"at most {worst:.1e} of the values of a part differ from what plain PyTorch gives"
+    return f"at most a fraction of {worst:.1e} of the values of a part differ from plain PyTorch"
 
 
 def table(seconds: float) -> str:
     """The page."""
     made = parts()
-    lines = [f"Gate: {gate(made)}.\n"]
+    lines = [f"Correctness check: {gate(made)}.\n"]
     data = {name: inputs(part) for name, part in made.items()}
     with torch.no_grad():
         forward = race({name: lambda p=part, x=data[name]: call(p, x) for name, part in made.items()}, seconds)
     steps = {name: training_step(part, data[name]) for name, part in made.items()}
     training = race(steps, seconds)
     lines.append(
-        "| part | parameters | forward, ms | in linear maps | forward and backward, ms | in linear maps | peak, MB |"
+        "| part | parameters | forward, ms | relative to the linear map | forward and backward, ms "
+        "| relative to the linear map | peak, MB |"
     )
     lines.append("|---|---|---|---|---|---|---|")
     for (name, part), a, b in zip(made.items(), forward, training, strict=True):
@@ -115,10 +116,10 @@ def main() -> None:
     keep_freed_memory()
     page = (
         "# What the parts cost\n\n"
-        "Written by `python benchmarks/parts.py`. Each part on currents `[10, 8, 128, 256]` (10 steps, 8 sequences of 128 "
-        "positions, width 256, float32), beside one linear map of that width on the same currents. The parts take turns of a "
-        "few calls; times are medians, ratios are medians over the turns. `peak` is the most memory alive at once in forward "
-        "and backward, the input and its gradient aside.\n\n"
+        "Written by `python benchmarks/parts.py`. Each part runs on currents `[10, 8, 128, 256]` (10 time steps, 8 "
+        "sequences of 128 positions, width 256, float32) and is compared with one linear map of that width on the same "
+        "currents. The parts take turns of a few calls. Times and ratios are medians over the turns. `peak` is the peak "
+        "memory in forward and backward, without the input and its gradient.\n\n"
         f"{machine()}\n\n{table(arguments.seconds)}"
     )
     OUT.write_text(page, encoding="utf-8")

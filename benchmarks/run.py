@@ -44,7 +44,7 @@ class Page:
         self.say(f"| | ms | times as fast as the {baseline} |\n|---|---|---|")
         for row in sorted(rows, key=lambda row: -row.milliseconds):
             self.say(f"| {row.name} | {row.milliseconds:.2f} | {row.speedup:.1f} |")
-        self.say(f"| floor: {floor} | {floor_ms:.2f} | {rows[0].milliseconds / floor_ms:.1f} |\n")
+        self.say(f"| lower bound: {floor} | {floor_ms:.2f} | {rows[0].milliseconds / floor_ms:.1f} |\n")
 
 
 def machine() -> str:
@@ -76,12 +76,12 @@ def neuron_tables(
     inputs = neurons.case(shape, n_clusters, dtype, device)
     x = inputs["x"]
     page.say(f"### Neuron, x {list(shape)}, {n_clusters} clusters, {str(dtype).removeprefix('torch.')}, {device}\n")
-    page.say(f"Gate: {neurons.gate(inputs)}.\n")
+    page.say(f"Correctness check: {neurons.gate(inputs)}.\n")
     for backward in (False, True):
         rows = race(neurons.contestants(inputs, backward), seconds)
         moved = neurons.floor(x, backward)
         floor_ms = 1e3 * moved / copy_bandwidth(device, x.numel() * x.element_size())
-        page.say("Forward and backward:\n" if backward else "Forward, no gradient:\n")
+        page.say("Forward and backward:\n" if backward else "Forward without gradient:\n")
         page.table(rows, "plain loop", floor_ms, f"{moved / 1e6:.0f} MB at the copy bandwidth")
         torch.compiler.reset()
         gc.collect()
@@ -92,7 +92,7 @@ def resonance_tables(page: Page, seconds: float) -> None:
     for T, B, S, D in ((10, 8, 128, 128), (10, 1, 1024, 128)):
         inputs = resonance.case(T, B, S, D)
         page.say(f"### Resonance, q and k [{T}, {B}, {S}, {D}], {resonance.HEADS} heads, top {resonance.TOP_K}\n")
-        page.say(f"Gate: {resonance.gate(inputs)}.\n\nForward and backward:\n")
+        page.say(f"Correctness check: {resonance.gate(inputs)}.\n\nForward and backward:\n")
         moved = resonance.floor(inputs)
         floor_ms = 1e3 * moved / copy_bandwidth("cpu", inputs["q"].numel() * 4)
         page.table(
@@ -102,7 +102,7 @@ def resonance_tables(page: Page, seconds: float) -> None:
             f"{moved / 1e6:.0f} MB at the copy bandwidth",
         )
         torch.compiler.reset()
-    page.say("Most memory alive at once in forward and backward, MB, by context length S, q and k [4, 1, S, 64]:\n")
+    page.say("Peak memory in forward and backward, MB, by context length S, q and k [4, 1, S, 64]:\n")
     lengths = (512, 1024, 2048, 4096)
     page.say("| S | " + " | ".join(map(str, lengths)) + " |\n|---|" + "---|" * len(lengths))
     for name in ("reference", "nord-snn, `torch`", "**nord-snn**"):
@@ -116,21 +116,22 @@ def resonance_tables(page: Page, seconds: float) -> None:
 def language_model_table(page: Page, seconds: float) -> None:
     """One training step."""
     page.say("### Training step of the language model\n")
-    page.say(f"{(language_model.__doc__ or '').strip()} Gate: {language_model.gate()}.\n")
-    page.say("Each in a process of its own, which take turns.\n")
+    page.say(f"{(language_model.__doc__ or '').strip()} Correctness check: {language_model.gate()}.\n")
+    page.say("Each implementation runs in its own process; the processes take turns.\n")
     *rows, floor = race_apart(language_model.contestants(), seconds)
     page.table(rows, "plain loop", floor.milliseconds, language_model.FLOOR)
     tokens = language_model.BATCH * language_model.LENGTH
     ours = next(row for row in rows if row.name.startswith("**"))
     page.say(
-        f"{tokens * 1e3 / rows[0].milliseconds:.0f} tokens/s before, {tokens * 1e3 / ours.milliseconds:.0f} after.\n"
+        f"{tokens * 1e3 / rows[0].milliseconds:.0f} tokens/s with the plain loop, "
+        f"{tokens * 1e3 / ours.milliseconds:.0f} with nord-snn.\n"
     )
 
 
 def monitor_table(page: Page, seconds: float) -> None:
     """What counting spikes costs."""
     page.say("### Counting spikes\n")
-    page.say(f"{(monitor.__doc__ or '').strip()} Gate: {monitor.gate()}.\n")
+    page.say(f"{(monitor.__doc__ or '').strip()} Correctness check: {monitor.gate()}.\n")
     page.say("| | ms | times as fast as without |\n|---|---|---|")
     for row in race_apart(monitor.contestants(), seconds):
         page.say(f"| {row.name} | {row.milliseconds:.2f} | {row.speedup:.3f} |")
@@ -141,9 +142,9 @@ def stdp_table(page: Page, seconds: float) -> None:
     """One step of each learning rule, and what it keeps in memory."""
     pre, post = stdp.case()
     page.say(f"### STDP, {list(stdp.SHAPE)} -> {stdp.N_OUT}\n")
-    page.say(f"{(stdp.__doc__ or '').strip()} Gate: {stdp.gate(pre, post)}.\n")
+    page.say(f"{(stdp.__doc__ or '').strip()} Correctness check: {stdp.gate(pre, post)}.\n")
     n_rows = stdp.SHAPE[1] * stdp.SHAPE[2]
-    page.say(f"SpikingJelly's learner was given {stdp.ROWS} of the {n_rows:,} rows; its times stand for all of them.\n")
+    page.say(f"SpikingJelly's learner ran on {stdp.ROWS} of the {n_rows:,} rows; its times are scaled to all rows.\n")
     rows = race(stdp.contestants(pre, post), seconds)
     factor = n_rows / stdp.ROWS
     for row in rows:
@@ -154,7 +155,7 @@ def stdp_table(page: Page, seconds: float) -> None:
     *rows, floor = rows
     page.table(rows, "first row", floor.milliseconds, stdp.FLOOR)
     page.say(
-        "Most memory alive at once, MB, by rows, [10, rows, 1, 512] -> 512 (outer products alone would take 1 MB a row):\n"
+        "Peak memory, MB, by number of rows, [10, rows, 1, 512] -> 512 (one outer product per row would take 1 MB a row):\n"
     )
     counts = (64, 256, 1024, 4096)
     page.say("| rows | " + " | ".join(map(str, counts)) + " |\n|---|" + "---|" * len(counts))
@@ -170,9 +171,10 @@ def decoding_table(page: Page) -> None:
     net = decoding.firing_model()
     page.say("### Decoding\n")
     page.say(
-        f"{(decoding.__doc__ or '').strip()} New weights, the embedding scaled until 10 % of the input neurons fire."
+        f"{(decoding.__doc__ or '').strip()} The weights are initial weights; the embedding is scaled until 10 % of the "
+        "input neurons fire."
     )
-    page.say(f"Gate: {decoding.gate(net)}.\n")
+    page.say(f"Correctness check: {decoding.gate(net)}.\n")
     page.say("| prompt, tokens | cache | ms to the first token | ms a token | tokens/s |\n|---|---|---|---|---|")
     speeds = decoding.measure(net)
     for (length, use_cache), speed in speeds.items():
@@ -182,7 +184,7 @@ def decoding_table(page: Page) -> None:
     config = net.config
     dense = config.num_hidden_layers * config.hidden_size * 4 * (config.t_fast + config.t_slow + 1)
     page.say(
-        f"\nWith the cache a token takes {long / short:.2f} times as long behind the longer prompt as behind the shorter. "
+        f"\nWith the cache a token takes {long / short:.2f} times as long after the longer prompt as after the shorter. "
         f"A position takes {decoding.cache_bytes(net):,} bytes of cache; with key spikes as floats it would take {dense:,}.\n"
     )
 
@@ -195,12 +197,12 @@ def gpu_tables(page: Page, seconds: float) -> None:
             "**Not measured.** No CUDA GPU was available when this page was written: the Triton and CuPy kernels are"
         )
         page.say(
-            "tested for their results (Triton's interpreter, the CUDA source compiled for the GPU and run on the CPU),"
+            "tested for correctness (in Triton's interpreter; the CUDA source is compiled for the GPU and run on the CPU)"
         )
         page.say(
-            "and not for their speed. The limits in the README have what was measured on one GPU at an earlier state."
+            'but not for speed. The section "Limits" of the README has measurements on one GPU at an earlier commit.'
         )
-        page.say("On a machine with a GPU the same command adds its tables here.")
+        page.say("On a machine with a GPU the same command adds the GPU tables here.")
         return
     for dtype in (torch.bfloat16, torch.float32):
         neuron_tables(page, *GPU_NEURONS, dtype, "cuda", seconds)
@@ -223,15 +225,18 @@ def main() -> None:
     page = Page()
     page.say("# Benchmarks\n")
     page.say(
-        "Written by `python benchmarks/run.py`. Contestants take turns of a few calls in one process; times are medians,"
+        "Written by `python benchmarks/run.py`. The implementations take turns of a few calls in one process. Times and ratios"
     )
     page.say(
-        "ratios are medians over the turns. SpikingJelly's and snnTorch's neurons do less: no cascade, no refractory period, and"
+        "are medians over the turns. SpikingJelly's and snnTorch's neurons compute less: they have no cascade and no refractory"
     )
     page.say(
-        "`LIFNode` has no synaptic current. Freed memory is kept for the next call (`keep_freed_memory` of `nordlm`), for"
+        "period, and `LIFNode` has no synaptic current. The allocator keeps freed memory for the next call (`keep_freed_memory`"
     )
-    page.say("all of them alike but for the training step, where the plain loop has PyTorch's defaults.\n")
+    page.say(
+        "of `nordlm`). In the table of the training step three rows use PyTorch's defaults instead: the plain loop, its compiled"
+    )
+    page.say("blocks, and the kernels alone.\n")
     page.say(machine() + "\n\n## CPU\n")
     if arguments.only in (None, "neurons"):
         for shape, n_clusters in CPU_NEURONS:

@@ -1,4 +1,4 @@
-"""One step of STDP on the spikes of a language model's layer, pre and post [T, batch, tokens, D], both recorded already."""
+"""One STDP update from recorded spikes of a layer of the language model, pre and post [T, batch, tokens, D]."""
 
 import math
 from collections.abc import Callable
@@ -81,4 +81,4 @@ def gate(pre: Tensor, post: Tensor) -> str:
     error = ((got - expected).abs().max() / expected.abs().max()).item()
     if error > 1e-5:
         raise SystemExit(f"STDP differs from SpikingJelly's by {error:.1e}")
-    return f"differs from SpikingJelly's by {error:.1e} of the largest change"
+    return f"the update differs from SpikingJelly's by {error:.1e} of the largest change"

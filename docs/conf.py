@@ -1,4 +1,4 @@
-"""Sphinx: ``sphinx-build -W docs build/docs`` makes the pages."""
+"""Configure Sphinx; ``sphinx-build -W docs build/docs`` builds the pages."""
 
 from nord_snn import __version__
 

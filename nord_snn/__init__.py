@@ -1,6 +1,6 @@
 """nord-snn: the five mechanisms of the Nord spiking language model as parts for any spiking network.
 
-Neurons and layers are here under their names. Everything else is one level down: :mod:`nord_snn.learning_rules`,
+Import neurons and layers from here. Everything else is one level down: :mod:`nord_snn.learning_rules`,
 :mod:`nord_snn.monitor`, :mod:`nord_snn.convert`, :mod:`nord_snn.integrations`, :mod:`nord_snn.models`, and the pure functions
 in :mod:`nord_snn.ops`. :func:`replace_neurons` and :func:`calibrate_thresholds` are here, too.
 """
@@ -46,7 +46,7 @@ __all__ = [
 
 
 def reset(net: nn.Module) -> None:
-    """Put every stateful module in ``net`` (ours, SpikingJelly's and snnTorch's) back to rest.
+    """Reset every stateful module in ``net`` (nord-snn's, SpikingJelly's and snnTorch's) to rest.
 
     Args:
         net: any module; its submodules are searched too.
@@ -62,7 +62,7 @@ def reset(net: nn.Module) -> None:
     clear_module_cache(net)
     snntorch_neurons = [module for module in net.modules() if is_snntorch(module)]
     for module in snntorch_neurons:
-        module.__dict__.pop("reset", None)  # snnTorch stores a tensor there, SpikingJelly would call it
+        module.__dict__.pop("reset", None)  # snnTorch stores a tensor under this name, SpikingJelly would call it
     functional.reset_net(net)
     for module in snntorch_neurons:
         module.reset_mem()  # type: ignore[operator]

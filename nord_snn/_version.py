@@ -1,3 +1,3 @@
-"""The version, in one place: the package, its wheel and what it writes into files all read it here."""
+"""The version number: the package, its wheel and the files that it writes read it from here."""
 
 __version__ = "0.1.0"

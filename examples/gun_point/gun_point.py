@@ -200,7 +200,9 @@ def main(arguments: list[str] | None = None) -> int:
     runs = [(name, seed) for name in KINDS for seed in range(options.seeds)]
     for name, seed in track(runs, "training", transient=True):
         results[name].append(train(KINDS[name], seed, options.epochs, data))
-    table = Table("ours in it", "accuracy", "lowest to highest", "firing rates", title=f"{options.seeds} seeds")
+    table = Table(
+        "our parts in the network", "accuracy", "lowest to highest", "firing rates", title=f"{options.seeds} seeds"
+    )
     for name, of in results.items():
         values = [result.accuracy for result in of]
         rates = (statistics.mean(each) for each in zip(*(result.rates for result in of), strict=True))

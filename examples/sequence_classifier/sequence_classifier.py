@@ -194,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
         accuracy, fired = train(KINDS[name], seed, options.epochs, data)
         results[name].append(accuracy)
         rates = fired or rates
-    table = Table("in place of attention", "accuracy", "lowest to highest", title=f"{options.seeds} seeds")
+    table = Table("mixing of words", "accuracy", "lowest to highest", title=f"{options.seeds} seeds")
     for name, values in results.items():
         table.add_row(name, f"{statistics.mean(values):.1%}", f"{min(values):.1%} to {max(values):.1%}")
     table.add_row("always the largest package", f"{chance:.1%}", "")

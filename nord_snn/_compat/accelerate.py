@@ -8,7 +8,7 @@ __all__ = ["reset_accumulation", "set_log_folder"]
 
 
 def reset_accumulation(accelerator: Accelerator) -> None:
-    """Count micro-batches from zero: a checkpoint may have been saved within an unfinished accumulation."""
+    """Count micro-batches from zero again: a checkpoint may have been saved during an accumulation."""
     accelerator.step = 0
 
 

@@ -42,7 +42,7 @@ def data_pointer(context: Any, builder: Any, array_type: Any, array: Any) -> Any
 
 
 def pointer_type(kind: ir.Type) -> ir.PointerType:
-    """Return a typed pointer type, which llvmlite will replace by opaque ones."""
+    """Return a typed pointer type, which a future llvmlite replaces by opaque pointers."""
     return kind.as_pointer()
 
 

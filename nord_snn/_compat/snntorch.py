@@ -11,10 +11,10 @@ __all__ = ["SynapticWithOwnState"]
 
 
 class SynapticWithOwnState(StatePrecisionMixin, snntorch.Synaptic):
-    """A ``snntorch.Synaptic`` by class and life cycle; the subclass defines decays, threshold and states.
+    """Base class that snnTorch treats as ``Synaptic``; the subclass defines decays, threshold and states.
 
-    ``Synaptic.__init__`` would register buffers under the names of the subclass's properties, so it is not called; the
-    attributes that ``snntorch.utils.reset`` and the base class read are set here. States are non-persistent buffers.
+    ``Synaptic.__init__`` would register buffers under the names of the subclass's properties, so it is not called. The
+    constructor sets the attributes that ``snntorch.utils.reset`` and the base class read. States are non-persistent buffers.
 
     Args:
         init_hidden: store the states in the module.

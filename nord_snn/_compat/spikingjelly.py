@@ -11,12 +11,12 @@ from nord_snn._compat.torch import StatePrecisionMixin, detached_state
 
 __all__ = ["StatefulNode", "clear_module_cache", "is_release_2", "reset_value"]
 
-#: Release 2 caches the modules that ``reset_net`` found, and offers functional forwards; 0.0.0.0.14 does neither.
+#: Release 2 caches the modules that ``reset_net`` found, and has functional forwards; 0.0.0.0.14 has neither.
 is_release_2 = hasattr(functional, "invalidate_reset_cache")
 
 
 def reset_value(module: base.MemoryModule, name: str) -> Any:
-    """Return the value to which ``reset()`` sets a memory; 0.0.0.0.14 has no public method for it."""
+    """Return the value to which ``reset()`` sets a registered memory; 0.0.0.0.14 has no public method for it."""
     if hasattr(module, "get_reset_value"):
         return module.get_reset_value(name)
     return copy.deepcopy(module._memories_rv[name])
@@ -29,21 +29,21 @@ def clear_module_cache(net: nn.Module) -> None:
 
 
 class StatefulNode(StatePrecisionMixin, BaseNode):
-    """A ``BaseNode`` whose memories keep their precision in ``to`` and ``half``, and whose copies are detached.
+    """A ``BaseNode`` whose state keeps its precision in ``to`` and ``half``, and whose copies have a detached state.
 
-    ``BaseNode`` casts its memories to half precision with the network, detaches them in place, which fails for views, and
-    copies their autograd graph. ``set_state`` writes memories directly: ``__setattr__`` sets one at a time.
+    ``BaseNode`` casts its state to half precision with the network, detaches it in place, which fails for views, and copies
+    its autograd graph. ``set_state`` writes all values directly: ``__setattr__`` sets one at a time.
     """
 
     v_seq: Tensor | None
 
     def get_state(self) -> dict[str, Any]:
-        """Return all memories and the stored membranes."""
-        stored = {"v_seq": self.v_seq} if "v_seq" in self.__dict__ else {}  # a memory in 0.0.0.0.14
+        """Return the state by name, and the stored membrane potentials."""
+        stored = {"v_seq": self.v_seq} if "v_seq" in self.__dict__ else {}  # in named_memories() of 0.0.0.0.14
         return dict(self.named_memories()) | stored
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Set memories and stored membranes."""
+        """Set the state and the stored membrane potentials."""
         for name, value in state.items():
             if name in self._memories:
                 self._memories[name] = value
@@ -51,7 +51,7 @@ class StatefulNode(StatePrecisionMixin, BaseNode):
                 setattr(self, name, value)
 
     def detach(self) -> None:
-        """Detach the memories, for truncated backpropagation through time."""
+        """Detach the state, for truncated backpropagation through time."""
         self.set_state({name: detached_state(value) for name, value in self.get_state().items()})
 
     def __getstate__(self) -> dict[str, Any]:

@@ -173,8 +173,8 @@ def observe_forward(module: nn.Module, observer: ForwardObserver) -> None:
     """Call ``observer`` around every forward of ``module``, also in code that was compiled before.
 
     TorchDynamo ignores forward hooks that are registered after compilation, but it has a guard that a traced module has no
-    instance attribute ``forward``. So this sets one: compiled code that contains this module is compiled again, once. All other
-    compiled code stays valid, and so does the earlier code of this module, which runs again once it has no observer.
+    instance attribute ``forward``. So this function sets one: code that contains this module is compiled again, once. All other
+    compiled code stays valid. The earlier code of this module also stays valid, and runs again without observers.
     """
     if not _is_observed(module):
         setattr(module, _INNER, module.__dict__.get("forward"))  # a patch by other code, or None
@@ -219,7 +219,7 @@ def _clear_attributes(module: nn.Module) -> None:
 
 
 def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
-    """Return a replica for ``DataParallel`` without observers: it copies ``__dict__`` with the method bound to the original."""
+    """Return a replica for ``DataParallel`` without observers; it would have the ``forward`` that is bound to the original."""
     replica = type(self)._replicate_for_data_parallel(self)
     _restore(replica)
     return replica

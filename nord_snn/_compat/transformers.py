@@ -33,7 +33,7 @@ CACHE = (
     else "past_key_values"
 )
 
-#: Layers of a ``DynamicCache`` that store states unchanged, all or the newest. Others quantise or overwrite them.
+#: Layers of a ``DynamicCache`` that store all or the newest keys and values unchanged. Others quantise or overwrite them.
 _GROWING = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
@@ -41,11 +41,11 @@ def cache_from(cache: Cache | None, past_key_values: Cache | None) -> Cache | No
     """Return the cache that was passed under either name.
 
     Raises:
-        TypeError: it was passed under both names.
+        TypeError: a cache was passed under both names.
     """
     if cache is not None and past_key_values is not None:
         raise TypeError(
-            f"past_key_values is the old name of cache: pass one of them; generate() of this transformers takes {CACHE}"
+            f"pass either cache or past_key_values, its old name: generate() of this transformers release takes {CACHE}"
         )
     return past_key_values if cache is None else cache
 
@@ -61,7 +61,7 @@ def cache_of(output: CausalLMOutputWithPast) -> Cache | None:
 
 
 def check_growing_cache(cache: Any, window: int) -> None:
-    """Check that a cache stores states unchanged, for as many positions as the model has.
+    """Check that a cache stores keys and values unchanged, for as many positions as the model's window.
 
     Raises:
         ValueError: the cache is of another kind, or was created for another window.
@@ -70,17 +70,17 @@ def check_growing_cache(cache: Any, window: int) -> None:
     for layer in layers:
         if type(layer) not in _GROWING:
             raise ValueError(
-                f"{CACHE} must be a DynamicCache, whose layers grow and stay exact, got {type(layer).__name__}"
+                f"{CACHE} must be a DynamicCache whose layers store keys and values unchanged, got {type(layer).__name__}"
             )
         if getattr(layer, "sliding_window", window) != window:
             raise ValueError(
-                f"{CACHE} was made for a window of {layer.sliding_window} positions, and max_position_embeddings is "
-                f"{window}: use DynamicCache(config=model.config)"
+                f"{CACHE} must have a window of max_position_embeddings = {window} positions, got {layer.sliding_window}: use "
+                "DynamicCache(config=model.config)"
             )
 
 
 def refuse_unknown_keywords(owner: str, keywords: dict[str, Any], not_offered: dict[str, str]) -> None:
-    """Raise for every keyword, except those of ``not_offered`` that are None or False.
+    """Raise an error for every keyword, except those of ``not_offered`` that are None or False.
 
     Args:
         owner: name of the model or function, for the message.
@@ -93,9 +93,9 @@ def refuse_unknown_keywords(owner: str, keywords: dict[str, Any], not_offered: d
     """
     for name, value in keywords.items():
         if name not in not_offered:
-            raise TypeError(f"{owner} does not know the keyword {name!r}")
+            raise TypeError(f"{owner} got an unknown keyword {name!r}")
         if value is not None and value is not False:
-            raise ValueError(f"{owner} does not offer {name}: {not_offered[name]}")
+            raise ValueError(f"{owner} does not support {name}: {not_offered[name]}")
 
 
 def register_causal_lm(model_type: str, name: str) -> None:
@@ -104,10 +104,10 @@ def register_causal_lm(model_type: str, name: str) -> None:
 
 
 class CausalLM(PreTrainedModel, GenerationMixin):
-    """A causal language model of transformers, with public names for the underscored ones that transformers reads.
+    """Base class of causal language models, with public names for the private names that transformers reads.
 
     Class attributes:
-        tied_weights: parameters shared if the configuration ties word embeddings, ``{name: name of the other}``.
+        tied_weights: parameters that are shared if the configuration ties word embeddings, ``{name: name of the other}``.
     """
 
     tied_weights: ClassVar[dict[str, str]] = {}
@@ -128,7 +128,7 @@ class CausalLM(PreTrainedModel, GenerationMixin):
         raise NotImplementedError
 
     def check_assisted_length(self, length: int) -> None:
-        """Raise if assisted decoding up to this length, prompt included, is not possible."""
+        """Raise an error if assisted decoding up to this length, prompt included, is not possible."""
 
     def recompute(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Call ``function`` under gradient checkpointing, as ``gradient_checkpointing_enable`` has configured it."""

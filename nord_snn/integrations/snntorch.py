@@ -21,7 +21,7 @@ _UNSUPPORTED = {"graded_spikes_factor", "inhibition", "learn_graded_spikes_facto
 
 
 class _StrictNode(AssociativeLIFNode):
-    """Fire above the threshold and not at it, as snnTorch's neurons do: the threshold is the next larger number."""
+    """Fire only above the threshold, not at it, as snnTorch's neurons do: the threshold is the next larger number."""
 
     def firing_threshold(self) -> Tensor:
         threshold = self.v_threshold.to(compute_dtype(self.v_threshold))
@@ -30,16 +30,16 @@ class _StrictNode(AssociativeLIFNode):
 
 
 class AssociativeSynaptic(SynapticWithOwnState):
-    """Associative LIF neurons with the signature and life cycle of ``snntorch.Synaptic``: one time step per call.
+    """Associative LIF neurons that are called and reset as ``snntorch.Synaptic``: one time step per call.
 
     The equations are those of :func:`nord_snn.ops.associative_lif`, with two differences from
-    :class:`~nord_snn.neurons.AssociativeLIFNode`. It fires if the membrane is above the threshold, as snnTorch's neurons do,
-    not if it is equal to it. And callers pass and receive ``mem`` and ``syn`` only: the refractory counter is stored in the
-    module and belongs to the membrane that was returned last. If another membrane is passed, such as a new tensor or a modified
-    copy, all refractory counters start at 0; ``mem.detach()`` counts as the same membrane.
+    :class:`~nord_snn.neurons.AssociativeLIFNode`. A neuron fires only above its threshold, not at it, as snnTorch's neurons do.
+    Callers pass and receive ``mem`` and ``syn`` only: the refractory counter is stored in the module and belongs to the ``mem``
+    that was returned last. If another ``mem`` is passed, such as a new tensor or a modified copy, all refractory counters start
+    at 0; ``mem.detach()`` counts as the same tensor.
 
-    It differs from ``Synaptic`` in two ways. It subtracts the threshold in the same time step (``mem`` is the membrane after
-    the reset). And it raises if the batch shape changes without :meth:`reset_mem` or ``snntorch.utils.reset`` before.
+    There are two differences from ``Synaptic``. The threshold is subtracted in the same time step (``mem`` is the membrane
+    potential after the reset). A new batch shape needs :meth:`reset_mem` or ``snntorch.utils.reset`` first, or raises an error.
 
     Args:
         n_features: D, the number of neurons.
@@ -87,7 +87,9 @@ class AssociativeSynaptic(SynapticWithOwnState):
         **more: Any,
     ) -> None:
         if unsupported := sorted(_UNSUPPORTED & more.keys()):
-            raise TypeError(f"AssociativeSynaptic subtracts its threshold at once and has no {', '.join(unsupported)}")
+            raise TypeError(
+                f"AssociativeSynaptic does not support {', '.join(unsupported)}: it subtracts its threshold in the same time step"
+            )
         super().__init__(init_hidden, output)
         learned = {"beta_syn": learn_alpha, "beta_mem": learn_beta, "threshold": learn_threshold}
         self.node = _StrictNode(
@@ -136,7 +138,7 @@ class AssociativeSynaptic(SynapticWithOwnState):
 
     @property
     def mem(self) -> Tensor:
-        """Return the membrane after the last time step. Assigning it sets all refractory counters to 0."""
+        """Return the membrane potential after the last time step. Assigning it sets all refractory counters to 0."""
         return self._mem
 
     @mem.setter
@@ -156,7 +158,7 @@ class AssociativeSynaptic(SynapticWithOwnState):
         """Run one time step."""
         self.node.check_input(input_, "s")
         if self.init_hidden and not (syn is None and mem is None):
-            raise TypeError("with init_hidden=True the states are kept here: pass neither syn nor mem")
+            raise TypeError("with init_hidden=True the module stores the states: pass neither syn nor mem")
         if (syn is None) != (mem is None):
             raise ValueError("pass both syn and mem, or neither to start from rest")
         state = self._state(input_, syn, mem)
@@ -168,7 +170,7 @@ class AssociativeSynaptic(SynapticWithOwnState):
         return spk if self.init_hidden and not self.output else (spk, self._syn, self._mem)
 
     def _step(self, x: Tensor, state: AssociativeLIFState | None) -> tuple[Tensor, AssociativeLIFState]:
-        """Run the node through ``__call__``, so that monitors see its spikes, and reset it afterwards."""
+        """Run the node through ``__call__``, so that monitors count its spikes, and reset it afterwards."""
         node = self.node
         node.v, node.i_syn, node.refractory = (0.0, 0.0, 0) if state is None else state
         multi = node.step_mode == "m"  # layers set it on all their modules
@@ -219,14 +221,14 @@ class MultiStep(StatePrecisionMixin, nn.Module):
             ``init_hidden=True``.
 
     Attributes:
-        store_v_seq: store the membranes of the last call in ``v_seq``.
-        v_seq: the stored membranes, ``[T, N, *, D]``, or None.
+        store_v_seq: store the membrane potentials of the last call in ``v_seq``.
+        v_seq: the stored membrane potentials, ``[T, N, *, D]``, or None.
 
     Shapes: ``[T, N, *, D]`` -> spikes ``[T, N, *, D]``. The states of the neuron before the call are restored afterwards.
 
     Raises:
         TypeError: ``neuron`` is not a snnTorch neuron.
-        ValueError: membranes are to be stored and the neuron does not return them (``init_hidden=True`` without
+        ValueError: ``store_v_seq`` is set, but the neuron does not return ``mem`` (``init_hidden=True`` without
             ``output=True``).
 
     Example:
@@ -239,7 +241,7 @@ class MultiStep(StatePrecisionMixin, nn.Module):
     def __init__(self, neuron: nn.Module) -> None:
         super().__init__()
         if not isinstance(neuron, snntorch.SpikingNeuron):
-            raise TypeError(f"MultiStep takes a neuron of snnTorch, got {type(neuron).__name__}")
+            raise TypeError(f"MultiStep expects a neuron of snnTorch, got {type(neuron).__name__}")
         self.neuron = neuron
         self.store_v_seq = False
         self.v_seq: Tensor | None = None
@@ -247,7 +249,9 @@ class MultiStep(StatePrecisionMixin, nn.Module):
     def forward(self, x_seq: Tensor) -> Tensor:
         """Run all time steps, one after the other, from rest."""
         if x_seq.ndim < 2 or not len(x_seq):
-            raise ValueError(f"MultiStep expects shape [T, N, *, D] with at least one step, got {list(x_seq.shape)}")
+            raise ValueError(
+                f"MultiStep expects shape [T, N, *, D] with at least one time step, got {list(x_seq.shape)}"
+            )
         saved = {name: getattr(self.neuron, name) for name in _saved_names(self.neuron)}
         try:
             return self._run(x_seq)
@@ -256,15 +260,15 @@ class MultiStep(StatePrecisionMixin, nn.Module):
                 setattr(self.neuron, name, value)
 
     def get_state(self) -> dict[str, Any]:
-        """Return the stored membranes."""
+        """Return the stored membrane potentials."""
         return {"v_seq": self.v_seq}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Set the stored membranes."""
+        """Set the stored membrane potentials."""
         self.v_seq = state["v_seq"]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the attributes for copies and pickles, with detached membranes."""
+        """Return the attributes for copies and pickles, with detached membrane potentials."""
         return self.__dict__ | {"v_seq": detached_state(self.v_seq)}
 
     def _run(self, x_seq: Tensor) -> Tensor:
@@ -278,10 +282,12 @@ class MultiStep(StatePrecisionMixin, nn.Module):
             if self.store_v_seq:
                 if len(parts) == 1:
                     raise ValueError(
-                        f"{type(self.neuron).__name__} with init_hidden=True must have output=True where membranes are read"
+                        f"{type(self.neuron).__name__} with init_hidden=True must have output=True if a layer reads v_seq"
                     )
                 membranes.append(parts[-1])
-            states = () if self.neuron.init_hidden else parts[-len(states) :]  # a recurrent neuron takes its spikes too
+            states = (
+                () if self.neuron.init_hidden else parts[-len(states) :]
+            )  # recurrent neurons also take their spikes
         self.v_seq = torch.stack(membranes) if self.store_v_seq else None
         return torch.stack(spikes)
 
@@ -307,12 +313,12 @@ def _state_names(neuron: nn.Module) -> tuple[str, ...]:
     for kind, names in known.items():
         if isinstance(neuron, kind):
             return names
-    raise TypeError(f"MultiStep does not know what states {type(neuron).__name__} has; it knows Leaky, Lapicque, Synaptic, "
-                    "Alpha, RLeaky, RSynaptic and AssociativeSynaptic")  # fmt: skip
+    raise TypeError("MultiStep expects Leaky, Lapicque, Synaptic, Alpha, RLeaky, RSynaptic or AssociativeSynaptic, got "
+                    f"{type(neuron).__name__}, whose states are unknown")  # fmt: skip
 
 
 def _saved_names(neuron: nn.Module) -> tuple[str, ...]:
-    """Return the attributes to save and restore. For our neuron also the refractory counter: assigning ``mem`` clears it."""
+    """Return the attributes to save and restore; for our neuron also the refractory counter, which assigning ``mem`` clears."""
     if isinstance(neuron, AssociativeSynaptic):
         return ("_syn", "_mem", "_refractory", "_set_from_outside")
     return _state_names(neuron)
@@ -320,6 +326,6 @@ def _saved_names(neuron: nn.Module) -> tuple[str, ...]:
 
 def _wrong_shape(x: Tensor, state: Tensor) -> str:
     return (
-        f"AssociativeSynaptic has states of shape {list(state.shape)} and got input of shape {list(x.shape)}: reset_mem() (or "
-        "snntorch.utils.reset) before a batch of another shape"
+        f"AssociativeSynaptic has states of shape {list(state.shape)}, but got input of shape {list(x.shape)}: call reset_mem() "
+        "(or snntorch.utils.reset) before a batch of another shape"
     )

@@ -1,4 +1,4 @@
-"""Learning rules: learners around ``nord_snn.ops.stdp`` with SpikingJelly's life cycle."""
+"""Learning rules: learners around ``nord_snn.ops.stdp`` with the interface of SpikingJelly's learners."""
 
 from nord_snn.learning_rules.plastic import PlasticPart, load_plastic, save_plastic
 from nord_snn.learning_rules.reward import RewardModulatedSTDP

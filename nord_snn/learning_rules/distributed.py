@@ -22,10 +22,10 @@ def raise_on_all_ranks(compute: Callable[[], Result], device: torch.device) -> R
 
     Args:
         compute: function without arguments.
-        device: a device whose tensors the processes can exchange.
+        device: a device that the process group supports.
 
     Raises:
-        Exception: what ``compute`` raised in this process.
+        Exception: ``compute`` raised it in this process.
         RuntimeError: ``compute`` raised in another process.
     """
     if _single_process():
@@ -46,7 +46,7 @@ def mean_over_ranks(x: Tensor | None, like: Tensor) -> Tensor | None:
 
     Args:
         x: the tensor of this process, or None, which counts as zeros.
-        like: a tensor of the shape of ``x``, on a device whose tensors the processes can exchange.
+        like: a tensor of the shape of ``x``, on a device that the process group supports.
 
     Returns:
         The mean; None if ``x`` is None in every process.

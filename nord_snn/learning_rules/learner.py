@@ -1,4 +1,4 @@
-"""Base class of the rules: spike recording, SpikingJelly's life cycle, and delivery of the weight update."""
+"""Base class of the rules: spike recording, the interface of SpikingJelly's learners, and the weight update."""
 
 import math
 import warnings
@@ -18,7 +18,7 @@ from nord_snn.ops.checks import check_dependence
 
 __all__ = ["Learner", "SpikeRecord"]
 
-#: Updates of a single time step that may be zero before a learner warns that nothing fires.
+#: Time steps without a weight change after which a learner warns about silence, if each update is one time step.
 SILENT_STEPS = 20
 
 
@@ -36,7 +36,7 @@ class SpikeRecord(NamedTuple):
     rows: torch.Size
 
 
-#: Returns the weight update of a record, summed over rows, and a function that stores the new traces, called after all checks.
+#: Returns the weight update of a record, summed over rows, and a function that stores the new traces (called after all checks).
 ComputeChange = Callable[[SpikeRecord], tuple[Tensor, Callable[[], None]]]
 
 
@@ -50,7 +50,7 @@ class Learner(base.MemoryModule):
         reduction: over rows, ``"sum"`` or ``"mean"``.
         bounds: range to which :meth:`apply` limits weights, or None.
         mu: exponent of the dependence on the weight.
-        max_norm: the largest norm of one update, or None.
+        max_norm: upper limit of the norm of one update, or None.
         name: name of the synapse in messages.
     """
 
@@ -70,7 +70,7 @@ class Learner(base.MemoryModule):
             raise TypeError(f"synapse must be a Linear, Conv1d or Conv2d of torch.nn, got {type(synapse).__name__}")
         if "weight" not in dict(synapse.named_parameters(recurse=False)):
             raise TypeError(
-                f"the weight of a {type(synapse).__name__} with a parametrization is computed from others and cannot learn itself"
+                f"synapse must have a weight without parametrization, got a {type(synapse).__name__} that computes its weight"
             )
         if not isinstance(sn, nn.Module):
             raise TypeError(f"sn must be a torch.nn.Module, got {type(sn).__name__}")
@@ -78,11 +78,11 @@ class Learner(base.MemoryModule):
             raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
         check_dependence((0, 1) if bounds is None else bounds, mu)
         if mu and bounds is None:
-            raise ValueError(f"a dependence on the weight (mu = {mu}) needs bounds, got None")
+            raise ValueError(f"bounds must be (lower, upper) if mu is above 0, got None with mu = {mu}")
         if max_norm is not None and not 0 < max_norm < math.inf:
             raise ValueError(f"max_norm must be positive or None, got {max_norm}")
         self.step_mode = step_mode
-        # Not registered as submodules: their parameters are not the learner's.
+        # Not registered as submodules: the learner must not list their parameters.
         self.__dict__["synapse"], self.__dict__["sn"] = synapse, sn
         self.plastic = PlasticPart(synapse, bounds)
         self.reduction, self.mu, self.max_norm = reduction, mu, max_norm
@@ -112,7 +112,7 @@ class Learner(base.MemoryModule):
         return self.plastic.bounds
 
     def apply(self, delta: Tensor) -> None:
-        """Add ``delta``, shaped as the weight, within the bounds; :meth:`revert` can take it back.
+        """Add ``delta``, in the shape of the weight, within the bounds; :meth:`revert` removes it.
 
         Raises:
             ValueError: the shape differs, or the sum would not be finite; the weights are unchanged.
@@ -120,9 +120,9 @@ class Learner(base.MemoryModule):
         self.plastic.apply(delta)
 
     def revert(self) -> None:
-        """Restore the weights before all :meth:`apply`, bit for bit.
+        """Remove all updates that :meth:`apply` has added, and restore the earlier weights bit for bit.
 
-        If an optimizer ran in between, subtract what the rule added from the present weights.
+        If an optimizer ran in between, subtract the updates from the present weights.
         """
         self.plastic.revert()
 
@@ -198,14 +198,14 @@ class Learner(base.MemoryModule):
         if module is self.sn:
             self._record(self._post, output if isinstance(output, tuple) else (output,), "the neurons returned")
 
-    def _record(self, record: list[Tensor], values: tuple[Any, ...], what: str) -> None:
+    def _record(self, record: list[Tensor], values: tuple[Any, ...], source: str) -> None:
         """Append the first of ``values`` to ``record``: snnTorch's neurons return spikes first, then states."""
         self._was_called = True
         if not self._enabled:
             return
         if not values or not isinstance(values[0], Tensor):
             got = type(values[0]).__name__ if values else "nothing"
-            raise TypeError(f"a learner expects spikes as the first tensor, {what} {got}")
+            raise TypeError(f"a learner expects a tensor of spikes as the first value, but {source} {got}")
         spikes = values[0].detach()
         if spikes.is_inference():
             spikes = spikes.clone()  # inference tensors have no version counter
@@ -218,7 +218,7 @@ class Learner(base.MemoryModule):
         self._post.clear()
         self._versions.clear()
 
-    @torch.inference_mode(False)  # traces are used outside of it later
+    @torch.inference_mode(False)  # traces are later used outside inference mode
     @torch.no_grad()
     def _update_from_record(self, compute: ComputeChange, scale: float, positions: slice | None) -> Tensor | None:
         record = self._spike_record(positions)
@@ -227,7 +227,7 @@ class Learner(base.MemoryModule):
         if self._layout not in (None, (record.rows, positions)):
             before, now = (f"{list(rows)}" for rows in (self._layout[0], record.rows))
             raise ValueError(
-                f"the rows that the traces are of changed from {before} to {now} (or their positions did): "
+                f"the rows of the traces must not change between updates, got {before} and then {now} (or other positions): "
                 "reset() the learner when the batch shape changes"
             )
         delta, commit = compute(record)
@@ -243,9 +243,9 @@ class Learner(base.MemoryModule):
     def _spike_record(self, positions: slice | None) -> SpikeRecord | None:
         if len(self._pre) != len(self._post):
             raise RuntimeError(
-                f"the synapse was called {len(self._pre)} times and its neurons {len(self._post)} times since the last step: "
-                "a learner needs one call of each per pass. Are both part of the network that ran, and called once each (also "
-                "where activation checkpointing runs a part of it again)? reset() forgets the record"
+                f"synapse and neurons must be called equally often, got {len(self._pre)} and {len(self._post)} calls since the "
+                "last update: both must be part of the network that ran, and activation checkpointing must not run only one "
+                "of them again; reset() clears the record"
             )
         if not self._pre:
             if self._enabled and not self._was_called:
@@ -255,15 +255,17 @@ class Learner(base.MemoryModule):
             return None
         mode = getattr(self.sn, "step_mode", self.step_mode)
         if mode != self.step_mode:
-            raise ValueError(f"the neurons behind {self.name} have step_mode {mode!r}, the learner {self.step_mode!r}")
+            raise ValueError(
+                f"the neurons after {self.name} must have the step_mode of the learner, {self.step_mode!r}, got {mode!r}"
+            )
         if any(version_counter(spikes) != version for spikes, version in self._versions):
             raise RuntimeError(
-                f"spikes before or behind {self.name} were written into after they were recorded (a buffer that is used "
-                "again, or a layer with inplace=True): give the network a new tensor in every call; reset() forgets the record"
+                f"input or output spikes of {self.name} were modified in place after they were recorded (by a reused buffer "
+                "or a layer with inplace=True): pass a new tensor to the network in every call; reset() clears the record"
             )
         pre, post = self._sequence(self._pre), self._sequence(self._post)
         if self.step_mode == "m" and pre.ndim == post.ndim - 1 and len(pre) == len(post) * post.shape[1]:
-            # The synapse ran on time and batch flattened, as in SpikingJelly's SeqToANNContainer.
+            # The input of the synapse has time and batch flattened, as in SpikingJelly's SeqToANNContainer.
             pre = pre.unflatten(0, post.shape[:2])
         if self.step_mode == "s" and self.geometry is None and pre.ndim == post.ndim == 2:
             pre, post = pre[:, None], post[:, None]  # a single sample, [D]
@@ -272,10 +274,10 @@ class Learner(base.MemoryModule):
         if positions is not None:
             if pre.ndim != 4 or self.geometry is not None or not isinstance(positions, slice):
                 raise ValueError(
-                    f"positions are a slice of S in sequences [T, B, S, D], got {positions} of {list(pre.shape)}"
+                    f"positions must be a slice of S in sequences [T, B, S, D], got {positions} for {list(pre.shape)}"
                 )
             if not len(range(pre.shape[2])[positions]):
-                raise ValueError(f"no position is left: {positions} of {pre.shape[2]}")
+                raise ValueError(f"positions must select at least one of {pre.shape[2]} positions, got {positions}")
             pre, post = pre[..., positions, :], post[..., positions, :]
         rows = pre.shape[1:-n_features]
         return SpikeRecord(pre.flatten(1, -1 - n_features), post.flatten(1, -1 - n_features), rows)
@@ -289,7 +291,7 @@ class Learner(base.MemoryModule):
         except RuntimeError:
             shapes = sorted({tuple(part.shape) for part in record})
             raise ValueError(
-                f"the batch shape changed between two steps of the rule ({shapes}): reset() it there"
+                f"the batch shape must not change between two updates, got {shapes}: reset() the learner when it changes"
             ) from None
 
     def _check_shapes(self, pre: Tensor, post: Tensor) -> None:
@@ -300,7 +302,7 @@ class Learner(base.MemoryModule):
         if not right_rank or pre.ndim != post.ndim:
             skip = 0 if self.step_mode == "m" else 1
             raise ValueError(
-                f"with step_mode {self.step_mode!r} the rule expects {layout} before and behind {self.name}, "
+                f"with step_mode {self.step_mode!r} the rule expects {layout} before and after {self.name}, "
                 f"got {list(pre.shape[skip:])} and {list(post.shape[skip:])}"
             )
         channel = -1 if self.geometry is None else 2
@@ -309,23 +311,25 @@ class Learner(base.MemoryModule):
         fits = pre.shape[channel] == n_in and post.shape[channel] == n_out
         if not fits or pre.shape[:rows_end] != post.shape[:rows_end]:
             raise ValueError(
-                f"{self.name} joins {n_in} inputs to {n_out} neurons in the same steps and rows, "
-                f"got {list(pre.shape)} before it and {list(post.shape)} behind"
+                f"{self.name} expects {n_in} inputs and {n_out} neurons with the same time steps and rows, "
+                f"got {list(pre.shape)} before it and {list(post.shape)} after it"
             )
 
     # --- errors and warnings
 
     def _check_finite(self, delta: Tensor, record: SpikeRecord) -> None:
-        """Raise if update or weight hold NaN or infinity: NaN in spikes, reward or traces also reaches the update."""
+        """Raise a ValueError unless update and weight are finite; NaN in spikes, reward or traces makes the update NaN."""
         finite = delta.isfinite().all() & self.synapse.weight.isfinite().all()
         if finite:
             return
         if not self.synapse.weight.isfinite().all():
-            raise ValueError(f"the weight of {self.name} holds NaN or infinity: there is nothing to learn on")
+            raise ValueError(f"the weight of {self.name} must be finite, but contains NaN or infinity")
         for side, spikes in (("input", record.pre), ("output", record.post)):
             if not spikes.isfinite().all():
-                raise ValueError(f"the {side} spikes of {self.name} hold NaN or infinity; the weights are untouched")
-        raise ValueError(f"the change of {self.name} is not finite; the weights are untouched")
+                raise ValueError(
+                    f"the {side} spikes of {self.name} must be finite, but contain NaN or infinity; the weights are unchanged"
+                )
+        raise ValueError(f"the weight update of {self.name} must be finite, but is not; the weights are unchanged")
 
     def _check_activity(self, delta: Tensor, record: SpikeRecord) -> None:
         """Queue one warning if the input is not binary or nothing fires."""
@@ -334,7 +338,7 @@ class Learner(base.MemoryModule):
             for side, spikes in (("input", record.pre), ("neurons' output", record.post)):
                 if not ((spikes == 0) | (spikes == 1)).all():
                     self._pending_warnings.append(
-                        f"the {side} of {self.name} is not spikes (0 and 1): what the rule computes is no STDP"
+                        f"the {side} of {self.name} must be spikes (0 and 1) for STDP, got other values"
                     )
         self._silent_steps = 0 if delta.any() else self._silent_steps + len(record.pre)
         # Silence in a single time step is normal.
@@ -343,12 +347,12 @@ class Learner(base.MemoryModule):
             if silent:
                 self._warned_silent = True
                 self._pending_warnings.append(
-                    f"the {' and the '.join(silent)} of {self.name} did not fire in a window: no update"
+                    f"the {' and the '.join(silent)} of {self.name} did not fire in this update: the weight change is zero"
                 )
 
 
 class _Hook:
-    """Call a method of a learner while the learner exists. Copies and pickles of the network do not hold the learner."""
+    """Call a method of a learner while the learner exists. Copies and pickles of the network do not contain the learner."""
 
     def __init__(self, learner: "Learner | None", name: str) -> None:
         self._learner = (lambda: None) if learner is None else weakref.ref(learner)

@@ -1,4 +1,4 @@
-"""Weight changes made by a rule, kept apart from the trained weight, and their file format."""
+"""Weight changes by a rule, stored apart from the trained weight, and their file format."""
 
 import hashlib
 import json
@@ -53,7 +53,7 @@ class PlasticPart:
 
     @property
     def weight(self) -> Tensor:
-        """Return the parameter of the synapse; moves the stored copies to its device."""
+        """Return the weight of the synapse, after moving the stored copies to its device."""
         weight = cast(Tensor, self.synapse.weight)
         if self._trained is not None and self._written is not None and self._trained.device != weight.device:
             self._trained, self._written = self._trained.to(weight.device), self._written.to(weight.device)
@@ -62,24 +62,24 @@ class PlasticPart:
     @property
     def delta(self) -> Tensor | None:
         """Return the total change in float64, so that trained + delta reproduces the weight exactly; None if there is none."""
-        _ = self.weight  # moves both to its device
+        _ = self.weight  # moves both copies to its device
         if self._trained is None or self._written is None:
             return None
         return self._written.double() - self._trained.double()
 
     @property
     def trained(self) -> Tensor:
-        """Return the weight without the added changes, but with those of an optimizer."""
+        """Return the weight without the added changes; changes by an optimizer are included."""
         return self._without_delta(slice(None)).detach()
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def apply(self, delta: Tensor, rows: Tensor | None = None) -> None:
-        """Add ``delta``, shaped as the weight, within the bounds; :meth:`revert` can take it back.
+        """Add ``delta``, in the shape of the weight, within the bounds; :meth:`revert` removes it.
 
         Args:
             delta: the change.
-            rows: indices of the rows to change, each once; ``delta`` then has these rows only. None: all rows.
+            rows: indices of the rows to change, without duplicates; ``delta`` then has only these rows. None: all rows.
 
         Raises:
             ValueError: the shape differs, or the sum would not be finite; the weight is unchanged.
@@ -95,13 +95,13 @@ class PlasticPart:
         new = self._within_bounds(old, old + delta.to(weight.dtype))
         if not new.isfinite().all():
             raise ValueError(
-                "apply expects a finite weight change that keeps the weights finite; the weights are untouched"
+                "apply expects a finite weight change that keeps the weights finite; the weights are unchanged"
             )
         if self._trained is None or self._written is None:
             self._written = weight.detach().clone()
             self._trained = self._written.clone()
         _run_uninterrupted(
-            partial(operator.setitem, self._trained, index, self._without_delta(index)),  # with the optimizer's changes
+            partial(operator.setitem, self._trained, index, self._without_delta(index)),  # plus the optimizer's changes
             partial(operator.setitem, self._written, index, new),
             partial(operator.setitem, weight, index, new),
         )
@@ -111,8 +111,8 @@ class PlasticPart:
     def revert(self) -> None:
         """Remove all added changes.
 
-        The trained weight returns bit for bit where nothing else has changed it since. Elsewhere (an optimizer ran in
-        between) the added change is subtracted from the present weight. Does nothing if nothing was added.
+        Entries of the weight that nothing else has changed since are restored bit for bit. From other entries (an optimizer
+        ran in between) the added change is subtracted. Without added changes this is a no-op.
         """
         if self._trained is not None and self._written is not None:
             _run_uninterrupted(
@@ -133,7 +133,7 @@ class PlasticPart:
             raise ValueError(f"replace expects a change of shape {list(trained.shape)}, got {list(delta.shape)}")
         new = (trained.double() + delta.to(trained.device).double()).to(trained.dtype)
         if not new.isfinite().all():
-            raise ValueError("the weights would not be finite any more; they are untouched")
+            raise ValueError("replace expects a change that keeps the weights finite; the weights are unchanged")
         _run_uninterrupted(
             partial(self.__dict__.update, _trained=trained, _written=new.clone()),
             partial(self.weight.copy_, new),
@@ -158,7 +158,7 @@ def _run_uninterrupted(*writes: Callable[[], object]) -> None:
     """Run functions implemented in C one after the other, without handling Ctrl-C between them.
 
     Python handles signals between bytecodes, and ``deque``, ``map`` and ``partial`` execute none. So weight and backup always
-    agree, and no signal handler is installed: those belong to the application.
+    agree without a signal handler, which only the application should install.
     """
     with without_torch_function():
         deque(map(operator.call, writes), maxlen=0)
@@ -178,7 +178,7 @@ def save_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart
         learned: plastic parts, or learners that have one, by the name of their synapse.
 
     Raises:
-        ValueError: nothing was learned, or ``path`` is a file of another kind.
+        ValueError: no change was applied, or ``path`` is a file of another kind.
         OSError: the file cannot be written; an existing file is unchanged.
 
     Example::
@@ -189,15 +189,15 @@ def save_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart
     parts = {name: _plastic_part(source) for name, source in learned.items()}
     deltas = {name: delta.cpu() for name, part in parts.items() if (delta := part.delta) is not None}
     if not deltas:
-        raise ValueError(f"{os.fspath(path)}: there is nothing to save, since nothing was applied")
+        raise ValueError(f"{os.fspath(path)}: nothing to save, expected at least one applied weight change")
     path = Path(path)
     if not path.parent.is_dir() or path.is_dir():
         raise FileNotFoundError(f"{path}: expected a file in a folder that exists")
     if path.exists() and not _is_plastic(path):
-        raise ValueError(f"{path}: there is a file that holds something else; it is untouched")
+        raise ValueError(f"{path}: expected a new file or a file of plastic weights; the existing file is unchanged")
     digests = {name: _digest(parts[name].trained) for name in deltas}
     tensors = {}
-    for name, delta in deltas.items():  # store changed rows only: an output layer learns few of its many words
+    for name, delta in deltas.items():  # store changed rows only: an output layer changes the rows of few tokens
         changed = delta.flatten(1).any(1).nonzero().flatten()
         tensors[f"{name}/rows"], tensors[f"{name}/delta"] = changed, delta[changed]
     unfinished = path.with_name(f".{path.name}.unfinished")
@@ -211,9 +211,9 @@ def save_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart
 
 
 def load_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart | HasPlasticPart]) -> None:
-    """Add the changes that :func:`save_plastic` wrote to the trained weights; they replace all changes learned here.
+    """Load the changes that :func:`save_plastic` has written, and replace all present changes by them.
 
-    The sum is the same bit for bit; up to rounding for float64 weights and where an optimizer ran after the rule.
+    The weights are the same bit for bit; with float64 weights, or if an optimizer ran after the rule, up to rounding.
 
     Args:
         path: the file.
@@ -230,10 +230,10 @@ def load_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
         if metadata.get("format") != FORMAT:
-            raise ValueError("another format")
+            raise ValueError("unknown format")
         digests = dict(json.loads(metadata["trained"]))
         if not digests:
-            raise ValueError("nothing in it")
+            raise ValueError("no weight changes")
         saved = {name: (tensors[f"{name}/rows"], tensors[f"{name}/delta"]) for name in digests}
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{os.fspath(path)}: not a file of plastic weights ({error})") from error
@@ -242,7 +242,7 @@ def load_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart
     for name, (rows, delta) in saved.items():
         if name not in parts:
             raise ValueError(
-                f"{os.fspath(path)}: holds {name}, and what can learn here is {', '.join(parts) or 'nothing'}"
+                f"{os.fspath(path)}: expected changes of {', '.join(parts) or 'no synapse'} only, got changes of {name}"
             )
         weight = parts[name].weight
         if digests[name] != _digest(parts[name].trained):
@@ -250,7 +250,7 @@ def load_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart
         try:
             deltas[name] = torch.zeros(weight.shape, dtype=torch.float64).index_copy(0, rows, delta)
             if not (weight.cpu() + deltas[name]).to(weight.dtype).isfinite().all():
-                raise ValueError(f"{os.fspath(path)}: {name} holds NaN or infinity")
+                raise ValueError(f"{os.fspath(path)}: the changes of {name} must be finite and keep the weights finite")
         except (IndexError, RuntimeError) as error:
             raise ValueError(f"{os.fspath(path)}: not a file of plastic weights ({name} has another shape)") from error
     for name, part in parts.items():

@@ -20,10 +20,10 @@ __all__ = ["RewardModulatedSTDP"]
 class RewardModulatedSTDP(STDP):
     """Multiply the STDP change by a reward: ``reward * dW``.
 
-    A positive reward applies the change of :class:`STDP`, ``dW``, a negative one its opposite; the equations are those of
+    ``dW`` is the change of :class:`STDP`; a negative reward reverses its sign. The equations are those of
     :func:`nord_snn.ops.reward_modulated_stdp`. The caller passes the reward, or a loss, from which it is computed:
     ``r = 2 * sigmoid(reward_scale * (baseline - loss)) - 1`` in (-1, 1), where the baseline is the running mean of the loss
-    before this update. The state of the reward source survives :meth:`reset` and is part of ``state_dict()``.
+    before this update. :meth:`reset` does not change the state of the reward source, which is part of ``state_dict()``.
 
     Args:
         step_mode: see :class:`STDP`.
@@ -44,8 +44,8 @@ class RewardModulatedSTDP(STDP):
         tau_eligibility: time constant of the eligibility trace, in time steps; None: no trace, a reward applies only to the
             spikes since the last update.
         per_sample: with ``tau_eligibility``, store an eligibility trace for every sample of the batch, so that rewards may
-            differ between samples. It needs memory for batch times weight; without eligibility, rewards may differ between
-            samples at no cost.
+            differ between samples. It needs the memory of one weight per sample; without eligibility traces, rewards may
+            differ between samples at no cost.
         source: the reward source; default: ``LossBelowBaseline(reward_scale, baseline, baseline_decay)``. With another source
             these three arguments must not be passed.
 
@@ -108,10 +108,10 @@ class RewardModulatedSTDP(STDP):
         if tau_eligibility is not None:
             check_time_constants(tau_eligibility=tau_eligibility)
         if per_sample and tau_eligibility is None:
-            raise ValueError("per_sample is for an eligibility: give tau_eligibility, or leave it out")
+            raise ValueError("per_sample=True needs an eligibility trace: pass tau_eligibility, or per_sample=False")
         if source is not None and (reward_scale, baseline, baseline_decay) != (1.0, 10.0, 0.99):
             raise ValueError(
-                "reward_scale, baseline and baseline_decay are those of the default source: give them, or source"
+                "reward_scale, baseline and baseline_decay configure the default source: pass either these or source"
             )
         if source is not None and not isinstance(source, RewardSource):
             raise TypeError(f"source must be a RewardSource, got {type(source).__name__}")
@@ -146,7 +146,7 @@ class RewardModulatedSTDP(STDP):
         """Compute the weight update ``reward * scale * dW`` of the recorded spikes and clear the record.
 
         With ``torch.distributed`` all processes must call this. The baseline and the reward of a scalar loss are computed
-        from the mean loss over all processes; other rewards differ between processes; the update is the mean over them.
+        from the mean loss over all processes; other rewards are those of each process. The update is the mean over processes.
 
         Args:
             reward: a number, or a tensor with one number for each sample ``[B]``, for each token ``[B, S]`` (of the
@@ -154,8 +154,8 @@ class RewardModulatedSTDP(STDP):
                 the rule's source takes rewards.
             on_grad: see :meth:`STDP.step`.
             scale: factor on the update.
-            loss: instead of a reward, the outcome from which the source computes one and updates its state: a number, or one
-                for each sample.
+            loss: the loss from which the source computes the reward and updates its state; replaces ``reward``. A number, or
+                one for each sample.
             positions: see :meth:`STDP.step`.
 
         Returns:
@@ -163,15 +163,15 @@ class RewardModulatedSTDP(STDP):
             the source is not updated.
 
         Raises:
-            TypeError: the outcome is neither a number nor a tensor.
-            ValueError: both or none of ``loss`` and ``reward`` were passed, the source does not take a loss, the outcome is
-                not finite or has the wrong length; see also :meth:`STDP.step`.
+            TypeError: the reward or loss is neither a number nor a tensor.
+            ValueError: both or none of ``loss`` and ``reward`` were passed, the source does not take a loss, the reward or
+                loss is not finite or has the wrong length; see also :meth:`STDP.step`.
         """
         if (loss is None) == (reward is None):
-            raise ValueError("give step() either a loss or a reward")
+            raise ValueError("pass either a loss or a reward to step()")
         kind, passed = ("reward", reward) if loss is None else ("loss", loss)
         if kind == "loss" and self.source.takes != kind:
-            raise ValueError(f"this rule's source, {type(self.source).__name__}, takes rewards: give step() a reward")
+            raise ValueError(f"the source of this rule, {type(self.source).__name__}, expects a reward, got a loss")
         device = self.synapse.weight.device
         outcome = raise_on_all_ranks(lambda: check_finite(passed, kind), device)  # type: ignore[arg-type]  # not None
         if self.source.takes != kind:
@@ -218,7 +218,7 @@ class RewardModulatedSTDP(STDP):
         self, record: SpikeRecord, reward: float | Tensor, stored: tuple[Tensor | None, Tensor | None, Tensor | None]
     ) -> tuple[Tensor, RewardSTDPState]:
         if self.tau_eligibility is not None and isinstance(reward, Tensor):
-            raise ValueError("rewards that differ within a batch, and an eligibility, need per_sample=True")
+            raise ValueError("with an eligibility trace, rewards that differ within a batch need per_sample=True")
         pre, post, eligibility = stored
         state = None if pre is None or post is None else RewardSTDPState(pre, post, eligibility)
         return reward_modulated_stdp(
@@ -235,7 +235,9 @@ class RewardModulatedSTDP(STDP):
         n_tokens = record.pre.shape[1] // n_samples
         if isinstance(reward, Tensor):
             if reward.ndim > 1 or (reward.view(n_samples, -1) != reward.view(n_samples, -1)[:, :1]).any():
-                raise ValueError("with an eligibility a sample has one reward, got several for its tokens or neurons")
+                raise ValueError(
+                    "with an eligibility trace a sample must have one reward, got several for its tokens or neurons"
+                )
             rewards = reward[::n_tokens].tolist()
         else:
             rewards = [reward] * n_samples
@@ -272,6 +274,7 @@ def _rewards_per_row(reward: Tensor, record: SpikeRecord) -> Tensor:
     if reward.shape == (*rows, n_out):
         return reward.flatten(0, -2)
     raise ValueError(
-        f"the reward must be one number, {[rows[0]]} for the samples{f', {list(rows)} for the tokens' * (len(rows) > 1)} or "
-        f"{[*rows, n_out]} for their neurons, got {list(reward.shape)}; the weights are untouched"
+        f"the reward must be one number or have shape {[rows[0]]} (samples)"
+        f"{f', {list(rows)} (tokens)' * (len(rows) > 1)} or {[*rows, n_out]} (neurons), got {list(reward.shape)}; the weights "
+        "are unchanged"
     )

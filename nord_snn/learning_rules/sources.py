@@ -83,7 +83,7 @@ class LossBelowBaseline(RewardSource):
         self.scale, self.baseline, self.decay = scale, baseline, decay
 
     def reward(self, outcome: float | Tensor) -> float | Tensor:
-        """Return the reward of a loss, or of each of several."""
+        """Return the reward of a loss, or the rewards of a vector of losses."""
         expected = self.baseline
         if expected is None:
             expected = float(outcome.mean()) if isinstance(outcome, Tensor) else outcome
@@ -106,7 +106,7 @@ class LossBelowBaseline(RewardSource):
 
 
 class GivenReward(RewardSource):
-    """Take rewards from the caller, a number or a tensor with one for each sample; subtract their running mean if wanted.
+    """Return the caller's rewards, a number or a tensor with one for each sample, optionally minus their running mean.
 
     Args:
         decay: decay of the running mean that is subtracted from the rewards, in [0, 1); None: rewards are used unchanged.
@@ -150,8 +150,8 @@ def check_finite(outcome: float | Tensor, kind: str) -> float | Tensor:
     """Return the outcome as a float, or as a detached tensor if it has dimensions.
 
     Raises:
-        TypeError: it is neither a real number nor a tensor.
-        ValueError: it is not finite.
+        TypeError: the outcome is neither a real number nor a tensor.
+        ValueError: the outcome is not finite.
     """
     if isinstance(outcome, Tensor) and outcome.is_complex():
         raise TypeError(f"the {kind} must be real, got {outcome.dtype}")
@@ -168,12 +168,12 @@ def check_finite(outcome: float | Tensor, kind: str) -> float | Tensor:
 
 
 def _describe(x: Tensor) -> str:
-    return f"{list(x.shape)} with NaN or infinity in it" if x.numel() else f"shape {list(x.shape)}"
+    return f"{list(x.shape)} with NaN or infinity" if x.numel() else f"shape {list(x.shape)}"
 
 
 def _read_number(state: dict[str, Any], name: str) -> float:
     """Return a number from a ``state_dict``."""
     value = state.get(name)
     if not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"the state of a reward source must hold a finite {name}, got {value}")
+        raise ValueError(f"the state of a reward source must have a finite {name}, got {value}")
     return float(value)

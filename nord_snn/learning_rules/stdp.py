@@ -1,4 +1,4 @@
-"""Pair-based STDP as a learner with SpikingJelly's life cycle."""
+"""Pair-based STDP as a learner with the interface of SpikingJelly's learners."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,34 +17,34 @@ class STDP(Learner):
 
     The equations are those of :func:`nord_snn.ops.stdp`. While enabled, the learner records the input spikes of ``synapse``
     and the output spikes of ``sn``; :meth:`step` turns the record into a weight update and clears it. Traces continue from
-    one update to the next until :meth:`reset`, so reset between independent sequences; several passes before an update are
-    one longer sequence. A copy of the network needs a learner of its own. Keep a reference to the learner: the network's
-    hooks hold a weak one, and a garbage-collected learner records nothing.
+    one update to the next until :meth:`reset`, so reset between independent sequences; several passes before an update count
+    as one longer sequence. A copy of the network needs its own learner. Keep a reference to the learner: the network's hooks
+    have only a weak reference, and a garbage-collected learner records nothing.
 
     Args:
         step_mode: ``"m"`` if the network is called with sequences ``[T, N, *, D]`` or images ``[T, N, C, H, W]``, ``"s"`` if
-            with single time steps. If time and batch are flattened where the synapse runs (``SeqToANNContainer``), they are
-            separated by the shape of the neurons' output.
+            with single time steps. If time and batch are flattened in the input of the synapse (``SeqToANNContainer``), the
+            shape of the neurons' output separates them.
         synapse: the module that learns, an ``nn.Linear``, ``nn.Conv1d`` or ``nn.Conv2d`` (or a subclass, as SpikingJelly's
             layers) with any stride, padding, dilation and groups; its input must be spikes.
-        sn: the neurons that it drives; if they return several tensors, as snnTorch's do, the first is the spikes.
+        sn: the neurons that the synapse drives; if they return several tensors, as snnTorch's do, the first is the spikes.
         tau_plus: time constant of the presynaptic trace, in time steps.
         tau_minus: time constant of the postsynaptic trace, in time steps.
         a_plus: potentiation per pair.
         a_minus: depression per pair.
-        reduction: over the rows of a batch and the tokens of a sequence, ``"sum"`` or ``"mean"``.
+        reduction: ``"sum"`` or ``"mean"`` over the rows of a batch and the tokens of a sequence.
         bounds: range to which :meth:`apply` limits weights (hard bounds), or None. It limits changes by the rule only: a
             weight that is already outside stays unchanged. Updates through a gradient are not limited.
         mu: exponent of the dependence on the weight: 0 is additive; with 1 (multiplicative) changes vanish towards
             ``bounds`` (soft bounds).
-        max_norm: the largest norm of one update; a larger update is scaled down to it. None: no limit.
+        max_norm: upper limit of the norm of one update; a larger update is scaled down to it. None: no limit.
         name: name of the synapse in messages; default: its class and shape.
 
     Raises:
         TypeError: ``synapse`` is of another class.
         ValueError: an argument is out of its range.
 
-    Source: Bi and Poo 1998; ``mu`` after Guetig et al. 2003; the life cycle is that of SpikingJelly's ``STDPLearner``, whose
+    Source: Bi and Poo 1998; ``mu`` after Guetig et al. 2003; the interface is that of SpikingJelly's ``STDPLearner``, whose
     traces decay by ``1 - 1 / tau``.
 
     Example:
@@ -93,8 +93,8 @@ class STDP(Learner):
 
         Raises:
             RuntimeError: the synapse and the neurons were not called equally often, or never.
-            ValueError: shapes do not fit, the batch shape changed since the last reset, or spikes or weights hold NaN.
-                Weights and traces are then unchanged and the record is kept until :meth:`reset`.
+            ValueError: shapes do not fit, the batch shape changed since the last reset, or spikes or weights contain NaN.
+                Weights and traces are then unchanged, and the record stays until :meth:`reset`.
         """
         return self._return_or_accumulate(self._weight_update(self._change, scale, positions), on_grad)
 
@@ -115,7 +115,7 @@ class STDP(Learner):
         return delta, commit
 
     def _constants(self) -> dict[str, Any]:
-        """Return the arguments of the op that are the same for every record."""
+        """Return the arguments of the op that do not depend on the record."""
         return {
             "tau_plus": self.tau_plus,
             "tau_minus": self.tau_minus,

@@ -1,4 +1,4 @@
-"""Triplet STDP as a learner with SpikingJelly's life cycle."""
+"""Triplet STDP as a learner with the interface of SpikingJelly's learners."""
 
 from collections.abc import Callable
 
@@ -12,11 +12,11 @@ __all__ = ["TripletSTDP"]
 
 
 class TripletSTDP(Learner):
-    """STDP whose change per pair grows with the recent firing of the neuron that fires last.
+    """Apply STDP whose change per pair grows with the recent firing of the neuron that fires last.
 
     The equations are those of :func:`nord_snn.ops.triplet_stdp`. Unlike pair-based STDP they explain why the same pairs
-    cause potentiation at high rates and depression at low ones. The defaults are the paper's fit to visual cortex, all-to-all
-    interaction, with time steps of 1 ms. Everything else is as in :class:`STDP`.
+    cause potentiation at high rates and depression at low rates. The defaults are the paper's fit to visual cortex
+    (all-to-all interaction), with time steps of 1 ms. Everything else is as in :class:`STDP`.
 
     Args:
         step_mode: see :class:`STDP`.
@@ -95,7 +95,7 @@ class TripletSTDP(Learner):
         delta, traces = triplet_stdp(
             record.pre,
             record.post,
-            None if self.trace_pre is None else TripletState(*stored),  # type: ignore[arg-type]  # all are None or none is
+            None if self.trace_pre is None else TripletState(*stored),  # type: ignore[arg-type]  # all four are None, or none of them
             tau_plus=self.tau_plus,
             tau_minus=self.tau_minus,
             tau_x=self.tau_x,

@@ -83,8 +83,8 @@ class SpikeMonitor:
         max_steps: in step mode ``"s"``, later time steps are counted as the last one; limits memory if a node is never reset.
 
     Raises:
-        ValueError: there are no neuron layers in ``net``, or a zone has none; while the network runs: the number of neurons
-            of a layer changes.
+        ValueError: ``net`` or a zone has no neuron layers; or, while the network runs, the number of neurons of a layer
+            changes.
 
     Example:
         >>> from nord_snn.layers import SpikingFeedForward
@@ -96,7 +96,7 @@ class SpikeMonitor:
         >>> abs(monitor.zone_rates()["hidden"] - monitor.rates()["lif1"]) < 1e-9
         True
         >>> activity = monitor.activity()["lif1"]
-        >>> activity.per_step.shape, activity.per_neuron.shape, activity.ceiling  # in one of three steps, and at both ends
+        >>> activity.per_step.shape, activity.per_neuron.shape, activity.ceiling  # ceiling: 4 of 10 time steps
         (torch.Size([10]), torch.Size([128]), 0.4)
     """
 
@@ -149,7 +149,7 @@ class SpikeMonitor:
         return rates
 
     def gather(self) -> None:
-        """Sum the counts over all processes of ``torch.distributed``, which all must call this; no-op without them.
+        """Sum the counts over all processes of ``torch.distributed``; all must call this. Without it this is a no-op.
 
         Afterwards each process has the sum: call :meth:`clear` before counting further.
         """
@@ -186,20 +186,20 @@ def neuron_layers(net: nn.Module) -> dict[str, nn.Module]:
     """Return the neuron layers of ``net`` by name; ``net`` itself under ``""``.
 
     Raises:
-        ValueError: there are none.
+        ValueError: ``net`` has no neuron layers.
     """
     layers = {name: module for name, module in net.named_modules() if is_neuron(module) or runs_snntorch(module)}
     inside = [inner for module in layers.values() for inner in module.modules() if inner is not module]
     if not layers:
-        raise ValueError(f"{type(net).__name__} has no neuron layers of ours, SpikingJelly's or snnTorch's to watch")
+        raise ValueError(f"expected neuron layers of nord-snn, SpikingJelly or snnTorch, {type(net).__name__} has none")
     return {name: module for name, module in layers.items() if not any(module is inner for inner in inside)}
 
 
 def spikes_of(module: nn.Module, output: Any) -> tuple[Tensor, bool]:
-    """Return the spikes ``[T, N, *, D]`` in the output of a layer of neurons, and whether it ran a sequence or one time step."""
+    """Return the spikes ``[T, N, *, D]`` in the output of a layer of neurons, and whether it ran a sequence (not a time step)."""
     spikes: Tensor = output[0] if isinstance(output, tuple) else output  # snnTorch's neurons also return states
-    whole = getattr(module, "step_mode", "s") == "m" or runs_snntorch(module)
-    return spikes if whole else spikes.unsqueeze(0), whole
+    is_sequence = getattr(module, "step_mode", "s") == "m" or runs_snntorch(module)
+    return spikes if is_sequence else spikes.unsqueeze(0), is_sequence
 
 
 def features_of(module: nn.Module, spikes: Tensor, feature_dims: int | None) -> torch.Size:
@@ -207,7 +207,9 @@ def features_of(module: nn.Module, spikes: Tensor, feature_dims: int | None) -> 
     if feature_dims is None:
         feature_dims = 1 if hasattr(module, "n_features") else max(spikes.ndim - 2, 0)
     if feature_dims >= spikes.ndim:
-        raise ValueError(f"feature_dims must leave time and rows of spikes {list(spikes.shape)}, got {feature_dims}")
+        raise ValueError(
+            f"feature_dims must be less than the {spikes.ndim} dimensions of the spikes {list(spikes.shape)}, got {feature_dims}"
+        )
     return spikes.shape[spikes.ndim - feature_dims :]
 
 
@@ -218,7 +220,7 @@ def check_feature_dims(feature_dims: int | None) -> None:
 
 
 class _Counter:
-    """Count the spikes of one layer by time step and neuron, and the rows that ran."""
+    """Count the spikes of one layer by time step and neuron, and the rows by time step."""
 
     def __init__(self, name: str, module: nn.Module, feature_dims: int | None, max_steps: int) -> None:
         self.name, self.module, self.max_steps = name, module, max_steps
@@ -241,15 +243,15 @@ class _Counter:
         if isinstance(module, BaseNode) and module.step_mode == "s":
             self.current_step = min(self.step + 1, self.max_steps - 1) if isinstance(module.v, Tensor) else 0
 
-    @torch.inference_mode(False)  # counts are updated outside of it later
+    @torch.inference_mode(False)  # counts are later updated outside inference mode
     @torch.no_grad()
     def after(self, module: nn.Module, output: Any) -> None:
         """Count the spikes of the module."""
         self.step = self.current_step  # not in before(): a step that raises must not count
         if not self.on:
             return
-        spikes, whole = spikes_of(module, output)
-        first = 0 if whole else self.step
+        spikes, is_sequence = spikes_of(module, output)
+        first = 0 if is_sequence else self.step
         features = features_of(module, spikes, self.feature_dims)
         steps, rows = spikes.shape[0], spikes[0].numel() // max(features.numel(), 1)
         # Reduce over rows first: one pass over the spikes.
@@ -262,8 +264,8 @@ class _Counter:
             self.rows = self.counts.new_zeros(steps)
         elif self.counts.shape[1:] != spikes.shape[1:]:
             raise ValueError(
-                f"the neurons of '{self.name}' were {list(self.counts.shape[1:])} and are {list(spikes.shape[1:])} now: say "
-                "which dimensions tell neurons apart with feature_dims"
+                f"the neurons of '{self.name}' must not change, got {list(self.counts.shape[1:])} and then "
+                f"{list(spikes.shape[1:])}: set feature_dims to the number of last dimensions that are neurons"
             )
         elif len(self.counts) < steps:
             more = steps - len(self.counts)
@@ -280,8 +282,8 @@ class _Counter:
         steps, fewest = int(bounds[0]), -int(bounds[1])
         if not steps:
             return
-        if not fewest or self.counts is None:  # true in all processes, so that none waits for the others
-            raise ValueError(f"'{self.name}' has run in some processes only: gather what all of them have run")
+        if not fewest or self.counts is None:  # true in all processes, so that none waits in all_reduce
+            raise ValueError(f"'{self.name}' must have run in all processes before gather(), but has run in some only")
         self.add(0, self.counts.new_zeros(steps, *self.counts.shape[1:]), 0)
         distributed.all_reduce(self.rows)
         distributed.all_reduce(self.counts)
@@ -302,9 +304,9 @@ class _Counter:
         assert self.counts is not None
         assert self.rows is not None
         counts, rows = self.counts.cpu(), self.rows.cpu()
-        every = int(getattr(self.module, "refractory_steps", 0)) + 1
+        interval = int(getattr(self.module, "refractory_steps", 0)) + 1
         # A neuron fires at most ceil(T / (R + 1)) times: in the first time step and in every (R + 1)-th after it.
-        ceiling = ceil(len(rows) / every) / len(rows)
+        ceiling = ceil(len(rows) / interval) / len(rows)
         per_step = counts.flatten(1).mean(1) / rows.clamp(min=1)
         return LayerActivity(counts.sum(0) / rows.sum(), per_step, int(rows.sum()), ceiling)
 

@@ -16,8 +16,8 @@ class RowRates:
     """Measure the firing rate of each row, such as an image of a batch or a token of a text, in each layer of neurons.
 
     ``rate[n, *] = spikes / (steps * neurons)`` over all calls since the last :meth:`take`.
-    :class:`~nord_snn.monitor.SpikeMonitor` sums over rows and resolves neurons; this sums over neurons and resolves rows. It
-    stores one number for each row and layer, on the layer's device.
+    :class:`~nord_snn.monitor.SpikeMonitor` sums over rows and has a rate for each neuron; this class sums over neurons and has
+    a rate for each row. It stores one number for each row and layer, on the layer's device.
 
     Args:
         net: any module with neurons of nord-snn, SpikingJelly or snnTorch.
@@ -25,8 +25,8 @@ class RowRates:
             all that follow ``[T, N]``.
 
     Raises:
-        ValueError: there are no neurons in ``net``; while the network runs: the rows of a layer change between two calls
-            without :meth:`take`.
+        ValueError: ``net`` has no neurons; or, while the network runs, the rows of a layer change between two calls without
+            :meth:`take`.
 
     Example:
         >>> from nord_snn.layers import SpikingFeedForward
@@ -81,7 +81,8 @@ class RowRates:
         previous = self._spikes.get(name)
         if previous is not None and previous.shape != new.shape:
             raise ValueError(
-                f"rows of '{name}' were {list(previous.shape)} and are {list(new.shape)} now: take() the rates before"
+                f"the rows of '{name}' must not change, got {list(previous.shape)} and then {list(new.shape)}: take() the rates "
+                "in between"
             )
         self._spikes[name] = new if previous is None else previous + new
         neuron_steps = new.new_full((), len(spikes) * features.numel())

@@ -39,11 +39,11 @@ class AssociativeLIFNode(StatefulNode):
     logits, so that they stay in (0, 1)) and the cascade's weight and gain are learnable.
 
     It is a SpikingJelly node: ``step_mode``, ``functional.reset_net``, ``set_step_mode``, ``detach_net`` and monitors work on
-    it; its memories are ``v``, ``i_syn`` and ``refractory``. Networks that make their neurons as
+    it; its state is ``v``, ``i_syn`` and ``refractory``. Networks that make their neurons as
     ``spiking_neuron(**kwargs)`` take it: without a width it finds its width at the first call, as ``nn.LazyLinear`` does, and
-    it takes SpikingJelly's names of arguments. It differs from SpikingJelly's nodes in two ways. The membrane rests at 0; it
-    is clamped to ``v_reset`` only while refractory. And it raises if the batch shape changes while state is stored, where
-    SpikingJelly restarts from rest silently.
+    it takes SpikingJelly's names of arguments. It differs from SpikingJelly's nodes in two ways. Without a hard reset the
+    resting potential is 0; the membrane potential is ``v_reset`` only while a neuron is refractory. If the batch shape changes
+    while state is stored, the node raises an error; SpikingJelly's nodes reset silently.
 
     Args:
         n_features: D, the number of neurons. None: found at the first call.
@@ -59,7 +59,7 @@ class AssociativeLIFNode(StatefulNode):
         beta_syn: initial synaptic decay, in [0, 1), in the same way; 0 is constant: no synaptic current.
         own_decays: learn a decay for every neuron. Default: False, one decay for all unless a tensor is given.
         learnable: which of "threshold", "beta_mem" and "beta_syn" are learned. Default: all.
-        v_reset: membrane while refractory; None where there is no refractory period.
+        v_reset: membrane potential while refractory; None where there is no refractory period.
         refractory_steps: refractory period after a spike, in time steps.
         surrogate: a name from :data:`nord_snn.ops.SURROGATES` or a SpikingJelly surrogate module.
         alpha: sharpness of a named surrogate.
@@ -69,8 +69,8 @@ class AssociativeLIFNode(StatefulNode):
             ``detach_reset`` and ``decay_input``. Default: None, those above.
         step_mode: ``"s"`` for one time step ``[N, *, D]`` per call, ``"m"`` for sequences ``[T, N, *, D]``.
         backend: see :func:`nord_snn.ops.associative_lif`.
-        store_v_seq: store membranes in ``v_seq``, ``[T, N, *, D]``: of the last call in step mode ``"m"``, of all calls since
-            the last reset in ``"s"``.
+        store_v_seq: store membrane potentials in ``v_seq``, ``[T, N, *, D]``: of the last call in step mode ``"m"``, of all
+            calls since the last reset in ``"s"``.
         tau: SpikingJelly's name of ``beta_mem = 1 - 1 / tau``.
         v_threshold: SpikingJelly's name of ``threshold``.
         surrogate_function: SpikingJelly's name of ``surrogate``.
@@ -215,13 +215,13 @@ class AssociativeLIFNode(StatefulNode):
             pass
         elif not isinstance(v_reset, int | float) or math.isnan(v_reset):
             raise TypeError(
-                f"v_reset must be a number, the membrane while a neuron is refractory or after a hard reset, got {v_reset!r}; "
-                "without hard_reset a spike subtracts the threshold, and refractory_steps=0 leaves no refractory period"
+                f"v_reset must be a number, the membrane potential while refractory or after a hard reset, got {v_reset!r}: "
+                "without hard_reset every spike subtracts the threshold, and refractory_steps=0 switches v_reset off"
             )
         if dynamics.hard_reset:
             dynamics = dynamics._replace(v_rest=float(v_reset))
         threshold = constants["threshold"]
-        # BaseNode requires floats here and uses v_reset as the resting membrane.
+        # BaseNode requires floats and uses v_reset as the resting potential, which is 0 without a hard reset.
         super().__init__(
             v_threshold=1.0 if isinstance(threshold, Tensor) else float(threshold),
             v_reset=dynamics.v_rest or None,
@@ -239,7 +239,7 @@ class AssociativeLIFNode(StatefulNode):
         self.n_features = cast(int, n_features)  # None in a lazy node until its first call
         self.alpha, self.backend, self.channel_dim = alpha, backend, channel_dim
         self.v_reset, self.refractory_steps, self.dynamics = v_reset, refractory_steps, dynamics
-        if not hasattr(self, "v_seq"):  # a memory in SpikingJelly 0.0.0.0.14, which reset() clears
+        if not hasattr(self, "v_seq"):  # SpikingJelly 0.0.0.0.14 registers it with store_v_seq only; reset() clears it
             self.register_memory("v_seq", None)
         own_decays = own_decays or any(isinstance(constants[name], Tensor) for name in ("beta_mem", "beta_syn"))
         self._initial = {
@@ -261,7 +261,7 @@ class AssociativeLIFNode(StatefulNode):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set thresholds and decays to their initial values. The cascade has its own method; ``reset`` is for the state."""
+        """Set thresholds and decays to their initial values. The cascade has its own method; ``reset`` clears the state."""
         for name, value in self._initial.items():
             parameter = getattr(self, name)
             if parameter is not None and not is_lazy(parameter):
@@ -284,7 +284,7 @@ class AssociativeLIFNode(StatefulNode):
 
     @property
     def emits_binary_spikes(self) -> bool:
-        """Return whether all outputs are zeros and ones; False for a callable surrogate that does not say it spikes."""
+        """Return whether all outputs are zeros and ones; False for a callable surrogate without ``spiking = True``."""
         return isinstance(self.surrogate_function, str) or getattr(self.surrogate_function, "spiking", False) is True
 
     @property
@@ -294,7 +294,7 @@ class AssociativeLIFNode(StatefulNode):
 
     @property
     def backend(self) -> str:
-        """Return the requested backend. Assigning an unknown name raises; whether it can run is checked in the call."""
+        """Return the requested backend. Assigning an unknown name raises; each call checks whether the backend can run."""
         return self._backend
 
     @backend.setter
@@ -304,7 +304,7 @@ class AssociativeLIFNode(StatefulNode):
         self._backend = value
 
     def which_backend(self, x: Tensor) -> BackendChoice:
-        """Return the backend that would run on input ``x``, and why the others would not."""
+        """Return the backend that would run on input ``x``, and for each other backend why it would not."""
         clusters = None if self.cascade is None else self.cascade.n_clusters
         surrogate, _ = known_surrogate(self.surrogate_function, self.alpha)
         decays = [logit for logit in (self.beta_mem_logit, self.beta_syn_logit) if logit is not None]
@@ -317,7 +317,7 @@ class AssociativeLIFNode(StatefulNode):
 
         Args:
             x: ``[N, *, D]`` in step mode ``"s"``, ``[T, N, *, D]`` in ``"m"``; D stands at ``channel_dim``.
-            stateless: start from rest and leave the memories unchanged, as layers do that process whole sequences.
+            stateless: start from rest and leave the stored state unchanged, as layers over whole sequences do.
 
         Returns:
             Zeros and ones in the shape and dtype of ``x``.
@@ -386,19 +386,19 @@ class AssociativeLIFNode(StatefulNode):
     def single_step_functional_forward(
         self, inputs: _Tensors, states: _States, **kwargs: object
     ) -> tuple[_Tensors, _States]:
-        """Run one time step from explicit states ``(v, i_syn, refractory)``; the memories stay unchanged."""
+        """Run one time step from explicit states ``(v, i_syn, refractory)``; the stored state is unchanged."""
         spikes, _, state = self._run(inputs[0].unsqueeze(0), self.materialize_states(inputs, states, "s"))
         return (spikes.squeeze(0),), tuple(state)
 
     def multi_step_functional_forward(
         self, inputs: _Tensors, states: _States, **kwargs: object
     ) -> tuple[_Tensors, _States]:
-        """Run a sequence from explicit states ``(v, i_syn, refractory)``; the memories stay unchanged."""
+        """Run a sequence from explicit states ``(v, i_syn, refractory)``; the stored state is unchanged."""
         spikes, _, state = self._run(inputs[0], self.materialize_states(inputs, states, "m"))
         return (spikes,), tuple(state)
 
     def materialize_states(self, inputs: _Tensors, states: _States, step_mode: str) -> AssociativeLIFState:
-        """Turn memories at rest (numbers) into tensors for this input; raise if tensors have another batch shape."""
+        """Turn states at rest (numbers) into tensors for this input; raise if state tensors have another batch shape."""
         x = inputs[0][0] if step_mode == "m" else inputs[0]
         dtypes = (compute_dtype(x), compute_dtype(x), torch.int32)
         return AssociativeLIFState(*(self._state_for(x, s, d) for s, d in zip(states, dtypes, strict=True)))
@@ -408,13 +408,11 @@ class AssociativeLIFNode(StatefulNode):
             return torch.full_like(x, state, dtype=dtype, requires_grad=False)
         if state.shape != x.shape:
             raise ValueError(
-                f"{type(self).__name__} holds state of shape {list(state.shape)} and got input of shape {list(x.shape)} "
-                "a step: call reset() (or functional.reset_net) before a batch of another shape"
+                f"{type(self).__name__} has state of shape {list(state.shape)}, but got input of shape {list(x.shape)} "
+                "per time step: call reset() (or functional.reset_net) before a batch of another shape"
             )
         if state.is_meta and not x.is_meta:
-            raise ValueError(
-                f"{type(self).__name__} holds state without data (device meta): call reset() before it runs"
-            )
+            raise ValueError(f"{type(self).__name__} has state without data (device meta): call reset() before it runs")
         return state.to(device=x.device, dtype=dtype)
 
     def _run(
@@ -458,11 +456,11 @@ class AssociativeLIFNode(StatefulNode):
         return spikes.reshape(x_seq.shape), None if v_seq is None else v_seq.reshape(x_seq.shape), final
 
     def firing_threshold(self) -> Tensor:
-        """Return the membrane at which a neuron fires, ``[D]``; a subclass may override it."""
+        """Return the membrane potential at which a neuron fires, ``[D]``; a subclass may override this method."""
         return self.v_threshold
 
     def update_cost(self, spikes: Tensor) -> OpCost:
-        """Return what the updates that gave ``spikes`` cost, cascade included."""
+        """Return the cost of the updates that computed ``spikes``, cascade included."""
         if self.cascade is None and self.beta_syn_logit is None and self.refractory_steps == 0:
             return lif_update_cost(spikes)
         spikes = spikes.movedim(self._dimension(self._step_ndim(spikes)), -1)

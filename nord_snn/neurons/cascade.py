@@ -55,12 +55,12 @@ class AssociativeCascade(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set the ring and the initial gain."""
+        """Set the weight to the ring, and the initial gain."""
         self.weight.copy_(ring_weight(self.n_clusters, self.radius))
         nn.init.constant_(self.gain, self._initial_gain)
 
     def forward(self, spikes: Tensor) -> Tensor:
-        """Return the current for spikes ``[*, D]``."""
+        """Return the current that ``spikes [*, D]`` cause."""
         check_features(spikes, self.n_features, type(self).__name__, "[*, D]")
         return associative_cascade(spikes, self.weight.sigmoid(), self.gain)
 

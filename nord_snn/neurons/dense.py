@@ -1,4 +1,4 @@
-"""DenseActivation: replaces the neurons in a network without spikes, the control."""
+"""DenseActivation: GELU in place of the neurons, for the dense twin of a network."""
 
 from torch import Tensor, nn
 
@@ -6,15 +6,15 @@ __all__ = ["DenseActivation"]
 
 
 class DenseActivation(nn.Module):
-    """Apply GELU through the interface of a layer of neurons: the control that differs by its spikes only.
+    """Apply GELU through the interface of a layer of neurons, for a dense twin that differs by its activation only.
 
     ``y[t] = gelu(x[t])``; it has no state and no parameters. Use it with T = 1: a real-valued activation needs no time steps.
 
     Args:
-        n_features: width; not used, but a factory is called with it.
+        n_features: width; not used, but layers pass it to every neuron factory.
 
     Attributes:
-        store_v_seq: whether to store the input as ``v_seq``, for layers that read membranes.
+        store_v_seq: whether to store the input as ``v_seq``, for layers that read membrane potentials.
 
     Shapes: ``[T, N, *, D]`` -> ``[T, N, *, D]``.
 
@@ -35,7 +35,7 @@ class DenseActivation(nn.Module):
         self.v_seq: Tensor | None = None
 
     def forward(self, x_seq: Tensor) -> Tensor:
-        """Return the activations of currents ``x_seq``."""
+        """Return ``gelu(x_seq)``."""
         if self.store_v_seq:
             self.v_seq = x_seq
         return nn.functional.gelu(x_seq)

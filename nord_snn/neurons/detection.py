@@ -1,6 +1,7 @@
-"""Recognise neurons: ours and SpikingJelly's by class, snnTorch's, which may not be installed, by module name and methods.
+"""Recognise neurons, and read the optional attributes of :mod:`nord_snn.neurons.factory`.
 
-And read what a module says of itself: see :mod:`nord_snn.neurons.factory`.
+Neurons of nord-snn and SpikingJelly are recognised by class; snnTorch's by module name and methods, because snnTorch may not be
+installed.
 """
 
 from collections.abc import Callable
@@ -15,25 +16,25 @@ __all__ = ["cost_of_updates", "emits_binary_spikes", "is_neuron", "is_snntorch",
 
 
 def is_snntorch(module: nn.Module) -> bool:
-    """Return whether ``module`` is a snnTorch neuron or of a class derived from one."""
+    """Return whether ``module`` is a snnTorch neuron or of a derived class."""
     libraries = (kind.__module__.partition(".")[0] for kind in type(module).__mro__)
     return "snntorch" in libraries and hasattr(module, "reset_mem")
 
 
 def runs_snntorch(module: nn.Module) -> bool:
-    """Return whether it is a :class:`nord_snn.integrations.snntorch.MultiStep`, a snnTorch neuron run over whole sequences."""
+    """Return whether ``module`` is a :class:`nord_snn.integrations.snntorch.MultiStep`, which runs a neuron over sequences."""
     return type(module).__name__ == "MultiStep" and any(is_snntorch(child) for child in module.children())
 
 
 def is_neuron(module: nn.Module) -> bool:
-    """Return whether its output is spikes; False for ``AssociativeSynaptic``, whose inner node is the neuron."""
+    """Return whether ``module`` is a neuron; False for ``AssociativeSynaptic``, whose inner node counts instead."""
     if is_snntorch(module):
         return not any(isinstance(inner, BaseNode) for inner in module.modules())
     return isinstance(module, BaseNode)
 
 
 def emits_binary_spikes(module: nn.Module) -> bool:
-    """Return ``module.emits_binary_spikes``; False if a subclass overrides ``forward`` and does not say it again."""
+    """Return ``module.emits_binary_spikes``; False if a subclass overrides ``forward`` without setting it again."""
     for kind in type(module).__mro__:
         if "emits_binary_spikes" in kind.__dict__:
             return bool(module.emits_binary_spikes)
@@ -43,6 +44,6 @@ def emits_binary_spikes(module: nn.Module) -> bool:
 
 
 def cost_of_updates(neuron: nn.Module, spikes: Tensor) -> OpCost:
-    """Return the cost of the updates that gave ``spikes``: what the neuron says, or that of LIF neurons."""
-    own: Callable[[Tensor], OpCost] | None = getattr(neuron, "update_cost", None)
-    return lif_update_cost(spikes) if own is None else own(spikes)
+    """Return the cost of the updates that computed ``spikes``: from ``neuron.update_cost``, else the cost of LIF neurons."""
+    update_cost: Callable[[Tensor], OpCost] | None = getattr(neuron, "update_cost", None)
+    return lif_update_cost(spikes) if update_cost is None else update_cost(spikes)

@@ -1,4 +1,4 @@
-"""Neuron factories of layers, and runs from rest over whole sequences.
+"""Make the neurons of a layer from a factory, and run them from rest over whole sequences.
 
 A factory is any callable ``neuron(n_features) -> nn.Module``: ``AssociativeLIFNode`` itself, or
 ``lambda n: LIFNode(step_mode="m")`` for SpikingJelly's node, which does not need the width. Any other module must take
@@ -8,15 +8,15 @@ return tuples: wrap them in :class:`nord_snn.integrations.snntorch.MultiStep`.
 ``AssociativeLIFNode`` has 64 clusters by default, which must divide the width. For other widths set the number:
 ``neuron=lambda n: AssociativeLIFNode(n, n_clusters=8)``.
 
-A module may say two things of itself:
+A module may define two optional attributes:
 
 ``emits_binary_spikes``
-    Class attribute or property. True: its ``forward`` returns exactly zeros and ones, so that layers which store spikes as
-    bits need not check them, a check that waits for the GPU. It holds for subclasses that do not override ``forward``.
+    Class attribute or property. True: ``forward`` returns exactly zeros and ones, so that layers which store spikes as bits
+    skip the check, which would synchronise with the GPU. Subclasses inherit it unless they override ``forward``.
 ``update_cost(spikes) -> OpCost``
-    Method. What the updates that gave ``spikes`` cost: multiplications, additions and bytes of state, see
-    :class:`nord_snn.ops.OpCost`. :func:`nord_snn.monitor.profile_energy` asks every neuron, which is a subclass of
-    SpikingJelly's ``BaseNode`` or of snnTorch's neurons. Neurons without it count as LIF neurons.
+    Method. Returns the cost of the updates that computed ``spikes``: multiplications, additions and bytes of state, see
+    :class:`nord_snn.ops.OpCost`. :func:`nord_snn.monitor.profile_energy` calls it for every neuron, that is, every subclass
+    of SpikingJelly's ``BaseNode`` or of snnTorch's neurons. Neurons without this method count as LIF neurons.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,16 +39,16 @@ def make_neuron(neuron: NeuronFactory | None, n_features: int, *, store_v_seq: b
 
     Args:
         neuron: the factory; None for ``AssociativeLIFNode`` with its defaults.
-        n_features: D, their number.
-        store_v_seq: whether the layer will read their membranes.
+        n_features: D, the number of neurons.
+        store_v_seq: whether the layer reads their membrane potentials.
 
     Raises:
-        TypeError: the factory is a class that takes no width, it did not return a module, or the layer reads membranes and
-            the module has no ``store_v_seq``.
+        TypeError: the factory is a class that takes no width, it did not return a module, or the layer reads membrane
+            potentials and the module has no ``store_v_seq``.
     """
     if isinstance(neuron, type) and issubclass(neuron, BaseNode) and not issubclass(neuron, AssociativeLIFNode):
         raise TypeError(
-            f"{neuron.__name__} takes no width: pass a function of it, neuron=lambda n: {neuron.__name__}()"
+            f"neuron must be a function of the width, which {neuron.__name__} is not: pass neuron=lambda n: {neuron.__name__}()"
         )
     layer = (neuron or AssociativeLIFNode)(n_features)
     if not isinstance(layer, nn.Module):
@@ -56,7 +56,9 @@ def make_neuron(neuron: NeuronFactory | None, n_features: int, *, store_v_seq: b
     functional.set_step_mode(layer, "m")
     if store_v_seq:
         if not hasattr(layer, "store_v_seq"):
-            raise TypeError(f"this layer reads membranes: {type(layer).__name__} must offer store_v_seq and v_seq")
+            raise TypeError(
+                f"this layer reads membrane potentials: {type(layer).__name__} must have store_v_seq and v_seq"
+            )
         layer.store_v_seq = True
     return layer
 
@@ -64,17 +66,17 @@ def make_neuron(neuron: NeuronFactory | None, n_features: int, *, store_v_seq: b
 def fire_from_rest(neuron: nn.Module, x_seq: Tensor) -> Tensor:
     """Return the spikes of ``neuron`` over the sequence ``x_seq [T, N, *, D]``, started from rest.
 
-    The module's ``__call__`` runs, so hooks and monitors see it. Memories of the module and its children are restored
-    afterwards. Modules that are neither ours nor SpikingJelly's are called as they are; managing their state is up to the
-    caller.
+    The module runs through ``__call__``, so that hooks and monitors work. The stored state of the module and its children is
+    restored afterwards. Modules that are neither nord-snn's nor SpikingJelly's are called as they are; the caller manages
+    their state.
     """
-    with _whole_sequences(neuron):
+    with _multi_step_mode(neuron):
         return _from_rest(neuron, x_seq)
 
 
 @contextmanager
-def _whole_sequences(neuron: nn.Module) -> Iterator[None]:
-    """Set step mode ``"m"`` temporarily: ``set_step_mode`` on a network also sets the neurons in layers, whose input is whole."""
+def _multi_step_mode(neuron: nn.Module) -> Iterator[None]:
+    """Set step mode ``"m"`` temporarily: ``set_step_mode(net, "s")`` also sets neurons in layers, which run whole sequences."""
     modes = [(module, module.step_mode) for module in neuron.modules() if hasattr(module, "step_mode")]
     if all(mode == "m" for _, mode in modes):
         yield
@@ -95,7 +97,7 @@ def _from_rest(neuron: nn.Module, x_seq: Tensor) -> Tensor:
         (module, name, value)
         for module in stateful
         for name, value in module.named_memories()
-        if name != "v_seq"  # a memory in SpikingJelly 0.0.0.0.14; the caller reads it after the run
+        if name != "v_seq"  # part of the state in SpikingJelly 0.0.0.0.14; the caller reads it after the run
     ]
     for module, name, _ in saved:
         setattr(module, name, reset_value(module, name))

@@ -52,12 +52,12 @@ def which_backend(
     *,
     op: str = "associative_lif",
 ) -> BackendChoice:
-    """Return the backend that an op would choose for this input, and why not the others.
+    """Return the backend that an op would choose for this input, and for each other backend why it was not chosen.
 
     Args:
-        x: an input of the op (of the resonances: the values). Only its device, dtype and last dimension are used.
-        backend: as given to the op.
-        surrogate: as given to :func:`associative_lif`; ignored by other ops.
+        x: an input of the op (for the resonances, the values). Only its device, dtype and last dimension are used.
+        backend: as passed to the op.
+        surrogate: as passed to :func:`associative_lif`; ignored by other ops.
         n_clusters: number of clusters C of its cascade, or None for no cascade.
         op: name of the op: ``"associative_lif"``, ``"resonance"``, ``"resonance_cached"``, ``"leaky_clamp"``,
             ``"stdp"``.

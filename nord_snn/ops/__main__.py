@@ -26,5 +26,5 @@ def _aligned(lines: list[tuple[str, ...]]) -> str:
 
 
 if __name__ == "__main__":
-    print("backend='auto' takes the last backend of a row that runs on the device of its input\n")
+    print("backend='auto' takes the last backend of a row that can run on the device of the input\n")
     print(table())

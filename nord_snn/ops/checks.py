@@ -1,4 +1,4 @@
-"""Argument checks that ops and layers share, so that the same mistake gives the same message everywhere."""
+"""Argument checks that ops and layers share, so that the same mistake always gives the same message."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -112,7 +112,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Return a context that disables autocast for the device of ``x``; a no-op where autocast is off."""
+    """Return a context that disables autocast for the device of ``x``; a no-op if autocast is off."""
     device = x.device.type
-    on = device != "meta" and torch.is_autocast_enabled(device)  # torch does not support the query for meta
-    return torch.autocast(device, enabled=False) if on else nullcontext()
+    enabled = device != "meta" and torch.is_autocast_enabled(device)  # torch does not support the query for meta
+    return torch.autocast(device, enabled=False) if enabled else nullcontext()

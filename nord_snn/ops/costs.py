@@ -1,6 +1,6 @@
-"""Costs of ops: operations and bytes of one call. The energy profile asks for the cost of each op that it sees.
+"""Costs of ops: operations and bytes of one call. The energy profile looks up the cost of each op that runs.
 
-Each folder of an op has a ``cost.py`` with a function of the op's arguments, and ``op.py`` registers it, as
+Each folder of an op has a ``cost.py`` with a function of the op's arguments. ``op.py`` registers it, as
 ``torch.utils.flop_counter.register_flop_formula`` does for operations of torch.
 """
 

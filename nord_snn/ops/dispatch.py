@@ -203,9 +203,9 @@ def _importer(folder: str, file: str) -> Callable[[], ModuleType]:
 def _accepts(name: str, load: Callable[[], ModuleType], call: CallSignature) -> Support:
     device = "cpu" if name == "triton" and _triton_interprets() else _DEVICES[name]
     if call.device != device:
-        return Support(False, f"it runs on {device} tensors, and these are on {call.device}")
+        return Support(False, f"it needs {device} tensors, got tensors on {call.device}")
     if device == "cuda" and call.dtype == torch.float64:
-        return Support(False, "it computes in float32, and these are float64")
+        return Support(False, "it computes in float32, got float64")
     if call.n_features == 0:
         return Support(False, "there is nothing to compute")
     try:
@@ -253,7 +253,7 @@ def _import_support(module: str, title: str, hint: str) -> Support:
 
 def _gpu_support() -> Support:
     if not torch.cuda.is_available():
-        why = "this PyTorch was built without CUDA" if torch.version.cuda is None else "PyTorch sees none"
+        why = "this PyTorch was built without CUDA" if torch.version.cuda is None else "PyTorch finds none"
         return Support(False, f"it needs a CUDA GPU, and {why}")
     return Support(True, torch.cuda.get_device_name())
 

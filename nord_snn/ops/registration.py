@@ -45,7 +45,7 @@ def register_op(
         backward: backward pass.
         save: ``(ctx, tensors, options, output)``; saves in ``ctx`` what ``gradients`` needs.
         gradients: ``(ctx, *grads, run)``; calls the backward pass ``run`` and returns the gradients of all tensors.
-        second_derivative: says what has a second derivative, which the kernels lack; ends the error message.
+        second_derivative: end of the error message, which names the alternative that has a second derivative.
     """
     op = torch.library.custom_op(f"nord_snn::{name}", forward.run, mutates_args=())
     op.register_fake(forward.fake)
@@ -114,15 +114,15 @@ def _explain_freed_graph(gradients: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             raise RuntimeError(
                 "backward reached a graph that an earlier backward has freed, most likely through a state that was carried "
-                "over: detach states (functional.detach_net) or reset them (functional.reset_net) between the two, or keep "
-                "the graph with retain_graph=True"
+                "over: detach states (functional.detach_net) or reset them (functional.reset_net) between the two backward "
+                "passes, or keep the graph with retain_graph=True"
             ) from None
 
     return wrapped
 
 
 def _refuse_second_derivative(gradients: Callable[..., Any], name: str, remedy: str) -> Callable[..., Any]:
-    """Raise an error in the second derivative, where the output of a kernel would be treated as a constant."""
+    """Make a second derivative raise an error: autograd would treat the output of a kernel as a constant."""
     message = f"the kernels of {name} have no second derivative: {remedy}"
 
     @functools.wraps(gradients)
@@ -139,7 +139,7 @@ def _refuse_second_derivative(gradients: Callable[..., Any], name: str, remedy: 
 
 
 class _Unpacked:
-    """An autograd context that unpacks its saved tensors once: activation checkpointing allows no second time."""
+    """An autograd context that unpacks its saved tensors only once, because activation checkpointing allows only one."""
 
     def __init__(self, ctx: Any) -> None:
         self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
@@ -149,7 +149,7 @@ class _Unpacked:
 
 
 class _Refusal(torch.autograd.Function):
-    """The identity on its first tensor; the backward pass to any of its inputs raises an error."""
+    """Return the first tensor unchanged; raise an error in the backward pass to any of the tensors."""
 
     @staticmethod
     def forward(ctx: Any, message: str, x: Tensor, *sources: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Keep the one import path that the code in earlier model folders uses, for one release.
+"""Support one import path that the code in earlier model folders uses, for one release.
 
-A model folder written before the model was part of the package has its own code, which ``trust_remote_code=True`` runs. It
-imports ``check_heads`` from ``nord_snn.ops.resonance``, a folder that is gone; the function of that name stays what it is.
+A model folder written before the model was part of the package has its own code, which ``trust_remote_code=True`` runs. That
+code imports ``check_heads`` from ``nord_snn.ops.resonance``, a folder that no longer exists; ``resonance`` is a function now.
 """
 
 import sys
@@ -13,8 +13,8 @@ from nord_snn.ops.checks import check_heads
 
 __all__ = ["keep_old_path"]
 
-_SENTENCE = (
-    "the code in this model folder is of an earlier nord-snn: load it without trust_remote_code after "
+_MESSAGE = (
+    "the code in this model folder is from an earlier nord-snn: load it without trust_remote_code after "
     "`import nord_snn.models.nord`, and save it again. With transformers 5.24 and later its generate() ignores its cache"
 )
 
@@ -23,11 +23,11 @@ class _Renamed(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name != "check_heads":
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        warnings.warn(_SENTENCE, FutureWarning, stacklevel=2)
+        warnings.warn(_MESSAGE, FutureWarning, stacklevel=2)
         return check_heads
 
 
 def keep_old_path() -> None:
-    """Make ``from nord_snn.ops.resonance import check_heads`` work; the attribute ``resonance`` stays the function."""
+    """Make ``from nord_snn.ops.resonance import check_heads`` work; ``nord_snn.ops.resonance`` remains the function."""
     name = "nord_snn.ops.resonance"
     sys.modules[name] = _Renamed(name, "An earlier name of nord_snn.ops.checks.")

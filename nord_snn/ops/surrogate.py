@@ -1,8 +1,8 @@
 """Surrogate derivatives of the spike, in one table for all backends.
 
-A spike is the step function ``s = 1 where x >= 0 else 0`` of ``x = membrane - threshold``. Its true derivative is zero
-almost everywhere, so the backward pass uses the derivative of a smooth function, the *primitive*, instead
-(Neftci, Mostafa and Zenke 2019).
+A spike is the step function ``s = 1 where x >= 0 else 0`` of ``x = u - threshold``, with u the membrane potential. Its
+true derivative is zero almost everywhere, so the backward pass uses the derivative of a smooth function, the
+*primitive*, instead (Neftci, Mostafa and Zenke 2019).
 """
 
 import math
@@ -45,7 +45,7 @@ SURROGATES: dict[str, Surrogate] = {
     ),
 }
 
-#: A name in :data:`SURROGATES`, or a function of ``membrane - threshold``, such as a surrogate module of SpikingJelly.
+#: A name in :data:`SURROGATES`, or a function of ``u - threshold``, such as a surrogate module of SpikingJelly.
 SurrogateLike = str | Callable[[Tensor], Tensor]
 
 
@@ -66,7 +66,7 @@ def spike(x: Tensor, surrogate: SurrogateLike = "nord_atan", alpha: float = 4.0)
     """Return 1 where ``x >= 0``, else 0; the backward pass uses the surrogate derivative.
 
     Args:
-        x: membrane minus threshold, any shape.
+        x: membrane potential minus threshold, any shape.
         surrogate: a name from :data:`SURROGATES`, or a callable of ``x`` with its own backward pass.
         alpha: sharpness of a named surrogate; not used for a callable.
 

@@ -134,7 +134,7 @@ FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "macs": ("multiply-accumulates a token", "{:,.0f}".format),
     "acs": ("additions a token", "{:,.0f}".format),
     "joules": ("µJ a token, without memory", lambda joules: f"{1e6 * joules:.2f}"),
-    "joules_with_sram": ("the same with all memory in SRAM", lambda joules: f"{1e6 * joules:.2f}"),
+    "joules_with_sram": ("µJ a token, with all memory in SRAM", lambda joules: f"{1e6 * joules:.2f}"),
     "repetition": ("repetition", "{:.1%}".format),
     "coherence": ("topic coherence", "{:.3f}".format),
 }

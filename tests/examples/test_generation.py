@@ -129,20 +129,20 @@ def test_the_cache_goes_by_either_name_and_not_by_both():
             past = cache_of(model(input_ids=ids[:, :-1]))
             assert past.get_seq_length() == 8
             assert torch.allclose(model(input_ids=ids[:, -1:], **{name: past}).logits[:, -1], whole, atol=1e-5)
-    with pytest.raises(TypeError, match="past_key_values is the old name of cache"):
+    with pytest.raises(TypeError, match="pass either cache or past_key_values"):
         model(input_ids=ids, cache=past, past_key_values=past)
 
 
 def test_keywords_are_taken_or_refused_by_name():
     model = make()
     ids = torch.randint(50, (2, 9))
-    with pytest.raises(TypeError, match="does not know the keyword 'nobody_knows_this'"):
+    with pytest.raises(TypeError, match="got an unknown keyword 'nobody_knows_this'"):
         model(input_ids=ids, nobody_knows_this=1)
     with pytest.raises(TypeError, match="'atention_mask'"):
         model(input_ids=ids, atention_mask=None)
     for name in NOT_OFFERED:
         assert torch.equal(model(input_ids=ids, **{name: None}).logits, model(input_ids=ids).logits)
-        with pytest.raises(ValueError, match=f"does not offer {name}: "):
+        with pytest.raises(ValueError, match=f"does not support {name}: "):
             model(input_ids=ids, **{name: torch.ones(2, 9)})
     for call in ({}, {"input_ids": ids, "inputs_embeds": model.embed_tokens(ids)}):
         with pytest.raises(TypeError, match="either input_ids"):
@@ -158,7 +158,7 @@ def test_keywords_are_taken_or_refused_by_name():
     for wrong in (-1, torch.tensor([0.5])):
         with pytest.raises(ValueError, match="logits_to_keep must be"):
             model(input_ids=ids, logits_to_keep=wrong)
-    with pytest.raises(ValueError, match="logits for every position"):
+    with pytest.raises(ValueError, match="logits of every position"):
         model(input_ids=ids, labels=ids, logits_to_keep=1)
     loss = model(input_ids=ids, labels=ids).loss
     assert torch.allclose(model(input_ids=ids, labels=ids, num_items_in_batch=32).loss, loss * 16 / 32)
@@ -282,13 +282,17 @@ def test_candidates_from_the_prompt_change_nothing_and_end_within_the_window():
 def test_caches_that_would_change_what_they_hold_are_refused():
     model = make()
     ids = torch.randint(1, 50, (1, 6))
-    with pytest.raises(ValueError, match="must be a DynamicCache, whose layers grow and stay exact, got StaticCache"):
+    with pytest.raises(
+        ValueError, match="must be a DynamicCache whose layers store keys and values unchanged, got StaticCache"
+    ):
         model.generate(ids, max_new_tokens=3, cache_implementation="static", pad_token_id=0)
-    with pytest.raises(ValueError, match="must be a DynamicCache, whose layers grow and stay exact, got tuple"):
+    with pytest.raises(
+        ValueError, match="must be a DynamicCache whose layers store keys and values unchanged, got tuple"
+    ):
         model(input_ids=ids, cache=((ids, ids),))
     with pytest.raises(ValueError, match="got EncoderDecoderCache"):
         model(input_ids=ids, cache=EncoderDecoderCache(DynamicCache(), DynamicCache()))
-    with pytest.raises(ValueError, match="for a window of 7 positions, and max_position_embeddings is 32"):
+    with pytest.raises(ValueError, match="window of max_position_embeddings = 32 positions, got 7"):
         model(input_ids=ids, cache=DynamicCache(config=make(positions=7).config))
 
 
@@ -310,10 +314,10 @@ def test_masks_that_do_not_fit_are_named():
     past = cache_of(model(input_ids=ids))
     with pytest.raises(ValueError, match=r"\[B, 6 cached \+ S\] = \[1, 7\], got \[1, 1\]"):
         model(input_ids=ids[:, :1], cache=past, attention_mask=torch.ones(1, 1))
-    with pytest.raises(ValueError, match="got some between them"):
+    with pytest.raises(ValueError, match="got padding between tokens"):
         model(input_ids=ids, attention_mask=torch.tensor([[1, 1, 0, 1, 1, 1]]))
     wider = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
-    with pytest.raises(ValueError, match=r"\[B, S\] = \[1, 6\] as the tokens are, got \[1, 8\]"):
+    with pytest.raises(ValueError, match=r"the shape of input_ids, \[1, 6\], got \[1, 8\]"):
         model.generate(ids, attention_mask=wider, max_new_tokens=8, pad_token_id=0)
-    with pytest.raises(ValueError, match="got some between them"):  # behind the prompt, and tokens behind it
+    with pytest.raises(ValueError, match="got padding between tokens"):  # behind the prompt, and tokens behind it
         model.generate(ids, attention_mask=torch.tensor([[1, 1, 1, 1, 0, 0]]), max_new_tokens=3, pad_token_id=0)

@@ -98,7 +98,7 @@ def test_the_twin_lacks_nothing_but_the_neurons():
     kept = {name for name, _ in spiking.named_parameters() if "lif" not in name}
     assert kept == {name for name, _ in dense.named_parameters()}
     assert parameter_counts(dense)[1] < parameter_counts(spiking)[1]
-    with pytest.raises(ValueError, match="no neuron layers"):
+    with pytest.raises(ValueError, match="expected neuron layers"):
         SpikeMonitor(dense)
 
 
@@ -106,12 +106,12 @@ def test_the_twin_lacks_nothing_but_the_neurons():
     ("fields", "message"),
     [
         ({"block": "other"}, "block must be 'published' or 'spike_fed', got 'other'"),
-        ({"spiking_values": True}, "spiking_values are those of block='spike_fed'"),
+        ({"spiking_values": True}, "spiking_values=True needs block='spike_fed'"),
         (
             {"block": "spike_fed", "clamp_floor": -1.0},
-            "clamp_floor is of block='published': no other block has a leaky clamp",
+            "clamp_floor needs block='published': no other block has a leaky clamp",
         ),
-        ({"dense": True}, "a dense model has one time step: t_fast=1 and t_slow=0, got 8 and 2"),
+        ({"dense": True}, "dense=True needs one time step, t_fast=1 and t_slow=0, got 8 and 2"),
     ],
 )
 def test_what_does_not_fit_together_is_named(fields, message):
@@ -121,7 +121,7 @@ def test_what_does_not_fit_together_is_named(fields, message):
 
 def test_what_is_not_for_these_models_says_so(tmp_path):
     model = NordForCausalLM(NordConfig(**{**SMALL, "recency": False}, block="spike_fed"))
-    with pytest.raises(ValueError, match="the published code has no block = spike_fed"):
+    with pytest.raises(ValueError, match="the published code does not support block = spike_fed"):
         to_original(model)
     (tmp_path / "text.txt").write_text(make_text())
     config = write_config(tmp_path)

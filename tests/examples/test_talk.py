@@ -284,7 +284,7 @@ def test_what_was_learned_can_be_kept_in_a_file(talk, tmp_path):
     chat, printed = talk
     path = tmp_path / "mine.safetensors"
     chat.handle(f"/save-plastic {path}")
-    assert "there is nothing to save" in printed.getvalue()
+    assert "nothing to save" in printed.getvalue()
     chat.handle("/stdp on")
     chat.handle("while a spike wakes its neighbours")
     learned = chat.model.lm_head.weight.clone()

@@ -129,7 +129,9 @@ def test_snntorchs_own_reset_clears_the_refractory_time_too():
 def test_states_of_another_shape_raise_and_never_start_anew_in_silence():
     hidden = AssociativeSynaptic(16, n_clusters=4, init_hidden=True)
     hidden(torch.rand(3, 16))
-    with pytest.raises(ValueError, match=r"states of shape \[3, 16\] and got input of shape \[2, 16\]: reset_mem"):
+    with pytest.raises(
+        ValueError, match=r"states of shape \[3, 16\], but got input of shape \[2, 16\]: call reset_mem"
+    ):
         hidden(torch.rand(2, 16))
     hidden.mem = torch.ones(3, 16)
     with pytest.raises(ValueError, match="reset_mem"):
@@ -294,16 +296,16 @@ def test_what_the_neuron_held_is_put_back():
 
 
 def test_misuse_is_named():
-    with pytest.raises(TypeError, match="subtracts its threshold at once and has no reset_delay, reset_mechanism"):
+    with pytest.raises(TypeError, match="does not support reset_delay, reset_mechanism"):
         AssociativeSynaptic(16, n_clusters=4, reset_mechanism="zero", reset_delay=False)
-    with pytest.raises(TypeError, match="takes a neuron of snnTorch, got LIFNode"):
+    with pytest.raises(TypeError, match="expects a neuron of snnTorch, got LIFNode"):
         MultiStep(neuron.LIFNode())
-    with pytest.raises(TypeError, match="does not know what states SLSTM has"):
+    with pytest.raises(TypeError, match="got SLSTM, whose states are unknown"):
         MultiStep(snntorch.SLSTM(4, 4))(torch.rand(2, 3, 4))
-    with pytest.raises(ValueError, match=r"\[T, N, \*, D\] with at least one step"):
+    with pytest.raises(ValueError, match=r"\[T, N, \*, D\] with at least one time step"):
         MultiStep(snntorch.Leaky(beta=0.9))(torch.rand(0, 3, 4))
     readout = MembraneReadout(4, neuron=lambda n: MultiStep(snntorch.Leaky(beta=0.9, init_hidden=True)))
-    with pytest.raises(ValueError, match="must have output=True where membranes are read"):
+    with pytest.raises(ValueError, match="must have output=True if a layer reads v_seq"):
         readout(torch.rand(3, 2, 4))
     ffn = SpikingFeedForward(4, 8, neuron=lambda n: MultiStep(snntorch.Leaky(beta=0.9, init_hidden=True)))
     assert ffn(torch.rand(3, 2, 4)).shape == (3, 2, 4)

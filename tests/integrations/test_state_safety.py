@@ -186,7 +186,7 @@ def test_a_state_without_data_is_named() -> None:
     weights = node.state_dict()
     node.to("meta")(X.to("meta"))
     node.load_state_dict(weights, assign=True)
-    with pytest.raises(ValueError, match=r"holds state without data.*reset"):
+    with pytest.raises(ValueError, match=r"has state without data.*reset"):
         node(X)
     node.reset()
     assert node(X).any()

@@ -246,5 +246,5 @@ def test_bad_constructions_are_named():
         LeakyClamp(8, leak=1.0)
     with pytest.raises(ValueError, match="D = 10 and C = 64"):
         SpikingFeedForward(10, 64)
-    with pytest.raises(TypeError, match="must offer store_v_seq"):
+    with pytest.raises(TypeError, match="must have store_v_seq"):
         MembraneReadout(8, neuron=lambda n: nn.ReLU())

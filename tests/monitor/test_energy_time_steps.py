@@ -128,7 +128,7 @@ def test_a_network_without_neurons_that_are_known():
 
 @pytest.mark.parametrize("wrong", [0, -3, 2.0, "6", True])
 def test_what_is_no_number_of_time_steps_is_refused_before_anything_runs(wrong):
-    with pytest.raises(ValueError, match=r"time_steps must be a positive integer, or None to find it out, got"):
+    with pytest.raises(ValueError, match=r"time_steps must be a positive integer, or None to infer it, got"):
         profile_energy(nn.Linear(4, 3), torch.rand(2, 4), time_steps=wrong)
 
 

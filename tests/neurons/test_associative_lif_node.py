@@ -71,7 +71,7 @@ def test_state_is_carried_until_reset_and_stateless_leaves_it():
 def test_a_batch_shape_that_changes_while_state_is_held_raises():
     n = node()
     n(X)
-    with pytest.raises(ValueError, match=r"holds state of shape \[3, 8\] and got input of shape \[2, 8\].*reset"):
+    with pytest.raises(ValueError, match=r"has state of shape \[3, 8\], but got input of shape \[2, 8\].*reset"):
         n(X[:, :2])
     functional.reset_net(n)
     assert n(X[:, :2]).shape == (6, 2, 8)
@@ -257,5 +257,5 @@ def test_factories_are_checked():
         make_neuron(neuron.LIFNode, 8)
     with pytest.raises(TypeError, match=r"must return a torch.nn.Module, got str"):
         make_neuron(lambda n: "LIF", 8)
-    with pytest.raises(TypeError, match="ReLU must offer store_v_seq"):
+    with pytest.raises(TypeError, match="ReLU must have store_v_seq"):
         make_neuron(lambda n: nn.ReLU(), 8, store_v_seq=True)

@@ -317,7 +317,7 @@ GOOD = {"threshold": torch.ones(6), "beta_mem": 0.9, "beta_syn": 0.5}
         (torch.zeros(2, 3, 6), {"beta_mem": 1.0}, r"beta_mem must lie in \(0, 1\), got 1.0"),
         (torch.zeros(2, 3, 6), {"beta_syn": torch.ones(2)}, "beta_syn must have one element"),
         (torch.zeros(2, 3, 6), {"refractory_steps": -1}, "refractory_steps must be 0 or more"),
-        (torch.zeros(2, 3, 6), {"cascade_gain": torch.ones(3)}, "belong together"),
+        (torch.zeros(2, 3, 6), {"cascade_gain": torch.ones(3)}, "pass both cascade_weight and cascade_gain"),
         (
             torch.zeros(2, 3, 6),
             {"cascade_gain": torch.ones(4), "cascade_weight": torch.ones(4, 4)},
@@ -351,6 +351,6 @@ def test_integers_are_refused():
 
 def test_a_backend_that_cannot_run_says_so():
     """On a machine with CUDA the tensor is the reason, elsewhere the machine: the message has the one that holds here."""
-    reason = "these are on cpu" if torch.cuda.is_available() else "PyTorch sees none|without CUDA|is not installed"
+    reason = "these are on cpu" if torch.cuda.is_available() else "PyTorch finds none|without CUDA|is not installed"
     with pytest.raises(RuntimeError, match=f"backend 'triton' cannot run associative_lif.*({reason})"):
         associative_lif(torch.zeros(2, 3, 6), backend="triton", **GOOD)

@@ -436,4 +436,4 @@ def test_every_plan_fits_the_device_and_covers_every_neuron():
 def test_too_many_clusters_are_refused_with_a_reason():
     runs, reason = kernels.fits(5000, 5000)
     assert not runs
-    assert "room for 4096 clusters, not 5000" in reason
+    assert "at most 4096 clusters, got 5000" in reason

@@ -244,6 +244,7 @@ def test_a_surrogate_of_ones_own_runs_on_the_reference_and_the_log_says_why(capl
             associative_lif(x, threshold=torch.ones(6), beta_mem=0.9, beta_syn=0.5, surrogate=lambda u: own(u, 2.0))
     (record,) = caplog.records  # once, not at every call
     assert "runs on 'torch'" in record.message
-    assert "numba: it does not know the surrogate 'callable'" in record.message
-    with pytest.raises(RuntimeError, match=r"backend 'numba' cannot run .* does not know the surrogate"):
+    assert "numba: it supports the surrogates" in record.message
+    assert "got 'callable'" in record.message
+    with pytest.raises(RuntimeError, match=r"backend 'numba' cannot run .* supports the surrogates .* got 'callable'"):
         associative_lif(x, threshold=torch.ones(6), beta_mem=0.9, beta_syn=0.5, surrogate=own, backend="numba")

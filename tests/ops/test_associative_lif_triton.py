@@ -252,7 +252,7 @@ def test_it_says_which_rows_it_takes(interpreted):
     assert interpreted.fits(130, 130)[0]
     accepted, reason = interpreted.fits(65536, 64)
     assert not accepted
-    assert "D = 65536 in C = 64 clusters takes 65536" in reason
+    assert "D = 65536 in C = 64 clusters gives 65536" in reason
 
 
 class Compiler:

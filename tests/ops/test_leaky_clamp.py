@@ -95,7 +95,7 @@ def test_gradients_at_what_is_not_a_number_are_the_references():
 def test_a_tensor_on_another_device_is_named():
     pytest.importorskip("numba", reason="the CPU kernels need Numba")
     x, p = torch.randn(3, 5), torch.rand(5)
-    with pytest.raises(ValueError, match="on the device of the input, the CPU, got one on meta"):
+    with pytest.raises(ValueError, match="on the CPU, the device of the input, got one on meta"):
         leaky_clamp(x, x, torch.ones(5, device="meta"), leak=p, floor=p, backend="numba")
 
 
@@ -116,8 +116,8 @@ def test_bad_input_is_named(x, leak, floor, message):
 @pytest.mark.parametrize(
     ("branch", "gain", "message"),
     [
-        (torch.zeros(2, 3), None, "belong together"),
-        (None, torch.zeros(3), "belong together"),
+        (torch.zeros(2, 3), None, "pass both branch and gain"),
+        (None, torch.zeros(3), "pass both branch and gain"),
         (torch.zeros(1, 3), torch.zeros(3), r"of the shape of x, \[2, 3\], got \[1, 3\]"),
         (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(3), "floating"),
         (torch.zeros(2, 3), torch.zeros(1), r"gain must be \[D\] = \[3\], got \[1\]"),

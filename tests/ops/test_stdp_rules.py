@@ -256,19 +256,19 @@ def test_no_memory_for_each_row_of_its_own(monkeypatch):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x, y: stdp(x, y, mu=1.0), "needs the weight"),
+        (lambda x, y: stdp(x, y, mu=1.0), "weight must be passed if mu is above 0"),
         (lambda x, y: stdp(x, y, mu=-1.0), "mu must be at least 0"),
         (lambda x, y: stdp(x, y, mu=1.0, weight=torch.ones(4, 2)), r"weight must have shape \[2, 4\], got \[4, 2\]"),
         (lambda x, y: stdp(x, y, bounds=(1.0, 0.0)), "lower < upper"),
         (lambda x, y: triplet_stdp(x, y, tau_y=0.0), "time constants must be positive, got tau_y = 0.0"),
-        (lambda x, y: reward_modulated_stdp(x, y, torch.ones(3)), "one for each of 5 rows"),
+        (lambda x, y: reward_modulated_stdp(x, y, torch.ones(3)), r"have shape \[5\] \(rows\)"),
         (lambda x, y: reward_modulated_stdp(x, y, torch.ones(5), tau_eligibility=9.0), "must be one number"),
         (lambda x, y: reward_modulated_stdp(x, y, 1.0, tau_eligibility=-1.0), "time constants must be positive"),
         (
             lambda x, y: reward_modulated_stdp(
                 x, y, 1.0, RewardSTDPState(x[0], y[0], torch.ones(4, 2)), tau_eligibility=9.0
             ),
-            r"shaped as the weight, \[2, 4\]",
+            r"the shape of the weight, \[2, 4\]",
         ),
         (
             lambda x, y: stdp(x, y, geometry=ConvGeometry((2,), (1,), ((0, 0),), (1,))),
@@ -276,7 +276,7 @@ def test_no_memory_for_each_row_of_its_own(monkeypatch):
         ),
         (
             lambda x, y: stdp(x[..., None], y[..., None], geometry=ConvGeometry((2,), (1,), ((1, 1),), (1,))),
-            r"turns \[1\] into \[2\], got post \[3, 5, 2, 1\]",
+            r"spatial size \[2\] of this convolution.*, got \[3, 5, 2, 1\]",
         ),
     ],
 )

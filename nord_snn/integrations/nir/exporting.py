@@ -34,21 +34,21 @@ log = logging.getLogger("nord_snn")
 
 ToNIR = Callable[[Any], nir.NIRNode]
 
-#: Deviations up to these are explained by rounding: in one spike of a hundred, the membrane may differ from the threshold by
-#: rounding only; in half precision in one of five.
+#: Largest deviations that rounding explains: for one spike in a hundred, the membrane potential may differ from the threshold
+#: by rounding only; in half precision for one in five.
 MAX_DEVIATION, MAX_DEVIATION_HALF = 0.01, 0.2
 
-#: Modules that are the identity: dropout in eval mode, a clamp behind spikes.
+#: Modules that are the identity: dropout in eval mode, a clamp after spikes.
 _IDENTITY_MODULES = (nn.Identity, nn.Dropout, layer.Dropout, LeakyClamp)
 
 _UNSUPPORTED: dict[type[nn.Module], str] = {
-    CoFiringResonance: "NIR has no product of two spike trains and no top-K, which resonance is made of",
-    SpikeFedResonance: "NIR has no product of two spike trains and no top-K, which resonance is made of",
-    SpikeFedBlock: "NIR has no product of two spike trains, no top-K and no layer normalisation, which the block is made of",
-    NordBlock: "NIR has no product of two spike trains, no top-K and no layer normalisation, which the block is made of",
-    MultiScaleTemporalEncoder: "NIR has no gates that change with the step: export what follows the encoder, and feed it "
-    "the encoder's output",
-    AssociativeCascade: "the cascade is part of a neuron's loop: export the AssociativeLIFNode that owns it",
+    CoFiringResonance: "resonance needs products of spike trains and top-K selection, which NIR does not have",
+    SpikeFedResonance: "resonance needs products of spike trains and top-K selection, which NIR does not have",
+    SpikeFedBlock: "the block needs products of spike trains, top-K selection and layer normalisation, which NIR does not have",
+    NordBlock: "the block needs products of spike trains, top-K selection and layer normalisation, which NIR does not have",
+    MultiScaleTemporalEncoder: "NIR has no gates that change with the time step: export the part after the encoder, whose "
+    "input is the encoder's output",
+    AssociativeCascade: "the cascade is part of a neuron's loop: export the AssociativeLIFNode that contains it",
     nn.LayerNorm: "NIR has no layer normalisation",
 }
 
@@ -63,29 +63,29 @@ def export_to_nir(
 ) -> nir.NIRGraph:
     r"""Export a network as a graph of NIR nodes, for any simulator or chip that reads NIR.
 
-    A layer of :class:`~nord_snn.neurons.AssociativeLIFNode` becomes a ``CubaLIF`` with ``tau = dt / (1 - beta)``; with a
-    cascade, a subgraph with a recurrent connection of the ``CubaLIF`` through a ``Linear`` of
-    ``beta_syn * gain[c] * sigmoid(weight[c, k]) / (D / C)``, delayed by one time step. Membranes are scaled by
+    A layer of :class:`~nord_snn.neurons.AssociativeLIFNode` becomes a ``CubaLIF`` with ``tau = dt / (1 - beta)``. With a
+    cascade it becomes a subgraph of a ``CubaLIF`` and a recurrent ``Linear``, delayed by one time step, with the weights
+    ``beta_syn * gain[c] * sigmoid(weight[c, k]) / (D / C)``. Potentials are scaled by
     ``1 / (1 - beta_mem)``, so that ``r = tau_mem / dt`` and ``w_in = tau_syn / dt``, the only values that SpikingJelly and
     snnTorch read; spikes are the same. ``SpikingFeedForward`` becomes a subgraph of two such layers, and ``MembraneReadout`` a
-    subgraph in which leaky integrators compute the membranes: its return value is the graph's output in the last time step.
+    subgraph in which leaky integrators compute the potentials: its return value is the graph's output in the last time step.
 
     NIR cannot express:
 
-    * The refractory hold. A layer with ``refractory_steps > 0`` raises or, with ``approximate=True``, is exported without the
-      hold, but with the reset to ``v_reset``.
-    * Reset by subtraction, as in a layer with ``refractory_steps=0``. NIR describes continuous time, where membranes do not
+    * The refractory period. A layer with ``refractory_steps > 0`` raises or, with ``approximate=True``, is exported without
+      it, but with the reset to ``v_reset``.
+    * Reset by subtraction, as in a layer with ``refractory_steps=0``. NIR describes continuous time, where potentials do not
       overshoot, so that subtracting the threshold and resetting to 0 are equal. In discrete time they differ, and the reader
       must subtract (Norse: ``reset_method=reset_subtract``). The metadata has ``reset: subtract``.
-    * LeakyClamp below zero. Behind spikes it is the identity and needs no node; elsewhere it raises.
+    * LeakyClamp below zero. After spikes it is the identity and needs no node; elsewhere it raises.
     * Resonance, blocks, layer normalisation and the encoder, which raise.
 
     Args:
         net: a part of nord-snn, or any module composed of these parts, ``Linear``, the classes in ``more``, and additions, as
             :func:`torch.fx.symbolic_trace` traces them. Its state is unchanged; it is exported in eval mode.
-        x_seq: example input, ``[T, N, D]``: sets the number of time steps of the readout, and is used to compute the deviation.
+        x_seq: example input, ``[T, N, D]``: T is the number of time steps of the readout; the deviation is computed on it.
         dt: length of a time step in seconds.
-        approximate: export layers with a refractory hold without it.
+        approximate: export layers with a refractory period without it.
         more: further modules: class -> function that turns an instance into a ``nir.NIRNode``.
 
     Returns:
@@ -118,12 +118,12 @@ def export_to_nir(
         graph = trace(net, table, _IDENTITY_MODULES, x_seq.shape[2:])
     graph.metadata = {"source": "nord-snn", "dt": dt}
     graph.metadata["deviation"] = measured = deviation(net, graph, x_seq)
-    if exporter.dropped_refractory_hold:
-        log.warning("export_to_nir left the refractory hold out: on x_seq, sum |a - b| / sum |a| is %.2f", measured)
+    if exporter.omitted_refractory_period:
+        log.warning("export_to_nir omitted the refractory period: on x_seq, sum |a - b| / sum |a| is %.2f", measured)
     elif not measured <= (MAX_DEVIATION if _full_precision(net) else MAX_DEVIATION_HALF):  # raises for NaN too
         raise ValueError(
-            f"the graph differs from the network by {measured:.2f} (sum |a - b| / sum |a| on x_seq): its forward does more than "
-            "its modules show, a hook or state that two calls share"
+            f"the graph must give the outputs of the network, but differs by {measured:.2f} (sum |a - b| / sum |a| on x_seq): "
+            "the forward does more than its modules, such as a hook or two calls that share state"
         )
     return graph
 
@@ -152,7 +152,7 @@ def deviation(
         simulated = simulated[-1]
     difference, size = ((expected - simulated).abs().sum(), expected.abs().sum())
     if not size:
-        log.warning("the network puts out nothing but zeros for x_seq, which tells little about its graph")
+        log.warning("all outputs of the network for x_seq are zero, so the deviation says little about its graph")
         return 0.0 if not difference else float("inf")
     return (difference / size).item()
 
@@ -174,11 +174,11 @@ def _full_precision(net: nn.Module) -> bool:
 
 
 class Exporter:
-    """Turn modules into nodes; ``dropped_refractory_hold`` tells whether an approximation was necessary."""
+    """Turn modules into nodes; ``omitted_refractory_period`` is True if a node is an approximation."""
 
     def __init__(self, dt: float, n_steps: int, approximate: bool) -> None:
         self.dt, self.n_steps, self.approximate = dt, n_steps, approximate
-        self.dropped_refractory_hold = False
+        self.omitted_refractory_period = False
         self.table: dict[type[nn.Module], ToNIR] = {
             AssociativeLIFNode: self.neurons,
             SpikingFeedForward: self.feed_forward,
@@ -226,16 +226,16 @@ class Exporter:
             )
         if node.refractory_steps and not self.approximate:
             raise ValueError(
-                f"NIR cannot express the refractory hold (refractory_steps={node.refractory_steps}): train with "
-                "refractory_steps=0, or export with approximate=True, which leaves it out and measures what that changes"
+                f"NIR cannot express the refractory period (refractory_steps={node.refractory_steps}): train with "
+                "refractory_steps=0, or export with approximate=True, which omits the period and measures the deviation"
             )
-        self.dropped_refractory_hold |= node.refractory_steps > 0
+        self.omitted_refractory_period |= node.refractory_steps > 0
         beta_mem, beta_syn = (
             logit.detach().double().sigmoid().item() for logit in (node.beta_mem_logit, node.beta_syn_logit)
         )
         for name, beta in (("beta_mem", beta_mem), ("beta_syn", beta_syn)):
             if not 0 < 1 - (1 - beta) < 1:  # as a reader computes it from the time constant
-                raise ValueError(f"{name} is {beta}: no time constant expresses a decay that has reached 0 or 1")
+                raise ValueError(f"1 - {name} must not round to 0 or 1, to have a time constant, got {name} = {beta}")
         ones = np.ones(node.n_features)
         tau_mem, tau_syn = self.dt / (1 - beta_mem), self.dt / (1 - beta_syn)
         threshold = node.firing_threshold().detach().double().cpu().numpy()
@@ -251,7 +251,7 @@ class Exporter:
         }
 
     def metadata(self, node: AssociativeLIFNode) -> dict[str, Any]:
-        """Return what NIR nodes cannot express, from which our importer restores the same layer."""
+        """Return the constants that NIR nodes cannot express; the importer needs them to restore the layer."""
         metadata: dict[str, Any] = {
             "part": "AssociativeLIFNode",
             "reset": "value" if node.refractory_steps else "subtract",
@@ -266,7 +266,7 @@ class Exporter:
         return metadata
 
     def recurrence(self, node: AssociativeLIFNode) -> nir.Linear:
-        """Return the cascade as a matrix between neurons. Its current is added after a time step, so it decays once."""
+        """Return the cascade as a matrix between neurons. Its current arrives one time step later, so it decays once."""
         cascade = node.cascade
         assert cascade is not None
         with torch.no_grad():
@@ -292,9 +292,9 @@ class Exporter:
         )
 
     def readout(self, readout: MembraneReadout) -> nir.NIRGraph:
-        """Return a subgraph in which leaky integrators compute the membranes, which are linear in current and spikes.
+        """Return a subgraph in which leaky integrators compute the membrane potentials, which are linear in current and spikes.
 
-        The neurons are a LIF behind an integrator as synapse, because a CubaLIF does not output its current.
+        The neurons are a LIF after an integrator as synapse, because a CubaLIF does not output its current.
         """
         _check_neurons(readout, "lif", readout.lif)
         node, dt = readout.lif, self.dt
@@ -337,7 +337,7 @@ class Exporter:
 
 
 def _check_modules(net: nn.Module, table: Mapping[type[nn.Module], ToNIR]) -> None:
-    """Raise for the first module that computes something and has no node."""
+    """Raise a ValueError for the first module that computes something and has no node."""
     known: list[str] = []
     for name, module in net.named_modules():
         if any(name.startswith(prefix) for prefix in known):
@@ -345,7 +345,7 @@ def _check_modules(net: nn.Module, table: Mapping[type[nn.Module], ToNIR]) -> No
         if type(module) in table or type(module) in _IDENTITY_MODULES:
             known.append(f"{name}." if name else "")
         elif type(module) in _UNSUPPORTED or _computes(module, table):
-            why = _UNSUPPORTED.get(type(module), "it is not known here; say in `more` what node it is")
+            why = _UNSUPPORTED.get(type(module), "there is no NIR node for it: pass a function for it in `more`")
             raise ValueError(f"cannot export {type(module).__name__}{f' at {name!r}' if name else ''}: {why}")
 
 
@@ -357,7 +357,7 @@ def _computes(module: nn.Module, table: Mapping[type[nn.Module], ToNIR]) -> bool
 def _check_neurons(owner: nn.Module, name: str, neurons: nn.Module) -> None:
     if type(neurons) is not AssociativeLIFNode:
         raise ValueError(
-            f"cannot export {type(owner).__name__} with {type(neurons).__name__} as its {name}: only with AssociativeLIFNode"
+            f"cannot export {type(owner).__name__}: its {name} must be an AssociativeLIFNode, got {type(neurons).__name__}"
         )
 
 

@@ -47,11 +47,11 @@ def schedule(graph: nir.NIRGraph) -> tuple[list[ScheduledNode], ScheduledNode]:
     for name in order:
         sources = [source for source, target in edges if target == name and source in order]
         if not sources and name != start:
-            raise ValueError(f"'{name}' of the graph has no input")
+            raise ValueError(f"each node of the graph must have an input, '{name}' has none")
         delayed = tuple(source for source in sources if (source, name) in back_edges)
         scheduled.append(ScheduledNode(name, nodes[name], tuple(s for s in sources if s not in delayed), delayed))
     if end not in order:
-        raise ValueError("no way leads through the graph from its input to its output")
+        raise ValueError("the graph must have a path from its input to its output")
     *inner, output = sorted(scheduled, key=lambda item: item.name == end)
     return inner, output
 
@@ -59,7 +59,7 @@ def schedule(graph: nir.NIRGraph) -> tuple[list[ScheduledNode], ScheduledNode]:
 def _single(nodes: dict[str, nir.NIRNode], kind: type[nir.NIRNode]) -> list[str]:
     names = [name for name, node in nodes.items() if isinstance(node, kind)]
     if len(names) != 1:
-        raise ValueError(f"a graph with one {kind.__name__} node was expected, this one has {len(names)}")
+        raise ValueError(f"expected a graph with one {kind.__name__} node, got one with {len(names)}")
     return names
 
 
@@ -115,7 +115,7 @@ def _check_edges(graph: nir.NIRGraph) -> None:
     for edge in graph.edges:
         for end in edge:
             if end not in graph.nodes:
-                raise ValueError(f"an edge of the graph leads to '{end}', which is none of its nodes")
+                raise ValueError(f"the ends of an edge must be nodes of the graph, got '{end}'")
 
 
 def topologically_named(nodes: dict[str, nir.NIRNode], edges: list[tuple[str, str]]) -> nir.NIRGraph:
@@ -155,7 +155,7 @@ def difference(one: nir.NIRNode, other: nir.NIRNode) -> str | None:
         if one.nodes.keys() != other.nodes.keys() or set(map(tuple, one.edges)) != set(map(tuple, other.edges)):
             return "its nodes and edges"
         return _first(
-            f"{name}: {found}" for name in one.nodes if (found := difference(one.nodes[name], other.nodes[name]))
+            f"{name}: {change}" for name in one.nodes if (change := difference(one.nodes[name], other.nodes[name]))
         )
     names = [
         field.name for field in dataclasses.fields(one) if field.name not in ("metadata", "input_type", "output_type")
@@ -196,7 +196,7 @@ def resolve_dt(graph: nir.NIRGraph, dt: float | None) -> float:
     """
     export_dt = _export_dt(graph)
     if dt is not None and export_dt is not None and not np.isclose(dt, export_dt):
-        raise ValueError(f"the graph was made for steps of {float(export_dt)} s, not of {dt} s")
+        raise ValueError(f"dt must be {float(export_dt)} s, for which the graph was exported, got {dt} s")
     resolved = float(export_dt if dt is None and export_dt is not None else 1e-4 if dt is None else dt)
     if not resolved > 0:
         raise ValueError(f"dt must be positive, got {resolved}")

@@ -34,7 +34,7 @@ def import_from_nir(
 ) -> "NIRNetwork":
     """Return a network of nord-snn parts from a NIR graph, exported by :func:`export_to_nir` or by other libraries.
 
-    Graphs from :func:`export_to_nir` are restored as the original parts, with the refractory hold, the cascade and its
+    Graphs from :func:`export_to_nir` are restored as the original parts, with the refractory period, the cascade and its
     weights; a part that was changed after the export raises. In other graphs ``Linear``, ``Affine``, ``Scale``,
     ``Threshold``, convolutions, pooling, ``Flatten``, graphs of these, and ``CubaLIF`` with one time constant per layer are
     supported.
@@ -77,7 +77,7 @@ def import_from_nir(
     for item in scheduled:
         if item.delayed:
             raise ValueError(
-                f"the graph has a loop that is no cascade: '{item.delayed[0]}' leads back to '{item.name}'"
+                f"the graph must have no loops except cascades, but '{item.delayed[0]}' leads back to '{item.name}'"
             )
     positions = {item.name: position for position, item in enumerate(scheduled)}
     modules = [importer.module(item.name, item.node).to(dtype) for item in scheduled]
@@ -91,7 +91,7 @@ class NIRNetwork(nn.Module):
         parts: modules on sequences, in execution order.
         sources: for each part, and last for the output, the indices of the parts that are its sources; none for the input.
 
-    Shapes: ``[T, N, *]`` -> ``[T, N, *]``; ``[N, *]`` behind a readout.
+    Shapes: ``[T, N, *]`` -> ``[T, N, *]``; ``[N, *]`` after a readout.
     """
 
     def __init__(self, parts: list[nn.Module], sources: list[tuple[int, ...]]) -> None:
@@ -107,7 +107,7 @@ class NIRNetwork(nn.Module):
 
 
 class _ModuleNode(nir.NIRNode):
-    """A node that holds a module."""
+    """A node that contains a module."""
 
     def __init__(self, module: nn.Module, like: nir.NIRNode) -> None:
         self.module = module
@@ -133,7 +133,7 @@ class _Importer:
             module = self.more[type(node)](node)
             if not isinstance(module, nn.Module):
                 raise TypeError(
-                    f"`more` must make a torch.nn.Module of {type(node).__name__}, got {type(module).__name__}"
+                    f"`more` must turn {type(node).__name__} into a torch.nn.Module, got {type(module).__name__}"
                 )
             return _ModuleNode(module, node)
         kinds: dict[str, Callable[[str, Any], nn.Module]] = {
@@ -155,11 +155,11 @@ class _Importer:
             exporter = Exporter(self.dt, int(metadata_of(node).get("n_steps", 1)), approximate=True)
             exported = exporter.table[type(module)](module)
         except (KeyError, AttributeError, TypeError, RuntimeError) as error:
-            raise ValueError(f"'{name}' is marked as a {kind} of ours and is not built like one: {error!r}") from error
+            raise ValueError(f"'{name}' is marked as a {kind}, but does not have its structure: {error!r}") from error
         if changed := difference(node, exported):
             raise ValueError(
-                f"'{name}' is marked as a {kind} of ours and was changed since its export ({changed}); without its metadata "
-                "it is read as what it is"
+                f"'{name}' is marked as a {kind}, but was changed since its export ({changed}): remove its metadata to import "
+                "it as plain NIR nodes"
             )
         return module
 
@@ -171,7 +171,7 @@ class _Importer:
             return nn.Identity()
         module = stateless_module(node)
         if module is None:
-            raise ValueError(f"{type(node).__name__} '{name}' has no counterpart here: name one in `more`")
+            raise ValueError(f"there is no module for {type(node).__name__} '{name}': pass a function for it in `more`")
         over_features = isinstance(node, nir.Linear | nir.Affine | nir.Scale | nir.Threshold)
         return module if over_features else layer.SeqToANNContainer(module)
 
@@ -184,12 +184,10 @@ class _Importer:
         metadata = metadata_of(lif)
         self.check_lif(name, lif, metadata)
         beta_mem, beta_syn = (self.decay(name, tau, kind) for tau, kind in ((tau_mem, "tau_mem"), (tau_syn, "tau_syn")))
-        # Membrane increase per unit of input; our membrane is scaled by 1 - beta_mem.
+        # Increase of the membrane potential per unit of input; in our neurons it is scaled by 1 - beta_mem.
         gain = np.asarray(w_in) * (1 - beta_syn) * lif.r
         if not (gain > 0).all() or not np.isfinite(lif.v_threshold).all() or np.ndim(lif.v_threshold) != 1:
-            raise ValueError(
-                f"'{name}' must have positive r and w_in and a finite threshold for each of one row of neurons"
-            )
+            raise ValueError(f"'{name}' must have positive r and w_in, and a finite v_threshold with one dimension")
         weight = metadata.get("cascade_weight")
         node = AssociativeLIFNode(
             lif.v_threshold.size,
@@ -216,21 +214,21 @@ class _Importer:
         """Return the decay of a layer, which all its neurons must share."""
         values = np.unique(tau)
         if values.size != 1:
-            raise ValueError(f"{kind} of '{name}' differs between neurons, where a layer of ours has one")
+            raise ValueError(f"{kind} of '{name}' must be the same for all neurons of a layer")
         beta = 1 - self.dt / float(values[0])
         if not 0 < beta < 1:
-            raise ValueError(f"{kind} of '{name}' must be finite and longer than a step of {self.dt} s")
+            raise ValueError(f"{kind} of '{name}' must be finite and longer than a time step of {self.dt} s")
         return beta
 
     def check_lif(self, name: str, lif: Any, metadata: dict[str, Any]) -> None:
         if np.any(lif.v_leak):
-            raise ValueError(f"'{name}' leaks towards v_leak, where our neurons leak towards 0")
+            raise ValueError(f"v_leak of '{name}' must be 0, because our neurons leak towards 0")
         refractory = int(metadata.get("refractory_steps", 0)) > 0
         if not refractory and np.any(lif.v_reset):
-            raise ValueError(f"'{name}' resets to v_reset without a refractory hold, which our neurons cannot")
+            raise ValueError(f"v_reset of '{name}' must be 0, because our neurons use it in the refractory period only")
         if not refractory and metadata.get("reset") != "subtract" and not self.approximate:
             raise ValueError(
-                f"'{name}' resets its membrane to 0 where ours subtracts the threshold; approximate=True takes it for that"
+                f"'{name}' resets to 0, but our neurons subtract the threshold: pass approximate=True to accept the difference"
             )
 
     def feed_forward(self, name: str, graph: Any) -> SpikingFeedForward:
@@ -255,5 +253,5 @@ def _surrogate(name: str, metadata: dict[str, Any]) -> str:
     surrogate = str(metadata.get("surrogate", "nord_atan"))
     if surrogate in SURROGATES:
         return surrogate
-    log.warning("the surrogate of '%s' (%s) is not in the graph: it is nord_atan now", name, surrogate)
+    log.warning("the surrogate of '%s' (%s) cannot be stored in a graph: nord_atan replaces it", name, surrogate)
     return "nord_atan"

@@ -18,17 +18,17 @@ __all__ = ["simulate"]
 
 @torch.no_grad()
 def simulate(graph: nir.NIRGraph, x_seq: Tensor, dt: float | None = None, *, reset: str | None = None) -> Tensor:
-    r"""Run a NIR graph as a reader without knowledge of this library would.
+    r"""Run a NIR graph by NIR's equations, as any other reader of the graph does.
 
     Every node follows NIR's equations by forward Euler, ``v += dt / tau * (v_leak - v + r * I)``, and fires above its
-    threshold; back edges are delayed by one time step. The simulator is for checking exports, and slow.
+    threshold; back edges are delayed by one time step. The simulator is meant for checking exports; it is slow.
 
     Args:
         graph: the graph, of ``Linear``, ``Affine``, ``Scale``, ``CubaLIF``, ``CubaLI``, ``LIF``, ``LI``, ``IF``, ``I``,
             ``Threshold``, ``Conv1d``, ``Conv2d``, ``AvgPool2d``, ``SumPool2d``, ``Flatten`` and graphs of these.
         x_seq: input, ``[T, N, *]``.
         dt: length of a time step in seconds; None: that of the graph's metadata, as our exports have it, else 1e-4.
-        reset: ``"value"`` resets membranes to ``v_reset``, as in NIR's equations; ``"subtract"`` subtracts the threshold;
+        reset: ``"value"`` sets the potential to ``v_reset``, as in NIR's equations; ``"subtract"`` subtracts the threshold;
             None uses the reset in each node's metadata, or ``"value"`` if there is none.
 
     Returns:
@@ -77,7 +77,7 @@ def _build_module(name: str, node: nir.NIRNode, dt: float, reset: str | None) ->
 
 
 class _Integrator(nn.Module):
-    """Integrate with or without a synapse, leak and threshold. Starts from rest; make one instance per run."""
+    """Integrate with or without a synapse, leak and threshold. An instance starts from rest and serves one run."""
 
     leak: Tensor
     gain: Tensor

@@ -33,14 +33,14 @@ def trace(
         features: shape of one row of the input.
 
     Raises:
-        ValueError: its forward contains another operation, which the message names.
+        ValueError: the forward contains another operation, which the message names.
     """
     whole = nn.Sequential(net) if isinstance(net, (*table, *identity_modules)) else net
     tracer = _Tracer((*table, *identity_modules))
     try:
         calls = tracer.trace(whole)
     except Exception as error:  # a forward may raise anything on a proxy
-        raise ValueError(f"cannot follow the forward of {type(net).__name__}: {error}") from error
+        raise ValueError(f"cannot trace the forward of {type(net).__name__}: {error}") from error
     return _GraphBuilder(whole, table, identity_modules, features).graph(calls)
 
 
@@ -75,7 +75,7 @@ class _GraphBuilder:
                 self.sources[call] = [call.name]
             elif call.op == "placeholder":
                 if call.users:
-                    raise ValueError(f"the forward takes '{call.target}' beside its input, which a graph cannot")
+                    raise ValueError(f"the forward must have one input, as a graph has, but also uses '{call.target}'")
             elif call.op == "call_module":
                 self.sources[call] = self.module(call)
             elif call.op in ("call_function", "call_method") and call.target in _ADDITIONS:
@@ -85,7 +85,7 @@ class _GraphBuilder:
             else:
                 target = call.target if isinstance(call.target, str) else getattr(call.target, "__name__", call.target)
                 raise ValueError(
-                    f"the forward does '{target}' ({call.format_node()}): a graph is made of modules and additions"
+                    f"the forward must consist of modules and additions, as a graph does, got '{target}' ({call.format_node()})"
                 )
         self.prune()
         return topologically_named(self.nodes, self.edges)
@@ -93,7 +93,7 @@ class _GraphBuilder:
     def module(self, call: fx.Node) -> list[str]:
         module = self.net.get_submodule(str(call.target))
         if len(call.args) != 1 or call.kwargs:
-            raise ValueError(f"'{call.target}' is called with more than one input, for which a graph has no place")
+            raise ValueError(f"'{call.target}' must be called with one input, as a node of a graph, got more")
         sources = self.sources_of(call.args[0], str(call.target))
         if type(module) in self.identity_modules:
             if isinstance(module, LeakyClamp):
@@ -101,40 +101,40 @@ class _GraphBuilder:
             return sources
         if module in self.called and isinstance(module, base.MemoryModule):
             raise ValueError(
-                f"'{call.target}' is called twice: both calls would share one state, in a graph each has its own"
+                f"'{call.target}' must be called once, got two calls that share one state; in a graph each node has its own"
             )
         self.called.add(module)
         node = self.table[type(module)](module)
         if not isinstance(node, nir.NIRNode):
-            raise TypeError(f"`more` must make a nir.NIRNode of {type(module).__name__}, got {type(node).__name__}")
+            raise TypeError(f"`more` must turn {type(module).__name__} into a nir.NIRNode, got {type(node).__name__}")
         self.nodes[call.name] = node
         self.connect(sources, call.name)
         return [call.name]
 
     def addition(self, call: fx.Node) -> list[str]:
         if len(call.args) != 2 or call.kwargs:
-            raise ValueError(f"an addition of two values was expected, got {call.format_node()}")
+            raise ValueError(f"expected an addition of two values, got {call.format_node()}")
         return [source for part in call.args for source in self.sources_of(part, call.name)]
 
     def sources_of(self, value: Any, target: str) -> list[str]:
         if value not in self.sources:
-            raise ValueError(f"what goes into '{target}' is not computed from the input: {value}")
+            raise ValueError(f"the input of '{target}' must be computed from the network's input, got {value}")
         return self.sources[value]
 
     def connect(self, sources: list[str], target: str) -> None:
         if len(set(sources)) < len(sources):
             raise ValueError(
-                f"the same value goes into '{target}' twice, where a graph has one edge: scale a weight instead"
+                f"'{target}' must not receive the same value twice, as a graph has one edge only: scale a weight instead"
             )
         self.edges += [(source, target) for source in sources]
 
     def output(self, call: fx.Node) -> None:
-        """Add the output node, behind a sum of several sources: readers accept an output with one edge only."""
+        """Add the output node, and a node that sums several sources: readers accept an output with one edge only."""
         if not isinstance(call.args[0], fx.Node):
-            raise ValueError("the forward returns more than one value, where a graph has one output")  # noqa: TRY004
+            raise ValueError("the forward must return one value, as a graph has one output")  # noqa: TRY004
         sources = self.sources_of(call.args[0], "output")
         if sources == [self.entry]:
-            raise ValueError("the forward returns its input: there is nothing to export")
+            raise ValueError("the forward must compute something, but returns its input")
         width = self.width(sources)
         if len(sources) > 1:
             total = f"{call.name}_sum"
@@ -153,11 +153,11 @@ class _GraphBuilder:
         return np.array(width)
 
     def check_clamp(self, name: str, sources: list[str]) -> None:
-        """Raise unless the input of a clamp is spikes: it is the identity for inputs that are never negative."""
+        """Raise a ValueError unless the input of a clamp is spikes: for inputs of 0 and above it is the identity."""
         if not all(fires(self.nodes[source]) for source in sources):
             raise ValueError(
-                f"cannot export LeakyClamp '{name}': NIR has no function that bends at zero, so it can stand only directly "
-                "behind spikes, which are never negative"
+                f"cannot export LeakyClamp '{name}': its input must be spikes, because NIR has no function whose slope changes "
+                "at zero"
             )
 
     def prune(self) -> None:

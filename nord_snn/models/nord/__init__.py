@@ -1,4 +1,4 @@
-"""The Nord spiking language model as classes of transformers; importing it lets the auto classes find it."""
+"""The Nord spiking language model as classes of transformers; importing this package registers them for the auto classes."""
 
 from nord_snn.models.nord.configuration_nord import NordConfig
 from nord_snn.models.nord.modeling_nord import NordForCausalLM

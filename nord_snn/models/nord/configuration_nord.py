@@ -1,4 +1,4 @@
-"""NordConfig: everything that decides what a Nord language model computes."""
+"""NordConfig: sizes, constants and variant of a Nord language model."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ POSITIVE = (
 class NordConfig(PreTrainedConfig):
     """Configuration of :class:`NordForCausalLM`. The defaults are the published model of 144,334,525 parameters.
 
-    Names that the hub has are the hub's. The others:
+    Fields that other configurations of transformers have too (``hidden_size`` and others) have the same names. Other fields:
 
     Args:
         t_fast: fast time steps of the encoder.
@@ -35,26 +35,26 @@ class NordConfig(PreTrainedConfig):
         fast_scale: initial strength of the fast path.
         slow_scale: initial strength of the slow path.
         n_clusters: clusters of every neuron layer; must divide ``hidden_size`` and ``intermediate_size``; None for no cascade.
-        cascade_radius: neighbours on each side that a cascade starts with.
+        cascade_radius: initial range of the cascades, in neighbouring clusters on each side.
         cascade_gain: initial gain of the cascades.
         threshold: initial threshold of every neuron.
         beta_mem: initial membrane decay.
         beta_syn: initial synaptic decay.
-        v_reset: membrane while refractory.
-        refractory_steps: steps of rest after a spike.
+        v_reset: membrane potential while refractory.
+        refractory_steps: refractory period after a spike, in time steps.
         surrogate: name of the surrogate derivative.
-        alpha: its sharpness.
-        resonance: False builds the control in which positions never meet.
-        top_k: keys kept per query in the resonance.
-        recency: whether scores fall with distance; the published model has no positions at all.
-        clamp_floor: initial floor of the leaky clamps of the published block; the other has none.
-        block: ``"published"`` (or ``"nord"``, its earlier name), or ``"spike_fed"``, in which every linear map sees spikes.
+        alpha: sharpness of the surrogate derivative.
+        resonance: False builds a control model without resonance, in which no position attends to another.
+        top_k: keys selected per query in the resonance.
+        recency: whether scores decrease with distance; the published model has no position information.
+        clamp_floor: initial floor of the leaky clamps of the published block; the spike-fed block has no clamps.
+        block: ``"published"`` (or ``"nord"``, its earlier name), or ``"spike_fed"``, whose linear maps receive spikes only.
         spiking_values: whether the values of a spike-fed resonance are spikes.
-        dense: the control: smooth activations in the place of all neurons, and one time step.
+        dense: build the dense twin, with GELU in place of all neurons and one time step.
         backend: backend of the neurons, see ``nord_snn.ops.associative_lif``.
 
     Raises:
-        ValueError: widths, heads and clusters do not fit together.
+        ValueError: a value is out of its range, or widths, heads and clusters do not fit together.
     """
 
     model_type = "nord"
@@ -97,28 +97,28 @@ class NordConfig(PreTrainedConfig):
 
     @property
     def sliding_window(self) -> int:
-        """How many positions a cache holds, under the name that the caches of transformers look for."""
+        """Return the window of a cache, under the name that the caches of transformers read."""
         return self.max_position_embeddings
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Refuse sizes that do not fit together, before anything is built."""
+        """Check all values before a model is built."""
         super().__post_init__(**kwargs)
         for field in ("output_hidden_states", "output_attentions"):
             if getattr(self, field, False):
-                raise ValueError(f"{field} is not offered: put forward hooks on model.blocks")
+                raise ValueError(f"{field} is not supported: put forward hooks on model.blocks")
         if self.block == "nord":
             self.block = "published"
         if self.block not in ("published", "spike_fed"):
             raise ValueError(f"block must be 'published' or 'spike_fed', got {self.block!r}")
         if self.spiking_values and self.block != "spike_fed":
             raise ValueError(
-                "spiking_values are those of block='spike_fed': the published block has the mean over time"
+                "spiking_values=True needs block='spike_fed': the values of the published block are means over time"
             )
         if self.clamp_floor != NordConfig.clamp_floor and self.block != "published":
-            raise ValueError("clamp_floor is of block='published': no other block has a leaky clamp")
+            raise ValueError("clamp_floor needs block='published': no other block has a leaky clamp")
         if self.dense and (self.t_fast, self.t_slow) != (1, 0):
             raise ValueError(
-                f"a dense model has one time step: t_fast=1 and t_slow=0, got {self.t_fast} and {self.t_slow}"
+                f"dense=True needs one time step, t_fast=1 and t_slow=0, got {self.t_fast} and {self.t_slow}"
             )
         for field in POSITIVE:
             if not 1 <= getattr(self, field) < 2**31:

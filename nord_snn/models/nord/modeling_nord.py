@@ -1,8 +1,8 @@
 """NordForCausalLM: the Nord spiking language model, assembled from the parts of nord_snn.
 
-``embedding -> encoder -> input_lif -> blocks -> readout -> norm -> head``; with spike-fed blocks, whose stream is of
-currents, ``embedding -> encoder -> blocks -> stream_norm -> readout -> norm -> head``. Every token position is a row of
-neurons that starts from rest in every forward pass; positions meet only in the resonance of the blocks.
+``embedding -> encoder -> input_lif -> blocks -> readout -> norm -> head``; with spike-fed blocks, whose residual stream is
+currents, ``embedding -> encoder -> blocks -> stream_norm -> readout -> norm -> head``. Each token position is a row of neurons
+that starts from rest in every forward pass. Only the resonance of the blocks combines positions.
 """
 
 import os
@@ -32,20 +32,20 @@ from nord_snn.neurons import AssociativeLIFNode, DenseActivation, NeuronFactory,
 
 __all__ = ["NordForCausalLM"]
 
-_NO_PACKING = "rows hold one sequence each, none are packed"
-#: Files beside the weights, for ``trust_remote_code=True`` where nothing has imported ``nord_snn.models.nord`` yet.
+_NO_PACKING = "each row is one sequence, packing is not supported"
+#: Files saved with the weights, for ``trust_remote_code=True`` in a process that has not imported ``nord_snn.models.nord``.
 REMOTE_CODE = {
     "configuration_nord": ("AutoConfig", "NordConfig"),
     "modeling_nord": ("AutoModelForCausalLM", "NordForCausalLM"),
 }
-#: What causal language models of transformers may be asked for, and this one does not have.
+#: Keywords of other causal language models that this model does not support, each with the reason.
 NOT_OFFERED = {
-    "position_ids": "it has no position encoding; the attention mask says where a row's tokens begin",
+    "position_ids": "it has no position encoding; the attention mask marks the first token of a row",
     "token_type_ids": "it has one kind of token",
-    "output_hidden_states": "its stream has time steps; put forward hooks on model.blocks",
-    "output_attentions": "no matrix of scores is kept",
+    "output_hidden_states": "its residual stream has time steps; put forward hooks on model.blocks",
+    "output_attentions": "scores are not stored",
     "output_router_logits": "it has no experts",
-    "is_causal": "it is causal, always",
+    "is_causal": "it is always causal",
     "cu_seq_lens_q": _NO_PACKING,
     "cu_seq_lens_k": _NO_PACKING,
     "max_length_q": _NO_PACKING,
@@ -55,7 +55,7 @@ NOT_OFFERED = {
 
 
 class NordForCausalLM(CausalLM):
-    """The Nord language model with its head, as an ordinary causal language model of transformers.
+    """The Nord language model with its head, as a causal language model of transformers.
 
     Args:
         config: a :class:`NordConfig`.
@@ -74,7 +74,7 @@ class NordForCausalLM(CausalLM):
     tied_weights: ClassVar[dict[str, str]] = {"lm_head.weight": "embed_tokens.weight"}
 
     def __init__(self, config: NordConfig) -> None:
-        # transformers would read the resonance's top_k as the sampler's and start generate() with it.
+        # transformers would take the top_k of the resonance as the default top_k of sampling in generate().
         top_k = config.__dict__.pop("top_k")
         try:
             super().__init__(config)
@@ -108,7 +108,7 @@ class NordForCausalLM(CausalLM):
         )
         published = config.block == "published"
         self.input_lif = make_neuron(neuron, width) if published else nn.Identity()
-        self.blocks = nn.ModuleList(_block(config, neuron) for _ in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(_make_block(config, neuron) for _ in range(config.num_hidden_layers))
         self.stream_norm = nn.Identity() if published else nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.readout = MembraneReadout(width, neuron=neuron)
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
@@ -131,52 +131,53 @@ class NordForCausalLM(CausalLM):
         num_items_in_batch: Tensor | int | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits for every position, and the loss if there are labels.
+        """Return the logits of every position, and the loss if labels are passed.
 
-        Tokens meet only in the resonance, so with a cache of key spikes and values the new tokens alone are computed. The
-        logits are the same up to and including the token that follows a full window of ``max_position_embeddings``
-        positions. Beyond, the oldest leave the cache, and blocks behind the first see further back than without one.
+        Only the resonance combines positions, so with a cache of key spikes and values only the new tokens are computed. The
+        logits are the same as without a cache up to and including the token that follows a full window of
+        ``max_position_embeddings`` positions. After that the oldest positions are removed from the cache, and all blocks but
+        the first depend on earlier positions than without a cache.
 
         Args:
-            input_ids: token ids ``[B, S]``, S at most ``max_position_embeddings``; with a cache, the new ones.
-            attention_mask: 1 for tokens and 0 for padding, which may stand before or behind the tokens of a row;
-                ``[B, S]``, or with a cache one column for every position since it was begun. None: all are tokens.
-            past_key_values: keys and values of what came before; is appended to. The name of ``cache`` up to transformers 5.23.
-            labels: ``[B, S]``, the same ids, -100 where nothing is to be predicted; the shift is done here.
-            use_cache: return a cache; default: as the configuration says, but not while training or where there are labels.
-            logits_to_keep: compute logits for the last that many positions only, 0 for all, or for the positions in a tensor
-                of integers.
-            cache: keys and values of what came before; is appended to.
-            inputs_embeds: in place of ``input_ids``, what the embedding would have made of them, ``[B, S, D]``.
-            num_items_in_batch: divide the loss by this number, not by that of the labels here, as ``Trainer`` does where it
+            input_ids: token ids ``[B, S]``, S at most ``max_position_embeddings``; with a cache, the new tokens only.
+            attention_mask: 1 for tokens and 0 for padding, which must be before or after the tokens of a row; ``[B, S]``, or
+                with a cache one column for every position since its start. None: no padding.
+            past_key_values: name of ``cache`` up to transformers 5.23.
+            labels: token ids ``[B, S]``, usually ``input_ids``; -100 excludes a position from the loss. The model shifts them.
+            use_cache: return a cache. Default: ``config.use_cache``, but False in training mode and with labels.
+            logits_to_keep: compute logits for this number of last positions only, 0 for all positions, or for the positions in
+                a tensor of integers.
+            cache: keys and values of earlier positions; those of the new positions are appended.
+            inputs_embeds: embeddings ``[B, S, D]`` in place of ``input_ids``.
+            num_items_in_batch: divide the loss by this number instead of the number of labels, as ``Trainer`` does when it
                 accumulates gradients.
-            others: what transformers' models know and this one does not offer may be None or False.
+            others: keywords of other transformers models that this model does not support; they must be None or False.
 
         Raises:
-            TypeError: a keyword that nobody knows, a cache under both of its names, or not one of ``input_ids`` and
-                ``inputs_embeds``.
-            ValueError: wrong rank, too long, padding between tokens, or something is asked for that the model does not have.
-            RuntimeError: a gradient through earlier positions in a cache; call it under ``torch.no_grad()``.
+            TypeError: a keyword is unknown, a cache is passed under both names, or both or none of ``input_ids`` and
+                ``inputs_embeds`` are passed.
+            ValueError: the rank is wrong, the input is too long, padding is between tokens, or a keyword is not supported.
+            RuntimeError: a gradient is required with a cache; call the model under ``torch.no_grad()``.
         """
         refuse_unknown_keywords(type(self).__name__, others, NOT_OFFERED)
         cache = cache_from(cache, past_key_values)
-        embedded = self._embedded(input_ids, inputs_embeds)
+        embedded = self._embed(input_ids, inputs_embeds)
         if cache is not None:
             check_growing_cache(cache, self.config.max_position_embeddings)
-        seen = cache.get_seq_length() if cache is not None else 0
-        lengths = self._lengths(embedded, attention_mask, seen)
+        n_cached = cache.get_seq_length() if cache is not None else 0
+        lengths = self._sequence_lengths(embedded, attention_mask, n_cached)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
-        if self._recomputes() and (use_cache or cache is not None):
-            raise ValueError("with gradient checkpointing there is no cache: pass use_cache=False")
+        if self._uses_checkpointing() and (use_cache or cache is not None):
+            raise ValueError("gradient checkpointing needs use_cache=False and no cache")
         if cache is None and use_cache:
             cache = DynamicCache(config=self.config)
         x = fire_from_rest(self.input_lif, self.encoder(embedded))  # [T, B, S, D]
         for index, block in enumerate(self.blocks):
             run = partial(block, cache=self._block_cache(cache, index, lengths))
-            x = self.recompute(run, x) if self._recomputes() else run(x)
+            x = self.recompute(run, x) if self._uses_checkpointing() else run(x)
         hidden = self.norm(self.readout(self.stream_norm(x)))  # [B, S, D]
-        logits = self.lm_head(hidden[:, _kept(logits_to_keep, labels)])
+        logits = self.lm_head(hidden[:, _positions_to_keep(logits_to_keep, labels)])
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -188,7 +189,7 @@ class NordForCausalLM(CausalLM):
         return causal_lm_output(loss, logits, cache if use_cache else None)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Save configuration, weights and two files of two lines, by which ``trust_remote_code=True`` finds this class."""
+        """Save configuration, weights, and two short files that import this class for ``trust_remote_code=True``."""
         if kwargs.get("is_main_process", True):
             folder = Path(save_directory)
             folder.mkdir(parents=True, exist_ok=True)
@@ -202,15 +203,15 @@ class NordForCausalLM(CausalLM):
             del self.config.auto_map
 
     def check_assisted_length(self, length: int) -> None:
-        """Candidates are tried several at a time, which is exact as long as the window need not slide."""
+        """Raise a ValueError if the window would slide: assisted decoding tries several tokens at once, then inexactly."""
         if length > self.config.max_position_embeddings:
             raise ValueError(
                 "decoding with an assistant or prompt lookup must end within max_position_embeddings = "
                 f"{self.config.max_position_embeddings}, got max_length {length}"
             )
 
-    def _recomputes(self) -> bool:
-        """Whether blocks are computed again in the backward pass instead of kept."""
+    def _uses_checkpointing(self) -> bool:
+        """Return whether the backward pass recomputes the blocks (gradient checkpointing)."""
         return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
     def prepare_inputs_for_generation(
@@ -221,7 +222,7 @@ class NordForCausalLM(CausalLM):
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """What ``forward`` gets next. Without a cache the window slides over what is longer, and all of it is computed."""
+        """Return the next arguments of ``forward``. Without a cache these are the last tokens that fit into the window."""
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             attention_mask=attention_mask,
@@ -229,26 +230,26 @@ class NordForCausalLM(CausalLM):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        given = "input_ids" if inputs.get("inputs_embeds") is None else "inputs_embeds"
-        inputs[given] = inputs[given][:, -self.config.max_position_embeddings :]
+        name = "input_ids" if inputs.get("inputs_embeds") is None else "inputs_embeds"
+        inputs[name] = inputs[name][:, -self.config.max_position_embeddings :]
         mask, cache = inputs.get("attention_mask"), inputs.get(CACHE)
         if mask is not None:
-            seen = cache.get_seq_length() if cache is not None else 0
-            if given == "input_ids" and not seen and mask.ndim == 2 and mask.shape[1] != input_ids.shape[1]:
+            n_cached = cache.get_seq_length() if cache is not None else 0
+            if name == "input_ids" and not n_cached and mask.ndim == 2 and mask.shape[1] != input_ids.shape[1]:
                 raise ValueError(
-                    f"attention_mask must be [B, S] = {list(input_ids.shape)} as the tokens are, got {list(mask.shape)}"
+                    f"attention_mask must have the shape of input_ids, {list(input_ids.shape)}, got {list(mask.shape)}"
                 )
-            inputs["attention_mask"] = mask[:, -(seen + inputs[given].shape[1]) :]
+            inputs["attention_mask"] = mask[:, -(n_cached + inputs[name].shape[1]) :]
         return inputs
 
     def _block_cache(self, cache: Cache | None, index: int, lengths: Tensor | None) -> SequenceCache:
-        """Return what one block needs of padding and earlier positions."""
+        """Return the lengths and earlier positions for one block."""
         if cache is None:
             return SequenceCache(lengths)
         return SequenceCache(lengths, partial(cache.update, layer_idx=index), self.config.max_position_embeddings)
 
-    def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """What the encoder gets, ``[B, S, D]``, after a look at its shape."""
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Check the input and return its embeddings ``[B, S, D]``."""
         if (input_ids is None) == (inputs_embeds is None):
             raise TypeError("pass either input_ids [B, S] or inputs_embeds [B, S, D]")
         name, x = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
@@ -264,47 +265,47 @@ class NordForCausalLM(CausalLM):
             raise ValueError(f"{name} must have at least one position, got {list(x.shape)}")
         if x.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
-                f"{name} have {x.shape[1]} positions, more than "
-                f"max_position_embeddings = {self.config.max_position_embeddings}"
+                f"{name} must have at most max_position_embeddings = {self.config.max_position_embeddings} positions, "
+                f"got {x.shape[1]}"
             )
         return self.embed_tokens(x) if inputs_embeds is None else x
 
-    def _lengths(self, embedded: Tensor, attention_mask: Tensor | None, seen: int) -> Tensor | None:
-        """Positions of each row from its first token on, ``[B]``; None if no row has padding in front."""
-        if attention_mask is None or not self.config.resonance:  # without it no position sees another
+    def _sequence_lengths(self, embedded: Tensor, attention_mask: Tensor | None, n_cached: int) -> Tensor | None:
+        """Return the number of positions of each row from its first token on, ``[B]``; None if no row begins with padding."""
+        if attention_mask is None or not self.config.resonance:  # without resonance no position attends to padding
             return None
-        expected = [embedded.shape[0], seen + embedded.shape[1]]
+        expected = [embedded.shape[0], n_cached + embedded.shape[1]]
         if list(attention_mask.shape) != expected:
-            positions = "S" if not seen else f"{seen} cached + S"
+            positions = "S" if not n_cached else f"{n_cached} cached + S"
             raise ValueError(f"attention_mask must be [B, {positions}] = {expected}, got {list(attention_mask.shape)}")
         tokens = attention_mask != 0
-        begins = tokens[:, 1:] & ~tokens[:, :-1]
-        broken = (begins.sum(1) + tokens[:, 0] > 1).any()
-        reason = (
-            "padding may stand before or behind the tokens of a row, got some between them "
-            "(generate() needs it in front: padding_side='left')"
+        starts = tokens[:, 1:] & ~tokens[:, :-1]
+        has_gap = (starts.sum(1) + tokens[:, 0] > 1).any()
+        message = (
+            "padding must be before or after the tokens of a row, got padding between tokens "
+            "(generate() needs it before the tokens: padding_side='left')"
         )
         first = tokens.int().argmax(1)
         if torch.compiler.is_compiling():  # no branch depends on the mask
-            assert_in_graph(~broken, reason)
+            assert_in_graph(~has_gap, message)
             return tokens.shape[1] - first
-        if broken:
-            raise ValueError(reason)
+        if has_gap:
+            raise ValueError(message)
         return tokens.shape[1] - first if first.any() else None
 
     def initialize(self, module: nn.Module) -> None:
-        """Embedding kaiming-uniform with a = sqrt(5), everything else as its own ``reset_parameters`` says."""
+        """Initialise an embedding kaiming-uniform with a = sqrt(5), other modules with their ``reset_parameters``."""
         if isinstance(module, nn.Embedding):
             nn.init.kaiming_uniform_(module.weight, a=5**0.5)
         elif hasattr(module, "reset_parameters"):
             module.reset_parameters()  # type: ignore[operator]
 
 
-def _kept(logits_to_keep: int | Tensor, labels: Tensor | None) -> slice | Tensor:
-    """Which positions logits are computed for."""
-    everything = not isinstance(logits_to_keep, Tensor) and logits_to_keep == 0
-    if labels is not None and not everything:
-        raise ValueError(f"with labels there are logits for every position: logits_to_keep=0, got {logits_to_keep}")
+def _positions_to_keep(logits_to_keep: int | Tensor, labels: Tensor | None) -> slice | Tensor:
+    """Return the index of the positions whose logits are computed."""
+    all_positions = not isinstance(logits_to_keep, Tensor) and logits_to_keep == 0
+    if labels is not None and not all_positions:
+        raise ValueError(f"labels need logits of every position, logits_to_keep=0, got {logits_to_keep}")
     if isinstance(logits_to_keep, Tensor):
         if logits_to_keep.ndim != 1 or logits_to_keep.is_floating_point():
             raise ValueError(
@@ -317,8 +318,8 @@ def _kept(logits_to_keep: int | Tensor, labels: Tensor | None) -> slice | Tensor
     return slice(-logits_to_keep, None) if logits_to_keep else slice(None)
 
 
-def _block(config: NordConfig, neuron: NeuronFactory) -> nn.Module:
-    """One block as the configuration has it."""
+def _make_block(config: NordConfig, neuron: NeuronFactory) -> nn.Module:
+    """Make one block of the configured kind."""
     sizes = (config.hidden_size, config.num_attention_heads, config.intermediate_size)
     common: dict[str, Any] = {
         "top_k": config.top_k,

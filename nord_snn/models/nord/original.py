@@ -1,7 +1,7 @@
-"""Published Nord checkpoints: into our model and back.
+"""Convert published Nord checkpoints to our model and back.
 
-Checkpoints are read with ``weights_only=True``: nothing in them is executed. Source: the published code of Nord, whose names
-and layout these are.
+Checkpoints are read with ``weights_only=True``: nothing in them is executed. Source of the published names and layout: the
+published code of Nord.
 """
 
 import pickle
@@ -26,6 +26,7 @@ __all__ = [
     "weights_from_original",
 ]
 
+#: Published field of a configuration -> field of :class:`NordConfig`.
 CONFIG_FIELDS = {
     "vocab_size": "vocab_size",
     "d_model": "hidden_size",
@@ -48,7 +49,7 @@ CONFIG_FIELDS = {
     "clamp_floor": "clamp_floor",
 }
 
-# Published name and ours, whole segments of a path.
+#: Published name and our name, each one or more whole segments of a parameter's path.
 NAMES = (
     ("encoder.embed", "embed_tokens"),
     ("encoder.temporal_proj", "encoder.projection"),
@@ -67,62 +68,63 @@ NAMES = (
     ("neighbor_weights", "cascade.weight"),
     ("cluster_gain", "cascade.gain"),
 )
-#: Without dimensions there, of shape [1] here.
+#: Published parameters without dimensions; ours have shape [1].
 SCALARS = {"drive_scale", "slow_scale", "readout_ema_raw", "resonance_temp", "beta_mem_raw", "beta_syn_raw"}
 PUBLISHED_TOKENIZER = "meta-llama/Llama-3.2-1B"
-MEMBRANES = re.compile(r"\._(v_mem|i_syn)_state$")  # of persistent_mem=True: the state of the last batch, no weights
+#: Buffers of ``persistent_mem=True``: the state after the last batch, which is not converted.
+STORED_STATE = re.compile(r"\._(v_mem|i_syn)_state$")
 
 
 def load_original(path: str | Path) -> NordForCausalLM:
-    """The model of a published checkpoint.
+    """Return the model of a published checkpoint.
 
     Args:
         path: a ``.pt`` file with ``config`` and ``model_state_dict``, as the published training script writes it.
 
     Raises:
-        ValueError: the file is missing, no checkpoint, or its tensors do not fit its configuration.
+        ValueError: the file is missing or not a checkpoint, or its tensors do not fit its configuration.
     """
-    checkpoint = _read(Path(path))
+    checkpoint = _read_checkpoint(Path(path))
     try:
         model = NordForCausalLM(config_from_original(checkpoint["config"]))
         model.load_state_dict(weights_from_original(checkpoint["model_state_dict"]))
-    except Exception as error:  # values and tensors of any kind may stand in the file
+    except Exception as error:  # the file may contain any values and tensors
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path}: its tensors and its configuration do not fit together ({reason})") from error
+        raise ValueError(f"{path}: expected tensors that fit the configuration of the file ({reason})") from error
     return model
 
 
 def config_from_original(published: dict[str, Any]) -> NordConfig:
-    """Our configuration for a published one; fields that only concern its training run are left aside."""
+    """Return our configuration for a published one, without the fields of its training run."""
     missing = sorted(
         field for field in ("vocab_size", "d_model", "n_layers", "n_heads", "d_ff") if field not in published
     )
     if missing:
-        raise ValueError(f"the configuration in the checkpoint lacks {', '.join(missing)}")
+        raise ValueError(f"the configuration in the checkpoint must have {', '.join(missing)}")
     return NordConfig(**{ours: published[theirs] for theirs, ours in CONFIG_FIELDS.items() if theirs in published})
 
 
 def our_name(published: str) -> str:
-    """The name of a published parameter here."""
-    return _renamed(published, NAMES)
+    """Return our name of a published parameter."""
+    return _rename(published, NAMES)
 
 
 def published_name(ours: str) -> str:
-    """The published name of a parameter."""
-    return _renamed(ours, ((here, there) for there, here in NAMES))
+    """Return the published name of a parameter of our model."""
+    return _rename(ours, ((our, published) for published, our in NAMES))
 
 
-def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+def _rename(name: str, pairs: Iterable[tuple[str, str]]) -> str:
     for old, new in pairs:
         name = re.sub(rf"(^|\.){re.escape(old)}(?=\.|$)", rf"\g<1>{new}", name)
     return name
 
 
 def weights_from_original(published: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict for a published one: other names, scalars of shape [1], no buffers."""
+    """Return our state dict for a published one: other names, scalars of shape [1], no buffers."""
     weights = {}
     for name, tensor in published.items():
-        if MEMBRANES.search(name):
+        if STORED_STATE.search(name):
             continue
         if name.endswith(".cluster_ids"):
             _check_clusters(name, tensor, published)
@@ -132,17 +134,17 @@ def weights_from_original(published: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_original(model: NordForCausalLM, tokenizer_id: str = PUBLISHED_TOKENIZER) -> dict[str, Any]:
-    """A checkpoint that the published code opens.
+    """Return a checkpoint that the published code can load.
 
     Args:
         model: the model; without recency, which the published code does not have.
-        tokenizer_id: name or folder of the tokenizer, which the published chat loads by it.
+        tokenizer_id: name or folder of the tokenizer; the published chat program loads it.
 
     Raises:
-        ValueError: the model has, or lacks, something that the published code cannot do without, or with.
+        ValueError: the published code does not support the model's configuration.
     """
     config = model.config
-    foreign = {
+    unsupported = {
         "recency": config.recency,
         f"block = {config.block}": config.block != "published",
         "dense": config.dense,
@@ -151,8 +153,10 @@ def to_original(model: NordForCausalLM, tokenizer_id: str = PUBLISHED_TOKENIZER)
         "layer_norm_eps other than 1e-5": config.layer_norm_eps != 1e-5,
         "surrogate other than nord_atan": config.surrogate != "nord_atan",
     }
-    if found := [name for name, there in foreign.items() if there]:
-        raise ValueError(f"the published code has no {', no '.join(found)}: this model cannot be expressed in it")
+    if reasons := [name for name, is_set in unsupported.items() if is_set]:
+        raise ValueError(
+            f"the published code does not support {', '.join(reasons)}: this model cannot be converted to it"
+        )
     weights = {}
     for name, tensor in model.state_dict().items():
         published = published_name(name)
@@ -171,17 +175,19 @@ def to_original(model: NordForCausalLM, tokenizer_id: str = PUBLISHED_TOKENIZER)
 def _check_clusters(name: str, ids: Tensor, published: dict[str, Tensor]) -> None:
     n_clusters = published[name.replace("cluster_ids", "cluster_gain")].shape[0]
     if not torch.equal(ids.long(), torch.arange(ids.shape[0]) % n_clusters):
-        raise ValueError(f"{name} is not neuron number modulo {n_clusters}, the only layout that the cascade knows")
+        raise ValueError(
+            f"{name} must be the neuron's index modulo {n_clusters}, the only layout that the cascade supports"
+        )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected a published checkpoint such as nord_final.pt")
+        raise ValueError(f"{path}: expected a published checkpoint such as nord_final.pt, got no such file")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise ValueError(
-            f"{path}: not a checkpoint of plain tensors, nothing in it was executed ({type(error).__name__})"
+            f"{path}: expected a checkpoint of plain tensors; nothing in it was executed ({type(error).__name__})"
         ) from error
     if not isinstance(checkpoint, dict) or not {"config", "model_state_dict"} <= checkpoint.keys():
         raise ValueError(f"{path}: expected a dictionary with 'config' and 'model_state_dict'")

@@ -42,7 +42,7 @@ def find_convention(name: str) -> Convention:
     """Return one of :data:`CONVENTIONS`.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: the name is unknown.
     """
     if name not in CONVENTIONS:
         raise ValueError(f"unknown convention {name!r}: expected one of {sorted(CONVENTIONS)}")

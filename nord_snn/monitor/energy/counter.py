@@ -1,4 +1,4 @@
-"""Count the operations of a running network: a dispatch mode and hooks that name the running module."""
+"""Count the operations of a running network, with a dispatch mode and with hooks that record which module runs."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def profile_energy(net: nn.Module, *inputs: Any, time_steps: int | None = None, 
     Args:
         net: any module.
         inputs: its positional arguments.
-        time_steps: T. Default: None, found out from the neurons' calls. It is not passed to ``net``: if its forward takes a
+        time_steps: T. Default: None, inferred from the neurons' calls. It is not passed to ``net``: if its forward takes a
             keyword of this name, pass that positionally, or call ``net`` inside an :class:`EnergyProfiler`.
         more: its keyword arguments.
 
@@ -41,8 +41,8 @@ def profile_energy(net: nn.Module, *inputs: Any, time_steps: int | None = None, 
 
     Raises:
         ValueError: an unsupported operation contains products (fused attention), so that the figures would be too low;
-            ``time_steps`` is not a positive integer or contradicts the neurons; or it is not given and the batch size equals
-            the number of time steps, so that the two dimensions cannot be distinguished for the twin.
+            ``time_steps`` is not a positive integer or contradicts the neurons; or it is None and the batch size equals the
+            number of time steps, so that the two dimensions cannot be distinguished for the twin.
 
     Source: energies of single operations after Horowitz 2014; the quantised twin after Yan, Bai and Wong 2024,
     "Reconsidering the energy efficiency of spiking neural networks".
@@ -66,13 +66,13 @@ class EnergyProfiler(TorchDispatchMode):
 
     Args:
         net: any module.
-        time_steps: T. Default: None, found out from the neurons' calls.
+        time_steps: T. Default: None, inferred from the neurons' calls.
 
     Attributes:
         profile: the counts, complete at the end of the block.
 
     Raises:
-        RuntimeError: it is already counting, or runs under ``torch.inference_mode()``, which hides products.
+        RuntimeError: the profiler is already counting, or runs under ``torch.inference_mode()``, which hides products.
         ValueError: see :func:`profile_energy`; an ambiguous batch size, or ``time_steps`` that contradict the neurons, raise
             at the end of the block.
 
@@ -103,7 +103,7 @@ class EnergyProfiler(TorchDispatchMode):
     def __enter__(self) -> Self:
         """Start counting."""
         if self._hooks:
-            raise RuntimeError("this EnergyProfiler is counting already: make another one")
+            raise RuntimeError("this EnergyProfiler is already counting: make another one")
         self._weights = {p.untyped_storage().data_ptr() for p in self.net.parameters()}
         for name, module in self.net.named_modules():
             self._hooks.append(module.register_forward_pre_hook(self._begin(name, module), with_kwargs=True))
@@ -125,7 +125,7 @@ class EnergyProfiler(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if torch.is_inference_mode_enabled():
-            raise RuntimeError("products cannot be seen under torch.inference_mode(): use torch.no_grad()")
+            raise RuntimeError("products cannot be counted under torch.inference_mode(): use torch.no_grad()")
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if self._neurons_running:  # counted as updates
@@ -135,15 +135,15 @@ class EnergyProfiler(TorchDispatchMode):
         elif func.overloadpacket in PRODUCTS:
             self._add_product(PRODUCTS[func.overloadpacket](args, out, self._is_weight))
         elif is_elementwise(func, out):
-            self._elementwise[self._input()] += (out[0] if isinstance(out, tuple) else out).numel()
+            self._elementwise[self._input_shape()] += (out[0] if isinstance(out, tuple) else out).numel()
         elif is_uncountable(func):
-            raise ValueError(f"cannot count {func.overloadpacket}: what it costs is not known here")
+            raise ValueError(f"cannot count {func.overloadpacket}: it contains products of unknown number")
         return out
 
     def _add(self, cost: OpCost) -> None:
         for product in cost.products:
             self._add_product(product)
-        self._elementwise[self._input()] += cost.elementwise
+        self._elementwise[self._input_shape()] += cost.elementwise
         self._elementwise[()] += cost.elementwise_once
         self.profile.multiplications += cost.multiplications
         self.profile.additions += cost.additions
@@ -153,17 +153,17 @@ class EnergyProfiler(TorchDispatchMode):
     def _add_product(self, count: ProductCount) -> None:
         key = (self._running[-1][0] if self._running else "", count.kind)
         entry = self._products.setdefault(key, ProductCost(*key))
-        self._inputs[key] = (self._input(), count.time_steps)
+        self._inputs[key] = (self._input_shape(), count.time_steps)
         entry.calls += 1
         for name in _COUNTS:
             setattr(entry, name, getattr(entry, name) + getattr(count, name))
 
-    def _input(self) -> Shape:
+    def _input_shape(self) -> Shape:
         """Return the shape of the input of the innermost running module."""
         return self._running[-1][1] if self._running else ()
 
     def _complete(self) -> None:
-        """Fill in the profile what depends on T."""
+        """Set the fields of the profile that depend on T."""
         profile, time = self.profile, self._time
         T = profile.time_steps = time.number
         for key, product in self._products.items():
@@ -198,7 +198,7 @@ class EnergyProfiler(TorchDispatchMode):
 
     def _add_neurons(self, name: str, module: nn.Module, output: Any) -> None:
         """Count the updates of a layer of neurons, and record its time steps; do nothing for other modules."""
-        in_loop = self._time.stated is not None and runs_snntorch(module)  # its neuron runs single steps of a sequence
+        in_loop = self._time.stated is not None and runs_snntorch(module)  # MultiStep runs a sequence step by step
         if not is_neuron(module) and not in_loop:
             return
         spikes = output[0] if isinstance(output, tuple) else output
@@ -207,7 +207,7 @@ class EnergyProfiler(TorchDispatchMode):
         else:
             self._time.add_single_step(name)
         if not in_loop:
-            with without_dispatch_modes():  # operations in here are not the network's
+            with without_dispatch_modes():  # the network does not run these operations
                 self._add(cost_of_updates(module, spikes))
 
     def _is_weight(self, x: Tensor) -> bool:

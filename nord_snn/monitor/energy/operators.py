@@ -1,4 +1,4 @@
-"""Operators of torch: what their products cost, which ones count by their outputs, and which ones cannot be counted."""
+"""Operators of torch: the cost of products, the operators that count by their outputs, and those that cannot be counted."""
 
 from collections.abc import Callable
 from typing import Any
@@ -117,5 +117,5 @@ def is_elementwise(func: Any, out: Any) -> bool:
 
 
 def is_uncountable(func: Any) -> bool:
-    """Return whether an operator contains products that cannot be seen."""
+    """Return whether an operator contains products that cannot be counted."""
     return any(part in str(func.overloadpacket) for part in _UNCOUNTABLE)

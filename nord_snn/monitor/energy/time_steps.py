@@ -1,4 +1,4 @@
-"""Which products and outputs of a network repeat in each time step: known from ``time_steps``, or guessed from shapes."""
+"""Find the products and outputs of a network that repeat in each time step, from ``time_steps`` or from shapes."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,17 +14,17 @@ Shape = tuple[int, ...]
 def check_time_steps(time_steps: Any) -> None:
     """Raise a ValueError unless ``time_steps`` is None or a positive integer."""
     if time_steps is not None and (type(time_steps) is not int or time_steps < 1):
-        raise ValueError(f"time_steps must be a positive integer, or None to find it out, got {time_steps!r}")
+        raise ValueError(f"time_steps must be a positive integer, or None to infer it, got {time_steps!r}")
 
 
 @dataclass
 class TimeSteps:
-    """What the calls of neurons say about time.
+    """Record the calls of neurons; infer T and the products that repeat in each time step.
 
     Neurons process whole sequences ``[T, N, *]``, or single time steps in a loop of T calls.
 
     Attributes:
-        stated: T as the caller says; None to find it out.
+        stated: T as passed by the caller; None to infer it.
     """
 
     stated: int | None = None
@@ -50,7 +50,7 @@ class TimeSteps:
 
     @property
     def in_sequences(self) -> bool:
-        """Return whether tensors have a dimension of time, so that a module is called once for all time steps."""
+        """Return whether tensors have a time dimension, so that a module is called once for all time steps."""
         if self.stated is None:
             return self._sequence_length > 1
         return bool(self._sequences) or not self._single_steps
@@ -70,14 +70,14 @@ class TimeSteps:
         return {rows[0] for rows in self._rows if rows}
 
     def check(self) -> None:
-        """Raise a ValueError if the stated T contradicts the neurons, or if T is not stated and N is as large."""
+        """Raise a ValueError if the stated T contradicts the neurons, or if T is not stated and equals N."""
         T = self.stated
         if T is None:
             length = self._sequence_length
             if length > 1 and length in self._batches:
                 raise ValueError(
-                    f"{length} time steps and a batch of {length} rows cannot be told apart, which the dense twin needs: pass "
-                    f"time_steps={length}, or a batch of another size"
+                    f"{length} time steps and a batch of {length} rows cannot be distinguished, which the dense twin needs: "
+                    f"pass time_steps={length}, or a batch of another size"
                 )
         elif self._sequences and self._longest != T:
             raise ValueError(f"time_steps is {T}, but the neurons processed sequences of {self._longest} time steps")
@@ -98,7 +98,7 @@ class TimeSteps:
         Args:
             product: all calls of one product.
             shape: input of its module.
-            known: number of time steps that the op itself covers; None if it says nothing.
+            known: number of time steps that the op itself covers; None if its cost does not state it.
         """
         if self.in_sequences:
             length = self._sequence_length
@@ -122,5 +122,5 @@ class TimeSteps:
             return self.stated is not None and () in self._rows and shape[0] == T  # neurons without rows, [T, D]
         if shape[0] != T or T not in self._batches:
             return shape[0] == T
-        # N is T as well: [T, N, *] has a batch behind the time, and the leading dimensions [N, *] of no sequence.
+        # N equals T: the input is [T, N, *] if its second dimension is a batch size and it is not one time step, [N, *, D].
         return shape[1] in self._batches and shape[:-1] not in self._rows

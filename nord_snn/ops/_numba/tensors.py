@@ -19,13 +19,13 @@ NUMPY_TYPES: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64:
 
 
 def as_contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``x`` if it is contiguous and of this dtype, else a copy; the caller must keep it while a kernel uses it.
+    """Return ``x`` if it is contiguous and of this dtype, else a copy; the caller must keep a reference while a kernel runs.
 
     Raises:
         ValueError: ``x`` is not on the CPU.
     """
     if not x.is_cpu:
-        raise ValueError(f"expected all tensors on the device of the input, the CPU, got one on {x.device}")
+        raise ValueError(f"expected all tensors on the CPU, the device of the input, got one on {x.device}")
     return x if x.dtype is dtype and x.is_contiguous() else x.to(dtype).contiguous()
 
 

@@ -37,7 +37,7 @@ class _Sizes(NamedTuple):
         n_heads: heads.
         v_head_dim: values of a head.
         top_k: keys selected per query, at most ``n_all``.
-        window: keys that a query sees, at most ``n_all``.
+        window: keys that a query attends to, at most ``n_all``.
         words: 64-bit words that the spikes of a head and position take.
     """
 

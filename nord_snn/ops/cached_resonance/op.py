@@ -49,16 +49,16 @@ def resonance_cached(
         recency: penalty per position of distance, for each head ``[H]``, or None.
         lengths: number of tokens of each sequence, counted from the last position, integers ``[B]``; earlier positions
             are padding and are masked. None for no padding.
-        window: number of keys that a query sees: itself and the ``window - 1`` before it. None for all.
+        window: number of positions that a query can attend to: itself and the ``window - 1`` before it. None for all.
         backend: ``"auto"``, ``"torch"`` or ``"numba"``; see :mod:`nord_snn.ops.dispatch`.
-        trusted: skip the check that q holds only zeros and ones.
+        trusted: skip the check that q contains only zeros and ones.
 
     Returns:
         ``[B, S, V]`` in the dtype of ``values``; 0 where a query is padding.
 
     Raises:
-        ValueError: a shape or dtype is wrong, ``top_k`` or ``window`` is not positive, or q is not made of zeros and
-            ones.
+        ValueError: a shape or dtype is wrong, ``top_k`` or ``window`` is not positive, or q contains other values than
+            zeros and ones.
         RuntimeError: a gradient is required, or the requested backend cannot run.
 
     Source: the Nord spiking language model; keys and values cached as in transformer decoders.

@@ -17,7 +17,7 @@ def pack_spikes(k: Tensor, n_heads: int, *, trusted: bool = False) -> Tensor:
     Args:
         k: ``[T, B, S, D]`` of zeros and ones.
         n_heads: H; D must be a multiple of it.
-        trusted: skip the check that k holds only zeros and ones, which would synchronise with the GPU.
+        trusted: skip the check that k contains only zeros and ones, which would synchronise with the GPU.
 
     Returns:
         uint8 ``[B, H, S, bytes]``: neuron n of a head at step t is bit ``16 * ceil(D/H / 16) * t + n``, the lowest bit

@@ -24,7 +24,9 @@ def forward(
     dtype = compute_dtype(values)
     scores = masked_scores(q, keys, temperature, recency, lengths, window, dtype)
     weights = scores.masked_fill(~keep_best(scores, top_k), -torch.inf).softmax(-1)
-    weights = weights.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)  # padding queries see no key
+    weights = weights.masked_fill(
+        (scores == -torch.inf).all(-1, keepdim=True), 0
+    )  # padding queries have no visible key
     return (weights @ values.to(dtype)).transpose(1, 2).flatten(-2).to(values.dtype)
 
 
@@ -37,7 +39,7 @@ def masked_scores(
     window: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return the scores ``[B, H, S, S_all]`` of the new positions, minus infinity for keys that a query does not see."""
+    """Return the scores ``[B, H, S, S_all]`` of the new positions, minus infinity for masked keys."""
     n_steps, _, S, _ = q.shape
     H, n_all = keys.shape[1:3]
     width = q.shape[-1] // H

@@ -10,5 +10,5 @@ __all__ = ["leaky_clamp_cost"]
 
 
 def leaky_clamp_cost(x: Tensor, *arguments: Any, **options: Any) -> OpCost:
-    """Return the cost of one call for ``x [*, D]``. Elementwise operations count no bytes: they run where a product ends."""
+    """Return the cost of one call for ``x [*, D]``, without bytes: elementwise operations count as fused with a product."""
     return OpCost(elementwise=x.numel())

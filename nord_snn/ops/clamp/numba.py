@@ -1,4 +1,4 @@
-"""The leaky clamp on the CPU: one pass over memory each for forward and backward, instead of a dozen by autograd."""
+"""The leaky clamp on the CPU: forward and backward take one pass over memory each, instead of a dozen with autograd."""
 
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ __all__ = ["backward", "forward"]
 
 
 class _Inputs(NamedTuple):
-    """Pointers to the inputs; those of branch and gain are null without a branch."""
+    """Pointers to the inputs; branch and gain are null pointers without a branch."""
 
     x: Any
     branch: Any

@@ -48,7 +48,7 @@ def leaky_clamp(
 
     Raises:
         TypeError: ``x`` is not a floating tensor.
-        ValueError: a shape is wrong, or only one of branch and gain is given.
+        ValueError: a shape is wrong, or only one of branch and gain is passed.
         RuntimeError: the requested backend cannot run.
 
     Source: the Nord spiking language model; the slope after leaky and parametric ReLU (Maas et al. 2013, He et al.
@@ -77,7 +77,7 @@ def _check(x: Tensor, branch: Tensor | None, gain: Tensor | None, leak: Tensor, 
         )
     check_features(x, leak.shape[0], "leaky_clamp", "[*, D]")
     if (branch is None) != (gain is None):
-        raise ValueError("branch and gain belong together: give both, or neither for the clamp alone")
+        raise ValueError("pass both branch and gain, or neither for the clamp alone")
     if branch is None or gain is None:
         return
     if branch.shape != x.shape or not branch.is_floating_point():

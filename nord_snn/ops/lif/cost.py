@@ -1,4 +1,4 @@
-"""Operations and bytes of neurons: of the associative LIF, and of a plain LIF, as which all other neurons count."""
+"""Operations and bytes of neurons: the associative LIF, and a plain LIF, which is also the estimate for all other neurons."""
 
 from typing import Any
 

@@ -1,11 +1,12 @@
 """The associative LIF neuron in CUDA C, launched through CuPy.
 
 A thread block computes whole rows for all time steps, with the state of the neurons in registers. The forward pass
-stores spikes, and membranes on request, and saves nothing for the backward pass. That recomputes the membranes from
-``x`` in a forward sweep, which writes 8 bytes per neuron and step to scratch memory, and then goes through the steps in
-reverse. The grid is no larger than the device, and each block reuses its scratch memory for one group of rows after the
-other. Without membranes, 8 + 12 bytes per neuron and step (forward + backward) go through device memory in float32, and
-4 + 6 in 16 bits, as long as the scratch memory, 8 T bytes for each neuron being computed, stays in the L2 cache.
+stores spikes, and membrane potentials on request, and saves nothing for the backward pass. The backward pass recomputes
+the membrane potentials from ``x`` in a forward sweep, which writes 8 bytes per neuron and step to scratch memory, and
+then goes through the steps in reverse. The grid has no more blocks than the device runs at once, and each block reuses
+its scratch memory for one group of rows after the other. Without ``v_seq``, 8 + 12 bytes per neuron and step (forward +
+backward) go through device memory in float32, and 4 + 6 in 16 bits, as long as the scratch memory, 8 T bytes for each
+neuron being computed, stays in the L2 cache.
 """
 
 import functools
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nord_snn.ops.dispatch import CallSignature, Support
-from nord_snn.ops.lif.support import Arguments, OutputGradients, has_published_dynamics, knows_surrogate
+from nord_snn.ops.lif.support import Arguments, OutputGradients, has_published_dynamics, supports_surrogate
 
 __all__ = ["SURROGATE_IDS", "accepts", "backward", "fits", "forward"]
 
@@ -75,7 +76,7 @@ __device__ __forceinline__ scalar narrow(float value) {
 #endif
 #endif
 
-// Sequences are used once: streaming access leaves the cache to the scratch memory of the backward pass.
+// Sequences are used once: streaming access keeps the cache free for the scratch memory of the backward pass.
 __device__ __forceinline__ float load(const scalar *from) { return widen(__ldcs(from)); }
 __device__ __forceinline__ void store(scalar *to, float value) { __stcs(to, narrow(value)); }
 
@@ -113,7 +114,7 @@ struct ThreadPosition {
 // u - threshold >= 0, also if denormal numbers are flushed to zero.
 __device__ __forceinline__ bool fires(float u, float threshold) { return u >= threshold; }
 
-// Compute one time step of one neuron; return the membrane before the reset. The caller adds the cascade to i.
+// Compute one time step of one neuron; return the membrane potential before the reset. The caller adds the cascade to i.
 __device__ __forceinline__ float advance(
     Neuron &neuron, float x, float threshold, const Constants &constants, float &spike
 ) {
@@ -489,7 +490,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) associative
 _SOURCES = {"associative_lif_forward": _FORWARD, "associative_lif_backward": _BACKWARD}
 
 #: No fused multiply-adds: they change the last bit of u, which can flip a spike. CuPy appends -ftz=true to the options,
-#: and the last option wins: denormal numbers are flushed to zero, which ``fires`` allows for.
+#: and the last option applies: denormal numbers are flushed to zero, which does not change ``fires``.
 _FLAGS = ("-std=c++17", "-fmad=false", "-prec-div=true")
 
 _BLOCK_THREADS = 256  # threads per block, unless a row has more
@@ -540,7 +541,7 @@ def _plan(n_features: int, n_clusters: int) -> _Plan:
 
 def accepts(call: CallSignature) -> Support:
     """Return whether the kernels can run a call."""
-    support = knows_surrogate(call, SURROGATE_IDS)
+    support = supports_surrogate(call, SURROGATE_IDS)
     support = has_published_dynamics(call) if support.runs else support
     return fits(call.n_features, dict(call.options)["n_clusters"]) if support.runs else support
 
@@ -550,8 +551,8 @@ def fits(n_features: int, n_clusters: int) -> Support:
     if n_clusters > _MAX_CLUSTERS:
         return Support(
             False,
-            f"the CUDA kernel keeps sums over clusters in shared memory, which has room for {_MAX_CLUSTERS} clusters, "
-            f"not {n_clusters}",
+            f"the CUDA kernel stores sums over clusters in shared memory, for at most {_MAX_CLUSTERS} clusters, "
+            f"got {n_clusters}",
         )
     return Support(True, "runs")
 
@@ -623,7 +624,7 @@ def _couplings(coupling: Tensor | None) -> tuple[int, Tensor | None, Tensor | No
 
 
 def forward(arguments: Arguments, keep_v: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return spikes, membranes (empty unless ``keep_v``) and the last state."""
+    """Return spikes, membrane potentials (empty unless ``keep_v``) and the last state."""
     x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps, _ = arguments
     T, N, D = x.shape
     kernel = "associative_lif_forward"

@@ -34,7 +34,7 @@ from nord_snn.ops._numba.tensors import NUMPY_TYPES, addresses, as_contiguous, d
 from nord_snn.ops._numba.threads import as_many_threads_as_torch
 from nord_snn.ops.checks import compute_dtype
 from nord_snn.ops.dispatch import CallSignature, Support
-from nord_snn.ops.lif.support import Arguments, OutputGradients, knows_surrogate
+from nord_snn.ops.lif.support import Arguments, OutputGradients, supports_surrogate
 
 __all__ = ["SURROGATE_IDS", "accepts", "backward", "forward"]
 
@@ -44,11 +44,11 @@ SURROGATE_IDS = {"nord_atan": 0, "atan": 1, "sigmoid": 2, "fast_sigmoid": 3}
 
 def accepts(call: CallSignature) -> Support:
     """Return whether the kernels can run a call."""
-    return knows_surrogate(call, SURROGATE_IDS)
+    return supports_surrogate(call, SURROGATE_IDS)
 
 
 _TILE = 512  # neurons per tile: their state fits into the first-level cache
-_ROW = _TILE + 16  # not a power of two, multiples of which share the same few sets of the cache
+_ROW = _TILE + 16  # not a power of two: rows at multiples of a power of two share few sets of the cache
 # Offsets in the scratch of a tile: state carried between time steps, parameters, gradients.
 _V, _CURRENT, _REFRACTORY, _THRESHOLD, _MEM, _SYN, _GRAD_V, _GRAD_THRESHOLD, _GRAD_MEM, _GRAD_SYN = range(
     0, 10 * _ROW, _ROW
@@ -333,7 +333,7 @@ def _step_back(
 
 @kernel
 def _surrogate_derivative(surrogate, alpha, record, q, n):
-    """Replace membrane minus threshold by the surrogate derivative, in place."""
+    """Replace membrane potential minus threshold by the surrogate derivative, in place."""
     one, zero = broadcast(record, 1), broadcast(record, 0)
     if surrogate == 0:
         scale, peak = broadcast(record, alpha), broadcast(record, alpha / (2 * np.pi))
@@ -745,7 +745,7 @@ def _padded(coupling: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def forward(arguments: Arguments, keep_v: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return spikes, membranes (empty unless ``keep_v``) and the last state."""
+    """Return spikes, membrane potentials (empty unless ``keep_v``) and the last state."""
     x = arguments.x
     step, dtype = x.shape[1:], compute_dtype(x)
     spikes, v_seq = torch.empty(x.shape, dtype=dtype), torch.empty(x.shape if keep_v else (0, *step), dtype=dtype)

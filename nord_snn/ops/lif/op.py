@@ -31,7 +31,7 @@ def associative_lif_backend(
     n_decays: int = 1,
     channels_first: bool = False,
 ) -> BackendChoice:
-    """Return the backend that :func:`associative_lif` would choose for ``x_seq``, and why not the others."""
+    """Return the backend that :func:`associative_lif` would choose for ``x_seq``, and why it would not choose the others."""
     call = _call(x_seq, surrogate, n_clusters, dynamics, n_decays, channels_first)
     return choose_backend("associative_lif", IMPLEMENTATIONS, backend, call)
 
@@ -249,7 +249,7 @@ def _check(
     if refractory_steps < 0:
         raise ValueError(f"refractory_steps must be 0 or more, got {refractory_steps}")
     if (cascade_weight is None) != (cascade_gain is None):
-        raise ValueError("cascade_weight and cascade_gain belong together: give both, or neither for no cascade")
+        raise ValueError("pass both cascade_weight and cascade_gain, or neither for no cascade")
     if cascade_weight is not None and cascade_gain is not None:
         check_cascade(n_features, cascade_weight, cascade_gain)
     if state is None:
@@ -258,7 +258,7 @@ def _check(
     for name, part in zip(AssociativeLIFState._fields, state, strict=True):
         if part.shape != x_seq.shape[1:]:
             raise ValueError(
-                f"state.{name} must be {layout} = {list(x_seq.shape[1:])} as the input has, got {list(part.shape)}"
+                f"state.{name} must be {layout} = {list(x_seq.shape[1:])} for this input, got {list(part.shape)}"
             )
 
 
@@ -334,7 +334,7 @@ def _forward(
 
 
 def _coupling(weight: Tensor | None, gain: Tensor | None, n_features: int) -> Tensor | None:
-    """Return the matrix that the kernels take for the cascade: ``gain[c] * weight[c, k] / members``, ``[C, C]``."""
+    """Return the cascade as one matrix for the kernels: ``gain[c] * weight[c, k] / members``, ``[C, C]``."""
     if weight is None or gain is None:
         return None
     return gain[:, None] * weight / (n_features // gain.shape[0])
@@ -343,7 +343,7 @@ def _coupling(weight: Tensor | None, gain: Tensor | None, n_features: int) -> Te
 def _cascade_gradients(
     grad: Tensor, weight: Tensor | None, gain: Tensor | None, n_features: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of weight and gain from that of the coupling; empty without a cascade."""
+    """Return the gradients of weight and gain from the gradient of the coupling; empty without a cascade."""
     if weight is None or gain is None:
         return grad, grad.new_empty(0)
     grad = grad / (n_features // gain.shape[0])
@@ -431,7 +431,7 @@ def _save(ctx: Any, tensors: Sequence[Tensor | None], options: dict[str, Any], o
 
 def _gradients(ctx: Any, *grads: Tensor | None, run: Any) -> tuple[Tensor | None, ...]:
     grad_spikes, grad_v_seq, grad_v_last, grad_i_last, _ = grads
-    # Without ``keep_v`` the membranes are empty, but torch.compile still passes a gradient for them.
+    # Without ``keep_v`` the output v_seq is empty, but torch.compile still passes a gradient for it.
     if grad_v_seq is not None and not len(grad_v_seq):
         grad_v_seq = None
     x, v, *others, gain = ctx.saved_tensors

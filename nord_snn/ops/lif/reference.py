@@ -78,7 +78,7 @@ def reference(
     fire: Callable[[Tensor], Tensor],
     dynamics: Dynamics = PUBLISHED,
 ) -> tuple[Tensor, Tensor, AssociativeLIFState]:
-    """Run ``x_seq [T, N, D]`` from ``state``; return spikes ``[T, N, D]``, membranes ``[T, N, D]`` and the last state.
+    """Run ``x_seq [T, N, D]`` from ``state``; return spikes and membrane potentials ``[T, N, D]`` and the last state.
 
     All tensors have the same dtype. The equations are in the docstring of :func:`nord_snn.ops.associative_lif`. Without a
     cascade, ``x_seq`` may be ``[T, N, D, M]`` if the parameters are ``[D, 1]``.

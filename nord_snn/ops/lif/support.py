@@ -1,4 +1,4 @@
-"""The arguments that all kernels of the neuron take, and the surrogates that they know."""
+"""The arguments that all kernels of the neuron take, and the check of their surrogates."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from torch import Tensor
 from nord_snn.ops.dispatch import CallSignature, Support
 from nord_snn.ops.lif.reference import PUBLISHED, Dynamics
 
-__all__ = ["Arguments", "OutputGradients", "has_published_dynamics", "knows_surrogate"]
+__all__ = ["Arguments", "OutputGradients", "has_published_dynamics", "supports_surrogate"]
 
 
 class Arguments(NamedTuple):
@@ -33,7 +33,7 @@ class Arguments(NamedTuple):
 
 
 class OutputGradients(NamedTuple):
-    """The gradients of the outputs of one call; None is zero."""
+    """The gradients of the outputs of one call; None counts as zero."""
 
     spikes: Tensor
     v_seq: Tensor | None
@@ -41,12 +41,12 @@ class OutputGradients(NamedTuple):
     i_last: Tensor | None
 
 
-def knows_surrogate(call: CallSignature, ids: Mapping[str, int]) -> Support:
-    """Return whether a kernel with the surrogates ``ids`` has the requested one."""
+def supports_surrogate(call: CallSignature, ids: Mapping[str, int]) -> Support:
+    """Return whether a kernel with the surrogates ``ids`` supports the requested one."""
     surrogate = dict(call.options).get("surrogate")
     if surrogate in ids:
         return Support(True, "runs")
-    return Support(False, f"it does not know the surrogate {surrogate!r}: it has {sorted(ids)}")
+    return Support(False, f"it supports the surrogates {sorted(ids)}, got {surrogate!r}")
 
 
 def has_published_dynamics(call: CallSignature) -> Support:

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nord_snn.ops.dispatch import CallSignature, Support
-from nord_snn.ops.lif.support import Arguments, OutputGradients, has_published_dynamics, knows_surrogate
+from nord_snn.ops.lif.support import Arguments, OutputGradients, has_published_dynamics, supports_surrogate
 
 __all__ = ["SURROGATE_IDS", "accepts", "backward", "fits", "forward"]
 
@@ -97,7 +97,7 @@ def _couple(sums, matrix, exchange_ptr, C: tl.constexpr, R: tl.constexpr, C_PAD:
 
 @triton.jit
 def _surrogate(x, alpha, SURROGATE: tl.constexpr):
-    """Return the surrogate derivative at ``x``, membrane minus threshold."""
+    """Return the surrogate derivative at ``x``, membrane potential minus threshold."""
     if SURROGATE == 0:
         z = alpha * x
         out = tl.div_rn(alpha, (1 + z * z) * (2 * _PI))
@@ -117,7 +117,7 @@ def _surrogate(x, alpha, SURROGATE: tl.constexpr):
 def _load_steps(ptr, here, inside, stride, first, T, LENGTH: tl.constexpr):
     """Load steps ``first`` to ``first + LENGTH``; zero from T on.
 
-    Loads are not moved before stores, so loading all steps first costs one memory latency instead of LENGTH.
+    The compiler does not move loads before stores, so loading all steps first costs one memory latency instead of LENGTH.
     """
     out = ()
     for k in tl.static_range(LENGTH):
@@ -137,7 +137,7 @@ def _step(v, i, refractory, x, threshold, beta_mem, beta_syn, v_reset, refractor
 
 @triton.jit
 def _slope(v, current, active, threshold, beta_mem, v_reset, alpha, SURROGATE: tl.constexpr):
-    """Return the surrogate derivative of a step, from the membrane before it and its synaptic current."""
+    """Return the surrogate derivative of a step, from the membrane potential before it and its synaptic current."""
     u = tl.where(active, beta_mem * v + (1 - beta_mem) * current, v_reset)
     return _surrogate(u - threshold, alpha, SURROGATE)
 
@@ -146,8 +146,8 @@ def _slope(v, current, active, threshold, beta_mem, v_reset, alpha, SURROGATE: t
 def _step_back(grad_v, grad_i, grad_s, slope, v, i, current, active, threshold, beta_mem, beta_syn):
     """Backward of ``_step``, from the gradients of its outputs, the state before it and its synaptic current.
 
-    Return the gradients of v and i before the step and of x, and the contributions to those of threshold, beta_mem and
-    beta_syn.
+    Return the gradients of v and i before the step and of x, and the contributions to the gradients of threshold,
+    beta_mem and beta_syn.
     """
     grad_distance = (grad_s - threshold * grad_v) * slope
     grad_u = tl.where(active, grad_v + grad_distance, 0.0)
@@ -398,7 +398,7 @@ def _segments(n_steps: int, plan: _Plan) -> tuple[int, int]:
 
 def accepts(call: CallSignature) -> Support:
     """Return whether the kernels can run a call."""
-    support = knows_surrogate(call, SURROGATE_IDS)
+    support = supports_surrogate(call, SURROGATE_IDS)
     support = has_published_dynamics(call) if support.runs else support
     return fits(call.n_features, dict(call.options)["n_clusters"]) if support.runs else support
 
@@ -410,8 +410,8 @@ def fits(n_features: int, n_clusters: int) -> Support:
         if tile > _LARGEST_TILE:
             return Support(
                 False,
-                f"a program holds the whole row that a cascade couples, {_LARGEST_TILE} neurons at most, and D = {n_features} "
-                f"in C = {n_clusters} clusters takes {tile} once members and clusters are padded to powers of two",
+                f"a program computes a whole row of a cascade, at most {_LARGEST_TILE} neurons; D = {n_features} in "
+                f"C = {n_clusters} clusters gives {tile} after padding members and clusters to powers of two",
             )
     return Support(True, "runs")
 
@@ -433,7 +433,7 @@ def _device_of(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def forward(arguments: Arguments, keep_v: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return spikes, membranes (empty unless ``keep_v``) and the last state."""
+    """Return spikes, membrane potentials (empty unless ``keep_v``) and the last state."""
     x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps, _ = arguments
     T, N, D = x.shape
     x = x.contiguous()

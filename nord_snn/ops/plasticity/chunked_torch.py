@@ -16,7 +16,7 @@ __all__ = ["chunked"]
 
 #: Time steps per chunk; the triangular product takes as many multiplications per time step and neuron.
 CHUNK = 64
-#: Time steps times rows per chunk: fits into the cache, and a single float32 sum over them loses no digits.
+#: Time steps times rows per chunk: they fit into the cache, and a single float32 sum over them is accurate.
 SUMMANDS = 1024
 #: Upper limit on the input elements per chunk, for convolutions, where a row is an image.
 NUMBERS = 1 << 22

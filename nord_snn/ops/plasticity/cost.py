@@ -1,7 +1,7 @@
 """Operations and bytes of STDP: traces in each time step, and one addition per spike and synapse.
 
-The rules are no ops of ``torch.library``, so the energy profile sees the products of a backend instead. These functions say
-what the rule costs if it is driven by spikes.
+The rules are not registered with ``torch.library``, so the energy profile counts the products of a backend instead. These
+functions return the cost of a spike-driven implementation.
 """
 
 import torch
@@ -24,7 +24,7 @@ def stdp_cost(pre: Tensor, post: Tensor, geometry: ConvGeometry | None = None, t
         pre: presynaptic spikes ``[T, N, n_in]``; for a convolution ``[T, N, C_in, *]``.
         post: postsynaptic spikes ``[T, N, n_out]``; for a convolution ``[T, N, C_out, *]``.
         geometry: geometry of a convolution; None for a dense layer.
-        triplets: whether there are the two slow traces of the triplet rule.
+        triplets: whether the rule has the two slow traces of the triplet rule.
 
     Example:
         >>> pre, post = torch.zeros(6, 1, 4), torch.zeros(6, 1, 3)

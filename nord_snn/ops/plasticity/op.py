@@ -1,4 +1,4 @@
-"""The public ops: argument checks and precision. They run without autograd: plasticity is not a loss."""
+"""The public ops: argument checks and precision. They run without autograd, because learning rules need no gradient."""
 
 import math
 
@@ -117,8 +117,8 @@ def triplet_stdp(
         x[t] = x' + pre[t],  y[t] = y' + post[t]
 
     A pair thus changes the weight more if the neuron that fires second has fired often before. With
-    ``a3_plus = a3_minus = 0`` the rule is pair-based STDP. The defaults are the fit of the paper to visual cortex (all
-    spikes interact), with time steps of 1 ms.
+    ``a3_plus = a3_minus = 0`` the rule is pair-based STDP. The defaults are the paper's fit to visual cortex
+    (all-to-all interaction), with time steps of 1 ms.
 
     Args:
         pre: presynaptic spikes ``[T, N, n_in]``; for a convolution ``[T, N, C_in, *]``.
@@ -233,7 +233,7 @@ def reward_modulated_stdp(
     decay = _decays(tau_eligibility=tau_eligibility)["tau_eligibility"]
     if row_rewards is not None:
         raise ValueError(
-            f"with an eligibility the reward must be one number, got a tensor of shape {list(row_rewards.shape)}"
+            f"with an eligibility trace the reward must be one number, got a tensor of shape {list(row_rewards.shape)}"
         )
     remaining = decay ** torch.arange(len(pre) - 1, -1, -1, dtype=torch.float64, device=pre.device)
     eligibility, last = _weight_change(
@@ -242,7 +242,8 @@ def reward_modulated_stdp(
     if state is not None and state.eligibility is not None:
         if state.eligibility.shape != eligibility.shape:
             raise ValueError(
-                f"the eligibility must be shaped as the weight, {list(eligibility.shape)}, got {list(state.eligibility.shape)}"
+                f"the eligibility must have the shape of the weight, {list(eligibility.shape)}, got "
+                f"{list(state.eligibility.shape)}"
             )
         eligibility = eligibility + decay ** len(pre) * state.eligibility
     return reward * eligibility, RewardSTDPState(last.pre, last.post, eligibility)
@@ -269,7 +270,7 @@ def _weight_change(
     _check_spikes(pre, post, geometry)
     check_dependence(bounds, mu)
     if mu and weight is None:
-        raise ValueError("a dependence on the weight (mu above 0) needs the weight")
+        raise ValueError("weight must be passed if mu is above 0, got None")
     dtype = compute_dtype(pre)
     factor = None if reward is None else _row_factor(reward.to(post.device, dtype), post)
     if traces is None:
@@ -305,7 +306,8 @@ def _check_spikes(pre: Tensor, post: Tensor, geometry: ConvGeometry | None) -> N
         expected = geometry.output_size(tuple(pre.shape[3:]))
         if tuple(post.shape[3:]) != expected:
             raise ValueError(
-                f"the convolution turns {list(pre.shape[3:])} into {list(expected)}, got post {list(post.shape)}"
+                f"post must have the spatial size {list(expected)} of this convolution for pre {list(pre.shape)}, got "
+                f"{list(post.shape)}"
             )
 
 
@@ -313,7 +315,7 @@ def _check_traces(traces: Traces, pre: Tensor, post: Tensor) -> None:
     for trace, spikes in zip(traces, (pre, post, pre, post), strict=True):
         if trace is not None and trace.shape != spikes.shape[1:]:
             raise ValueError(
-                f"traces must be {list(pre.shape[1:])} and {list(post.shape[1:])} as the spikes are, "
+                f"traces must have the shapes {list(pre.shape[1:])} and {list(post.shape[1:])} of one time step of the spikes, "
                 f"got {list(traces.pre.shape)} and {list(traces.post.shape)}: reset them when the batch shape changes"
             )
 
@@ -322,7 +324,7 @@ def _row_factor(reward: Tensor, post: Tensor) -> Tensor:
     """Return the reward in a shape that broadcasts to one time step of ``post``."""
     if reward.shape not in (post.shape[1:2], post.shape[1:3]):
         raise ValueError(
-            f"the reward must be one number, one for each of {post.shape[1]} rows, or {list(post.shape[1:3])} for each row "
-            f"and neuron, got {list(reward.shape)}"
+            f"the reward must be one number or have shape [{post.shape[1]}] (rows) or {list(post.shape[1:3])} (rows and "
+            f"neurons), got {list(reward.shape)}"
         )
     return reward.view(*reward.shape, *[1] * (post.ndim - 1 - reward.ndim))

@@ -142,7 +142,7 @@ def reward_from_loss(loss: Any, baseline: float, scale: float = 1.0) -> Any:
 
 
 def rest(pre: Tensor, post: Tensor, dtype: torch.dtype, slow: bool = False) -> Traces:
-    """Return zero traces in the shapes of the inputs; ``slow``: also the slow traces."""
+    """Return zero traces in the shapes of the inputs; with ``slow`` also the slow traces."""
 
     def zeros(spikes: Tensor) -> Tensor:
         return torch.zeros_like(spikes[0], dtype=dtype)

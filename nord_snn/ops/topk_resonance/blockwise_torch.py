@@ -18,7 +18,7 @@ __all__ = ["backward", "forward", "saved_shapes"]
 #: Queries per block.
 BLOCK = 64
 #: Scores computed at a time, for all heads and as many sequences as fit (at least one), by device type. On the CPU they
-#: fit into the cache of a core; other devices need more of them to be busy.
+#: fit into the cache of a core; other devices need more scores at a time for full utilisation.
 SCORES = {"cpu": 2**16}
 SCORES_ELSEWHERE = 2**24
 
@@ -118,7 +118,7 @@ def _batches(v: Tensor, n_heads: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _blocks(S: int, causal: bool) -> Iterator[tuple[slice, slice, slice]]:
-    """Yield slices of the queries, of the keys that they see, and of the columns of ``_tables`` for these keys."""
+    """Yield slices of the queries, of their visible keys, and of the columns of ``_tables`` for these keys."""
     for start in range(0, S, BLOCK):
         stop = min(start + BLOCK, S)
         n_keys = stop if causal else S

@@ -25,7 +25,7 @@ def resonance_cost(
     *options: Any,
     **more_options: Any,
 ) -> OpCost:
-    """Return the cost of one call; the arguments are those of the op, further options do not change it."""
+    """Return the cost of one call; the arguments are those of the op, whose further options do not change the cost."""
     dtype = compute_dtype(v)
     scores = resonance_scores(coincidences(q.to(dtype), k.to(dtype), n_heads), temperature, recency, causal)
     values = v.unflatten(-1, (n_heads, -1)).transpose(1, 2)
@@ -44,7 +44,7 @@ def selection_cost(
         q: queries ``[T, B, S, D]``.
         binary_keys: whether the keys are spikes.
         values: ``[B, H, n_keys, V/H]``.
-        scores: ``[B, H, S, n_keys]``, minus infinity where a query does not see a key.
+        scores: ``[B, H, S, n_keys]``, minus infinity for masked keys.
         top_k: keys selected per query.
         has_recency: whether scores are lowered by distance.
     """

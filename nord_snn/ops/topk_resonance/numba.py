@@ -75,7 +75,7 @@ class _Constants(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """Addresses of the inputs, 0 for a recency of None."""
+    """Addresses of the inputs; the address of recency is 0 for None."""
 
     q: int
     k: int
@@ -123,7 +123,7 @@ class _Groups(NamedTuple):
 
 
 class _Results(NamedTuple):
-    """Addresses of the gradients; those of temperature and recency are sums per head, in float64."""
+    """Addresses of the gradients; the gradients of temperature and recency are sums per head, in float64."""
 
     q: int
     k: int

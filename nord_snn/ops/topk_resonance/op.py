@@ -49,13 +49,13 @@ def resonance(
     Args:
         q: query spikes ``[T, B, S, D]``, floating (with gradient) or bool.
         k: key spikes ``[T, B, S, D]``.
-        v: values ``[B, S, V]``, V any multiple of H. In the published model, the mean over time of a projection; where
-            each time step has its own values, the values of a head at all steps, concatenated.
+        v: values ``[B, S, V]``, V any multiple of H. In the published model they are the mean over time of a projection;
+            if each time step has its own values, the values of a head at all time steps are concatenated.
         n_heads: H; D and V must be multiples of it.
         top_k: keys selected per query, at least 1.
         temperature: a float, or a tensor of one element.
         recency: penalty per position of distance, for each head ``[H]``, or None.
-        causal: whether a query sees only itself and earlier positions.
+        causal: whether a query attends only to itself and earlier positions.
         backend: ``"auto"``, ``"torch"`` (PyTorch, in blocks of queries, on any device) or ``"numba"``; see
             :mod:`nord_snn.ops.dispatch`.
 
