@@ -1,6 +1,7 @@
-"""What ``import nord_snn`` costs beside what it stands on, in user seconds: ``python benchmarks/importing.py``.
+"""Compare the CPU time of ``import nord_snn`` with that of its dependencies: ``python benchmarks/importing.py``.
 
-New processes take turns, so that what else the machine does meets both.
+``nord_snn`` imports torch and SpikingJelly; the script prints how many times as much user CPU time it takes as importing these
+two alone. Each import runs in a new process, and the two kinds alternate, so that other load affects both equally.
 """
 
 import resource
@@ -14,20 +15,20 @@ TURNS = 11
 
 
 def user_seconds(code: str) -> float:
-    """User time of a new process."""
+    """Return the user CPU time of a new process that runs ``code``."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     subprocess.run([sys.executable, "-c", code], check=True)
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
 
 
 def main() -> None:
-    """Measure and print."""
-    user_seconds(OURS)  # writes the bytecode
+    """Measure pairs of imports and print medians and ratios."""
+    user_seconds(OURS)  # writes the bytecode of all modules
     pairs = [(user_seconds(BASE), user_seconds(OURS)) for _ in range(TURNS)]
     base, ours = (statistics.median(times) for times in zip(*pairs, strict=True))
     ratios = sorted(b / a for a, b in pairs)
     print(f"{BASE}\n    {base:.2f} s\n{OURS}\n    {ours:.2f} s")
-    print(f"{statistics.median(ratios):.2f} times as long ({ratios[0]:.2f} to {ratios[-1]:.2f} in {TURNS} pairs)")
+    print(f"{statistics.median(ratios):.2f} times the CPU time ({ratios[0]:.2f} to {ratios[-1]:.2f} in {TURNS} pairs)")
 
 
 if __name__ == "__main__":

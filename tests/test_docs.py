@@ -65,7 +65,7 @@ def test_scripts_that_are_named_exist(page: Path) -> None:
 def test_a_page_of_a_part_has_what_such_a_page_has(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     titles = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
-    assert titles == ["Equation", "Use", "When", "Cost"]
+    assert titles == ["Equation", "Use", "When to use it", "Cost"]
     assert "$$" in text
     assert "../costs.md" in text or "../benchmarks.md" in text
     assert re.search(r"!\[.+\]\(\.\./figures/\w+\.png\)", text)

@@ -1,8 +1,9 @@
-"""Surrogate derivatives of the spike, in one table for all backends.
+"""Surrogate derivatives of the spike: the table that the kernels of all backends (Numba, Triton, CuPy) implement.
 
 A spike is the step function ``s = 1 where x >= 0 else 0`` of ``x = u - threshold``, with u the membrane potential. Its
 true derivative is zero almost everywhere, so the backward pass uses the derivative of a smooth function, the
-*primitive*, instead (Neftci, Mostafa and Zenke 2019).
+*primitive*, instead (Neftci, Mostafa and Zenke 2019). Only the derivative enters a network; the primitive is there so
+that tests can compare gradients with finite differences. Its scale and offset have no effect.
 """
 
 import math
@@ -23,29 +24,30 @@ class Surrogate(NamedTuple):
 
 
 SURROGATES: dict[str, Surrogate] = {
-    # Nord: a / (2 pi (1 + (a x)^2)). Half of SpikingJelly's ATan at alpha = 2 a / pi.
+    # The published Nord language model: a / (2 pi (1 + (a x)^2)), half of SpikingJelly's ATan at alpha = 2 a / pi.
     "nord_atan": Surrogate(
         lambda x, a: torch.atan(a * x) / (2 * math.pi) + 0.5,
         lambda x, a: a / (2 * math.pi * (1 + (a * x).square())),
     ),
-    # Fang et al. 2021 (PLIF), as SpikingJelly's ATan.
+    # Fang et al. 2021 (PLIF); equals SpikingJelly's ATan.
     "atan": Surrogate(
         lambda x, a: torch.atan(math.pi / 2 * a * x) / math.pi + 0.5,
         lambda x, a: a / 2 / (1 + (math.pi / 2 * a * x).square()),
     ),
-    # SpikingJelly's and snnTorch's Sigmoid.
+    # Equals SpikingJelly's and snnTorch's Sigmoid.
     "sigmoid": Surrogate(
         lambda x, a: torch.sigmoid(a * x),
         lambda x, a: a * torch.sigmoid(a * x) * torch.sigmoid(-a * x),
     ),
-    # Zenke and Ganguli 2018 (SuperSpike), as snnTorch's fast_sigmoid.
+    # Zenke and Ganguli 2018 (SuperSpike); equals snnTorch's fast_sigmoid.
     "fast_sigmoid": Surrogate(
         lambda x, a: x / (1 + a * x.abs()),
         lambda x, a: 1 / (1 + a * x.abs()).square(),
     ),
 }
 
-#: A name in :data:`SURROGATES`, or a function of ``u - threshold``, such as a surrogate module of SpikingJelly.
+#: A name in :data:`SURROGATES`, or a spike function of ``u - threshold`` with a backward pass of its own, such as a surrogate
+#: module of SpikingJelly.
 SurrogateLike = str | Callable[[Tensor], Tensor]
 
 
@@ -68,7 +70,7 @@ def spike(x: Tensor, surrogate: SurrogateLike = "nord_atan", alpha: float = 4.0)
     Args:
         x: membrane potential minus threshold, any shape.
         surrogate: a name from :data:`SURROGATES`, or a callable of ``x`` with its own backward pass.
-        alpha: sharpness of a named surrogate; not used for a callable.
+        alpha: factor of ``x`` in a named surrogate: the larger, the narrower its derivative. Not used for a callable.
 
     Returns:
         0 or 1 in the shape and dtype of ``x``.
@@ -85,7 +87,7 @@ def spike(x: Tensor, surrogate: SurrogateLike = "nord_atan", alpha: float = 4.0)
 
 
 def resolve_surrogate(surrogate: SurrogateLike, alpha: float) -> Callable[[Tensor], Tensor]:
-    """Return the spike function for a name or a callable; raise a ValueError for an unknown name."""
+    """Return the spike function of a name, or the callable itself; raise a ValueError for an unknown name."""
     if callable(surrogate):
         return surrogate
     if surrogate not in SURROGATES:

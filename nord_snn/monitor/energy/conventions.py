@@ -1,4 +1,4 @@
-"""Energy of single operations under published conventions."""
+"""Price lists: the energy of single operations, from published measurements."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,16 @@ __all__ = ["CONVENTIONS", "Convention", "find_convention"]
 
 @dataclass(frozen=True)
 class Convention:
-    """Energy of single operations, in joules.
+    """A price list: the energy of single operations, in joules.
+
+    :func:`nord_snn.monitor.profile_energy` multiplies these by its counts.
 
     Attributes:
         mac: one multiply-accumulate.
         ac: one accumulate: the addition of a weight for an input spike.
         mul: one multiplication in a neuron's update.
         add: one addition or comparison in a neuron's update.
-        byte: one byte read or written; 0 excludes memory.
+        byte: one byte of weights, activations or state, read or written; 0 leaves memory out of the sum.
         source: source of the figures.
     """
 
@@ -28,8 +30,12 @@ class Convention:
 
 _HOROWITZ = "M. Horowitz, Computing's energy problem, ISSCC 2014: 45 nm, 0.9 V"
 
-#: float32 arithmetic without memory; with all memory in a 32 KB SRAM (20 pJ for 8 bytes); with all memory in DRAM (1.3 nJ for 8
-#: bytes, the lower end of the range); 8-bit integers accumulated in 32 bits, without memory.
+#: Price lists by name. Horowitz gives the price of arithmetic and of memory; which memory all bytes come from is our assumption.
+#:
+#: - ``45nm-fp32``: float32 arithmetic; memory is free.
+#: - ``45nm-fp32-sram``: the same, with all bytes in a 32 KB SRAM, 20 pJ for 8 bytes.
+#: - ``45nm-fp32-dram``: the same, with all bytes in DRAM, 1.3 nJ for 8 bytes, the lowest figure that Horowitz gives.
+#: - ``45nm-int8``: products of 8-bit integers, added in 32 bits, also in neurons; memory is free.
 CONVENTIONS: dict[str, Convention] = {
     "45nm-fp32": Convention(4.6e-12, 0.9e-12, 3.7e-12, 0.9e-12, 0.0, _HOROWITZ),
     "45nm-fp32-sram": Convention(4.6e-12, 0.9e-12, 3.7e-12, 0.9e-12, 2.5e-12, _HOROWITZ),
