@@ -18,7 +18,7 @@ from nord_snn.ops.checks import check_dependence
 
 __all__ = ["Learner", "SpikeRecord"]
 
-#: Time steps without a weight change after which a learner warns about silence, if each update is one time step.
+#: A learner that updates after every single time step warns about silence after this many without a weight change.
 SILENT_STEPS = 20
 
 
@@ -36,7 +36,7 @@ class SpikeRecord(NamedTuple):
     rows: torch.Size
 
 
-#: Returns the weight update of a record, summed over rows, and a function that stores the new traces (called after all checks).
+#: Function from a record to its weight update, summed over rows, and a function that stores the new traces after all checks.
 ComputeChange = Callable[[SpikeRecord], tuple[Tensor, Callable[[], None]]]
 
 
@@ -46,10 +46,10 @@ class Learner(base.MemoryModule):
     Args:
         step_mode: ``"m"`` if the network is called with whole sequences, ``"s"`` if with single time steps.
         synapse: the module that learns.
-        sn: the neurons that it drives.
-        reduction: over rows, ``"sum"`` or ``"mean"``.
+        sn: the neurons that the synapse drives.
+        reduction: how the updates of the rows are combined, ``"sum"`` or ``"mean"``.
         bounds: range to which :meth:`apply` limits weights, or None.
-        mu: exponent of the dependence on the weight.
+        mu: exponent of the soft bounds: the nearer a weight is to a bound, the smaller its update; 0 for none.
         max_norm: upper limit of the norm of one update, or None.
         name: name of the synapse in messages.
     """
@@ -87,14 +87,14 @@ class Learner(base.MemoryModule):
         self.plastic = PlasticPart(synapse, bounds)
         self.reduction, self.mu, self.max_norm = reduction, mu, max_norm
         self.name = name or f"{type(synapse).__name__}{list(synapse.weight.shape)}"
-        self.geometry = _geometry(synapse)
+        self.geometry = _geometry(synapse)  # None for a linear map
         self.trace_pre: Tensor | None
         self.trace_post: Tensor | None
         self.register_memory("trace_pre", None)
         self.register_memory("trace_post", None)
         self._pre: list[Tensor] = []
         self._post: list[Tensor] = []
-        self._versions: list[tuple[Tensor, int]] = []  # versions of the recorded tensors, which are not copied
+        self._versions: list[tuple[Tensor, int]] = []  # version counters: recorded tensors are not copied
         self._layout: tuple[torch.Size, slice | None] | None = None  # rows and positions of the traces
         self._enabled = True
         self._was_called = False  # whether synapse or neurons were ever called
@@ -122,7 +122,7 @@ class Learner(base.MemoryModule):
     def revert(self) -> None:
         """Remove all updates that :meth:`apply` has added, and restore the earlier weights bit for bit.
 
-        If an optimizer ran in between, subtract the updates from the present weights.
+        If an optimizer has changed weights since, the updates are subtracted from these instead.
         """
         self.plastic.revert()
 
@@ -160,7 +160,7 @@ class Learner(base.MemoryModule):
     # --- for subclasses
 
     def _synapse_arguments(self) -> dict[str, Any]:
-        """Return the arguments of the ops that depend on the synapse."""
+        """Return those arguments of the ops that follow from the synapse."""
         bounds = {} if self.bounds is None else {"bounds": self.bounds}
         weight = self.synapse.weight if self.mu else None
         return {"weight": weight, "mu": self.mu, "geometry": self.geometry, **bounds}
@@ -168,17 +168,17 @@ class Learner(base.MemoryModule):
     def _weight_update(self, compute: ComputeChange, scale: float, positions: slice | None) -> Tensor | None:
         """Return the mean update of all processes and clear the record; None if no process recorded anything."""
         weight = self.synapse.weight
-        own = raise_on_all_ranks(lambda: self._update_from_record(compute, scale, positions), weight.device)
+        own_delta = raise_on_all_ranks(lambda: self._update_from_record(compute, scale, positions), weight.device)
         while self._pending_warnings:
             warnings.warn(self._pending_warnings.pop(0), stacklevel=3)  # the caller of step()
-        delta = mean_over_ranks(own, weight)
+        delta = mean_over_ranks(own_delta, weight)
         if delta is not None and self.max_norm is not None:
             norm = torch.linalg.vector_norm(delta, dtype=torch.float64)  # squares of half precision overflow
             delta = delta * (self.max_norm / norm.clamp(min=self.max_norm)).to(delta.dtype)
         return delta
 
     def _return_or_accumulate(self, delta: Tensor | None, on_grad: bool) -> Tensor | None:
-        """Return the update, or subtract it from the gradient."""
+        """Subtract the update from the gradient and return None, or without ``on_grad`` return it."""
         if delta is None or not on_grad:
             return delta
         weight = self.synapse.weight
@@ -191,15 +191,15 @@ class Learner(base.MemoryModule):
     # --- the record
 
     def _record_pre(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module is self.synapse:
+        if module is self.synapse:  # a copy of the module has the same hook
             self._record(self._pre, (*inputs, *kwargs.values()), "the synapse was called with")
 
     def _record_post(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if module is self.sn:
             self._record(self._post, output if isinstance(output, tuple) else (output,), "the neurons returned")
 
-    def _record(self, record: list[Tensor], values: tuple[Any, ...], source: str) -> None:
-        """Append the first of ``values`` to ``record``: snnTorch's neurons return spikes first, then states."""
+    def _record(self, recorded: list[Tensor], values: tuple[Any, ...], source: str) -> None:
+        """Append the first of ``values`` to ``recorded``: snnTorch's neurons return spikes first, then states."""
         self._was_called = True
         if not self._enabled:
             return
@@ -211,7 +211,7 @@ class Learner(base.MemoryModule):
             spikes = spikes.clone()  # inference tensors have no version counter
         else:
             self._versions.append((spikes, version_counter(spikes)))
-        record.append(spikes)
+        recorded.append(spikes)
 
     def _clear_record(self) -> None:
         self._pre.clear()
@@ -225,10 +225,10 @@ class Learner(base.MemoryModule):
         if record is None:
             return None
         if self._layout not in (None, (record.rows, positions)):
-            before, now = (f"{list(rows)}" for rows in (self._layout[0], record.rows))
+            before, now = (f"{list(rows)} and positions {at}" for rows, at in (self._layout, (record.rows, positions)))
             raise ValueError(
-                f"the rows of the traces must not change between updates, got {before} and then {now} (or other positions): "
-                "reset() the learner when the batch shape changes"
+                f"rows and positions of the traces must not change between updates, got rows {before}, then rows {now}: "
+                "reset() the learner when they change"
             )
         delta, commit = compute(record)
         rows = max(record.pre.shape[1], 1) if self.reduction == "mean" else 1
@@ -244,13 +244,13 @@ class Learner(base.MemoryModule):
         if len(self._pre) != len(self._post):
             raise RuntimeError(
                 f"synapse and neurons must be called equally often, got {len(self._pre)} and {len(self._post)} calls since the "
-                "last update: both must be part of the network that ran, and activation checkpointing must not run only one "
-                "of them again; reset() clears the record"
+                "last update: both must be part of the network that ran, and activation checkpointing must recompute both "
+                "or neither; reset() clears the record"
             )
         if not self._pre:
             if self._enabled and not self._was_called:
                 raise RuntimeError(
-                    f"neither {self.name} nor its neurons were ever called: a learner needs modules of the network that runs"
+                    f"neither {self.name} nor its neurons were ever called: give the learner modules of the network that you call"
                 )
             return None
         mode = getattr(self.sn, "step_mode", self.step_mode)
@@ -270,7 +270,7 @@ class Learner(base.MemoryModule):
         if self.step_mode == "s" and self.geometry is None and pre.ndim == post.ndim == 2:
             pre, post = pre[:, None], post[:, None]  # a single sample, [D]
         self._check_shapes(pre, post)
-        n_features = 1 if self.geometry is None else pre.ndim - 2
+        n_feature_dims = 1 if self.geometry is None else pre.ndim - 2
         if positions is not None:
             if pre.ndim != 4 or self.geometry is not None or not isinstance(positions, slice):
                 raise ValueError(
@@ -279,8 +279,8 @@ class Learner(base.MemoryModule):
             if not len(range(pre.shape[2])[positions]):
                 raise ValueError(f"positions must select at least one of {pre.shape[2]} positions, got {positions}")
             pre, post = pre[..., positions, :], post[..., positions, :]
-        rows = pre.shape[1:-n_features]
-        return SpikeRecord(pre.flatten(1, -1 - n_features), post.flatten(1, -1 - n_features), rows)
+        rows = pre.shape[1:-n_feature_dims]
+        return SpikeRecord(pre.flatten(1, -1 - n_feature_dims), post.flatten(1, -1 - n_feature_dims), rows)
 
     def _sequence(self, record: list[Tensor]) -> Tensor:
         """Return the recorded tensors as one sequence ``[T, N, *]``."""
@@ -332,17 +332,18 @@ class Learner(base.MemoryModule):
         raise ValueError(f"the weight update of {self.name} must be finite, but is not; the weights are unchanged")
 
     def _check_activity(self, delta: Tensor, record: SpikeRecord) -> None:
-        """Queue one warning if the input is not binary or nothing fires."""
+        """Queue warnings, each once: of values other than 0 and 1, and of silence."""
         if not self._input_checked:
             self._input_checked = True
-            for side, spikes in (("input", record.pre), ("neurons' output", record.post)):
+            for side, spikes in (("input of", record.pre), ("output of the neurons after", record.post)):
                 if not ((spikes == 0) | (spikes == 1)).all():
                     self._pending_warnings.append(
-                        f"the {side} of {self.name} must be spikes (0 and 1) for STDP, got other values"
+                        f"the {side} {self.name} must be spikes (0 and 1) for STDP, got other values"
                     )
         self._silent_steps = 0 if delta.any() else self._silent_steps + len(record.pre)
-        # Silence in a single time step is normal.
-        if not self._warned_silent and self._silent_steps >= (2 if len(record.pre) > 1 else SILENT_STEPS):
+        # One silent time step is normal, a silent sequence is not.
+        silent_for_long = self._silent_steps >= SILENT_STEPS or (self._silent_steps > 0 and len(record.pre) > 1)
+        if not self._warned_silent and silent_for_long:
             silent = [side for side, spikes in (("input", record.pre), ("neurons", record.post)) if not spikes.any()]
             if silent:
                 self._warned_silent = True
