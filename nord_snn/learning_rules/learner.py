@@ -224,11 +224,12 @@ class Learner(base.MemoryModule):
         record = self._spike_record(positions)
         if record is None:
             return None
-        if self._layout not in (None, (record.rows, positions)):
-            before, now = (f"{list(rows)} and positions {at}" for rows, at in (self._layout, (record.rows, positions)))
+        if self._layout is not None and self._layout != (record.rows, positions):
+            (rows, at), rows_now = self._layout, record.rows
+            before, now = (f"{list(rows)}", f"{list(rows_now)}") if rows != rows_now else (f"{at}", f"{positions}")
             raise ValueError(
-                f"rows and positions of the traces must not change between updates, got rows {before}, then rows {now}: "
-                "reset() the learner when they change"
+                f"rows and positions of the traces must not change between updates, got {before} and then {now}: "
+                "reset() the learner when the batch shape changes"
             )
         delta, commit = compute(record)
         rows = max(record.pre.shape[1], 1) if self.reduction == "mean" else 1
