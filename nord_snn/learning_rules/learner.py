@@ -225,8 +225,10 @@ class Learner(base.MemoryModule):
         if record is None:
             return None
         if self._layout is not None and self._layout != (record.rows, positions):
-            (rows, at), rows_now = self._layout, record.rows
-            before, now = (f"{list(rows)}", f"{list(rows_now)}") if rows != rows_now else (f"{at}", f"{positions}")
+            (rows_before, at), rows_now = self._layout, record.rows
+            before, now = (
+                (f"{list(rows_before)}", f"{list(rows_now)}") if rows_before != rows_now else (f"{at}", f"{positions}")
+            )
             raise ValueError(
                 f"rows and positions of the traces must not change between updates, got {before} and then {now}: "
                 "reset() the learner when the batch shape changes"
