@@ -37,6 +37,15 @@ class StatefulNode(StatePrecisionMixin, BaseNode):
 
     v_seq: Tensor | None
 
+    def get_memories(self, *names: str) -> tuple[Any, ...]:
+        """Return memories by name; reading an attribute searches parameters and buffers first."""
+        memories = self._memories
+        return tuple([memories[name] for name in names])
+
+    def set_memories(self, values: dict[str, Any]) -> None:
+        """Set memories by name; setting attributes does it one at a time."""
+        self._memories.update(values)
+
     def get_state(self) -> dict[str, Any]:
         """Return the state by name, and the stored membrane potentials."""
         stored = {"v_seq": self.v_seq} if "v_seq" in self.__dict__ else {}  # in named_memories() of 0.0.0.0.14

@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode  # has no public name
 
@@ -26,6 +27,7 @@ __all__ = [
     "operators_by_private_name",
     "padding_on_both_sides",
     "stop_observing_forward",
+    "transform_is_active",
     "version_counter",
     "without_dispatch_modes",
     "without_torch_function",
@@ -57,6 +59,11 @@ def initialize_lazy_module(module: Any, *arguments: Any) -> None:
 def dispatch_mode_is_active() -> bool:
     """Return whether a ``TorchDispatchMode`` is active. There is no public function for it."""
     return bool(_python_dispatch.is_in_torch_dispatch_mode())
+
+
+def transform_is_active() -> bool:
+    """Return whether ``vmap``, ``torch.func`` or forward-mode differentiation is active. There is no public function for it."""
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
 def without_dispatch_modes() -> AbstractContextManager[Any]:

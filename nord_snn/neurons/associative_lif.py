@@ -20,7 +20,7 @@ from nord_snn.ops.checks import check_features, compute_dtype
 from nord_snn.ops.dispatch import BACKENDS
 from nord_snn.ops.lif.cost import associative_update_cost, lif_update_cost
 from nord_snn.ops.lif.op import associative_lif_backend
-from nord_snn.ops.lif.reference import PUBLISHED
+from nord_snn.ops.lif.reference import PUBLISHED, map_state
 from nord_snn.ops.surrogate import SurrogateLike, resolve_surrogate
 
 __all__ = ["AssociativeLIFNode"]
@@ -283,6 +283,11 @@ class AssociativeLIFNode(StatefulNode):
         return self.v_threshold.new_zeros(1) if self.beta_syn_logit is None else self.beta_syn_logit.sigmoid()
 
     @property
+    def is_membrane_only(self) -> bool:
+        """Return whether the membrane potential is the whole state: no synaptic current, refractory period or cascade."""
+        return self.beta_syn_logit is None and self.refractory_steps == 0 and self.cascade is None
+
+    @property
     def emits_binary_spikes(self) -> bool:
         """Return whether all outputs are zeros and ones; False for a callable surrogate without ``spiking = True``."""
         return isinstance(self.surrogate_function, str) or getattr(self.surrogate_function, "spiking", False) is True
@@ -325,17 +330,25 @@ class AssociativeLIFNode(StatefulNode):
         multi = self.step_mode == "m"
         self.check_input(x, self.step_mode)
         x_seq = x if multi else x.unsqueeze(0)
-        rest = self.dynamics.v_rest
-        stored: _States = (rest, 0.0, 0) if stateless else (self.v, self.i_syn, self.refractory)
-        at_rest = not any(isinstance(part, Tensor) for part in stored) and stored == (rest, 0.0, 0)
-        initial = None if at_rest else self.materialize_states((x_seq,), stored, "m")
-        spikes, v_seq, state = self._run(x_seq, initial, self.store_v_seq)
+        initial = None if stateless else self._stored_state(x_seq)
+        membrane_only = self.is_membrane_only and (initial is None or initial.i_syn is None)
+        spikes, v_seq, state = self._run(x_seq, initial, self.store_v_seq, membrane_only)
         if not stateless:
-            self.v, self.i_syn, self.refractory = state
+            self.set_memories({"v": state.v} if membrane_only else state._asdict())
         if v_seq is not None:
             earlier = None if multi or stateless else self.v_seq
             self.v_seq = v_seq if earlier is None else torch.cat((earlier, v_seq))
         return spikes if multi else spikes.squeeze(0)
+
+    def _stored_state(self, x_seq: Tensor) -> AssociativeLIFState | None:
+        """Return the stored state as tensors for this input; None at rest."""
+        stored = self.get_memories("v", "i_syn", "refractory")
+        if not any(isinstance(part, Tensor) for part in stored) and stored == (self.dynamics.v_rest, 0.0, 0):
+            return None
+        if self.is_membrane_only and not isinstance(stored[1], Tensor) and not isinstance(stored[2], Tensor):
+            v = self._state_for(x_seq, x_seq.shape[1:], stored[0], compute_dtype(x_seq))
+            return AssociativeLIFState(v, cast(Tensor, None), cast(Tensor, None))
+        return self.materialize_states((x_seq,), stored, "m")
 
     def _dimension(self, step_ndim: int) -> int:
         """Return the dimension of the neurons, counted from the end, where a time step has ``step_ndim`` dimensions."""
@@ -399,16 +412,22 @@ class AssociativeLIFNode(StatefulNode):
 
     def materialize_states(self, inputs: _Tensors, states: _States, step_mode: str) -> AssociativeLIFState:
         """Turn states at rest (numbers) into tensors for this input; raise if state tensors have another batch shape."""
-        x = inputs[0][0] if step_mode == "m" else inputs[0]
-        dtypes = (compute_dtype(x), compute_dtype(x), torch.int32)
-        return AssociativeLIFState(*(self._state_for(x, s, d) for s, d in zip(states, dtypes, strict=True)))
+        x = inputs[0]
+        step = x.shape[1:] if step_mode == "m" else x.shape
+        dtype = compute_dtype(x)
+        v, i_syn, refractory = states
+        return AssociativeLIFState(
+            self._state_for(x, step, v, dtype),
+            self._state_for(x, step, i_syn, dtype),
+            self._state_for(x, step, refractory, torch.int32),
+        )
 
-    def _state_for(self, x: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+    def _state_for(self, x: Tensor, step: torch.Size, state: Any, dtype: torch.dtype) -> Tensor:
         if not isinstance(state, Tensor):
-            return torch.full_like(x, state, dtype=dtype, requires_grad=False)
-        if state.shape != x.shape:
+            return x.new_full(step, state, dtype=dtype)
+        if state.shape != step:
             raise ValueError(
-                f"{type(self).__name__} has state of shape {list(state.shape)}, but got input of shape {list(x.shape)} "
+                f"{type(self).__name__} has state of shape {list(state.shape)}, but got input of shape {list(step)} "
                 "per time step: call reset() (or functional.reset_net) before a batch of another shape"
             )
         if state.is_meta and not x.is_meta:
@@ -416,28 +435,33 @@ class AssociativeLIFNode(StatefulNode):
         return state.to(device=x.device, dtype=dtype)
 
     def _run(
-        self, x_seq: Tensor, states: AssociativeLIFState | None, return_v_seq: bool = False
+        self,
+        x_seq: Tensor,
+        states: AssociativeLIFState | None,
+        return_v_seq: bool = False,
+        membrane_only: bool = False,
     ) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
         dim = self._dimension(x_seq.ndim - 1)
         if dim != -1 and x_seq.movedim(dim, -1).is_contiguous():  # images in the memory format channels_last
-            moved = None if states is None else AssociativeLIFState(*(part.movedim(dim, -1) for part in states))
-            spikes, v_seq, state = self._run_op(x_seq.movedim(dim, -1), moved, return_v_seq, -1)
+            moved = None if states is None else map_state(lambda part: part.movedim(dim, -1), states)
+            spikes, v_seq, state = self._run_op(x_seq.movedim(dim, -1), moved, return_v_seq, membrane_only, -1)
             back = [None if part is None else part.movedim(-1, dim) for part in (spikes, v_seq, *state)]
             return cast(Tensor, back[0]), back[1], AssociativeLIFState(*cast(list[Tensor], back[2:]))
-        return self._run_op(x_seq, states, return_v_seq, dim)
+        return self._run_op(x_seq, states, return_v_seq, membrane_only, dim)
 
     def _run_op(
-        self, x_seq: Tensor, states: AssociativeLIFState | None, return_v_seq: bool, dim: int
+        self, x_seq: Tensor, states: AssociativeLIFState | None, return_v_seq: bool, membrane_only: bool, dim: int
     ) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
-        """Run the op, which takes ``[T, rows, D]``, or ``[T, rows, D, places]`` with dimensions after that of the neurons."""
+        """Run the op, which takes ``[T, N, D]``, or ``[T, N, D, M]`` with places after the neurons."""
         step = x_seq.shape[1:]
-        shape = (-1, self.n_features) if dim == -1 else (-1, self.n_features, math.prod(step[dim + 1 :]))
+        if (dim, len(step)) not in ((-1, 2), (-2, 3)):  # other dimensions than [N, D] or [N, D, M]
+            return self._run_rows(x_seq, states, return_v_seq, membrane_only, dim)
         dtype = compute_dtype(x_seq)  # cast before the sigmoid: in bfloat16, 1 - beta_mem would be 2 % off
         surrogate, alpha = known_surrogate(self.surrogate_function, self.alpha)
         beta_mem, beta_syn = self.beta_mem_logit, self.beta_syn_logit
-        spikes, v_seq, state = associative_lif(
-            _rows(x_seq, shape, 1),
-            None if states is None else AssociativeLIFState(*(_rows(part, shape) for part in states)),
+        return associative_lif(
+            x_seq,
+            states,
             threshold=self.firing_threshold(),
             beta_mem=None if beta_mem is None else beta_mem.to(dtype).sigmoid(),
             beta_syn=0.0 if beta_syn is None else beta_syn.to(dtype).sigmoid(),
@@ -449,10 +473,23 @@ class AssociativeLIFNode(StatefulNode):
             alpha=alpha,
             dynamics=self.dynamics,
             channels_first=dim != -1,
+            membrane_only=membrane_only,
             return_v_seq=return_v_seq,
             backend=self.backend,
         )
-        final = AssociativeLIFState(*(part.reshape(step) for part in state))
+
+    def _run_rows(
+        self, x_seq: Tensor, states: AssociativeLIFState | None, return_v_seq: bool, membrane_only: bool, dim: int
+    ) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
+        """Run an input of any rank with all batch dimensions as one, and all dimensions after the neurons as one."""
+        step = x_seq.shape[1:]
+        rows = (math.prod(step[:dim]), self.n_features)
+        shape = rows if dim == -1 else (*rows, math.prod(step[dim + 1 :]))
+        initial = None if states is None else map_state(lambda part: part.reshape(shape), states)
+        spikes, v_seq, state = self._run_op(
+            x_seq.reshape(len(x_seq), *shape), initial, return_v_seq, membrane_only, -1 if dim == -1 else -2
+        )
+        final = map_state(lambda part: part.reshape(step), state)
         return spikes.reshape(x_seq.shape), None if v_seq is None else v_seq.reshape(x_seq.shape), final
 
     def firing_threshold(self) -> Tensor:
@@ -461,7 +498,7 @@ class AssociativeLIFNode(StatefulNode):
 
     def update_cost(self, spikes: Tensor) -> OpCost:
         """Return the cost of the updates that computed ``spikes``, cascade included."""
-        if self.cascade is None and self.beta_syn_logit is None and self.refractory_steps == 0:
+        if self.is_membrane_only:
             return lif_update_cost(spikes)
         spikes = spikes.movedim(self._dimension(self._step_ndim(spikes)), -1)
         return associative_update_cost(spikes, None if self.cascade is None else self.cascade.n_clusters)
@@ -541,12 +578,6 @@ def _make_cascade(
     if not isinstance(n_clusters, int):
         raise TypeError(f"n_clusters must be a number, 'auto' or None, got {n_clusters!r}")
     return AssociativeCascade(n_clusters if n_features is None else n_features, n_clusters, radius=radius, gain=gain)
-
-
-def _rows(x: Tensor, shape: tuple[int, ...], before: int = 0) -> Tensor:
-    """Reshape the dimensions after the first ``before`` ones to ``shape``, whose first entry is -1."""
-    rows = x[(0,) * before].numel() // max(math.prod(shape[1:]), 1) if x.numel() else 0
-    return x.reshape(*x.shape[:before], rows, *shape[1:])
 
 
 def _logit(beta: float | Tensor, name: str) -> float | Tensor:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nord_snn._compat.torch import dispatch_mode_is_active
+from nord_snn._compat.torch import dispatch_mode_is_active, transform_is_active
 
 __all__ = ["Kernel", "register_op", "register_op_without_gradient"]
 
@@ -73,6 +73,8 @@ def register_op(
     function: Any = type(f"nord_snn_{name}", (torch.autograd.Function,), methods)  # name shown by profilers
 
     def direct(*tensors: Any, **options: Any) -> Any:
+        if _has_no_derivative(tensors):  # ``apply`` costs more than a small kernel
+            return forward.run(*tensors, **options)
         return function.apply(*tensors, options)
 
     return _use_dispatcher_if_needed(op, direct)
@@ -92,6 +94,13 @@ def _use_dispatcher_if_needed(op: Callable[..., Any], direct: Callable[..., Any]
         return direct(*tensors, **options)
 
     return call
+
+
+def _has_no_derivative(tensors: Iterable[Any]) -> bool:
+    """Return whether autograd has nothing to record, and no other derivative or ``vmap`` is active."""
+    if transform_is_active():
+        return False
+    return not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
 
 
 _PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None), int, float, bool, str}

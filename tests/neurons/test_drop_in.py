@@ -314,3 +314,17 @@ def test_like_gives_the_spikes_of_snntorch(kind, reset, delay):
     spikes = torch.stack([ours(step) for step in x])
     assert torch.equal(spikes, expected)
     assert 0.02 < expected.mean() < 0.9
+
+
+def test_a_node_whose_membrane_is_its_whole_state_stores_nothing_else():
+    node, whole = AssociativeLIFNode(6, preset="lif"), AssociativeLIFNode(6, preset="lif", step_mode="m")
+    x = torch.randn(5, 2, 6)
+    with torch.no_grad():
+        spikes = torch.stack([node(step) for step in x])
+        assert torch.equal(spikes, whole(x))
+    assert node.i_syn == 0.0
+    assert node.refractory == 0
+    assert torch.equal(torch.as_tensor(node.v), torch.as_tensor(whole.v))
+    published = AssociativeLIFNode(6, n_clusters=None)
+    published(x[0])
+    assert isinstance(published.i_syn, torch.Tensor)

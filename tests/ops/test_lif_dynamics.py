@@ -141,3 +141,43 @@ def test_bad_input_is_named(options, message):
     arguments = {"threshold": torch.ones(4), "beta_mem": 0.5, "beta_syn": 0.5} | options
     with pytest.raises(ValueError, match=message):
         associative_lif(torch.randn(2, 3, 4), **arguments)
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.parametrize("shape", [(5, 3, 20), (4, 2, 6, 9)], ids=["features last", "channels first"])
+def test_neurons_without_other_state_give_the_same_with_the_membrane_alone(backend, shape):
+    torch.manual_seed(0)
+    D = shape[2]
+    x = torch.randn(shape, requires_grad=True)
+    threshold, beta_mem = torch.rand(D, requires_grad=True), torch.tensor([0.7], requires_grad=True)
+    v = torch.randn(shape[1:], requires_grad=True)
+
+    def run(membrane_only):
+        zeros = torch.zeros(shape[1:])
+        others = (None, None) if membrane_only else (zeros, zeros.to(torch.int32))
+        spikes, v_seq, last = associative_lif(
+            x, AssociativeLIFState(v, *others), threshold=threshold, beta_mem=beta_mem, beta_syn=0.0, v_reset=0.0,
+            refractory_steps=0, channels_first=len(shape) == 4, membrane_only=membrane_only, return_v_seq=True,
+            backend=backend,
+        )  # fmt: skip
+        loss = (spikes * torch.randn(shape, generator=torch.Generator().manual_seed(1))).sum() + v_seq.sin().sum()
+        gradients = torch.autograd.grad(loss + last.v.cos().sum(), [x, v, threshold, beta_mem])
+        return [spikes, v_seq, last.v, *gradients], last
+
+    (expected, full), (result, alone) = run(False), run(True)
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+    assert alone.i_syn is None
+    assert alone.refractory is None
+    assert full.i_syn is not None
+
+
+@pytest.mark.parametrize("more", [{"beta_syn": 0.5}, {"refractory_steps": 1}])
+def test_neurons_with_more_state_cannot_have_the_membrane_alone(more):
+    constants = {"beta_syn": 0.0, "refractory_steps": 0} | more
+    with pytest.raises(ValueError, match="membrane_only is for neurons whose state is the membrane potential"):
+        associative_lif(torch.rand(2, 3, 4), threshold=torch.ones(4), beta_mem=0.5, membrane_only=True, **constants)
+    with pytest.raises(ValueError, match=r"state.i_syn must be \[N, D\] = \[3, 4\] for this input, got None"):
+        associative_lif(
+            torch.rand(2, 3, 4), AssociativeLIFState(torch.zeros(3, 4), None, None), threshold=torch.ones(4),
+            beta_mem=0.5, beta_syn=0.5,
+        )  # fmt: skip

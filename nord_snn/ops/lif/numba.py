@@ -5,6 +5,7 @@ block forward and then goes through the steps in reverse. The README of this fol
 pointers.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -30,10 +31,11 @@ from nord_snn.ops._numba.simd import (
     store,
     where,
 )
-from nord_snn.ops._numba.tensors import NUMPY_TYPES, addresses, as_contiguous, data_pointer
+from nord_snn.ops._numba.tensors import NUMPY_TYPES, addresses, as_contiguous
 from nord_snn.ops._numba.threads import as_many_threads_as_torch
 from nord_snn.ops.checks import compute_dtype
 from nord_snn.ops.dispatch import CallSignature, Support
+from nord_snn.ops.lif.reference import Dynamics
 from nord_snn.ops.lif.support import Arguments, OutputGradients, supports_surrogate
 
 __all__ = ["SURROGATE_IDS", "accepts", "backward", "forward"]
@@ -113,7 +115,7 @@ class _Modes(NamedTuple):
 
 
 class _Constants(NamedTuple):
-    """Numbers of a call, in the type that the kernels compute in; the betas are 0 where every neuron has its own."""
+    """Numbers of a call, in the type that the kernels compute in; the betas are 0 until :func:`_with_decays` sets them."""
 
     beta_mem: Any
     beta_syn: Any
@@ -125,7 +127,7 @@ class _Constants(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """Addresses of the inputs, 0 for None; both couplings are ``[C, width]``."""
+    """Addresses of the inputs, 0 for None; both couplings are ``[C, width]``. A decay without address is 0."""
 
     x: int
     v: int
@@ -139,7 +141,7 @@ class _Inputs(NamedTuple):
 
 
 class _Outputs(NamedTuple):
-    """Addresses of the outputs."""
+    """Addresses of the outputs, 0 for those that are not wanted; spikes and v_last always are."""
 
     spikes: int
     v_seq: int
@@ -158,12 +160,21 @@ class _OutputGradients(NamedTuple):
 
 
 class _Gradients(NamedTuple):
-    """Addresses of the gradients of x and of the initial state, and of the sums ``shared`` of each chunk."""
+    """Addresses of the gradients of x and of the initial state, and of the sums ``shared`` of a chunk."""
 
     x: int
     v: int
     i_syn: int
     shared: int
+
+
+class _ParameterGradients(NamedTuple):
+    """Addresses of the gradients of the parameters, 0 if they are not wanted; the coupling is ``[C, C]``."""
+
+    threshold: int
+    beta_mem: int
+    beta_syn: int
+    coupling: int
 
 
 class _Block(NamedTuple):
@@ -204,6 +215,22 @@ class _Tile(NamedTuple):
     state: int
     record: int
     masks: int
+
+
+@kernel
+def _with_decays(constants, sizes, inputs):
+    """Return the constants with both decays, unless every neuron has its own."""
+    like = constants.v_reset
+    beta_mem, beta_syn = constants.beta_mem, constants.beta_syn
+    if sizes.n_decays == 1:
+        if inputs.beta_mem != 0:
+            beta_mem = as_pointer(inputs.beta_mem, like)[0]
+        if inputs.beta_syn != 0:
+            beta_syn = as_pointer(inputs.beta_syn, like)[0]
+    return _Constants(
+        beta_mem, beta_syn, constants.v_reset, constants.refractory_steps, constants.tau, constants.v_rest,
+        constants.reset_scale,
+    )  # fmt: skip
 
 
 @kernel
@@ -430,14 +457,17 @@ def _load_state(start, length, tiles, inputs, like, block):
     """Load the initial state of a block of neurons, or zeros for rest."""
     state, cascade_in, _, _, _ = block
     v, i_syn = as_pointer(inputs.v, like), as_pointer(inputs.i_syn, like)
-    refractory = as_pointer(inputs.refractory, like)
-    has_state = inputs.v != 0
+    refractory = as_pointer(inputs.refractory, np.int32(0))
     for tile in range(tiles):
         lo, s = tile * _TILE, tile * _STATE
         n = min(_TILE, length - lo)
-        _load_or_zero(has_state, v, start + lo, n, state, s + _V)
-        _load_or_zero(has_state, i_syn, start + lo, n, state, s + _CURRENT)
-        _load_or_zero(has_state, refractory, start + lo, n, state, s + _REFRACTORY)
+        _load_or_zero(inputs.v != 0, v, start + lo, n, state, s + _V)
+        _load_or_zero(inputs.i_syn != 0, i_syn, start + lo, n, state, s + _CURRENT)
+        if inputs.refractory != 0:
+            for d in range(n):
+                state[s + _REFRACTORY + d] = refractory[start + lo + d]
+        for d in range(n if inputs.refractory != 0 else 0, -(-n // WIDTH) * WIDTH):
+            state[s + _REFRACTORY + d] = 0
     for d in range(0, tiles * _TILE + WIDTH, WIDTH):
         store(cascade_in, d, broadcast(cascade_in, 0))
 
@@ -490,8 +520,9 @@ def _load_parameters(start, length, sizes, inputs, like, state):
     for tile in range(sizes.tiles):
         at, s, n = start + tile * _TILE, tile * _STATE, min(_TILE, length - tile * _TILE)
         _load_parameter(as_pointer(inputs.threshold, like), sizes, at, n, state, s + _THRESHOLD)
-        if sizes.n_decays > 1:
+        if sizes.n_decays > 1 and inputs.beta_mem != 0:
             _load_parameter(as_pointer(inputs.beta_mem, like), sizes, at, n, state, s + _MEM)
+        if sizes.n_decays > 1 and inputs.beta_syn != 0:
             _load_parameter(as_pointer(inputs.beta_syn, like), sizes, at, n, state, s + _SYN)
 
 
@@ -552,9 +583,13 @@ def _forward_rows(first, last, sizes, inputs, outputs, keep_v, constants, modes,
             n = min(_TILE, length - lo)
             for d in range(0, n, WIDTH):
                 masked_store(v_last, start + lo + d, n - d, load(state, s + _V + d))
-                masked_store(i_last, start + lo + d, n - d, load(state, s + _CURRENT + d) + load(cascade_in, lo + d))
-            for d in range(n):
-                refractory_last[start + lo + d] = state[s + _REFRACTORY + d]
+            if outputs.i_last != 0:
+                for d in range(0, n, WIDTH):
+                    current_last = load(state, s + _CURRENT + d) + load(cascade_in, lo + d)
+                    masked_store(i_last, start + lo + d, n - d, current_last)
+            if outputs.refractory_last != 0:
+                for d in range(n):
+                    refractory_last[start + lo + d] = state[s + _REFRACTORY + d]
 
 
 class _Surrogate(NamedTuple):
@@ -637,9 +672,12 @@ def _backward_rows(first, last, sizes, grads, inputs, constants, modes, surrogat
                 )  # fmt: skip
         for tile in range(tiles if inputs.v != 0 else 0):
             lo, s = tile * _TILE, tile * _STATE
-            for d in range(min(_TILE, length - lo)):
+            n = min(_TILE, length - lo)
+            for d in range(n):
                 grad_v[start + lo + d] = state[s + _GRAD_V + d]
-                grad_i[start + lo + d] = grad_current[lo + d]
+            if inputs.i_syn != 0:
+                for d in range(n):
+                    grad_i[start + lo + d] = grad_current[lo + d]
         if sizes.n_decays == 1:
             for kind in range(2):
                 grad_betas[kind] += reduce_sum(load(beta_sums, kind * WIDTH))
@@ -656,12 +694,32 @@ def _backward_rows(first, last, sizes, grads, inputs, constants, modes, surrogat
         _add_gradients(0, block_length, sizes, state, grad_threshold, grad_betas)
 
 
+@kernel
+def _add_chunks(sizes, shared, like, results):
+    """Write the sums of the chunks ``shared`` to the gradients of the parameters."""
+    D, n, clusters, width = sizes.D, sizes.n_decays, sizes.clusters, sizes.width
+    length = D + 2 * n + clusters * width
+    for c in range(1, sizes.chunks):
+        for k in range(length):
+            shared[k] += shared[c * length + k]
+    threshold = as_pointer(results.threshold, like)
+    beta_mem, beta_syn = as_pointer(results.beta_mem, like), as_pointer(results.beta_syn, like)
+    coupling = as_pointer(results.coupling, like)
+    for k in range(D):
+        threshold[k] = shared[k]
+    for k in range(n):
+        beta_mem[k], beta_syn[k] = shared[D + k], shared[D + n + k]
+    for c in range(clusters):
+        for k in range(clusters):
+            coupling[c * clusters + k] = shared[D + 2 * n + c * width + k]
+
+
 @parallel_kernel
 def _forward(sizes, inputs, outputs, keep_v, constants, modes, scratch, scratch_size):
     """Run chunks of blocks in parallel; the tuples are those of the classes above."""
     chunks, blocks = sizes[0], sizes[1]
     for c in prange(chunks):
-        numbers = _Constants(*constants)
+        numbers = _with_decays(_Constants(*constants), _Sizes(*sizes), _Inputs(*inputs))
         _forward_rows(
             c * blocks // chunks, (c + 1) * blocks // chunks, _Sizes(*sizes), _Inputs(*inputs), _Outputs(*outputs),
             keep_v, numbers, _Modes(*modes), advance(as_pointer(scratch, numbers.v_reset), c * scratch_size),
@@ -670,15 +728,26 @@ def _forward(sizes, inputs, outputs, keep_v, constants, modes, scratch, scratch_
 
 @parallel_kernel
 def _backward(
-    sizes, grads, inputs, constants, modes, surrogate, record, refractory_masks, scratch, scratch_size, results
+    sizes,
+    grads,
+    inputs,
+    constants,
+    modes,
+    surrogate,
+    record,
+    refractory_masks,
+    scratch,
+    scratch_size,
+    of_inputs,
+    of_parameters,
 ):
     """Run chunks of blocks in parallel; the tuples are those of the classes above."""
     chunks, blocks, _, tiles, T, _, D, _, n_decays, clusters, width, record_of_tile = sizes
     record_size, masks_size = T * tiles * record_of_tile, T * tiles * _MASKS
     shared_bytes = 8 * (D + 2 * n_decays + clusters * width)
     for c in prange(chunks):
-        grad_x, grad_v, grad_i, shared = results
-        numbers = _Constants(*constants)
+        grad_x, grad_v, grad_i, shared = of_inputs
+        numbers = _with_decays(_Constants(*constants), _Sizes(*sizes), _Inputs(*inputs))
         like = numbers.v_reset
         _backward_rows(
             c * blocks // chunks, (c + 1) * blocks // chunks, _Sizes(*sizes), _OutputGradients(*grads),
@@ -688,35 +757,58 @@ def _backward(
             advance(as_pointer(scratch, like), c * scratch_size),
             _Gradients(grad_x, grad_v, grad_i, shared + c * shared_bytes),
         )  # fmt: skip
+    if of_parameters[0] != 0:
+        sums = as_pointer(of_inputs[3], np.float64(0))
+        _add_chunks(_Sizes(*sizes), sums, constants[2], _ParameterGradients(*of_parameters))
 
 
-def _sizes(arguments: Arguments, threads: int) -> _Sizes:
-    x, coupling = arguments.x, arguments.coupling
-    T, N, D, *places = x.shape
-    C = 0 if coupling is None else coupling.shape[0]
-    block_length = max(1, _TILE // D) * D if C else _TILE
-    blocks = -(-x[0].numel() // block_length)
+@functools.lru_cache(maxsize=1024)
+def _sizes(shape: torch.Size, n_decays: int, clusters: int, hard_reset: bool, threads: int) -> _Sizes:
+    T, N, D, *others = shape
+    places = math.prod(others)
+    block_length = max(1, _TILE // D) * D if clusters else _TILE
+    blocks = -(-N * D * places // block_length)
     return _Sizes(
         chunks=min(blocks, 2 * threads),
         blocks=blocks,
         block_length=block_length,
         tiles=-(-block_length // _TILE),
         T=T,
-        N=N * D * math.prod(places),
+        N=N * D * places,
         D=D,
-        places=math.prod(places),
-        n_decays=len(arguments.beta_mem),
-        clusters=C,
-        width=-(-C // WIDTH) * WIDTH,
-        record=(4 if arguments.dynamics.hard_reset else 3) * _ROW,
+        places=places,
+        n_decays=n_decays,
+        clusters=clusters,
+        width=-(-clusters // WIDTH) * WIDTH,
+        record=(4 if hard_reset else 3) * _ROW,
     )
 
 
-def _modes(arguments: Arguments) -> tuple[int, ...]:
+def _sizes_of(arguments: Arguments, threads: int) -> _Sizes:
+    coupling = arguments.coupling
+    clusters = 0 if coupling is None else coupling.shape[0]
+    return _sizes(arguments.x.shape, _n_decays(arguments), clusters, arguments.dynamics.hard_reset, threads)
+
+
+def _n_decays(arguments: Arguments) -> int:
+    """Return the number of decays of a kind; both betas have the same, or are None."""
+    beta = arguments.beta_syn if arguments.beta_mem is None else arguments.beta_mem
+    return 1 if beta is None else beta.shape[0]
+
+
+@functools.lru_cache(maxsize=1024)
+def _modes(dynamics: Dynamics, own_decays: bool) -> tuple[int, ...]:
     """Return the numbers of :class:`_Modes`."""
-    charge, _, _, hard_reset, _, detach_reset = arguments.dynamics
-    flags = charge == "relax", charge == "leak", charge == "average", len(arguments.beta_mem) > 1
+    charge, _, _, hard_reset, _, detach_reset = dynamics
+    flags = charge == "relax", charge == "leak", charge == "average", own_decays
     return tuple(map(int, (*flags, hard_reset, detach_reset)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _constants(v_reset: float, refractory_steps: int, dynamics: Dynamics, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Return the numbers of :class:`_Constants`."""
+    _, tau, v_rest, _, reset_scale, _ = dynamics
+    return tuple(map(NUMPY_TYPES[dtype], (0.0, 0.0, v_reset, refractory_steps, tau, v_rest, reset_scale)))
 
 
 def _contiguous(*tensors: Tensor | None, dtype: torch.dtype) -> list[Tensor | None]:
@@ -727,15 +819,8 @@ def _input_tensors(arguments: Arguments, dtype: torch.dtype) -> list[Tensor | No
     """Return the tensors of :class:`_Inputs`, contiguous."""
     x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, *_ = arguments
     couplings = [None, None] if coupling is None else [_padded(coupling, dtype), _padded(coupling.T, dtype)]
-    return [*_contiguous(x, v, i_syn, refractory, threshold, beta_mem, beta_syn, dtype=dtype), *couplings]
-
-
-def _constants(arguments: Arguments, dtype: torch.dtype) -> tuple[Any, ...]:
-    """Return the numbers of :class:`_Constants`."""
-    _, tau, v_rest, _, reset_scale, _ = arguments.dynamics
-    betas = [beta.item() if len(beta) == 1 else 0.0 for beta in (arguments.beta_mem, arguments.beta_syn)]
-    numbers = (*betas, arguments.v_reset, arguments.refractory_steps, tau, v_rest, reset_scale)
-    return tuple(map(NUMPY_TYPES[dtype], numbers))
+    state = [*_contiguous(x, v, i_syn, dtype=dtype), *_contiguous(refractory, dtype=torch.int32)]
+    return [*state, *_contiguous(threshold, beta_mem, beta_syn, dtype=dtype), *couplings]
 
 
 def _padded(coupling: Tensor, dtype: torch.dtype) -> Tensor:
@@ -744,16 +829,16 @@ def _padded(coupling: Tensor, dtype: torch.dtype) -> Tensor:
     return as_contiguous(torch.nn.functional.pad(coupling, (0, missing)) if missing else coupling, dtype)
 
 
-def forward(arguments: Arguments, keep_v: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return spikes, membrane potentials (empty unless ``keep_v``) and the last state."""
-    x = arguments.x
+def forward(arguments: Arguments, keep_v: bool, membrane_only: bool = False) -> tuple[Tensor, ...]:
+    """Return spikes, membrane potentials (empty unless ``keep_v``) and the last state (v alone if ``membrane_only``)."""
+    x, dynamics = arguments.x, arguments.dynamics
     step, dtype = x.shape[1:], compute_dtype(x)
-    spikes, v_seq = torch.empty(x.shape, dtype=dtype), torch.empty(x.shape if keep_v else (0, *step), dtype=dtype)
-    v_last, i_last = torch.empty(step, dtype=dtype), torch.empty(step, dtype=dtype)
-    refractory_last = torch.empty(step, dtype=torch.int32)
+    spikes, v_last = torch.empty(x.shape, dtype=dtype), torch.empty(step, dtype=dtype)
+    v_seq = torch.empty(x.shape if keep_v else (0, *step), dtype=dtype)
+    others = () if membrane_only else (torch.empty(step, dtype=dtype), torch.empty(step, dtype=torch.int32))
     inputs = _input_tensors(arguments, dtype)
     with as_many_threads_as_torch() as threads:
-        sizes = _sizes(arguments, threads)
+        sizes = _sizes_of(arguments, threads)
         tiles, width = sizes.tiles, sizes.width
         # Allocated here: memory allocated in the threads causes page faults in every call.
         scratch_size = tiles * _STATE + 2 * (tiles * _TILE + WIDTH) + (sizes.block_length // sizes.D + 1) * width
@@ -761,55 +846,58 @@ def forward(arguments: Arguments, keep_v: bool) -> tuple[Tensor, Tensor, Tensor,
         _forward(
             tuple(sizes),
             addresses(inputs),
-            addresses((spikes, v_seq, v_last, i_last, refractory_last)),
+            addresses((spikes, v_seq, v_last, *(others or (None, None)))),
             keep_v,
-            _constants(arguments, dtype),
-            _modes(arguments),
-            data_pointer(scratch),
+            _constants(arguments.v_reset, arguments.refractory_steps, dynamics, dtype),
+            _modes(dynamics, sizes.n_decays > 1),
+            scratch.data_ptr(),
             scratch_size,
         )
-    return spikes.to(x.dtype), v_seq.to(x.dtype), v_last, i_last, refractory_last
+    if x.dtype is not dtype:
+        spikes, v_seq = spikes.to(x.dtype), v_seq.to(x.dtype)
+    return spikes, v_seq, v_last, *others
 
 
 def backward(
-    grads: OutputGradients, arguments: Arguments, surrogate: str, alpha: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, v and i_syn (empty without a state), threshold, both betas, coupling (or empty)."""
+    grads: OutputGradients, arguments: Arguments, surrogate: str, alpha: float, parameters: bool = True
+) -> tuple[Tensor, ...]:
+    """Return the gradients of x, v and i_syn (empty without them), threshold, both betas, coupling (or empty).
+
+    Without ``parameters`` those from the threshold on are left out.
+    """
     x = arguments.x
     step, dtype = x.shape[1:], compute_dtype(x)
     grad_x = torch.empty(x.shape, dtype=dtype)
-    grad_v, grad_i = (torch.empty((0, *step[1:]) if arguments.v is None else step, dtype=dtype) for _ in range(2))
+    grad_v, grad_i = (
+        torch.empty((0, *step[1:]) if part is None else step, dtype=dtype) for part in (arguments.v, arguments.i_syn)
+    )
     inputs, grad_outputs = _input_tensors(arguments, dtype), _contiguous(*grads, dtype=dtype)
     with as_many_threads_as_torch() as threads:
-        sizes = _sizes(arguments, threads)
+        sizes = _sizes_of(arguments, threads)
         chunks, _, block_length, tiles, T, _, D, _, n_decays, C, width, record_of_tile = sizes
-        record = torch.empty(chunks, T * tiles * record_of_tile, dtype=dtype)
-        refractory_masks = torch.empty(chunks, T * tiles * _MASKS, dtype=torch.int16)
+        shapes = ((D,), (n_decays,), (n_decays,), (C, C)) if parameters else ()
+        of_parameters = [torch.empty(shape, dtype=dtype) for shape in shapes]
         scratch_size = tiles * _STATE + 4 * (tiles * _TILE + WIDTH) + 2 * WIDTH
         scratch_size += (2 * T * (block_length // D) + C + 1) * width
-        scratch = torch.zeros(chunks, scratch_size, dtype=dtype)
-        shared = torch.zeros(chunks, D + 2 * n_decays + C * width, dtype=torch.float64)
+        shared_size = D + 2 * n_decays + C * width
+        # One piece of zeros for the sums, in float64, and the scratch; one for what the forward sweep writes.
+        zeroed = torch.zeros(chunks * (shared_size + scratch_size), dtype=torch.float64)
+        record_bytes = chunks * T * tiles * record_of_tile * dtype.itemsize
+        written = torch.empty(record_bytes + chunks * T * tiles * _MASKS * 2, dtype=torch.uint8)
         _backward(
             tuple(sizes),
             addresses(grad_outputs),
             addresses(inputs),
-            _constants(arguments, dtype),
-            _modes(arguments),
+            _constants(arguments.v_reset, arguments.refractory_steps, arguments.dynamics, dtype),
+            _modes(arguments.dynamics, n_decays > 1),
             (SURROGATE_IDS[surrogate], NUMPY_TYPES[dtype](alpha)),
-            *addresses((record, refractory_masks, scratch)),
+            written.data_ptr(),
+            written.data_ptr() + record_bytes,
+            zeroed.data_ptr() + 8 * chunks * shared_size,
             scratch_size,
-            addresses((grad_x, grad_v, grad_i, shared)),
+            (*addresses((grad_x, grad_v, grad_i)), zeroed.data_ptr()),
+            addresses(of_parameters) or (0, 0, 0, 0),
         )
-    sums = shared.sum(0)
-    grad_threshold, grad_beta_mem, grad_beta_syn, grad_coupling = (
-        part.to(dtype, copy=True) for part in sums.split((D, n_decays, n_decays, C * width))
-    )
-    return (
-        grad_x.to(x.dtype),
-        grad_v,
-        grad_i,
-        grad_threshold,
-        grad_beta_mem,
-        grad_beta_syn,
-        grad_coupling.view(C, width)[:, :C].contiguous(),
-    )
+    if x.dtype is not dtype:
+        grad_x = grad_x.to(x.dtype)
+    return grad_x, grad_v, grad_i, *of_parameters

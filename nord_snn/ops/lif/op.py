@@ -1,7 +1,7 @@
 """The public op: argument checks, precision, choice of the backend, registration of the kernels with torch.library."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from nord_snn.ops.checks import check_channels, check_features, compute_dtype, w
 from nord_snn.ops.costs import register_cost
 from nord_snn.ops.dispatch import BackendChoice, CallSignature, backend_selector, choose_backend, register_backends
 from nord_snn.ops.lif.cost import associative_lif_cost
-from nord_snn.ops.lif.reference import CHARGES, PUBLISHED, AssociativeLIFState, Dynamics, reference
+from nord_snn.ops.lif.reference import CHARGES, PUBLISHED, AssociativeLIFState, Dynamics, map_state, reference
 from nord_snn.ops.lif.support import Arguments, OutputGradients
 from nord_snn.ops.registration import Kernel, register_op
 from nord_snn.ops.surrogate import SurrogateLike, resolve_surrogate
@@ -69,6 +69,7 @@ def associative_lif(
     alpha: float = 4.0,
     dynamics: Dynamics = PUBLISHED,
     channels_first: bool = False,
+    membrane_only: bool = False,
     return_v_seq: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
@@ -107,6 +108,9 @@ def associative_lif(
         dynamics: equations of membrane and reset. Default: those above.
         channels_first: take ``[T, N, D, M]``: each neuron parameter belongs to a channel of M places, such as the pixels of
             an image. Outputs have the layout of the input. Default: False.
+        membrane_only: the membrane potential is the whole state; ``i_syn`` and ``refractory`` are None in ``state`` and in
+            the last state. For neurons without synaptic current (``beta_syn=0``), refractory period and cascade: less
+            memory, and less time in loops of single time steps. Default: False.
         return_v_seq: also return the membrane potentials after reset.
         backend: ``"auto"``, ``"torch"``, ``"numba"``, ``"triton"`` or ``"cupy"``; see :mod:`nord_snn.ops.dispatch`. The
             kernels have a first derivative only; a second derivative needs ``"torch"`` and raises an error elsewhere.
@@ -116,7 +120,8 @@ def associative_lif(
 
     Raises:
         TypeError: ``x_seq`` is not a floating tensor.
-        ValueError: a shape is wrong, D is not a multiple of C, or a constant is out of its range.
+        ValueError: a shape is wrong, D is not a multiple of C, a constant is out of its range, or ``membrane_only`` is
+            passed for neurons with more state.
         RuntimeError: the requested backend cannot run.
 
     Source: the Nord spiking language model; the surrogate gradient after Neftci, Mostafa and Zenke 2019.
@@ -128,17 +133,24 @@ def associative_lif(
         >>> spikes.flatten()                                # fires; refractory for two steps; then below threshold
         tensor([1., 0., 0., 0., 0.])
     """
-    _check(x_seq, state, threshold, cascade_weight, cascade_gain, refractory_steps, channels_first)
+    _check(x_seq, state, threshold, cascade_weight, cascade_gain, refractory_steps, channels_first, membrane_only)
     _check_dynamics(dynamics, beta_mem)
+    if membrane_only and not (
+        not isinstance(beta_syn, Tensor) and beta_syn == 0 and refractory_steps == 0 and cascade_gain is None
+    ):
+        raise ValueError(
+            "membrane_only is for neurons whose state is the membrane potential: beta_syn=0, refractory_steps=0, no cascade"
+        )
     resolve_surrogate(surrogate, alpha)
     n_clusters = None if cascade_gain is None else cascade_gain.shape[0]
     dtype = compute_dtype(x_seq)
     with without_autocast(x_seq):
-        mem = _beta_tensor(0.0 if beta_mem is None else beta_mem, x_seq, "beta_mem", threshold, closed=True)
+        mem = None if beta_mem is None else _beta_tensor(beta_mem, x_seq, "beta_mem", threshold, closed=True)
         syn = _beta_tensor(beta_syn, x_seq, "beta_syn", threshold)
-        if mem.shape != syn.shape:
+        if mem is not None and syn is not None and mem.shape != syn.shape:
             mem, syn = mem.expand(threshold.shape), syn.expand(threshold.shape)
-        name = _choose(backend, _call(x_seq, surrogate, n_clusters, dynamics, len(mem), channels_first))
+        n_decays = max(1 if beta is None else beta.shape[0] for beta in (mem, syn))
+        name = _choose(backend, _call(x_seq, surrogate, n_clusters, dynamics, n_decays, channels_first))
         if state is None and dynamics.v_rest != 0:
             state = _resting_state(x_seq, dtype, dynamics.v_rest)
         state = None if state is None else _cast_state(dtype, state)
@@ -158,6 +170,7 @@ def associative_lif(
             "alpha": alpha,
             "dynamics": dynamics,
             "keep_v": return_v_seq,
+            "membrane_only": membrane_only,
             "backend": name,
         }
         # Clusters are not contiguous with channels first, and the GPU kernels take features last.
@@ -167,34 +180,48 @@ def associative_lif(
 
 
 class _Call(NamedTuple):
-    """The tensors of a call."""
+    """The tensors of a call; a decay is None where it is 0 or unused."""
 
     x_seq: Tensor
     state: AssociativeLIFState | None
     threshold: Tensor
-    beta_mem: Tensor
-    beta_syn: Tensor
+    beta_mem: Tensor | None
+    beta_syn: Tensor | None
     cascade_weight: Tensor | None
     cascade_gain: Tensor | None
 
 
+_REST = AssociativeLIFState(*cast(tuple[Tensor, Tensor, Tensor], (None, None, None)))
+
+
 def _run_call(call: _Call, options: dict[str, Any]) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
-    x_seq, state, *parameters = call
+    if options["backend"] != "numba":
+        call = _filled(call)
     if options["backend"] == "torch":
         return _run_reference(call, options)
-    dynamics = options["dynamics"]._asdict()
-    spikes, v_seq, *last_state = _run(
-        x_seq,
-        *(state or (None, None, None)),
-        *parameters,
-        **{name: option for name, option in options.items() if name != "dynamics"},
-        **dynamics,
-    )
-    return spikes, v_seq if options["keep_v"] else None, AssociativeLIFState(*last_state)
+    options.update(zip(Dynamics._fields, options.pop("dynamics"), strict=True))
+    spikes, v_seq, v, i_syn, refractory = _run(call.x_seq, *(call.state or _REST), *call[2:], **options)
+    state = _REST._replace(v=v) if options["membrane_only"] else AssociativeLIFState(v, i_syn, refractory)
+    return spikes, v_seq if options["keep_v"] else None, state
+
+
+def _filled(call: _Call) -> _Call:
+    """Return the call with zeros in place of decays and parts of the state that are None."""
+    zero = call.threshold.new_zeros(1)
+    size = max([1, *(beta.shape[0] for beta in (call.beta_mem, call.beta_syn) if beta is not None)])
+    mem, syn = (zero.expand(size) if beta is None else beta for beta in (call.beta_mem, call.beta_syn))
+    state = call.state
+    if state is not None and state.i_syn is None:
+        state = AssociativeLIFState(
+            state.v, torch.zeros_like(state.v), torch.zeros_like(state.v, dtype=torch.int32, requires_grad=False)
+        )
+    return call._replace(state=state, beta_mem=mem, beta_syn=syn)
 
 
 def _run_reference(call: _Call, options: dict[str, Any]) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
     x_seq, state, threshold, beta_mem, beta_syn, weight, gain = call
+    assert beta_mem is not None
+    assert beta_syn is not None
     dtype, D = compute_dtype(x_seq), len(threshold)
     if x_seq.ndim == 4:  # one column per channel
         threshold, beta_mem, beta_syn = (x[:, None] if len(x) == D else x for x in (threshold, beta_mem, beta_syn))
@@ -211,6 +238,8 @@ def _run_reference(call: _Call, options: dict[str, Any]) -> tuple[Tensor, Tensor
         resolve_surrogate(options["surrogate"], options["alpha"]),
         options["dynamics"],
     )
+    if options["membrane_only"]:
+        last = _REST._replace(v=last.v)
     return spikes.to(x_seq.dtype), v_seq.to(x_seq.dtype) if options["keep_v"] else None, last
 
 
@@ -224,9 +253,9 @@ def _run_features_last(call: _Call, options: dict[str, Any]) -> tuple[Tensor, Te
     def first(x: Tensor) -> Tensor:
         return x.reshape(*x.shape[:-2], N, M, D).movedim(-1, -2).contiguous()
 
-    state = None if call.state is None else AssociativeLIFState(*map(last, call.state))
+    state = None if call.state is None else map_state(last, call.state)
     spikes, v_seq, final = _run_call(call._replace(x_seq=last(call.x_seq), state=state), options)
-    return first(spikes), None if v_seq is None else first(v_seq), AssociativeLIFState(*map(first, final))
+    return first(spikes), None if v_seq is None else first(v_seq), map_state(first, final)
 
 
 def _check(
@@ -237,6 +266,7 @@ def _check(
     cascade_gain: Tensor | None,
     refractory_steps: int,
     channels_first: bool,
+    membrane_only: bool,
 ) -> None:
     if not isinstance(threshold, Tensor) or threshold.ndim != 1:
         got = list(threshold.shape) if isinstance(threshold, Tensor) else repr(threshold)
@@ -256,7 +286,10 @@ def _check(
         return
     layout = "[N, D, M]" if channels_first else "[N, D]"
     for name, part in zip(AssociativeLIFState._fields, state, strict=True):
-        if part.shape != x_seq.shape[1:]:
+        if part is None:
+            if name == "v" or not membrane_only:
+                raise ValueError(f"state.{name} must be {layout} = {list(x_seq.shape[1:])} for this input, got None")
+        elif part.shape != x_seq.shape[1:]:
             raise ValueError(
                 f"state.{name} must be {layout} = {list(x_seq.shape[1:])} for this input, got {list(part.shape)}"
             )
@@ -278,7 +311,10 @@ def _check_dynamics(dynamics: Dynamics, beta_mem: float | Tensor | None) -> None
 
 
 def _cast_state(dtype: torch.dtype, state: AssociativeLIFState) -> AssociativeLIFState:
-    return AssociativeLIFState(state.v.to(dtype), state.i_syn.to(dtype), state.refractory.to(torch.int32))
+    v, i_syn, refractory = state
+    if i_syn is None or refractory is None:
+        return _REST._replace(v=v.to(dtype))
+    return AssociativeLIFState(v.to(dtype), i_syn.to(dtype), refractory.to(torch.int32))
 
 
 def _resting_state(x_seq: Tensor, dtype: torch.dtype, v_rest: float = 0.0) -> AssociativeLIFState:
@@ -287,18 +323,24 @@ def _resting_state(x_seq: Tensor, dtype: torch.dtype, v_rest: float = 0.0) -> As
     return AssociativeLIFState(v, rest, torch.zeros_like(rest, dtype=torch.int32))
 
 
-def _beta_tensor(beta: float | Tensor, x_seq: Tensor, name: str, threshold: Tensor, closed: bool = False) -> Tensor:
-    """Return a decay as tensor ``[1]`` or ``[D]``; a float must lie in [0, 1), or in [0, 1] if ``closed``."""
+def _beta_tensor(
+    beta: float | Tensor, x_seq: Tensor, name: str, threshold: Tensor, closed: bool = False
+) -> Tensor | None:
+    """Return a decay as tensor ``[1]`` or ``[D]``, None for the number 0.
+
+    A number must lie in [0, 1), or in [0, 1] if ``closed``.
+    """
     dtype = compute_dtype(x_seq)
     if isinstance(beta, Tensor):
         if beta.numel() != 1 and beta.shape != threshold.shape:
             raise ValueError(
                 f"{name} must have one element or shape [D] = {list(threshold.shape)}, got {list(beta.shape)}"
             )
-        return beta.to(dtype).reshape(-1)
+        beta = beta.to(dtype)
+        return beta if beta.ndim == 1 else beta.reshape(-1)
     if not (0 <= beta < 1 or (closed and beta == 1)):
         raise ValueError(f"{name} must lie in {'[0, 1]' if closed else '[0, 1)'}, got {beta}")
-    return torch.full((1,), beta, dtype=dtype, device=x_seq.device)
+    return torch.full((1,), beta, dtype=dtype, device=x_seq.device) if beta else None
 
 
 def _forward(
@@ -307,8 +349,8 @@ def _forward(
     i_syn: Tensor | None,
     refractory: Tensor | None,
     threshold: Tensor,
-    beta_mem: Tensor,
-    beta_syn: Tensor,
+    beta_mem: Tensor | None,
+    beta_syn: Tensor | None,
     weight: Tensor | None,
     gain: Tensor | None,
     *,
@@ -323,6 +365,7 @@ def _forward(
     reset_scale: float,
     detach_reset: bool,
     keep_v: bool,
+    membrane_only: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     coupling = _coupling(weight, gain, x.shape[2])
@@ -330,7 +373,14 @@ def _forward(
     arguments = Arguments(
         x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps, dynamics
     )
-    return IMPLEMENTATIONS[backend].kernel().forward(arguments, keep_v)
+    kernel = IMPLEMENTATIONS[backend].kernel()
+    if not membrane_only:
+        return kernel.forward(arguments, keep_v)
+    if backend == "numba":
+        spikes, v_seq, v = kernel.forward(arguments, keep_v, membrane_only)
+    else:
+        spikes, v_seq, v, *_ = kernel.forward(arguments, keep_v)
+    return spikes, v_seq, v, v.new_empty(0), x.new_empty(0, dtype=torch.int32)
 
 
 def _coupling(weight: Tensor | None, gain: Tensor | None, n_features: int) -> Tensor | None:
@@ -351,12 +401,13 @@ def _cascade_gradients(
 
 
 def _forward_fake(
-    x: Tensor, *tensors: Tensor | None, keep_v: bool, **options: Any
+    x: Tensor, *tensors: Tensor | None, keep_v: bool, membrane_only: bool, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     step, dtype = x.shape[1:], compute_dtype(x)
-    v_last, i_last = (x.new_empty(step, dtype=dtype) for _ in range(2))
+    others = (0,) if membrane_only else step
+    v_last, i_last = x.new_empty(step, dtype=dtype), x.new_empty(others, dtype=dtype)
     v_seq = x.new_empty(x.shape if keep_v else (0, *step))
-    return x.new_empty(x.shape), v_seq, v_last, i_last, x.new_empty(step, dtype=torch.int32)
+    return x.new_empty(x.shape), v_seq, v_last, i_last, x.new_empty(others, dtype=torch.int32)
 
 
 def _backward(
@@ -367,8 +418,8 @@ def _backward(
     i_syn: Tensor | None,
     refractory: Tensor | None,
     threshold: Tensor,
-    beta_mem: Tensor,
-    beta_syn: Tensor,
+    beta_mem: Tensor | None,
+    beta_syn: Tensor | None,
     weight: Tensor | None,
     gain: Tensor | None,
     *,
@@ -382,6 +433,8 @@ def _backward(
     hard_reset: bool,
     reset_scale: float,
     detach_reset: bool,
+    membrane_only: bool,
+    parameters: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run the backward pass; ``other_grads`` are the gradients of v_seq and of the last v and i_syn."""
@@ -391,8 +444,17 @@ def _backward(
     arguments = Arguments(
         x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps, dynamics
     )
-    *results, grad_coupling = IMPLEMENTATIONS[backend].kernel().backward(grads, arguments, surrogate, alpha)
-    return *results, *_cascade_gradients(grad_coupling, weight, gain, x.shape[2])
+    kernel = IMPLEMENTATIONS[backend].kernel()
+    if backend == "numba":
+        grad_x, grad_v, grad_i, *others = kernel.backward(grads, arguments, surrogate, alpha, parameters)
+    else:
+        grad_x, grad_v, grad_i, *others = kernel.backward(grads, arguments, surrogate, alpha)
+    if not parameters:
+        empty = [threshold.new_empty(0) for _ in range(5)]
+        return grad_x, grad_v, grad_i, empty[0], empty[1], empty[2], empty[3], empty[4]
+    threshold_grad, mem_grad, syn_grad, coupling_grad = others
+    weight_grad, gain_grad = _cascade_gradients(coupling_grad, weight, gain, x.shape[2])
+    return grad_x, grad_v, grad_i, threshold_grad, mem_grad, syn_grad, weight_grad, gain_grad
 
 
 def _backward_fake(
@@ -403,24 +465,20 @@ def _backward_fake(
     i_syn: Tensor | None,
     refractory: Tensor | None,
     threshold: Tensor,
-    beta_mem: Tensor,
-    beta_syn: Tensor,
+    beta_mem: Tensor | None,
+    beta_syn: Tensor | None,
     weight: Tensor | None,
     gain: Tensor | None,
+    *,
+    parameters: bool,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     C = 0 if weight is None else weight.shape[0]
-    grad_v, grad_i = (threshold.new_empty(0 if v is None else x.shape[1], *x.shape[2:]) for _ in range(2))
-    return (
-        x.new_empty(x.shape),
-        grad_v,
-        grad_i,
-        torch.empty_like(threshold),
-        torch.empty_like(beta_mem),
-        torch.empty_like(beta_syn),
-        threshold.new_empty(C, C),
-        threshold.new_empty(C),
-    )
+    n_decays = max(1 if beta is None else beta.shape[0] for beta in (beta_mem, beta_syn))
+    grad_v, grad_i = (threshold.new_empty(0 if part is None else x.shape[1], *x.shape[2:]) for part in (v, i_syn))
+    shapes = ((len(threshold),), (n_decays,), (n_decays,), (C, C), (C,)) if parameters else ((0,),) * 5
+    of_threshold, of_mem, of_syn, of_weight, of_gain = (threshold.new_empty(shape) for shape in shapes)
+    return x.new_empty(x.shape), grad_v, grad_i, of_threshold, of_mem, of_syn, of_weight, of_gain
 
 
 def _save(ctx: Any, tensors: Sequence[Tensor | None], options: dict[str, Any], output: Any) -> None:
@@ -434,16 +492,32 @@ def _gradients(ctx: Any, *grads: Tensor | None, run: Any) -> tuple[Tensor | None
     # Without ``keep_v`` the output v_seq is empty, but torch.compile still passes a gradient for it.
     if grad_v_seq is not None and not len(grad_v_seq):
         grad_v_seq = None
-    x, v, *others, gain = ctx.saved_tensors
+    x, v, i_syn, *others, gain = ctx.saved_tensors
+    _, beta_mem, beta_syn, _ = others[1:]
     if grad_spikes is None:
         grad_spikes = torch.zeros_like(x)
+    if ctx.options["membrane_only"]:
+        grad_i_last = None
     options = {name: option for name, option in ctx.options.items() if name != "keep_v"}
-    x_grad, v_grad, i_grad, threshold_grad, mem_grad, syn_grad, weight_grad, gain_grad = run(
-        grad_spikes, [grad_v_seq, grad_v_last, grad_i_last], x, v, *others, gain, **options
+    parameters = any(ctx.needs_input_grad[4:9])
+    x_grad, v_grad, i_grad, *of_parameters = run(
+        grad_spikes,
+        [grad_v_seq, grad_v_last, grad_i_last],
+        x,
+        v,
+        i_syn,
+        *others,
+        gain,
+        parameters=parameters,
+        **options,
     )
-    state = (None, None) if v is None else (v_grad, i_grad)
+    state = (None if v is None else v_grad, None if i_syn is None else i_grad)
+    if not parameters:
+        return x_grad, *state, None, None, None, None, None, None
+    threshold_grad, mem_grad, syn_grad, weight_grad, gain_grad = of_parameters
+    decays = (None if beta_mem is None else mem_grad, None if beta_syn is None else syn_grad)
     cascade = (None, None) if gain is None else (weight_grad, gain_grad)
-    return x_grad, *state, None, threshold_grad, mem_grad, syn_grad, *cascade
+    return x_grad, *state, None, threshold_grad, *decays, *cascade
 
 
 _run = register_op(

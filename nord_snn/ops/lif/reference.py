@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nord_snn.ops.cascade import associative_cascade
 
-__all__ = ["CHARGES", "PUBLISHED", "AssociativeLIFState", "Dynamics", "reference"]
+__all__ = ["CHARGES", "PUBLISHED", "AssociativeLIFState", "Dynamics", "map_state", "reference"]
 
 #: Names of the ways in which the membrane takes the current, see :class:`Dynamics`.
 CHARGES = ("average", "sum", "relax", "leak")
@@ -63,6 +63,11 @@ class AssociativeLIFState(NamedTuple):
     v: Tensor
     i_syn: Tensor
     refractory: Tensor
+
+
+def map_state(function: Callable[[Tensor], Tensor], state: AssociativeLIFState) -> AssociativeLIFState:
+    """Return the state with a function applied to each part that is not None."""
+    return AssociativeLIFState(*(part if part is None else function(part) for part in state))
 
 
 def reference(

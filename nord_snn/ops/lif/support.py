@@ -1,7 +1,7 @@
 """The arguments that all kernels of the neuron take, and the check of their surrogates."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -14,9 +14,10 @@ __all__ = ["Arguments", "OutputGradients", "has_published_dynamics", "supports_s
 class Arguments(NamedTuple):
     """The arguments of one call, as :func:`nord_snn.ops.associative_lif` describes them.
 
-    ``x`` is ``[T, N, D]`` or, for kernels that take channels first, ``[T, N, D, M]``. Both betas are ``[1]`` or ``[D]``. The
-    state ``v, i_syn, refractory`` is None for rest. ``coupling`` is the matrix ``gain[c] * weight[c, k] / members``,
-    ``[C, C]``, or None for no cascade.
+    ``x`` is ``[T, N, D]`` or, for kernels that take channels first, ``[T, N, D, M]``. Both betas are ``[1]`` or ``[D]``; for
+    numba also None, where they are 0. The state ``v, i_syn, refractory`` is None for rest, and ``i_syn`` and ``refractory``
+    are None where the membrane potential is the whole state. ``coupling`` is the matrix
+    ``gain[c] * weight[c, k] / members``, ``[C, C]``, or None for no cascade.
     """
 
     x: Tensor
@@ -24,8 +25,8 @@ class Arguments(NamedTuple):
     i_syn: Tensor | None
     refractory: Tensor | None
     threshold: Tensor
-    beta_mem: Tensor
-    beta_syn: Tensor
+    beta_mem: Any
+    beta_syn: Any
     coupling: Tensor | None
     v_reset: float
     refractory_steps: int
