@@ -103,6 +103,7 @@ class AssociativeSynaptic(SynapticWithOwnState):
             learnable=[name for name, learned in learned.items() if learned],
             **more,
         )
+        self.node.first_batches.batches_left = 0  # it is reset after every time step
         for name in ("_syn", "_mem", "_refractory"):
             self.register_buffer(name, torch.zeros(0), persistent=False)
         self._syn: Tensor

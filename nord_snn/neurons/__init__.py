@@ -3,6 +3,7 @@
 import warnings
 from typing import Any
 
+from nord_snn.neurons.activity import NeuronActivityWarning
 from nord_snn.neurons.associative_lif import AssociativeLIFNode
 from nord_snn.neurons.cascade import AssociativeCascade
 from nord_snn.neurons.dense import DenseActivation
@@ -14,6 +15,7 @@ __all__ = [
     "AssociativeCascade",
     "AssociativeLIFNode",
     "DenseActivation",
+    "NeuronActivityWarning",
     "NeuronFactory",
     "fire_from_rest",
     "make_neuron",

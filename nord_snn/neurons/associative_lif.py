@@ -11,6 +11,7 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from nord_snn._compat.spikingjelly import StatefulNode
 from nord_snn._compat.torch import initialize_lazy_module
+from nord_snn.neurons.activity import FirstBatches
 from nord_snn.neurons.cascade import AssociativeCascade, LazyAssociativeCascade, largest_clusters
 from nord_snn.neurons.like import arguments_like
 from nord_snn.neurons.presets import OF_PRESET, known_surrogate, resolve_constants
@@ -239,6 +240,7 @@ class AssociativeLIFNode(StatefulNode):
         self.n_features = cast(int, n_features)  # None in a lazy node until its first call
         self.alpha, self.backend, self.channel_dim = alpha, backend, channel_dim
         self.v_reset, self.refractory_steps, self.dynamics = v_reset, refractory_steps, dynamics
+        self.first_batches = FirstBatches()
         if not hasattr(self, "v_seq"):  # SpikingJelly 0.0.0.0.14 registers it with store_v_seq only; reset() clears it
             self.register_memory("v_seq", None)
         own_decays = own_decays or any(isinstance(constants[name], Tensor) for name in ("beta_mem", "beta_syn"))
@@ -335,10 +337,24 @@ class AssociativeLIFNode(StatefulNode):
         spikes, v_seq, state = self._run(x_seq, initial, self.store_v_seq, membrane_only)
         if not stateless:
             self.set_memories({"v": state.v} if membrane_only else state._asdict())
+        if not torch.compiler.is_compiling() and self.first_batches.batches_left and self.training:
+            self._count(spikes, stateless)
         if v_seq is not None:
             earlier = None if multi or stateless else self.v_seq
             self.v_seq = v_seq if earlier is None else torch.cat((earlier, v_seq))
         return spikes if multi else spikes.squeeze(0)
+
+    def _count(self, spikes: Tensor, is_batch: bool) -> None:
+        """Count the spikes of a first training batch, for a warning; a call without state is a whole batch."""
+        if torch.is_grad_enabled():
+            self.first_batches.add(spikes)
+            if is_batch:
+                self.first_batches.end_batch(f"{type(self).__name__}({self.n_features})")
+
+    def reset(self) -> None:
+        """Set the state to rest."""
+        super().reset()
+        self.first_batches.end_batch(f"{type(self).__name__}({self.n_features})")
 
     def _stored_state(self, x_seq: Tensor) -> AssociativeLIFState | None:
         """Return the stored state as tensors for this input; None at rest."""

@@ -34,7 +34,7 @@ _LIF = {
 #: and a soft reset; no synaptic current, refractory period or cascade. "images": "lif" with a cascade whose gain starts at 0.
 PRESETS: dict[str, dict[str, Any]] = {
     "nord": {
-        "n_clusters": 64,
+        "n_clusters": "auto",  # 64 where they divide the width
         "cascade_radius": 3,
         "cascade_gain": 0.8,
         "threshold": 0.25,

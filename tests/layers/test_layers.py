@@ -245,6 +245,6 @@ def test_bad_constructions_are_named():
     with pytest.raises(ValueError, match=r"leak must lie in \(0, 1\)"):
         LeakyClamp(8, leak=1.0)
     with pytest.raises(ValueError, match="D = 10 and C = 64"):
-        SpikingFeedForward(10, 64)
+        SpikingFeedForward(10, 64, neuron=lambda n: AssociativeLIFNode(n, n_clusters=64))
     with pytest.raises(TypeError, match="must have store_v_seq"):
         MembraneReadout(8, neuron=lambda n: nn.ReLU())

@@ -1,0 +1,174 @@
+"""Compare training steps of SpikingJelly's models with ``LIFNode`` and with our neuron: ``python studies/zoo.py``.
+
+Each model runs with SpikingJelly's ``LIFNode``, with ``AssociativeLIFNode`` as it comes, and with
+``AssociativeLIFNode.like`` of the ``LIFNode``. Before a row is timed, the outputs of the first and the last must be the
+same, up to rounding. Then the networks take one training step each in turns. ``--steps`` lets the networks loop over single
+time steps instead of whole sequences.
+"""
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from spikingjelly.activation_based import functional, neuron, surrogate
+from spikingjelly.activation_based.model import parametric_lif_net, sew_resnet, spiking_resnet, spiking_vgg
+from torch import Tensor, nn
+
+from nord_snn import AssociativeLIFNode, replace_neurons
+
+try:  # not in SpikingJelly 0.0.0.0.14
+    from spikingjelly.activation_based.model import ms_resnet, qkformer, spike_driven_transformer, spikformer
+except ImportError:
+    ms_resnet = qkformer = spike_driven_transformer = spikformer = None
+
+__all__ = ["MODELS", "MeanOverTime", "difference", "networks", "training_step"]
+
+NODE = {"surrogate_function": surrogate.ATan(), "detach_reset": True}
+IMAGES = {"in_channels": 3, "num_classes": 10, "num_heads": 4, "embed_dims": 64}
+
+#: Name -> function of ``spiking_neuron`` that makes the model, and the shape of its input: ``[T, N, C, H, W]``, or
+#: ``[N, C, H, W]`` where the model repeats an image itself.
+MODELS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
+    "sew_resnet18": (
+        lambda kind: sew_resnet.sew_resnet18(num_classes=10, cnf="ADD", spiking_neuron=kind, **NODE),
+        (4, 4, 3, 32, 32),
+    ),
+    "spiking_resnet18": (
+        lambda kind: spiking_resnet.spiking_resnet18(num_classes=10, spiking_neuron=kind, **NODE),
+        (4, 4, 3, 32, 32),
+    ),
+    "spiking_vgg11_bn": (
+        lambda kind: spiking_vgg.spiking_vgg11_bn(num_classes=10, spiking_neuron=kind, **NODE),
+        (4, 4, 3, 32, 32),
+    ),
+    "NMNISTNet": (
+        lambda kind: parametric_lif_net.NMNISTNet(spiking_neuron=kind, **NODE),
+        (4, 4, 2, 34, 34),
+    ),
+}
+if spikformer is not None:
+    MODELS |= {
+        "ms_resnet18": (
+            lambda kind: ms_resnet.ms_resnet18(num_classes=10, spiking_neuron=kind, **NODE),
+            (4, 4, 3, 32, 32),
+        ),
+        "Spikformer": (
+            lambda kind: spikformer.Spikformer(
+                T=4, img_size_h=32, img_size_w=32, patch_size=4, depths=2, spiking_neuron=kind, **IMAGES
+            ),
+            (4, 3, 32, 32),
+        ),
+        "QKFormer": (
+            lambda kind: qkformer.QKFormer(
+                T=4, depths=(1, 1, 1), spiking_neuron=kind, **IMAGES | {"num_heads": (1, 2, 4)}
+            ),
+            (4, 3, 64, 64),
+        ),
+        "SpikeDrivenTransformer": (
+            lambda kind: spike_driven_transformer.SpikeDrivenTransformer(T=4, depths=2, spiking_neuron=kind, **IMAGES),
+            (4, 3, 64, 64),
+        ),
+    }
+
+
+class MeanOverTime(nn.Module):
+    """Return the mean output of a model over time, in its step mode: for a sequence, or a loop over its time steps."""
+
+    def __init__(self, model: nn.Module, single_steps: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.single_steps = single_steps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run all time steps."""
+        logits = torch.stack([self.model(step) for step in x]) if self.single_steps else self.model(x)
+        return logits.mean(0) if logits.ndim == 3 else logits
+
+
+def training_step(net: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> float:
+    """Run forward, backward, an optimizer step and a reset; return the loss."""
+    optimizer.zero_grad()
+    loss = nn.functional.cross_entropy(net(x), torch.arange(x.shape[-4]) % 10)
+    loss.backward()
+    optimizer.step()
+    functional.reset_net(net)
+    return loss.item()
+
+
+def networks(name: str, single_steps: bool = False) -> tuple[dict[str, nn.Module], Tensor]:
+    """Return the model with each neuron, with the same weights, and an input."""
+    make, shape = MODELS[name]
+    torch.manual_seed(0)
+    original, ours = make(neuron.LIFNode), make(AssociativeLIFNode)
+    x = torch.rand(shape)
+    for model in (original, ours):
+        functional.set_step_mode(model, "s" if single_steps else "m")
+    example = x[0] if single_steps else x
+    with torch.no_grad():
+        ours.eval()(example)  # finds the widths
+    functional.reset_net(ours)
+    ours.train().load_state_dict(original.state_dict(), strict=False)
+    alike = copy.deepcopy(original)
+    replace_neurons(alike, example, like=True)
+    nets = {"LIFNode": original, "ours": ours, "like": alike}
+    return {key: MeanOverTime(model, single_steps) for key, model in nets.items()}, x
+
+
+@torch.no_grad()
+def difference(nets: dict[str, nn.Module], x: Tensor) -> float:
+    """Return the largest difference of outputs, relative to the largest output, between ``LIFNode`` and neurons like it.
+
+    The networks run in training mode, in which batch norms keep neurons firing that are not trained yet.
+    """
+    outputs = []
+    for name in ("LIFNode", "like"):
+        outputs.append(nets[name](x))
+        functional.reset_net(nets[name])
+    return float((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max())
+
+
+def measure(name: str, single_steps: bool, rounds: int) -> str:
+    """Return one row of the table."""
+    nets, x = networks(name, single_steps)
+    deviation = difference(nets, x)
+    assert deviation < 1e-4, f"{name}: the outputs with neurons like LIFNode differ by {deviation:.1e} of the largest"
+    optimizers = {key: torch.optim.SGD(net.parameters(), 1e-3) for key, net in nets.items()}
+    for key, net in nets.items():
+        training_step(net, optimizers[key], x)
+    seconds: dict[str, list[float]] = {key: [] for key in nets}
+    for _ in range(rounds):
+        for key, net in nets.items():
+            start = time.perf_counter()
+            training_step(net, optimizers[key], x)
+            seconds[key].append(time.perf_counter() - start)
+    times = {key: statistics.median(values) for key, values in seconds.items()}
+    ratios = [
+        statistics.median(mine / theirs for mine, theirs in zip(seconds[key], seconds["LIFNode"], strict=True))
+        for key in ("ours", "like")
+    ]
+    return (
+        f"| {name} | {' | '.join(f'{1000 * times[key]:.0f}' for key in nets)} | {ratios[0]:.2f} | {ratios[1]:.2f} "
+        f"| {deviation:.1e} |"
+    )
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("models", nargs="*", default=list(MODELS), help="names of models (default: all)")
+    parser.add_argument("--steps", action="store_true", help="loop over single time steps")
+    parser.add_argument("--rounds", type=int, default=9, help="training steps of each network")
+    arguments = parser.parse_args()
+    print("| model | `LIFNode` ms | ours ms | like ms | ours / `LIFNode` | like / `LIFNode` | difference of outputs |")
+    print("|---|---|---|---|---|---|---|")
+    for name in arguments.models:
+        if arguments.steps and len(MODELS[name][1]) == 4:  # the transformers need whole sequences
+            continue
+        print(measure(name, arguments.steps, arguments.rounds), flush=True)
+
+
+if __name__ == "__main__":
+    main()
