@@ -15,15 +15,15 @@ from nord_snn.models.nord import NordConfig, NordForCausalLM
 from nord_snn.neurons import AssociativeLIFNode
 from nord_snn.ops.topk_resonance.reference import reference
 
-__all__ = ["BATCH", "FLOOR", "LENGTH", "contestants", "gate", "keep_freed_memory"]
+__all__ = ["BATCH", "LENGTH", "LOWER_BOUND", "check", "implementations", "keep_freed_memory"]
 
 BATCH, LENGTH = 8, 128
-FLOOR = "the matrix products alone"
-Factory = Callable[[int], nn.Module]
+LOWER_BOUND = "its matrix products alone"
+NeuronFactory = Callable[[int], nn.Module]
 
 
-def model() -> NordForCausalLM:
-    """Always the same weights."""
+def make_model() -> NordForCausalLM:
+    """Construct the model, with initial weights from a fixed seed."""
     torch.manual_seed(0)
     config = NordConfig(
         vocab_size=2048, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256,
@@ -32,22 +32,22 @@ def model() -> NordForCausalLM:
     return NordForCausalLM(config)
 
 
-def on_the_reference(net: NordForCausalLM) -> NordForCausalLM:
-    """The same model without any kernel."""
+def with_torch_backends(net: NordForCausalLM) -> NordForCausalLM:
+    """Set every backend of the model to plain PyTorch."""
     for module in net.modules():
         if hasattr(module, "backend"):
             module.backend = "torch"
     return net
 
 
-def with_neurons(net: NordForCausalLM, factory: Factory) -> NordForCausalLM:
-    """The same model with somebody else's neurons in the place of ours."""
+def with_neurons(net: NordForCausalLM, factory: NeuronFactory) -> NordForCausalLM:
+    """Replace the neurons of the model by those of ``factory``."""
     for parent in list(net.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, AssociativeLIFNode):
-                made = factory(child.n_features)
-                made.store_v_seq = child.store_v_seq
-                setattr(parent, name, made)
+                neurons = factory(child.n_features)
+                neurons.store_v_seq = child.store_v_seq
+                setattr(parent, name, neurons)
     return net
 
 
@@ -62,7 +62,7 @@ class Synaptic(nn.Module):
         self.v_seq: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Spikes ``[T, *]``."""
+        """Return spikes ``[T, *]``."""
         syn, mem = self.neuron.reset_mem()
         spikes, membranes = [], []
         for step in x.unbind(0):
@@ -76,7 +76,7 @@ class Synaptic(nn.Module):
 
 @contextmanager
 def plain_resonance() -> Iterator[None]:
-    """The resonance's reference in the place of the op."""
+    """Replace the resonance op by its reference."""
 
     def plain(
         q: Tensor, k: Tensor, v: Tensor, *, n_heads: int, top_k: int, temperature: Any, recency: Any, causal: bool,
@@ -88,8 +88,8 @@ def plain_resonance() -> Iterator[None]:
         yield
 
 
-def step_of(net: NordForCausalLM, fused: bool = True, precision: str = "medium") -> Callable[[], object]:
-    """One training step as train.py does it; or with PyTorch's defaults for the optimizer and for matrix products."""
+def training_step(net: NordForCausalLM, fused: bool = True, precision: str = "medium") -> Callable[[], object]:
+    """Return a training step with the optimizer and the precision of matrix products of ``train.py``, or others."""
     ids = torch.randint(0, 2048, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=fused)
     torch.set_float32_matmul_precision(precision)
@@ -103,8 +103,8 @@ def step_of(net: NordForCausalLM, fused: bool = True, precision: str = "medium")
     return step
 
 
-def without_kernels(step: Callable[[], object]) -> Callable[[], object]:
-    """The step with the resonance's reference; the neurons' is chosen by their backend."""
+def with_plain_resonance(step: Callable[[], object]) -> Callable[[], object]:
+    """Return the step with the reference of the resonance."""
 
     def run() -> None:
         with plain_resonance():
@@ -113,53 +113,55 @@ def without_kernels(step: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
-# Each of these is called in a process of its own.
+# Each of the following functions is called in a process of its own.
 
 
 def plain_loop() -> Callable[[], object]:
-    """Nothing but PyTorch and its defaults."""
-    return without_kernels(step_of(on_the_reference(model()), fused=False, precision="highest"))
+    """Return a step in plain PyTorch with its defaults."""
+    return with_plain_resonance(training_step(with_torch_backends(make_model()), fused=False, precision="highest"))
 
 
 def compiled_loop() -> Callable[[], object]:
-    """The same through torch.compile, block by block."""
-    net = on_the_reference(model())
+    """Return the plain step with every block compiled by torch.compile."""
+    net = with_torch_backends(make_model())
     for block in net.blocks:
         block.compile()
-    return without_kernels(step_of(net, fused=False, precision="highest"))
+    return with_plain_resonance(training_step(net, fused=False, precision="highest"))
 
 
 def plain_loop_tuned() -> Callable[[], object]:
-    """The plain loop with everything that train.py does besides the kernels."""
+    """Return the plain step with all settings of ``train.py`` except the kernels."""
     keep_freed_memory()
-    return without_kernels(step_of(on_the_reference(model())))
+    return with_plain_resonance(training_step(with_torch_backends(make_model())))
 
 
 def kernels_alone() -> Callable[[], object]:
-    """The kernels, and PyTorch's defaults for everything else."""
-    return step_of(model(), fused=False, precision="highest")
+    """Return a step with our kernels and PyTorch's defaults."""
+    return training_step(make_model(), fused=False, precision="highest")
 
 
 def ours() -> Callable[[], object]:
-    """As train.py runs it."""
+    """Return the step of ``train.py``."""
     keep_freed_memory()
-    return step_of(model())
+    return training_step(make_model())
 
 
 def with_lif_nodes() -> Callable[[], object]:
-    """SpikingJelly's neurons in the place of ours."""
+    """Return the step of ``train.py`` with SpikingJelly's neurons."""
     keep_freed_memory()
-    return step_of(with_neurons(model(), lambda n: neuron.LIFNode(surrogate_function=surrogate.ATan(), step_mode="m")))
+    return training_step(
+        with_neurons(make_model(), lambda n: neuron.LIFNode(surrogate_function=surrogate.ATan(), step_mode="m"))
+    )
 
 
 def with_synaptic() -> Callable[[], object]:
-    """Neurons of snnTorch in the place of ours."""
+    """Return the step of ``train.py`` with snnTorch's neurons."""
     keep_freed_memory()
-    return step_of(with_neurons(model(), lambda n: Synaptic()))
+    return training_step(with_neurons(make_model(), lambda n: Synaptic()))
 
 
 def products_alone() -> Callable[[], object]:
-    """The matrix products of one step, forward and backward, and nothing else: the floor of any implementation."""
+    """Return only the matrix products of one step, forward and backward: a lower bound for every implementation."""
     keep_freed_memory()
     torch.set_float32_matmul_precision("medium")
     rows, width, hidden, vocabulary, steps = BATCH * LENGTH, 128, 256, 2048, 10
@@ -177,36 +179,36 @@ def products_alone() -> Callable[[], object]:
     return run
 
 
-def contestants() -> dict[str, Callable[[], Callable[[], object]]]:
-    """What builds each of them, the plain loop first, the floor last."""
-    made = {
+def implementations() -> dict[str, Callable[[], Callable[[], object]]]:
+    """Return a builder of each training step, by name; the plain loop is first, the lower bound last."""
+    builders = {
         "plain PyTorch loop": plain_loop,
-        "torch.compile of the blocks of the plain loop": compiled_loop,
-        "plain loop with the memory, matrix-product and optimizer settings of `train.py`": plain_loop_tuned,
-        "nord-snn's kernels with PyTorch's default settings": kernels_alone,
-        "**nord-snn**, as `train.py` runs it": ours,
+        "torch.compile of its blocks": compiled_loop,
+        "plain loop with the memory, matrix products and optimizer of `train.py`": plain_loop_tuned,
+        "nord-snn's kernels alone": kernels_alone,
+        "**nord-snn**, `train.py`": ours,
         "`train.py` with SpikingJelly's `LIFNode`": with_lif_nodes,
     }
     if importlib.util.find_spec("snntorch"):
-        made["`train.py` with snnTorch's `Synaptic`"] = with_synaptic
-    return made | {FLOOR: products_alone}
+        builders["`train.py` with snnTorch's `Synaptic`"] = with_synaptic
+    return builders | {LOWER_BOUND: products_alone}
 
 
-def gate() -> str:
-    """Compare loss and gradients of kernels and plain loop; raises if they differ, else says how closely they agree."""
+def check() -> str:
+    """Compare loss and gradients of kernels and plain loop; return the differences, or exit if they are too large."""
     ids = torch.randint(0, 2048, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
-    nets = on_the_reference(model()), model()
+    nets = with_torch_backends(make_model()), make_model()
     with plain_resonance():
         losses = [nets[0](input_ids=ids, labels=ids).loss]
     losses.append(nets[1](input_ids=ids, labels=ids).loss)
     for loss in losses:
         loss.backward()
-    off = float((losses[0] - losses[1]).detach().abs())
+    difference = float((losses[0] - losses[1]).detach().abs())
     worst = max(
         float((a.grad - b.grad).norm() / b.grad.norm().clamp(min=1e-12))
         for a, b in zip(nets[1].parameters(), nets[0].parameters(), strict=True)
         if a.grad is not None
     )
-    if off > 1e-4 or worst > 5e-4:
-        raise SystemExit(f"correctness gate: loss off by {off:.1e}, gradients by {worst:.1e}")
-    return f"loss within {off:.1e} of the plain loop's, gradients within {worst:.1e}"
+    if difference > 1e-4 or worst > 5e-4:
+        raise SystemExit(f"kernels differ from the plain loop: loss by {difference:.1e}, gradients by {worst:.1e}")
+    return f"loss within {difference:.1e} of that of the plain loop, gradients within {worst:.1e}"

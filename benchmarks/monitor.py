@@ -1,37 +1,37 @@
-"""One training step of the language model as in the table above, with and without a `SpikeMonitor`."""
+"""A training step of the `tiny` language model, with and without a `SpikeMonitor` that counts spikes."""
 
 from collections.abc import Callable
 
 import torch
-from language_model import keep_freed_memory, model, ours, step_of
+from language_model import keep_freed_memory, make_model, ours, training_step
 
 from nord_snn.monitor import SpikeMonitor
 
-__all__ = ["contestants", "gate"]
+__all__ = ["check", "implementations"]
 
 
-def watched() -> Callable[[], object]:
-    """As train.py runs it, and counted."""
+def monitored() -> Callable[[], object]:
+    """Return a training step of ``train.py`` with a monitor."""
     keep_freed_memory()
-    net = model()
+    net = make_model()
     monitor = SpikeMonitor(net)
-    step = step_of(net)
+    step = training_step(net)
 
     def run() -> None:
         step()
-        assert monitor._counters  # held as long as the step is
+        assert monitor._counters  # the reference prevents garbage collection of the monitor
 
     return run
 
 
-def contestants() -> dict[str, Callable[[], Callable[[], object]]]:
-    """What builds each of them."""
-    return {"without": ours, "with `SpikeMonitor`": watched}
+def implementations() -> dict[str, Callable[[], Callable[[], object]]]:
+    """Return a builder of each training step, by name."""
+    return {"without": ours, "with `SpikeMonitor`": monitored}
 
 
-def gate() -> str:
-    """The counts of one pass, beside the spikes themselves."""
-    net, recorded = model(), {}
+def check() -> str:
+    """Compare the rates of one pass with the means of the recorded spikes; exit if they differ."""
+    net, recorded = make_model(), {}
     for name, module in net.named_modules():
         if hasattr(module, "refractory_steps"):
             module.register_forward_hook(lambda m, i, out, name=name: recorded.update({name: out.mean().item()}))

@@ -1,4 +1,4 @@
-"""The neuron: ours, its plain loop, torch.compile of that loop, and the nearest neuron of SpikingJelly and of snnTorch."""
+"""Compare our neuron with a plain loop, torch.compile of the loop, and similar neurons of SpikingJelly and snnTorch."""
 
 from collections.abc import Callable
 
@@ -9,13 +9,13 @@ from torch import Tensor
 from nord_snn.ops import associative_lif
 from nord_snn.ops.cascade import ring_weight
 
-__all__ = ["case", "contestants", "floor", "gate"]
+__all__ = ["bytes_moved", "check", "implementations", "make_inputs"]
 
 
-def case(shape: tuple[int, int, int], n_clusters: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """Inputs that want gradients; currents of a size at which some 5 to 20 % of the neurons fire."""
+def make_inputs(shape: tuple[int, int, int], n_clusters: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Return inputs with gradients. The scale of the currents gives firing rates of about 5 to 20 %."""
     generator = torch.Generator().manual_seed(0)
-    made = {
+    inputs = {
         "x": 0.6 * torch.randn(shape, generator=generator),
         "threshold": torch.full(shape[-1:], 0.25),
         "beta_mem": torch.tensor([0.9]),
@@ -23,17 +23,17 @@ def case(shape: tuple[int, int, int], n_clusters: int, dtype: torch.dtype, devic
         "cascade_weight": ring_weight(n_clusters, 3).sigmoid(),
         "cascade_gain": torch.full((n_clusters,), 0.8),
     }
-    made["x"] = made["x"].to(dtype)
-    return {name: value.to(device).requires_grad_() for name, value in made.items()}
+    inputs["x"] = inputs["x"].to(dtype)
+    return {name: value.to(device).requires_grad_() for name, value in inputs.items()}
 
 
 def ours(inputs: dict[str, Tensor], backend: str) -> Tensor:
-    """Spikes of our op."""
+    """Return the spikes of our op."""
     return associative_lif(inputs["x"], **{k: v for k, v in inputs.items() if k != "x"}, backend=backend)[0]
 
 
-def contestants(inputs: dict[str, Tensor], backward: bool) -> dict[str, Callable[[], object]]:
-    """What runs against each other, the plain loop first."""
+def implementations(inputs: dict[str, Tensor], backward: bool) -> dict[str, Callable[[], object]]:
+    """Return the function of each implementation, by name; the plain loop is first."""
     x = inputs["x"]
     grad = torch.randn(x.shape, device=x.device).to(x.dtype)
 
@@ -50,19 +50,19 @@ def contestants(inputs: dict[str, Tensor], backward: bool) -> dict[str, Callable
         return run
 
     compiled = torch.compile(lambda: ours(inputs, "torch"))
-    made = {
+    functions = {
         "plain PyTorch loop": timed(lambda: ours(inputs, "torch")),
         "torch.compile of the loop": timed(compiled),
         "SpikingJelly `LIFNode`": timed(spikingjelly_lif(x)),
     }
     if (synaptic := snntorch_synaptic(x)) is not None:
-        made["snnTorch `Synaptic`"] = timed(synaptic)
-    made["**nord-snn**"] = timed(lambda: ours(inputs, "auto"))
-    return made
+        functions["snnTorch `Synaptic`"] = timed(synaptic)
+    functions["**nord-snn**"] = timed(lambda: ours(inputs, "auto"))
+    return functions
 
 
 def spikingjelly_lif(x: Tensor) -> Callable[[], Tensor]:
-    """A multi-step ``LIFNode`` from rest: no synaptic current, no refractory period, no cascade."""
+    """Return a call of a multi-step ``LIFNode`` from rest, without synaptic current, refractory period or cascade."""
     node = neuron.LIFNode(surrogate_function=surrogate.ATan(), step_mode="m").to(x.device)
 
     def forward() -> Tensor:
@@ -73,7 +73,7 @@ def spikingjelly_lif(x: Tensor) -> Callable[[], Tensor]:
 
 
 def snntorch_synaptic(x: Tensor) -> Callable[[], Tensor] | None:
-    """A loop over ``Synaptic`` from rest: no refractory period, no cascade; None if snnTorch is not installed."""
+    """Return a loop over ``Synaptic`` from rest, without refractory period or cascade; None if snnTorch is missing."""
     try:
         import snntorch
     except ImportError:
@@ -91,24 +91,29 @@ def snntorch_synaptic(x: Tensor) -> Callable[[], Tensor] | None:
     return forward
 
 
-def floor(x: Tensor, backward: bool) -> int:
-    """Bytes that must move: x in and spikes out; backward x and the gradient in, and the gradient of x out."""
+def bytes_moved(x: Tensor, backward: bool) -> int:
+    """Return the minimum number of bytes read and written.
+
+    Forward reads x and writes spikes. Backward reads x and the gradient of the spikes, and writes the gradient of x.
+    """
     return x.numel() * x.element_size() * (5 if backward else 2)
 
 
-def gate(inputs: dict[str, Tensor]) -> str:
-    """Compare spikes and gradients with the reference; raises if they differ, else says how closely they agree."""
+def check(inputs: dict[str, Tensor]) -> str:
+    """Compare spikes and gradients with the reference; return the largest differences, or exit if they are too large."""
     results = {}
     grad = torch.randn(inputs["x"].shape, device=inputs["x"].device)
     for backend in ("torch", "auto"):
         spikes = ours(inputs, backend)
         results[backend] = (spikes, torch.autograd.grad(spikes, list(inputs.values()), grad.to(spikes.dtype)))
-    flips = int((results["torch"][0] != results["auto"][0]).sum())
+    n_different = int((results["torch"][0] != results["auto"][0]).sum())
     worst = max(
         float((a.float() - b.float()).norm() / b.float().norm())
         for a, b in zip(results["auto"][1], results["torch"][1], strict=True)
     )
     limit = 1e-4 if inputs["x"].dtype == torch.float32 else 1e-2
-    if flips > 1e-5 * inputs["x"].numel() or (not flips and worst > limit):
-        raise SystemExit(f"correctness gate: {flips} flipped spikes, gradients off by {worst:.1e}")
-    return f"{flips} of {inputs['x'].numel():,} spikes differ from the reference, gradients by at most {worst:.1e}"
+    if n_different > 1e-5 * inputs["x"].numel() or (not n_different and worst > limit):
+        raise SystemExit(f"the neuron differs from the reference: {n_different} spikes, gradients by {worst:.1e}")
+    return (
+        f"{n_different} of {inputs['x'].numel():,} spikes differ from the reference, gradients by at most {worst:.1e}"
+    )

@@ -1,7 +1,7 @@
-"""Measure the kernels against their references, their peers and the floor: ``python benchmarks/run.py``.
+"""Compare kernels with their references, other libraries and a lower bound: ``python benchmarks/run.py``.
 
-A correctness gate runs before each table: figures of a kernel that computes something else are worth nothing. Tables are
-printed and written to ``docs/benchmarks.md`` with machine and versions. With a CUDA GPU, its tables are added.
+Before each table the results are compared with the reference. Tables are printed and written to ``docs/benchmarks.md`` with
+machine and versions. With a CUDA GPU, GPU tables are added.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import resonance
 import stdp
 import torch
 from language_model import keep_freed_memory
-from timing import Row, copy_bandwidth, peak_bytes, race, race_apart
+from timing import Row, copy_bandwidth, peak_bytes, time_in_processes, time_in_turns
 
 from nord_snn._compat.torch import allow_recompilations
 
@@ -29,26 +29,26 @@ GPU_NEURONS = ((10, 65536, 512), 64)
 
 
 class Page:
-    """What is printed goes into the file too, once all of it is there."""
+    """Text that is printed at once and written to the file at the end."""
 
     def __init__(self) -> None:
         self.text = ""
 
-    def say(self, text: str = "") -> None:
-        """A line or a block."""
+    def add(self, text: str = "") -> None:
+        """Print and append one or several lines."""
         print(text, flush=True)
         self.text += text + "\n"
 
-    def table(self, rows: list[Row], baseline: str, floor_ms: float, floor: str) -> None:
-        """Contestants, fastest last, and the floor."""
-        self.say(f"| | ms | times as fast as the {baseline} |\n|---|---|---|")
+    def table(self, rows: list[Row], baseline: str, bound_ms: float, bound: str) -> None:
+        """Add the rows, fastest last, and the lower bound."""
+        self.add(f"| | ms | times as fast as the {baseline} |\n|---|---|---|")
         for row in sorted(rows, key=lambda row: -row.milliseconds):
-            self.say(f"| {row.name} | {row.milliseconds:.2f} | {row.speedup:.1f} |")
-        self.say(f"| lower bound: {floor} | {floor_ms:.2f} | {rows[0].milliseconds / floor_ms:.1f} |\n")
+            self.add(f"| {row.name} | {row.milliseconds:.2f} | {row.speedup:.1f} |")
+        self.add(f"| lower bound: {bound} | {bound_ms:.2f} | {rows[0].milliseconds / bound_ms:.1f} |\n")
 
 
 def machine() -> str:
-    """Processor, threads, and the versions that matter."""
+    """Return processor, threads, GPU, library versions and date."""
     names = ("torch", "numba", "triton", "cupy-cuda12x", "cupy-cuda13x", "spikingjelly", "snntorch", "numpy")
     versions = []
     for name in names:
@@ -72,172 +72,170 @@ def machine() -> str:
 def neuron_tables(
     page: Page, shape: tuple[int, int, int], n_clusters: int, dtype: torch.dtype, device: str, seconds: float
 ) -> None:
-    """Forward, then forward and backward, of one shape."""
-    inputs = neurons.case(shape, n_clusters, dtype, device)
+    """Add the tables of one shape: forward, then forward and backward."""
+    inputs = neurons.make_inputs(shape, n_clusters, dtype, device)
     x = inputs["x"]
-    page.say(f"### Neuron, x {list(shape)}, {n_clusters} clusters, {str(dtype).removeprefix('torch.')}, {device}\n")
-    page.say(f"Correctness check: {neurons.gate(inputs)}.\n")
+    page.add(f"### Neuron, x {list(shape)}, {n_clusters} clusters, {str(dtype).removeprefix('torch.')}, {device}\n")
+    page.add(f"Check: {neurons.check(inputs)}.\n")
     for backward in (False, True):
-        rows = race(neurons.contestants(inputs, backward), seconds)
-        moved = neurons.floor(x, backward)
-        floor_ms = 1e3 * moved / copy_bandwidth(device, x.numel() * x.element_size())
-        page.say("Forward and backward:\n" if backward else "Forward without gradient:\n")
-        page.table(rows, "plain loop", floor_ms, f"{moved / 1e6:.0f} MB at the copy bandwidth")
+        rows = time_in_turns(neurons.implementations(inputs, backward), seconds)
+        moved = neurons.bytes_moved(x, backward)
+        bound_ms = 1e3 * moved / copy_bandwidth(device, x.numel() * x.element_size())
+        page.add("Forward and backward:\n" if backward else "Forward, no gradient:\n")
+        page.table(rows, "plain loop", bound_ms, f"{moved / 1e6:.0f} MB at the copy bandwidth")
         torch.compiler.reset()
         gc.collect()
 
 
 def resonance_tables(page: Page, seconds: float) -> None:
-    """Time at the language model's shape and at a longer one, and how memory grows."""
+    """Add the times for the language model's shape and for a longer one, and memory by context length."""
     for T, B, S, D in ((10, 8, 128, 128), (10, 1, 1024, 128)):
-        inputs = resonance.case(T, B, S, D)
-        page.say(f"### Resonance, q and k [{T}, {B}, {S}, {D}], {resonance.HEADS} heads, top {resonance.TOP_K}\n")
-        page.say(f"Correctness check: {resonance.gate(inputs)}.\n\nForward and backward:\n")
-        moved = resonance.floor(inputs)
-        floor_ms = 1e3 * moved / copy_bandwidth("cpu", inputs["q"].numel() * 4)
+        inputs = resonance.make_inputs(T, B, S, D)
+        page.add(f"### Resonance, q and k [{T}, {B}, {S}, {D}], {resonance.HEADS} heads, top {resonance.TOP_K}\n")
+        page.add(f"Check: {resonance.check(inputs)}.\n\nForward and backward:\n")
+        moved = resonance.bytes_moved(inputs)
+        bound_ms = 1e3 * moved / copy_bandwidth("cpu", inputs["q"].numel() * 4)
         page.table(
-            race(resonance.contestants(inputs), seconds),
+            time_in_turns(resonance.implementations(inputs), seconds),
             "reference",
-            floor_ms,
+            bound_ms,
             f"{moved / 1e6:.0f} MB at the copy bandwidth",
         )
         torch.compiler.reset()
-    page.say("Peak memory in forward and backward, MB, by context length S, q and k [4, 1, S, 64]:\n")
+    page.add("Peak memory of forward and backward, MB, by context length S, q and k [4, 1, S, 64]:\n")
     lengths = (512, 1024, 2048, 4096)
-    page.say("| S | " + " | ".join(map(str, lengths)) + " |\n|---|" + "---|" * len(lengths))
+    page.add("| S | " + " | ".join(map(str, lengths)) + " |\n|---|" + "---|" * len(lengths))
     for name in ("reference", "nord-snn, `torch`", "**nord-snn**"):
         peaks = [
-            peak_bytes(resonance.contestants(resonance.case(4, 1, S, 64), compiled=False)[name]) / 1e6 for S in lengths
+            peak_bytes(resonance.implementations(resonance.make_inputs(4, 1, S, 64), compiled=False)[name]) / 1e6
+            for S in lengths
         ]
-        page.say(f"| {name} | " + " | ".join(f"{peak:.0f}" for peak in peaks) + " |")
-    page.say()
+        page.add(f"| {name} | " + " | ".join(f"{peak:.0f}" for peak in peaks) + " |")
+    page.add()
 
 
 def language_model_table(page: Page, seconds: float) -> None:
-    """One training step."""
-    page.say("### Training step of the language model\n")
-    page.say(f"{(language_model.__doc__ or '').strip()} Correctness check: {language_model.gate()}.\n")
-    page.say("Each implementation runs in its own process; the processes take turns.\n")
-    *rows, floor = race_apart(language_model.contestants(), seconds)
-    page.table(rows, "plain loop", floor.milliseconds, language_model.FLOOR)
+    """Add the table of one training step."""
+    page.add("### Training step of the language model\n")
+    page.add(f"{(language_model.__doc__ or '').strip()} Check: {language_model.check()}.\n")
+    page.add("Each row runs in a process of its own; the processes take turns.\n")
+    *rows, bound = time_in_processes(language_model.implementations(), seconds)
+    page.table(rows, "plain loop", bound.milliseconds, language_model.LOWER_BOUND)
     tokens = language_model.BATCH * language_model.LENGTH
     ours = next(row for row in rows if row.name.startswith("**"))
-    page.say(
-        f"{tokens * 1e3 / rows[0].milliseconds:.0f} tokens/s with the plain loop, "
-        f"{tokens * 1e3 / ours.milliseconds:.0f} with nord-snn.\n"
+    page.add(
+        f"Plain loop: {tokens * 1e3 / rows[0].milliseconds:.0f} tokens/s; nord-snn: "
+        f"{tokens * 1e3 / ours.milliseconds:.0f} tokens/s.\n"
     )
 
 
 def monitor_table(page: Page, seconds: float) -> None:
-    """What counting spikes costs."""
-    page.say("### Counting spikes\n")
-    page.say(f"{(monitor.__doc__ or '').strip()} Correctness check: {monitor.gate()}.\n")
-    page.say("| | ms | times as fast as without |\n|---|---|---|")
-    for row in race_apart(monitor.contestants(), seconds):
-        page.say(f"| {row.name} | {row.milliseconds:.2f} | {row.speedup:.3f} |")
-    page.say()
+    """Add the cost of counting spikes."""
+    page.add("### Counting spikes\n")
+    page.add(f"{(monitor.__doc__ or '').strip()} Check: {monitor.check()}.\n")
+    page.add("| | ms | times as fast as without |\n|---|---|---|")
+    for row in time_in_processes(monitor.implementations(), seconds):
+        page.add(f"| {row.name} | {row.milliseconds:.2f} | {row.speedup:.3f} |")
+    page.add()
 
 
 def stdp_table(page: Page, seconds: float) -> None:
-    """One step of each learning rule, and what it keeps in memory."""
-    pre, post = stdp.case()
-    page.say(f"### STDP, {list(stdp.SHAPE)} -> {stdp.N_OUT}\n")
-    page.say(f"{(stdp.__doc__ or '').strip()} Correctness check: {stdp.gate(pre, post)}.\n")
+    """Add the time of one update of each learning rule, and its peak memory."""
+    pre, post = stdp.make_inputs()
+    page.add(f"### STDP, {list(stdp.SHAPE)} -> {stdp.N_OUT}\n")
+    page.add(f"{(stdp.__doc__ or '').strip()} Check: {stdp.check(pre, post)}.\n")
     n_rows = stdp.SHAPE[1] * stdp.SHAPE[2]
-    page.say(f"SpikingJelly's learner ran on {stdp.ROWS} of the {n_rows:,} rows; its times are scaled to all rows.\n")
-    rows = race(stdp.contestants(pre, post), seconds)
+    page.add(f"SpikingJelly's learner ran on {stdp.ROWS} of the {n_rows:,} rows; its times are scaled to all rows.\n")
+    rows = time_in_turns(stdp.implementations(pre, post), seconds)
     factor = n_rows / stdp.ROWS
     for row in rows:
         if row.name.startswith("SpikingJelly"):
             row.milliseconds *= factor
         else:
             row.speedup *= factor
-    *rows, floor = rows
-    page.table(rows, "first row", floor.milliseconds, stdp.FLOOR)
-    page.say(
-        "Peak memory, MB, by number of rows, [10, rows, 1, 512] -> 512 (one outer product per row would take 1 MB a row):\n"
+    *rows, bound = rows
+    page.table(rows, "first row", bound.milliseconds, stdp.LOWER_BOUND)
+    page.add(
+        "Peak memory, MB, by number of rows, [10, rows, 1, 512] -> 512 (outer products alone would need 1 MB a row):\n"
     )
     counts = (64, 256, 1024, 4096)
-    page.say("| rows | " + " | ".join(map(str, counts)) + " |\n|---|" + "---|" * len(counts))
+    page.add("| rows | " + " | ".join(map(str, counts)) + " |\n|---|" + "---|" * len(counts))
     for kind in (stdp.STDP, stdp.TripletSTDP):
         flat = [x.flatten(1, 2)[:, :, None] for x in (pre, post)]
         peaks = [peak_bytes(stdp.ours(kind, flat[0][:, :n], flat[1][:, :n])) / 1e6 for n in counts]
-        page.say(f"| `{kind.__name__}` | " + " | ".join(f"{peak:.0f}" for peak in peaks) + " |")
-    page.say()
+        page.add(f"| `{kind.__name__}` | " + " | ".join(f"{peak:.0f}" for peak in peaks) + " |")
+    page.add()
 
 
 def decoding_table(page: Page) -> None:
-    """Tokens a second at a short and at a long context, with the cache and without."""
+    """Add the decoding speed after a short and a long prompt, with and without the cache."""
     net = decoding.firing_model()
-    page.say("### Decoding\n")
-    page.say(
-        f"{(decoding.__doc__ or '').strip()} The weights are initial weights; the embedding is scaled until 10 % of the "
-        "input neurons fire."
+    page.add("### Decoding\n")
+    page.add(
+        f"{(decoding.__doc__ or '').strip()} Initial weights, the embedding scaled until the input "
+        "neurons have a rate of 10 %."
     )
-    page.say(f"Correctness check: {decoding.gate(net)}.\n")
-    page.say("| prompt, tokens | cache | ms to the first token | ms a token | tokens/s |\n|---|---|---|---|---|")
+    page.add(f"Check: {decoding.check(net)}.\n")
+    page.add("| prompt, tokens | cache | ms to the first token | ms a token | tokens/s |\n|---|---|---|---|---|")
     speeds = decoding.measure(net)
     for (length, use_cache), speed in speeds.items():
         name = "**yes**" if use_cache else "no"
-        page.say(f"| {length} | {name} | {speed.first:.0f} | {speed.each:.1f} | {1e3 / speed.each:.2f} |")
-    short, long = (speeds[context, True].each for context in decoding.CONTEXTS)
+        page.add(f"| {length} | {name} | {speed.first:.0f} | {speed.later:.1f} | {1e3 / speed.later:.2f} |")
+    short, long = (speeds[context, True].later for context in decoding.CONTEXTS)
     config = net.config
     dense = config.num_hidden_layers * config.hidden_size * 4 * (config.t_fast + config.t_slow + 1)
-    page.say(
-        f"\nWith the cache a token takes {long / short:.2f} times as long after the longer prompt as after the shorter. "
-        f"A position takes {decoding.cache_bytes(net):,} bytes of cache; with key spikes as floats it would take {dense:,}.\n"
+    page.add(
+        f"\nWith the cache a token takes {long / short:.2f} times as long after the longer prompt as after the shorter one. "
+        f"A position needs {decoding.cache_bytes(net):,} bytes of cache; with key spikes as floats it would need {dense:,}.\n"
     )
 
 
 def gpu_tables(page: Page, seconds: float) -> None:
-    """The neuron on a GPU, or that there is none."""
-    page.say("## GPU\n")
+    """Add the tables of the neuron on a GPU, or a note that there is no GPU."""
+    page.add("## GPU\n")
     if not torch.cuda.is_available():
-        page.say(
-            "**Not measured.** No CUDA GPU was available when this page was written: the Triton and CuPy kernels are"
+        page.add(
+            "**Not measured.** No CUDA GPU was available when this page was written. The tests check the results of the"
         )
-        page.say(
-            "tested for correctness (in Triton's interpreter; the CUDA source is compiled for the GPU and run on the CPU)"
+        page.add(
+            "Triton and CuPy kernels (Triton's interpreter, the CUDA source compiled for the GPU and run on the CPU), not"
         )
-        page.say(
-            'but not for speed. The section "Limits" of the README has measurements on one GPU at an earlier commit.'
+        page.add(
+            "their speed. The limits in the README have measurements of an earlier version on one GPU. On a machine with"
         )
-        page.say("On a machine with a GPU the same command adds the GPU tables here.")
+        page.add("a GPU this command adds its tables here.")
         return
     for dtype in (torch.bfloat16, torch.float32):
         neuron_tables(page, *GPU_NEURONS, dtype, "cuda", seconds)
 
 
 def main() -> None:
-    """All tables, in one process."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=15.0, help="how long the contestants of a table take turns")
+    parser.add_argument("--seconds", type=float, default=15.0, help="time to measure each table")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
         "--only",
         choices=("neurons", "resonance", "stdp", "language-model", "monitor", "decoding", "gpu"),
-        help="one part; writes nothing",
+        help="measure one part and write no file",
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     allow_recompilations(64)
-    keep_freed_memory()  # else glibc's giving back and fetching of pages is what many of these times are made of
+    keep_freed_memory()  # otherwise glibc's returning and mapping of pages dominates many of these times
     page = Page()
-    page.say("# Benchmarks\n")
-    page.say(
-        "Written by `python benchmarks/run.py`. The implementations take turns of a few calls in one process. Times and ratios"
+    page.add("# Benchmarks\n")
+    page.add(
+        "Written by `python benchmarks/run.py`. The implementations take turns of four calls in one process; times are"
     )
-    page.say(
-        "are medians over the turns. SpikingJelly's and snnTorch's neurons compute less: they have no cascade and no refractory"
+    page.add(
+        "medians, ratios are medians over the turns. SpikingJelly's and snnTorch's neurons compute less: no cascade, no"
     )
-    page.say(
-        "period, and `LIFNode` has no synaptic current. The allocator keeps freed memory for the next call (`keep_freed_memory`"
+    page.add("refractory period, and `LIFNode` has no synaptic current. Freed memory is kept for the next call")
+    page.add(
+        "(`keep_freed_memory` of `nordlm`), except in the rows of the training step that have PyTorch's defaults.\n"
     )
-    page.say(
-        "of `nordlm`). In the table of the training step three rows use PyTorch's defaults instead: the plain loop, its compiled"
-    )
-    page.say("blocks, and the kernels alone.\n")
-    page.say(machine() + "\n\n## CPU\n")
+    page.add(machine() + "\n\n## CPU\n")
     if arguments.only in (None, "neurons"):
         for shape, n_clusters in CPU_NEURONS:
             neuron_tables(page, shape, n_clusters, torch.float32, "cpu", arguments.seconds)

@@ -1,4 +1,4 @@
-"""One STDP update from recorded spikes of a layer of the language model, pre and post [T, batch, tokens, D]."""
+"""One STDP update from recorded spikes of a language model's layer, pre and post [T, batch, tokens, D]."""
 
 import math
 from collections.abc import Callable
@@ -9,27 +9,27 @@ from torch import Tensor, nn
 
 from nord_snn.learning_rules import STDP, RewardModulatedSTDP, TripletSTDP
 
-__all__ = ["FLOOR", "ROWS", "SHAPE", "case", "contestants", "gate", "ours"]
+__all__ = ["LOWER_BOUND", "ROWS", "SHAPE", "check", "implementations", "make_inputs", "ours"]
 
 SHAPE, N_OUT = (10, 32, 128, 512), 512
 RATE = 0.1
-ROWS = 64  # that the peer is given: a row costs it the same wherever it stands
-FLOOR = "the two matrix products alone"
-TAU_SJ = 1 / (1 - math.exp(-1 / 20))  # where its traces decay as ours do at 20 steps
+ROWS = 64  # rows for SpikingJelly's learner, whose time is proportional to their number
+LOWER_BOUND = "the two matrix products alone"
+TAU = 1 / (1 - math.exp(-1 / 20))  # same decay as a time constant of 20 time steps in our rules
 
 
-def case() -> tuple[Tensor, Tensor]:
-    """Spikes on both sides."""
+def make_inputs() -> tuple[Tensor, Tensor]:
+    """Return pre and post spikes."""
     generator = torch.Generator().manual_seed(0)
     pre = torch.rand(SHAPE, generator=generator) < RATE
     post = torch.rand(*SHAPE[:-1], N_OUT, generator=generator) < RATE
     return pre.float(), post.float()
 
 
-def peer(pre: Tensor, post: Tensor, rows_at_once: int) -> Callable[[], Tensor]:
-    """SpikingJelly's learner: it takes no tokens, so the rows are given one after the other, or some at once."""
+def spikingjelly(pre: Tensor, post: Tensor, rows_at_once: int) -> Callable[[], Tensor]:
+    """Return an update of SpikingJelly's learner, which has no token dimension: ``rows_at_once`` rows are a batch."""
     synapse = nn.Linear(pre.shape[-1], post.shape[-1], bias=False)
-    learner = STDPLearner("m", synapse, nn.Identity(), TAU_SJ, TAU_SJ, lambda w: 0.005, lambda w: 0.005)
+    learner = STDPLearner("m", synapse, nn.Identity(), TAU, TAU, lambda w: 0.005, lambda w: 0.005)
     rows = [x.flatten(1, 2)[:, :ROWS].split(rows_at_once, dim=1) for x in (pre, post)]
 
     def run() -> Tensor:
@@ -45,7 +45,7 @@ def peer(pre: Tensor, post: Tensor, rows_at_once: int) -> Callable[[], Tensor]:
 
 
 def ours(kind: type[STDP | TripletSTDP], pre: Tensor, post: Tensor, **outcome: Tensor) -> Callable[[], Tensor]:
-    """One of our learners, given all rows at once."""
+    """Return an update of one of our rules, with all rows at once."""
     learner = kind("m", nn.Linear(pre.shape[-1], post.shape[-1], bias=False), nn.Identity())
 
     def run() -> Tensor:
@@ -59,26 +59,26 @@ def ours(kind: type[STDP | TripletSTDP], pre: Tensor, post: Tensor, **outcome: T
     return run
 
 
-def contestants(pre: Tensor, post: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """The peer on :data:`ROWS` rows, ours on all of them, and the floor."""
+def implementations(pre: Tensor, post: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Return SpikingJelly's updates on :data:`ROWS` rows, ours on all rows, and the lower bound, by name."""
     x, y = pre.flatten(0, 2), post.flatten(0, 2)
     return {
-        "SpikingJelly `STDPLearner`, row by row": peer(pre, post, 1),
-        "SpikingJelly `STDPLearner`, 16 rows at once": peer(pre, post, 16),
+        "SpikingJelly `STDPLearner`, row by row": spikingjelly(pre, post, 1),
+        "SpikingJelly `STDPLearner`, 16 rows at once": spikingjelly(pre, post, 16),
         "**nord-snn** `TripletSTDP`": ours(TripletSTDP, pre, post),
         "**nord-snn** `RewardModulatedSTDP`, a reward for each token": ours(
             RewardModulatedSTDP, pre, post, reward=torch.randn(pre.shape[1:3])
         ),
         "**nord-snn** `STDP`": ours(STDP, pre, post),
-        FLOOR: lambda: (y.mT @ x) - (y.mT @ x),
+        LOWER_BOUND: lambda: (y.mT @ x) - (y.mT @ x),
     }
 
 
-def gate(pre: Tensor, post: Tensor) -> str:
-    """Ours and the peer's on the rows that both can be given."""
+def check(pre: Tensor, post: Tensor) -> str:
+    """Compare our STDP with SpikingJelly's on :data:`ROWS` rows; exit if they differ."""
     rows = [x.flatten(1, 2)[:, None, :ROWS] for x in (pre, post)]
-    expected, got = peer(pre, post, 1)(), ours(STDP, *rows)()
-    error = ((got - expected).abs().max() / expected.abs().max()).item()
+    expected, actual = spikingjelly(pre, post, 1)(), ours(STDP, *rows)()
+    error = ((actual - expected).abs().max() / expected.abs().max()).item()
     if error > 1e-5:
         raise SystemExit(f"STDP differs from SpikingJelly's by {error:.1e}")
-    return f"the update differs from SpikingJelly's by {error:.1e} of the largest change"
+    return f"differs from SpikingJelly's by {error:.1e} of the largest change"

@@ -2,9 +2,9 @@
 
     python examples/conv_digits/conv_digits.py          # scikit-learn's digits, no network needed; under three minutes
 
-One network, four kinds of neurons: SpikingJelly's LIF; ours without and with the cascade; and ours with the cascade and a
-LeakyClamp before each layer of them. The table gives accuracy, firing rate and the share of neurons that never fire on the test
-images, over seeds; the picture shows the same.
+The network has one of four kinds of neurons: SpikingJelly's LIF, ours without the cascade, ours with it, or ours with the
+cascade and a LeakyClamp before each layer of neurons. The table and the plot show accuracy, firing rate and the share of neurons
+that never fire on the test images, over seeds.
 """
 
 import argparse
@@ -127,20 +127,20 @@ def train(make: Make, seed: int, epochs: int, data: tuple[Tensor, Tensor, Tensor
 
 @torch.no_grad()
 def measure(net: Net, images: Tensor, labels: Tensor) -> Result:
-    """Measure a network on the test images."""
-    fired: dict[nn.Module, Tensor] = {}
+    """Measure accuracy, firing rate and share of silent neurons on the test images."""
+    fired: dict[nn.Module, Tensor] = {}  # whether each neuron fires on any image
 
-    def keep(module: nn.Module, inputs: object, spikes: Tensor) -> None:
+    def record(module: nn.Module, inputs: object, spikes: Tensor) -> None:
         fired[module] = spikes.flatten(0, 1).any(0)
 
     nodes = [module for module in net.modules() if isinstance(module, neuron.BaseNode)]
-    hooks = [node.register_forward_hook(keep) for node in nodes]
+    hooks = [node.register_forward_hook(record) for node in nodes]
     with SpikeMonitor(net) as monitor:
         accuracy = (net(images).argmax(1) == labels).float().mean().item()
     for hook in hooks:
         hook.remove()
-    alive = torch.cat([each.flatten() for each in fired.values()])
-    return Result(accuracy, float(np.mean(list(monitor.rates().values()))), 1 - alive.float().mean().item())
+    firing = torch.cat([neurons.flatten() for neurons in fired.values()])
+    return Result(accuracy, float(np.mean(list(monitor.rates().values()))), 1 - firing.float().mean().item())
 
 
 def plot(results: dict[str, list[Result]], path: Path) -> None:
@@ -150,15 +150,15 @@ def plot(results: dict[str, list[Result]], path: Path) -> None:
     for axis, field, title in zip(
         axes, Result._fields, ("test accuracy", "firing rate", "neurons that never fire"), strict=True
     ):
-        values = [[100 * getattr(result, field) for result in of] for of in results.values()]
-        means = [float(np.mean(each)) for each in values]
+        values = [[100 * getattr(result, field) for result in of_seeds] for of_seeds in results.values()]
+        means = [float(np.mean(seeds)) for seeds in values]
         errors = [
             [m - min(v) for m, v in zip(means, values, strict=True)],
             [max(v) - m for m, v in zip(means, values, strict=True)],
         ]
         axis.barh(list(results), means, xerr=errors, capsize=3, color="tab:blue")
         axis.set(title=f"{title}, %")
-    axes[0].set_xlim(min(100 * r.accuracy for of in results.values() for r in of) - 3, 100)
+    axes[0].set_xlim(min(100 * r.accuracy for of_seeds in results.values() for r in of_seeds) - 3, 100)
     axes[0].invert_yaxis()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -176,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        parser.error(f"--out {options.out}: cannot be made ({error.strerror})")
+        parser.error(f"--out {options.out}: cannot be created ({error.strerror})")
     data = digits()
     runs = [(name, seed) for name in KINDS for seed in range(options.seeds)]
     results: dict[str, list[Result]] = {name: [] for name in KINDS}
@@ -185,9 +185,9 @@ def main(arguments: list[str] | None = None) -> int:
     table = Table(
         "neurons", "accuracy", "lowest to highest", "firing rate", "never fire", title=f"{options.seeds} seeds"
     )
-    for name, of in results.items():
-        accuracy, rate, dead = (np.mean([getattr(result, field) for result in of]) for field in Result._fields)
-        low, high = (f(result.accuracy for result in of) for f in (min, max))
+    for name, of_seeds in results.items():
+        accuracy, rate, dead = (np.mean([getattr(result, field) for result in of_seeds]) for field in Result._fields)
+        low, high = (f(result.accuracy for result in of_seeds) for f in (min, max))
         table.add_row(name, f"{accuracy:.1%}", f"{low:.1%} to {high:.1%}", f"{rate:.1%}", f"{dead:.1%}")
     Console().print(table)
     plot(results, options.out / "conv_digits.png")

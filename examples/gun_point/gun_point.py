@@ -4,8 +4,8 @@
 
 The input is the horizontal position of a hand over five seconds, 150 numbers. The classes are drawing a replica gun and pointing
 a finger. The network follows snnTorch's tutorials: the series as a constant current, two layers of ``Leaky``, ten time steps, the
-last layer's membranes as output. Then parts are replaced by ours. Logistic regression and the nearest neighbour are baselines
-without spikes.
+last layer's membranes as output. Then its parts are replaced by ours. Logistic regression and the nearest neighbour are
+baselines without spikes.
 """
 
 import argparse
@@ -61,7 +61,7 @@ class Network(nn.Module):
 
 
 class Constant(nn.Module):
-    """The usual encoding: the same current at every time step."""
+    """Usual encoding: a constant current."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Constant(nn.Module):
 
 
 class LastMembrane(nn.Module):
-    """The usual readout of a membrane: its value after the last time step."""
+    """Usual readout: the membrane potential after the last time step."""
 
     def __init__(self, neuron: MultiStep) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ def encoder(fast_scale: float = 15.0, slow_scale: float = 5.0) -> nn.Module:
     return MultiScaleTemporalEncoder(LENGTH, WIDTH, fast_scale=fast_scale, slow_scale=slow_scale)
 
 
-#: Scales for thresholds of 1 and membranes that do not average their input; the defaults, 15 and 5, are for our neurons.
+#: Scales for snnTorch's neurons, with a threshold of 1 and no averaging of the input; the defaults, 15 and 5, are for ours.
 SCALES = {"fast_scale": 2.0, "slow_scale": 0.7}
 
 
@@ -137,8 +137,14 @@ def movements() -> Data:
 
 def without_spikes(data: Data) -> dict[str, float]:
     """Return the accuracy of logistic regression and of the nearest neighbour."""
-    known = {"logistic regression": LogisticRegression(max_iter=2000), "nearest neighbour": KNeighborsClassifier(1)}
-    return {name: each.fit(data.train_x, data.train_y).score(data.test_x, data.test_y) for name, each in known.items()}
+    classifiers = {
+        "logistic regression": LogisticRegression(max_iter=2000),
+        "nearest neighbour": KNeighborsClassifier(1),
+    }
+    return {
+        name: classifier.fit(data.train_x, data.train_y).score(data.test_x, data.test_y)
+        for name, classifier in classifiers.items()
+    }
 
 
 def train(make: Callable[[], Network], seed: int, epochs: int, data: Data) -> Result:
@@ -155,11 +161,11 @@ def train(make: Callable[[], Network], seed: int, epochs: int, data: Data) -> Re
             optimizer.step()
         schedule.step()
     with torch.no_grad(), SpikeMonitor(net) as monitor:
-        right = net.eval()(data.test_x).argmax(1) == data.test_y
-    return Result(right.float().mean().item(), list(monitor.rates().values()))
+        correct = net.eval()(data.test_x).argmax(1) == data.test_y
+    return Result(correct.float().mean().item(), list(monitor.rates().values()))
 
 
-def plot(data: Data, free: dict[str, float], results: dict[str, list[Result]], path: Path) -> None:
+def plot(data: Data, baselines: dict[str, float], results: dict[str, list[Result]], path: Path) -> None:
     """Plot the series, and a dot for each seed."""
     mpl.use("Agg")
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.2), layout="constrained")
@@ -169,9 +175,9 @@ def plot(data: Data, free: dict[str, float], results: dict[str, list[Result]], p
         left.plot([], [], color=f"C{label}", label=name)
     left.set(xlabel="seconds", ylabel="position of the hand")
     left.legend()
-    for place, of in enumerate(results.values()):
-        right.scatter([100 * result.accuracy for result in of], [place] * len(of), alpha=0.6)
-    for name, accuracy in free.items():
+    for place, runs in enumerate(results.values()):
+        right.scatter([100 * result.accuracy for result in runs], [place] * len(runs), alpha=0.6)
+    for name, accuracy in baselines.items():
         right.axvline(100 * accuracy, color="gray", linestyle="--")
         right.text(100 * accuracy, -0.7, f"{name} ", color="gray", ha="right", fontsize=8)
     right.set_yticks(range(len(results)), list(results))
@@ -193,25 +199,23 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        parser.error(f"--out {options.out}: cannot be made ({error.strerror})")
+        parser.error(f"--out {options.out}: cannot be created ({error.strerror})")
     data = movements()
-    free = without_spikes(data)
+    baselines = without_spikes(data)
     results: dict[str, list[Result]] = {name: [] for name in KINDS}
     runs = [(name, seed) for name in KINDS for seed in range(options.seeds)]
     for name, seed in track(runs, "training", transient=True):
         results[name].append(train(KINDS[name], seed, options.epochs, data))
-    table = Table(
-        "our parts in the network", "accuracy", "lowest to highest", "firing rates", title=f"{options.seeds} seeds"
-    )
-    for name, of in results.items():
-        values = [result.accuracy for result in of]
-        rates = (statistics.mean(each) for each in zip(*(result.rates for result in of), strict=True))
-        fired = ", ".join(f"{rate:.1%}" for rate in rates)
-        table.add_row(name, f"{statistics.mean(values):.1%}", f"{min(values):.1%} to {max(values):.1%}", fired)
-    for name, accuracy in free.items():
+    table = Table("our parts", "accuracy", "lowest to highest", "firing rates", title=f"{options.seeds} seeds")
+    for name, of_seeds in results.items():
+        values = [result.accuracy for result in of_seeds]
+        by_layer = zip(*(result.rates for result in of_seeds), strict=True)
+        rates = ", ".join(f"{statistics.mean(layer):.1%}" for layer in by_layer)
+        table.add_row(name, f"{statistics.mean(values):.1%}", f"{min(values):.1%} to {max(values):.1%}", rates)
+    for name, accuracy in baselines.items():
         table.add_row(name, f"{accuracy:.1%}", "", "")
     Console().print(table)
-    plot(data, free, results, options.out / "gun_point.png")
+    plot(data, baselines, results, options.out / "gun_point.png")
     print(f"gun_point.png is in {options.out}")
     return 0
 

@@ -1,4 +1,4 @@
-"""Moved to ``studies/language_model/ablation.py``; this command stays for one release."""
+"""Run ``studies/language_model/ablation.py``, the new path of this command; the old path works for one more release."""
 
 import os
 import sys
@@ -7,5 +7,5 @@ from pathlib import Path
 STUDY = Path(__file__).resolve().parents[2] / "studies" / "language_model" / "ablation.py"
 
 if __name__ == "__main__":
-    print("note: this command is studies/language_model/ablation.py now", file=sys.stderr)
+    print("note: this command has moved to studies/language_model/ablation.py", file=sys.stderr)
     os.execv(sys.executable, [sys.executable, str(STUDY), *sys.argv[1:]])

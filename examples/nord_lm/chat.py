@@ -38,12 +38,12 @@ def main(arguments: list[str] | None = None) -> int:
             line = replace_surrogates(input("> "))
             if line.strip() and not chat.handle(line.strip()):
                 return 0
-        except KeyboardInterrupt:  # stop the answer, not the conversation
+        except KeyboardInterrupt:  # stop only the answer
             print()
         except EOFError:
             return 0
-        except (ValueError, RuntimeError) as error:  # for example weights with NaN; the conversation continues
-            chat.say(f"that did not work: {' '.join(str(error).split())[:300]}")
+        except (ValueError, RuntimeError) as error:  # for example weights with NaN
+            chat.say(f"error: {' '.join(str(error).split())[:300]}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 Load the model with ``nord_snn.models.nord.NordForCausalLM.from_pretrained``, or with the auto classes after an import of
 ``nord_snn.models.nord`` (without that import: ``trust_remote_code=True``). Nothing in a checkpoint is executed. The folder
-has safetensors and a ``config.json``. A checkpoint has no tokenizer; that of the published weights is
+has safetensors and a ``config.json``. A checkpoint has no tokenizer; the published weights use
 ``meta-llama/Llama-3.2-1B``.
 """
 
@@ -29,7 +29,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("source", type=Path, help="published .pt file; with --to-original, a model's folder")
     parser.add_argument("out", type=Path, help="new or empty folder to write to; with --to-original, a new .pt file")
-    parser.add_argument("--to-original", action="store_true", help="convert a model's folder to a published .pt file")
+    parser.add_argument(
+        "--to-original", action="store_true", help="convert a model's folder to a .pt file in the published format"
+    )
     parser.add_argument(
         "--tokenizer",
         help="with --to-original: name or folder of the tokenizer to write into the checkpoint (default: the model's "
@@ -37,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     if options.tokenizer is not None and not options.to_original:
-        parser.error("--tokenizer goes with --to-original")
+        parser.error("--tokenizer needs --to-original")
     logging.disable_progress_bar()  # of transformers
     try:
         print(_to_original(options) if options.to_original else _from_original(options))
@@ -62,8 +64,8 @@ def _to_original(options: argparse.Namespace) -> str:
     if not options.out.parent.is_dir() or os.path.lexists(options.out):
         raise ValueError(f"{options.out}: expected a new file in a folder that exists")
     model = load_model(options.source)
-    own = str(options.source.resolve()) if (options.source / "tokenizer.json").is_file() else PUBLISHED_TOKENIZER
-    checkpoint, temporary = to_original(model, options.tokenizer or own), temporary_path(options.out)
+    default = str(options.source.resolve()) if (options.source / "tokenizer.json").is_file() else PUBLISHED_TOKENIZER
+    checkpoint, temporary = to_original(model, options.tokenizer or default), temporary_path(options.out)
     try:
         torch.save(checkpoint, temporary)
         os.replace(temporary, options.out)
@@ -72,7 +74,7 @@ def _to_original(options: argparse.Namespace) -> str:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-    return f"{options.out}: {model.num_parameters():,} parameters, tokenizer {options.tokenizer or own}"
+    return f"{options.out}: {model.num_parameters():,} parameters, tokenizer {options.tokenizer or default}"
 
 
 if __name__ == "__main__":

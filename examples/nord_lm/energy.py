@@ -1,9 +1,9 @@
-"""Estimate the energy of a generated token: all products, and joules under published conventions, with the dense twin.
+"""Estimate the energy of a generated token and of its dense twin: all products, and joules under published conventions.
 
     python examples/nord_lm/energy.py --config nord-144m
     python examples/nord_lm/energy.py --model runs/tiny-0001/model --context 64
 
-All positions before the token are in a cache. With ``--config`` the weights are initial weights.
+All positions before the token are in a cache. With ``--config`` the model has initial weights.
 """
 
 import argparse
@@ -33,7 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     source.add_argument("--model", type=Path, help="folder with a trained model")
     parser.add_argument(
-        "--context", type=number(2, kind=int), help="number of positions, with the token (default: the model's context)"
+        "--context",
+        type=number(2, kind=int),
+        help="number of positions, including the token (default: the model's context)",
     )
     parser.add_argument(
         "--every", action="store_true", help="list every product separately instead of summing over transformer blocks"
@@ -48,12 +50,12 @@ def main(arguments: list[str] | None = None) -> int:
     longest = model.config.max_position_embeddings
     context = options.context or longest
     if context > longest:
-        print(f"error: --context must be at most {longest}, the model's window, got {context}", file=sys.stderr)
+        print(f"error: --context must be at most {longest}, the model's context, got {context}", file=sys.stderr)
         return 1
     ids = torch.randint(model.config.vocab_size, (1, context), generator=torch.Generator().manual_seed(0))
     profile = profile_generated_token(model.eval(), ids)
     weights = "" if options.model else "initial weights, "
-    print(f"One token at the end of {context} random ones, {weights}{model.num_parameters():,} parameters.\n")
+    print(f"The last of {context} random tokens, {weights}{model.num_parameters():,} parameters.\n")
     print(profile if options.every else profile.grouped())
     print(f"\n{energy_sentence(profile)}")
     return 0

@@ -41,14 +41,14 @@ def evaluate_text(options: argparse.Namespace, visible: bool = False) -> dict[st
     if options.report is not None:
         check_folder(options.report.resolve())
     elif options.passage is not None and options.ood is None:
-        raise ModelError("--passage is for --ood and --report: give one of them")
+        raise ModelError("--passage needs --ood or --report")
     folder = options.model or newest_model()
     model, tokenizer = open_model(folder)
     run = folder.parent if (folder.parent / "settings.yaml").is_file() else None
     longest = model.config.max_position_embeddings
     context = longest if options.context is None else options.context
     if context > longest:
-        raise ModelError(f"--context must be at most {longest}, what the model was made for, got {context}")
+        raise ModelError(f"--context must be at most {longest}, the model's context, got {context}")
     stride = max(1, context // 2) if options.stride is None else options.stride
     if stride > context:
         raise ModelError(f"--stride must be at most the context of {context}, got {stride}")
@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
         "held-out text of the model's run, or the documentation inside CPython)",
     )  # fmt: skip
     parser.add_argument(
-        "--model", type=Path, help="folder with model and tokenizer (default: that of the newest finished run in runs/)"
+        "--model", type=Path, help="folder with model and tokenizer (default: from the newest finished run in runs/)"
     )
     parser.add_argument("--context", type=number(1, kind=int), help="tokens in a window (default: the model's context)")
     parser.add_argument(
@@ -150,12 +150,12 @@ def print_results(results: dict[str, Any], console: Console, report: Path | None
         f"{results['perplexity']:,.2f}",
         f"{results['bits_per_byte']:.4f}",
     ]
-    title = f"{results['text']}, windows of {results['context']} by {results['stride']}"
+    title = f"{results['text']}, windows of {results['context']}, stride {results['stride']}"
     print_table(console, title, columns, [row])
     rates = [[name, f"{rate:.2%}"] for name, rate in results["firing_rates"].items()]
     print_table(console, "firing rates", ["neuron layer", "rate"], rates)
     if auroc := results.get("uncertainty", {}).get("auroc"):
-        title = "AUROC: chance that a passage of the other text has the higher score (95 % interval)"
+        title = "AUROC: probability that a passage of the other text has the higher score (95 % interval)"
         rows = [
             [name, *(_with_interval(scores[name]) for scores in auroc.values())] for name in next(iter(auroc.values()))
         ]

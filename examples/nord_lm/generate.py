@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     if len(ids) > model.config.max_position_embeddings:
         print(
-            f"note: only the last {model.config.max_position_embeddings} tokens of the prompt are seen", file=sys.stderr
+            f"note: only the last {model.config.max_position_embeddings} tokens of the prompt are used", file=sys.stderr
         )
     try:
         model.generate(

@@ -1,4 +1,4 @@
-"""Moved to ``nord_snn.models.nord``; this name stays for one release."""
+"""Alias of ``nord_snn.models.nord`` for one more release."""
 
 from nord_snn.models.nord import NordForCausalLM
 

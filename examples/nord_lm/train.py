@@ -17,18 +17,18 @@ from nordlm.training.settings import parse_arguments, settings_from
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    # Its warning about forks does not apply to a loader without workers.
+    # Silence the tokenizers' warning about forks: the data loader has no worker processes.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator is found.*")
     options = parse_arguments(arguments)
 
-    # Imported here because --help needs none of them.
+    # Import late, so that --help does not load them.
     import torch
     from nordlm.training.loop import INTERRUPTED, train
     from nordlm.training.runtime import keep_freed_memory
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # that of transformers
+    logging.disable_progress_bar()  # of transformers
     logging.set_verbosity_error()  # it warns about text beyond the context, which this model handles with a sliding window
     if not torch.cuda.is_available():
         keep_freed_memory()
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before or after the training loop, or a second signal
-        print("interrupted; what was saved before is whole", file=sys.stderr)
+        print("interrupted; files saved earlier are complete", file=sys.stderr)
         return INTERRUPTED
 
 

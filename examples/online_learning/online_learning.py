@@ -1,11 +1,11 @@
-"""Measure, against controls, whether reading a text once with reward-modulated STDP lowers the loss on that text.
+"""Measure whether reading a text once with reward-modulated STDP lowers the loss on that text, compared with controls.
 
     python examples/online_learning/online_learning.py                  # trains five models first: ten minutes on two cores
     python examples/online_learning/online_learning.py --text book.txt --models runs/tiny-0001/model ...
     python examples/online_learning/online_learning.py --search         # which synapses, rates and rewards
 
 Every model (one per seed) reads the new text in order, window by window. Each window is predicted before the model learns from
-it, so the loss is always on unseen text. Conditions:
+it, so the loss is always on unseen text. The conditions are:
 
     on        reward-modulated STDP
     off       control: no learning
@@ -15,8 +15,8 @@ it, so the loss is always on unseen text. Conditions:
     steps     ablation: the time steps of each token's spikes are permuted, which keeps rates and removes timing
 
 Then the loss is measured on the following part of the new text, and on old text: held-out documents of the training text.
-Differences are paired by seed; intervals are 95 % intervals of Student's t over the seeds. ``--search`` uses the part of the
-text after all of these, so that settings are not evaluated on the text that selected them.
+Differences are paired by seed; intervals are 95 % intervals of Student's t over the seeds. ``--search`` uses the text after
+these parts, so that settings are not evaluated on the text that selected them.
 """
 
 import argparse
@@ -127,19 +127,19 @@ def source_code() -> Iterator[str]:
 
 
 def read_texts(options: argparse.Namespace, folder: Path, length: int, tokenizer: PreTrainedTokenizerBase) -> Texts:
-    """Return the new text, and the old text: what the model's training run has held out, or ``--old``."""
+    """Return the new text and the old text, which is ``--old`` or the held-out text of the model's training run."""
     n_read, n_measured = options.read, options.measure
     needed = n_read + n_measured
     text = source_code() if options.text is None else read_documents(str(options.text)).read()
     new = _tokens(text, tokenizer, needed * (2 if options.search else 1))[needed if options.search else 0 :]
     if len(new) < needed or n_read < length:
         raise DataError(
-            f"{len(new):,} tokens are left of the new text, of which {n_read:,} (at least one window of {length}) are to be "
-            f"read and {n_measured:,} measured: give more text, or a smaller --read or --measure"
+            f"the new text has {len(new):,} tokens left, expected {n_read:,} to read (at least one window of {length}) and "
+            f"{n_measured:,} to measure: give more text, or change --read or --measure"
         )
     old = _tokens(_old_text(options.old, folder), tokenizer, n_measured)
     if len(old) < n_measured:
-        raise DataError(f"the old text has {len(old):,} tokens, of which {n_measured:,} are to be measured")
+        raise DataError(f"the old text has {len(old):,} tokens, expected {n_measured:,} to measure")
     return Texts(new[: n_read // length * length].view(-1, length), new[n_read:], old)
 
 
@@ -147,7 +147,7 @@ def _old_text(path: Path | None, folder: Path) -> Iterator[str]:
     if path is not None:
         return read_documents(str(path)).read()
     if not (folder.parent / "settings.yaml").is_file():
-        raise DataError(f"{folder} is not in the folder of a run of train.py: say with --old what it was trained on")
+        raise DataError(f"{folder} is not in the folder of a run of train.py: give the old text with --old")
     training = Settings.read(folder.parent / "settings.yaml").training
     _, validation = split(read_documents(training.data), training.held_out)
     return validation()
@@ -192,7 +192,7 @@ def read_once(
     options: tuple[Sequence[str] | None, float | None, str],
     seed: int,
 ) -> Outcome:
-    """Run one condition from the trained weights, and restore them; ``options`` are synapses, rate and reward."""
+    """Run one condition from the trained weights and restore them; ``options`` are synapses, rate and reward."""
     torch.manual_seed(seed)  # for sampled tokens and permutations
     plasticity = Plasticity(model, *options, control(condition))
     length = texts.new.shape[1]
@@ -246,8 +246,8 @@ def report(console: Console, outcomes: dict[str, list[Outcome]]) -> None:
     """Print two tables and a summary."""
     columns = ["", *MEASURES]
     rows = [
-        [name, *(f"{np.mean([getattr(o, measure) for o in of]):.4f}" for measure in MEASURES.values())]
-        for name, of in outcomes.items()
+        [name, *(f"{np.mean([getattr(o, measure) for o in of_seeds]):.4f}" for measure in MEASURES.values())]
+        for name, of_seeds in outcomes.items()
     ]
     print_table(console, "loss, nats per token, mean over seeds", columns, rows)
     rows = [
@@ -258,8 +258,8 @@ def report(console: Console, outcomes: dict[str, list[Outcome]]) -> None:
     print_table(console, "paired differences with 95 % intervals", columns, rows)
     cost, met = percent_old(outcomes), helps(outcomes)
     console.print(
-        f"old text: {cost.mean:+.2f} % ± {cost.half:.2f} %\nreading once {'helps' if met else 'does not help'}: significantly "
-        f"better on the new text than every control and less than 1 % worse on the old is {'met' if met else 'not met'}",
+        f"old text: {cost.mean:+.2f} % ± {cost.half:.2f} %\nreading once {'helps' if met else 'does not help'}: the criterion "
+        f"(significantly better on new text than every control, less than 1 % worse on old) is {'met' if met else 'not met'}",
         highlight=False,
     )
 
@@ -269,8 +269,8 @@ def plot(outcomes: dict[str, list[Outcome]], path: Path) -> None:
     mpl.use("Agg")
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=(2, 1), layout="constrained")
     off = outcomes["off"]
-    for name, of in outcomes.items():
-        difference = np.array([np.subtract(a.windows, b.windows) for a, b in zip(of, off, strict=True)])
+    for name, of_seeds in outcomes.items():
+        difference = np.array([np.subtract(a.windows, b.windows) for a, b in zip(of_seeds, off, strict=True)])
         so_far = difference.cumsum(1) / np.arange(1, difference.shape[1] + 1)
         middle, half = so_far.mean(0), half_interval(so_far)
         x = np.arange(1, len(middle) + 1)
@@ -332,19 +332,19 @@ def experiment(options: argparse.Namespace, models: list[Path], console: Console
     outcomes: dict[str, list[Outcome]] = {condition: [] for condition in ("on", *CONTROLS, *ablations)}
     for seed, folder in enumerate(track(models, "reading", console=console, transient=True)):
         model, texts = _open(options, folder)
-        for condition, of in outcomes.items():
-            of.append(read_once(model, texts, condition, (options.synapses, options.rate, options.reward), seed))
+        for condition, of_seeds in outcomes.items():
+            of_seeds.append(read_once(model, texts, condition, (options.synapses, options.rate, options.reward), seed))
     return outcomes
 
 
 def search(options: argparse.Namespace, models: list[Path], console: Console) -> list[list[str]]:
     """Print and return the table of settings: differences to ``off`` and to ``shuffled``."""
     opened = [_open(options, folder) for folder in models]
-    off = [read_once(*both, "off", (None, None, "error"), seed) for seed, both in enumerate(opened)]
+    off = [read_once(*pair, "off", (None, None, "error"), seed) for seed, pair in enumerate(opened)]
     rows = []
     for synapses, rate, reward in track(SEARCHED, "searching", console=console, transient=True):
         outcomes = {
-            name: [read_once(*both, name, (synapses, rate, reward), seed) for seed, both in enumerate(opened)]
+            name: [read_once(*pair, name, (synapses, rate, reward), seed) for seed, pair in enumerate(opened)]
             for name in ("on", "shuffled")
         } | {"off": off}
         cost = percent_old(outcomes)
@@ -375,7 +375,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=number(2, kind=int), default=5, help="number of models to train (default: 5)")
     parser.add_argument("--read", type=number(2, kind=int), default=16_384, help="tokens to read (default: 16384)")
     parser.add_argument(
-        "--measure", type=number(2, kind=int), default=12_288, help="tokens of later text, and of old text, to measure"
+        "--measure",
+        type=number(2, kind=int),
+        default=12_288,
+        help="tokens to measure, in the later and in the old text",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/online"), help="folder for results.json and the plot")
     parser.add_argument("--search", action="store_true", help="compare settings and print a table")
@@ -397,7 +400,9 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         outcomes = experiment(options, models, console)
         report(console, outcomes)
-        write_json(options.out / "results.json", {name: [asdict(o) for o in of] for name, of in outcomes.items()})
+        write_json(
+            options.out / "results.json", {name: [asdict(o) for o in of_seeds] for name, of_seeds in outcomes.items()}
+        )
         plot(outcomes, options.out / "online_learning.png")
         console.print(f"results.json and online_learning.png are in {options.out}", highlight=False)
     except (ModelError, DataError, PlasticityError, CheckpointError, SettingsError, OSError) as error:

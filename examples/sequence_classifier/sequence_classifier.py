@@ -1,10 +1,10 @@
 """Classify passages of documentation by package, with softmax attention, with resonance, and without exchange.
 
-    python examples/sequence_classifier/sequence_classifier.py     # with text inside Python, no network; under three minutes
+    python examples/sequence_classifier/sequence_classifier.py     # uses docstrings of Python, no network; under three minutes
 
-The models are ``torch.nn.TransformerEncoder``, the same encoder with the ``self_attn`` of every layer replaced by co-firing
-resonance, which weights words by their number of coincident spikes, and the same without exchange between words. The data are
-passages of 32 words from the docstrings of Python's standard library; whole modules are held out.
+The models are ``torch.nn.TransformerEncoder``, the encoder with the ``self_attn`` of every layer replaced by co-firing
+resonance, which weights words by their number of coincident spikes, and the encoder without exchange between words. The data
+are passages of 32 words from the docstrings of Python's standard library; whole modules are held out.
 """
 
 import argparse
@@ -61,7 +61,7 @@ class ResonanceAttention(nn.Module):
         """Return the output ``[B, S, D]`` and None for the weights; key and value must be ``query``."""
         if more.get("attn_mask") is not None or more.get("key_padding_mask") is not None:
             raise ValueError(
-                "ResonanceAttention takes no masks: passages of one length, of which all words see each other"
+                "ResonanceAttention takes no masks, expected passages of one length in which every word attends to all words"
             )
         return self.resonance(query.expand(STEPS, *query.shape), False), None
 
@@ -90,9 +90,9 @@ class Classifier(nn.Module):
     def __init__(self, n_classes: int, make: Callable[[], nn.Module] | None) -> None:
         super().__init__()
         self.words = nn.Embedding(VOCABULARY, WIDTH)
-        self.places = nn.Parameter(0.02 * torch.randn(WORDS, WIDTH))
-        one = nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, dropout=0.2, batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(one, LAYERS, enable_nested_tensor=False)
+        self.positions = nn.Parameter(0.02 * torch.randn(WORDS, WIDTH))
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, dropout=0.2, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)
         if make is not None:
             for layer in self.encoder.layers:
                 layer.self_attn = make()
@@ -100,7 +100,7 @@ class Classifier(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return logits ``[B, n_classes]`` for ``ids [B, 32]``."""
-        return self.head(self.encoder(self.words(ids) + self.places).mean(1))
+        return self.head(self.encoder(self.words(ids) + self.positions).mean(1))
 
 
 def passages(module: Path) -> list[list[str]]:
@@ -112,7 +112,7 @@ def passages(module: Path) -> list[list[str]]:
 
 
 def documentation() -> Data:
-    """Return the data; every fourth module of each package is held out."""
+    """Return the passages and their packages; every fourth module of each package is held out."""
     library = Path(sysconfig.get_path("stdlib"))
     sides: tuple[list[tuple[list[str], int]], list[tuple[list[str], int]]] = ([], [])
     names = [name for name in PACKAGES if (library / name).is_dir()]
@@ -120,9 +120,9 @@ def documentation() -> Data:
         modules = [
             p for p in sorted((library / name).rglob("*.py")) if not {"test", "tests", "idle_test"} & set(p.parts)
         ]
-        with_text = [found for module in modules if (found := passages(module))]
-        for number, found in enumerate(with_text):
-            sides[number % 4 == 3].extend((words, label) for words in found)
+        with_text = [module_passages for module in modules if (module_passages := passages(module))]
+        for number, module_passages in enumerate(with_text):
+            sides[number % 4 == 3].extend((words, label) for words in module_passages)
     counts = Counter(word for words, _ in sides[0] for word in words)
     ids = {word: index + 1 for index, (word, _) in enumerate(counts.most_common(VOCABULARY - 1))}  # 0: unknown
     (train_x, train_y), (test_x, test_y) = (
@@ -149,11 +149,11 @@ def train(make: Callable[[], nn.Module] | None, seed: int, epochs: int, data: Da
     spikes = any(isinstance(module, AssociativeLIFNode) for module in net.modules())
     monitor = SpikeMonitor(net) if spikes else None
     with torch.no_grad():
-        right = torch.cat([net(x).argmax(1) for x in data.test_x.split(256)]) == data.test_y
+        correct = torch.cat([net(x).argmax(1) for x in data.test_x.split(256)]) == data.test_y
     if monitor is None:
-        return right.float().mean().item(), {}
+        return correct.float().mean().item(), {}
     monitor.close()
-    return right.float().mean().item(), monitor.rates()
+    return correct.float().mean().item(), monitor.rates()
 
 
 def plot(results: dict[str, list[float]], chance: float, path: Path) -> None:
@@ -182,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        parser.error(f"--out {options.out}: cannot be made ({error.strerror})")
+        parser.error(f"--out {options.out}: cannot be created ({error.strerror})")
     data = documentation()
     chance = data.test_y.bincount().max().item() / len(data.test_y)
     print(f"{len(data.train_x):,} passages to train on, {len(data.test_x):,} held out, {len(data.names)} packages")
@@ -191,10 +191,10 @@ def main(arguments: list[str] | None = None) -> int:
     for name, seed in track(
         [(name, seed) for name in KINDS for seed in range(options.seeds)], "training", transient=True
     ):
-        accuracy, fired = train(KINDS[name], seed, options.epochs, data)
+        accuracy, layer_rates = train(KINDS[name], seed, options.epochs, data)
         results[name].append(accuracy)
-        rates = fired or rates
-    table = Table("mixing of words", "accuracy", "lowest to highest", title=f"{options.seeds} seeds")
+        rates = layer_rates or rates
+    table = Table("in place of attention", "accuracy", "lowest to highest", title=f"{options.seeds} seeds")
     for name, values in results.items():
         table.add_row(name, f"{statistics.mean(values):.1%}", f"{min(values):.1%} to {max(values):.1%}")
     table.add_row("always the largest package", f"{chance:.1%}", "")

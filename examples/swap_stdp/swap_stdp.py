@@ -1,11 +1,10 @@
-"""Unsupervised STDP on digits, in a SpikingJelly and a snnTorch network, each with its own rule and two of nord-snn.
+"""Train SpikingJelly and snnTorch networks on digits by unsupervised STDP, with their own rules and with ours.
 
     python examples/swap_stdp/swap_stdp.py          # scikit-learn's digits, no network needed; half a minute
 
 64 inputs fire at the brightness of their pixel. 100 neurons compete: the one with the largest current inhibits all others
-(after Diehl and Cook 2015, with fatigue for those who win too often), and STDP draws its weights to what it saw. Labels are
-used only afterwards, to say which digit a neuron has come to stand for. Between the runs of a network one line differs: the one
-that constructs the learner.
+(after Diehl and Cook 2015, with fatigue of frequent winners), and STDP moves its weights towards the image. Labels are used
+only after training, to assign a digit to each neuron. The runs of a network differ in one line, which constructs the learner.
 """
 
 import argparse
@@ -106,12 +105,12 @@ class SnnTorchNet(nn.Module):
         self.competition.choose(nn.functional.linear(x.mean(0), self.fc.weight))
         membrane, spikes = self.lif.init_leaky(), []
         for x_t in x:
-            fired, membrane = self.lif(self.fc(x_t), membrane)
-            spikes.append(self.competition(fired))
+            spike, membrane = self.lif(self.fc(x_t), membrane)
+            spikes.append(self.competition(spike))
         return torch.stack(spikes)
 
 
-#: Constructors of the learners, the only line that differs. None keeps the initial weights.
+#: Constructors of the learners, the only difference between the runs. None: the initial weights are not trained.
 LEARNERS: dict[str, dict[str, Callable[[Any], Any] | None]] = {
     "SpikingJelly": {
         "none": None,
@@ -168,7 +167,7 @@ def normalise(fc: nn.Linear) -> None:
 
 @torch.no_grad()
 def accuracy(net: SpikingJellyNet | SnnTorchNet, train_data: Digits, test_data: Digits) -> float:
-    """Return the test accuracy: each neuron gets the label it fired for most, and an image the label of its winner."""
+    """Return the test accuracy: each neuron has the label for which it fires most, and each image the label of its winner."""
     net.eval()
     counts = net(encode(train_data.images)).sum(0)
     by_label = torch.stack([counts[train_data.labels == label].sum(0) for label in range(10)])  # [10, D]

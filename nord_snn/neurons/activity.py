@@ -11,7 +11,7 @@ BATCHES = 3
 SATURATED = 0.95
 
 
-class NeuronActivityWarning(UserWarning):
+class NeuronActivityWarning(RuntimeWarning):
     """Neurons of a layer fired never, or nearly always, in the first training batches."""
 
 

@@ -3,10 +3,10 @@
     python studies/language_model/ablation.py                                 # tiny, three seeds, all blocks
     python studies/language_model/ablation.py --blocks spike-fed --only cascade clamp
 
-``recency`` is the published block with scores that fall with distance, so that all models know the order of the positions. Every
-run has the config's peak learning rate, even if another rate would be better for the change, and the same tokens in the same
-order. The tables show the held-out loss, and its difference to the unchanged model with the same seed. Runs are saved as in
-``compare.py``.
+``recency`` is the published block with recency (scores fall with distance), so that every model depends on the order of the
+positions. Every run has the config's peak learning rate, even if another rate would be better for the change, and the same
+tokens in the same order. The tables show the held-out loss, and its difference to the unchanged model with the same seed. Runs
+are saved as in ``compare.py``.
 """
 
 import argparse
@@ -61,7 +61,7 @@ class Ablation(NamedTuple):
         description: the change, in words; part of the name of the run.
         changes: fields of the model's config that are replaced.
         edit: a function that changes the model in place after its construction.
-        learner: context in which something learns beside the optimizer.
+        learner: context manager for learning beside the optimizer.
     """
 
     mechanism: str
@@ -118,7 +118,7 @@ def without_clamps(model: PreTrainedModel) -> None:
 
 
 def clamped_branches(model: PreTrainedModel) -> None:
-    """Clamp the output of the feed-forwards; in spike-fed blocks also that of the resonance."""
+    """Clamp the output of the feed-forwards and, in spike-fed blocks, of the resonance."""
     width = model.config.hidden_size
     for block in model.blocks:
         if isinstance(block, SpikeFedBlock):

@@ -6,13 +6,13 @@
 
 All models have the same width, number of blocks, heads, vocabulary and context, the same tokens in the same order, the same
 schedule and the same search for a peak learning rate. With several ``--lrs``, each model is trained with each of them at the
-first seed. While the best on the held-out text is the lowest or the highest, half or twice that rate is added. All runs of the
-model use the best rate.
+first seed. While the best rate on the held-out text is the lowest or the highest, half or twice this rate is also tried. All
+runs of the model use the best rate.
 
-``published`` is the published model with these sizes, ``recency`` the published model with scores that fall with distance,
-``spike-fed`` the config itself, and ``spiking-values`` the config with spiking values. ``dense-twin`` is the config with smooth
-activations and one time step, so that it differs only in the spikes; ``dense-plain`` is the twin without the norms that only
-the neurons need. ``gpt2`` has feed-forwards of the width that gives the same number of parameters without embedding and head.
+``published`` is the published model with these sizes; ``recency`` adds scores that fall with distance. ``spike-fed`` is the
+config; ``spiking-values`` adds spiking values. ``dense-twin`` is the config with smooth activations and one time step, so that
+it differs only in the spikes; ``dense-plain`` is the twin without the norms that only the neurons need. ``gpt2`` has
+feed-forwards of the width that gives the same number of parameters without embedding and head.
 
 Every finished run is saved: the same command continues after a stop, and commands for other models can use the same folder at
 the same time.
@@ -39,7 +39,7 @@ from study_cli import (
     unique,
     write_results,
 )
-from trials import ENERGY_BLOCKS, Trials, progress_bars
+from trials import ENERGY_SEQUENCES, Trials, progress_bars
 from variants import MODEL_MAKERS, Maker
 
 __all__ = ["Comparison", "compare"]
@@ -53,7 +53,7 @@ class Comparison:
 
     Args:
         trials: runs on file.
-        seeds: seeds that are compared; the first is that of the learning-rate search.
+        seeds: seeds of the runs; the learning-rate search uses the first one.
     """
 
     def __init__(self, trials: Trials, seeds: list[int]) -> None:
@@ -94,7 +94,7 @@ def compare(trials: Trials, kinds: dict[str, Maker], seeds: list[int], lrs: list
 def search_lr(
     trials: Trials, kind: str, make: Maker, lrs: list[float], seed: int, bars: Progress
 ) -> list[dict[str, Any]]:
-    """Train with these peak learning rates, and extend them by half or twice the best until the best is not at an end.
+    """Train with these peak learning rates; add half or twice the best rate until the best is not the lowest or highest.
 
     A single rate is used without a search.
 
@@ -194,18 +194,18 @@ def notes(comparison: Comparison) -> str:
     tried = "; ".join(f"{kind} {', '.join(f'{lr:g}' for lr in sorted(lrs))}" for kind, lrs in comparison.tried.items())
     diverged = "; ".join(comparison.diverged) or "none"
     return (
-        f"Mean (range) over seeds {', '.join(map(str, seeds))}; text: {metadata['text']}; by counting alone, nats per token: "
+        f"Mean (range) over seeds {', '.join(map(str, seeds))}; text: {metadata['text']}; baselines, nats per token: "
         f"{baselines}. Peak learning rates tried at seed {seeds[0]}: {tried}; diverged: {diverged}. "
-        "tokens/s in training; operations and energy of a generated token at the end of a block, mean of "
-        f"{ENERGY_BLOCKS} held-out blocks, 45 nm, float32. "
-        f"Samples: after {metadata['held_out_text']['prompts']} held-out beginnings; repetition is the share of 4-grams that "
-        "stood there before, topic coherence the chance that a sample is nearer to the document of its prompt than to another "
-        "(TF-IDF; 0.5 says nothing)."
+        "tokens/s in training; operations and energy of a generated token at the end of a sequence, mean of "
+        f"{ENERGY_SEQUENCES} held-out sequences, 45 nm, float32. "
+        f"Samples: after {metadata['held_out_text']['prompts']} held-out prompts; repetition is the share of 4-grams that "
+        "occur earlier in the sample, topic coherence the probability that a sample is more similar to the document of its "
+        "prompt than to another one (TF-IDF; 0.5 is chance)."
     )
 
 
 def markdown(comparison: Comparison, command: str) -> list[str]:
-    """Return the parts of ``table.md``, with the command at the end."""
+    """Return the parts of ``table.md``; the command is the last."""
     parts = [markdown_table(comparison_table(comparison)), notes(comparison)]
     parts += ["\n".join(f"- {sentence}" for sentence in gaps(comparison))] if gaps(comparison) else []
     parts += [markdown_table(lines) for lines in rate_tables(comparison)]

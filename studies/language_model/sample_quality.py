@@ -1,4 +1,4 @@
-"""Automatic measures of generated text: repetition and topic coherence. No sample is selected by hand."""
+"""Measure repetition and topic coherence of generated text. No sample is selected by hand."""
 
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ class Prompts(NamedTuple):
 
 
 def cut_prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase, window: int) -> Prompts:
-    """Cut prompts of a quarter and continuations of half the window from documents that have a full window more.
+    """Cut a prompt of ``window / 4`` and a continuation of ``window / 2`` tokens from documents with ``window`` more tokens.
 
     Raises:
         DataError: fewer than two documents are long enough.
@@ -45,7 +45,7 @@ def cut_prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase, window: in
             break
     if len(long_enough) < 2:
         raise DataError(
-            f"{len(long_enough)} of {len(texts)} documents have {prompt + continuation + window} tokens, two are needed: "
+            f"{len(long_enough)} of {len(texts)} documents have {prompt + continuation + window} tokens, expected at least two: "
             "give longer documents, or a config with a shorter window (max_position_embeddings)"
         )
     beginnings = torch.tensor([ids[: prompt + continuation] for ids in long_enough])
@@ -91,7 +91,7 @@ def coherence(written: list[str], remainders: list[str]) -> float:
     try:
         vectorizer = TfidfVectorizer(stop_words="english", sublinear_tf=True).fit(remainders)
     except ValueError as error:
-        raise DataError("topics cannot be told: the held-out documents have no words but stop words") from error
+        raise DataError("topic coherence expects words other than stop words in the held-out documents") from error
     similarity = torch.from_numpy((vectorizer.transform(written) @ vectorizer.transform(remainders).T).toarray())
     wins = ((similarity.diagonal()[:, None] - similarity).sign() + 1) / 2
     n = len(remainders)

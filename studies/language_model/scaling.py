@@ -1,4 +1,4 @@
-"""Scaling study: loss of spike-fed Nord, its dense twin and a GPT-2 against parameters and tokens, with fitted curves.
+"""Scaling study: fit the loss of spike-fed Nord, its dense twin and a GPT-2 as a function of parameters and tokens.
 
     python studies/language_model/scaling.py --data books.txt
     python studies/language_model/scaling.py --sizes 64x2 128x2 256x4 --steps 250 500 --seeds 0
@@ -12,7 +12,7 @@ second search starts with lower rates, because loss vs. learning rate can have t
 The curve of a model is ``L(N, D) = E + A / N^a + B / D^b`` (Hoffmann et al. 2022), where N is the number of parameters without
 embedding and head and D the number of training tokens (with repetitions if the text is shorter). It is fitted by least squares
 with Huber's loss. Intervals are from a bootstrap of the residuals around the fitted curve. The curve describes these runs and
-says little outside their range. Runs are saved as in ``compare.py``; ``runs.jsonl`` includes those of the searches.
+is not reliable outside their range. Runs are saved as in ``compare.py``; ``runs.jsonl`` includes those of the searches.
 """
 
 import argparse
@@ -200,7 +200,8 @@ def plot_scaling(points: list[Point], curves: dict[str, Curve | None]) -> Figure
         panels[0].set_ylim(min(losses) - 0.1, max(losses) + 0.1)
         row.supylabel("held-out loss, nats per token", fontsize="medium")
         row.supxlabel(
-            {"parameters": "parameters without embedding and head", "tokens": "tokens seen"}[field], fontsize="medium"
+            {"parameters": "parameters without embedding and head", "tokens": "training tokens"}[field],
+            fontsize="medium",
         )
     above.axes[-1].legend(fontsize="small")
     return figure
@@ -218,7 +219,7 @@ def _panel(axis: Axes, points: list[Point], curves: dict[str, Curve | None], fie
             losses = curve(line, fixed) if field == "parameters" else curve(fixed, line)
             axis.plot(line, losses, color=COLOURS[kind], linewidth=1)
     axis.set_xscale("log")
-    if field == "tokens":  # explicit ticks, since labels of a short logarithmic axis overlap
+    if field == "tokens":  # explicit ticks: automatic labels of a short logarithmic axis overlap
         axis.set_xticks(unique(point.tokens for point in points), minor=False)
         axis.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))
         axis.xaxis.set_minor_locator(NullLocator())

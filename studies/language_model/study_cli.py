@@ -41,7 +41,7 @@ def run_trials(work: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on with the runs that are missing", file=sys.stderr)
+        print("interrupted; the same command continues with the missing runs", file=sys.stderr)
         return 130
     return 0
 
@@ -61,7 +61,7 @@ def common_arguments(parser: argparse.ArgumentParser, out: str) -> None:
 
 
 def steps_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the option for the number of training steps, if all models have the same."""
+    """Add the option for the number of training steps, for studies with one number."""
     parser.add_argument("--steps", type=number(1, kind=int), help="training steps (default: the config's)")
 
 
@@ -78,7 +78,7 @@ def unique(values: Iterable[Any]) -> list[Any]:
 
 
 def spread(values: list[float], show: Callable[[float], str]) -> str:
-    """Format the mean and the range; a single number if all values have the same text."""
+    """Format the mean and the range; a single number if both ends of the range have the same text."""
     if not values:
         return ""
     low, high = show(min(values)), show(max(values))

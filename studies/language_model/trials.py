@@ -1,4 +1,4 @@
-"""Training runs of a study: the same training steps on the same text, with one result file per run."""
+"""Run the training runs of a study, with the same steps on the same text and one result file per run."""
 
 import hashlib
 import math
@@ -55,7 +55,7 @@ AfterStep = Callable[[float], None]
 LearnerContext = Callable[[PreTrainedModel], AbstractContextManager[AfterStep]]
 
 MAX_PROMPT_SOURCE_TOKENS = 400_000  # maximum tokens of held-out text from which prompts are taken
-ENERGY_BLOCKS = 16  # held-out sequences on which the energy of the last token is measured
+ENERGY_SEQUENCES = 16  # held-out sequences on which the energy of the last token is measured
 METADATA_KEYS = {"settings", "text", "bytes_per_token", "baselines"}
 
 
@@ -84,7 +84,7 @@ class Trials:
         settings: settings that all runs share.
         out: folder of the runs.
         text: result of :func:`prepare_study_data` for these settings. Default: call it.
-        samples: whether to generate and measure samples; ignored with ``text``, whose prompts decide. Default: True.
+        samples: whether to generate and measure samples; ignored with ``text``, which has prompts or not. Default: True.
 
     Raises:
         SettingsError: a setting is not supported in studies, or ``out`` has runs of other settings.
@@ -110,16 +110,16 @@ class Trials:
             if not isinstance(metadata, dict) or not metadata.keys() >= METADATA_KEYS:
                 raise CheckpointError(f"{path}: not written by this program, or damaged")
             if metadata["settings"] != config_digest:
-                raise SettingsError(f"{path}: of another config or text; give another --out")
+                raise SettingsError(f"{path}: has another config or text; give another --out")
             if self.text.prompts is not None and "held_out_text" not in metadata:
-                raise SettingsError(f"{path}: of runs without samples; give another --out")
+                raise SettingsError(f"{path}: has runs without samples; give another --out")
             return metadata
         metadata = {"settings": config_digest} | describe_text(self.text)
         write_json(path, metadata)
         return metadata
 
     def check(self, makers: Iterable[Maker]) -> None:
-        """Construct each model on the meta device, so that an invalid one is an error before any training.
+        """Construct each model on the meta device, so that an invalid model raises an error before any training.
 
         Raises:
             SettingsError: a model cannot be constructed from these settings.
@@ -143,7 +143,7 @@ class Trials:
 
         Args:
             kind: name of the model.
-            make: function that constructs it.
+            make: function that constructs the model.
             lr: peak learning rate.
             seed: seed of initial weights and data order.
             bars: progress display.
@@ -159,7 +159,7 @@ class Trials:
             run = _read_run(path)
             if run.items() >= key.items():
                 return run
-            raise CheckpointError(f"{path}: holds another run than {kind}, peak lr {lr:g}, seed {seed}")
+            raise CheckpointError(f"{path}: is another run than {kind}, peak lr {lr:g}, seed {seed}")
         settings = replace(self.settings, training=replace(self.settings.training, lr=lr, seed=seed))
         bar = bars.add_task(f"{settings.name}: {kind}, peak lr {lr:g}, seed {seed}", total=settings.training.steps)
         try:
@@ -273,9 +273,9 @@ def evaluate_model(model: PreTrainedModel, text: StudyData, seed: int) -> dict[s
         quality = _sample_quality(text, text.prompts, ids)
     rates = _firing_rates(model, text)
     if isinstance(model, GPT2LMHeadModel):
-        model.set_attn_implementation("eager")  # EnergyProfiler cannot see into fused attention
-    blocks = text.corpus.validation[:ENERGY_BLOCKS].to(model.device).split(1)
-    profiles = [profile_generated_token(model, block) for block in blocks]
+        model.set_attn_implementation("eager")  # EnergyProfiler raises an error on fused attention
+    sequences = text.corpus.validation[:ENERGY_SEQUENCES].to(model.device).split(1)
+    profiles = [profile_generated_token(model, sequence) for sequence in sequences]
     return {
         "parameters": total,
         "parameters_without_vocabulary": without,

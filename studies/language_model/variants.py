@@ -1,4 +1,4 @@
-"""Models of the studies: variants of a config, and a GPT-2 of the same size."""
+"""Construct the models of the studies: variants of a config, and a GPT-2 of the same size."""
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -91,7 +91,7 @@ def gpt2(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMo
     The width of the feed-forwards is chosen to the nearest unit. The position embedding counts as a parameter.
 
     Raises:
-        SettingsError: its attention alone has more parameters.
+        SettingsError: the attention of a GPT-2 alone has more parameters.
     """
     config = model_config(settings, tokenizer)
     with torch.device("meta"):
@@ -117,7 +117,9 @@ def gpt2(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMo
         one, two = (parameter_counts(GPT2LMHeadModel(gpt2_config(n)))[1] for n in (1, 2))
     n_inner = 1 + round((target - one) / (two - one))
     if n_inner < 1:
-        raise SettingsError(f"a GPT-2 of this width has {one:,} parameters at least, more than the {target:,} of Nord")
+        raise SettingsError(
+            f"a GPT-2 of this width has at least {one:,} parameters, expected at most the {target:,} of Nord"
+        )
     return GPT2LMHeadModel(gpt2_config(n_inner))
 
 
@@ -140,7 +142,7 @@ def without_stream_norm(model: PreTrainedModel) -> None:
 
 
 def without_these_norms(model: PreTrainedModel) -> None:
-    """Remove the norms of both functions above; norms before the first neurons of each half of a block stay."""
+    """Remove the norms of both functions above; norms before the first neurons of each half of a block are not removed."""
     without_norms(model)
     without_stream_norm(model)
 

@@ -127,7 +127,7 @@ def test_the_command_goes_on_where_it_stopped_and_chooses_by_the_held_out_loss(
     monkeypatch.setattr(trials, "train_one", counted)
     both = [*arguments, "spike-fed", "gpt2"]
     assert compare_script.main(both) == 130
-    assert "goes on with the runs that are missing" in capsys.readouterr().err
+    assert "continues with the missing runs" in capsys.readouterr().err
     assert compare_script.main(both) == 0
     whole = [(0, 1e-6), (0, 1e-2), (0, 2e-2), (1, 1e-2)]  # and beyond the best, where it is the highest
     assert trained == [*whole, (0, 1e-6), *whole]
@@ -149,11 +149,11 @@ def test_the_command_goes_on_where_it_stopped_and_chooses_by_the_held_out_loss(
     assert (out / "table.md").read_text().startswith("|  | gpt2 | held-out text |")
     capsys.readouterr()
     assert compare_script.main([*both, "--steps", "5"]) == 1
-    assert "of another config or text; give another --out" in capsys.readouterr().err
+    assert "has another config or text; give another --out" in capsys.readouterr().err
     one, other, *_ = sorted((out / "runs").glob("*.json"))
     one.write_bytes(other.read_bytes())
     assert compare_script.main(both) == 1
-    assert "holds another run than gpt2, peak lr 0.01, seed 0" in capsys.readouterr().err
+    assert "is another run than gpt2, peak lr 0.01, seed 0" in capsys.readouterr().err
     one.write_text("[]")
     assert compare_script.main(both) == 1
     assert "not written by this program, or damaged" in capsys.readouterr().err
@@ -211,7 +211,7 @@ def test_a_rate_at_which_it_diverges_is_not_chosen_and_said(tmp_path, text, spik
     ("change", "message"),
     [
         ({"compile": True}, "without compile and gradient_checkpointing"),
-        ({"max_position_embeddings": 1000}, "tokens, two are needed: give longer documents"),
+        ({"max_position_embeddings": 1000}, "tokens, expected at least two: give longer documents"),
         (
             {"lr": 1e30, "max_grad_norm": 1e30},
             "spike-fed diverged with every peak learning rate: give lower ones with --lrs",
@@ -274,7 +274,7 @@ def test_prompts_are_beginnings_and_samples_go_on_from_them(tokenizer):
     assert prompts.written.shape == (4, 12)
     for text, ids, written, rest in zip(texts, prompts.ids, prompts.written, prompts.remainders, strict=False):
         assert tokenizer.decode(ids) + tokenizer.decode(written) + rest == text
-    with pytest.raises(DataError, match="1 of 2 documents have 42 tokens, two are needed: give longer"):
+    with pytest.raises(DataError, match="1 of 2 documents have 42 tokens, expected at least two: give longer"):
         cut_prompts(texts[3:], tokenizer, 24)
 
 

@@ -214,11 +214,11 @@ def test_other_text_can_be_validated_on(tmp_path, tokenizer):
 
 def test_too_little_text_is_named(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("short")
-    with pytest.raises(DataError, match="is a single document, of which none can be held out"):
+    with pytest.raises(DataError, match="has only one document, which cannot be held out"):
         load_corpus(read_documents(str(tmp_path / "a.txt")), tokenizer, 64)
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}')
     documents = read_documents(str(tmp_path / "a.jsonl"))
-    with pytest.raises(DataError, match="less than one block of 64: give more text or a smaller --block-size"):
+    with pytest.raises(DataError, match="less than one sequence of 64: give more text or a smaller --block-size"):
         load_corpus(documents, tokenizer, 64)
     with pytest.raises(DataError, match="nothing is held out to validate on"):
         load_corpus(documents, tokenizer, 64, held_out=0.0)
@@ -266,7 +266,7 @@ def test_a_stream_that_breaks_off_is_named(monkeypatch):
         raise ConnectionError("gone")
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: broken())
-    with pytest.raises(DataError, match=r"the stream broke off \(ConnectionError: gone"):
+    with pytest.raises(DataError, match=r"the stream ended with an error \(ConnectionError: gone"):
         list(read_documents("owner/name").read())
 
 

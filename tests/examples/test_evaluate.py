@@ -77,7 +77,7 @@ def test_the_command(trained, tmp_path, capsys):
         (["--context", "30"], "--context must be at most 24"),
         (["--json", "nowhere/out.json"], "expected a file in a folder that exists"),
         (["none.txt"], "no such file or folder"),
-        (["--model", "none"], "no model here"),
+        (["--model", "none"], "expected a folder with config.json, model.safetensors and a tokenizer"),
     ],
 )
 def test_bad_input_is_named(trained, tmp_path, capsys, change, message):

@@ -98,7 +98,10 @@ def test_what_the_published_code_does_not_have_is_named(tmp_path):
         with pytest.raises(ValueError, match=f"does not support {name}"):
             to_original(NordForCausalLM(NordConfig(**{**SMALL, **setting})))
     NordForCausalLM(NordConfig(**SMALL, recency=True)).save_pretrained(tmp_path / "model")
-    for source, message in (("model", "does not support recency"), ("none", "no model here")):
+    for source, message in (
+        ("model", "does not support recency"),
+        ("none", "expected a folder with config.json, model.safetensors and a tokenizer"),
+    ):
         with pytest.raises(SystemExit, match=f"error: .*{message}"):
             main(["--to-original", str(tmp_path / source), str(tmp_path / "out.pt")])
     with pytest.raises(SystemExit, match="expected a new file in a folder that exists"):

@@ -129,11 +129,13 @@ def test_what_cannot_be_done_gets_one_sentence(models, capsys, tmp_path):
         assert script.main(list(given)) == 1
         return capsys.readouterr().err
 
-    assert "of which 999,999,999" in sentence(*arguments(models, "--read", "999999999"))
+    assert "expected 999,999,999 to read" in sentence(*arguments(models, "--read", "999999999"))
     assert "at least one window of 24" in sentence(*arguments(models, "--read", "20"))
     assert "no synapse that can learn" in sentence(*arguments(models, "--synapses", "blocks.0.ffn.up"))
-    assert "no model here" in sentence("--models", str(tmp_path / "none"), "--out", str(tmp_path / "out"))
+    assert "expected a folder with config.json, model.safetensors and a tokenizer" in sentence(
+        "--models", str(tmp_path / "none"), "--out", str(tmp_path / "out")
+    )
     alone = shutil.copytree(models[0][0], tmp_path / "alone" / "model")
-    assert "say with --old" in sentence(
+    assert "give the old text with --old" in sentence(
         "--models", str(alone), *arguments(models)[3:], "--models", str(alone), "--read", "96"
     )

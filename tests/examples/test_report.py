@@ -151,7 +151,7 @@ def test_a_report_that_cannot_be_written_does_not_fail_the_training(tmp_path, mo
 def test_what_cannot_be_told_apart_is_said_and_the_rest_is_there(subject, tmp_path):
     short = subject._replace(texts=[subject.texts[1]], run=None)
     content = write_report(tmp_path / "report", short, open_others(["shuffled"]), length=16)
-    assert "from 1 documents" in content["uncertainty"]["left_out"][0]
+    assert "1 documents have passages of 16 tokens" in content["uncertainty"]["left_out"][0]
     assert {path.stem for path in (tmp_path / "report").glob("*.png")} == PICTURES - {"auroc", "training"}
     assert "Left out: the known text" in (tmp_path / "report" / PAGE).read_text()
 
@@ -186,7 +186,7 @@ def test_the_command_writes_a_report_and_replaces_an_old_one(trained, tmp_path, 
     mine.mkdir()
     (mine / "work.txt").write_text("dear")
     assert evaluate_script.main([*arguments, "--report", str(mine)]) == 1
-    assert "expected a new folder, or that of an older report" in capsys.readouterr().err
+    assert "expected a new or empty folder, or one with only an older report" in capsys.readouterr().err
     assert (mine / "work.txt").read_text() == "dear"
     (mine / PAGE).write_text("a page of one's own")
     (mine / "report.json").write_text("{}")
@@ -201,7 +201,7 @@ def test_the_command_writes_a_report_and_replaces_an_old_one(trained, tmp_path, 
     assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == set()
     capsys.readouterr()
     assert evaluate_script.main([*arguments, "--report", "/dev/null/report"]) == 1
-    assert "error: /dev/null/report: cannot be made" in capsys.readouterr().err
+    assert "error: /dev/null/report: cannot be created" in capsys.readouterr().err
 
 
 def test_other_texts_by_themselves_go_into_the_json(trained, tmp_path, capsys):
@@ -215,12 +215,12 @@ def test_other_texts_by_themselves_go_into_the_json(trained, tmp_path, capsys):
     assert evaluate_script.main([*arguments, "--ood", str(tmp_path / "none.txt")]) == 1
     assert "none.txt: no such file or folder" in capsys.readouterr().err
     assert evaluate_script.main([*arguments, "--ood", "--passage", "100"]) == 1
-    assert "passages must be of 2 to 24 tokens, got 100" in capsys.readouterr().err
+    assert "passages must have 2 to 24 tokens, got 100" in capsys.readouterr().err
     assert evaluate_script.main([*arguments, "--passage", "12"]) == 1
-    assert "--passage is for --ood and --report" in capsys.readouterr().err
+    assert "--passage needs --ood or --report" in capsys.readouterr().err
     (tmp_path / "short.txt").write_text("too short")
     assert evaluate_script.main([*arguments, "--ood", str(tmp_path / "short.txt"), "--passage", "12"]) == 1
-    assert "from 0 documents" in capsys.readouterr().err
+    assert "0 documents have passages" in capsys.readouterr().err
 
 
 def test_without_a_text_it_is_the_one_that_the_run_held_out(trained, capsys):
@@ -240,7 +240,7 @@ def test_a_text_that_has_changed_since_is_not_taken_for_held_out(trained, tmp_pa
     settings = Settings.read(run / "settings.yaml")
     replace(settings, training=replace(settings.training, data=str(text))).write(run / "settings.yaml")
     assert evaluate_script.main(["--model", str(run / "model")]) == 1
-    assert "is no longer what the run in" in capsys.readouterr().err
+    assert "has changed since the run in" in capsys.readouterr().err
     text.unlink()
     assert evaluate_script.main(["--model", str(run / "model")]) == 1
     assert "no such file" in capsys.readouterr().err
@@ -267,8 +267,9 @@ def test_the_sentence_goes_with_the_figures(macs, acs, ratio):
     profile = EnergyProfile([product], time_steps=4)
     assert f"costs {ratio} times the energy of its dense twin without memory" in token_energy.energy_sentence(profile)
     fed, repeated = (100, 0) if not macs else (0, 100)
-    assert f"spikes feed {fed}%, {repeated}% see numbers at each of 4 steps, and 0% see numbers once" in (
-        token_energy.energy_sentence(profile)
+    assert (
+        f"{fed}% have spikes as input, {repeated}% have real numbers at each of 4 time steps, and 0% have real numbers once"
+        in (token_energy.energy_sentence(profile))
     )
     assert "{" not in token_energy.energy_sentence(profile)
 
@@ -276,13 +277,13 @@ def test_the_sentence_goes_with_the_figures(macs, acs, ratio):
 def test_the_energy_command(trained, tmp_path, capsys):
     assert energy_script.main(["--model", str(trained / "model"), "--context", "9"]) == 0
     out = capsys.readouterr().out
-    assert "One token at the end of 9 random ones" in out
+    assert "The last of 9 random tokens" in out
     assert "| blocks.*.ffn.down | linear |" in out
     assert energy_script.main(["--config", str(write_config(tmp_path)), "--every"]) == 0
     assert "| blocks.0.ffn.down | linear |" in capsys.readouterr().out
     for wrong, message in (
         (["--config", "none"], "error: "),
-        (["--model", str(tmp_path)], "no model here"),
+        (["--model", str(tmp_path)], "expected a folder with config.json, model.safetensors and a tokenizer"),
         (["--model", str(trained / "model"), "--context", "99"], "--context must be at most 24"),
     ):
         assert energy_script.main(wrong) == 1

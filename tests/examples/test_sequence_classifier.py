@@ -15,7 +15,7 @@ def test_each_kind_has_what_stands_for_attention():
         assert len(kinds) == 1
         changed = x.clone()
         changed[:, 7] = (changed[:, 7] + 1) % 2000
-        inside = [net.encoder(net.words(ids) + net.places) for ids in (x, changed)]
+        inside = [net.encoder(net.words(ids) + net.positions) for ids in (x, changed)]
         others = [k for k in range(32) if k != 7]
         exchanged = not torch.allclose(inside[0][:, others], inside[1][:, others])
         assert exchanged is (name != "none")

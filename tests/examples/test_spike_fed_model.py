@@ -126,5 +126,5 @@ def test_what_is_not_for_these_models_says_so(tmp_path):
     (tmp_path / "text.txt").write_text(make_text())
     config = write_config(tmp_path)
     config.write_text(config.read_text().replace("model:\n", "model:\n  dense: true\n"))
-    with pytest.raises(SettingsError, match=r"it is a control for compare\.py"):
+    with pytest.raises(SettingsError, match=r"use compare\.py"):
         settings_from(parse_arguments(["--config", str(config)]))

@@ -44,7 +44,7 @@ def test_generate_continues_a_prompt_and_a_seed_repeats_it(model_folder, capsys)
 def test_generate_reads_standard_input_and_says_when_a_prompt_is_too_long(model_folder, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"the neuron fires \xff" * 40)))
     assert generate.main(["--model", str(model_folder), "--max-new-tokens", "2", "-"]) == 0
-    assert "only the last 24 tokens of the prompt are seen" in capsys.readouterr().err
+    assert "only the last 24 tokens of the prompt are used" in capsys.readouterr().err
 
 
 def test_what_stops_a_generation_gives_no_traceback(model_folder, capsys, monkeypatch):
@@ -81,7 +81,7 @@ def test_models_that_cannot_be_used_get_one_sentence(model_folder, tmp_path, cap
         assert len(errors) == 2
         return errors[0]
 
-    assert "no model here" in sentence(tmp_path)
+    assert "expected a folder with config.json, model.safetensors and a tokenizer" in sentence(tmp_path)
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=20)).save_pretrained(tmp_path / "gpt2")
     assert "gpt2" in sentence(tmp_path / "gpt2")
     broken = shutil.copytree(model_folder, tmp_path / "broken")
@@ -148,17 +148,17 @@ def test_rates_of_an_answer_are_those_of_the_tokens_that_chose_it(talk):
     before = hooks(chat)
     chat.handle("the neuron fires")
     watched = chat.answer_rates
-    assert watched.tokens == chat.text[-chat.answered :]
+    assert watched.tokens == chat.text[-chat.answer_length :]
     at = measure_tokens(chat.model, torch.tensor([chat.text]))
     for part, rates in zone_means(at.rates, at.neurons).items():
-        expected = rates[0, -chat.answered - 1 : -1]
+        expected = rates[0, -chat.answer_length - 1 : -1]
         assert torch.allclose(torch.tensor(watched.rates[part]), expected, atol=1e-6)
     assert hooks(chat) == before
     printed.truncate(0)
     chat.handle("/stats")
     for part in ("input", "block 0", "readout"):
         assert re.search(
-            rf"{part} +[\d.]+%   least +[\d.]+% before '.*'   most +[\d.]+% before '.*'", printed.getvalue()
+            rf"{part} +[\d.]+%   lowest +[\d.]+% before '.*'   highest +[\d.]+% before '.*'", printed.getvalue()
         )
 
 
@@ -173,7 +173,7 @@ def test_live_rates_come_token_by_token(talk):
     printed.truncate(0)
     chat.handle("the neuron")
     lines = [line for line in printed.getvalue().splitlines() if "block 0" in line]
-    assert len(lines) == chat.answered
+    assert len(lines) == chat.answer_length
     rates = [float(re.search(r"block 0 ([\d.]+)%", line)[1]) / 100 for line in lines]
     assert rates == pytest.approx(chat.answer_rates.rates["block 0"], abs=1e-4)
     chat.handle("/live off")
@@ -220,7 +220,7 @@ def test_commands_set_what_they_say(talk):
     out = printed.getvalue()
     assert "could not convert string to float: 'hot'; it stays at 0.5" in out
     assert "expected a number from 0.01 to 100, got nan; it stays at 1.3" in out
-    assert "there is no /dance" in out
+    assert "unknown command /dance" in out
     assert "expected /stdp on or /stdp off" in out
     assert chat.options.max_new_tokens == 7
     assert not chat.handle("/quit")
@@ -261,7 +261,7 @@ def test_the_user_may_judge_the_last_answer(talk):
     assert "there is no answer to reward" in printed.getvalue()
     chat.plasticity = Plasticity(chat.model, rate=0.01)
     chat.handle("the neuron fires")
-    answer = chat.text[-chat.answered :]
+    answer = chat.text[-chat.answer_length :]
     context = torch.tensor([chat.text])
 
     def liked():

@@ -106,7 +106,7 @@ def test_the_control_has_no_resonance(tmp_path, text, capsys):
     assert results["resonance"] is False
     assert not any("resonance" in name for name in results["firing_rates"])
     out = capsys.readouterr().out
-    assert "the model goes on:" in out
+    assert "continuation by the model:" in out
     for row in ("uniform", "unigram", "bigram, interpolated", "this model"):
         assert row in out
 
@@ -119,7 +119,7 @@ def test_the_model_card_says_what_it_is(trained):
     for fact in (
         f"| held-out loss, nats per token | {results['validation_loss']:.4f} |",
         f"| held-out bits per byte | {results['bits_per_byte']:.4f} |",
-        f"| tokens seen | {results['tokens']:,} |",
+        f"| training tokens | {results['tokens']:,} |",
         f"| parameters | {results['parameters']:,} |",
         f"| input_lif | {results['firing_rates']['input_lif']:.2%} |",
         '"hidden_size": 16',
@@ -259,10 +259,10 @@ def refused(capsys, status: int) -> str:
 def test_resuming_another_models_run_is_refused(tmp_path, text, trained, capsys):
     other = write_config(tmp_path, "other", hidden_size=32)
     error = refused(capsys, train_script.main(["--resume", str(trained), "--config", str(other)]))
-    assert "holds another model's run (hidden_size = 16 and not 32)" in error
-    assert "begun with lr = 0.01" in refused(capsys, train_script.main(["--resume", str(trained), "--lr", "0.5"]))
-    assert "begun with resonance" in refused(capsys, train_script.main(["--resume", str(trained), "--no-resonance"]))
-    assert "no run of train.py" in refused(capsys, train_script.main(["--resume", str(tmp_path)]))
+    assert "is a run of another model (hidden_size = 16, not 32)" in error
+    assert "started with lr = 0.01" in refused(capsys, train_script.main(["--resume", str(trained), "--lr", "0.5"]))
+    assert "started with resonance" in refused(capsys, train_script.main(["--resume", str(trained), "--no-resonance"]))
+    assert "expected a run of train.py" in refused(capsys, train_script.main(["--resume", str(tmp_path)]))
 
 
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path, text, capsys):
@@ -287,14 +287,14 @@ def test_settings_that_changed_since_are_refused(tmp_path, text, capsys):
     content = yaml.safe_load((part / "settings.yaml").read_text())
     content["training"]["seed"] = 7
     (part / "settings.yaml").write_text(yaml.safe_dump(content))
-    assert "was changed since the run was begun, or is damaged" in refused(capsys, go_on(part))
+    assert "changed since the run started, or is damaged" in refused(capsys, go_on(part))
 
 
 def test_resuming_on_changed_text_is_refused(tmp_path, text, capsys):
     run(tmp_path, text, "--steps", "4")
     text.write_text(make_text(seed=1))
     error = refused(capsys, train_script.main(["--resume", str(tmp_path / "runs" / "test-0001")]))
-    assert "the text is no longer the one that the run was begun with" in error
+    assert "changed since the run started" in error
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path, text, capsys):
@@ -306,7 +306,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, text, capsys):
         (checkpoint / name).write_bytes(whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])  # one bit
         error = refused(capsys, go_on(part))
         assert (
-            f"checkpoint-000008: damaged or incomplete ({name}); remove the folder to go on from checkpoint-000004"
+            f"checkpoint-000008: damaged or incomplete ({name}); remove the folder to resume from checkpoint-000004"
             in error
         )
         (checkpoint / name).write_bytes(whole)
@@ -333,7 +333,7 @@ def test_a_run_without_checkpoints_cannot_be_resumed(tmp_path, text, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config", "huge"], "neither one of base, nord-144m, small, tiny, tiny-published nor a file"),
+        (["--config", "huge"], "expected one of base, nord-144m, small, tiny, tiny-published, or a file"),
         (["--block-size", "100"], "block_size 100 is longer than the model's max_position_embeddings of 24"),
         (["--steps", "0"], "steps must be at least 1, got 0"),
         (["--lr", "-1"], "lr must be positive, got -1.0"),
@@ -408,7 +408,7 @@ def test_a_full_disk_is_named_and_training_goes_on(tmp_path, text, capsys, monke
     assert run(tmp_path, text) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "warning: " in out
-    assert "No space left on device); what was written before it is whole; training goes on" in out
+    assert "No space left on device); earlier files are complete; training continues" in out
     assert len(calls) == 3
     names = {p.name for p in (tmp_path / "runs" / "test-0001").iterdir()}
     assert {"checkpoint-000004", "checkpoint-000012"} <= names
@@ -450,7 +450,9 @@ def test_a_log_that_cannot_be_written_does_not_end_the_training(tmp_path, text, 
     monkeypatch.setattr(Accelerator, "log", full)
     assert run(tmp_path, text) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert out.count("the TensorBoard log cannot be written (No space left on device); training goes on without") == 1
+    assert (
+        out.count("the TensorBoard log cannot be written (No space left on device); training continues without it") == 1
+    )
     assert (tmp_path / "runs" / "test-0001" / "results.json").exists()
 
 
@@ -591,7 +593,7 @@ def test_json_is_written_in_one_move(tmp_path, monkeypatch):
 
 def test_run_folders_that_cannot_be_made_are_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot be made"):
+    with pytest.raises(CheckpointError, match="cannot be created"):
         new_run_folder(tmp_path / "file", "run")
 
 

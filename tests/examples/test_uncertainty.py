@@ -130,9 +130,9 @@ def test_passages_come_evenly_from_all_documents(tokenizer):
     assert passages.tokens.shape == (20, 16)
     assert set(passages.documents.tolist()) == set(range(8))
     assert tokenizer.decode(passages.tokens[0]) == TEXTS[0][: int(passages.n_bytes[0])]
-    with pytest.raises(DataError, match="known: passages of 16 tokens from 4 documents; expected them from 5 at least"):
+    with pytest.raises(DataError, match="known: 4 documents have passages of 16 tokens, expected at least 5"):
         cut_passages("known", TEXTS[:4], tokenizer, 16)
-    with pytest.raises(DataError, match="from 0 documents"):
+    with pytest.raises(DataError, match="0 documents have passages"):
         cut_passages("known", ["short"], tokenizer, 16)
 
 
@@ -144,14 +144,14 @@ def test_files_are_texts_too(tokenizer, model, tmp_path):
     found, _, measured = distinguish(model, tokenizer, TEXTS, open_others([other, short]), 16)
     assert list(measured) == list(found["auroc"]) == [other]
     assert found["left_out"] == [
-        f"{short}: passages of 16 tokens from 0 documents; expected them from 5 at least, since fewer say nothing about others"
+        f"{short}: 0 documents have passages of 16 tokens, expected at least 5 to generalise to other documents"
     ]
     assert found["known"] == {"passages": 400, "documents": 8}
     for result in found["auroc"][other].values():
         assert result["low"] <= result["auroc"] <= result["high"]
     with pytest.raises(DataError, match="no such file"):
         open_others([str(tmp_path / "none.txt")])
-    with pytest.raises(DataError, match="passages must be of 2 to 24 tokens, got 25"):
+    with pytest.raises(DataError, match="passages must have 2 to 24 tokens, got 25"):
         distinguish(model, tokenizer, TEXTS, open_others(BUILTIN_TEXTS), 25)
 
 

@@ -18,7 +18,7 @@ def training_curves(run: Path) -> tuple[dict[str, dict[int, float]], dict[str, d
     if not (run / "tensorboard").is_dir():
         return None
     log = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
-    log.Reload()  # of a damaged file, reads the events before the damage
+    log.Reload()  # in a damaged file, reads the events before the damage
     names = log.Tags()["scalars"]
     if "loss" not in names:
         return None
@@ -47,7 +47,7 @@ def read_results(run: Path | None) -> dict[str, Any]:
 
 
 def _scalars(log: EventAccumulator, name: str) -> dict[int, float]:
-    """Return values by training step; of a resumed run, the later value of a step."""
+    """Return values by training step; if a resumed run logged a step twice, the later value."""
     return {event.step: event.value for event in log.Scalars(name)}
 
 

@@ -1,4 +1,4 @@
-"""Heat map of the tokens of passages: firing rate, loss and entropy."""
+"""Prepare heat maps of firing rate, loss and entropy over the tokens of passages."""
 
 from collections.abc import Iterable
 
@@ -12,9 +12,9 @@ from nordlm.analysis.token_activity import decodable_spans
 __all__ = ["heat_map"]
 
 SCORES = (
-    "firing rate while a token is read",
-    "loss: how unexpected a token was, nats",
-    "entropy: how unsure the model was before a token, nats",
+    "firing rate at each token",
+    "loss of each token, nats",
+    "entropy of the prediction of each token, nats",
 )
 TOKENS = 96  # number of tokens of each text
 
@@ -33,7 +33,7 @@ def heat_map(
         missing = measured.loss.new_full((len(measured.loss), 1), torch.nan)  # the first token is not predicted
         entropy = torch.cat((missing, measured.entropy[:, :-1]), 1)
         values = (measured.mean_rate(), torch.cat((missing, measured.loss), 1), entropy)
-        scales = scales or [_scale(value) for value in values]  # those of the known text, which is first
+        scales = scales or [_scale(value) for value in values]  # scales of the known text, which is first
         cells[name] = {
             score: [
                 cell

@@ -89,8 +89,8 @@ def cut_passages(
         documents.extend([number] * len(own))
     if (n_documents := len(set(documents))) < MIN_DOCUMENTS:
         raise DataError(
-            f"{name}: passages of {length} tokens from {n_documents} documents; expected them from {MIN_DOCUMENTS} at least, "
-            "since fewer say nothing about others"
+            f"{name}: {n_documents} documents have passages of {length} tokens, expected at least {MIN_DOCUMENTS} to "
+            "generalise to other documents"
         )
     kept = torch.linspace(0, len(passages) - 1, min(at_most, len(passages))).round().long()
     tokens = torch.stack([passages[i] for i in kept]).long()
@@ -99,10 +99,10 @@ def cut_passages(
 
 
 def open_others(sources: Iterable[str]) -> dict[str, Documents | None]:
-    """Open the other texts, by name; None for those of :data:`BUILTIN_TEXTS`.
+    """Open the other texts, by name; a text of :data:`BUILTIN_TEXTS` has None.
 
     Raises:
-        DataError: one does not exist, or is not text.
+        DataError: a source does not exist, or is not text.
     """
     return {source: None if source in BUILTIN_TEXTS else read_documents(source) for source in sources}
 
@@ -125,7 +125,7 @@ def other_texts(source: str, documents: Documents | None, known: list[str]) -> l
 def _shuffled(texts: Iterable[str]) -> Iterator[str]:
     generator = random.Random(0)
     for text in texts:
-        words = re.split(r"(\s+)", text)  # words and the blanks between them, which are not moved
+        words = re.split(r"(\s+)", text)  # words and the blanks between them; only words are moved
         order = words[::2]
         generator.shuffle(order)
         words[::2] = order
@@ -188,7 +188,7 @@ def distinguish(
         visible: whether to show progress. Default: False.
 
     Returns:
-        The results for JSON; the known text with scores at each token; the same for every other text. A text that cannot be
+        The results for JSON; the known text, and every other text by name, with scores at each token. A text that cannot be
         used is in the results under ``left_out``, with the reason.
 
     Raises:
@@ -228,7 +228,7 @@ def passage_length(model: NordForCausalLM, length: int | None) -> int:
     longest = model.config.max_position_embeddings
     length = min(PASSAGE, longest) if length is None else length
     if not 2 <= length <= longest:
-        raise DataError(f"passages must be of 2 to {longest} tokens, got {length}")
+        raise DataError(f"passages must have 2 to {longest} tokens, got {length}")
     return length
 
 
@@ -255,13 +255,13 @@ def _auroc_table(known: ScoredPassages, other: ScoredPassages, same: bool) -> di
 def _regression_scores(
     first: dict[str, Tensor], second: dict[str, Tensor], names: list[str], documents: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Return cross-validated scores of a logistic regression: each document is scored by a model fitted to others."""
+    """Return cross-validated scores of a logistic regression: each document is scored by a model fitted to other documents."""
     features = torch.cat([torch.stack([side[name] for name in names], 1) for side in (first, second)]).numpy()
     n = len(documents[0])
     is_other = [0] * n + [1] * len(documents[1])
     # With at least FOLDS documents on each side, every training part has both texts.
     folds = StratifiedGroupKFold(FOLDS)
-    # Balanced, so that a fold with more of one text does not shift the scores of the others.
+    # Balanced, so that a fold with more of one text does not shift the scores of the other folds.
     regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, class_weight="balanced"))
     decision = cross_val_predict(
         regression, features, is_other, groups=torch.cat(documents).numpy(), cv=folds, method="decision_function"
@@ -306,7 +306,7 @@ def interval(
 
 
 def _bootstrap_counts(documents: Tensor, generator: torch.Generator) -> Tensor:
-    """Return how often each resample contains each passage, ``[RESAMPLES, n]``; it draws as many documents as there are."""
+    """Return how often each resample contains each passage, ``[RESAMPLES, n]``; a resample has as many documents as the text."""
     unique, index = documents.unique(return_inverse=True)
     drawn = torch.randint(len(unique), (RESAMPLES, len(unique)), generator=generator)
     times = torch.zeros(RESAMPLES, len(unique), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Loss of a model on a text, with a sliding window of its context."""
+"""Compute the loss of a model on a text, with a sliding window of its context."""
 
 from collections.abc import Iterator
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Plots of a report. Every function returns a Figure; no display is needed."""
+"""Plot the figures of a report. Every function returns a Figure; no display is needed."""
 
 from collections.abc import Mapping, Sequence
 
@@ -188,7 +188,7 @@ def auroc(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure:
         axis.set(xlim=(-0.03, 1.03), title=_plain(other))
     axes[0].set_yticks(range(len(scores)), scores)
     axes[0].invert_yaxis()
-    figure.supxlabel("AUROC: chance that the other text has the higher score; 0.5 is chance", fontsize="medium")
+    figure.supxlabel("AUROC: probability that the other text has the higher score; 0.5 is chance", fontsize="medium")
     return figure
 
 

@@ -1,4 +1,4 @@
-"""Report on a trained model: a self-contained HTML page, its plots as PNG files, and all figures as JSON."""
+"""Write a report on a trained model: a self-contained HTML page, its plots as PNG files, and all figures as JSON."""
 
 import base64
 import io
@@ -35,7 +35,7 @@ PAGE, DATA = "index.html", "report.json"
 PICTURES = ("rates", "steps", "neurons", "raster", "kinds", "energy", "auroc", "training")
 MAX_SEQUENCES = 64  # sequences of the known text on which rates are measured
 RASTER_TOKENS = 12
-OF_THE_RUN = ("steps", "tokens", "seed", "validation_loss", "bits_per_byte", "unigram_loss", "bigram_loss")
+RUN_RESULTS = ("steps", "tokens", "seed", "validation_loss", "bits_per_byte", "unigram_loss", "bigram_loss")
 
 
 class ReportInput(NamedTuple):
@@ -75,7 +75,7 @@ def write_report(
         folder: folder of the report; an older report is replaced, see :func:`check_folder`.
         subject: model, text and run of the report.
         others: other texts, see :func:`.ood_detection.open_others`. Default: those of :data:`.ood_detection.BUILTIN_TEXTS`.
-            For a text that cannot be used, or if the known text cannot be used, the page has the reason in place of the figures.
+            If a text or the known text cannot be used, the page has the reason in place of the figures.
         length: tokens in a passage, see :func:`.ood_detection.distinguish`.
         visible: whether to show progress.
 
@@ -113,11 +113,11 @@ def check_folder(folder: Path) -> None:
             return
         names = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
     except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be made ({error.strerror})") from error
+        raise CheckpointError(f"{folder}: cannot be created ({error.strerror})") from error
     if {PAGE, DATA} <= names and all(name in (PAGE, DATA) or name.removesuffix(".png") in PICTURES for name in names):
         return
     raise CheckpointError(
-        f"{folder}: expected a new folder, or that of an older report and nothing else, which is replaced"
+        f"{folder}: expected a new or empty folder, or one with only an older report, which is replaced"
     )
 
 
@@ -150,7 +150,7 @@ def _build_report(
     heat: dict[str, Any] = {}
     try:
         ood, known, others_scored = distinguish(model, tokenizer, subject.texts, others, length, visible)
-    except DataError as error:  # for example a too short known text: write the report without this part
+    except DataError as error:  # for example, the known text is too short: write the report without this part
         content["uncertainty"] = {"auroc": {}, "left_out": [str(error)]}
     else:
         content["uncertainty"] = ood | {"sentence": uncertainty_sentence(ood["auroc"])}
@@ -213,7 +213,7 @@ def _metadata(subject: ReportInput) -> dict[str, Any]:
         "parameters": total,
         "parameters_without_vocabulary": without,
         "on_this_text": subject.results,
-        "of_the_run": {name: value for name, value in read_results(subject.run).items() if name in OF_THE_RUN},
+        "of_the_run": {name: value for name, value in read_results(subject.run).items() if name in RUN_RESULTS},
     }
 
 
@@ -260,7 +260,7 @@ def uncertainty_sentence(auroc: dict[str, dict[str, dict[str, float]]]) -> str:
             else "shows no difference at"
         )
         phrases.append(f"{verb} {other} ({rate['auroc']:.2f}; loss {loss['auroc']:.2f})")
-    return f"Beside the known text, the network {', '.join(phrases)}." if phrases else ""
+    return f"Compared with the known text, the network {', '.join(phrases)}." if phrases else ""
 
 
 def _png(figure: Figure) -> bytes:

@@ -1,4 +1,4 @@
-"""Firing rates at each token, by layer, part of the model and kind of token, with the loss and entropy there."""
+"""Measure firing rates, loss and entropy at each token; average rates by layer, part of the model and kind of token."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
@@ -44,7 +44,7 @@ class TokenMeasurements(NamedTuple):
     Attributes:
         loss: loss of each token but the first in nats, ``[n, L - 1]``.
         entropy: entropy of the next-token prediction in nats, ``[n, L]``.
-        rates: firing rate of each layer in the row of each token, ``[n, L]``.
+        rates: firing rate of each layer at each token, ``[n, L]``.
         neurons: number of neurons of each layer.
     """
 
@@ -86,7 +86,7 @@ def measure_tokens(
 
 
 def zone(layer: str) -> str:
-    """Return the part of the model of a layer of neurons: ``"input"``, ``"block 3"``, ``"readout"``."""
+    """Return the part of the model that contains a layer of neurons: ``"input"``, ``"block 3"``, ``"readout"``."""
     parts = layer.split(".")
     return f"block {parts[1]}" if parts[0] == "blocks" else "input" if parts[0] == "input_lif" else parts[0]
 

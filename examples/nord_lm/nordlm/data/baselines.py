@@ -1,4 +1,4 @@
-"""Baselines: uniform, unigram and interpolated bigram predictions of the same text, in nats per token."""
+"""Compute the losses of uniform, unigram and interpolated bigram predictions, in nats per token."""
 
 import math
 
@@ -44,7 +44,7 @@ def bigram_loss(train: Tensor, validation: Tensor, vocab_size: int) -> float:
     position = torch.searchsorted(pairs, queries).clamp(max=len(pairs) - 1)
     seen = torch.where(pairs[position] == queries, counts[position], 0).double()
     unigram = _unigram(train, vocab_size)[target]
-    # For a context that is not in the training text: the unigram alone.
+    # A context that is not in the training text has only the unigram.
     weight = torch.where(types[context] > 0, types[context], 1.0)
     probability = (seen + weight * unigram) / (occurrences[context] + weight)
     return -probability.log().mean().item()

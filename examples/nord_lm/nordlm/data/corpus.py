@@ -76,7 +76,7 @@ class Corpus:
         sample: training tokens in order for the baselines: all, or the first :data:`BASELINE_TOKENS` of a stream.
         bytes_per_token: UTF-8 bytes per token of the held-out text.
         fingerprint: hash of training and held-out tokens (of a stream: of its first part).
-        sources: documents that the corpus was made from.
+        sources: documents of the corpus.
     """
 
     name: str
@@ -88,7 +88,7 @@ class Corpus:
     sources: tuple[Documents, ...]
 
     def notes(self) -> list[str]:
-        """Return what was left out so far, with reasons. Reading a stream further can add to it."""
+        """Return a sentence for each reason why records were left out so far; reading a stream further can add some."""
         return [note for source in self.sources for note in source.notes()]
 
 
@@ -135,7 +135,7 @@ def load_corpus(
     ):
         if n_tokens < block_size:
             raise DataError(
-                f"the {side} text of {name} has {n_tokens} tokens, less than one block of {block_size}: "
+                f"the {side} text of {name} has {n_tokens} tokens, less than one sequence of {block_size}: "
                 "give more text or a smaller --block-size"
             )
     return Corpus(
@@ -153,7 +153,7 @@ def split(documents: Documents, held_out: float) -> tuple[Callable[[], Iterator[
     """Split documents into training and held-out ones by a hash of each text.
 
     For a stream the threshold is a fixed hash value. In memory, the documents with the smallest hashes are held out, so that
-    there is at least one and the fraction is exact. There the threshold depends on the other documents.
+    there is at least one and the fraction is exact; the threshold then depends on all documents.
     """
     if not 0 <= held_out < 1:
         raise DataError(f"--held-out must be at least 0 and less than 1, got {held_out}")
@@ -162,7 +162,7 @@ def split(documents: Documents, held_out: float) -> tuple[Callable[[], Iterator[
         hashes = sorted({_hash(text) for text in documents.read()})
         if held_out and len(hashes) < 2:
             raise DataError(
-                f"{documents.name} is a single document, of which none can be held out: give more text or --validation-data"
+                f"{documents.name} has only one document, which cannot be held out: give more text or --validation-data"
             )
         n_held = max(1, round(held_out * len(hashes))) if held_out else 0
         threshold = hashes[min(n_held, len(hashes) - 1)]
@@ -205,7 +205,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
             "vocab_size must be at least as large"
         )
     if tokenizer.eos_token_id is None:
-        raise DataError("the tokenizer has no end-of-text token (eos_token), which must stand between documents")
+        raise DataError("the tokenizer has no end-of-text token (eos_token), which separates documents")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
@@ -270,7 +270,7 @@ def _take_tokens(encoded: Iterable[Tensor], limit: int) -> Iterator[Tensor]:
 
 
 def _encode_up_to(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: int) -> tuple[Tensor, int]:
-    """Return tokens of whole documents, at least ``limit`` if there are as many, and the bytes of these documents."""
+    """Return tokens of whole documents, up to at least ``limit`` tokens, and the bytes of these documents."""
     parts: list[Tensor] = []
     n_bytes = n_tokens = 0
     for text in texts:

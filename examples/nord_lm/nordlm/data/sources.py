@@ -230,7 +230,9 @@ def _from_hub(source: str) -> Documents:
             for number, record in enumerate(records):
                 yield from _text_of(record, documents, f"{source} record {number}")
         except Exception as error:  # any network error during the stream
-            raise DataError(f"{source}: the stream broke off ({type(error).__name__}: {first_line(error)})") from error
+            raise DataError(
+                f"{source}: the stream ended with an error ({type(error).__name__}: {first_line(error)})"
+            ) from error
 
     documents.read = read
     return documents

@@ -26,11 +26,11 @@ __all__ = [
 HELP = """/temp X     temperature, 0 for greedy search
 /tokens N   maximum length of an answer
 /rep X      repetition penalty, 1 for none
-/stdp on    learn from your text; /stdp off stops learning and keeps what was learned
+/stdp on    learn from your text; /stdp off stops learning and keeps the changes
 /good       reward the last answer; /bad punishes it (with STDP on)
-/forget     revert everything that was learned
-/save-plastic FILE   write only what was learned
-/load-plastic FILE   replace what was learned by that of a file
+/forget     revert all learned changes
+/save-plastic FILE   write only the learned changes
+/load-plastic FILE   replace the learned changes by those in a file
 /live on    show the firing rate of every block at each token of an answer; /live off
 /stats      firing rates in the last answer, speed, and the effect of STDP
 /reset      clear the conversation
@@ -63,7 +63,7 @@ class Chat:
         tokenizer: its tokenizer.
         options: sampling options of the command line; commands change them.
         console: output. Default: standard output.
-        plasticity: the synapses that learn. Default: ``Plasticity(model)``.
+        plasticity: the plastic synapses. Default: ``Plasticity(model)``.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Chat:
         self.plasticity = plasticity or Plasticity(model)
         self.learning = False
         self.text: list[int] = []
-        self.answered = 0  # number of tokens at the end of the text that are the last answer
+        self.answer_length = 0  # tokens of the last answer, at the end of the text
         self.live = False
         self.answer_rates: AnswerRates | None = None  # of the last answer
         self.rates: dict[str, float] = {}
@@ -101,21 +101,21 @@ class Chat:
             "good": lambda _: self._reward_answer(1.0),
             "bad": lambda _: self._reward_answer(-1.0),
             "forget": self._forget,
-            "save-plastic": lambda text: self._use_file(text, self.plasticity.save, "what was learned is in"),
-            "load-plastic": lambda text: self._use_file(text, self.plasticity.load, "learned as in"),
+            "save-plastic": lambda text: self._use_file(text, self.plasticity.save, "learned changes written to"),
+            "load-plastic": lambda text: self._use_file(text, self.plasticity.load, "learned changes loaded from"),
             "live": self._switch_live,
             "stats": self._stats,
             "reset": self._reset,
             "help": lambda _: self.say(HELP),
         }
-        commands.get(name, lambda _: self.say(f"there is no /{name}; /help lists what there is"))(argument.strip())
+        commands.get(name, lambda _: self.say(f"unknown command /{name}; /help lists the commands"))(argument.strip())
         return True
 
     def answer(self, line: str) -> None:
         """Append a line of the user, learn from it if STDP is on, and generate an answer."""
         new_ids = self.tokenizer(line + "\n", add_special_tokens=False, split_special_tokens=True)["input_ids"]
         self.text = (self.text + new_ids)[-self.model.config.max_position_embeddings :]
-        self.answered = 0
+        self.answer_length = 0
         if self.learning:
             self._learn(len(new_ids), 1.0, "your text")
         ids = torch.tensor([self.text], device=self.model.device)
@@ -133,7 +133,7 @@ class Chat:
             )[0].tolist()
         self.tokens_per_second = (len(ids_out) - len(self.text)) / (time.monotonic() - start)
         self.answer_rates, self.rates = answer_rates, monitor.rates()
-        self.answered = len(ids_out) - len(self.text)
+        self.answer_length = len(ids_out) - len(self.text)
         self.text = ids_out
 
     def _rate_streamer(self) -> AnswerRates:
@@ -147,7 +147,7 @@ class Chat:
         return TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     def say(self, message: str, style: str | None = None) -> None:
-        """Print a message of the program."""
+        """Print a message."""
         self.console.print(escape(message), style=style, highlight=False, soft_wrap=True)
 
     def _learn(self, n_new: int, approval: float, source: str) -> None:
@@ -160,10 +160,10 @@ class Chat:
     def _reward_answer(self, approval: float) -> None:
         if not self.learning:
             self.say("STDP is off; /stdp on switches it on")
-        elif not self.answered:
+        elif not self.answer_length:
             self.say("there is no answer to reward")
         else:
-            self._learn(self.answered, approval, "its answer")
+            self._learn(self.answer_length, approval, "its answer")
 
     def _use_file(self, name: str, action: Callable[[Path], None], message: str) -> None:
         if not name:
@@ -200,19 +200,21 @@ class Chat:
 
     def _forget(self, _: str) -> None:
         self.plasticity.forget()
-        self.say("the weights are what they were at the start, bit for bit")
+        self.say("the weights are equal to the trained weights again, bit for bit")
 
     def _reset(self, _: str) -> None:
-        self.text, self.answered = [], 0
-        self.say("the conversation is forgotten; what STDP learned stays until /forget")
+        self.text, self.answer_length = [], 0
+        self.say("the conversation is cleared; changes by STDP stay until /forget")
 
     def _stats(self, _: str) -> None:
         for line in (
-            ["of the last answer:", *self.answer_rates.summary()] if self.answer_rates else ["there is no answer yet"]
+            ["firing rates in the last answer:", *self.answer_rates.summary()]
+            if self.answer_rates
+            else ["there is no answer yet"]
         ):
             self.say(line)
         if self.rates:
-            self.say("with what it read before:")
+            self.say("mean rates, including the text before the answer:")
         for name, rate in self.rates.items():
             self.say(f"{name:28} {rate:7.2%}")
         self.say(

@@ -33,7 +33,7 @@ class AnswerRates(BaseStreamer):
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.tokens: list[int] = []
-        self.rates: dict[str, list[float]] = {}  # part -> rate at each token, at the position that predicted it
+        self.rates: dict[str, list[float]] = {}  # part -> rate of each token, at the position that predicts it
         self._rows = RowRates(model)
         self._has_prompt = False
 
@@ -42,9 +42,7 @@ class AnswerRates(BaseStreamer):
         if not self._has_prompt:
             self._has_prompt = True
             return
-        last = {
-            name: rate[..., -1] for name, rate in self._rows.take().items()
-        }  # the position that predicted the token
+        last = {name: rate[..., -1] for name, rate in self._rows.take().items()}  # the position that predicts the token
         self.tokens.append(int(value.flatten()[0]))
         for part, rate in zone_means(last, self._rows.neurons()).items():
             self.rates.setdefault(part, []).append(rate.mean().item())
@@ -54,7 +52,7 @@ class AnswerRates(BaseStreamer):
         """Do nothing at the end of the answer."""
 
     def show(self) -> None:
-        """Show the rates so far; nothing here."""
+        """Show the rates so far; this class shows nothing."""
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -77,8 +75,8 @@ class AnswerRates(BaseStreamer):
             values = torch.tensor(rates)
             low, high = int(values.argmin()), int(values.argmax())
             lines.append(
-                f"{part:12} {values.mean():6.2%}   least {values[low]:6.2%} before {self._token_text(low)}   "
-                f"most {values[high]:6.2%} before {self._token_text(high)}"
+                f"{part:12} {values.mean():6.2%}   lowest {values[low]:6.2%} before {self._token_text(low)}   "
+                f"highest {values[high]:6.2%} before {self._token_text(high)}"
             )
         return lines
 

@@ -39,9 +39,7 @@ def load_model(folder: Path) -> NordForCausalLM:
         ModelError: a file is missing, or the weights do not fit the configuration.
     """
     if not (folder / "config.json").is_file():
-        raise ModelError(
-            f"{folder}: no model here; expected a folder with config.json, model.safetensors and a tokenizer"
-        )
+        raise ModelError(f"{folder}: expected a folder with config.json, model.safetensors and a tokenizer")
     try:
         model, loading = NordForCausalLM.from_pretrained(folder, output_loading_info=True)
     except Exception as error:  # a wrong or truncated file can raise any exception
@@ -74,7 +72,7 @@ def open_model(folder: Path) -> tuple[NordForCausalLM, PreTrainedTokenizerBase]:
 
 
 def open_from_options(options: argparse.Namespace) -> tuple[NordForCausalLM, PreTrainedTokenizerBase]:
-    """Load model and tokenizer for the command line: set the seed, and silence transformers."""
+    """Load model and tokenizer for the command line; set the seed and silence transformers."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # it warns about text beyond the context, which this model handles with a sliding window
     if options.seed is not None:

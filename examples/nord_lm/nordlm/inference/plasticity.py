@@ -1,6 +1,6 @@
-"""Learning while reading: reward-modulated STDP in a trained Nord, stored apart from the trained weights.
+"""Train synapses of a Nord model by reward-modulated STDP while it reads; changes are stored apart from trained weights.
 
-Two kinds of synapses connect spiking neurons:
+Two kinds of synapses can learn:
 
 ``lm_head``
     from the readout neurons to the vocabulary. A vocabulary entry spikes one time step after the last time step of the token
@@ -74,7 +74,7 @@ def _identity(x: Tensor) -> Tensor:
 
 
 class Control(NamedTuple):
-    """Functions with which an experiment changes the rewards (first dimension: events) and pre spikes ``[T, n, D]``."""
+    """Functions by which an experiment changes the rewards ``[events, ...]`` and the pre spikes ``[T, n, D]``."""
 
     rewards: Callable[[Tensor], Tensor] = _identity
     spikes: Callable[[Tensor], Tensor] = _identity
@@ -129,9 +129,7 @@ class HeadSynapse:
         spikes = self._spikes[:, 0, signals.positions]
         if not self._warned and not spikes.any():
             self._warned = True
-            warnings.warn(
-                "the readout neurons did not fire in this text: the head learned nothing from it", stacklevel=3
-            )
+            warnings.warn("the readout neurons did not fire in this text, so the head did not change", stacklevel=3)
         pre = F.pad(
             control.spikes(spikes), (0, 0, 0, 0, 0, 1)
         )  # [T + 1, n, D]: the vocabulary entry spikes one time step later
@@ -213,7 +211,7 @@ class FeedForwardSynapse:
 
 
 class Plasticity:
-    """All synapses of a model that learn while it reads.
+    """The plastic synapses of a model, which learn while it reads.
 
     Args:
         model: in eval mode.
@@ -221,7 +219,7 @@ class Plasticity:
             change, every ``ffn.down``.
         rate: change per pair of spikes. Default: :data:`RATES`.
         reward: reward of the ``ffn.down``, ``"error"`` or ``"loss"``. Default: ``"error"``.
-        control: changes by an experiment. Default: none.
+        control: changes to rewards and spikes by an experiment. Default: none.
 
     Raises:
         PlasticityError: a name matches no synapse that can learn.
@@ -242,7 +240,9 @@ class Plasticity:
         names = synapse_names(model)
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
-                raise PlasticityError(f"{pattern}: no synapse that can learn; there are {', '.join(names)}")
+                raise PlasticityError(
+                    f"{pattern}: matches no synapse that can learn, expected one of {', '.join(names)}"
+                )
         self.model, self.control = model, control
         self.synapses: dict[str, PlasticSynapse] = {}
         for name in (name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)):
@@ -254,7 +254,7 @@ class Plasticity:
                     model, index, RATES["ffn.down"] if rate is None else rate, reward
                 )
         if control.spikes is not _identity and set(self.synapses) != {"lm_head"}:
-            raise PlasticityError("a control of the pre spikes is for the lm_head alone")
+            raise PlasticityError("a control of the pre spikes expects lm_head as the only synapse")
 
     @torch.no_grad()
     def read(self, context: Tensor, n_new: int, approval: float = 1.0) -> float | None:
@@ -300,7 +300,7 @@ class Plasticity:
         save_plastic(path, {name: synapse.plastic for name, synapse in self.synapses.items()})
 
     def load(self, path: Path) -> None:
-        """Replace the learned change with that of a file."""
+        """Replace the learned change with the one in a file."""
         load_plastic(path, {name: synapse.plastic for name, synapse in self.synapses.items()})
 
     @torch.no_grad()

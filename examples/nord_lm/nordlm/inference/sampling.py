@@ -28,7 +28,7 @@ def generate_arguments(temperature: float, top_k: int, top_p: float, repetition_
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that ``generate.py`` and ``chat.py`` share."""
     parser.add_argument(
-        "--model", type=Path, help="folder with model and tokenizer (default: that of the newest finished run in runs/)"
+        "--model", type=Path, help="folder with model and tokenizer (default: from the newest finished run in runs/)"
     )
     parser.add_argument("--max-new-tokens", type=number(1, kind=int), default=100)
     parser.add_argument("--temperature", type=temperature, default=0.8, help="0 is greedy search")

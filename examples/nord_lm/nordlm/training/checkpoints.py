@@ -31,11 +31,11 @@ __all__ = [
 ]
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-KEPT = 2  # newest checkpoints that stay
+KEPT = 2  # number of newest checkpoints that are not removed
 
 
 def new_run_folder(parent: Path, name: str) -> Path:
-    """Create ``parent/name-0001``, or the same with the first free number."""
+    """Create ``parent/name-0001``, or the folder with the next free number."""
     for number in range(1, 10_000):
         folder = parent / f"{name}-{number:04d}"
         try:
@@ -43,7 +43,7 @@ def new_run_folder(parent: Path, name: str) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise CheckpointError(f"{folder}: cannot be made ({error.strerror})") from error
+            raise CheckpointError(f"{folder}: cannot be created ({error.strerror})") from error
         return folder
     raise CheckpointError(f"{parent}: all numbers for runs named {name} are taken")
 
@@ -57,7 +57,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Call ``write`` on a temporary folder beside ``folder``, then move it into place in one step.
 
     Raises:
-        CheckpointError: the folder could not be written; an older one is untouched.
+        CheckpointError: the folder could not be written; an older folder is unchanged.
     """
     temporary, old = temporary_path(folder), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -75,9 +75,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         if shutil.disk_usage(folder.parent).free < 1 << 20:
             reason = f"the disk is full: {reason}"
-        raise CheckpointError(
-            f"{folder} could not be written ({reason}); what was written before it is whole"
-        ) from error
+        raise CheckpointError(f"{folder} could not be written ({reason}); earlier files are complete") from error
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -139,7 +137,7 @@ def check_digests(checkpoint: Path, expected: Any) -> None:
     )
     if damaged:
         earlier = [c.name for c in _checkpoints(checkpoint.parent) if checkpoint_step(c) < checkpoint_step(checkpoint)]
-        advice = f"; remove the folder to go on from {earlier[-1]}" if earlier else ""
+        advice = f"; remove the folder to resume from {earlier[-1]}" if earlier else ""
         raise CheckpointError(f"{checkpoint}: damaged or incomplete ({', '.join(damaged)}){advice}")
 
 

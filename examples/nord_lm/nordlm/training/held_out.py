@@ -21,7 +21,7 @@ __all__ = [
     "verified_held_out_text",
 ]
 
-STREAMED_WINDOWS = 1024  # default limit for a stream; train.py validates on as many
+STREAMED_WINDOWS = 1024  # default limit for a stream, the same as in train.py
 
 
 class EvaluationText(NamedTuple):
@@ -42,7 +42,7 @@ def held_out_text(training: TrainingSettings) -> Documents:
     """Return the documents that a run with these settings is validated on.
 
     Raises:
-        DataError: the text does not exist any more.
+        DataError: the text no longer exists.
     """
     if training.validation_data is not None:
         return read_documents(training.validation_data)
@@ -58,7 +58,7 @@ def verified_held_out_text(run: Path, tokenizer: PreTrainedTokenizerBase) -> Doc
 
     Raises:
         SettingsError: the folder has no settings of a run, or they are damaged.
-        DataError: the text has changed, or does not exist any more.
+        DataError: the text has changed or no longer exists.
     """
     settings = Settings.read(run / "settings.yaml")
     documents = held_out_text(settings.training)
@@ -69,14 +69,14 @@ def verified_held_out_text(run: Path, tokenizer: PreTrainedTokenizerBase) -> Doc
     corpus = load_corpus(read_documents(training.data), tokenizer, settings.block_size, training.held_out, validation)
     if corpus.fingerprint != read_run(run)["fingerprint"]:
         raise DataError(
-            f"{corpus.name} is no longer what the run in {run} was trained on, so that what it held out is not known: name a "
-            "TEXT to evaluate on"
+            f"{corpus.name} has changed since the run in {run}, so its held-out documents are not known: give a TEXT to "
+            "evaluate on"
         )
     return documents
 
 
 def read_text(documents: Documents, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> EvaluationText:
-    """Read whole documents of a source until there are at least ``max_tokens`` tokens; None: all documents."""
+    """Read whole documents of a source until there are at least ``max_tokens`` tokens, or all documents if it is None."""
     texts: list[str] = []
     parts, n_tokens = [torch.tensor([tokenizer.eos_token_id], dtype=torch.int32)], 0
     for text in documents.read():

@@ -1,4 +1,4 @@
-"""The training loop, from the first step to the results."""
+"""Train a model, from the first step to the results."""
 
 import itertools
 import math
@@ -95,7 +95,7 @@ def train(settings: Settings, out: Path, resume: Path | None, with_report: bool 
         _train_steps(run, prepared, position, log, stop)
         save(run, position)
         if position.step < options.steps:
-            progress.say(f"stopped at step {position.step}; go on with: python {sys.argv[0]} --resume {folder}")
+            progress.say(f"stopped at step {position.step}; resume with: python {sys.argv[0]} --resume {folder}")
             log.close()
             return INTERRUPTED
         stop.restore_handlers()
@@ -108,13 +108,13 @@ def train(settings: Settings, out: Path, resume: Path | None, with_report: bool 
     try:
         if accelerator.is_main_process:
             write_trained_model(run, accelerator.unwrap_model(prepared.model), weights, results)
-            trained = NordForCausalLM.from_pretrained(folder / "model").to(accelerator.device).eval()
-            print_summary(run, trained, results)
+            final_model = NordForCausalLM.from_pretrained(folder / "model").to(accelerator.device).eval()
+            print_summary(run, final_model, results)
     finally:
         accelerator.wait_for_everyone()  # a process that exits early would break the process group
     log.close()
     if with_report and accelerator.is_main_process:  # takes seconds; the other processes need not wait
-        write_report_page(run, trained)
+        write_report_page(run, final_model)
     return 0
 
 
@@ -125,13 +125,13 @@ def _train_steps(run: Run, prepared: Prepared, position: Position, log: Log, sto
     batches = endless_batches(prepared.loader, position)
     step_tokens = options.grad_accum * options.batch_size * run.settings.block_size * accelerator.num_processes
     while position.step < options.steps and not stop.any_process_requested(accelerator):
-        began, before = time.monotonic(), replace(position)
+        start, previous = time.monotonic(), replace(position)
         try:
             mean_loss, grad_norm = take_step(accelerator, prepared, batches, options)
-        except DataError:  # a broken stream or a record without text: save what was learned
-            save(run, before)
+        except DataError:  # a broken stream or a record without text: save the steps before it
+            save(run, previous)
             raise
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - start
         position.step, position.tokens = position.step + 1, position.tokens + step_tokens
         position.seconds += seconds
 
@@ -154,15 +154,15 @@ def _train_steps(run: Run, prepared: Prepared, position: Position, log: Log, sto
         if position.step % options.save_every == 0 and not last:
             try:
                 save(run, position)
-            except CheckpointError as error:  # the disk may have space again at the next one
-                progress.say(f"warning: {error}; training goes on")
+            except CheckpointError as error:  # the disk may have space at the next checkpoint
+                progress.say(f"warning: {error}; training continues")
     monitor.close()
 
 
 def model_config(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Return the model's configuration, with the size of the tokenizer if it was trained here.
+    """Return the model's configuration, with the size of the tokenizer if the run trains it.
 
-    A tokenizer trained on a short text can have fewer tokens than ``vocab_size`` asks for.
+    A tokenizer trained on a short text can have fewer tokens than the config's ``vocab_size``.
     """
     size = settings.model_config().vocab_size if settings.training.tokenizer else len(tokenizer)
     return settings.model_config(
@@ -181,7 +181,7 @@ def prepare(accelerator: Accelerator, model: nn.Module, corpus: Corpus, options:
     scheduler = get_cosine_with_min_lr_schedule_with_warmup(
         optimizer, options.warmup_steps, options.steps, min_lr_rate=options.min_lr_ratio
     )
-    shuffle = isinstance(corpus.train, SequenceDataset)  # a stream keeps its order
+    shuffle = isinstance(corpus.train, SequenceDataset)  # a stream is not shuffled
     loader = DataLoader(corpus.train, options.batch_size, shuffle=shuffle, drop_last=True)
     validation = DataLoader(SequenceDataset(corpus.validation), options.batch_size)
     return Prepared(*accelerator.prepare(model, optimizer, scheduler, loader, validation))

@@ -40,7 +40,7 @@ def model_card(
 
     Args:
         model: the model.
-        origin: one sentence on its origin.
+        origin: origin of the model, followed by the version of nord-snn.
         results: content of ``results.json``.
         training: settings of the run.
     """
@@ -63,7 +63,7 @@ def model_card(
     published = NordConfig().to_dict()
     differing = {name: value for name, value in model.config.to_dict().items() if published.get(name) != value}
     configuration = json.dumps(differing, indent=2, default=str)
-    parts.append(f"## Configuration\n\nWhat differs from `NordConfig()`:\n\n```json\n{configuration}\n```")
+    parts.append(f"## Configuration\n\nFields that differ from `NordConfig()`:\n\n```json\n{configuration}\n```")
     if training is not None:
         parts.append(f"## Training\n\n```yaml\n{yaml.safe_dump(training, sort_keys=False).rstrip()}\n```")
     return "\n\n".join(parts) + "\n"
@@ -74,7 +74,7 @@ def _facts(results: dict[str, Any] | None) -> dict[str, str]:
         return {}
     return {
         "text": results["text"],
-        "tokens seen": f"{results['tokens']:,}",
+        "training tokens": f"{results['tokens']:,}",
         "held-out loss, nats per token": f"{results['validation_loss']:.4f}",
         "held-out bits per byte": f"{results['bits_per_byte']:.4f}",
         "unigram, bigram on the same text": f"{results['unigram_loss']:.4f}, {results['bigram_loss']:.4f}",

@@ -1,4 +1,4 @@
-"""Display of training progress: a live panel in a terminal, plain lines elsewhere."""
+"""Show training progress: a live panel in a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ class TrainingProgress:
     Args:
         total: training steps of the whole run.
         console: output; a live panel in a terminal, else a line per update. Default: standard output.
-        visible: False prints nothing, as on all processes but the first. Default: True.
+        visible: whether to print anything; only the first process does. Default: True.
     """
 
     def __init__(self, total: int, console: Console | None = None, visible: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Write what a finished run produces: results, a model folder, a summary on the terminal, a report."""
+"""Write the output of a finished run: results, a model folder, a summary on the terminal, a report."""
 
 import resource
 import shlex
@@ -73,7 +73,7 @@ def print_summary(run: Run, model: NordForCausalLM, results: dict[str, Any]) -> 
         prompt, do_sample=True, top_p=0.9, max_new_tokens=SAMPLE_TOKENS, pad_token_id=tokenizer.eos_token_id
     )
     progress.say(f"\nheld-out text: {tokenizer.decode(prompt[0])}")
-    progress.say(f"the model goes on: {tokenizer.decode(ids[0, prompt.shape[1] :])}\n")
+    progress.say(f"continuation by the model: {tokenizer.decode(ids[0, prompt.shape[1] :])}\n")
 
     names = {"uniform": "uniform", "unigram": "unigram", "bigram, interpolated": "bigram", "this model": "validation"}
     losses = {title: results[f"{name}_loss"] for title, name in names.items()}
@@ -81,13 +81,13 @@ def print_summary(run: Run, model: NordForCausalLM, results: dict[str, Any]) -> 
         [title, f"{loss:.4f}", f"{bits_per_byte(loss, corpus):.3f}", f"{loss / results['unigram_loss'] - 1:+.1%}"]
         for title, loss in losses.items()
     ]
-    columns = ["held-out text", "nats per token", "bits per byte", "against unigram"]
+    columns = ["held-out text", "nats per token", "bits per byte", "relative to unigram"]
     print_table(progress.console, f"{results['steps']} steps, {results['tokens']:,} tokens", columns, rows)
     rates = [[name, f"{rate:.2%}"] for name, rate in results["firing_rates"].items()]
     print_table(progress.console, "firing rates on the held-out text", ["neuron layer", "rate"], rates)
     for note in (
         corpus.notes() if isinstance(corpus.train, StreamedSequences) else []
-    ):  # those of a corpus in memory were shown at the start
+    ):  # notes of a corpus in memory were printed at the start
         progress.say(f"note: {note}")
     progress.say(
         f"{duration(results['seconds'])} of training at {results['tokens_per_second']:,.0f} tokens/s, "
@@ -109,8 +109,8 @@ def write_report_page(run: Run, model: NordForCausalLM) -> None:
         )
         write_report(run.folder / "report", subject)
     except ModuleNotFoundError as error:
-        run.progress.say(f"note: no report was written, since {error.name} is not installed; the extra reports has it")
-    except Exception as error:  # of any kind: the model is already written
+        run.progress.say(f"note: no report was written, since {error.name} is not installed: install the extra reports")
+    except Exception as error:  # any error: the model is already written
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         run.progress.say(f"warning: no report was written ({reason}); evaluate.py --report writes one")
     else:

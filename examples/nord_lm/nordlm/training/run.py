@@ -1,4 +1,4 @@
-"""A training run: its constant parts, its folder and its checkpoints."""
+"""Set up, save and restore a training run."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -77,7 +77,7 @@ class Run:
         accelerator: device, precision and process group.
         settings: settings of model and training.
         tokenizer: the tokenizer.
-        corpus: training and held-out blocks.
+        corpus: training and held-out sequences.
         folder: folder of the run.
         progress: display on the terminal.
     """
@@ -130,11 +130,11 @@ def prepare_text(
             tokenizers = [train_tokenizer(texts(), vocab_size)]
         tokenizer = broadcast_object_list(tokenizers)[0]
     corpus = load_corpus(documents, tokenizer, settings.block_size, options.held_out, validation)
-    blocks = len(corpus.sample) // settings.block_size
+    n_sequences = len(corpus.sample) // settings.block_size
     batch = options.batch_size * accelerator.num_processes
-    if blocks < batch and len(corpus.sample) < BASELINE_TOKENS:
+    if n_sequences < batch and len(corpus.sample) < BASELINE_TOKENS:
         raise DataError(
-            f"{corpus.name}: {blocks} blocks of text are less than one batch of {batch}: "
+            f"{corpus.name} has {n_sequences} sequences, less than one batch of {batch}: "
             "give more text, a smaller --batch-size or a smaller --block-size"
         )
     return tokenizer, corpus
@@ -204,9 +204,7 @@ def save(run: Run, position: Position) -> None:
 def restore(run: Run) -> Position:
     """Load the newest checkpoint, after a check that it is complete and fits this text and model."""
     if read_run(run.folder)["fingerprint"] != run.corpus.fingerprint:
-        raise CheckpointError(
-            f"{run.folder}: the text is no longer the one that the run was begun with ({run.corpus.name})"
-        )
+        raise CheckpointError(f"{run.folder}: the text ({run.corpus.name}) has changed since the run started")
     checkpoint = latest_checkpoint(run.folder)
     saved = read_json(checkpoint / "position.json")
     if not isinstance(saved, dict) or saved.get("step") != checkpoint_step(checkpoint):
@@ -219,5 +217,5 @@ def restore(run: Run) -> Position:
     except Exception as error:  # each part raises its own exception if it does not fit
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{checkpoint}: does not fit this model ({reason})") from error
-    run.progress.say(f"going on from {checkpoint}")
+    run.progress.say(f"resuming from {checkpoint}")
     return position

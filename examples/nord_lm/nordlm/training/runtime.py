@@ -1,4 +1,4 @@
-"""Process-level parts of training: memory, signals, the log."""
+"""Configure memory and signals of the training process, and write its log."""
 
 import ctypes
 import os
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep freed memory for the next step, and use huge pages on Linux.
+    """Make glibc reuse freed memory in the next step, and use huge pages on Linux.
 
     By default glibc returns large blocks to the system and maps them again in every step, page by page.
     """
@@ -43,11 +43,11 @@ class Log:
     def __init__(
         self, accelerator: Accelerator, run: Path, options: TrainingSettings, progress: TrainingProgress
     ) -> None:
-        self.accelerator, self.progress, self.works = accelerator, progress, True
+        self.accelerator, self.progress, self.enabled = accelerator, progress, True
         set_log_folder(accelerator, run)
         config = {k: v for k, v in asdict(options).items() if v is not None}
         self._try(lambda: accelerator.init_trackers("tensorboard", config=config))
-        if self.works and accelerator.is_main_process:
+        if self.enabled and accelerator.is_main_process:
             raise_write_errors_only(accelerator.get_tracker("tensorboard", unwrap=True))
 
     def __call__(self, step: int, **values: float) -> None:
@@ -59,14 +59,14 @@ class Log:
         self._try(self.accelerator.end_training)
 
     def _try(self, write: Callable[[], None]) -> None:
-        if not self.works:
+        if not self.enabled:
             return
         try:
             write()
         except OSError as error:
-            self.works = False
+            self.enabled = False
             self.progress.say(
-                f"warning: the TensorBoard log cannot be written ({error.strerror}); training goes on without"
+                f"warning: the TensorBoard log cannot be written ({error.strerror}); training continues without it"
             )
 
 

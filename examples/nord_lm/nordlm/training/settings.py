@@ -1,4 +1,4 @@
-"""Settings of a run, for model and training, from YAML and the command line."""
+"""Read the settings of model and training from YAML and the command line."""
 
 import argparse
 import dataclasses
@@ -32,7 +32,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def _config_class() -> "type[NordConfig]":
-    """Import the configuration when it is needed, so that ``--help`` need not wait for transformers."""
+    """Import the configuration late, so that ``--help`` does not load transformers."""
     from nord_snn.models.nord import NordConfig
 
     return NordConfig
@@ -44,7 +44,7 @@ def _setting(default: Any, description: str, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Training settings. Every field is an option of ``train.py``; learning-rate defaults are those of the published run."""
+    """Training settings. Every field is an option of ``train.py``; learning-rate defaults are from the published run."""
 
     data: str | None = _setting(None, "text file, folder or dataset name (default: the documentation inside CPython)")
     validation_data: str | None = _setting(
@@ -54,7 +54,7 @@ class TrainingSettings:
     tokenizer: str | None = _setting(
         None, "folder or hub name of a tokenizer (default: train a byte-level BPE on the text)"
     )
-    block_size: int | None = _setting(None, "tokens in a sequence (default: the model's max_position_embeddings)")
+    block_size: int | None = _setting(None, "sequence length in tokens (default: the model's max_position_embeddings)")
     steps: int = _setting(1000, "training steps")
     batch_size: int = _setting(4, "sequences in a micro-batch, on each process")
     grad_accum: int = _setting(12, "micro-batches in a training step")
@@ -70,7 +70,9 @@ class TrainingSettings:
         "precision of float32 matrix products; below highest the device may use TF32 (GPU) or oneDNN's kernels (CPU)",
         choices=("highest", "high", "medium"),
     )
-    mixed_precision: str = _setting("no", "precision of matrix products", choices=("no", "bf16", "fp16"))
+    mixed_precision: str = _setting(
+        "no", "autocast: compute in this type where torch considers it safe", choices=("no", "bf16", "fp16")
+    )
     gradient_checkpointing: bool = _setting(
         False, "store only the input of each transformer block and recompute the rest: less memory, more time"
     )
@@ -204,7 +206,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--resume", type=Path, default=None, metavar="RUN", help="resume the run in this folder")
     parser.add_argument(
-        "--no-resonance", action="store_true", help="train the control without exchange between positions"
+        "--no-resonance",
+        action="store_true",
+        help="train the control without resonance, whose positions do not exchange information",
     )
     parser.add_argument(
         "--no-report", dest="with_report", action="store_false", default=True, help="do not write the report at the end"
@@ -241,7 +245,7 @@ def settings_from(options: argparse.Namespace) -> Settings:
     model = settings.model | ({"resonance": False} if hasattr(options, "no_resonance") else {})
     name = settings.name + ("-no-resonance" if hasattr(options, "no_resonance") else "")
     if model.get("dense"):
-        raise SettingsError("a dense model has no neurons to train here: it is a control for compare.py")
+        raise SettingsError("train.py does not train a dense model, which has no neurons: use compare.py")
     training = dataclasses.replace(settings.training, **options.changes)
     return Settings(name, model, dataclasses.replace(training, **absolute_paths(dataclasses.asdict(training))))
 
@@ -250,7 +254,7 @@ def read_config(name: str) -> Settings:
     """Read a config from ``configs/`` by its name, or a YAML file.
 
     Raises:
-        SettingsError: there is no such config or file, or it is not valid.
+        SettingsError: the config does not exist or is not valid.
     """
     return Settings.read(_config_path(name))
 
@@ -261,7 +265,7 @@ def _config_path(name: str) -> Path:
         return path
     if not Path(name).is_file():
         known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
-        raise SettingsError(f"--config {name}: neither one of {known} nor a file")
+        raise SettingsError(f"--config {name}: expected one of {known}, or a file")
     return Path(name)
 
 
@@ -276,19 +280,21 @@ def read_run(run: Path) -> dict[str, str]:
 def _resumed(options: argparse.Namespace) -> Settings:
     run = options.resume
     if not (run / "settings.yaml").is_file():
-        raise SettingsError(f"--resume {run}: no run of train.py (settings.yaml is missing)")
+        raise SettingsError(f"--resume {run}: expected a run of train.py, settings.yaml is missing")
     settings = Settings.read(run / "settings.yaml")
     if settings.digest() != read_run(run)["settings"]:
-        raise SettingsError(f"{run / 'settings.yaml'}: was changed since the run was begun, or is damaged")
+        raise SettingsError(f"{run / 'settings.yaml'}: changed since the run started, or is damaged")
     for name, value in options.changes.items():
-        if value != (was := getattr(settings.training, name)):
-            raise SettingsError(f"--resume {run}: the run was begun with {name} = {was}, it cannot go on with {value}")
+        if value != (initial := getattr(settings.training, name)):
+            raise SettingsError(
+                f"--resume {run}: the run started with {name} = {initial} and cannot resume with {value}"
+            )
     if hasattr(options, "no_resonance") and settings.model.get("resonance", True):
-        raise SettingsError(f"--resume {run}: the run was begun with resonance, it cannot go on without")
+        raise SettingsError(f"--resume {run}: the run started with resonance and cannot resume without it")
     if hasattr(options, "config"):
         other = read_config(options.config).model_config().to_dict()
         mine = settings.model_config().to_dict()
-        differing = [f"{k} = {mine[k]} and not {other[k]}" for k in mine if mine[k] != other[k] and k != "resonance"]
+        differing = [f"{k} = {mine[k]}, not {other[k]}" for k in mine if mine[k] != other[k] and k != "resonance"]
         if differing:
-            raise SettingsError(f"--resume {run}: holds another model's run ({', '.join(differing[:3])})")
+            raise SettingsError(f"--resume {run}: is a run of another model ({', '.join(differing[:3])})")
     return settings
