@@ -12,7 +12,13 @@ from nord_snn._compat.torch import TorchDispatchMode, without_dispatch_modes
 from nord_snn.monitor.energy.operators import PRODUCTS, is_elementwise, is_uncountable
 from nord_snn.monitor.energy.report import EnergyProfile, ProductCost
 from nord_snn.monitor.energy.time_steps import Shape, TimeSteps, check_time_steps
-from nord_snn.neurons.detection import cost_of_updates, is_neuron, runs_snntorch
+from nord_snn.neurons.detection import (
+    cost_of_updates,
+    is_neuron,
+    runs_sequences,
+    runs_snntorch,
+    states_its_cost,
+)
 from nord_snn.ops.costs import COSTS, OpCost, ProductCount
 
 __all__ = ["EnergyProfiler", "profile_energy"]
@@ -96,7 +102,7 @@ class EnergyProfiler(TorchDispatchMode):
         self._elementwise: Counter[Shape] = Counter()  # by the input of the module
         self._neuron_outputs = 0
         self._running: list[tuple[str, Shape]] = []  # running modules and their inputs, innermost last
-        self._neurons_running = 0
+        self._neurons: list[nn.Module] = []  # running layers of neurons, innermost last
         self._weights: set[int] = set()
         self._hooks: list[Any] = []
 
@@ -128,13 +134,15 @@ class EnergyProfiler(TorchDispatchMode):
             raise RuntimeError("products cannot be counted under torch.inference_mode(): use torch.no_grad()")
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if self._neurons_running:  # counted as updates
+        if any(map(states_its_cost, self._neurons)):  # counted as updates
             return out
         if func.name() in COSTS:
             self._add(COSTS[func.name()](*args, out=out, **kwargs))
         elif func.overloadpacket in PRODUCTS:
             self._add_product(PRODUCTS[func.overloadpacket](args, out, self._is_weight))
         elif is_elementwise(func, out):
+            if self._neurons:  # counted as updates
+                return out
             self._elementwise[self._input_shape()] += (out[0] if isinstance(out, tuple) else out).numel()
         elif is_uncountable(func):
             raise ValueError(f"cannot count {func.overloadpacket}: it contains products of unknown number")
@@ -179,7 +187,8 @@ class EnergyProfiler(TorchDispatchMode):
         def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
             if module is not hooked:  # the hook was copied with the network
                 return
-            self._neurons_running += is_neuron(module)
+            if is_neuron(module):
+                self._neurons.append(module)
             first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
             self._running.append((name, () if first is None or first.ndim < 2 else tuple(first.shape)))
 
@@ -191,7 +200,8 @@ class EnergyProfiler(TorchDispatchMode):
                 return
             if output is not None:  # None after an error
                 self._add_neurons(name, module, output)
-            self._neurons_running -= is_neuron(module)
+            if is_neuron(module):
+                self._neurons.pop()
             self._running.pop()
 
         return end
@@ -202,7 +212,7 @@ class EnergyProfiler(TorchDispatchMode):
         if not is_neuron(module) and not in_loop:
             return
         spikes = output[0] if isinstance(output, tuple) else output
-        if in_loop or getattr(module, "step_mode", "s") == "m":
+        if in_loop or (is_neuron(module) and runs_sequences(module)):
             self._time.add_sequence(name, tuple(spikes.shape))
         else:
             self._time.add_single_step(name)
