@@ -1,6 +1,7 @@
 """Operators of torch: the cost of products, the operators that count by their outputs, and those that cannot be counted."""
 
 from collections.abc import Callable
+from math import ceil
 from typing import Any
 
 import torch
@@ -61,37 +62,48 @@ def _active_inputs(a: Tensor, b: Tensor, weight: Tensor) -> int:
 
 
 def _convolution(x: Tensor, weight: Tensor, out: Tensor, settings: tuple[Any, ...]) -> ProductCount:
-    """Count a convolution: the fan-out of an input is the number of windows that contain it."""
+    """Count a convolution: the fan-out of an input is the number of windows that contain it, times its outputs."""
     transposed, active, connected = settings[3], x != 0, weight != 0
     dense, binary = (x if transposed else out).numel() * weight[0].numel(), is_binary(x)
-    every_weight = torch.ones_like(connected)
-    acs = _windows(x, every_weight, settings) if binary else 0
     whole = not binary and is_whole(x)
-    effective = acs if binary and connected.all() else _windows(active, connected, settings)
+    acs = _fan_out(active, weight, settings) if binary else 0
+    if not connected.all():
+        effective = _effective(active, connected, settings)
+    else:
+        effective = acs if binary else _fan_out(active, weight, settings)
     additions_only = binary or is_ternary(x)
     return ProductCount(
         "convolution",
         dense,
         macs=0 if binary else dense,
         acs=acs,
-        activation_bytes=spike_bytes(x) + spike_bytes(out),
+        activation_bytes=(ceil(x.numel() / 8) if binary else tensor_bytes(x)) + spike_bytes(out),
         dense_activation_bytes=tensor_bytes(x) + tensor_bytes(out),
         weight_bytes=tensor_bytes(weight),
         dense_weight_bytes=tensor_bytes(weight),
         sop_macs=0 if binary or whole else dense,
-        sops=_windows(x.abs(), every_weight, settings) if whole else acs,
+        sops=_fan_out(x.abs(), weight, settings) if whole else acs,
         effective_macs=0 if additions_only else effective,
         effective_acs=effective if additions_only else 0,
-        unpadded=len(x) * _windows(torch.ones_like(x[:1]), every_weight, settings),
+        unpadded=x.shape[1] * len(x) * _fan_out(torch.ones_like(x[:1, :1]), weight, settings),
     )
 
 
-def _windows(x: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> int:
-    """Return the sum of all outputs of a convolution; the weights of a group's outputs are added up before."""
+def _fan_out(x: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> int:
+    """Return the sum of the inputs times their fan-out, which is the same in all rows and channels."""
+    *others, transposed, output_padding, groups = settings
+    windows = torch.ones_like(weight[:1, :1], dtype=torch.float64)
+    summed = x.sum((0, 1), dtype=torch.float64)[None, None]
+    total = _aten.convolution(summed, windows, None, *others, transposed, output_padding, 1).sum()
+    return int(total.round()) * (weight.shape[1] if transposed else weight.shape[0] // groups)
+
+
+def _effective(active: Tensor, connected: Tensor, settings: tuple[Any, ...]) -> int:
+    """Return the number of products of an input and a weight that are both not zero; a group's outputs are added up before."""
     transposed, groups = settings[3], settings[-1]
-    weight = weight.double()
-    summed = weight.sum(1, keepdim=True) if transposed else weight.unflatten(0, (groups, -1)).sum(1)
-    return int(_aten.convolution(x.double(), summed, None, *settings).sum().round())
+    connections = connected.double()
+    summed = connections.sum(1, keepdim=True) if transposed else connections.unflatten(0, (groups, -1)).sum(1)
+    return int(_aten.convolution(active.double(), summed, None, *settings).sum().round())
 
 
 #: Operator -> its count from its arguments, its output, and a function that recognises weights.
