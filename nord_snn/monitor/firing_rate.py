@@ -52,6 +52,7 @@ class SpikeMonitor:
             changes.
 
     Example:
+        >>> import torch
         >>> from nord_snn.layers import SpikingFeedForward
         >>> net = SpikingFeedForward(64, 128)
         >>> with SpikeMonitor(net, zones={"all": [""], "hidden": ["lif1"]}) as monitor:

@@ -175,6 +175,7 @@ class EnergyProfile:
         Source: Yik et al. 2025, "The NeuroBench framework for benchmarking neuromorphic computing algorithms and systems".
 
         Example:
+            >>> import torch
             >>> from nord_snn.monitor import profile_energy
             >>> from torch import nn
             >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
