@@ -1,13 +1,13 @@
 """RowRates: firing rates of each row, such as an image of a batch or a token of a text."""
 
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from nord_snn._compat.torch import observe_forward, stop_observing_forward
-from nord_snn.monitor.firing_rate import check_feature_dims, features_of, neuron_layers, spikes_of
+from nord_snn.monitor.layers import Kinds, check_feature_dims, check_step_mode, features_of, neuron_layers, spikes_of
 
 __all__ = ["RowRates"]
 
@@ -20,12 +20,16 @@ class RowRates:
     a rate for each row. It stores one number for each row and layer, on the layer's device.
 
     Args:
-        net: any module with neurons of nord-snn, SpikingJelly or snnTorch.
+        net: any module with neurons.
+        kinds: what counts as neurons, as in :class:`~nord_snn.monitor.SpikeMonitor`: a class, a tuple of classes, a function
+            of a module, or None for those of nord-snn, SpikingJelly, snnTorch and Norse.
+        step_mode: ``"m"`` if modules without a ``step_mode`` of their own run sequences ``[T, N, *]``, else ``"s"``.
         feature_dims: number of last dimensions that are neurons; None: one for our neurons, ``[T, N, *, D]``, and for others
             all that follow ``[T, N]``.
 
     Raises:
-        ValueError: ``net`` has no neurons; or, while the network runs, the rows of a layer change between two calls without
+        TypeError: ``kinds`` is none of these; or, while the network runs, a layer returns no spikes.
+        ValueError: ``net`` has no such neurons; or, while the network runs, the rows of a layer change between two calls without
             :meth:`take`.
 
     Example:
@@ -38,9 +42,17 @@ class RowRates:
         (torch.Size([2]), 0.0, True)
     """
 
-    def __init__(self, net: nn.Module, *, feature_dims: int | None = None) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        kinds: Kinds | None = None,
+        step_mode: Literal["s", "m"] = "s",
+        feature_dims: int | None = None,
+    ) -> None:
         check_feature_dims(feature_dims)
-        self._layers, self.feature_dims = neuron_layers(net), feature_dims
+        check_step_mode(step_mode)
+        self._layers, self.feature_dims, self.step_mode = neuron_layers(net, kinds), feature_dims, step_mode
         self._spikes: dict[str, Tensor] = {}
         self._neuron_steps: dict[str, Tensor] = {}  # tensors: compiled code specialises on Python numbers
         self._neurons: dict[str, int] = {}
@@ -74,7 +86,7 @@ class RowRates:
     @torch.no_grad()
     def count(self, name: str, module: nn.Module, output: Any) -> None:
         """Add the spikes that a layer has returned."""
-        spikes, _ = spikes_of(module, output)
+        spikes, _ = spikes_of(module, output, self.step_mode)
         features = features_of(module, spikes, self.feature_dims)
         rows = spikes.shape[1 : spikes.ndim - len(features)]
         new = spikes.reshape(len(spikes), *rows, features.numel()).sum((0, -1), dtype=torch.float32)

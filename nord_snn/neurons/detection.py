@@ -1,18 +1,61 @@
 """Recognise neurons, and read the optional attributes of :mod:`nord_snn.neurons.factory`.
 
-Neurons of nord-snn and SpikingJelly are recognised by class; snnTorch's by module name and methods, because snnTorch may not be
-installed.
+Neurons of nord-snn and SpikingJelly are recognised by class; those of snnTorch and Norse by the names of their modules and base
+classes, because these libraries may not be installed.
 """
 
 from collections.abc import Callable
+from typing import Any
 
+from spikingjelly.activation_based import neuron as spikingjelly_neurons
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
 
 from nord_snn.ops import OpCost
-from nord_snn.ops.lif.cost import lif_update_cost
+from nord_snn.ops.lif.cost import lif_update_cost, parallel_update_cost
 
-__all__ = ["cost_of_updates", "emits_binary_spikes", "is_neuron", "is_snntorch", "runs_snntorch"]
+__all__ = [
+    "cost_of_updates",
+    "emits_binary_spikes",
+    "is_neuron",
+    "is_norse",
+    "is_snntorch",
+    "runs_sequences",
+    "runs_snntorch",
+    "states_its_cost",
+]
+
+
+def _classes(*names: str) -> tuple[type, ...]:
+    """Return the classes of SpikingJelly's neurons with these names; 0.0.0.0.14 lacks some."""
+    return tuple(getattr(spikingjelly_neurons, name) for name in names if hasattr(spikingjelly_neurons, name))
+
+
+#: Runs sequences, and has no ``step_mode``.
+_PSN = _classes("PSN")
+
+_PARALLEL = (*_PSN, *_classes("MaskedPSN", "SlidingPSN"))
+
+#: SpikingJelly's neurons that are not derived from ``BaseNode``.
+_OTHERS = (*_PARALLEL, *_classes("GatedLIFNode", "SimpleBaseNode"))
+
+#: Norse's base classes of neurons that take sequences ``[T, N, *]``, and of those that take single time steps.
+_NORSE_SEQUENCES = {"SNN", "SNNRecurrent"}
+_NORSE_STEPS = {"SNNCell", "SNNRecurrentCell", "CobaLIFCell", "LIFCorrelation"}
+
+#: Norse's leaky integrators, which return membrane potentials.
+_NORSE_INTEGRATORS = {"LI", "LICell", "LIBoxCell"}
+
+
+def _norse_names(module: nn.Module) -> set[str]:
+    """Return the names of Norse's classes from which ``module`` is derived."""
+    return {kind.__name__ for kind in type(module).__mro__ if kind.__module__.partition(".")[0] == "norse"}
+
+
+def is_norse(module: nn.Module) -> bool:
+    """Return whether ``module`` is a neuron of Norse, which returns ``(spikes, state)``; False for its leaky integrators."""
+    names = _norse_names(module)
+    return bool(names & (_NORSE_SEQUENCES | _NORSE_STEPS)) and not names & _NORSE_INTEGRATORS
 
 
 def is_snntorch(module: nn.Module) -> bool:
@@ -30,7 +73,14 @@ def is_neuron(module: nn.Module) -> bool:
     """Return whether ``module`` is a neuron; False for ``AssociativeSynaptic``, whose inner node counts instead."""
     if is_snntorch(module):
         return not any(isinstance(inner, BaseNode) for inner in module.modules())
-    return isinstance(module, BaseNode)
+    return isinstance(module, (BaseNode, *_OTHERS)) or is_norse(module)
+
+
+def runs_sequences(module: nn.Module, default: str = "s") -> bool:
+    """Return whether neurons take whole sequences ``[T, N, *]``; ``default`` is the step mode of modules that have none."""
+    if _norse_names(module):
+        return bool(_norse_names(module) & _NORSE_SEQUENCES)
+    return runs_snntorch(module) or isinstance(module, _PSN) or getattr(module, "step_mode", default) == "m"
 
 
 def emits_binary_spikes(module: nn.Module) -> bool:
@@ -43,7 +93,20 @@ def emits_binary_spikes(module: nn.Module) -> bool:
     return False
 
 
+def states_its_cost(neuron: nn.Module) -> bool:
+    """Return whether the cost of the updates of ``neuron`` is known with all its products, and not that of LIF neurons."""
+    return hasattr(neuron, "update_cost") or isinstance(neuron, _PARALLEL)
+
+
 def cost_of_updates(neuron: nn.Module, spikes: Tensor) -> OpCost:
-    """Return the cost of the updates that computed ``spikes``: from ``neuron.update_cost``, else the cost of LIF neurons."""
+    """Return the cost of the updates that computed ``spikes``: from ``neuron.update_cost``, else the cost of LIF neurons.
+
+    SpikingJelly's parallel spiking neurons count as the weighted sums of inputs that they are.
+    """
     update_cost: Callable[[Tensor], OpCost] | None = getattr(neuron, "update_cost", None)
-    return lif_update_cost(spikes) if update_cost is None else update_cost(spikes)
+    if update_cost is not None:
+        return update_cost(spikes)
+    if isinstance(neuron, _PARALLEL):
+        order: Any = getattr(neuron, "k", None) or neuron.T  # PSN's sums are over all T time steps
+        return parallel_update_cost(spikes, int(order))
+    return lif_update_cost(spikes)

@@ -15,8 +15,9 @@ A module may define two optional attributes:
     skip the check, which would synchronise with the GPU. Subclasses inherit it unless they override ``forward``.
 ``update_cost(spikes) -> OpCost``
     Method. Returns the cost of the updates that computed ``spikes``: multiplications, additions and bytes of state, see
-    :class:`nord_snn.ops.OpCost`. :func:`nord_snn.monitor.profile_energy` calls it for every neuron, that is, every subclass
-    of SpikingJelly's ``BaseNode`` or of snnTorch's neurons. Neurons without this method count as LIF neurons.
+    :class:`nord_snn.ops.OpCost`, with all products inside the module. :func:`nord_snn.monitor.profile_energy` calls it for
+    every neuron of SpikingJelly, snnTorch and Norse. Neurons without this method count as LIF neurons, and products inside
+    them as products.
 """
 
 from collections.abc import Callable, Iterator

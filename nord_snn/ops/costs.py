@@ -10,7 +10,17 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["COSTS", "OpCost", "ProductCount", "is_binary", "register_cost", "spike_bytes", "tensor_bytes"]
+__all__ = [
+    "COSTS",
+    "OpCost",
+    "ProductCount",
+    "is_binary",
+    "is_ternary",
+    "is_whole",
+    "register_cost",
+    "spike_bytes",
+    "tensor_bytes",
+]
 
 
 class ProductCount(NamedTuple):
@@ -26,6 +36,11 @@ class ProductCount(NamedTuple):
         weight_bytes: weights with an active input, each read once.
         dense_weight_bytes: all weights, each read once.
         time_steps: number of time steps that the product covers; None if it is that of the running module's input.
+        sop_macs: multiply-accumulates under the published convention of synaptic operations; None if they are ``macs``.
+        sops: synaptic operations under that convention; None if they are ``acs``.
+        effective_macs: NeuroBench's: inputs and weights that are not zero, where an input is not 0, 1 or -1.
+        effective_acs: NeuroBench's: inputs and weights that are not zero, where all inputs are 0, 1 or -1.
+        unpadded: ``dense`` without the zeros around the input of a convolution; 0 if the product has no weight.
     """
 
     kind: str
@@ -37,6 +52,11 @@ class ProductCount(NamedTuple):
     weight_bytes: int = 0
     dense_weight_bytes: int = 0
     time_steps: int | None = None
+    sop_macs: int | None = None
+    sops: int | None = None
+    effective_macs: int = 0
+    effective_acs: int = 0
+    unpadded: int = 0
 
 
 class OpCost(NamedTuple):
@@ -73,6 +93,16 @@ def register_cost(name: str, cost: Callable[..., OpCost]) -> None:
 def is_binary(x: Tensor) -> bool:
     """Return whether all values are 0 or 1."""
     return bool(((x == 0) | (x == 1)).all())
+
+
+def is_ternary(x: Tensor) -> bool:
+    """Return whether all values are -1, 0 or 1."""
+    return bool(((x == 0) | (x.abs() == 1)).all())
+
+
+def is_whole(x: Tensor) -> bool:
+    """Return whether all values are integers, of any dtype."""
+    return not x.is_floating_point() or bool((x == x.round()).all() & x.isfinite().all())
 
 
 def tensor_bytes(x: Tensor) -> int:

@@ -293,10 +293,6 @@ def test_what_cannot_be_counted_is_refused():
         profile_energy(Attention(), torch.rand(2, 1, 5, 16))
     with pytest.raises(ValueError, match=r"cannot count aten.*multi_head_attention"):
         profile_energy(nn.TransformerEncoderLayer(16, 2, batch_first=True).eval(), torch.rand(2, 5, 16))
-    with pytest.raises(
-        ValueError, match=r"6 time steps and a batch of 6 rows cannot be distinguished.*pass time_steps=6"
-    ):
-        profile_energy(AssociativeLIFNode(8, None, step_mode="m"), torch.rand(6, 6, 8))
 
 
 @pytest.mark.parametrize("window", [None, 4])

@@ -3,22 +3,42 @@
 from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from nord_snn._compat.torch import TorchDispatchMode, without_dispatch_modes
+from nord_snn.monitor.energy.network import CONNECTIONS, count_weights, footprint, notes_on, own_tensors
 from nord_snn.monitor.energy.operators import PRODUCTS, is_elementwise, is_uncountable
 from nord_snn.monitor.energy.report import EnergyProfile, ProductCost
 from nord_snn.monitor.energy.time_steps import Shape, TimeSteps, check_time_steps
-from nord_snn.neurons.detection import cost_of_updates, is_neuron, runs_snntorch
+from nord_snn.monitor.layers import first_tensor
+from nord_snn.neurons.detection import (
+    cost_of_updates,
+    is_neuron,
+    runs_sequences,
+    runs_snntorch,
+    states_its_cost,
+)
 from nord_snn.ops.costs import COSTS, OpCost, ProductCount
 
 __all__ = ["EnergyProfiler", "profile_energy"]
 
 #: Counts that a call adds to its product.
 _COUNTS = tuple(name for name in ProductCount._fields if name not in ("kind", "time_steps"))
+
+#: Modules whose outputs NeuroBench counts besides those of neurons.
+_ACTIVATIONS = (nn.ReLU, nn.Sigmoid)
+
+
+class _Running(NamedTuple):
+    """A running module: its name, the shape of its input, and whether it is a connection with tensors of its own."""
+
+    name: str
+    shape: Shape
+    tensors: set[int]  # storages
 
 
 def profile_energy(net: nn.Module, *inputs: Any, time_steps: int | None = None, **more: Any) -> EnergyProfile:
@@ -32,8 +52,9 @@ def profile_energy(net: nn.Module, *inputs: Any, time_steps: int | None = None, 
     Args:
         net: any module.
         inputs: its positional arguments.
-        time_steps: T. Default: None, inferred from the neurons' calls. It is not passed to ``net``: if its forward takes a
-            keyword of this name, pass that positionally, or call ``net`` inside an :class:`EnergyProfiler`.
+        time_steps: T. Default: None, inferred from the neurons' calls; the batch may have T rows. It is not passed to
+            ``net``: if its forward takes a keyword of this name, pass that positionally, or call ``net`` inside an
+            :class:`EnergyProfiler`.
         more: its keyword arguments.
 
     Returns:
@@ -41,8 +62,7 @@ def profile_energy(net: nn.Module, *inputs: Any, time_steps: int | None = None, 
 
     Raises:
         ValueError: an unsupported operation contains products (fused attention), so that the figures would be too low;
-            ``time_steps`` is not a positive integer or contradicts the neurons; or it is None and the batch size equals the
-            number of time steps, so that the two dimensions cannot be distinguished for the twin.
+            ``time_steps`` is not a positive integer or contradicts the neurons.
 
     Source: energies of single operations after Horowitz 2014; the quantised twin after Yan, Bai and Wong 2024,
     "Reconsidering the energy efficiency of spiking neural networks".
@@ -73,8 +93,7 @@ class EnergyProfiler(TorchDispatchMode):
 
     Raises:
         RuntimeError: the profiler is already counting, or runs under ``torch.inference_mode()``, which hides products.
-        ValueError: see :func:`profile_energy`; an ambiguous batch size, or ``time_steps`` that contradict the neurons, raise
-            at the end of the block.
+        ValueError: see :func:`profile_energy`; ``time_steps`` that contradict the neurons raise at the end of the block.
 
     Example:
         >>> net = nn.Linear(4, 3)
@@ -95,17 +114,23 @@ class EnergyProfiler(TorchDispatchMode):
         self._inputs: dict[tuple[str, str], tuple[Shape, int | None]] = {}  # of each product's last call
         self._elementwise: Counter[Shape] = Counter()  # by the input of the module
         self._neuron_outputs = 0
-        self._running: list[tuple[str, Shape]] = []  # running modules and their inputs, innermost last
-        self._neurons_running = 0
-        self._weights: set[int] = set()
+        self._running: list[_Running] = []  # innermost last
+        self._footprint: int | None = None
+        self._padding = [0, 0]  # padded positions, and all
+        self._neurons: list[nn.Module] = []  # running layers of neurons, innermost last
+        self._weights: set[int] = set()  # storages
+        self._weights_are_known = True
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Self:
         """Start counting."""
         if self._hooks:
             raise RuntimeError("this EnergyProfiler is already counting: make another one")
-        self._weights = {p.untyped_storage().data_ptr() for p in self.net.parameters()}
+        self._find_weights()
+        self._footprint = footprint(self.net)  # before neurons store their states in buffers
         for name, module in self.net.named_modules():
+            if isinstance(module, torch.jit.RecursiveScriptModule):  # takes no hooks
+                continue
             self._hooks.append(module.register_forward_pre_hook(self._begin(name, module), with_kwargs=True))
             self._hooks.append(module.register_forward_hook(self._end(name, module), always_call=True))
         super().__enter__()
@@ -128,13 +153,15 @@ class EnergyProfiler(TorchDispatchMode):
             raise RuntimeError("products cannot be counted under torch.inference_mode(): use torch.no_grad()")
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if self._neurons_running:  # counted as updates
+        if any(map(states_its_cost, self._neurons)):  # counted as updates
             return out
         if func.name() in COSTS:
             self._add(COSTS[func.name()](*args, out=out, **kwargs))
         elif func.overloadpacket in PRODUCTS:
             self._add_product(PRODUCTS[func.overloadpacket](args, out, self._is_weight))
         elif is_elementwise(func, out):
+            if self._neurons:  # counted as updates
+                return out
             self._elementwise[self._input_shape()] += (out[0] if isinstance(out, tuple) else out).numel()
         elif is_uncountable(func):
             raise ValueError(f"cannot count {func.overloadpacket}: it contains products of unknown number")
@@ -151,7 +178,9 @@ class EnergyProfiler(TorchDispatchMode):
         self._neuron_outputs += cost.neuron_outputs
 
     def _add_product(self, count: ProductCount) -> None:
-        key = (self._running[-1][0] if self._running else "", count.kind)
+        if count.sops is None:
+            count = count._replace(sop_macs=count.macs, sops=count.acs)
+        key = (self._running[-1].name if self._running else "", count.kind)
         entry = self._products.setdefault(key, ProductCost(*key))
         self._inputs[key] = (self._input_shape(), count.time_steps)
         entry.calls += 1
@@ -160,7 +189,7 @@ class EnergyProfiler(TorchDispatchMode):
 
     def _input_shape(self) -> Shape:
         """Return the shape of the input of the innermost running module."""
-        return self._running[-1][1] if self._running else ()
+        return self._running[-1].shape if self._running else ()
 
     def _complete(self) -> None:
         """Set the fields of the profile that depend on T."""
@@ -170,6 +199,9 @@ class EnergyProfiler(TorchDispatchMode):
             product.steps = time.steps_of(product, *self._inputs[key])
             if time.runs_in_loop(product):  # the twin reads its weights once
                 product.dense_weight_bytes //= T
+        profile.footprint = (footprint(self.net) or 0) if self._footprint is None else self._footprint
+        profile.weights, profile.zero_weights = count_weights(self.net)
+        profile.notes = notes_on(self.net, *self._padding)
         profile.products = list(self._products.values())
         profile.elementwise = self._elementwise.total()
         repeated = sum(number for shape, number in self._elementwise.items() if time.repeats(shape))
@@ -179,9 +211,14 @@ class EnergyProfiler(TorchDispatchMode):
         def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
             if module is not hooked:  # the hook was copied with the network
                 return
-            self._neurons_running += is_neuron(module)
+            if is_neuron(module):
+                self._neurons.append(module)
             first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-            self._running.append((name, () if first is None or first.ndim < 2 else tuple(first.shape)))
+            shape = () if first is None or first.ndim < 2 else tuple(first.shape)
+            tensors = {_storage(x) for x in own_tensors(module)} if isinstance(module, CONNECTIONS) else set()
+            self._running.append(_Running(name, shape, tensors))
+            if module is self.net:
+                self._add_padding(kwargs.get("attention_mask"), shape)
 
         return begin
 
@@ -191,8 +228,14 @@ class EnergyProfiler(TorchDispatchMode):
                 return
             if output is not None:  # None after an error
                 self._add_neurons(name, module, output)
-            self._neurons_running -= is_neuron(module)
+            if is_neuron(module):
+                self._neurons.pop()
             self._running.pop()
+            if output is not None and not self._neurons and (is_neuron(module) or isinstance(module, _ACTIVATIONS)):
+                out = first_tensor(output)
+                with without_dispatch_modes():
+                    self.profile.outputs += out.numel()
+                    self.profile.active_outputs += int(out.count_nonzero())
 
         return end
 
@@ -201,8 +244,8 @@ class EnergyProfiler(TorchDispatchMode):
         in_loop = self._time.stated is not None and runs_snntorch(module)  # MultiStep runs a sequence step by step
         if not is_neuron(module) and not in_loop:
             return
-        spikes = output[0] if isinstance(output, tuple) else output
-        if in_loop or getattr(module, "step_mode", "s") == "m":
+        spikes = first_tensor(output)
+        if in_loop or (is_neuron(module) and runs_sequences(module)):
             self._time.add_sequence(name, tuple(spikes.shape))
         else:
             self._time.add_single_step(name)
@@ -210,5 +253,25 @@ class EnergyProfiler(TorchDispatchMode):
             with without_dispatch_modes():  # the network does not run these operations
                 self._add(cost_of_updates(module, spikes))
 
+    def _add_padding(self, mask: Any, shape: Shape) -> None:
+        """Count the padded positions of a call; a mask also covers cached positions, which come first."""
+        if isinstance(mask, Tensor) and mask.ndim == 2 and len(shape) > 1:
+            with without_dispatch_modes():
+                new = mask[:, -shape[1] :]
+                self._padding[0] += int((new == 0).sum())
+                self._padding[1] += new.numel()
+
+    def _find_weights(self) -> None:
+        parameters = list(self.net.parameters())
+        self._weights = {_storage(p) for p in parameters if not is_lazy(p)}
+        self._weights_are_known = not any(map(is_lazy, parameters))
+
     def _is_weight(self, x: Tensor) -> bool:
-        return x.untyped_storage().data_ptr() in self._weights
+        if not self._weights_are_known:  # lazy modules set them in their first call
+            self._find_weights()
+        storage = _storage(x)
+        return storage in self._weights or bool(self._running and storage in self._running[-1].tensors)
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()

@@ -1,13 +1,14 @@
 """Operators of torch: the cost of products, the operators that count by their outputs, and those that cannot be counted."""
 
 from collections.abc import Callable
+from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nord_snn._compat.torch import operators_by_private_name
-from nord_snn.ops.costs import ProductCount, is_binary, spike_bytes, tensor_bytes
+from nord_snn.ops.costs import ProductCount, is_binary, is_ternary, is_whole, spike_bytes, tensor_bytes
 
 __all__ = ["PRODUCTS", "is_elementwise", "is_uncountable"]
 
@@ -22,19 +23,35 @@ def _matrix(a: Tensor, b: Tensor, out: Tensor, is_weight: IsWeight) -> ProductCo
     batch, (m, k, n) = out.numel() // max(out.shape[-1] * out.shape[-2], 1), (*a.shape[-2:], b.shape[-1])
     weight = b if is_weight(b) else a if is_weight(a) else None
     # Fan-out of an active element: n for a, m for b.
-    choices = [(x, fan_out) for x, fan_out in ((a, n), (b, m)) if x is not weight and is_binary(x)]
+    inputs = [(x, fan_out) for x, fan_out in ((a, n), (b, m)) if x is not weight]
+    choices = [(x, fan_out) for x, fan_out in inputs if is_binary(x)]
     dense = batch * m * k * n
+    macs = 0 if choices else dense
+    acs = min((int(x.count_nonzero()) * fan_out for x, fan_out in choices), default=0)
+    counts = [_total(x) * fan_out for x, fan_out in inputs if macs and is_whole(x)]
+    effective = 0 if weight is None else int(((a != 0).sum(-2) * (b != 0).sum(-1)).sum())
+    additions_only = bool(choices) or (weight is not None and is_ternary(inputs[0][0]))
     activations = [x for x in (a, b, out) if x is not weight]
     return ProductCount(
         "activations" if weight is None else "linear",
         dense,
-        macs=0 if choices else dense,
-        acs=min((int(x.count_nonzero()) * fan_out for x, fan_out in choices), default=0),
+        macs,
+        acs,
         activation_bytes=sum(map(spike_bytes, activations)),
         dense_activation_bytes=sum(map(tensor_bytes, activations)),
         weight_bytes=0 if weight is None else _active_inputs(a, b, weight) * tensor_bytes(weight) // k,
         dense_weight_bytes=0 if weight is None else tensor_bytes(weight),
+        sop_macs=0 if counts else macs,
+        sops=min(counts, default=acs),
+        effective_macs=0 if additions_only else effective,
+        effective_acs=effective if additions_only else 0,
+        unpadded=0 if weight is None else dense,
     )
+
+
+def _total(x: Tensor) -> int:
+    """Return the sum of the absolute values of integers: the number of additions of a weight for them."""
+    return int(x.abs().double().sum())
 
 
 def _active_inputs(a: Tensor, b: Tensor, weight: Tensor) -> int:
@@ -45,20 +62,48 @@ def _active_inputs(a: Tensor, b: Tensor, weight: Tensor) -> int:
 
 
 def _convolution(x: Tensor, weight: Tensor, out: Tensor, settings: tuple[Any, ...]) -> ProductCount:
-    """Count a convolution: the fan-out of an input is the number of windows that contain it."""
-    transposed = settings[3]
+    """Count a convolution: the fan-out of an input is the number of windows that contain it, times its outputs."""
+    transposed, active, connected = settings[3], x != 0, weight != 0
     dense, binary = (x if transposed else out).numel() * weight[0].numel(), is_binary(x)
-    windows = torch.ones_like(weight).double()
+    whole = not binary and is_whole(x)
+    acs = _fan_out(active, weight, settings) if binary else 0
+    if not connected.all():
+        effective = _effective(active, connected, settings)
+    else:
+        effective = acs if binary else _fan_out(active, weight, settings)
+    additions_only = binary or is_ternary(x)
     return ProductCount(
         "convolution",
         dense,
         macs=0 if binary else dense,
-        acs=int(_aten.convolution(x.double(), windows, None, *settings).sum().round()) if binary else 0,
-        activation_bytes=spike_bytes(x) + spike_bytes(out),
+        acs=acs,
+        activation_bytes=(ceil(x.numel() / 8) if binary else tensor_bytes(x)) + spike_bytes(out),
         dense_activation_bytes=tensor_bytes(x) + tensor_bytes(out),
         weight_bytes=tensor_bytes(weight),
         dense_weight_bytes=tensor_bytes(weight),
+        sop_macs=0 if binary or whole else dense,
+        sops=_fan_out(x.abs(), weight, settings) if whole else acs,
+        effective_macs=0 if additions_only else effective,
+        effective_acs=effective if additions_only else 0,
+        unpadded=x.shape[1] * len(x) * _fan_out(torch.ones_like(x[:1, :1]), weight, settings),
     )
+
+
+def _fan_out(x: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> int:
+    """Return the sum of the inputs times their fan-out, which is the same in all rows and channels."""
+    *others, transposed, output_padding, groups = settings
+    windows = torch.ones_like(weight[:1, :1], dtype=torch.float64)
+    summed = x.sum((0, 1), dtype=torch.float64)[None, None]
+    total = _aten.convolution(summed, windows, None, *others, transposed, output_padding, 1).sum()
+    return int(total.round()) * (weight.shape[1] if transposed else weight.shape[0] // groups)
+
+
+def _effective(active: Tensor, connected: Tensor, settings: tuple[Any, ...]) -> int:
+    """Return the number of products of an input and a weight that are both not zero; a group's outputs are added up before."""
+    transposed, groups = settings[3], settings[-1]
+    connections = connected.double()
+    summed = connections.sum(1, keepdim=True) if transposed else connections.unflatten(0, (groups, -1)).sum(1)
+    return int(_aten.convolution(active.double(), summed, None, *settings).sum().round())
 
 
 #: Operator -> its count from its arguments, its output, and a function that recognises weights.

@@ -26,6 +26,12 @@ class ProductCost:
         dense_activation_bytes: inputs and outputs, all of them as numbers.
         calls: number of calls.
         steps: T of the network if the product is computed in each time step, else 1.
+        sop_macs: multiply-accumulates under the published convention of synaptic operations: of calls whose input was not
+            integers.
+        sops: synaptic operations under that convention: the sum of integer inputs times their fan-out.
+        effective_macs: multiply-accumulates as NeuroBench counts them.
+        effective_acs: accumulates as NeuroBench counts them.
+        unpadded: ``dense`` without the zeros around the inputs of convolutions, as NeuroBench counts.
     """
 
     name: str
@@ -39,6 +45,11 @@ class ProductCost:
     dense_activation_bytes: int = 0
     calls: int = 0
     steps: int = 1
+    sop_macs: int = 0
+    sops: int = 0
+    effective_macs: int = 0
+    effective_acs: int = 0
+    unpadded: int = 0
 
 
 #: All counts of a ProductCost at zero.
@@ -61,6 +72,12 @@ class EnergyProfile:
         twin_elementwise: elementwise outputs of the dense twin: operations repeated in each time step count once, and each
             neuron counts as one activation.
         time_steps: T of the network.
+        outputs: outputs of neurons and of modules ``nn.ReLU`` and ``nn.Sigmoid``.
+        active_outputs: those that were not zero.
+        weights: weights of modules that are linear maps, convolutions or recurrent.
+        zero_weights: those that are zero.
+        footprint: bytes of all parameters and buffers before the first call; after the last if some were lazy.
+        notes: what the figures do not show: ScriptModules and padding.
     """
 
     products: list[ProductCost] = field(default_factory=list)
@@ -70,6 +87,12 @@ class EnergyProfile:
     elementwise: int = 0
     twin_elementwise: int = 0
     time_steps: int = 1
+    outputs: int = 0
+    active_outputs: int = 0
+    weights: int = 0
+    zero_weights: int = 0
+    footprint: int = 0
+    notes: list[str] = field(default_factory=list)
 
     @property
     def macs(self) -> int:
@@ -80,6 +103,16 @@ class EnergyProfile:
     def acs(self) -> int:
         """Return the accumulates of all products."""
         return sum(product.acs for product in self.products)
+
+    @property
+    def sop_macs(self) -> int:
+        """Return the multiply-accumulates of all products under the published convention of synaptic operations."""
+        return sum(product.sop_macs for product in self.products)
+
+    @property
+    def sops(self) -> int:
+        """Return the synaptic operations of all products under the published convention."""
+        return sum(product.sops for product in self.products)
 
     @property
     def dense(self) -> int:
@@ -113,6 +146,54 @@ class EnergyProfile:
         products = self.macs * price.mac + self.acs * price.ac
         neurons = self.multiplications * price.mul + self.additions * price.add
         return products + neurons + self.elementwise * price.mac + self.bytes * price.byte
+
+    def sop_joules_under(self, convention: str) -> float:
+        """Return the energy under the published convention of synaptic operations, with the prices of one of :data:`CONVENTIONS`.
+
+        ``mac * sop_macs + ac * sops``: products alone, without neurons, elementwise operations and memory. An integer input
+        n is n spikes. Where the input is neither spikes nor integers, all inputs cost a multiply-accumulate, as the first
+        layer does in the publications.
+
+        Source: SOPs of a layer as firing rate times T times FLOPs, Zhou et al. 2023, "Spikformer: when spiking neural network
+        meets transformer".
+        """
+        price = find_convention(convention)
+        return self.sop_macs * price.mac + self.sops * price.ac
+
+    def to_neurobench(self, samples: int) -> dict[str, Any]:
+        """Return metrics under the names of NeuroBench 2: the dictionary that its ``Benchmark.run`` returns.
+
+        ``Footprint`` in bytes, ``ConnectionSparsity`` and ``ActivationSparsity`` in 0 to 1, and ``SynapticOperations`` per
+        sample, over all time steps: ``Effective_MACs``, ``Effective_ACs``, ``Dense``.
+
+        Args:
+            samples: number of samples, N, in all counted calls.
+
+        Raises:
+            ValueError: ``samples`` is not a positive integer.
+
+        Source: Yik et al. 2025, "The NeuroBench framework for benchmarking neuromorphic computing algorithms and systems".
+
+        Example:
+            >>> import torch
+            >>> from nord_snn.monitor import profile_energy
+            >>> from torch import nn
+            >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+            >>> profile_energy(net, torch.ones(5, 4)).to_neurobench(samples=5)["SynapticOperations"]
+            {'Effective_MACs': 0.0, 'Effective_ACs': 12.0, 'Dense': 12.0}
+        """
+        if type(samples) is not int or samples < 1:
+            raise ValueError(f"samples must be a positive integer, got {samples!r}")
+        names = {"Effective_MACs": "effective_macs", "Effective_ACs": "effective_acs", "Dense": "unpadded"}
+        return {
+            "Footprint": self.footprint,
+            "ConnectionSparsity": round(self.zero_weights / max(self.weights, 1), 4),
+            "ActivationSparsity": (self.outputs - self.active_outputs) / max(self.outputs, 1),
+            "SynapticOperations": {
+                theirs: sum(getattr(product, ours) for product in self.products) / samples
+                for theirs, ours in names.items()
+            },
+        }
 
     def twin_macs(self) -> int:
         """Return the multiply-accumulates of the dense twin: its products run once instead of in T time steps."""
@@ -150,21 +231,31 @@ class EnergyProfile:
 
     def __str__(self) -> str:
         """Return the Markdown table."""
-        rows = ["| product | kind | dense MACs | MACs | ACs | bytes |", "|---|---|---|---|---|---|"]
+        header = ["product", "kind", "dense MACs", "MACs", "ACs", "bytes", "MACs (SOP convention)", "SOPs"]
+        rows = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
         rows += [
             f"| {p.name or 'network'} | {p.kind} | {p.dense:,} | {p.macs:,} | {p.acs:,} | "
-            f"{p.weight_bytes + p.activation_bytes:,} |"
+            f"{p.weight_bytes + p.activation_bytes:,} | {p.sop_macs:,} | {p.sops:,} |"
             for p in self.products
         ]
-        rows.append(f"| neurons and cascades | {self.neuron_ops:,} operations | | | | {self.state_bytes:,} |")
-        rows.append(f"| elementwise | {self.elementwise:,} outputs | | | | |")
-        rows.append(f"| **all** | | {self.dense:,} | {self.macs:,} | {self.acs:,} | {self.bytes:,} |")
-        rows += ["", "| convention | this network, J | dense twin, J |", "|---|---|---|"]
+        rows.append(f"| neurons and cascades | {self.neuron_ops:,} operations | | | | {self.state_bytes:,} | | |")
+        rows.append(f"| elementwise | {self.elementwise:,} outputs | | | | | | |")
+        totals = (self.dense, self.macs, self.acs, self.bytes, self.sop_macs, self.sops)
+        rows.append(f"| **all** | | {' | '.join(f'{total:,}' for total in totals)} |")
         rows += [
-            f"| {name} | {self.joules_under(name):.3g} | {self.twin_joules_under(name):.3g} |" for name in CONVENTIONS
+            "",
+            "| convention | this network, J | dense twin, J | published SOP convention, J |",
+            "|---|---|---|---|",
         ]
-        rows.append(f"| quantised twin, {ceil(log2(self.time_steps + 1))} bits | | {self.quantised_twin_joules:.3g} |")
-        return "\n".join(rows)
+        rows += [
+            f"| {name} | {self.joules_under(name):.3g} | {self.twin_joules_under(name):.3g} | "
+            f"{self.sop_joules_under(name):.3g} |"
+            for name in CONVENTIONS
+        ]
+        rows.append(
+            f"| quantised twin, {ceil(log2(self.time_steps + 1))} bits | | {self.quantised_twin_joules:.3g} | |"
+        )
+        return "\n".join([*rows, *(f"\n{note}" for note in self.notes)])
 
     def _time_repetitions(self, product: ProductCost) -> int:
         """Return how many times fewer the dense twin computes this product (T or 1)."""

@@ -70,18 +70,13 @@ class TimeSteps:
         return {rows[0] for rows in self._rows if rows}
 
     def check(self) -> None:
-        """Raise a ValueError if the stated T contradicts the neurons, or if T is not stated and equals N."""
+        """Raise a ValueError if the stated T contradicts the neurons."""
         T = self.stated
         if T is None:
-            length = self._sequence_length
-            if length > 1 and length in self._batches:
-                raise ValueError(
-                    f"{length} time steps and a batch of {length} rows cannot be distinguished, which the dense twin needs: "
-                    f"pass time_steps={length}, or a batch of another size"
-                )
-        elif self._sequences and self._longest != T:
+            return
+        if self._sequences and self._longest != T:
             raise ValueError(f"time_steps is {T}, but the neurons processed sequences of {self._longest} time steps")
-        elif not self._sequences and self._single_steps and self._loop_length % T:
+        if not self._sequences and self._single_steps and self._loop_length % T:
             raise ValueError(
                 f"time_steps is {T}, but the neurons were called for {self._loop_length} single time steps"
             )

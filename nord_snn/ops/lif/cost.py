@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nord_snn.ops.costs import OpCost
 
-__all__ = ["associative_lif_cost", "associative_update_cost", "lif_update_cost"]
+__all__ = ["associative_lif_cost", "associative_update_cost", "lif_update_cost", "parallel_update_cost"]
 
 
 def associative_update_cost(spikes: Tensor, n_clusters: int | None) -> OpCost:
@@ -42,6 +42,22 @@ def lif_update_cost(spikes: Tensor) -> OpCost:
     """
     n = spikes.numel()
     return OpCost(multiplications=2 * n, additions=3 * n, state_bytes=8 * n, neuron_outputs=n)
+
+
+def parallel_update_cost(spikes: Tensor, order: int) -> OpCost:
+    """Return the cost of parallel spiking neurons: each spike compares a weighted sum of ``order`` inputs with a threshold.
+
+    One neuron in one time step takes (multiplications, additions): weighted sum (order, order - 1), threshold (0, 1). It
+    has no membrane; its inputs are read again, 4 bytes each.
+
+    Args:
+        spikes: output of the neurons, in any shape.
+        order: number of time steps whose inputs enter a sum.
+
+    Source: Fang et al. 2023, "Parallel spiking neurons with high efficiency and ability to learn long-term dependencies".
+    """
+    n = spikes.numel()
+    return OpCost(multiplications=order * n, additions=order * n, state_bytes=4 * order * n, neuron_outputs=n)
 
 
 def associative_lif_cost(
