@@ -2,21 +2,23 @@
 
     python examples/online_learning/online_learning.py                  # trains five models first: ten minutes on two cores
     python examples/online_learning/online_learning.py --text book.txt --models runs/tiny-0001/model ...
-    python examples/online_learning/online_learning.py --search         # which synapses, rates and rewards
+    python examples/online_learning/online_learning.py --search         # compare weights that learn, learning rates, rewards
 
 Every model (one per seed) reads the new text in order, window by window. Each window is predicted before the model learns from
-it, so the loss is always on unseen text. The conditions are:
+it, so the loss is always on unseen text. A window gives one reward for each of its tokens and, if ``lm_head`` learns, for each
+token sampled from the prediction; with the reward ``error`` the sign and size are those of the prediction error, with ``loss``
+the difference between a token's loss and its running mean (``nordlm/inference/plasticity.py``). The conditions are:
 
     on        reward-modulated STDP
     off       control: no learning
-    shuffled  control: the same rewards, permuted over the events of the window
+    shuffled  control: the rewards of the window in random order
     zero      control: every reward is 0
     tokens    ablation: the spikes are permuted over the tokens of the window
-    steps     ablation: the time steps of each token's spikes are permuted, which keeps rates and removes timing
+    steps     ablation: the time steps of each token's spikes are permuted, which keeps firing rates and removes timing
 
-Then the loss is measured on the following part of the new text, and on old text: held-out documents of the training text.
-Differences are paired by seed; intervals are 95 % intervals of Student's t over the seeds. ``--search`` uses the text after
-these parts, so that settings are not evaluated on the text that selected them.
+Then the loss is measured on the part of the new text that follows, and on old text: held-out documents of the training text.
+Differences are paired by seed; intervals are 95 % intervals of Student's t over the seeds. ``--search`` uses text that comes
+after both parts of the new text, so that settings are not evaluated on the text that selected them.
 """
 
 import argparse
@@ -62,8 +64,8 @@ COLOURS = {
     "tokens": "tab:purple",
     "steps": "tab:olive",
 }
-MEASURES = {"new, while read": "new", "new, later": "later", "old": "old"}  # fields of an Outcome
-SEARCHED = (  # synapses, rate, reward
+LOSSES = {"new, while read": "while_reading", "new, later": "later", "old": "old"}  # title -> field of Outcome
+SEARCHED = (  # weights that learn, learning rate, reward
     *((("lm_head",), rate, "error") for rate in (2e-5, 5e-5, 1e-4, 2e-4)),
     *((("blocks.*.ffn.down",), rate, "error") for rate in (0.005, 0.05, 0.2)),
     *((("blocks.*.ffn.down",), rate, "loss") for rate in (0.0005, 0.005, 0.05)),
@@ -88,7 +90,7 @@ class Outcome:
     old: float
 
     @property
-    def new(self) -> float:
+    def while_reading(self) -> float:
         """Return the mean loss on the new text during reading."""
         return sum(self.windows) / len(self.windows)
 
@@ -101,6 +103,14 @@ class Interval(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.mean:+.4f} ± {self.half:.4f}"
+
+
+class Learning(NamedTuple):
+    """What learns: patterns of module names (None for the default), learning rate (None for the default), and reward."""
+
+    synapses: Sequence[str] | None
+    learning_rate: float | None
+    reward: str
 
 
 class Texts(NamedTuple):
@@ -166,7 +176,7 @@ def _tokens(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, limit: int
 # --- the experiment
 
 
-def control(condition: str) -> Control:
+def changes_of(condition: str) -> Control:
     """Return the changes to rewards and spikes under a condition."""
     if condition == "shuffled":
         return Control(rewards=lambda rewards: rewards[torch.randperm(len(rewards), device=rewards.device)])
@@ -189,28 +199,28 @@ def read_once(
     model: NordForCausalLM,
     texts: Texts,
     condition: str,
-    options: tuple[Sequence[str] | None, float | None, str],
+    learning: Learning,
     seed: int,
 ) -> Outcome:
-    """Run one condition from the trained weights and restore them; ``options`` are synapses, rate and reward."""
-    torch.manual_seed(seed)  # for sampled tokens and permutations
-    plasticity = Plasticity(model, *options, control(condition))
+    """Run one condition from the trained weights and restore them."""
+    torch.manual_seed(seed)  # for the tokens that are sampled from predictions, and for permutations
+    plasticity = Plasticity(model, *learning, changes_of(condition))
     length = texts.new.shape[1]
-    windows = []
+    losses = []
     try:
         for window in texts.new:
             loss = None if condition == "off" else plasticity.read(window[None].to(model.device), length - 1)
-            windows.append(score(model, window, length, length) / (length - 1) if loss is None else loss)
+            losses.append(score(model, window, length, length) / (length - 1) if loss is None else loss)
         later, old = (score(model, text, length, length) / (len(text) - 1) for text in (texts.later, texts.old))
     finally:
         plasticity.close()
-    return Outcome(windows, later, old)
+    return Outcome(losses, later, old)
 
 
 def compare(outcomes: dict[str, list[Outcome]], measure: str, other: str) -> Interval:
     """Return the paired difference of a measure, ``on`` minus another condition, over seeds."""
     pairs = zip(outcomes["on"], outcomes[other], strict=True)
-    return interval([getattr(on, measure) - getattr(off, measure) for on, off in pairs])
+    return interval([getattr(on, measure) - getattr(control, measure) for on, control in pairs])
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -227,16 +237,20 @@ def half_interval(x: np.ndarray) -> np.ndarray:
 
 
 def percent_old(outcomes: dict[str, list[Outcome]]) -> Interval:
-    """Return the increase of the loss on old text by learning, in per cent."""
+    """Return the increase of the loss on old text that learning causes, in per cent."""
     pairs = zip(outcomes["on"], outcomes["off"], strict=True)
     return interval([100 * (on.old / off.old - 1) for on, off in pairs])
 
 
 def helps(outcomes: dict[str, list[Outcome]]) -> bool:
-    """Return whether the loss on new text is significantly below every control, and on old text rises by less than 1 %."""
-    gains = [compare(outcomes, "new", name) for name in outcomes if name in CONTROLS]
-    cost = percent_old(outcomes)
-    return all(gain.mean + gain.half < 0 for gain in gains) and cost.mean + cost.half < 1
+    """Return whether the criterion is met.
+
+    The loss on new text is significantly lower than under every control that was run, and the loss on old text rises
+    significantly less than 1 %.
+    """
+    differences = [compare(outcomes, "while_reading", name) for name in outcomes if name in CONTROLS]
+    increase = percent_old(outcomes)
+    return all(x.mean + x.half < 0 for x in differences) and increase.mean + increase.half < 1
 
 
 # --- output
@@ -244,21 +258,22 @@ def helps(outcomes: dict[str, list[Outcome]]) -> bool:
 
 def report(console: Console, outcomes: dict[str, list[Outcome]]) -> None:
     """Print two tables and a summary."""
-    columns = ["", *MEASURES]
+    columns = ["", *LOSSES]
     rows = [
-        [name, *(f"{np.mean([getattr(o, measure) for o in of_seeds]):.4f}" for measure in MEASURES.values())]
+        [name, *(f"{np.mean([getattr(o, measure) for o in of_seeds]):.4f}" for measure in LOSSES.values())]
         for name, of_seeds in outcomes.items()
     ]
     print_table(console, "loss, nats per token, mean over seeds", columns, rows)
     rows = [
-        [f"on - {name}", *(str(compare(outcomes, measure, name)) for measure in MEASURES.values())]
+        [f"on - {name}", *(str(compare(outcomes, measure, name)) for measure in LOSSES.values())]
         for name in outcomes
         if name != "on"
     ]
     print_table(console, "paired differences with 95 % intervals", columns, rows)
-    cost, met = percent_old(outcomes), helps(outcomes)
+    increase, met = percent_old(outcomes), helps(outcomes)
     console.print(
-        f"old text: {cost.mean:+.2f} % ± {cost.half:.2f} %\nreading once {'helps' if met else 'does not help'}: the criterion "
+        f"old text: {increase.mean:+.2f} % ± {increase.half:.2f} %\n"
+        f"reading once {'helps' if met else 'does not help'}: the criterion "
         f"(significantly better on new text than every control, less than 1 % worse on old) is {'met' if met else 'not met'}",
         highlight=False,
     )
@@ -327,38 +342,51 @@ def _open(options: argparse.Namespace, folder: Path) -> tuple[NordForCausalLM, T
 
 
 def experiment(options: argparse.Namespace, models: list[Path], console: Console) -> dict[str, list[Outcome]]:
-    """Run all conditions on all models; the ablations only if ``lm_head`` alone learns."""
+    """Run all conditions on all models; the ablations only if ``lm_head`` alone learns, the default."""
+    learning = Learning(options.synapses, options.rate, options.reward)
     ablations = ABLATIONS if options.synapses in (None, ["lm_head"]) else ()
     outcomes: dict[str, list[Outcome]] = {condition: [] for condition in ("on", *CONTROLS, *ablations)}
     for seed, folder in enumerate(track(models, "reading", console=console, transient=True)):
         model, texts = _open(options, folder)
         for condition, of_seeds in outcomes.items():
-            of_seeds.append(read_once(model, texts, condition, (options.synapses, options.rate, options.reward), seed))
+            of_seeds.append(read_once(model, texts, condition, learning, seed))
     return outcomes
 
 
 def search(options: argparse.Namespace, models: list[Path], console: Console) -> list[list[str]]:
-    """Print and return the table of settings: differences to ``off`` and to ``shuffled``."""
-    opened = [_open(options, folder) for folder in models]
-    off = [read_once(*pair, "off", (None, None, "error"), seed) for seed, pair in enumerate(opened)]
+    """Print and return the table of settings: differences to ``off`` and to ``shuffled``; ``zero`` is not run."""
+    models_and_texts = [_open(options, folder) for folder in models]
+
+    def outcomes_of(condition: str, learning: Learning) -> list[Outcome]:
+        return [
+            read_once(model, texts, condition, learning, seed) for seed, (model, texts) in enumerate(models_and_texts)
+        ]
+
+    off = outcomes_of("off", Learning(None, None, "error"))
     rows = []
-    for synapses, rate, reward in track(SEARCHED, "searching", console=console, transient=True):
-        outcomes = {
-            name: [read_once(*pair, name, (synapses, rate, reward), seed) for seed, pair in enumerate(opened)]
-            for name in ("on", "shuffled")
-        } | {"off": off}
-        cost = percent_old(outcomes)
+    for learning in track([Learning(*setting) for setting in SEARCHED], "searching", console=console, transient=True):
+        synapses, rate, reward = learning
+        outcomes = {name: outcomes_of(name, learning) for name in ("on", "shuffled")} | {"off": off}
+        increase = percent_old(outcomes)
         rows.append(
             [
-                f"{' '.join(synapses)}, {reward}",
+                f"{' '.join(synapses or ())}, {reward}",
                 "default" if rate is None else f"{rate:g}",
-                *(str(compare(outcomes, measure, "off")) for measure in ("new", "later")),
-                str(compare(outcomes, "new", "shuffled")),
-                f"{cost.mean:+.2f} ± {cost.half:.2f}",
+                *(str(compare(outcomes, measure, "off")) for measure in ("while_reading", "later")),
+                str(compare(outcomes, "while_reading", "shuffled")),
+                f"{increase.mean:+.2f} ± {increase.half:.2f}",
                 "yes" if helps(outcomes) else "no",
             ]
         )
-    columns = ["synapses, reward", "rate", "new - off", "later - off", "new - shuffled", "old, %", "helps"]
+    columns = [
+        "weights, reward",
+        "learning rate",
+        "new - off",
+        "later - off",
+        "new - shuffled",
+        "old, %",
+        "meets criterion",
+    ]
     print_table(console, f"paired differences over {len(models)} seeds, nats per token", columns, rows)
     return rows
 
@@ -378,7 +406,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--measure",
         type=number(2, kind=int),
         default=12_288,
-        help="tokens to measure, in the later and in the old text",
+        help="tokens of the later and of the old text on which the loss is measured (default: 12288)",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/online"), help="folder for results.json and the plot")
     parser.add_argument("--search", action="store_true", help="compare settings and print a table")

@@ -1,18 +1,17 @@
 """Make the neurons of a layer from a factory, and run them from rest over whole sequences.
 
-A factory is any callable ``neuron(n_features) -> nn.Module``: ``AssociativeLIFNode`` itself, or
-``lambda n: LIFNode(step_mode="m")`` for SpikingJelly's node, which does not need the width. Any other module must take
-and return a whole sequence ``[T, N, *, D]`` as one tensor, and start from rest. snnTorch's neurons take single time steps and
-return tuples: wrap them in :class:`nord_snn.integrations.snntorch.MultiStep`.
-
-``AssociativeLIFNode`` has 64 clusters by default, which must divide the width. For other widths set the number:
-``neuron=lambda n: AssociativeLIFNode(n, n_clusters=8)``.
+A factory is any callable ``neuron(n_features) -> nn.Module``, with ``n_features`` the number of neurons D:
+``AssociativeLIFNode`` itself, or ``lambda n: LIFNode(step_mode="m")`` for SpikingJelly's node, which needs no D. A module
+that is neither nord-snn's nor SpikingJelly's must take and return a whole sequence ``[T, N, *, D]`` as one tensor, and start
+each call from rest. snnTorch's neurons take single time steps and return tuples: wrap them in
+:class:`nord_snn.integrations.snntorch.MultiStep`.
 
 A module may define two optional attributes:
 
 ``emits_binary_spikes``
-    Class attribute or property. True: ``forward`` returns exactly zeros and ones, so that layers which store spikes as bits
-    skip the check, which would synchronise with the GPU. Subclasses inherit it unless they override ``forward``.
+    Class attribute or property. True: ``forward`` returns exactly zeros and ones. Layers that store spikes as bits then do
+    not check the values, which would wait for the GPU. It is ignored in a subclass that overrides ``forward`` without
+    defining it again.
 ``update_cost(spikes) -> OpCost``
     Method. Returns the cost of the updates that computed ``spikes``: multiplications, additions and bytes of state, see
     :class:`nord_snn.ops.OpCost`, with all products inside the module. :func:`nord_snn.monitor.profile_energy` calls it for
@@ -44,32 +43,34 @@ def make_neuron(neuron: NeuronFactory | None, n_features: int, *, store_v_seq: b
         store_v_seq: whether the layer reads their membrane potentials.
 
     Raises:
-        TypeError: the factory is a class that takes no width, it did not return a module, or the layer reads membrane
-            potentials and the module has no ``store_v_seq``.
+        TypeError: the factory is a class of SpikingJelly, which takes no ``n_features``; it did not return a module; or the
+            layer reads membrane potentials and the module has no ``store_v_seq``.
     """
-    if isinstance(neuron, type) and issubclass(neuron, BaseNode) and not issubclass(neuron, AssociativeLIFNode):
+    factory = AssociativeLIFNode if neuron is None else neuron
+    if isinstance(factory, type) and issubclass(factory, BaseNode) and not issubclass(factory, AssociativeLIFNode):
         raise TypeError(
-            f"neuron must be a function of the width, which {neuron.__name__} is not: pass neuron=lambda n: {neuron.__name__}()"
+            f"neuron must be a function of the number of neurons, which the class {factory.__name__} is not: pass "
+            f"neuron=lambda n: {factory.__name__}()"
         )
-    layer = (neuron or AssociativeLIFNode)(n_features)
-    if not isinstance(layer, nn.Module):
-        raise TypeError(f"neuron(n_features) must return a torch.nn.Module, got {type(layer).__name__}")
-    functional.set_step_mode(layer, "m")
+    neurons = factory(n_features)
+    if not isinstance(neurons, nn.Module):
+        raise TypeError(f"neuron(n_features) must return a torch.nn.Module, got {type(neurons).__name__}")
+    functional.set_step_mode(neurons, "m")
     if store_v_seq:
-        if not hasattr(layer, "store_v_seq"):
+        if not hasattr(neurons, "store_v_seq"):
             raise TypeError(
-                f"this layer reads membrane potentials: {type(layer).__name__} must have store_v_seq and v_seq"
+                f"the layer reads the membrane potentials of its neurons: {type(neurons).__name__} must have store_v_seq "
+                "and v_seq"
             )
-        layer.store_v_seq = True
-    return layer
+        neurons.store_v_seq = True
+    return neurons
 
 
 def fire_from_rest(neuron: nn.Module, x_seq: Tensor) -> Tensor:
     """Return the spikes of ``neuron`` over the sequence ``x_seq [T, N, *, D]``, started from rest.
 
     The module runs through ``__call__``, so that hooks and monitors work. The stored state of the module and its children is
-    restored afterwards. Modules that are neither nord-snn's nor SpikingJelly's are called as they are; the caller manages
-    their state.
+    restored afterwards. Modules that are neither nord-snn's nor SpikingJelly's are called as they are.
     """
     with _multi_step_mode(neuron):
         return _from_rest(neuron, x_seq)
@@ -77,7 +78,10 @@ def fire_from_rest(neuron: nn.Module, x_seq: Tensor) -> Tensor:
 
 @contextmanager
 def _multi_step_mode(neuron: nn.Module) -> Iterator[None]:
-    """Set step mode ``"m"`` temporarily: ``set_step_mode(net, "s")`` also sets neurons in layers, which run whole sequences."""
+    """Set step mode ``"m"`` temporarily.
+
+    ``set_step_mode(net, "s")`` also sets the neurons inside layers, although layers always run whole sequences.
+    """
     modes = [(module, module.step_mode) for module in neuron.modules() if hasattr(module, "step_mode")]
     if all(mode == "m" for _, mode in modes):
         yield
@@ -98,7 +102,7 @@ def _from_rest(neuron: nn.Module, x_seq: Tensor) -> Tensor:
         (module, name, value)
         for module in stateful
         for name, value in module.named_memories()
-        if name != "v_seq"  # part of the state in SpikingJelly 0.0.0.0.14; the caller reads it after the run
+        if name != "v_seq"  # a memory in SpikingJelly 0.0.0.0.14, not restored, since the caller reads it after the run
     ]
     for module, name, _ in saved:
         setattr(module, name, reset_value(module, name))

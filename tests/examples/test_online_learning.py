@@ -74,7 +74,7 @@ def test_settings_can_be_searched(models, capsys, monkeypatch):
 
 def test_controls_keep_what_they_say():
     spikes = (torch.rand(5, 7, 3) < 0.5).float()
-    tokens, steps = (script.control(name).spikes(spikes) for name in ("tokens", "steps"))
+    tokens, steps = (script.changes_of(name).spikes(spikes) for name in ("tokens", "steps"))
     assert not torch.equal(tokens, spikes)
     assert not torch.equal(steps, spikes)
     by_token = lambda x: sorted(x.transpose(0, 1).flatten(1).tolist())  # noqa: E731
@@ -83,9 +83,9 @@ def test_controls_keep_what_they_say():
     for token in range(7):  # whole steps move, not single spikes
         assert sorted(steps[:, token].tolist()) == sorted(spikes[:, token].tolist())
     rewards = torch.arange(9.0)
-    assert sorted(script.control("shuffled").rewards(rewards).tolist()) == rewards.tolist()
-    assert script.control("zero").rewards(rewards).abs().sum() == 0
-    assert script.control("on").spikes(spikes) is spikes
+    assert sorted(script.changes_of("shuffled").rewards(rewards).tolist()) == rewards.tolist()
+    assert script.changes_of("zero").rewards(rewards).abs().sum() == 0
+    assert script.changes_of("on").spikes(spikes) is spikes
 
 
 def outcomes(on, off, shuffled, old_on=4.0):
@@ -97,7 +97,7 @@ def outcomes(on, off, shuffled, old_on=4.0):
 
 def test_differences_are_paired_by_seed_and_intervals_are_students():
     given = outcomes([5.0, 6.0, 7.0], [5.1, 6.3, 7.2], [5.0, 6.0, 7.0])
-    mean, half = compare(given, "new", "off")
+    mean, half = compare(given, "while_reading", "off")
     assert mean == pytest.approx(-0.2)
     assert half == pytest.approx(4.302653 * 0.1 / 3**0.5)  # t for 2 degrees of freedom
     assert interval([1.0, 1.0]).half == 0
