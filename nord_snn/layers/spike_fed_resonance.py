@@ -83,6 +83,7 @@ class SpikeFedResonance(ResonanceBase):
     norm, channels first and spikes after W_o as in Spikformer (Zhou et al. 2023).
 
     Example:
+        >>> import torch
         >>> layer = SpikeFedResonance(64, n_heads=4)
         >>> spikes = (torch.rand(10, 2, 7, 64) < 0.1).float()
         >>> layer(spikes).shape

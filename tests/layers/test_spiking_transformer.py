@@ -241,3 +241,13 @@ def test_evaluation_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         calls(CoFiringResonance(64, 4, neuron=lambda n: LIFNode(v_threshold=50.0)).eval(), 12)
+
+
+def test_it_compiles_without_a_graph_break_with_and_without_a_mask():
+    layer = attention(neuron=NEURONS["ours"], spikes_out=True, channels_first=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x, key_mask = sparse(4, 2, 16, 7, rate=0.3), torch.arange(7) < torch.tensor([[5], [7]])
+    expected = layer(x), layer(x, key_mask=key_mask)
+    assert not torch.equal(*expected)
+    assert torch.equal(compiled(x), expected[0])
+    assert torch.equal(compiled(x, key_mask=key_mask), expected[1])
