@@ -23,6 +23,8 @@ def node(n: int = 16, step_mode: str = "m", **more: object) -> AssociativeLIFNod
     return AssociativeLIFNode(n, **{"n_clusters": 4, "step_mode": step_mode} | more)  # type: ignore[arg-type]
 
 
+ATTENTION = {"causal": False, "spiking_values": True, "spikes_out": True, "channels_first": True}
+
 #: Name -> how to make it, and the shape of an input.
 PARTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "node": (node, (6, 3, 16)),
@@ -34,6 +36,7 @@ PARTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "readout": (lambda: MembraneReadout(16, neuron=node), (6, 3, 16)),
     "block": (lambda: NordBlock(16, 2, 32, neuron=node), (6, 2, 5, 16)),
     "spike-fed resonance": (lambda: SpikeFedResonance(16, 2, neuron=node), (6, 2, 5, 16)),
+    "spiking attention": (lambda: SpikeFedResonance(16, 2, neuron=node, norm="batch", **ATTENTION), (6, 2, 16, 5)),
     "spike-fed block": (lambda: SpikeFedBlock(16, 2, 32, neuron=node), (6, 2, 5, 16)),
 }
 LAYERS = {name: part for name, part in PARTS.items() if name != "node"}

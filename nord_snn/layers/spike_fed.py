@@ -1,144 +1,16 @@
 """SpikeFedBlock: a block in which the input of every linear map is spikes."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nord_snn.layers.cache import SequenceCache, UpdateCache, cache_argument
-from nord_snn.layers.resonance import ResonanceBase
-from nord_snn.neurons import DenseActivation, NeuronFactory, fire_from_rest, make_neuron
-from nord_snn.neurons.detection import emits_binary_spikes
-from nord_snn.ops import pack_spikes
-from nord_snn.ops.cached_resonance.packing import unpack_spikes
+from nord_snn.layers.cache import SequenceCache, cache_argument
+from nord_snn.layers.spike_fed_resonance import SpikeFedResonance
+from nord_snn.neurons import NeuronFactory, fire_from_rest, make_neuron
 from nord_snn.ops.checks import check_features
 
 __all__ = ["SpikeFedBlock", "SpikeFedResonance"]
-
-
-class SpikeFedResonance(ResonanceBase):
-    """Apply resonance so that the input of every linear map is spikes.
-
-    For input spikes s::
-
-        q, k = lif_q(norm_q(W_q s)), lif_k(norm_k(W_k s));  v[t] = W_v s[t], or lif_v(norm_v(W_v s))[t]
-        c[t] = softmax over the selected keys of (temperature * coincidences - recency * distance) @ v[t]
-        out  = W_o lif_o(norm_o(c))
-
-    The weights of the softmax are the same at all time steps, so they are computed once. Each time step has its own values,
-    where :class:`CoFiringResonance` takes their mean. If the values spike, mixing positions needs additions only.
-
-    The norms scale the currents: a sum over few spikes is small, and a mean over many keys is smaller, so without norms the
-    neurons would be nearly silent before training.
-
-    Args:
-        n_features: D.
-        n_heads: H; D must be a multiple of it.
-        top_k: keys selected per query.
-        recency: see :class:`CoFiringResonance`.
-        causal: whether a query sees only its own and earlier positions.
-        neuron: factory of all neurons, see :mod:`nord_snn.neurons.factory`; None for ``AssociativeLIFNode`` with its 64
-            clusters.
-        backend: backend of the op, see :func:`nord_snn.ops.resonance`.
-        norm_eps: epsilon of the layer norms.
-        spiking_values: whether values are spikes.
-
-    Attributes:
-        query_neuron, key_neuron: ``lif_q`` and ``lif_k`` in the state dict.
-        value_neuron: the neurons of spiking values or None, ``lif_v`` in the state dict.
-        output_neuron: the neurons before W_o, ``lif_o`` in the state dict.
-
-    Shapes: spikes ``[T, B, S, D]`` -> currents ``[T, B, S, D]``; every call starts from rest.
-
-    Raises:
-        ValueError: H does not divide D, the input has another rank or width, or 64 does not divide a width and no ``neuron``
-            is given.
-
-    Source: the resonance of the Nord spiking language model; spikes at the input of all its linear maps: this library.
-
-    Example:
-        >>> layer = SpikeFedResonance(64, n_heads=4)
-        >>> spikes = (torch.rand(10, 2, 7, 64) < 0.1).float()
-        >>> layer(spikes).shape
-        torch.Size([10, 2, 7, 64])
-    """
-
-    def __init__(
-        self,
-        n_features: int,
-        n_heads: int,
-        top_k: int = 64,
-        recency: bool = False,
-        causal: bool = True,
-        neuron: NeuronFactory | None = None,
-        backend: str = "auto",
-        norm_eps: float = 1e-5,
-        spiking_values: bool = False,
-    ) -> None:
-        super().__init__(n_features, n_heads, top_k, recency, causal, neuron, backend)
-        self.norm_q = nn.LayerNorm(n_features, eps=norm_eps)
-        self.norm_k = nn.LayerNorm(n_features, eps=norm_eps)
-        if spiking_values:
-            self.norm_v = nn.LayerNorm(n_features, eps=norm_eps)
-            self.lif_v: nn.Module | None = make_neuron(neuron, n_features)
-        else:
-            self.lif_v = None
-        self.norm_o = nn.LayerNorm(n_features, eps=norm_eps)
-        self.lif_o = make_neuron(neuron, n_features)
-
-    @property
-    def value_neuron(self) -> nn.Module | None:
-        """Return the neurons of spiking values, or None."""
-        return self.lif_v
-
-    @property
-    def output_neuron(self) -> nn.Module:
-        """Return the neurons before W_o."""
-        return self.lif_o
-
-    def forward(
-        self,
-        spikes: Tensor,
-        *,
-        cache: SequenceCache | None = None,
-        **deprecated: Any,
-    ) -> Tensor:
-        """Return currents for ``spikes [T, B, S, D]``; for ``cache`` see :class:`CoFiringResonance`.
-
-        The cache stores key spikes as bits and the values of all time steps, ``[B, H, S, T * D/H]``, as bits if they spike.
-        """
-        check_features(spikes, self.n_features, type(self).__name__, "[T, B, S, D]")
-        cache = cache_argument(cache, deprecated)
-        q = fire_from_rest(self.query_neuron, self.norm_q(self.q_proj(spikes)))
-        k = fire_from_rest(self.key_neuron, self.norm_k(self.k_proj(spikes)))
-        v = self.v_proj(spikes)
-        if self.value_neuron is not None:
-            v = fire_from_rest(self.value_neuron, self.norm_v(v))
-            if cache.update is not None and not isinstance(self.value_neuron, DenseActivation):
-                cache = replace(cache, update=self._store_bits(cache.update, v))
-        context = self.attend(q, k, self._fold_time_into_heads(v), cache)
-        current = self.norm_o(self._unfold_time(context, len(spikes)))
-        return self.o_proj(fire_from_rest(self.output_neuron, current))
-
-    def _store_bits(self, update: UpdateCache, v: Tensor) -> UpdateCache:
-        """Return an update that stores values as bits, for values that are spikes ``[T, B, S, D]``."""
-        assert self.lif_v is not None
-        bits = pack_spikes(v, self.n_heads, trusted=emits_binary_spikes(self.lif_v))
-
-        def update_bits(keys: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-            keys, values = update(keys, bits)
-            return keys, unpack_spikes(values, len(v), self.n_features // self.n_heads).to(v.dtype)
-
-        return update_bits
-
-    def _fold_time_into_heads(self, v: Tensor) -> Tensor:
-        """Return ``[T, B, S, D]`` as ``[B, S, H * T * D/H]``, so that all time steps are mixed by one product."""
-        return v.unflatten(-1, (self.n_heads, -1)).permute(1, 2, 3, 0, 4).flatten(2)
-
-    def _unfold_time(self, wide: Tensor, time_steps: int) -> Tensor:
-        """Invert :meth:`_fold_time_into_heads`."""
-        return wide.unflatten(-1, (self.n_heads, time_steps, -1)).permute(3, 0, 1, 2, 4).flatten(3)
 
 
 class _StrongNorm(nn.LayerNorm):

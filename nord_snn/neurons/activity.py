@@ -5,7 +5,7 @@ import warnings
 import torch
 from torch import Tensor
 
-__all__ = ["FirstBatches", "NeuronActivityWarning"]
+__all__ = ["FirstBatches", "NeuronActivityWarning", "has_values"]
 
 BATCHES = 3
 SATURATED = 0.95
@@ -18,7 +18,8 @@ class NeuronActivityWarning(RuntimeWarning):
 class FirstBatches:
     """Count the spikes of the first training batches of a layer, and warn once if there are none or too many.
 
-    Sums stay on the device until a batch ends; the counting ends with the third batch.
+    Sums stay on the device and are read after the third batch, the last one that counts. Calls that are compiled, captured in
+    a CUDA graph, or run on tensors without values are not counted.
     """
 
     def __init__(self) -> None:
@@ -30,6 +31,8 @@ class FirstBatches:
     @torch.no_grad()
     def add(self, spikes: Tensor) -> None:
         """Add the spikes of one call."""
+        if not has_values(spikes):
+            return
         count = spikes.detach().sum(dtype=torch.float32)
         self._spikes = count if self._spikes is None else self._spikes + count
         self._outputs += spikes.numel()
@@ -41,7 +44,7 @@ class FirstBatches:
             return
         self._in_batch = False
         self.batches_left -= 1
-        if self.batches_left or self._spikes is None or self._spikes.is_meta or not self._outputs:
+        if self.batches_left or self._spikes is None or not self._outputs:
             return
         rate = self._spikes.item() / self._outputs
         self._spikes = None
@@ -54,3 +57,9 @@ class FirstBatches:
             NeuronActivityWarning,
             stacklevel=4,
         )
+
+
+def has_values(x: Tensor) -> bool:
+    """Return whether a number of ``x`` can be read: not of a fake or meta tensor, and not while a CUDA graph is captured."""
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return type(x) is Tensor and not x.is_meta and not capturing

@@ -45,8 +45,8 @@ def check_features(x: Tensor, n_features: int, caller: str, layout: str = "[T, N
         raise ValueError(f"{caller} expects shape {layout} with at least one time step, got T = 0")
 
 
-def check_channels(x: Tensor, n_features: int, caller: str) -> None:
-    """Raise unless ``x`` is a floating tensor ``[T, N, D, M]`` with D = ``n_features`` and T >= 1.
+def check_channels(x: Tensor, n_features: int, caller: str, layout: str = "[T, N, D, M]") -> None:
+    """Raise unless ``x`` is a floating tensor of this layout with ``n_features`` in dimension 2 and T >= 1.
 
     Raises:
         TypeError: ``x`` is not a tensor, or not a floating one.
@@ -54,9 +54,12 @@ def check_channels(x: Tensor, n_features: int, caller: str) -> None:
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = f"dtype {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{caller} expects a floating-point tensor of shape [T, N, D, M], got {got}")
+        raise TypeError(f"{caller} expects a floating-point tensor of shape {layout}, got {got}")
     if x.ndim != 4 or x.shape[2] != n_features or x.shape[0] == 0:
-        raise ValueError(f"{caller} expects shape [T, N, D, M] with T >= 1 and D = {n_features}, got {list(x.shape)}")
+        channels = layout.strip("[]").split(", ")[2]
+        raise ValueError(
+            f"{caller} expects shape {layout} with T >= 1 and {channels} = {n_features}, got {list(x.shape)}"
+        )
 
 
 def check_heads(n_features: int, n_heads: int) -> None:

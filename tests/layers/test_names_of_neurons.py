@@ -11,13 +11,14 @@ NAMES = {
         "key_neuron": "lif_k",
         "value_neuron": "lif_v",
         "output_neuron": "lif_o",
+        "final_neuron": "lif_out",
     },
     SpikingFeedForward: {"hidden_neuron": "lif1", "output_neuron": "lif2"},
     SpikeFedBlock: {"attention_neuron": "lif1", "ffn_neuron": "lif2", "hidden_neuron": "lif_h"},
 }
 LAYERS = {
     CoFiringResonance: lambda: CoFiringResonance(64, 4),
-    SpikeFedResonance: lambda: SpikeFedResonance(64, 4, spiking_values=True),
+    SpikeFedResonance: lambda: SpikeFedResonance(64, 4, spiking_values=True, spikes_out=True),
     SpikingFeedForward: lambda: SpikingFeedForward(64, 128),
     SpikeFedBlock: lambda: SpikeFedBlock(64, 4, 128),
 }
@@ -36,6 +37,7 @@ def test_every_neuron_has_both_names(layer):
 def test_neurons_that_a_layer_does_not_have_are_none():
     assert SpikeFedBlock(64, 4, 128, resonance=False).attention_neuron is None
     assert SpikeFedResonance(64, 4).value_neuron is None
+    assert SpikeFedResonance(64, 4).final_neuron is None
 
 
 def test_a_neuron_that_is_replaced_runs():
