@@ -7,6 +7,7 @@ from nord_snn.neurons.associative_lif import AssociativeLIFNode
 from nord_snn.neurons.cascade import AssociativeCascade
 from nord_snn.neurons.dense import DenseActivation
 from nord_snn.neurons.factory import NeuronFactory, fire_from_rest, make_neuron
+from nord_snn.neurons.leaky_integrator import LeakyIntegrator
 from nord_snn.neurons.presets import PRESETS
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "AssociativeCascade",
     "AssociativeLIFNode",
     "DenseActivation",
+    "LeakyIntegrator",
     "NeuronFactory",
     "fire_from_rest",
     "make_neuron",

@@ -1,5 +1,6 @@
 """Import NIR graphs as networks of nord-snn parts."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import reduce
 from operator import add
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from nord_snn.integrations.nir.exporting import Exporter, log
 from nord_snn.integrations.nir.graphs import SubgraphPort, difference, metadata_of, resolve_dt, schedule
-from nord_snn.integrations.nir.stateless import stateless_module
+from nord_snn.integrations.nir.neurons import RESETS, integrator, neurons
+from nord_snn.integrations.nir.recurrent import Loop, fold_loops, recurrent_layer
+from nord_snn.integrations.nir.stateless import known_shape, output_shape, stateless_module
 from nord_snn.layers import MembraneReadout, SpikingFeedForward
 from nord_snn.neurons import AssociativeLIFNode
 from nord_snn.ops import SURROGATES
@@ -29,6 +32,8 @@ def import_from_nir(
     dt: float | None = None,
     *,
     dtype: torch.dtype = torch.float32,
+    reset: str | None = None,
+    strict: bool = True,
     approximate: bool = False,
     more: Mapping[type[nir.NIRNode], _FromNIR] | None = None,
 ) -> "NIRNetwork":
@@ -67,20 +72,26 @@ def import_from_nir(
         graph = nir.read(graph)
     if not isinstance(graph, nir.NIRGraph):
         raise TypeError(f"expected a NIRGraph or the name of a file, got {type(graph).__name__}")
+    if approximate:
+        warnings.warn('approximate=True is now reset="subtract"', FutureWarning, stacklevel=2)
+        reset = reset or "subtract"
+    if reset not in (None, *RESETS):
+        raise ValueError(f"reset must be one of {list(RESETS)} or None, got {reset!r}")
     # Build half-precision modules in float32 first: a rounded parameter would no longer match the graph.
     precision = torch.float64 if dtype == torch.float64 else torch.float32
-    importer = _Importer(resolve_dt(graph, dt), precision, approximate, more or {})
+    importer = _Importer(resolve_dt(graph, dt), precision, reset, strict, more or {})
     whole = importer.convert_node("the graph", graph)
     if isinstance(whole, _ModuleNode):
         return NIRNetwork([whole.module.to(dtype)], [(), (0,)])
     scheduled, output = schedule(whole)
-    for item in scheduled:
-        if item.delayed:
-            raise ValueError(
-                f"the graph must have no loops except cascades, but '{item.delayed[0]}' leads back to '{item.name}'"
-            )
+    scheduled, loops = fold_loops(scheduled, output)
     positions = {item.name: position for position, item in enumerate(scheduled)}
-    modules = [importer.module(item.name, item.node).to(dtype) for item in scheduled]
+    shapes: dict[str, tuple[int, ...] | None] = {}
+    modules = []
+    for item in scheduled:
+        shape = next((shapes[name] for name in item.sources if shapes[name] is not None), None)
+        module, shapes[item.name] = importer.part(item.name, item.node, shape, loops.get(item.name))
+        modules.append(module.to(dtype))
     return NIRNetwork(modules, [tuple(positions[name] for name in item.sources) for item in (*scheduled, output)])
 
 
@@ -119,9 +130,9 @@ class _Importer:
     """Turn nodes into modules."""
 
     def __init__(
-        self, dt: float, dtype: torch.dtype, approximate: bool, more: Mapping[type[nir.NIRNode], _FromNIR]
+        self, dt: float, dtype: torch.dtype, reset: str | None, strict: bool, more: Mapping[type[nir.NIRNode], _FromNIR]
     ) -> None:
-        self.dt, self.dtype, self.approximate, self.more = dt, dtype, approximate, more
+        self.dt, self.dtype, self.reset, self.strict, self.more = dt, dtype, reset, strict, more
 
     def convert_graph(self, graph: nir.NIRGraph) -> nir.NIRGraph:
         """Return the graph with modules in place of the nodes and subgraphs that are parts of nord-snn."""
@@ -144,8 +155,6 @@ class _Importer:
         kind = metadata_of(node).get("part")
         if kind in kinds:
             return _ModuleNode(self.checked_part(name, node, kind, kinds[kind]), node)
-        if isinstance(node, nir.CubaLIF):
-            return _ModuleNode(self.neurons(name, node), node)
         return self.convert_graph(node) if isinstance(node, nir.NIRGraph) else node
 
     def checked_part(self, name: str, node: Any, kind: str, build: Callable[[str, Any], nn.Module]) -> nn.Module:
@@ -163,17 +172,49 @@ class _Importer:
             )
         return module
 
-    def module(self, name: str, node: nir.NIRNode) -> nn.Module:
-        """Return the module for a node, on sequences."""
+    def part(
+        self, name: str, node: nir.NIRNode, shape: tuple[int, ...] | None, loop: Loop | None
+    ) -> tuple[nn.Module, tuple[int, ...] | None]:
+        """Return the module for a node, on sequences, and the shape of one row of its output.
+
+        Args:
+            name: of the node.
+            node: the node.
+            shape: shape of one row of its input, if it is known.
+            loop: the map of its spikes that leads back to it.
+        """
         if isinstance(node, _ModuleNode):
-            return node.module
-        if isinstance(node, nir.Input | SubgraphPort):
-            return nn.Identity()
+            return node.module, known_shape(node.output_type)
+        if isinstance(node, nir.Input):
+            return nn.Identity(), known_shape(node.input_type)
+        if isinstance(node, SubgraphPort):
+            return nn.Identity(), shape
+        if isinstance(node, nir.IF | nir.LIF | nir.CubaLIF):
+            return self.foreign_neurons(name, node, shape, loop)
+        if isinstance(node, nir.I | nir.LI | nir.CubaLI):
+            integrators = integrator(name, node, self.dt, shape)
+            return integrators.to(self.dtype), integrators.shape
         module = stateless_module(node)
         if module is None:
             raise ValueError(f"there is no module for {type(node).__name__} '{name}': pass a function for it in `more`")
         over_features = isinstance(node, nir.Linear | nir.Affine | nir.Scale | nir.Threshold)
-        return module if over_features else layer.SeqToANNContainer(module)
+        return module if over_features else layer.SeqToANNContainer(module), output_shape(node, module, shape)
+
+    def foreign_neurons(
+        self, name: str, node: Any, shape: tuple[int, ...] | None, loop: Loop | None
+    ) -> tuple[nn.Module, tuple[int, ...]]:
+        """Return the neurons of other libraries, with the map of their spikes that leads back to them."""
+        reset = self.reset or str(metadata_of(node).get("reset", "value"))
+        made = neurons(
+            name, node, self.dt, shape, reset=reset, strict=self.strict, step_mode="m" if loop is None else "s"
+        ).to(self.dtype)
+        made.reset_parameters()  # in this precision
+        row = np.shape(node.v_threshold) if np.size(node.v_threshold) > 1 else shape or (made.n_features,)
+        if loop is None:
+            return made, row
+        feedback = nn.Identity() if loop.node is None else stateless_module(loop.node)
+        assert feedback is not None
+        return recurrent_layer(made, feedback), row
 
     def neurons(self, name: str, node: Any) -> AssociativeLIFNode:
         """Return the neurons of a CubaLIF, or of a subgraph with its recurrent cascade."""
@@ -182,7 +223,6 @@ class _Importer:
 
     def lif_layer(self, name: str, lif: Any, tau_mem: Any, tau_syn: Any, w_in: Any) -> AssociativeLIFNode:
         metadata = metadata_of(lif)
-        self.check_lif(name, lif, metadata)
         beta_mem, beta_syn = (self.decay(name, tau, kind) for tau, kind in ((tau_mem, "tau_mem"), (tau_syn, "tau_syn")))
         # Increase of the membrane potential per unit of input; in our neurons it is scaled by 1 - beta_mem.
         gain = np.asarray(w_in) * (1 - beta_syn) * lif.r
@@ -219,17 +259,6 @@ class _Importer:
         if not 0 < beta < 1:
             raise ValueError(f"{kind} of '{name}' must be finite and longer than a time step of {self.dt} s")
         return beta
-
-    def check_lif(self, name: str, lif: Any, metadata: dict[str, Any]) -> None:
-        if np.any(lif.v_leak):
-            raise ValueError(f"v_leak of '{name}' must be 0, because our neurons leak towards 0")
-        refractory = int(metadata.get("refractory_steps", 0)) > 0
-        if not refractory and np.any(lif.v_reset):
-            raise ValueError(f"v_reset of '{name}' must be 0, because our neurons use it in the refractory period only")
-        if not refractory and metadata.get("reset") != "subtract" and not self.approximate:
-            raise ValueError(
-                f"'{name}' resets to 0, but our neurons subtract the threshold: pass approximate=True to accept the difference"
-            )
 
     def feed_forward(self, name: str, graph: Any) -> SpikingFeedForward:
         up, down = (stateless_module(graph.nodes[key]) for key in ("n1_up", "n3_down"))

@@ -21,7 +21,8 @@ def simulate(graph: nir.NIRGraph, x_seq: Tensor, dt: float | None = None, *, res
     r"""Run a NIR graph by NIR's equations, as any other reader of the graph does.
 
     Every node follows NIR's equations by forward Euler, ``v += dt / tau * (v_leak - v + r * I)``, and fires above its
-    threshold; back edges are delayed by one time step. The simulator is meant for checking exports; it is slow.
+    threshold; back edges are delayed by one time step. Neurons that are reset to a value start there, others and integrators
+    at ``v_leak``. The simulator is meant for checking exports; it is slow.
 
     Args:
         graph: the graph, of ``Linear``, ``Affine``, ``Scale``, ``CubaLIF``, ``CubaLI``, ``LIF``, ``LI``, ``IF``, ``I``,
@@ -52,6 +53,10 @@ def simulate(graph: nir.NIRGraph, x_seq: Tensor, dt: float | None = None, *, res
     scheduled, output = schedule(graph)
     x_seq = x_seq.to("cpu", compute_dtype(x_seq))
     modules = {item.name: _build_module(item.name, item.node, dt, reset).to(x_seq.dtype) for item in scheduled}
+    # Before the first time step there are no spikes, but a recurrent map still adds its bias.
+    no_spikes = {
+        item.name: x_seq.new_zeros(item.node.weight.shape[1]) for item in scheduled if isinstance(item.node, nir.Affine)
+    }
     previous: dict[str, Tensor] = {}
     outputs = []
     for x in x_seq:
@@ -59,6 +64,8 @@ def simulate(graph: nir.NIRGraph, x_seq: Tensor, dt: float | None = None, *, res
         for item in scheduled:
             parts = [current[name] for name in item.sources]
             parts += [previous[name] for name in item.delayed if name in previous]
+            if not previous:
+                parts += [modules[name](no_spikes[name]) for name in item.delayed if name in no_spikes]
             current[item.name] = modules[item.name](reduce(add, parts) if parts else x)
         outputs.append(reduce(add, (current[name] for name in output.sources)))
         previous = current
@@ -98,7 +105,11 @@ class _Integrator(nn.Module):
         if self.fires:
             self._register(v_threshold=node.v_threshold, v_reset=node.v_reset)
             self.subtract = (reset or metadata_of(node).get("reset", "value")) == "subtract"
-        self.v: Tensor | float = 0.0
+        own = metadata_of(node).get("part") is not None
+        starts_at_reset = self.fires and not self.subtract and not own
+        start = node.v_reset if starts_at_reset else getattr(node, "v_leak", 0.0)
+        self.register_buffer("v", torch.from_numpy(np.array(start, dtype=np.float64)))
+        self.v: Tensor
         self.i: Tensor | float = 0.0
 
     def _register(self, **values: Any) -> None:

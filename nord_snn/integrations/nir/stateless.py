@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Scale", "Threshold", "stateless_module"]
+__all__ = ["Scale", "SumPool", "Threshold", "known_shape", "output_shape", "stateless_module"]
 
 
 class Scale(nn.Module):
@@ -53,6 +53,35 @@ def stateless_module(node: nir.NIRNode) -> nn.Module | None:
     """Return the module for a node, or None if the node has state or is of an unknown class."""
     build = _BUILDERS.get(type(node))
     return None if build is None else build(node)
+
+
+def known_shape(types: dict[str, Any] | None) -> tuple[int, ...] | None:
+    """Return the shape in the input or output type of a node, or None if it has none."""
+    shape = next(iter((types or {}).values()), None)
+    return None if shape is None else tuple(int(size) for size in np.atleast_1d(shape))
+
+
+def output_shape(node: Any, module: nn.Module, shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """Return the shape of one row of a node's output for rows of ``shape``, or None if it is not known.
+
+    Args:
+        node: a node without state.
+        module: its module.
+        shape: shape of one row of its input; dimensions before those that the node uses are no part of the result.
+    """
+    if isinstance(node, nir.Linear | nir.Affine):
+        return (int(node.weight.shape[0]),)
+    if isinstance(node, nir.Scale | nir.Threshold):
+        return shape
+    if isinstance(node, nir.Conv1d | nir.Conv2d) and node.input_shape is not None:
+        shape = (int(node.weight.shape[1] * node.groups), *_tuple(node.input_shape))
+    elif shape is not None and not isinstance(node, nir.Flatten):
+        shape = shape[-2 if isinstance(node, nir.Conv1d) else -3 :]
+    if shape is None:
+        return None
+    example = torch.zeros(1, *shape, dtype=torch.float64)
+    with torch.no_grad():
+        return tuple(module.double()(example).shape[1:])
 
 
 def _linear(node: Any) -> nn.Module:
