@@ -1,5 +1,6 @@
 """Import NIR graphs as networks of nord-snn parts."""
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping
 from functools import reduce
@@ -13,16 +14,19 @@ import torch
 from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 
-from nord_snn.integrations.nir.exporting import Exporter, log
+from nord_snn.integrations.nir.exporter import Exporter
+from nord_snn.integrations.nir.extension import read
 from nord_snn.integrations.nir.graphs import SubgraphPort, difference, metadata_of, resolve_dt, schedule
-from nord_snn.integrations.nir.neurons import RESETS, integrator, neurons
+from nord_snn.integrations.nir.neurons import RESETS, NIRNeurons, integrator, neurons
 from nord_snn.integrations.nir.recurrent import Loop, fold_loops, recurrent_layer
 from nord_snn.integrations.nir.stateless import known_shape, output_shape, stateless_module
 from nord_snn.layers import MembraneReadout, SpikingFeedForward
 from nord_snn.neurons import AssociativeLIFNode
-from nord_snn.ops import SURROGATES
+from nord_snn.ops import SURROGATES, Dynamics
 
 __all__ = ["NIRNetwork", "import_from_nir"]
+
+log = logging.getLogger("nord_snn")
 
 _FromNIR = Callable[[Any], nn.Module]
 
@@ -69,7 +73,7 @@ def import_from_nir(
         True
     """
     if isinstance(graph, str | Path):
-        graph = nir.read(graph)
+        graph = read(graph)
     if not isinstance(graph, nir.NIRGraph):
         raise TypeError(f"expected a NIRGraph or the name of a file, got {type(graph).__name__}")
     if approximate:
@@ -161,7 +165,10 @@ class _Importer:
         """Return a part of nord-snn, checked by exporting it again."""
         try:
             module = build(name, node)
-            exporter = Exporter(self.dt, int(metadata_of(node).get("n_steps", 1)), approximate=True)
+            exporter = Exporter(self.dt, int(metadata_of(node).get("n_steps", 1)), True, extension=_is_extended(node))
+            row = known_shape(node.input_type)
+            if row is not None:
+                exporter.inputs[module] = torch.empty(1, 1, *row, device="meta")
             exported = exporter.table[type(module)](module)
         except (KeyError, AttributeError, TypeError, RuntimeError) as error:
             raise ValueError(f"'{name}' is marked as a {kind}, but does not have its structure: {error!r}") from error
@@ -184,7 +191,8 @@ class _Importer:
             loop: the map of its spikes that leads back to it.
         """
         if isinstance(node, _ModuleNode):
-            return node.module, known_shape(node.output_type)
+            row = known_shape(node.output_type)
+            return (node.module, row) if loop is None else (self.with_feedback(node.module, loop), row)
         if isinstance(node, nir.Input):
             return nn.Identity(), known_shape(node.input_type)
         if isinstance(node, SubgraphPort):
@@ -206,20 +214,62 @@ class _Importer:
         """Return the neurons of other libraries, with the map of their spikes that leads back to them."""
         reset = self.reset or str(metadata_of(node).get("reset", "value"))
         made = neurons(
-            name, node, self.dt, shape, reset=reset, strict=self.strict, step_mode="m" if loop is None else "s"
+            name, node, self.dt, shape, reset=reset, strict=self.strict, step_mode="m"
         ).to(self.dtype)
         made.reset_parameters()  # in this precision
         row = np.shape(node.v_threshold) if np.size(node.v_threshold) > 1 else shape or (made.n_features,)
-        if loop is None:
-            return made, row
+        return (made, row) if loop is None else (self.with_feedback(made, loop), row)
+
+    def with_feedback(self, made: Any, loop: Loop) -> nn.Module:
+        """Return neurons with the map of their spikes that leads back to them."""
+        made.step_mode = "s"
         feedback = nn.Identity() if loop.node is None else stateless_module(loop.node)
         assert feedback is not None
-        return recurrent_layer(made, feedback), row
+        return recurrent_layer(made, feedback)
 
     def neurons(self, name: str, node: Any) -> AssociativeLIFNode:
         """Return the neurons of a CubaLIF, or of a subgraph with its recurrent cascade."""
         lif = node.nodes["lif"] if isinstance(node, nir.NIRGraph) else node
-        return self.lif_layer(name, lif, lif.tau_mem, lif.tau_syn, lif.w_in)
+        if "threshold" in metadata_of(lif):
+            return self.restored(name, metadata_of(lif))
+        return self.lif_layer(name, lif, lif.tau_mem, lif.tau_syn, lif.w_in)  # of an earlier release
+
+    def restored(self, name: str, metadata: dict[str, Any]) -> AssociativeLIFNode:
+        """Return the neurons with these parameters."""
+        dynamics = Dynamics(**{field: _plain(metadata[field]) for field in Dynamics._fields if field in metadata})
+        mem, syn = (metadata.get(f"{beta}_logit") for beta in ("beta_mem", "beta_syn"))
+        weight = metadata.get("cascade_weight")
+        bias = metadata.get("bias")
+        arguments: dict[str, Any] = {
+            "preset": "nord",
+            "n_clusters": None if weight is None else len(weight),
+            "beta_mem": 0.5,
+            "beta_syn": 0.0 if syn is None else 0.5,
+            "own_decays": any(np.size(logit) > 1 for logit in (mem, syn) if logit is not None),
+            "learnable": [name for name in str(metadata["learnable"]).split(",") if name],
+            "v_reset": float(metadata["v_reset"]) if "v_reset" in metadata else None,
+            "refractory_steps": int(metadata["refractory_steps"]),
+            "surrogate": _surrogate(name, metadata),
+            "alpha": float(metadata["alpha"]),
+            "hard_reset": dynamics.hard_reset,
+            "dynamics": dynamics,
+            "channel_dim": int(metadata["channel_dim"]) if "channel_dim" in metadata else None,
+            "step_mode": "m",
+        }
+        if "strict" in metadata:
+            bias = None if bias is None else torch.from_numpy(bias)
+            arguments |= {"strict": bool(metadata["strict"]), "bias": bias}
+        kind: Any = NIRNeurons if "strict" in metadata else AssociativeLIFNode
+        node = kind(len(metadata["threshold"]), **arguments).to(self.dtype)
+        values = {"v_threshold": metadata["threshold"], "beta_mem_logit": mem, "beta_syn_logit": syn}
+        with torch.no_grad():
+            for field, value in values.items():
+                if value is not None:
+                    getattr(node, field).copy_(torch.from_numpy(np.asarray(value)))
+            if node.cascade is not None:
+                node.cascade.weight.copy_(torch.from_numpy(weight))
+                node.cascade.gain.copy_(torch.from_numpy(metadata["cascade_gain"]))
+        return node
 
     def lif_layer(self, name: str, lif: Any, tau_mem: Any, tau_syn: Any, w_in: Any) -> AssociativeLIFNode:
         metadata = metadata_of(lif)
@@ -271,7 +321,10 @@ class _Importer:
 
     def readout(self, name: str, graph: Any) -> MembraneReadout:
         lif, synapse = graph.nodes["lif"], graph.nodes["synapse"]
-        node = self.lif_layer(f"{name}/lif", lif, lif.tau, synapse.tau, synapse.r)
+        if "threshold" in metadata_of(lif):
+            node = self.restored(f"{name}/lif", metadata_of(lif))
+        else:
+            node = self.lif_layer(f"{name}/lif", lif, lif.tau, synapse.tau, synapse.r)
         readout = MembraneReadout(node.n_features, neuron=lambda n: node).to(self.dtype)
         with torch.no_grad():
             readout.decay_logit.copy_(torch.from_numpy(metadata_of(graph)["decay_logit"]))
@@ -284,3 +337,15 @@ def _surrogate(name: str, metadata: dict[str, Any]) -> str:
         return surrogate
     log.warning("the surrogate of '%s' (%s) cannot be stored in a graph: nord_atan replaces it", name, surrogate)
     return "nord_atan"
+
+
+def _is_extended(node: Any) -> bool:
+    """Return whether a node, or one in a subgraph, is of our extension."""
+    if isinstance(node, nir.NIRGraph):
+        return any(_is_extended(inner) for inner in node.nodes.values())
+    return hasattr(node, "refractory_time")
+
+
+def _plain(value: Any) -> Any:
+    """Return a number or text of the metadata as Python has it."""
+    return value.item() if isinstance(value, np.generic) else value

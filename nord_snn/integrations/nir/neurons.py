@@ -15,7 +15,7 @@ from nord_snn.ops.checks import compute_dtype
 __all__ = ["RESETS", "NIRNeurons", "integrator", "neurons"]
 
 #: How a spike resets the membrane of an imported neuron, see :func:`nord_snn.integrations.nir.import_from_nir`.
-RESETS = ("value", "subtract", "delayed_subtract")
+RESETS = ("value", "subtract", "delayed_value", "delayed_subtract")
 
 #: Factors this close to 1 are 1: exporters compute them in float32.
 _CLOSE = 1e-6
@@ -88,7 +88,7 @@ def neurons(
     rest = v_reset / unit if reset == "value" else step.v_leak / unit
     shift = 0.0 if np.unique(rest).size == 1 else rest
     if reset != "value" and np.ndim(shift):
-        raise ValueError(f"v_leak of '{name}' must be the same for all neurons, because its neurons subtract their thresholds")
+        raise ValueError(f"v_leak of '{name}' must be the same for all neurons, because they are reset otherwise than to v_reset")
     v_rest = 0.0 if np.ndim(shift) else float(np.ravel(rest)[0])
     bias = _bias(name, charge, step, (step.v_leak - v_reset) / unit) if reset == "value" else None
     no_leak = isinstance(node, nir.IF)
@@ -108,9 +108,9 @@ def neurons(
         beta_syn=_decay(per_neuron["beta_syn"]),
         surrogate="nord_atan",
         alpha=4.0,
-        v_reset=v_rest if reset == "value" else None,
+        v_reset=_reset_potential(name, reset, v_reset / unit),
         hard_reset=reset == "value",
-        refractory_steps=0,
+        refractory_steps=int(reset == "delayed_value"),
         dynamics=Dynamics("leak" if no_leak else charge, math.inf if no_leak else 0.0, v_rest, reset == "value", scale),
         step_mode=step_mode,
     )
@@ -170,6 +170,15 @@ def _bias(name: str, charge: str, step: _Step, difference: np.ndarray) -> np.nda
             "to which they are reset"
         )
     return bias
+
+
+def _reset_potential(name: str, reset: str, v_reset: np.ndarray) -> float | None:
+    """Return the potential to which a membrane is set after a spike: at once, or with a delay in the next time step."""
+    if reset not in ("value", "delayed_value"):
+        return None
+    if reset == "delayed_value" and np.unique(v_reset).size != 1:
+        raise ValueError(f"v_reset of '{name}' must be the same for all neurons, because their reset comes one time step late")
+    return 0.0 if np.unique(v_reset).size != 1 else float(np.ravel(v_reset)[0])
 
 
 def _reset_scale(name: str, reset: str, beta_mem: np.ndarray) -> float:

@@ -7,6 +7,7 @@ from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 
 from nord_snn.integrations.nir.graphs import ScheduledNode
+from nord_snn.neurons import AssociativeLIFNode
 
 __all__ = ["AddFeedback", "Loop", "fold_loops", "recurrent_layer"]
 
@@ -56,7 +57,7 @@ def fold_loops(scheduled: list[ScheduledNode], last: ScheduledNode) -> tuple[lis
         readers = [other.name for other in (*scheduled, last) if back.name in (*other.sources, *other.delayed)]
         is_own = back.name == item.name
         is_map = back.sources == (item.name,) and not back.delayed and readers == [item.name] and _is_linear(back.node)
-        if len(item.delayed) > 1 or not isinstance(item.node, NEURONS) or not (is_own or is_map):
+        if len(item.delayed) > 1 or not _are_neurons(item.node) or not (is_own or is_map):
             raise ValueError(
                 "a loop of the graph must be a cascade, or neurons and one linear map of their spikes, but "
                 f"'{back.name}' leads back to '{item.name}'"
@@ -65,6 +66,10 @@ def fold_loops(scheduled: list[ScheduledNode], last: ScheduledNode) -> tuple[lis
     maps = {loop.name for loop in loops.values() if loop.node is not None}
     kept = [item._replace(delayed=()) for item in scheduled if item.name not in maps]
     return kept, loops
+
+
+def _are_neurons(node: Any) -> bool:
+    return isinstance(node, NEURONS) or isinstance(getattr(node, "module", None), AssociativeLIFNode)
 
 
 def _is_linear(node: Any) -> bool:

@@ -25,8 +25,8 @@ def simulate(graph: nir.NIRGraph, x_seq: Tensor, dt: float | None = None, *, res
     at ``v_leak``. The simulator is meant for checking exports; it is slow.
 
     Args:
-        graph: the graph, of ``Linear``, ``Affine``, ``Scale``, ``CubaLIF``, ``CubaLI``, ``LIF``, ``LI``, ``IF``, ``I``,
-            ``Threshold``, ``Conv1d``, ``Conv2d``, ``AvgPool2d``, ``SumPool2d``, ``Flatten`` and graphs of these.
+        graph: the graph, of ``Linear``, ``Affine``, ``Scale``, ``CubaLIF``, ``CubaLI``, ``LIF``, ``LI``, ``IF``, ``I``, those
+            with a refractory period of our extension, ``Threshold``, ``Conv1d``, ``Conv2d``, ``AvgPool2d``, ``SumPool2d``, ``Flatten`` and graphs of these.
         x_seq: input, ``[T, N, *]``.
         dt: length of a time step in seconds; None: that of the graph's metadata, as our exports have it, else 1e-4.
         reset: ``"value"`` sets the potential to ``v_reset``, as in NIR's equations; ``"subtract"`` subtracts the threshold;
@@ -104,6 +104,9 @@ class _Integrator(nn.Module):
             self._register(leak_syn=dt / node.tau_syn, gain_syn=dt / node.tau_syn * node.w_in)
         if self.fires:
             self._register(v_threshold=node.v_threshold, v_reset=node.v_reset)
+            time = np.max(getattr(node, "refractory_time", 0.0))
+            self.refractory_steps = round(float(time) / dt)
+            self.refractory: Tensor | int = 0
             self.subtract = (reset or metadata_of(node).get("reset", "value")) == "subtract"
         own = metadata_of(node).get("part") is not None
         starts_at_reset = self.fires and not self.subtract and not own
@@ -123,7 +126,12 @@ class _Integrator(nn.Module):
         if not self.fires:
             self.v = v
             return v
+        if self.refractory_steps:
+            v = torch.where(torch.as_tensor(self.refractory) > 0, self.v_reset.expand_as(v), v)
         spikes = (v > self.v_threshold).to(v.dtype)
         reset_v = v - self.v_threshold if self.subtract else self.v_reset.expand_as(v)
         self.v = torch.where(spikes.bool(), reset_v, v)
+        if self.refractory_steps:
+            left = (torch.as_tensor(self.refractory) - 1).clamp(min=0)
+            self.refractory = torch.where(spikes.bool(), self.refractory_steps, left)
         return spikes
