@@ -96,6 +96,7 @@ def neurons(
     fields = {"threshold": threshold / unit - shift, "bias": bias, **decays}
     per_neuron, channel_dim = _per_neuron(name, fields, shape)
     scale = _reset_scale(name, reset, 1 - step.leak)
+    refractory_steps = _refractory_steps(name, node, dt, reset)
     made = NIRNeurons(
         shape[0] if channel_dim is not None else shape[-1],
         strict=strict,
@@ -108,9 +109,9 @@ def neurons(
         beta_syn=_decay(per_neuron["beta_syn"]),
         surrogate="nord_atan",
         alpha=4.0,
-        v_reset=_reset_potential(name, reset, v_reset / unit),
+        v_reset=_reset_potential(name, reset == "value", refractory_steps, v_reset / unit),
         hard_reset=reset == "value",
-        refractory_steps=int(reset == "delayed_value"),
+        refractory_steps=refractory_steps,
         dynamics=Dynamics("leak" if no_leak else charge, math.inf if no_leak else 0.0, v_rest, reset == "value", scale),
         step_mode=step_mode,
     )
@@ -172,13 +173,25 @@ def _bias(name: str, charge: str, step: _Step, difference: np.ndarray) -> np.nda
     return bias
 
 
-def _reset_potential(name: str, reset: str, v_reset: np.ndarray) -> float | None:
-    """Return the potential to which a membrane is set after a spike: at once, or with a delay in the next time step."""
-    if reset not in ("value", "delayed_value"):
+def _refractory_steps(name: str, node: Any, dt: float, reset: str) -> int:
+    """Return the refractory period in time steps; a reset to a value in the next time step is one of one time step."""
+    times = np.unique(getattr(node, "refractory_time", 0.0))
+    steps = round(float(times[0]) / dt)
+    if times.size != 1 or not np.isclose(steps * dt, times[0], rtol=_CLOSE, atol=0):
+        raise ValueError(f"refractory_time of '{name}' must be the same for all neurons, and a multiple of {dt} s")
+    if steps and reset.startswith("delayed"):
+        raise ValueError(f"'{name}' has a refractory period: reset must be 'value' or 'subtract', got {reset!r}")
+    return int(reset == "delayed_value") or steps
+
+
+def _reset_potential(name: str, hard_reset: bool, refractory_steps: int, v_reset: np.ndarray) -> float | None:
+    """Return the potential to which a membrane is set after a spike, and while it is refractory."""
+    same = np.unique(v_reset).size == 1
+    if not hard_reset and not refractory_steps:
         return None
-    if reset == "delayed_value" and np.unique(v_reset).size != 1:
-        raise ValueError(f"v_reset of '{name}' must be the same for all neurons, because their reset comes one time step late")
-    return 0.0 if np.unique(v_reset).size != 1 else float(np.ravel(v_reset)[0])
+    if not hard_reset and not same:
+        raise ValueError(f"v_reset of '{name}' must be the same for all neurons, because they have a refractory period")
+    return float(np.ravel(v_reset)[0]) if same else 0.0
 
 
 def _reset_scale(name: str, reset: str, beta_mem: np.ndarray) -> float:

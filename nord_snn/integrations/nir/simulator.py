@@ -108,8 +108,8 @@ class _Integrator(nn.Module):
             self.refractory_steps = round(float(time) / dt)
             self.refractory: Tensor | int = 0
             self.subtract = (reset or metadata_of(node).get("reset", "value")) == "subtract"
-        own = metadata_of(node).get("part") is not None
-        starts_at_reset = self.fires and not self.subtract and not own
+        metadata = metadata_of(node)  # our neurons with a refractory period start at rest
+        starts_at_reset = self.fires and not self.subtract and ("part" not in metadata or metadata.get("hard_reset", False))
         start = node.v_reset if starts_at_reset else getattr(node, "v_leak", 0.0)
         self.register_buffer("v", torch.from_numpy(np.array(start, dtype=np.float64)))
         self.v: Tensor
