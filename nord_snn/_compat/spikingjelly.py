@@ -37,6 +37,7 @@ class _DirectState(StatePrecisionMixin):
 
     _memories: dict[str, Any]
     named_memories: Any
+    v_seq: Tensor | None
 
     def get_state(self) -> dict[str, Any]:
         """Return the state by name, and the stored membrane potentials."""
@@ -65,8 +66,6 @@ class _DirectState(StatePrecisionMixin):
 
 class StatefulNode(_DirectState, BaseNode):
     """A ``BaseNode`` with the state of :class:`_DirectState`."""
-
-    v_seq: Tensor | None
 
 
 class StatefulModule(_DirectState, base.MemoryModule):

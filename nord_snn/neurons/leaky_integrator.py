@@ -94,7 +94,9 @@ class LeakyIntegrator(StatefulModule):
     def _step(self, x: Tensor, v: Any, i_syn: Any) -> tuple[Tensor, Tensor]:
         if tuple(x.shape[-len(self.shape) :]) != self.shape or not x.is_floating_point():
             layout = ", ".join(map(str, self.shape))
-            raise ValueError(f"LeakyIntegrator expects a floating tensor [*, {layout}] in each time step, got {list(x.shape)}")
+            raise ValueError(
+                f"LeakyIntegrator expects a floating tensor [*, {layout}] in each time step, got {list(x.shape)}"
+            )
         for state in (v, i_syn):
             if isinstance(state, Tensor) and state.shape != x.shape:
                 raise ValueError(

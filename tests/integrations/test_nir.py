@@ -338,7 +338,11 @@ BAD = {
     "leaks": (cuba(v_leak=np.arange(4.0)), "subtract", "v_leak of 'cubalif' must be the same for all neurons"),
     "late": (cuba(tau_mem=np.array([1, 1, 1, 2]) * 1e-3), "delayed_subtract", "tau of 'cubalif' must be the same"),
     "too short": (cuba(tau_mem=5e-5), None, "tau_mem of 'cubalif' must be finite and longer than a time step"),
-    "too short a synapse": (cuba(tau_syn=5e-5), None, "tau_syn of 'cubalif' must be finite and longer than a time step"),
+    "too short a synapse": (
+        cuba(tau_syn=5e-5),
+        None,
+        "tau_syn of 'cubalif' must be finite and longer than a time step",
+    ),
     "for ever": (cuba(tau_mem=np.inf), None, "tau_mem of 'cubalif' must be finite"),
     "negative resistance": (cuba(r=-1.0), None, "positive r and w_in"),
     "no threshold": (cuba(v_threshold=np.nan), None, "finite v_threshold"),

@@ -71,14 +71,17 @@ def test_neurons_come_back_to_the_bit(name: str, tmp_path) -> None:
     assert torch.equal(run(back, x_seq), spikes)
     ours, theirs = net[1], next(part for part in back.modules() if isinstance(part, AssociativeLIFNode))
     assert ours.dynamics == theirs.dynamics
-    assert {k: v.tolist() for k, v in ours.state_dict().items()} == {k: v.tolist() for k, v in theirs.state_dict().items()}
+    assert {k: v.tolist() for k, v in ours.state_dict().items()} == {
+        k: v.tolist() for k, v in theirs.state_dict().items()
+    }
     assert [p.requires_grad for p in ours.parameters()] == [p.requires_grad for p in theirs.parameters()]
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     tau=st.floats(1.1, 50), tau_syn=st.none() | st.floats(1.0, 20), r=st.floats(0.1, 30), threshold=st.floats(0.1, 3),
-    v_reset=st.floats(-1, 0.05), reset=st.sampled_from(["value", "subtract"]), leaks=st.booleans(), dt=st.sampled_from([1e-4, 1e-3, 1.0]),
+    v_reset=st.floats(-1, 0.05), reset=st.sampled_from(["value", "subtract"]),
+    leaks=st.booleans(), dt=st.sampled_from([1e-4, 1e-3, 1.0]),
     strict=st.booleans(),
 )  # fmt: skip
 def test_any_neurons_of_nir_fire_the_spikes_of_their_equations(
@@ -105,7 +108,9 @@ def test_any_neurons_of_nir_fire_the_spikes_of_their_equations(
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_network_for_images_comes_back(bias: bool, tmp_path) -> None:
     torch.manual_seed(0)
-    channels = AssociativeLIFNode(4, None, channel_dim=1, refractory_steps=0, threshold=torch.rand(4) + 0.1, step_mode="m")
+    channels = AssociativeLIFNode(
+        4, None, channel_dim=1, refractory_steps=0, threshold=torch.rand(4) + 0.1, step_mode="m"
+    )
     net = nn.Sequential(
         layer.Conv2d(2, 4, 3, stride=2, padding=1, bias=bias, step_mode="m"),
         channels,
@@ -150,7 +155,9 @@ def test_layers_that_nir_cannot_say_are_refused(name: str) -> None:
 
 
 def test_another_recurrent_container_is_refused() -> None:
-    net = layer.ElementWiseRecurrentContainer(drawn(refractory_steps=0, step_mode="s"), lambda y, x: x + y, step_mode="m")
+    net = layer.ElementWiseRecurrentContainer(
+        drawn(refractory_steps=0, step_mode="s"), lambda y, x: x + y, step_mode="m"
+    )
     with pytest.raises(ValueError, match="must contain AssociativeLIFNode and AddFeedback"):
         export_to_nir(net, input_of(3, 2, D))
 
@@ -159,7 +166,9 @@ def test_another_recurrent_container_is_refused() -> None:
 def test_associative_synaptic_comes_back_and_fires_above_its_threshold_only(n_clusters: int | None, tmp_path) -> None:
     sut = pytest.importorskip("nord_snn.integrations.snntorch")
     torch.manual_seed(0)
-    synaptic = sut.AssociativeSynaptic(D, n_clusters, alpha=0.5, beta=0.5, threshold=0.5, refractory_steps=0, init_hidden=True)
+    synaptic = sut.AssociativeSynaptic(
+        D, n_clusters, alpha=0.5, beta=0.5, threshold=0.5, refractory_steps=0, init_hidden=True
+    )
     net = nn.Sequential(nn.Linear(D, D, bias=False), sut.MultiStep(synaptic))
     nn.init.eye_(net[0].weight)
     x_seq = torch.cat((torch.ones(1, 2, D), input_of(15, 2, D)))  # the first membrane is the threshold
@@ -169,7 +178,9 @@ def test_associative_synaptic_comes_back_and_fires_above_its_threshold_only(n_cl
     assert torch.equal(run(back, x_seq), expected)
 
 
-@pytest.mark.parametrize("make", [lambda: drawn(n_clusters=3), lambda: drawn(beta_syn=0.0), lambda: hard(refractory_steps=3)])
+@pytest.mark.parametrize(
+    "make", [lambda: drawn(n_clusters=3), lambda: drawn(beta_syn=0.0), lambda: hard(refractory_steps=3)]
+)
 def test_the_extension_keeps_the_refractory_period(make, tmp_path) -> None:
     """In the graph, in its simulation, in a file, and in the layer that comes back."""
     torch.manual_seed(0)
@@ -195,7 +206,26 @@ def test_a_node_of_the_extension_is_imported_without_our_metadata() -> None:
     assert net.parts[1].refractory_steps == 3
     assert run(net, x_seq).sum() > 20
     assert torch.equal(run(net, x_seq), simulate(graph, x_seq))
-    with pytest.raises(ValueError, match="refractory_time of 'refractorylif' must be the same for all neurons, and a multiple"):
+    with pytest.raises(
+        ValueError, match="refractory_time of 'refractorylif' must be the same for all neurons, and a multiple"
+    ):
         import_from_nir(graph, dt=2e-4)
     with pytest.raises(ValueError, match="must be 0 s or more"):
         RefractoryLIF(*(np.full(3, value) for value in (1e-3, 20.0, 0.0, 0.5, 0.0)), refractory_time=-1.0)
+
+
+@pytest.mark.parametrize("n_clusters", [None, 3])
+def test_a_graph_of_an_earlier_release_is_read(n_clusters: int | None) -> None:
+    """It has no parameters in its metadata: they are computed from the fields."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, D), drawn(refractory_steps=0, n_clusters=n_clusters))
+    x_seq = input_of(20, 3, 4)
+    graph = export_to_nir(net, x_seq)
+    lif = next(
+        node.nodes["lif"] if n_clusters else node
+        for node in graph.nodes.values()
+        if type(node) in (nir.CubaLIF, nir.NIRGraph)
+    )
+    for name in ("threshold", "beta_mem_logit", "beta_syn_logit", "learnable"):
+        del lif.metadata[name]
+    assert torch.equal(run(import_from_nir(graph), x_seq), run(net, x_seq))

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from nord_snn.integrations.nir.extension import with_refractory_time
 from nord_snn.integrations.nir.neurons import NIRNeurons
+from nord_snn.integrations.nir.parameters import array_of, parameters_of
 from nord_snn.integrations.nir.recurrent import AddFeedback
 from nord_snn.integrations.nir.stateless import MODULE_NODES
 from nord_snn.layers import MembraneReadout, SpikingFeedForward
 from nord_snn.neurons import AssociativeLIFNode, LeakyIntegrator
-from nord_snn.neurons.associative_lif import LEARNABLE
 from nord_snn.ops.checks import compute_dtype
 from nord_snn.ops.lif.reference import PUBLISHED
 
@@ -58,9 +58,11 @@ class Exporter:
             layer.SeqToANNContainer: self.over_steps,
             nn.Linear: self.linear,
             layer.Linear: self.linear,
-            **{kind: self.stateless for kind in MODULE_NODES},
+            **dict.fromkeys(MODULE_NODES, self.stateless),
         }
-        snntorch = sys.modules.get("nord_snn.integrations.snntorch")  # a network has such a layer only if it is imported
+        snntorch = sys.modules.get(
+            "nord_snn.integrations.snntorch"
+        )  # a network has such a layer only if it is imported
         if snntorch is not None:
             self.table[snntorch.MultiStep] = self.multi_step
 
@@ -89,16 +91,17 @@ class Exporter:
     def recurrent(self, container: Any) -> nir.NIRNode:
         """Return neurons and a map of their last spikes, in a subgraph, as snnTorch writes them."""
         neurons, add = container.sub_module, container.element_wise_function
-        if not isinstance(add, AddFeedback) or not isinstance(neurons, AssociativeLIFNode):
+        known = type(neurons) in (AssociativeLIFNode, NIRNeurons) and type(add) is AddFeedback
+        if not known or type(add.feedback) not in (nn.Identity, *self.table):
             raise ValueError(
                 "cannot export ElementWiseRecurrentContainer: it must contain AssociativeLIFNode and AddFeedback, got "
                 f"{type(neurons).__name__} and {type(add).__name__}"
             )
         self.inputs.setdefault(neurons, self.inputs[container][0])
-        lif = self.neurons(neurons)
-        if isinstance(lif, nir.NIRGraph):
-            raise ValueError("cannot export ElementWiseRecurrentContainer: its neurons must have no cascade")  # noqa: TRY004
-        width = np.array(lif.v_threshold.shape)  # type: ignore[attr-defined]
+        if neurons.cascade is not None:
+            raise ValueError("cannot export ElementWiseRecurrentContainer: its neurons must have no cascade")
+        lif: Any = self.neurons(neurons)
+        width = np.array(lif.v_threshold.shape)
         nodes = {"input": nir.Input(input_type=width), "lif": lif, "output": nir.Output(output_type=width)}
         edges = [("input", "lif"), ("lif", "output")]
         if isinstance(add.feedback, nn.Identity):
@@ -128,8 +131,8 @@ class Exporter:
     def linear(self, module: nn.Linear) -> nir.NIRNode:
         """Return a Linear or, with a bias, an Affine."""
         if module.bias is None:
-            return nir.Linear(weight=_array(module.weight))
-        return nir.Affine(weight=_array(module.weight), bias=_array(module.bias))
+            return nir.Linear(weight=array_of(module.weight))
+        return nir.Affine(weight=array_of(module.weight), bias=array_of(module.bias))
 
     def neurons(self, node: Any, strict: bool | None = None) -> nir.NIRNode:
         """Return an IF, a LIF, a CubaLIF or, with a cascade, a subgraph with its recurrent connection.
@@ -175,7 +178,7 @@ class Exporter:
             for name, value in self.constants(node).items()
         }
         kind = nir.CubaLIF if "tau_syn" in fields else nir.LIF if "tau" in fields else nir.IF
-        lif = kind(**fields, metadata=self.metadata(node))
+        lif = kind(**fields, metadata=parameters_of(node))
         if node.refractory_steps and self.extension:
             return with_refractory_time(lif, node.refractory_steps * self.dt)
         self.omitted_refractory_period |= node.refractory_steps > 0
@@ -185,7 +188,9 @@ class Exporter:
         """Return the fields of the node, ``[D]`` or ``[1]``, in float64: rounding a time constant would change the decay."""
         charge, tau, v_rest, hard_reset, reset_scale, _ = node.dynamics
         if reset_scale != 1:
-            raise ValueError(f"NIR cannot express a reset by another value than the threshold (reset_scale={reset_scale})")
+            raise ValueError(
+                f"NIR cannot express a reset by another value than the threshold (reset_scale={reset_scale})"
+            )
         if node.refractory_steps and not (self.approximate or self.extension):
             raise ValueError(
                 f"NIR cannot express the refractory period (refractory_steps={node.refractory_steps}): train with "
@@ -214,36 +219,6 @@ class Exporter:
             potentials = {name: value / leak for name, value in potentials.items()}
         tau_syn = self.dt / leak_syn
         return {"tau_mem": tau_mem, "tau_syn": tau_syn, "r": tau_mem / self.dt, "w_in": tau_syn / self.dt, **potentials}
-
-    def metadata(self, node: AssociativeLIFNode) -> dict[str, Any]:
-        """Return what NIR nodes cannot express, and the parameters; the importer needs them to restore the layer."""
-        holds = node.refractory_steps > 0 or node.dynamics.hard_reset
-        metadata: dict[str, Any] = {
-            "part": "AssociativeLIFNode",
-            "reset": "value" if holds else "subtract",
-            "refractory_steps": node.refractory_steps,
-            "alpha": node.alpha,
-            "threshold": _array(node.v_threshold),
-            "learnable": ",".join(name for name in LEARNABLE if _is_learned(node, name)),
-        }
-        if node.channel_dim is not None:
-            metadata["channel_dim"] = node.channel_dim
-        if node.v_reset is not None:
-            metadata["v_reset"] = node.v_reset
-        for name in ("beta_mem_logit", "beta_syn_logit"):
-            if getattr(node, name) is not None:
-                metadata[name] = _array(getattr(node, name))
-        if node.dynamics != PUBLISHED:
-            metadata |= node.dynamics._asdict()
-        if isinstance(node, NIRNeurons):
-            metadata["strict"] = node.strict
-            if node.bias is not None:
-                metadata["bias"] = _array(node.bias)
-        surrogate = node.surrogate_function
-        metadata["surrogate"] = surrogate if isinstance(surrogate, str) else f"custom: {surrogate!r}"
-        if node.cascade is not None:
-            metadata |= {"cascade_weight": _array(node.cascade.weight), "cascade_gain": _array(node.cascade.gain)}
-        return metadata
 
     def recurrence(self, node: AssociativeLIFNode) -> nir.Linear:
         """Return the cascade as a matrix between neurons. Its current arrives one time step later, so it decays once."""
@@ -278,7 +253,11 @@ class Exporter:
         """
         _check_neurons(readout, "lif", readout.lif)
         node, dt = readout.lif, self.dt
-        if node.dynamics != PUBLISHED or node.beta_syn_logit is None or (node.refractory_steps and not self.approximate):
+        if (
+            node.dynamics != PUBLISHED
+            or node.beta_syn_logit is None
+            or (node.refractory_steps and not self.approximate)
+        ):
             raise ValueError(
                 "cannot export MembraneReadout: its neurons must have the published dynamics, a synaptic current, and no "
                 f"refractory period unless approximate=True omits it, got {node}"
@@ -295,7 +274,7 @@ class Exporter:
             "lif": nir.LIF(
                 tau=lif["tau_mem"],
                 **{name: lif[name] for name in ("r", "v_leak", "v_threshold", "v_reset")},
-                metadata=self.metadata(node),
+                metadata=parameters_of(node),
             ),
             "reset": nir.Scale(scale=lif["v_reset"] - lif["v_threshold"]),
             "membrane": nir.LI(tau=lif["tau_mem"], r=lif["r"], v_leak=0.0 * ones),
@@ -319,7 +298,7 @@ class Exporter:
         if node.cascade is not None:
             nodes["w_rec"] = self.recurrence(node)
             edges += [("lif", "w_rec"), ("w_rec", "synapse")]
-        metadata = {"part": "MembraneReadout", "decay_logit": _array(readout.decay_logit), "n_steps": self.n_steps}
+        metadata = {"part": "MembraneReadout", "decay_logit": array_of(readout.decay_logit), "n_steps": self.n_steps}
         return nir.NIRGraph(nodes=nodes, edges=edges, metadata=metadata)
 
 
@@ -330,24 +309,16 @@ def _check_neurons(owner: nn.Module, name: str, neurons: nn.Module) -> None:
         )
 
 
-def _array(x: Tensor) -> np.ndarray:
-    """Return an array in float32, or in float64 for float64."""
-    return x.detach().to("cpu", compute_dtype(x)).numpy().copy()
-
-
 def _decay(node: AssociativeLIFNode, name: str) -> np.ndarray:
     """Return a decay, ``[1]`` or ``[D]``, that a reader can compute from its time constant."""
     beta = getattr(node, f"{name}_logit").detach().double().sigmoid().cpu().numpy()
     read = 1 - (1 - beta)
     if not ((read > 0) & (read < 1)).all():
-        raise ValueError(f"1 - {name} must not round to 0 or 1, to have a time constant, got {name} = {_described(beta)}")
+        raise ValueError(
+            f"1 - {name} must not round to 0 or 1, to have a time constant, got {name} = {_described(beta)}"
+        )
     return beta
 
 
 def _described(beta: np.ndarray) -> str:
     return f"{beta.item()}" if beta.size == 1 else f"{beta.min()} to {beta.max()}"
-
-
-def _is_learned(node: AssociativeLIFNode, name: str) -> bool:
-    parameter = node.v_threshold if name == "threshold" else getattr(node, f"{name}_logit")
-    return parameter is not None and parameter.requires_grad

@@ -16,14 +16,12 @@ from nord_snn.integrations.nir.tracing import trace
 from nord_snn.layers import (
     CoFiringResonance,
     LeakyClamp,
-    MembraneReadout,
     MultiScaleTemporalEncoder,
     NordBlock,
     SpikeFedBlock,
     SpikeFedResonance,
-    SpikingFeedForward,
 )
-from nord_snn.neurons import AssociativeCascade, AssociativeLIFNode, fire_from_rest
+from nord_snn.neurons import AssociativeCascade, fire_from_rest
 from nord_snn.ops.checks import compute_dtype
 
 __all__ = ["deviation", "export_to_nir"]
@@ -60,29 +58,34 @@ def export_to_nir(
 ) -> nir.NIRGraph:
     r"""Export a network as a graph of NIR nodes, for any simulator or chip that reads NIR.
 
-    A layer of :class:`~nord_snn.neurons.AssociativeLIFNode` becomes a ``CubaLIF`` with ``tau = dt / (1 - beta)``. With a
-    cascade it becomes a subgraph of a ``CubaLIF`` and a recurrent ``Linear``, delayed by one time step, with the weights
-    ``beta_syn * gain[c] * sigmoid(weight[c, k]) / (D / C)``. Potentials are scaled by
-    ``1 / (1 - beta_mem)``, so that ``r = tau_mem / dt`` and ``w_in = tau_syn / dt``, the only values that SpikingJelly and
-    snnTorch read; spikes are the same. ``SpikingFeedForward`` becomes a subgraph of two such layers, and ``MembraneReadout`` a
-    subgraph in which leaky integrators compute the potentials: its return value is the graph's output in the last time step.
+    A layer of :class:`~nord_snn.neurons.AssociativeLIFNode` becomes a ``CubaLIF`` with ``tau = dt / (1 - beta)``, without a
+    synaptic current a ``LIF``, and without a leak an ``IF``. With a cascade it becomes a subgraph of a ``CubaLIF`` and a
+    recurrent ``Linear``, delayed by one time step, with the weights ``beta_syn * gain[c] * sigmoid(weight[c, k]) / (D / C)``.
+    Potentials of a ``CubaLIF`` are scaled by ``1 / (1 - beta_mem)``, so that ``r = tau_mem / dt`` and ``w_in = tau_syn / dt``,
+    the only values that SpikingJelly and snnTorch read; spikes are the same. ``SpikingFeedForward`` becomes a subgraph of two
+    such layers, and ``MembraneReadout`` a subgraph in which leaky integrators compute the potentials: its return value is the
+    graph's output in the last time step. ``LeakyIntegrator`` becomes an ``LI``, a ``CubaLI`` or an ``I``; convolutions, pooling,
+    ``Flatten`` and SpikingJelly's classes of them become their nodes.
 
     NIR cannot express:
 
-    * The refractory period. A layer with ``refractory_steps > 0`` raises or, with ``approximate=True``, is exported without
-      it, but with the reset to ``v_reset``.
-    * Reset by subtraction, as in a layer with ``refractory_steps=0``. NIR describes continuous time, where potentials do not
+    * The refractory period. A layer with ``refractory_steps > 0`` raises. With ``extension=True`` it becomes a node that NIR
+      does not have, such as :class:`RefractoryCubaLIF`, which other readers refuse; with
+      ``approximate=True`` it is exported without the period, but with the reset to ``v_reset``.
+    * Reset by subtraction, as in a layer without a hard reset. NIR describes continuous time, where potentials do not
       overshoot, so that subtracting the threshold and resetting to 0 are equal. In discrete time they differ, and the reader
       must subtract (Norse: ``reset_method=reset_subtract``). The metadata has ``reset: subtract``.
     * LeakyClamp below zero. After spikes it is the identity and needs no node; elsewhere it raises.
     * Resonance, blocks, layer normalisation and the encoder, which raise.
 
     Args:
-        net: a part of nord-snn, or any module composed of these parts, ``Linear``, the classes in ``more``, and additions, as
-            :func:`torch.fx.symbolic_trace` traces them. Its state is unchanged; it is exported in eval mode.
-        x_seq: example input, ``[T, N, D]``: T is the number of time steps of the readout; the deviation is computed on it.
+        net: a part of nord-snn, or any module composed of these parts, layers of torch and SpikingJelly, the classes in
+            ``more``, and additions, as :func:`torch.fx.symbolic_trace` traces them. Its state is unchanged; it is
+            exported in eval mode.
+        x_seq: example input, ``[T, N, *]``: T is the number of time steps of the readout; the deviation is computed on it.
         dt: length of a time step in seconds.
         approximate: export layers with a refractory period without it.
+        extension: export them as nodes of our extension.
         more: further modules: class -> function that turns an instance into a ``nir.NIRNode``.
 
     Returns:

@@ -16,7 +16,7 @@ class _Refractory:
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]
-        self.refractory_time: Any = np.ones_like(self.v_threshold, dtype=np.float64) * self.refractory_time  # type: ignore[attr-defined, has-type]
+        self.refractory_time: Any = np.ones_like(self.v_threshold, dtype=np.float64) * self.refractory_time  # type: ignore[attr-defined]
         if not np.all(self.refractory_time >= 0):
             raise ValueError(f"refractory_time must be 0 s or more, got {self.refractory_time.min()} s")
 

@@ -1,6 +1,5 @@
 """Import NIR graphs as networks of nord-snn parts."""
 
-import logging
 import warnings
 from collections.abc import Callable, Mapping
 from functools import reduce
@@ -17,16 +16,14 @@ from torch import Tensor, nn
 from nord_snn.integrations.nir.exporter import Exporter
 from nord_snn.integrations.nir.extension import read
 from nord_snn.integrations.nir.graphs import SubgraphPort, difference, metadata_of, resolve_dt, schedule
-from nord_snn.integrations.nir.neurons import RESETS, NIRNeurons, integrator, neurons
+from nord_snn.integrations.nir.neurons import RESETS, integrator, neurons
+from nord_snn.integrations.nir.parameters import computed, restored
 from nord_snn.integrations.nir.recurrent import Loop, fold_loops, recurrent_layer
 from nord_snn.integrations.nir.stateless import known_shape, output_shape, stateless_module
 from nord_snn.layers import MembraneReadout, SpikingFeedForward
 from nord_snn.neurons import AssociativeLIFNode
-from nord_snn.ops import SURROGATES, Dynamics
 
 __all__ = ["NIRNetwork", "import_from_nir"]
-
-log = logging.getLogger("nord_snn")
 
 _FromNIR = Callable[[Any], nn.Module]
 
@@ -44,16 +41,22 @@ def import_from_nir(
     """Return a network of nord-snn parts from a NIR graph, exported by :func:`export_to_nir` or by other libraries.
 
     Graphs from :func:`export_to_nir` are restored as the original parts, with the refractory period, the cascade and its
-    weights; a part that was changed after the export raises. In other graphs ``Linear``, ``Affine``, ``Scale``,
-    ``Threshold``, convolutions, pooling, ``Flatten``, graphs of these, and ``CubaLIF`` with one time constant per layer are
-    supported.
+    weights; a part that was changed after the export raises. In other graphs ``IF``, ``LIF`` and ``CubaLIF``, also with a linear
+    map of their last spikes, become neurons; ``I``, ``LI`` and ``CubaLI`` a :class:`~nord_snn.neurons.LeakyIntegrator`;
+    ``Linear``, ``Affine``, ``Scale``, ``Threshold``, convolutions, pooling and ``Flatten`` layers. NIR's equations are
+    discretised by forward Euler, ``v += dt / tau * (v_leak - v + r * i)``, as the exporters of SpikingJelly, snnTorch and Norse
+    assume. Potentials start at ``v_reset`` of neurons that are reset to it, and at ``v_leak`` of others.
 
     Args:
         graph: the graph, or a file with one.
         dt: length of a time step in seconds; None: that of the graph's metadata, as our exports have it, else 1e-4.
         dtype: dtype of the network's parameters.
-        approximate: accept a ``CubaLIF`` of other libraries, which resets to ``v_reset = 0``, although ours subtracts its
-            threshold; the two are equal in continuous time only.
+        reset: what a spike does to the membrane of neurons of others, which NIR does not say for discrete time. ``"value"`` sets
+            it to ``v_reset``; ``"subtract"`` subtracts the threshold; ``"delayed_value"`` and ``"delayed_subtract"`` do so in
+            the next time step, as snnTorch's neurons do by default. None: that in the node's metadata, else ``"value"``.
+        strict: neurons of others fire above their thresholds only, as in NIR's equations and in snnTorch and Norse. False: at
+            them, too, as in SpikingJelly.
+        approximate: former name of ``reset="subtract"``.
         more: further nodes: class -> function that turns an instance into a module on sequences ``[T, N, *]``.
 
     Returns:
@@ -62,7 +65,8 @@ def import_from_nir(
 
     Raises:
         TypeError: ``graph`` is neither a graph nor a file name, or a function in ``more`` did not return a module.
-        ValueError: the graph has a node or a loop that our parts cannot express, or ``dt`` is not that of the graph.
+        ValueError: the graph has a node, a value or a loop that our parts cannot express, ``dt`` is not that of the graph, or
+            ``reset`` is unknown.
 
     Example:
         >>> from nord_snn.integrations.nir import export_to_nir
@@ -213,9 +217,7 @@ class _Importer:
     ) -> tuple[nn.Module, tuple[int, ...]]:
         """Return the neurons of other libraries, with the map of their spikes that leads back to them."""
         reset = self.reset or str(metadata_of(node).get("reset", "value"))
-        made = neurons(
-            name, node, self.dt, shape, reset=reset, strict=self.strict, step_mode="m"
-        ).to(self.dtype)
+        made = neurons(name, node, self.dt, shape, reset=reset, strict=self.strict, step_mode="m").to(self.dtype)
         made.reset_parameters()  # in this precision
         row = np.shape(node.v_threshold) if np.size(node.v_threshold) > 1 else shape or (made.n_features,)
         return (made, row) if loop is None else (self.with_feedback(made, loop), row)
@@ -231,84 +233,8 @@ class _Importer:
         """Return the neurons of a CubaLIF, or of a subgraph with its recurrent cascade."""
         lif = node.nodes["lif"] if isinstance(node, nir.NIRGraph) else node
         if "threshold" in metadata_of(lif):
-            return self.restored(name, metadata_of(lif))
-        return self.lif_layer(name, lif, lif.tau_mem, lif.tau_syn, lif.w_in)  # of an earlier release
-
-    def restored(self, name: str, metadata: dict[str, Any]) -> AssociativeLIFNode:
-        """Return the neurons with these parameters."""
-        dynamics = Dynamics(**{field: _plain(metadata[field]) for field in Dynamics._fields if field in metadata})
-        mem, syn = (metadata.get(f"{beta}_logit") for beta in ("beta_mem", "beta_syn"))
-        weight = metadata.get("cascade_weight")
-        bias = metadata.get("bias")
-        arguments: dict[str, Any] = {
-            "preset": "nord",
-            "n_clusters": None if weight is None else len(weight),
-            "beta_mem": 0.5,
-            "beta_syn": 0.0 if syn is None else 0.5,
-            "own_decays": any(np.size(logit) > 1 for logit in (mem, syn) if logit is not None),
-            "learnable": [name for name in str(metadata["learnable"]).split(",") if name],
-            "v_reset": float(metadata["v_reset"]) if "v_reset" in metadata else None,
-            "refractory_steps": int(metadata["refractory_steps"]),
-            "surrogate": _surrogate(name, metadata),
-            "alpha": float(metadata["alpha"]),
-            "hard_reset": dynamics.hard_reset,
-            "dynamics": dynamics,
-            "channel_dim": int(metadata["channel_dim"]) if "channel_dim" in metadata else None,
-            "step_mode": "m",
-        }
-        if "strict" in metadata:
-            bias = None if bias is None else torch.from_numpy(bias)
-            arguments |= {"strict": bool(metadata["strict"]), "bias": bias}
-        kind: Any = NIRNeurons if "strict" in metadata else AssociativeLIFNode
-        node = kind(len(metadata["threshold"]), **arguments).to(self.dtype)
-        values = {"v_threshold": metadata["threshold"], "beta_mem_logit": mem, "beta_syn_logit": syn}
-        with torch.no_grad():
-            for field, value in values.items():
-                if value is not None:
-                    getattr(node, field).copy_(torch.from_numpy(np.asarray(value)))
-            if node.cascade is not None:
-                node.cascade.weight.copy_(torch.from_numpy(weight))
-                node.cascade.gain.copy_(torch.from_numpy(metadata["cascade_gain"]))
-        return node
-
-    def lif_layer(self, name: str, lif: Any, tau_mem: Any, tau_syn: Any, w_in: Any) -> AssociativeLIFNode:
-        metadata = metadata_of(lif)
-        beta_mem, beta_syn = (self.decay(name, tau, kind) for tau, kind in ((tau_mem, "tau_mem"), (tau_syn, "tau_syn")))
-        # Increase of the membrane potential per unit of input; in our neurons it is scaled by 1 - beta_mem.
-        gain = np.asarray(w_in) * (1 - beta_syn) * lif.r
-        if not (gain > 0).all() or not np.isfinite(lif.v_threshold).all() or np.ndim(lif.v_threshold) != 1:
-            raise ValueError(f"'{name}' must have positive r and w_in, and a finite v_threshold with one dimension")
-        weight = metadata.get("cascade_weight")
-        node = AssociativeLIFNode(
-            lif.v_threshold.size,
-            None if weight is None else len(weight),
-            beta_mem=beta_mem,
-            beta_syn=beta_syn,
-            v_reset=float(metadata.get("v_reset", -0.1)),
-            refractory_steps=int(metadata.get("refractory_steps", 0)),
-            surrogate=_surrogate(name, metadata),
-            alpha=float(metadata.get("alpha", 4.0)),
-            step_mode="m",
-        ).to(self.dtype)
-        with torch.no_grad():
-            # Recompute in this precision: a logit rounded to float32 would change the decay.
-            node.beta_mem_logit.fill_(float(np.log(beta_mem / (1 - beta_mem))))
-            node.beta_syn_logit.fill_(float(np.log(beta_syn / (1 - beta_syn))))
-            node.v_threshold.copy_(torch.from_numpy(np.asarray(lif.v_threshold / gain)))
-            if node.cascade is not None:
-                node.cascade.weight.copy_(torch.from_numpy(weight))
-                node.cascade.gain.copy_(torch.from_numpy(metadata["cascade_gain"]))
-        return node
-
-    def decay(self, name: str, tau: Any, kind: str) -> float:
-        """Return the decay of a layer, which all its neurons must share."""
-        values = np.unique(tau)
-        if values.size != 1:
-            raise ValueError(f"{kind} of '{name}' must be the same for all neurons of a layer")
-        beta = 1 - self.dt / float(values[0])
-        if not 0 < beta < 1:
-            raise ValueError(f"{kind} of '{name}' must be finite and longer than a time step of {self.dt} s")
-        return beta
+            return restored(name, metadata_of(lif), self.dtype)
+        return computed(name, lif, (lif.tau_mem, lif.tau_syn, lif.w_in), self.dt, self.dtype)
 
     def feed_forward(self, name: str, graph: Any) -> SpikingFeedForward:
         up, down = (stateless_module(graph.nodes[key]) for key in ("n1_up", "n3_down"))
@@ -322,21 +248,13 @@ class _Importer:
     def readout(self, name: str, graph: Any) -> MembraneReadout:
         lif, synapse = graph.nodes["lif"], graph.nodes["synapse"]
         if "threshold" in metadata_of(lif):
-            node = self.restored(f"{name}/lif", metadata_of(lif))
+            node = restored(f"{name}/lif", metadata_of(lif), self.dtype)
         else:
-            node = self.lif_layer(f"{name}/lif", lif, lif.tau, synapse.tau, synapse.r)
+            node = computed(f"{name}/lif", lif, (lif.tau, synapse.tau, synapse.r), self.dt, self.dtype)
         readout = MembraneReadout(node.n_features, neuron=lambda n: node).to(self.dtype)
         with torch.no_grad():
             readout.decay_logit.copy_(torch.from_numpy(metadata_of(graph)["decay_logit"]))
         return readout
-
-
-def _surrogate(name: str, metadata: dict[str, Any]) -> str:
-    surrogate = str(metadata.get("surrogate", "nord_atan"))
-    if surrogate in SURROGATES:
-        return surrogate
-    log.warning("the surrogate of '%s' (%s) cannot be stored in a graph: nord_atan replaces it", name, surrogate)
-    return "nord_atan"
 
 
 def _is_extended(node: Any) -> bool:
@@ -344,8 +262,3 @@ def _is_extended(node: Any) -> bool:
     if isinstance(node, nir.NIRGraph):
         return any(_is_extended(inner) for inner in node.nodes.values())
     return hasattr(node, "refractory_time")
-
-
-def _plain(value: Any) -> Any:
-    """Return a number or text of the metadata as Python has it."""
-    return value.item() if isinstance(value, np.generic) else value

@@ -88,7 +88,9 @@ def neurons(
     rest = v_reset / unit if reset == "value" else step.v_leak / unit
     shift = 0.0 if np.unique(rest).size == 1 else rest
     if reset != "value" and np.ndim(shift):
-        raise ValueError(f"v_leak of '{name}' must be the same for all neurons, because they are reset otherwise than to v_reset")
+        raise ValueError(
+            f"v_leak of '{name}' must be the same for all neurons, because they are reset otherwise than to v_reset"
+        )
     v_rest = 0.0 if np.ndim(shift) else float(np.ravel(rest)[0])
     bias = _bias(name, charge, step, (step.v_leak - v_reset) / unit) if reset == "value" else None
     no_leak = isinstance(node, nir.IF)
@@ -97,7 +99,7 @@ def neurons(
     per_neuron, channel_dim = _per_neuron(name, fields, shape)
     scale = _reset_scale(name, reset, 1 - step.leak)
     refractory_steps = _refractory_steps(name, node, dt, reset)
-    made = NIRNeurons(
+    return NIRNeurons(
         shape[0] if channel_dim is not None else shape[-1],
         strict=strict,
         bias=per_neuron["bias"],
@@ -115,7 +117,6 @@ def neurons(
         dynamics=Dynamics("leak" if no_leak else charge, math.inf if no_leak else 0.0, v_rest, reset == "value", scale),
         step_mode=step_mode,
     )
-    return made
 
 
 def integrator(name: str, node: Any, dt: float, shape: tuple[int, ...] | None) -> LeakyIntegrator:
@@ -123,7 +124,9 @@ def integrator(name: str, node: Any, dt: float, shape: tuple[int, ...] | None) -
     shape = _shape(name, node, "r", shape)
     step = _step(name, node, dt)
     tensors = [torch.from_numpy(np.array(_broadcast(name, field, shape))) for field in step]
-    leak, gain, v_leak, beta_syn = (tensor.flatten()[:1] if tensor.unique().numel() == 1 else tensor for tensor in tensors)
+    leak, gain, v_leak, beta_syn = (
+        tensor.flatten()[:1] if tensor.unique().numel() == 1 else tensor for tensor in tensors
+    )
     return LeakyIntegrator(shape, beta_mem=1 - leak, gain=gain, v_rest=v_leak, beta_syn=beta_syn, step_mode="m")
 
 
@@ -198,7 +201,9 @@ def _reset_scale(name: str, reset: str, beta_mem: np.ndarray) -> float:
     if reset != "delayed_subtract":
         return 1.0
     if np.unique(beta_mem).size != 1:
-        raise ValueError(f"tau of '{name}' must be the same for all neurons, because their reset comes one time step late")
+        raise ValueError(
+            f"tau of '{name}' must be the same for all neurons, because their reset comes one time step late"
+        )
     return 1 / float(np.ravel(beta_mem)[0])
 
 
@@ -216,7 +221,9 @@ def _broadcast(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
     try:
         return np.broadcast_to(np.asarray(value, dtype=np.float64), shape)
     except ValueError as error:
-        raise ValueError(f"the constants of '{name}' must have the shape {list(shape)}, got {list(np.shape(value))}") from error
+        raise ValueError(
+            f"the constants of '{name}' must have the shape {list(shape)}, got {list(np.shape(value))}"
+        ) from error
 
 
 def _per_neuron(
@@ -232,9 +239,15 @@ def _per_neuron(
         if value is None:
             found[field] = None
             continue
-        rows = _broadcast(name, value, shape).reshape(shape[0], -1) if len(shape) > 1 else _broadcast(name, value, shape)[:, None]
+        rows = (
+            _broadcast(name, value, shape).reshape(shape[0], -1)
+            if len(shape) > 1
+            else _broadcast(name, value, shape)[:, None]
+        )
         if not (rows == rows[:, :1]).all():
-            raise ValueError(f"{field} of '{name}' must be the same at all places of a channel, one for each of {shape[0]}")
+            raise ValueError(
+                f"{field} of '{name}' must be the same at all places of a channel, one for each of {shape[0]}"
+            )
         found[field] = torch.from_numpy(rows[:, 0].copy())
     return found, -len(shape) if len(shape) > 1 else None
 

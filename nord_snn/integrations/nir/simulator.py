@@ -21,12 +21,13 @@ def simulate(graph: nir.NIRGraph, x_seq: Tensor, dt: float | None = None, *, res
     r"""Run a NIR graph by NIR's equations, as any other reader of the graph does.
 
     Every node follows NIR's equations by forward Euler, ``v += dt / tau * (v_leak - v + r * I)``, and fires above its
-    threshold; back edges are delayed by one time step. Neurons that are reset to a value start there, others and integrators
-    at ``v_leak``. The simulator is meant for checking exports; it is slow.
+    threshold; back edges are delayed by one time step. Neurons that are reset to a value start there, others and integrators at
+    ``v_leak``. The simulator is meant for checking exports; it is slow.
 
     Args:
         graph: the graph, of ``Linear``, ``Affine``, ``Scale``, ``CubaLIF``, ``CubaLI``, ``LIF``, ``LI``, ``IF``, ``I``, those
-            with a refractory period of our extension, ``Threshold``, ``Conv1d``, ``Conv2d``, ``AvgPool2d``, ``SumPool2d``, ``Flatten`` and graphs of these.
+            with a refractory period of our extension, ``Threshold``, ``Conv1d``, ``Conv2d``, ``AvgPool2d``, ``SumPool2d``,
+            ``Flatten`` and graphs of these.
         x_seq: input, ``[T, N, *]``.
         dt: length of a time step in seconds; None: that of the graph's metadata, as our exports have it, else 1e-4.
         reset: ``"value"`` sets the potential to ``v_reset``, as in NIR's equations; ``"subtract"`` subtracts the threshold;
@@ -109,7 +110,9 @@ class _Integrator(nn.Module):
             self.refractory: Tensor | int = 0
             self.subtract = (reset or metadata_of(node).get("reset", "value")) == "subtract"
         metadata = metadata_of(node)  # our neurons with a refractory period start at rest
-        starts_at_reset = self.fires and not self.subtract and ("part" not in metadata or metadata.get("hard_reset", False))
+        starts_at_reset = (
+            self.fires and not self.subtract and ("part" not in metadata or metadata.get("hard_reset", False))
+        )
         start = node.v_reset if starts_at_reset else getattr(node, "v_leak", 0.0)
         self.register_buffer("v", torch.from_numpy(np.array(start, dtype=np.float64)))
         self.v: Tensor

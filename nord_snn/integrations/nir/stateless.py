@@ -158,7 +158,7 @@ def _array(x: Tensor) -> np.ndarray:
     return x.detach().to("cpu", compute_dtype(x)).numpy().copy()
 
 
-def _from_conv(kind: type[nir.NIRNode], n_places: int) -> Callable[[Any, Tensor], nir.NIRNode]:
+def _from_conv(kind: Callable[..., nir.NIRNode], n_places: int) -> Callable[[Any, Tensor], nir.NIRNode]:
     def build(module: Any, x: Tensor) -> nir.NIRNode:
         if module.padding_mode != "zeros":
             raise ValueError(f"cannot export {type(module).__name__}: NIR pads with zeros, got {module.padding_mode!r}")
@@ -169,7 +169,7 @@ def _from_conv(kind: type[nir.NIRNode], n_places: int) -> Callable[[Any, Tensor]
             for value in (getattr(module, name),)
         }
         places = tuple(x.shape[-n_places:])
-        return kind(  # type: ignore[call-arg]
+        return kind(
             input_shape=places if n_places > 1 else places[0],
             weight=_array(module.weight),
             bias=_array(bias),
@@ -181,7 +181,11 @@ def _from_conv(kind: type[nir.NIRNode], n_places: int) -> Callable[[Any, Tensor]
 
 
 def _from_average(module: Any, x: Tensor) -> nir.NIRNode:
-    if module.ceil_mode or module.divisor_override is not None or (np.any(module.padding) and not module.count_include_pad):
+    if (
+        module.ceil_mode
+        or module.divisor_override is not None
+        or (np.any(module.padding) and not module.count_include_pad)
+    ):
         raise ValueError(
             "cannot export AvgPool2d: NIR has no ceil_mode, divisor_override, nor count_include_pad=False with a padding"
         )
@@ -214,6 +218,6 @@ MODULE_NODES: dict[type[nn.Module], Callable[[Any, Tensor], nir.NIRNode]] = {
     SumPool: _from_sum,
     **{kind: _from_conv(nir.Conv1d, 1) for kind in (nn.Conv1d, layer.Conv1d)},
     **{kind: _from_conv(nir.Conv2d, 2) for kind in (nn.Conv2d, layer.Conv2d)},
-    **{kind: _from_average for kind in (nn.AvgPool2d, layer.AvgPool2d)},
-    **{kind: _from_flatten for kind in (nn.Flatten, layer.Flatten)},
+    **dict.fromkeys((nn.AvgPool2d, layer.AvgPool2d), _from_average),
+    **dict.fromkeys((nn.Flatten, layer.Flatten), _from_flatten),
 }
