@@ -332,3 +332,17 @@ def test_integrators_go_to_nir_and_back_to_the_bit(tmp_path) -> None:
 def test_an_integrator_without_a_leak_and_with_a_rest_is_refused() -> None:
     with pytest.raises(ValueError, match="beta_mem must be below 1 for all, or 1 for all with v_rest 0"):
         export_to_nir(LeakyIntegrator(4, beta_mem=1.0, gain=0.25, v_rest=0.5, step_mode="m"), torch.rand(3, 2, 4))
+
+
+def test_one_constant_for_all_neurons_takes_its_width_from_the_layer_before() -> None:
+    """Older exporters write scalars, which nir does not check."""
+    lif = nir.LIF(*(np.array(value) for value in (1e-3, 10.0, 0.0, 0.8, 0.0)))
+    graph = chain(nir.Linear(drawn(5, 4)), lif, shape=(4,))
+    x_seq = 2 * torch.randn(20, 3, 4, generator=torch.Generator().manual_seed(0))
+    net = import_from_nir(graph)
+    assert net.parts[2].n_features == 5
+    assert torch.equal(run(net, x_seq).double(), by_hand(graph, x_seq, 1e-4, "value"))
+    from nord_snn.integrations.nir.neurons import neurons
+
+    with pytest.raises(ValueError, match=r"'lif' must have constants of shape \[D\], because the shape of its input"):
+        neurons("lif", lif, 1e-4, None, reset="value", strict=True, step_mode="m")
