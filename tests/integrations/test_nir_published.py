@@ -346,3 +346,17 @@ def test_one_constant_for_all_neurons_takes_its_width_from_the_layer_before() ->
 
     with pytest.raises(ValueError, match=r"'lif' must have constants of shape \[D\], because the shape of its input"):
         neurons("lif", lif, 1e-4, None, reset="value", strict=True, step_mode="m")
+
+
+def test_every_constant_may_differ_from_neuron_to_neuron() -> None:
+    """Potentials are then measured from v_reset, and a constant current makes the membrane leak towards v_leak."""
+    values = ([1e-3, 2e-3, 5e-3], [5.0, 8.0, 20.0], [0.1, -0.2, 0.3], [0.5, 0.8, 0.4], [0.0, -0.3, 0.1])
+    lif = nir.LIF(*(np.array(value) for value in values))
+    graph = chain(lif, shape=(3,))
+    x_seq = 2 * torch.randn(40, 2, 3, generator=torch.Generator().manual_seed(0)).double()
+    net = import_from_nir(graph, dtype=torch.float64)
+    expected = by_hand(graph, x_seq, 1e-4, "value")
+    assert (expected.sum((0, 1)) > 3).all()
+    assert torch.equal(run(net, x_seq), expected)
+    again = export_to_nir(net, x_seq)
+    assert torch.equal(run(import_from_nir(again, dtype=torch.float64), x_seq), expected)

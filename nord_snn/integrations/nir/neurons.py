@@ -80,22 +80,12 @@ def neurons(
         ValueError: a field has a value that our neurons do not express; the message names it.
     """
     shape = _shape(name, node, "v_threshold", shape)
-    step = _step(name, node, dt)
-    threshold, v_reset = (np.asarray(getattr(node, field), dtype=np.float64) for field in ("v_threshold", "v_reset"))
-    if not (np.all(step.gain > 0) and np.isfinite(step.gain).all() and np.isfinite(threshold).all()):
+    step, hard_reset, no_leak = _step(name, node, dt), reset == "value", isinstance(node, nir.IF)
+    if not (np.all(step.gain > 0) and np.isfinite(step.gain).all() and np.isfinite(node.v_threshold).all()):
         raise ValueError(f"'{name}' must have positive r and w_in, and a finite v_threshold")
     charge, unit = _charge(step)
-    rest = v_reset / unit if reset == "value" else step.v_leak / unit
-    shift = 0.0 if np.unique(rest).size == 1 else rest
-    if reset != "value" and np.ndim(shift):
-        raise ValueError(
-            f"v_leak of '{name}' must be the same for all neurons, because they are reset otherwise than to v_reset"
-        )
-    v_rest = 0.0 if np.ndim(shift) else float(np.ravel(rest)[0])
-    bias = _bias(name, charge, step, (step.v_leak - v_reset) / unit) if reset == "value" else None
-    no_leak = isinstance(node, nir.IF)
-    decays = {"beta_mem": 1 - step.leak, "beta_syn": step.beta_syn}
-    fields = {"threshold": threshold / unit - shift, "bias": bias, **decays}
+    v_rest, threshold, bias = _potentials(name, node, step, (charge, unit), hard_reset)
+    fields = {"threshold": threshold, "bias": bias, "beta_mem": 1 - step.leak, "beta_syn": step.beta_syn}
     per_neuron, channel_dim = _per_neuron(name, fields, shape)
     scale = _reset_scale(name, reset, 1 - step.leak)
     refractory_steps = _refractory_steps(name, node, dt, reset)
@@ -111,10 +101,10 @@ def neurons(
         beta_syn=_decay(per_neuron["beta_syn"]),
         surrogate="nord_atan",
         alpha=4.0,
-        v_reset=_reset_potential(name, reset == "value", refractory_steps, v_reset / unit),
-        hard_reset=reset == "value",
+        v_reset=_reset_potential(name, hard_reset, refractory_steps, np.asarray(node.v_reset) / unit),
+        hard_reset=hard_reset,
         refractory_steps=refractory_steps,
-        dynamics=Dynamics("leak" if no_leak else charge, math.inf if no_leak else 0.0, v_rest, reset == "value", scale),
+        dynamics=Dynamics("leak" if no_leak else charge, math.inf if no_leak else 0.0, v_rest, hard_reset, scale),
         step_mode=step_mode,
     )
 
@@ -161,6 +151,26 @@ def _charge(step: _Step) -> tuple[str, np.ndarray]:
     if np.all(step.leak > 0) and np.allclose(step.gain, step.leak, rtol=_CLOSE, atol=0):
         return "average", np.ones(())
     return "sum", step.gain
+
+
+def _potentials(
+    name: str, node: Any, step: _Step, charge: tuple[str, np.ndarray], hard_reset: bool
+) -> tuple[float, np.ndarray, np.ndarray | None]:
+    """Return resting potential, thresholds and constant current, in the unit of the membrane.
+
+    Our neurons share one resting potential, which is also that of a hard reset. Where it differs, all potentials are measured
+    from it.
+    """
+    kind, unit = charge
+    rest = np.asarray(node.v_reset if hard_reset else step.v_leak, dtype=np.float64) / unit
+    threshold = np.asarray(node.v_threshold, dtype=np.float64) / unit
+    same = np.unique(rest).size == 1
+    if not same and not hard_reset:
+        raise ValueError(
+            f"v_leak of '{name}' must be the same for all neurons, because they are reset otherwise than to v_reset"
+        )
+    bias = _bias(name, kind, step, step.v_leak / unit - rest) if hard_reset else None
+    return (float(np.ravel(rest)[0]), threshold, bias) if same else (0.0, threshold - rest, bias)
 
 
 def _bias(name: str, charge: str, step: _Step, difference: np.ndarray) -> np.ndarray | None:
