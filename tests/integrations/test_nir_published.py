@@ -350,7 +350,7 @@ def test_one_constant_for_all_neurons_takes_its_width_from_the_layer_before() ->
 
 def test_every_constant_may_differ_from_neuron_to_neuron() -> None:
     """Potentials are then measured from v_reset, and a constant current makes the membrane leak towards v_leak."""
-    values = ([1e-3, 2e-3, 5e-3], [5.0, 8.0, 20.0], [0.1, -0.2, 0.3], [0.5, 0.8, 0.4], [0.0, -0.3, 0.1])
+    values = ([1e-3, 2e-3, 5e-3], [5.0, 8.0, 20.0], [0.1, -0.2, 0.3], [0.5, 0.1, 0.4], [0.0, -0.3, 0.1])
     lif = nir.LIF(*(np.array(value) for value in values))
     graph = chain(lif, shape=(3,))
     x_seq = 2 * torch.randn(40, 2, 3, generator=torch.Generator().manual_seed(0)).double()
