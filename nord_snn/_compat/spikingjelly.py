@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nord_snn._compat.torch import StatePrecisionMixin, detached_state
 
-__all__ = ["StatefulNode", "clear_module_cache", "is_release_2", "reset_value"]
+__all__ = ["StatefulModule", "StatefulNode", "clear_module_cache", "is_release_2", "reset_value"]
 
 #: Release 2 caches the modules that ``reset_net`` found, and has functional forwards; 0.0.0.0.14 has neither.
 is_release_2 = hasattr(functional, "invalidate_reset_cache")
@@ -28,13 +28,15 @@ def clear_module_cache(net: nn.Module) -> None:
         functional.invalidate_reset_cache(net)
 
 
-class StatefulNode(StatePrecisionMixin, BaseNode):
-    """A ``BaseNode`` whose state keeps its precision in ``to`` and ``half``, and whose copies have a detached state.
+class _DirectState(StatePrecisionMixin):
+    """Mixin for memory modules whose state keeps its precision in ``to`` and ``half``, and whose copies have a detached state.
 
-    ``BaseNode`` casts its state to half precision with the network, detaches it in place, which fails for views, and copies
+    SpikingJelly casts its state to half precision with the network, detaches it in place, which fails for views, and copies
     its autograd graph. ``set_state`` writes all values directly: ``__setattr__`` sets one at a time.
     """
 
+    _memories: dict[str, Any]
+    named_memories: Any
     v_seq: Tensor | None
 
     def get_memories(self, *names: str) -> tuple[Any, ...]:
@@ -69,3 +71,11 @@ class StatefulNode(StatePrecisionMixin, BaseNode):
         memories = {name: state[name] for name in self._memories}
         stored = {name: value for name, value in state.items() if name not in memories}
         return self.__dict__ | {"_memories": memories} | stored
+
+
+class StatefulNode(_DirectState, BaseNode):
+    """A ``BaseNode`` with the state of :class:`_DirectState`."""
+
+
+class StatefulModule(_DirectState, base.MemoryModule):
+    """A ``MemoryModule`` with the state of :class:`_DirectState`."""

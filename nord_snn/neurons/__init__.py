@@ -8,6 +8,7 @@ from nord_snn.neurons.associative_lif import AssociativeLIFNode
 from nord_snn.neurons.cascade import AssociativeCascade
 from nord_snn.neurons.dense import DenseActivation
 from nord_snn.neurons.factory import NeuronFactory, fire_from_rest, make_neuron
+from nord_snn.neurons.leaky_integrator import LeakyIntegrator
 from nord_snn.neurons.presets import PRESETS
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "AssociativeCascade",
     "AssociativeLIFNode",
     "DenseActivation",
+    "LeakyIntegrator",
     "NeuronActivityWarning",
     "NeuronFactory",
     "fire_from_rest",

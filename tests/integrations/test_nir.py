@@ -261,8 +261,7 @@ def test_further_modules_and_nodes_by_name(x_seq: Tensor) -> None:
         export_to_nir(net, x_seq)
     graph = export_to_nir(net, x_seq, more={neuron.LIFNode: lif})
     assert graph.metadata["deviation"] == 0
-    with pytest.raises(ValueError, match=r"LIF 'n?2?_?2': pass a function for it in `more`"):
-        import_from_nir(graph)
+    assert torch.equal(run(import_from_nir(graph), x_seq), run(net, x_seq))
     back = import_from_nir(graph, more={nir.LIF: lambda node: neuron.LIFNode(tau=2.0, v_reset=0.0, step_mode="m")})
     assert torch.equal(run(back, x_seq), run(net, x_seq))
 
@@ -335,43 +334,69 @@ def cuba(**changes):
 
 
 BAD = {
-    "hard reset": (cuba(), False, "resets to 0.*approximate=True"),
-    "v_reset": (cuba(v_reset=-0.5), True, "v_reset of .* must be 0"),
-    "leak": (cuba(v_leak=0.2), True, "v_leak of .* must be 0"),
-    "time constants": (cuba(tau_mem=np.array([1e-3, 1e-3, 1e-3, 2e-3])), True, "tau_mem of 'cubalif' must be the same"),
-    "too short": (cuba(tau_syn=5e-5), True, "tau_syn of 'cubalif' must be finite and longer than a time step"),
-    "for ever": (cuba(tau_mem=np.inf), True, "tau_mem of 'cubalif' must be finite"),
-    "negative resistance": (cuba(r=-1.0), True, "positive r and w_in"),
-    "no threshold": (cuba(v_threshold=np.nan), True, "finite v_threshold"),
+    "leak": (cuba(v_leak=0.2), "value", "v_leak of 'cubalif' must be its v_reset"),
+    "leaks": (cuba(v_leak=np.arange(4.0)), "subtract", "v_leak of 'cubalif' must be the same for all neurons"),
+    "late": (cuba(tau_mem=np.array([1, 1, 1, 2]) * 1e-3), "delayed_subtract", "tau of 'cubalif' must be the same"),
+    "too short": (cuba(tau_mem=5e-5), None, "tau_mem of 'cubalif' must be finite and longer than a time step"),
+    "too short a synapse": (
+        cuba(tau_syn=5e-5),
+        None,
+        "tau_syn of 'cubalif' must be finite and longer than a time step",
+    ),
+    "for ever": (cuba(tau_mem=np.inf), None, "tau_mem of 'cubalif' must be finite"),
+    "negative resistance": (cuba(r=-1.0), None, "positive r and w_in"),
+    "no threshold": (cuba(v_threshold=np.nan), None, "finite v_threshold"),
+    "places": (
+        nir.IF(np.ones((3, 2, 2)), np.arange(1.0, 13.0).reshape(3, 2, 2)),
+        None,
+        "threshold of 'if' must be the same at all places of a channel",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_foreign_neurons_that_ours_cannot_be_are_refused(name: str) -> None:
-    lif, approximate, sentence = BAD[name]
+    lif, reset, sentence = BAD[name]
     with pytest.raises(ValueError, match=sentence):
-        import_from_nir(nir.NIRGraph.from_list(lif), approximate=approximate)
+        import_from_nir(nir.NIRGraph.from_list(lif), reset=reset)
+
+
+def test_an_unknown_reset_is_refused() -> None:
+    with pytest.raises(ValueError, match="reset must be one of"):
+        import_from_nir(nir.NIRGraph.from_list(cuba()), reset="hard")
 
 
 def test_a_foreign_neuron_in_whatever_units(x_seq: Tensor) -> None:
     """R and w_in scale the membrane, and with it the threshold that ours gets."""
     graph = nir.NIRGraph.from_list(cuba(r=3.0, w_in=0.7, v_threshold=0.2))
-    back = import_from_nir(graph, approximate=True)
-    assert torch.equal(run(back, x_seq[..., :4]), simulate(graph, x_seq[..., :4], reset="subtract"))
+    for reset in ("value", "subtract"):
+        back = import_from_nir(graph, reset=reset)
+        assert torch.equal(run(back, x_seq[..., :4]), simulate(graph, x_seq[..., :4], reset=reset))
+    with pytest.warns(FutureWarning, match='now reset="subtract"'):
+        old = import_from_nir(graph, approximate=True)
+    assert torch.equal(run(old, x_seq[..., :4]), run(back, x_seq[..., :4]))
 
 
-def test_a_loop_that_is_no_cascade_is_refused(x_seq: Tensor) -> None:
-    graph = nir.NIRGraph(
-        nodes={
-            "input": nir.Input(np.array([4])),
-            "lif": cuba(),
-            "w": nir.Linear(np.eye(4, dtype=np.float32)),
-            "output": nir.Output(np.array([4])),
-        },
-        edges=[("input", "lif"), ("lif", "w"), ("w", "lif"), ("lif", "output")],
+def loop(**changes):
+    nodes = {
+        "input": nir.Input(np.array([4])),
+        "lif": cuba(),
+        "w": nir.Linear(np.eye(4, dtype=np.float32)),
+        "output": nir.Output(np.array([4])),
+    }
+    return nir.NIRGraph(
+        nodes={**nodes, **changes}, edges=[("input", "lif"), ("lif", "w"), ("w", "lif"), ("lif", "output")]
     )
-    with pytest.raises(ValueError, match=r"no loops except cascades, but 'w' leads back to 'lif'"):
-        import_from_nir(graph, approximate=True)
+
+
+def test_a_loop_that_is_not_recurrent_neurons_is_refused(x_seq: Tensor) -> None:
+    graph = loop(lif=nir.LI(*(np.full(4, value) for value in (1e-3, 1.0, 0.0))))
+    with pytest.raises(ValueError, match=r"neurons and one linear map of their spikes, but 'w' leads back to 'lif'"):
+        import_from_nir(graph)
+    graph = loop()
+    graph.edges.append(("w", "output"))
+    with pytest.raises(ValueError, match=r"but 'w' leads back to 'lif'"):
+        import_from_nir(graph)
 
 
 def double(name: str, field: str):
@@ -613,7 +638,7 @@ def test_broken_graphs_are_refused(name: str) -> None:
         kinds = {"in": lambda: nir.Input(np.array([4])), "out": lambda: nir.Output(np.array([4])), "lif": cuba}
         graph = nir.NIRGraph(nodes={key: kinds[kind]() for key, kind in nodes.items()}, edges=edges, type_check=False)
     with pytest.raises((ValueError, TypeError), match=sentence):
-        import_from_nir(graph, approximate=True)
+        import_from_nir(graph)
 
 
 def test_exported_neurons_hold_no_state_of_ours(x_seq: Tensor) -> None:

@@ -1,5 +1,6 @@
 """Import NIR graphs as networks of nord-snn parts."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import reduce
 from operator import add
@@ -12,12 +13,15 @@ import torch
 from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 
-from nord_snn.integrations.nir.exporting import Exporter, log
+from nord_snn.integrations.nir.exporter import Exporter
+from nord_snn.integrations.nir.extension import read
 from nord_snn.integrations.nir.graphs import SubgraphPort, difference, metadata_of, resolve_dt, schedule
-from nord_snn.integrations.nir.stateless import stateless_module
+from nord_snn.integrations.nir.neurons import RESETS, integrator, neurons
+from nord_snn.integrations.nir.parameters import computed, restored
+from nord_snn.integrations.nir.recurrent import Loop, fold_loops, recurrent_layer
+from nord_snn.integrations.nir.stateless import known_shape, output_shape, stateless_module
 from nord_snn.layers import MembraneReadout, SpikingFeedForward
 from nord_snn.neurons import AssociativeLIFNode
-from nord_snn.ops import SURROGATES
 
 __all__ = ["NIRNetwork", "import_from_nir"]
 
@@ -29,22 +33,30 @@ def import_from_nir(
     dt: float | None = None,
     *,
     dtype: torch.dtype = torch.float32,
+    reset: str | None = None,
+    strict: bool = True,
     approximate: bool = False,
     more: Mapping[type[nir.NIRNode], _FromNIR] | None = None,
 ) -> "NIRNetwork":
     """Return a network of nord-snn parts from a NIR graph, exported by :func:`export_to_nir` or by other libraries.
 
     Graphs from :func:`export_to_nir` are restored as the original parts, with the refractory period, the cascade and its
-    weights; a part that was changed after the export raises. In other graphs ``Linear``, ``Affine``, ``Scale``,
-    ``Threshold``, convolutions, pooling, ``Flatten``, graphs of these, and ``CubaLIF`` with one time constant per layer are
-    supported.
+    weights; a part that was changed after the export raises. In other graphs ``IF``, ``LIF`` and ``CubaLIF``, also with a linear
+    map of their last spikes, become neurons; ``I``, ``LI`` and ``CubaLI`` a :class:`~nord_snn.neurons.LeakyIntegrator`;
+    ``Linear``, ``Affine``, ``Scale``, ``Threshold``, convolutions, pooling and ``Flatten`` layers. NIR's equations are
+    discretised by forward Euler, ``v += dt / tau * (v_leak - v + r * i)``, as the exporters of SpikingJelly, snnTorch and Norse
+    assume. Potentials start at ``v_reset`` of neurons that are reset to it, and at ``v_leak`` of others.
 
     Args:
         graph: the graph, or a file with one.
         dt: length of a time step in seconds; None: that of the graph's metadata, as our exports have it, else 1e-4.
         dtype: dtype of the network's parameters.
-        approximate: accept a ``CubaLIF`` of other libraries, which resets to ``v_reset = 0``, although ours subtracts its
-            threshold; the two are equal in continuous time only.
+        reset: what a spike does to the membrane of neurons of others, which NIR does not say for discrete time. ``"value"`` sets
+            it to ``v_reset``; ``"subtract"`` subtracts the threshold; ``"delayed_value"`` and ``"delayed_subtract"`` do so in
+            the next time step, as snnTorch's neurons do by default. None: that in the node's metadata, else ``"value"``.
+        strict: neurons of others fire above their thresholds only, as in NIR's equations and in snnTorch and Norse. False: at
+            them, too, as in SpikingJelly.
+        approximate: former name of ``reset="subtract"``.
         more: further nodes: class -> function that turns an instance into a module on sequences ``[T, N, *]``.
 
     Returns:
@@ -53,7 +65,8 @@ def import_from_nir(
 
     Raises:
         TypeError: ``graph`` is neither a graph nor a file name, or a function in ``more`` did not return a module.
-        ValueError: the graph has a node or a loop that our parts cannot express, or ``dt`` is not that of the graph.
+        ValueError: the graph has a node, a value or a loop that our parts cannot express, ``dt`` is not that of the graph, or
+            ``reset`` is unknown.
 
     Example:
         >>> from nord_snn.integrations.nir import export_to_nir
@@ -64,23 +77,29 @@ def import_from_nir(
         True
     """
     if isinstance(graph, str | Path):
-        graph = nir.read(graph)
+        graph = read(graph)
     if not isinstance(graph, nir.NIRGraph):
         raise TypeError(f"expected a NIRGraph or the name of a file, got {type(graph).__name__}")
+    if approximate:
+        warnings.warn('approximate=True is now reset="subtract"', FutureWarning, stacklevel=2)
+        reset = reset or "subtract"
+    if reset not in (None, *RESETS):
+        raise ValueError(f"reset must be one of {list(RESETS)} or None, got {reset!r}")
     # Build half-precision modules in float32 first: a rounded parameter would no longer match the graph.
     precision = torch.float64 if dtype == torch.float64 else torch.float32
-    importer = _Importer(resolve_dt(graph, dt), precision, approximate, more or {})
+    importer = _Importer(resolve_dt(graph, dt), precision, reset, strict, more or {})
     whole = importer.convert_node("the graph", graph)
     if isinstance(whole, _ModuleNode):
         return NIRNetwork([whole.module.to(dtype)], [(), (0,)])
     scheduled, output = schedule(whole)
-    for item in scheduled:
-        if item.delayed:
-            raise ValueError(
-                f"the graph must have no loops except cascades, but '{item.delayed[0]}' leads back to '{item.name}'"
-            )
+    scheduled, loops = fold_loops(scheduled, output)
     positions = {item.name: position for position, item in enumerate(scheduled)}
-    modules = [importer.module(item.name, item.node).to(dtype) for item in scheduled]
+    shapes: dict[str, tuple[int, ...] | None] = {}
+    modules = []
+    for item in scheduled:
+        shape = next((shapes[name] for name in item.sources if shapes[name] is not None), None)
+        module, shapes[item.name] = importer.part(item.name, item.node, shape, loops.get(item.name))
+        modules.append(module.to(dtype))
     return NIRNetwork(modules, [tuple(positions[name] for name in item.sources) for item in (*scheduled, output)])
 
 
@@ -119,9 +138,9 @@ class _Importer:
     """Turn nodes into modules."""
 
     def __init__(
-        self, dt: float, dtype: torch.dtype, approximate: bool, more: Mapping[type[nir.NIRNode], _FromNIR]
+        self, dt: float, dtype: torch.dtype, reset: str | None, strict: bool, more: Mapping[type[nir.NIRNode], _FromNIR]
     ) -> None:
-        self.dt, self.dtype, self.approximate, self.more = dt, dtype, approximate, more
+        self.dt, self.dtype, self.reset, self.strict, self.more = dt, dtype, reset, strict, more
 
     def convert_graph(self, graph: nir.NIRGraph) -> nir.NIRGraph:
         """Return the graph with modules in place of the nodes and subgraphs that are parts of nord-snn."""
@@ -144,15 +163,16 @@ class _Importer:
         kind = metadata_of(node).get("part")
         if kind in kinds:
             return _ModuleNode(self.checked_part(name, node, kind, kinds[kind]), node)
-        if isinstance(node, nir.CubaLIF):
-            return _ModuleNode(self.neurons(name, node), node)
         return self.convert_graph(node) if isinstance(node, nir.NIRGraph) else node
 
     def checked_part(self, name: str, node: Any, kind: str, build: Callable[[str, Any], nn.Module]) -> nn.Module:
         """Return a part of nord-snn, checked by exporting it again."""
         try:
             module = build(name, node)
-            exporter = Exporter(self.dt, int(metadata_of(node).get("n_steps", 1)), approximate=True)
+            exporter = Exporter(self.dt, int(metadata_of(node).get("n_steps", 1)), True, extension=_is_extended(node))
+            row = known_shape(node.input_type)
+            if row is not None:
+                exporter.inputs[module] = torch.empty(1, 1, *row, device="meta")
             exported = exporter.table[type(module)](module)
         except (KeyError, AttributeError, TypeError, RuntimeError) as error:
             raise ValueError(f"'{name}' is marked as a {kind}, but does not have its structure: {error!r}") from error
@@ -163,73 +183,58 @@ class _Importer:
             )
         return module
 
-    def module(self, name: str, node: nir.NIRNode) -> nn.Module:
-        """Return the module for a node, on sequences."""
+    def part(
+        self, name: str, node: nir.NIRNode, shape: tuple[int, ...] | None, loop: Loop | None
+    ) -> tuple[nn.Module, tuple[int, ...] | None]:
+        """Return the module for a node, on sequences, and the shape of one row of its output.
+
+        Args:
+            name: of the node.
+            node: the node.
+            shape: shape of one row of its input, if it is known.
+            loop: the map of its spikes that leads back to it.
+        """
         if isinstance(node, _ModuleNode):
-            return node.module
-        if isinstance(node, nir.Input | SubgraphPort):
-            return nn.Identity()
+            row = known_shape(node.output_type)
+            return (node.module, row) if loop is None else (self.with_feedback(node.module, loop), row)
+        if isinstance(node, nir.Input):
+            return nn.Identity(), known_shape(node.input_type)
+        if isinstance(node, SubgraphPort):
+            return nn.Identity(), shape
+        if isinstance(node, nir.IF | nir.LIF | nir.CubaLIF):
+            return self.foreign_neurons(name, node, shape, loop)
+        if isinstance(node, nir.I | nir.LI | nir.CubaLI):
+            integrators = integrator(name, node, self.dt, shape)
+            return integrators.to(self.dtype), integrators.shape
         module = stateless_module(node)
         if module is None:
             raise ValueError(f"there is no module for {type(node).__name__} '{name}': pass a function for it in `more`")
         over_features = isinstance(node, nir.Linear | nir.Affine | nir.Scale | nir.Threshold)
-        return module if over_features else layer.SeqToANNContainer(module)
+        return module if over_features else layer.SeqToANNContainer(module), output_shape(node, module, shape)
+
+    def foreign_neurons(
+        self, name: str, node: Any, shape: tuple[int, ...] | None, loop: Loop | None
+    ) -> tuple[nn.Module, tuple[int, ...]]:
+        """Return the neurons of other libraries, with the map of their spikes that leads back to them."""
+        reset = self.reset or str(metadata_of(node).get("reset", "value"))
+        made = neurons(name, node, self.dt, shape, reset=reset, strict=self.strict, step_mode="m").to(self.dtype)
+        made.reset_parameters()  # in this precision
+        row = np.shape(node.v_threshold) if np.size(node.v_threshold) > 1 else shape or (made.n_features,)
+        return (made, row) if loop is None else (self.with_feedback(made, loop), row)
+
+    def with_feedback(self, made: Any, loop: Loop) -> nn.Module:
+        """Return neurons with the map of their spikes that leads back to them."""
+        made.step_mode = "s"
+        feedback = nn.Identity() if loop.node is None else stateless_module(loop.node)
+        assert feedback is not None
+        return recurrent_layer(made, feedback)
 
     def neurons(self, name: str, node: Any) -> AssociativeLIFNode:
         """Return the neurons of a CubaLIF, or of a subgraph with its recurrent cascade."""
         lif = node.nodes["lif"] if isinstance(node, nir.NIRGraph) else node
-        return self.lif_layer(name, lif, lif.tau_mem, lif.tau_syn, lif.w_in)
-
-    def lif_layer(self, name: str, lif: Any, tau_mem: Any, tau_syn: Any, w_in: Any) -> AssociativeLIFNode:
-        metadata = metadata_of(lif)
-        self.check_lif(name, lif, metadata)
-        beta_mem, beta_syn = (self.decay(name, tau, kind) for tau, kind in ((tau_mem, "tau_mem"), (tau_syn, "tau_syn")))
-        # Increase of the membrane potential per unit of input; in our neurons it is scaled by 1 - beta_mem.
-        gain = np.asarray(w_in) * (1 - beta_syn) * lif.r
-        if not (gain > 0).all() or not np.isfinite(lif.v_threshold).all() or np.ndim(lif.v_threshold) != 1:
-            raise ValueError(f"'{name}' must have positive r and w_in, and a finite v_threshold with one dimension")
-        weight = metadata.get("cascade_weight")
-        node = AssociativeLIFNode(
-            lif.v_threshold.size,
-            None if weight is None else len(weight),
-            beta_mem=beta_mem,
-            beta_syn=beta_syn,
-            v_reset=float(metadata.get("v_reset", -0.1)),
-            refractory_steps=int(metadata.get("refractory_steps", 0)),
-            surrogate=_surrogate(name, metadata),
-            alpha=float(metadata.get("alpha", 4.0)),
-            step_mode="m",
-        ).to(self.dtype)
-        with torch.no_grad():
-            # Recompute in this precision: a logit rounded to float32 would change the decay.
-            node.beta_mem_logit.fill_(float(np.log(beta_mem / (1 - beta_mem))))
-            node.beta_syn_logit.fill_(float(np.log(beta_syn / (1 - beta_syn))))
-            node.v_threshold.copy_(torch.from_numpy(np.asarray(lif.v_threshold / gain)))
-            if node.cascade is not None:
-                node.cascade.weight.copy_(torch.from_numpy(weight))
-                node.cascade.gain.copy_(torch.from_numpy(metadata["cascade_gain"]))
-        return node
-
-    def decay(self, name: str, tau: Any, kind: str) -> float:
-        """Return the decay of a layer, which all its neurons must share."""
-        values = np.unique(tau)
-        if values.size != 1:
-            raise ValueError(f"{kind} of '{name}' must be the same for all neurons of a layer")
-        beta = 1 - self.dt / float(values[0])
-        if not 0 < beta < 1:
-            raise ValueError(f"{kind} of '{name}' must be finite and longer than a time step of {self.dt} s")
-        return beta
-
-    def check_lif(self, name: str, lif: Any, metadata: dict[str, Any]) -> None:
-        if np.any(lif.v_leak):
-            raise ValueError(f"v_leak of '{name}' must be 0, because our neurons leak towards 0")
-        refractory = int(metadata.get("refractory_steps", 0)) > 0
-        if not refractory and np.any(lif.v_reset):
-            raise ValueError(f"v_reset of '{name}' must be 0, because our neurons use it in the refractory period only")
-        if not refractory and metadata.get("reset") != "subtract" and not self.approximate:
-            raise ValueError(
-                f"'{name}' resets to 0, but our neurons subtract the threshold: pass approximate=True to accept the difference"
-            )
+        if "threshold" in metadata_of(lif):
+            return restored(name, metadata_of(lif), self.dtype)
+        return computed(name, lif, (lif.tau_mem, lif.tau_syn, lif.w_in), self.dt, self.dtype)
 
     def feed_forward(self, name: str, graph: Any) -> SpikingFeedForward:
         up, down = (stateless_module(graph.nodes[key]) for key in ("n1_up", "n3_down"))
@@ -242,16 +247,18 @@ class _Importer:
 
     def readout(self, name: str, graph: Any) -> MembraneReadout:
         lif, synapse = graph.nodes["lif"], graph.nodes["synapse"]
-        node = self.lif_layer(f"{name}/lif", lif, lif.tau, synapse.tau, synapse.r)
+        if "threshold" in metadata_of(lif):
+            node = restored(f"{name}/lif", metadata_of(lif), self.dtype)
+        else:
+            node = computed(f"{name}/lif", lif, (lif.tau, synapse.tau, synapse.r), self.dt, self.dtype)
         readout = MembraneReadout(node.n_features, neuron=lambda n: node).to(self.dtype)
         with torch.no_grad():
             readout.decay_logit.copy_(torch.from_numpy(metadata_of(graph)["decay_logit"]))
         return readout
 
 
-def _surrogate(name: str, metadata: dict[str, Any]) -> str:
-    surrogate = str(metadata.get("surrogate", "nord_atan"))
-    if surrogate in SURROGATES:
-        return surrogate
-    log.warning("the surrogate of '%s' (%s) cannot be stored in a graph: nord_atan replaces it", name, surrogate)
-    return "nord_atan"
+def _is_extended(node: Any) -> bool:
+    """Return whether a node, or one in a subgraph, is of our extension."""
+    if isinstance(node, nir.NIRGraph):
+        return any(_is_extended(inner) for inner in node.nodes.values())
+    return hasattr(node, "refractory_time")

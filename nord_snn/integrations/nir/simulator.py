@@ -21,11 +21,13 @@ def simulate(graph: nir.NIRGraph, x_seq: Tensor, dt: float | None = None, *, res
     r"""Run a NIR graph by NIR's equations, as any other reader of the graph does.
 
     Every node follows NIR's equations by forward Euler, ``v += dt / tau * (v_leak - v + r * I)``, and fires above its
-    threshold; back edges are delayed by one time step. The simulator is meant for checking exports; it is slow.
+    threshold; back edges are delayed by one time step. Neurons that are reset to a value start there, others and integrators at
+    ``v_leak``. The simulator is meant for checking exports; it is slow.
 
     Args:
-        graph: the graph, of ``Linear``, ``Affine``, ``Scale``, ``CubaLIF``, ``CubaLI``, ``LIF``, ``LI``, ``IF``, ``I``,
-            ``Threshold``, ``Conv1d``, ``Conv2d``, ``AvgPool2d``, ``SumPool2d``, ``Flatten`` and graphs of these.
+        graph: the graph, of ``Linear``, ``Affine``, ``Scale``, ``CubaLIF``, ``CubaLI``, ``LIF``, ``LI``, ``IF``, ``I``, those
+            with a refractory period of our extension, ``Threshold``, ``Conv1d``, ``Conv2d``, ``AvgPool2d``, ``SumPool2d``,
+            ``Flatten`` and graphs of these.
         x_seq: input, ``[T, N, *]``.
         dt: length of a time step in seconds; None: that of the graph's metadata, as our exports have it, else 1e-4.
         reset: ``"value"`` sets the potential to ``v_reset``, as in NIR's equations; ``"subtract"`` subtracts the threshold;
@@ -52,6 +54,10 @@ def simulate(graph: nir.NIRGraph, x_seq: Tensor, dt: float | None = None, *, res
     scheduled, output = schedule(graph)
     x_seq = x_seq.to("cpu", compute_dtype(x_seq))
     modules = {item.name: _build_module(item.name, item.node, dt, reset).to(x_seq.dtype) for item in scheduled}
+    # Before the first time step there are no spikes, but a recurrent map still adds its bias.
+    no_spikes = {
+        item.name: x_seq.new_zeros(item.node.weight.shape[1]) for item in scheduled if isinstance(item.node, nir.Affine)
+    }
     previous: dict[str, Tensor] = {}
     outputs = []
     for x in x_seq:
@@ -59,6 +65,8 @@ def simulate(graph: nir.NIRGraph, x_seq: Tensor, dt: float | None = None, *, res
         for item in scheduled:
             parts = [current[name] for name in item.sources]
             parts += [previous[name] for name in item.delayed if name in previous]
+            if not previous:
+                parts += [modules[name](no_spikes[name]) for name in item.delayed if name in no_spikes]
             current[item.name] = modules[item.name](reduce(add, parts) if parts else x)
         outputs.append(reduce(add, (current[name] for name in output.sources)))
         previous = current
@@ -97,8 +105,17 @@ class _Integrator(nn.Module):
             self._register(leak_syn=dt / node.tau_syn, gain_syn=dt / node.tau_syn * node.w_in)
         if self.fires:
             self._register(v_threshold=node.v_threshold, v_reset=node.v_reset)
+            time = np.max(getattr(node, "refractory_time", 0.0))
+            self.refractory_steps = round(float(time) / dt)
+            self.refractory: Tensor | int = 0
             self.subtract = (reset or metadata_of(node).get("reset", "value")) == "subtract"
-        self.v: Tensor | float = 0.0
+        metadata = metadata_of(node)  # our neurons with a refractory period start at rest
+        starts_at_reset = (
+            self.fires and not self.subtract and ("part" not in metadata or metadata.get("hard_reset", False))
+        )
+        start = node.v_reset if starts_at_reset else getattr(node, "v_leak", 0.0)
+        self.register_buffer("v", torch.from_numpy(np.array(start, dtype=np.float64)))
+        self.v: Tensor
         self.i: Tensor | float = 0.0
 
     def _register(self, **values: Any) -> None:
@@ -112,7 +129,12 @@ class _Integrator(nn.Module):
         if not self.fires:
             self.v = v
             return v
+        if self.refractory_steps:
+            v = torch.where(torch.as_tensor(self.refractory) > 0, self.v_reset.expand_as(v), v)
         spikes = (v > self.v_threshold).to(v.dtype)
         reset_v = v - self.v_threshold if self.subtract else self.v_reset.expand_as(v)
         self.v = torch.where(spikes.bool(), reset_v, v)
+        if self.refractory_steps:
+            left = (torch.as_tensor(self.refractory) - 1).clamp(min=0)
+            self.refractory = torch.where(spikes.bool(), self.refractory_steps, left)
         return spikes

@@ -6,9 +6,12 @@ from typing import Any
 import nir
 import numpy as np
 import torch
+from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 
-__all__ = ["Scale", "Threshold", "stateless_module"]
+from nord_snn.ops.checks import compute_dtype
+
+__all__ = ["MODULE_NODES", "Scale", "SumPool", "Threshold", "known_shape", "output_shape", "stateless_module"]
 
 
 class Scale(nn.Module):
@@ -53,6 +56,35 @@ def stateless_module(node: nir.NIRNode) -> nn.Module | None:
     """Return the module for a node, or None if the node has state or is of an unknown class."""
     build = _BUILDERS.get(type(node))
     return None if build is None else build(node)
+
+
+def known_shape(types: dict[str, Any] | None) -> tuple[int, ...] | None:
+    """Return the shape in the input or output type of a node, or None if it has none."""
+    shape = next(iter((types or {}).values()), None)
+    return None if shape is None else tuple(int(size) for size in np.atleast_1d(shape))
+
+
+def output_shape(node: Any, module: nn.Module, shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """Return the shape of one row of a node's output for rows of ``shape``, or None if it is not known.
+
+    Args:
+        node: a node without state.
+        module: its module.
+        shape: shape of one row of its input; dimensions before those that the node uses are no part of the result.
+    """
+    if isinstance(node, nir.Linear | nir.Affine):
+        return (int(node.weight.shape[0]),)
+    if isinstance(node, nir.Scale | nir.Threshold):
+        return shape
+    if isinstance(node, nir.Conv1d | nir.Conv2d) and node.input_shape is not None:
+        shape = (int(node.weight.shape[1] * node.groups), *_tuple(node.input_shape))
+    elif shape is not None and not isinstance(node, nir.Flatten):
+        shape = shape[-2 if isinstance(node, nir.Conv1d) else -3 :]
+    if shape is None:
+        return None
+    example = torch.zeros(1, *shape, dtype=torch.float64)
+    with torch.no_grad():
+        return tuple(module.double()(example).shape[1:])
 
 
 def _linear(node: Any) -> nn.Module:
@@ -119,4 +151,73 @@ _BUILDERS: dict[type[nir.NIRNode], Callable[[Any], nn.Module]] = {
     nir.AvgPool2d: _pool,
     nir.SumPool2d: _pool,
     nir.Flatten: _flatten,
+}
+
+
+def _array(x: Tensor) -> np.ndarray:
+    return x.detach().to("cpu", compute_dtype(x)).numpy().copy()
+
+
+def _from_conv(kind: Callable[..., nir.NIRNode], n_places: int) -> Callable[[Any, Tensor], nir.NIRNode]:
+    def build(module: Any, x: Tensor) -> nir.NIRNode:
+        if module.padding_mode != "zeros":
+            raise ValueError(f"cannot export {type(module).__name__}: NIR pads with zeros, got {module.padding_mode!r}")
+        bias = module.weight.new_zeros(len(module.weight)) if module.bias is None else module.bias
+        options = {
+            name: value if isinstance(value, str) or n_places > 1 else value[0]
+            for name in ("stride", "padding", "dilation")
+            for value in (getattr(module, name),)
+        }
+        places = tuple(x.shape[-n_places:])
+        return kind(
+            input_shape=places if n_places > 1 else places[0],
+            weight=_array(module.weight),
+            bias=_array(bias),
+            groups=module.groups,
+            **options,
+        )
+
+    return build
+
+
+def _from_average(module: Any, x: Tensor) -> nir.NIRNode:
+    if (
+        module.ceil_mode
+        or module.divisor_override is not None
+        or (np.any(module.padding) and not module.count_include_pad)
+    ):
+        raise ValueError(
+            "cannot export AvgPool2d: NIR has no ceil_mode, divisor_override, nor count_include_pad=False with a padding"
+        )
+    return nir.AvgPool2d(*(np.array(_pair(v)) for v in (module.kernel_size, module.stride, module.padding)))
+
+
+def _from_sum(module: SumPool, x: Tensor) -> nir.NIRNode:
+    mean = module.mean
+    return nir.SumPool2d(*(np.array(_pair(v)) for v in (mean.kernel_size, mean.stride, mean.padding)))
+
+
+def _from_flatten(module: Any, x: Tensor) -> nir.NIRNode:
+    """Return a Flatten; NIR counts dimensions in one row, torch with the batch before it."""
+    rows = 2 if getattr(module, "step_mode", "s") == "m" else 1
+    start, end = (dim - 1 if dim >= 0 else dim for dim in (module.start_dim, module.end_dim))
+    if start == -1 and module.start_dim == 0:
+        raise ValueError("cannot export Flatten: start_dim must be 1 or more, as NIR knows no batch, got 0")
+    return nir.Flatten(input_type={"input": np.array(x.shape[rows:])}, start_dim=start, end_dim=end)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    pair = _tuple(value)
+    return pair[0], pair[-1]
+
+
+#: Class of a module without state -> function of the module and its input that returns its node.
+MODULE_NODES: dict[type[nn.Module], Callable[[Any, Tensor], nir.NIRNode]] = {
+    Scale: lambda module, x: nir.Scale(scale=_array(module.scale)),
+    Threshold: lambda module, x: nir.Threshold(threshold=_array(module.threshold)),
+    SumPool: _from_sum,
+    **{kind: _from_conv(nir.Conv1d, 1) for kind in (nn.Conv1d, layer.Conv1d)},
+    **{kind: _from_conv(nir.Conv2d, 2) for kind in (nn.Conv2d, layer.Conv2d)},
+    **dict.fromkeys((nn.AvgPool2d, layer.AvgPool2d), _from_average),
+    **dict.fromkeys((nn.Flatten, layer.Flatten), _from_flatten),
 }

@@ -23,6 +23,7 @@ def trace(
     table: Mapping[type[nn.Module], Callable[[Any], nir.NIRNode]],
     identity_modules: tuple[type[nn.Module], ...],
     features: Sequence[int],
+    out_features: Sequence[int],
 ) -> nir.NIRGraph:
     """Return the graph of ``net``.
 
@@ -31,6 +32,7 @@ def trace(
         table: class of a module -> function that returns its node.
         identity_modules: classes of modules that are the identity.
         features: shape of one row of the input.
+        out_features: shape of one row of the output, for nodes that do not know theirs.
 
     Raises:
         ValueError: the forward contains another operation, which the message names.
@@ -41,7 +43,7 @@ def trace(
         calls = tracer.trace(whole)
     except Exception as error:  # a forward may raise anything on a proxy
         raise ValueError(f"cannot trace the forward of {type(net).__name__}: {error}") from error
-    return _GraphBuilder(whole, table, identity_modules, features).graph(calls)
+    return _GraphBuilder(whole, table, identity_modules, features, out_features).graph(calls)
 
 
 class _Tracer(fx.Tracer):
@@ -59,9 +61,15 @@ class _GraphBuilder:
     """Build a NIR graph from the calls of a forward, in their order."""
 
     def __init__(
-        self, net: nn.Module, table: Mapping[type[nn.Module], Any], identity_modules: tuple[type, ...], features: Any
+        self,
+        net: nn.Module,
+        table: Mapping[type[nn.Module], Any],
+        identity_modules: tuple[type, ...],
+        features: Any,
+        out_features: Any,
     ) -> None:
-        self.net, self.table, self.identity_modules, self.features = net, table, identity_modules, features
+        self.net, self.table, self.identity_modules = net, table, identity_modules
+        self.features, self.out_features = features, out_features
         self.nodes: dict[str, nir.NIRNode] = {}
         self.edges: list[tuple[str, str]] = []
         self.sources: dict[fx.Node, list[str]] = {}  # the nodes whose outputs are summed in a value
@@ -149,8 +157,8 @@ class _GraphBuilder:
     def width(self, sources: list[str]) -> np.ndarray:
         """Return the output shape of these nodes."""
         known = next(source for source in sources if source != self.entry)
-        (width,) = (self.nodes[known].output_type or {}).values()
-        return np.array(width)
+        (width,) = (self.nodes[known].output_type or {"output": None}).values()
+        return np.array(self.out_features if width is None else width)
 
     def check_clamp(self, name: str, sources: list[str]) -> None:
         """Raise a ValueError unless the input of a clamp is spikes: for inputs of 0 and above it is the identity."""

@@ -1,0 +1,362 @@
+"""NIR graphs of others: the published ones, SpikingJelly's and snnTorch's, imported with the spikes of their simulators."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from helpers import SPIKINGJELLY_2
+from spikingjelly.activation_based import functional, layer, neuron
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, conv2d
+
+import nord_snn
+from nord_snn.neurons import AssociativeLIFNode, LeakyIntegrator
+
+nir = pytest.importorskip("nir")
+np = pytest.importorskip("numpy")
+nord_nir = pytest.importorskip("nord_snn.integrations.nir")
+export_to_nir, import_from_nir, simulate = nord_nir.export_to_nir, nord_nir.import_from_nir, nord_nir.simulate
+
+RNG = np.random.default_rng(0)
+
+
+def drawn(*shape: int, scale: float = 1.0):
+    return (scale * RNG.standard_normal(shape)).astype(np.float32)
+
+
+def chain(*nodes, shape, loops=()):
+    """The nodes one after another; each loop leads from a node back to it through a map."""
+    names = ["input", *(str(place) for place in range(len(nodes))), "output"]
+    graph = dict(zip(names, (nir.Input(np.array(shape)), *nodes), strict=False))
+    graph["output"] = nir.Output(np.array([7]))
+    edges = list(pairwise(names))
+    for name, node in loops:
+        graph[f"{name}.w_rec"] = node
+        edges += [(name, f"{name}.w_rec"), (f"{name}.w_rec", name)]
+    return nir.NIRGraph(nodes=graph, edges=edges, type_check=False)
+
+
+def lif(tau: float, v_leak: float, v_threshold: float):
+    return nir.LIF(*(np.full(1, value) for value in (tau, 1.0, v_leak, v_threshold)))
+
+
+def cuba(n: int, tau_syn: float, tau_mem: float):
+    """As snnTorch exports its Synaptic: the current enters the membrane unscaled; r is float32."""
+    fields = {"tau_syn": tau_syn, "tau_mem": tau_mem, "r": np.float32(tau_mem * 1e4), "w_in": tau_syn * 1e4}
+    return nir.CubaLIF(
+        **{k: np.full(n, v, dtype=np.float64) for k, v in fields.items()}, v_leak=np.zeros(n), v_threshold=np.ones(n)
+    )
+
+
+def conv(weight, stride: int, size: int):
+    return nir.Conv2d((size, size), weight, stride, 1, 1, 1, np.zeros(len(weight), dtype=np.float32))
+
+
+def integrate_and_fire(*shape: int):
+    return nir.IF(np.ones(shape, np.float32), np.ones(shape, np.float32))
+
+
+def two_lif():
+    """With a second weight of 300 instead of 1, at which the second neuron fires."""
+    return chain(
+        nir.Linear(np.ones((1, 1))),
+        lif(0.01, 1.2, 1.0),
+        nir.Linear(300 * np.ones((1, 1))),
+        lif(0.01, 0.0, 20.0),
+        shape=(1,),
+    )
+
+
+def one_lif():
+    return chain(nir.Affine(np.ones((1, 1), np.float32), np.zeros(1, np.float32)), lif(0.0025, 0.0, 0.1), shape=(1,))
+
+
+def spiking_cnn():
+    pool = nir.SumPool2d(*(np.array([v, v]) for v in (2, 2, 0)))
+    nodes = (
+        conv(drawn(16, 2, 5, 5, scale=0.3), 2, 34), integrate_and_fire(16, 16, 16),
+        conv(drawn(16, 16, 3, 3, scale=0.2), 1, 16), integrate_and_fire(16, 16, 16), pool,
+        conv(drawn(8, 16, 3, 3, scale=0.1), 1, 8), integrate_and_fire(8, 8, 8), pool,
+        nir.Flatten(np.array([8, 4, 4]), 0, -1),
+        nir.Affine(drawn(256, 128, scale=0.2), np.zeros(256, np.float32)), integrate_and_fire(256),
+        nir.Affine(drawn(10, 256, scale=0.1), np.zeros(10, np.float32)), integrate_and_fire(10),
+    )  # fmt: skip
+    return chain(*nodes, shape=(2, 34, 34))
+
+
+def braille_zero():
+    return chain(
+        nir.Affine(drawn(38, 12), drawn(38, scale=0.3)), cuba(38, 1e-3 / 4.5, 1e-3),
+        nir.Affine(drawn(7, 38, scale=0.4), drawn(7, scale=0.3)), cuba(7, 2e-4, 1e-3 / 4.5),
+        shape=(12,), loops=[("1", nir.Affine(drawn(38, 38, scale=0.3), drawn(38, scale=0.3)))],
+    )  # fmt: skip
+
+
+def braille_subtract():
+    return chain(
+        nir.Linear(drawn(40, 12)), cuba(40, 4e-4, 1e-3 / 1.5), nir.Linear(drawn(7, 40, scale=0.4)), cuba(7, 1e-3 / 5.5, 1e-3 / 3),
+        shape=(12,), loops=[("1", nir.Linear(drawn(40, 40, scale=0.3)))],
+    )  # fmt: skip
+
+
+#: The graphs of the NIR paper's repository that a reader of today can read: graph, dt, reset, shape of a row, spike rate.
+PUBLISHED = {
+    "two_lif_neurons": (two_lif, 1e-3, "value", (1,)),
+    "lif_norse": (one_lif, 1e-4, "value", (1,)),
+    "cnn_sinabs": (spiking_cnn, 1.0, "value", (2, 34, 34)),
+    "cnn_sinabs, subtracting": (spiking_cnn, 1.0, "subtract", (2, 34, 34)),
+    "braille_noDelay_bias_zero": (braille_zero, 1e-4, "value", (12,)),
+    "braille_noDelay_noBias_subtract": (braille_subtract, 1e-4, "subtract", (12,)),
+}
+
+
+def by_hand(graph, x_seq: Tensor, dt: float, reset: str) -> Tensor:
+    """The equations, node by node in the order of the chain, in float64; neurons start where they are reset to."""
+    names = sorted((name for name in graph.nodes if name.isdigit()), key=int)
+    spikes: dict[str, Tensor] = {}
+    v: dict[str, Tensor] = {}
+    i: dict[str, Tensor] = {}
+    out = []
+    for x in x_seq.double():
+        h = x
+        for name in names:
+            node = graph.nodes[name]
+            if hasattr(node, "v_threshold"):
+                back = graph.nodes.get(f"{name}.w_rec")
+                if back is not None:
+                    h = h + stateless(back, spikes.get(name, torch.zeros_like(h)))
+                h, v[name], i[name] = fired(node, h, v.get(name), i.get(name), dt, reset)
+                spikes[name] = h
+            else:
+                h = stateless(node, h)
+        out.append(h)
+    return torch.stack(out)
+
+
+def stateless(node, h: Tensor) -> Tensor:
+    if isinstance(node, nir.Flatten):
+        return h.flatten(1)
+    if isinstance(node, nir.SumPool2d):
+        return 4 * avg_pool2d(h, 2)
+    weight = torch.from_numpy(node.weight).double()
+    bias = torch.from_numpy(getattr(node, "bias", np.zeros(len(weight)))).double()
+    if isinstance(node, nir.Conv2d):
+        return conv2d(h, weight, bias, int(np.ravel(node.stride)[0]), 1)
+    return h @ weight.T + bias
+
+
+def fired(node, h: Tensor, v: Tensor | None, i: Tensor | None, dt: float, reset: str) -> tuple[Tensor, Tensor, Tensor]:
+    field = {
+        name: torch.as_tensor(value).double() for name, value in vars(node).items() if isinstance(value, np.ndarray)
+    }
+    v = field["v_reset"].expand_as(h) if v is None else v
+    i = torch.zeros_like(h) if i is None else i
+    if isinstance(node, nir.CubaLIF):
+        i = i + dt / field["tau_syn"] * (field["w_in"] * h - i)
+        h = i
+    if isinstance(node, nir.IF):
+        v = v + dt * field["r"] * h
+    else:
+        v = v + dt / field["tau_mem" if isinstance(node, nir.CubaLIF) else "tau"] * (
+            field["v_leak"] - v + field["r"] * h
+        )
+    s = (v > field["v_threshold"]).double()
+    return s, torch.where(s > 0, v - field["v_threshold"] if reset == "subtract" else field["v_reset"], v), i
+
+
+def events(shape: tuple[int, ...], n_steps: int) -> Tensor:
+    x = (torch.rand(n_steps, 2, *shape, generator=torch.Generator().manual_seed(1)) < 0.3).float()
+    return 3 * x if shape == (1,) else x
+
+
+def run(net: nn.Module, x_seq: Tensor) -> Tensor:
+    nord_snn.reset(net)
+    with torch.no_grad():
+        return net(x_seq)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_graph_fires_the_spikes_of_its_equations(name: str, tmp_path) -> None:
+    make, dt, reset, shape = PUBLISHED[name]
+    graph, x_seq = make(), events(shape, 300 if shape == (1,) else 10)
+    nir.write(tmp_path / "graph.nir", graph)
+    net = import_from_nir(nir.read(tmp_path / "graph.nir", type_check=False), dt, reset=reset)
+    expected = by_hand(graph, x_seq, dt, reset)
+    assert 0.01 < expected.mean() < 0.9
+    spikes = run(net, x_seq)
+    assert torch.equal(spikes.double(), expected)
+    assert torch.equal(spikes, simulate(graph, x_seq, dt, reset=reset))
+    assert torch.equal(run(net, x_seq), spikes)  # a reset clears the spikes that are fed back, too
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_graph_goes_back_to_nir_and_comes_back_to_the_bit(name: str, tmp_path) -> None:
+    make, dt, reset, shape = PUBLISHED[name]
+    x_seq = events(shape, 40 if shape == (1,) else 8)
+    net = import_from_nir(make(), dt, reset=reset)
+    graph = export_to_nir(net, x_seq, dt)
+    assert graph.metadata["deviation"] == 0
+    nir.write(tmp_path / "graph.nir", graph)
+    back = import_from_nir(tmp_path / "graph.nir")
+    assert torch.equal(run(back, x_seq), run(net, x_seq))
+    ours, theirs = ([p for p in x.parameters() if p.requires_grad] for x in (net, back))
+    assert len(ours) == len(theirs)
+    assert all(any(torch.equal(p, q) for q in theirs) for p in ours)
+
+
+def test_norse_and_spikingjelly_fire_the_same_spikes_for_the_lif_of_the_paper() -> None:
+    x_seq = events((1,), 100)
+    spikes = run(import_from_nir(one_lif(), 1e-4), x_seq)
+    readers = {"norse.torch": lambda m: m.from_nir(one_lif(), dt=1e-4)}
+    if SPIKINGJELLY_2:
+        readers["spikingjelly.activation_based.nir_exchange"] = lambda m: m.import_from_nir(one_lif())
+    for module, read in readers.items():
+        assert torch.equal(stepwise(read(pytest.importorskip(module)), x_seq), spikes)
+
+
+def stepwise(network: nn.Module, x_seq: Tensor) -> Tensor:
+    state, out = None, []
+    with torch.no_grad():
+        for x in x_seq:
+            y, state = network(x, state)
+            out.append(y)
+    return torch.stack(out)
+
+
+@pytest.mark.skipif(not SPIKINGJELLY_2, reason="0.0.0.0.14 has no NIR exchange")
+@pytest.mark.parametrize("dt", [1e-4, 1e-3])
+def test_spikingjellys_export_fires_the_same_spikes(dt: float) -> None:
+    exchange = pytest.importorskip("spikingjelly.activation_based.nir_exchange")
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        layer.Conv2d(2, 4, 3, padding=1), neuron.IFNode(v_threshold=0.5), layer.AvgPool2d(2), layer.Flatten(),
+        layer.Linear(64, 20, bias=False), neuron.LIFNode(tau=2.0, v_reset=-0.2, v_threshold=0.3),
+        layer.Linear(20, 20), neuron.LIFNode(tau=3.0, decay_input=False, v_threshold=0.6),
+        layer.Linear(20, 20), neuron.CUBALIFNode(v_reset=0.0, v_threshold=0.3),
+        layer.Linear(20, 10), neuron.ParametricLIFNode(v_threshold=0.1),
+    )  # fmt: skip
+    functional.set_step_mode(net, "m")
+    x_seq = 2 * torch.randn(20, 3, 2, 8, 8)
+    graph = exchange.export_to_nir(net, x_seq, dt=dt)
+    functional.reset_net(net)
+    with torch.no_grad():
+        expected = net(x_seq)
+    assert expected.sum() > 20
+    assert torch.equal(run(import_from_nir(graph, dt, strict=False), x_seq), expected)
+
+
+@pytest.mark.skipif(not SPIKINGJELLY_2, reason="0.0.0.0.14 has no NIR exchange")
+def test_at_the_threshold_spikingjelly_fires_and_nirs_equations_do_not() -> None:
+    exchange = pytest.importorskip("spikingjelly.activation_based.nir_exchange")
+    net = nn.Sequential(layer.Linear(1, 1, bias=False), neuron.IFNode(v_threshold=1.0))
+    nn.init.constant_(net[0].weight, 0.5)
+    functional.set_step_mode(net, "m")
+    x_seq = torch.ones(6, 1, 1)
+    graph = exchange.export_to_nir(net, x_seq)
+    functional.reset_net(net)
+    assert torch.equal(run(import_from_nir(graph, strict=False), x_seq), run(net, x_seq))
+    assert run(import_from_nir(graph), x_seq).sum() == simulate(graph, x_seq).sum() == 2
+    assert run(net, x_seq).sum() == 3
+
+
+def snn_neuron(kind: str, mechanism: str, n: int = 15) -> nn.Module:
+    snn = pytest.importorskip("snntorch")
+    recurrent = kind.startswith("R")
+    decays = {"beta": 0.8, **({"alpha": 0.5} if "Synaptic" in kind else {})}
+    if not recurrent:  # its exporter needs a decay and a threshold for every neuron
+        decays = {name: torch.full((n,), value) for name, value in decays.items()}
+    more = {"linear_features": n} if recurrent else {"threshold": torch.full((n,), 0.7)}
+    return getattr(snn, kind)(**decays, **more, init_hidden=True, reset_mechanism=mechanism)
+
+
+#: snnTorch's default is a reset in the next time step; Leaky's "zero" is the same as at once.
+SNNTORCH = {
+    ("Leaky", "zero"): "value",
+    ("Leaky", "subtract"): "delayed_subtract",
+    ("Synaptic", "zero"): "delayed_value",
+    ("Synaptic", "subtract"): "delayed_subtract",
+    ("RLeaky", "zero"): "delayed_value",
+    ("RLeaky", "subtract"): "delayed_subtract",
+    ("RSynaptic", "zero"): "delayed_value",
+    ("RSynaptic", "subtract"): "delayed_subtract",
+}
+
+
+@pytest.mark.parametrize(("kind", "mechanism"), SNNTORCH)
+def test_snntorchs_export_fires_the_same_spikes(kind: str, mechanism: str) -> None:
+    exporter = pytest.importorskip("snntorch.export_nir")
+    utils = pytest.importorskip("snntorch.utils")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 15), snn_neuron(kind, mechanism))
+    graph = exporter.export_to_nir(net, torch.rand(20))
+    utils.reset(net)
+    x_seq = 2 * torch.randn(30, 4, 20)
+    with torch.no_grad():
+        expected = torch.stack([net(x) for x in x_seq])
+    assert expected.sum() > 100
+    back = import_from_nir(graph, reset=SNNTORCH[kind, mechanism])
+    assert torch.equal(run(back, x_seq), expected)
+
+
+@pytest.mark.parametrize("reader", ["spikingjelly.activation_based.nir_exchange", "snntorch.import_nir"])
+def test_what_we_export_is_read_by_others(reader: str, tmp_path) -> None:
+    """A LIF of ours with a hard reset, by nirtorch, which both readers are built on."""
+    read = pytest.importorskip(reader).import_from_nir
+    torch.manual_seed(0)
+    lif = AssociativeLIFNode(15, None, preset="lif", tau=2.0, hard_reset=True, v_reset=0.0, beta_syn=0.0, step_mode="m")
+    net = nn.Sequential(nn.Linear(20, 15), lif)
+    x_seq = 2 * torch.randn(30, 4, 20)
+    nir.write(tmp_path / "graph.nir", export_to_nir(net, x_seq))
+    assert torch.equal(stepwise(read(nir.read(tmp_path / "graph.nir")), x_seq), run(net, x_seq))
+
+
+def test_integrators_go_to_nir_and_back_to_the_bit(tmp_path) -> None:
+    torch.manual_seed(0)
+    x_seq = torch.randn(12, 3, 4)
+    integrators = {
+        "LI": LeakyIntegrator(4, beta_mem=torch.tensor([0.5, 0.6, 0.7, 0.8]), v_rest=0.3, step_mode="m"),
+        "CubaLI": LeakyIntegrator(4, beta_mem=0.9, beta_syn=0.3, gain=torch.rand(4), step_mode="m"),
+        "I": LeakyIntegrator(4, beta_mem=1.0, gain=0.25, step_mode="m"),
+    }
+    for kind, module in integrators.items():
+        graph = export_to_nir(nn.Sequential(nn.Linear(4, 4), module), x_seq)
+        assert kind in [type(node).__name__ for node in graph.nodes.values()]
+        nir.write(tmp_path / "graph.nir", graph)
+        back = import_from_nir(tmp_path / "graph.nir")
+        theirs = next(part for part in back.modules() if isinstance(part, LeakyIntegrator))
+        assert torch.equal(run(theirs, x_seq), run(module, x_seq))
+    leaky = export_to_nir(integrators["LI"], x_seq)
+    assert import_from_nir(leaky).parts[1].beta_mem.tolist() == integrators["LI"].beta_mem.tolist()
+
+
+def test_an_integrator_without_a_leak_and_with_a_rest_is_refused() -> None:
+    with pytest.raises(ValueError, match="beta_mem must be below 1 for all, or 1 for all with v_rest 0"):
+        export_to_nir(LeakyIntegrator(4, beta_mem=1.0, gain=0.25, v_rest=0.5, step_mode="m"), torch.rand(3, 2, 4))
+
+
+def test_one_constant_for_all_neurons_takes_its_width_from_the_layer_before() -> None:
+    """Older exporters write scalars, which nir does not check."""
+    lif = nir.LIF(*(np.array(value) for value in (1e-3, 10.0, 0.0, 0.8, 0.0)))
+    graph = chain(nir.Linear(drawn(5, 4)), lif, shape=(4,))
+    x_seq = 2 * torch.randn(20, 3, 4, generator=torch.Generator().manual_seed(0))
+    net = import_from_nir(graph)
+    assert net.parts[2].n_features == 5
+    assert torch.equal(run(net, x_seq).double(), by_hand(graph, x_seq, 1e-4, "value"))
+    from nord_snn.integrations.nir.neurons import neurons
+
+    with pytest.raises(ValueError, match=r"'lif' must have constants of shape \[D\], because the shape of its input"):
+        neurons("lif", lif, 1e-4, None, reset="value", strict=True, step_mode="m")
+
+
+def test_every_constant_may_differ_from_neuron_to_neuron() -> None:
+    """Potentials are then measured from v_reset, and a constant current makes the membrane leak towards v_leak."""
+    values = ([1e-3, 2e-3, 5e-3], [5.0, 8.0, 20.0], [0.1, -0.2, 0.3], [0.5, 0.1, 0.4], [0.0, -0.3, 0.1])
+    lif = nir.LIF(*(np.array(value) for value in values))
+    graph = chain(lif, shape=(3,))
+    x_seq = 2 * torch.randn(40, 2, 3, generator=torch.Generator().manual_seed(0)).double()
+    net = import_from_nir(graph, dtype=torch.float64)
+    expected = by_hand(graph, x_seq, 1e-4, "value")
+    assert (expected.sum((0, 1)) > 3).all()
+    assert torch.equal(run(net, x_seq), expected)
+    again = export_to_nir(net, x_seq)
+    assert torch.equal(run(import_from_nir(again, dtype=torch.float64), x_seq), expected)

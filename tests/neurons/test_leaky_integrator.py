@@ -1,0 +1,71 @@
+"""LeakyIntegrator: its equation, in both step modes, with the state of a SpikingJelly module."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from spikingjelly.activation_based import functional
+
+import nord_snn
+from nord_snn.neurons import LeakyIntegrator
+
+
+@pytest.mark.quick
+@settings(max_examples=30, deadline=None)
+@given(
+    beta_mem=st.floats(0.01, 1.0), beta_syn=st.floats(0.0, 0.99), gain=st.none() | st.floats(-2, 2), v_rest=st.floats(-1, 1)
+)  # fmt: skip
+def test_the_equation(beta_mem: float, beta_syn: float, gain: float | None, v_rest: float) -> None:
+    x_seq = torch.randn(7, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    options = {name: torch.tensor(value, dtype=torch.float64) for name, value in
+               {"beta_mem": beta_mem, "beta_syn": beta_syn, "v_rest": v_rest}.items()}  # fmt: skip
+    module = LeakyIntegrator(3, **options, gain=None if gain is None else torch.tensor(gain).double(), step_mode="m")
+    v, i = torch.full((2, 3), v_rest, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
+    factor = 1 - beta_mem if gain is None else torch.tensor(gain).double()
+    for x, ours in zip(x_seq, module(x_seq), strict=True):
+        i = beta_syn * i + x
+        v = beta_mem * v + (1 - beta_mem) * v_rest + factor * i
+        torch.testing.assert_close(ours, v)
+
+
+def test_single_steps_are_the_sequence_and_a_sequence_goes_on_until_reset() -> None:
+    x_seq = torch.randn(8, 2, 4, 5)
+    whole = LeakyIntegrator((4, 5), beta_mem=torch.rand(4, 1) * 0.9 + 0.05, beta_syn=0.5, step_mode="m")
+    single = copy.deepcopy(whole)
+    functional.set_step_mode(single, "s")
+    expected = whole(x_seq)
+    assert torch.equal(torch.stack([single(x) for x in x_seq]), expected)
+    nord_snn.reset(whole)
+    assert torch.equal(torch.cat((whole(x_seq[:3]), whole(x_seq[3:]))), expected)
+    functional.reset_net(whole)
+    assert torch.equal(whole(x_seq), expected)
+
+
+def test_state_keeps_its_precision_and_copies_are_detached() -> None:
+    module = LeakyIntegrator(3, step_mode="m")
+    x = torch.randn(2, 2, 3, requires_grad=True)
+    module(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().min() > 0
+    assert not copy.deepcopy(module).v.requires_grad
+    module.half()
+    assert module.v.dtype == torch.float32
+    assert module(x.half()).dtype == torch.float16
+    assert set(module.state_dict()) == {"beta_mem", "gain", "v_rest", "beta_syn"}
+
+
+def test_bad_arguments_and_inputs_give_one_sentence() -> None:
+    with pytest.raises(ValueError, match=r"beta_mem must lie in \(0, 1\], got 1.5"):
+        LeakyIntegrator(3, beta_mem=1.5)
+    with pytest.raises(ValueError, match=r"beta_syn must lie in \[0, 1\), got 1"):
+        LeakyIntegrator(3, beta_syn=1)
+    with pytest.raises(ValueError, match=r"gain must be a number or broadcast to \[3\], got \[2\]"):
+        LeakyIntegrator(3, gain=torch.ones(2))
+    module = LeakyIntegrator(3)
+    with pytest.raises(ValueError, match=r"expects a floating tensor \[\*, 3\] in each time step, got \[2, 4\]"):
+        module(torch.ones(2, 4))
+    module(torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"state of shape \[2, 3\], but got input of shape \[5, 3\].*call reset"):
+        module(torch.ones(5, 3))
