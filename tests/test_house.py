@@ -64,7 +64,7 @@ PUBLIC = {
     "nord_snn.integrations.snntorch": {"AssociativeSynaptic", "MultiStep"},
     "nord_snn.integrations.nir": {"deviation", "export_to_nir", "import_from_nir", "simulate"},
 }
-INTEGRATIONS = {"snntorch": {"snntorch"}, "nir": {"nir", "numpy"}}  # a file or a folder each
+INTEGRATIONS = {"snntorch": {"snntorch"}, "norse": {"norse"}, "nir": {"nir", "numpy"}}  # a file or a folder each
 COMPAT = {  # a file a library
     "torch.py": set(),
     "spikingjelly.py": set(),

@@ -61,7 +61,7 @@ def test_the_network_is_as_it_was_where_nothing_is_replaced():
     net = network()
     net[1].eval()
     modes, before = {name: m.training for name, m in net.named_modules()}, copy.deepcopy(net.state_dict())
-    with pytest.raises(ValueError, match="no neuron of SpikingJelly is selected"):
+    with pytest.raises(ValueError, match="no neuron of SpikingJelly, snnTorch, Norse is selected"):
         replace_neurons(net, X, only=neuron.IFNode)
     replace_neurons(net, X, only="6")
     assert all(modes.get(name, True) == m.training for name, m in net.named_modules())
