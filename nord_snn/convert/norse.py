@@ -87,8 +87,6 @@ def _like(module: Any, width: int, **more: Any) -> AssociativeLIFNode:
     """
     p, kind = module.p, type(module).__name__.removesuffix("Cell")
     reset = getattr(p, "reset_method", reset_value)
-    if p.method == "adjoint":
-        raise TypeError("like() cannot match method='adjoint', whose gradient belongs to the whole sequence")
     if reset not in (reset_value, reset_subtract):
         raise TypeError("like() cannot match a reset_method other than Norse's reset_value and reset_subtract")
     v_rest = _number(p, "v_reset" if kind == "IAF" else "v_leak")
