@@ -122,9 +122,7 @@ def _hooked(net: nn.Module, nodes: Mapping[str, AssociativeLIFNode], hook: _Hook
             handle.remove()
 
 
-def _count_calls(
-    net: nn.Module, nodes: Mapping[str, AssociativeLIFNode], run: Callable[[], Any]
-) -> dict[str, int]:
+def _count_calls(net: nn.Module, nodes: Mapping[str, AssociativeLIFNode], run: Callable[[], Any]) -> dict[str, int]:
     """Run the network and return how often each node was called, in the order of the first calls."""
     calls: dict[str, int] = {}
 
@@ -170,7 +168,9 @@ def _calibrate_recorded(
         run()
     shapes = sorted({tuple(x.shape[1:]) for x in inputs})
     if len(shapes) > 1:
-        raise ValueError(f"{name or 'the node'} receives time steps of several shapes, {shapes}: it has no one sequence")
+        raise ValueError(
+            f"{name or 'the node'} receives time steps of several shapes, {shapes}: it has no one sequence"
+        )
     mode, node.step_mode = node.step_mode, "m"
     try:
         return _calibrate(name, node, torch.cat(inputs), rate, tolerance)

@@ -50,7 +50,9 @@ def install() -> None:
     if isinstance(loaded, _OldModule):
         return
     if loaded is not None or importlib.util.find_spec(_PACKAGE) is not None:
-        raise RuntimeError("the installed SpikingJelly has the package clock_driven: repositories that need it run as they are")
+        raise RuntimeError(
+            "the installed SpikingJelly has the package clock_driven: repositories that need it run as they are"
+        )
     package = _OldModule(_PACKAGE, None, {})
     package.__path__ = []
     sys.modules[_PACKAGE] = package
@@ -73,7 +75,9 @@ class _OldModule(ModuleType):
     """A module under its old name: own names first, then those of the current module."""
 
     def __init__(self, name: str, current: ModuleType | None, own: dict[str, Any]) -> None:
-        super().__init__(name, f"{name} in terms of {_PACKAGE.replace('clock_driven', 'activation_based')}, by nord-snn.")
+        super().__init__(
+            name, f"{name} in terms of {_PACKAGE.replace('clock_driven', 'activation_based')}, by nord-snn."
+        )
         self.__dict__.update(own)
         self._current = current
 
