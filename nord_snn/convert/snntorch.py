@@ -1,4 +1,4 @@
-"""snnTorch: neurons that are called as ``spk, mem = lif(x, mem)`` or ``spk, syn, mem = lif(x, syn, mem)``, or with ``init_hidden``."""
+"""snnTorch: ``spk, mem = lif(x, mem)``, ``spk, syn, mem = lif(x, syn, mem)``, or ``spk = lif(x)`` with ``init_hidden``."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ class _Called(SingleStep):
 
     ``mem``, and ``syn`` of ``Synaptic``, are passed in and out. What they do not carry, the refractory counter and for
     ``Leaky`` the synaptic current, is stored here, and is cleared by ``reset_mem``, ``init_leaky``, ``init_synaptic``,
-    ``snntorch.utils.reset`` and whenever ``mem`` is assigned.
+    ``snntorch.utils.reset`` and whenever ``mem`` is assigned. A ``mem`` of another shape starts without it.
     """
 
     init_hidden: bool
@@ -59,9 +59,20 @@ class _Called(SingleStep):
         self._state = AssociativeLIFState(*(part.clone() if is_view(part) else part for part in new))
         return spikes.squeeze(0)
 
-    def _refuse_states(self, *states: Tensor | None) -> None:
-        if self.init_hidden and any(state is not None for state in states):
+    def _before(self, x: Tensor, mem: Tensor | None, syn: Tensor | None = None) -> AssociativeLIFState | None:
+        """Return the state before the time step: what is passed, and what is stored for the rest; None at rest."""
+        if mem is None:
+            return self._state
+        if self.init_hidden:
             raise TypeError("with init_hidden=True the module stores the states: pass none")
+        if mem is self._rest and mem.shape != x.shape:  # from a reset, in the batch shape before it
+            if mem.any():
+                raise ValueError(f"mem has shape {list(mem.shape)}, but the input has shape {list(x.shape)}")
+            return None
+        stored = self._state
+        if stored is None or mem is self._rest or stored.v.shape != mem.shape:  # nothing stored belongs to this mem
+            stored = AssociativeLIFState(mem, torch.zeros_like(mem), torch.zeros_like(mem, dtype=torch.int32))
+        return AssociativeLIFState(mem, stored.i_syn if syn is None else syn, stored.refractory)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes for copies and pickles, with detached state."""
@@ -100,13 +111,7 @@ class CalledAsLeaky(_Called, snntorch.Leaky):
 
     def forward(self, input_: Tensor, mem: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Run one time step; without ``mem``, from the state that is stored."""
-        self._refuse_states(mem)
-        state = self._state
-        if mem is self._rest:
-            state = None
-        elif mem is not None:
-            state = AssociativeLIFState(mem, *_rest_of(state, mem)[1:])
-        spikes = self._run(input_, state)
+        spikes = self._run(input_, self._before(input_, mem))
         return spikes if self.init_hidden and not self.output else (spikes, self.mem)
 
 
@@ -145,24 +150,10 @@ class CalledAsSynaptic(_Called, snntorch.Synaptic):
         Raises:
             ValueError: one of ``syn`` and ``mem`` is passed without the other.
         """
-        self._refuse_states(syn, mem)
         if (syn is None) != (mem is None):
             raise ValueError("pass both syn and mem, or neither to go on from the states that are stored")
-        state = self._state
-        if mem is self._rest:
-            state = None
-        elif syn is not None and mem is not None:
-            state = AssociativeLIFState(mem, syn, _rest_of(state, mem)[2])
-        spikes = self._run(input_, state)
+        spikes = self._run(input_, self._before(input_, mem, syn))
         return spikes if self.init_hidden and not self.output else (spikes, self.syn, self.mem)
-
-
-def _rest_of(state: AssociativeLIFState | None, mem: Tensor) -> AssociativeLIFState:
-    """Return the stored state, or rest, for what the network does not pass."""
-    if state is None:
-        zeros = torch.zeros_like(mem)
-        return AssociativeLIFState(zeros, zeros, torch.zeros_like(mem, dtype=torch.int32))
-    return state
 
 
 def _is_neuron(module: nn.Module) -> bool:

@@ -40,7 +40,7 @@ class Dense(nn.Module):
 def convolutional():
     """With hidden states; the loop over time is outside."""
     torch.manual_seed(0)
-    make = dict(beta=0.9, threshold=0.2, spike_grad=surrogate.fast_sigmoid(slope=25), init_hidden=True)
+    make = {"beta": 0.9, "threshold": 0.2, "spike_grad": surrogate.fast_sigmoid(slope=25), "init_hidden": True}
     return nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.MaxPool2d(2), snn.Leaky(**make), nn.Conv2d(4, 6, 3), nn.MaxPool2d(2), snn.Leaky(**make),
         nn.Flatten(), nn.Linear(24, 5), snn.Leaky(**make, output=True),
@@ -163,10 +163,28 @@ def test_a_call_without_states_goes_on_from_those_that_are_stored():
     nord_snn.reset(ours)
     nord_snn.reset(theirs)
     assert torch.equal(ours(X)[0], theirs(X)[0])
+    hidden = convolutional()
+    replace_neurons(hidden, IMAGES)
     with pytest.raises(TypeError, match="init_hidden=True"):
-        hidden = convolutional()
-        replace_neurons(hidden, IMAGES)
         hidden[8](torch.rand(7, 5), torch.zeros(7, 5))
+
+
+def test_the_membrane_that_is_passed_is_the_one_that_counts():
+    net = dense()
+    replace_neurons(net, X, preset="nord", n_clusters=None)
+    lif = net.lif1
+    mem = lif.init_leaky()
+    _, mem = lif(torch.zeros(7, 32), mem)
+    mem = lif.init_leaky()  # in the batch shape of the call before
+    mem += 1  # changed in place: above the threshold after one decay
+    assert lif(torch.zeros(7, 32), mem)[0].all()
+    assert lif(torch.zeros(3, 32), torch.ones(3, 32))[0].all()  # another shape: no neuron is refractory
+    mem = lif.init_leaky()
+    assert not lif(torch.zeros(5, 32), mem)[0].any()
+    mem = lif.init_leaky()
+    mem += 1
+    with pytest.raises(ValueError, match=r"mem has shape \[5, 32\], but the input has shape \[2, 32\]"):
+        lif(torch.zeros(2, 32), mem)
 
 
 def test_copies_pickles_and_state_dicts():
@@ -200,7 +218,7 @@ def test_selections_overrides_and_what_is_skipped():
     assert "lif1" not in [row.name for row in again.replaced]
     with pytest.raises(TypeError, match=r"in a network of snnTorch, neuron= must make an AssociativeLIFNode"):
         replace_neurons(dense(), X, neuron=lambda n, **_: nn.Linear(n, n))
-    with pytest.raises(ValueError, match="the resting potential must be 0, got -0.5"):
+    with pytest.raises(ValueError, match=r"the resting potential must be 0, got -0\.5"):
         replace_neurons(dense(), X, hard_reset=True, v_reset=-0.5)
 
 
