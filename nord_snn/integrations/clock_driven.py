@@ -12,7 +12,8 @@ Covered are ``neuron``, ``layer``, ``functional``, ``surrogate``, ``base`` and `
 has kept, and ``MultiStepIFNode``, ``MultiStepLIFNode``, ``MultiStepParametricLIFNode``, ``MultiStepEIFNode``,
 ``MultiStepDropout``, ``MultiStepDropout2d``, ``MultiStepThresholdDependentBatchNorm1d`` to ``3d`` and
 ``MultiStepTemporalWiseAttention``. Not covered are ``model``, ``ann2snn``, ``monitor``, ``examples``, names that the new package
-has dropped, the attribute ``spike_seq``, ``v_seq`` unless ``store_v_seq`` is set, and ``backend="lava"``.
+has dropped, the attribute ``spike_seq``, ``v_seq`` unless ``store_v_seq`` is set, ``backend="lava"``, and the arguments
+``cupy_fp32_inference`` and ``lava_s_cale``.
 """
 
 import importlib.util

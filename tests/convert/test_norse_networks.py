@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from nord_snn.convert import calibrate_thresholds, replace_neurons
@@ -111,6 +113,23 @@ def test_like_gives_the_same_spikes_and_gradients(make, parameters):
     assert torch.equal(ours, theirs)
     assert torch.allclose(our_v, their_v, atol=1e-5)
     assert torch.allclose(our_grad, their_grad, rtol=1e-3, atol=1e-4)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    membrane=st.floats(0.05, 1.0),
+    current=st.floats(0.05, 1.0),
+    v_th=st.floats(0.1, 2.0),
+    v_rest=st.floats(-1.0, 0.05),
+    seed=st.integers(0, 100),
+)
+def test_like_gives_the_same_spikes_for_all_time_constants(membrane, current, v_th, v_rest, seed):
+    p = norse.LIFParameters(*(torch.tensor(value) for value in (current * 1000, membrane * 1000, v_rest, v_th, v_rest)))
+    net = norse.SequentialState(nn.Identity(), norse.LIF(p))
+    x = torch.rand(8, 3, 4, generator=torch.Generator().manual_seed(seed)) * 3
+    expected, _ = net(x)
+    assert not replace_neurons(net, x, like=True).skipped
+    assert torch.equal(net(x)[0], expected)
 
 
 def test_like_on_whole_networks():

@@ -167,7 +167,7 @@ def test_calibration_finds_the_width_and_leaves_what_cannot_fire():
     ("net", "options", "message"),
     [
         (nn.Linear(4, 4), {}, "needs a network with AssociativeLIFNode"),
-        (nn.Sequential(AssociativeLIFNode(2, None)), {}, "0 runs single time steps and received one: pass forward="),
+        (nn.Sequential(AssociativeLIFNode(4, None)), {}, "0 runs single time steps and received one: pass forward="),
         (AssociativeLIFNode(4, None, step_mode="m"), {"rate": 0.0}, r"rate must lie in \(0, 1\), got 0.0"),
     ],
 )
