@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from spikingjelly.activation_based import functional
-from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
 
 from nord_snn._compat.spikingjelly import clear_module_cache
+from nord_snn.convert.protocols import LIBRARIES, Protocol, protocol_of
+from nord_snn.convert.report import Replacement, ReplacementReport
 from nord_snn.neurons import AssociativeLIFNode
-from nord_snn.neurons.detection import is_snntorch
+from nord_snn.neurons.resetting import reset
 
-__all__ = ["Replacement", "ReplacementReport", "replace_neurons", "unchanged"]
+__all__ = ["replace_neurons", "unchanged"]
 
 Selection = type | tuple[type, ...] | str | Callable[[str, nn.Module], bool]
 
@@ -26,67 +26,20 @@ _CHANNELS: tuple[type[nn.Module], ...] = (
 _FEATURES: tuple[type[nn.Module], ...] = (nn.Linear, nn.LayerNorm, nn.Embedding)
 
 
-@dataclass(frozen=True)
-class Replacement:
-    """One neuron of the network.
-
-    Attributes:
-        name: its name in the network.
-        was: what it was.
-        now: what it is now; empty if it was skipped.
-        width: number of its neurons, D.
-        channel_dim: their dimension in a time step.
-        skipped: why it was left as it is, or empty.
-    """
-
-    name: str
-    was: str
-    now: str = ""
-    width: int | None = None
-    channel_dim: int | None = None
-    skipped: str = ""
-
-
-@dataclass
-class ReplacementReport:
-    """What :func:`replace_neurons` did; ``str`` gives a Markdown table."""
-
-    rows: list[Replacement] = field(default_factory=list)
-
-    @property
-    def replaced(self) -> list[Replacement]:
-        """Return the neurons that were replaced."""
-        return [row for row in self.rows if not row.skipped]
-
-    @property
-    def skipped(self) -> list[Replacement]:
-        """Return the neurons that were left as they are."""
-        return [row for row in self.rows if row.skipped]
-
-    def __iter__(self) -> Iterator[Replacement]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __str__(self) -> str:
-        """Return the Markdown table."""
-        lines = ["| name | was | is | width | channel_dim | skipped |", "|---|---|---|---|---|---|"]
-        lines += [
-            f"| {row.name} | {row.was} | {row.now} | {_shown(row.width)} | {_shown(row.channel_dim)} | {row.skipped} |"
-            for row in self.rows
-        ]
-        return "\n".join(lines)
-
-
 @dataclass
 class _Found:
     """A neuron of the network, and what the run with the example input showed."""
 
     names: list[str]
     module: nn.Module
+    protocol: Protocol
     shapes: set[tuple[int, ...]] = field(default_factory=set)
     channels: set[int] = field(default_factory=set)
+
+    @property
+    def steps(self) -> set[tuple[int, ...]]:
+        """Return the shapes of one time step that it received."""
+        return {shape[self.protocol.runs_sequences(self.module) :] for shape in self.shapes}
 
 
 @torch.no_grad()
@@ -101,19 +54,27 @@ def replace_neurons(
 ) -> ReplacementReport:
     """Replace neurons of ``net`` in place by :class:`nord_snn.neurons.AssociativeLIFNode`.
 
+    ``net`` is a network of SpikingJelly, snnTorch or Norse, or of several. Its own code goes on calling its neurons as before:
+    where the library passes states in and out (``spk, mem = lif(x, mem)``, ``spikes, state = cell(x, state)``) or has
+    ``init_hidden``, a module with the same call takes the place of the neuron, and its attribute ``node`` is ours. In Norse the
+    state is an :class:`~nord_snn.ops.AssociativeLIFState`, and None at first. ``snntorch.utils.reset`` works on the new neurons.
+
     ``net(*example)`` runs once, without gradient and from rest, to find the width of every neuron and the dimension of its
     channels: dimension 1 behind a convolution, batch norm or pooling, the last one behind a linear map or layer norm. Where
     neither is behind it, dimension 1 if a time step has four dimensions or more, else the last one. Names of all other
     parameters stay. Make optimizers afterwards.
 
     Args:
-        net: a network with neurons of SpikingJelly.
+        net: a network with neurons of SpikingJelly (``activation_based`` or ``clock_driven``), snnTorch (``Leaky``,
+            ``Lapicque``, ``Synaptic``) or Norse (``LIF``, ``LIFCell``, ``LIFBoxCell``, ``IAF``, ``IAFCell``). Others are skipped.
         example: positional arguments of the network, with the shapes that it will get; the batch size may differ.
         only: which neurons: a class or a tuple of them, a name or the start of one (``"layer1"``), or a function of name and
-            module. Default: None, all of SpikingJelly's.
-        like: give the same spikes as the neuron that is replaced, see :meth:`AssociativeLIFNode.like`. Default: False.
+            module. Default: None, all of these libraries.
+        like: give the same spikes as the neuron that is replaced, see :meth:`AssociativeLIFNode.like`. Default: False. The
+            membrane potentials that a network of snnTorch receives are those after the reset.
         overrides: further arguments for single neurons, by name.
-        neuron: what to replace by: ``neuron(width, channel_dim=..., step_mode=..., **constants)``. Not with ``like``.
+        neuron: what to replace by: ``neuron(width, channel_dim=..., step_mode=..., **constants)``. Not with ``like``. In
+            networks of snnTorch and Norse it must make an ``AssociativeLIFNode``.
         constants: arguments for all neurons, such as ``preset="nord"``.
 
     Returns:
@@ -121,9 +82,10 @@ def replace_neurons(
 
     Raises:
         ValueError: no neuron is selected, a name in ``overrides`` is not one of them, or arguments do not fit together.
+        TypeError: ``neuron`` makes another module in a network of snnTorch or Norse.
 
     Example:
-        >>> from spikingjelly.activation_based import layer, neuron
+        >>> from spikingjelly.activation_based import functional, layer, neuron
         >>> net = nn.Sequential(layer.Conv2d(1, 8, 3), neuron.LIFNode(), layer.Flatten(), layer.Linear(288, 5), neuron.LIFNode())
         >>> functional.set_step_mode(net, "m")
         >>> report = replace_neurons(net, torch.rand(4, 2, 1, 8, 8))
@@ -135,7 +97,8 @@ def replace_neurons(
     overrides = dict(overrides or {})
     found = _find(net, only)
     if not found:
-        raise ValueError(f"no neuron of SpikingJelly is selected: the network has {_kinds(net)}")
+        kinds = sorted({type(module).__name__ for module in net.modules()})
+        raise ValueError(f"no neuron of {', '.join(LIBRARIES.values())} is selected: the network has modules {kinds}")
     if unknown := sorted(overrides.keys() - {name for one in found for name in one.names}):
         raise ValueError(
             f"overrides for {unknown}, which are not among the selected neurons {[one.names[0] for one in found]}"
@@ -153,8 +116,9 @@ def _find(net: nn.Module, only: Selection | None) -> list[_Found]:
     """Return the selected neurons, each once, with all names under which the network has them."""
     found: dict[int, _Found] = {}
     for name, module in net.named_modules(remove_duplicate=False):
-        if isinstance(module, BaseNode) and _selected(name, module, only):
-            found.setdefault(id(module), _Found([], module)).names.append(name)
+        protocol = protocol_of(module)
+        if protocol is not None and _selected(name, module, only):
+            found.setdefault(id(module), _Found([], module, protocol)).names.append(name)
     return list(found.values())
 
 
@@ -180,8 +144,8 @@ def _observe(net: nn.Module, example: tuple[Any, ...], found: list[_Found]) -> N
         return hook
 
     def record_input(one: _Found) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            x = args[0]
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
             one.shapes.add(tuple(x.shape))
             _, channel_dim = made.get(x.untyped_storage().data_ptr(), (None, 0))
             one.channels.add(channel_dim)
@@ -193,7 +157,7 @@ def _observe(net: nn.Module, example: tuple[Any, ...], found: list[_Found]) -> N
         for module in net.modules()
         if isinstance(module, _CHANNELS + _FEATURES)
     ]
-    hooks += [one.module.register_forward_pre_hook(record_input(one)) for one in found]
+    hooks += [one.module.register_forward_pre_hook(record_input(one), with_kwargs=True) for one in found]
     try:
         with unchanged(net):
             net(*example)
@@ -207,62 +171,63 @@ def unchanged(net: nn.Module) -> Iterator[None]:
     """Run a network from rest in evaluation mode; modes and buffers are as before afterwards, and its state is reset."""
     modes = [(module, module.training) for module in net.modules()]
     buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
-    functional.reset_net(net)
+    reset(net)
     net.eval()
     try:
         yield
     finally:
-        functional.reset_net(net)
         for module, mode in modes:
             module.training = mode
         for name, buffer in net.named_buffers():
-            if name in buffers:
+            if name in buffers and buffer.shape == buffers[name].shape:  # others are states of snnTorch, reset below
                 buffer.copy_(buffers[name])
+        reset(net)
 
 
 def _replace(
     net: nn.Module, one: _Found, like: bool, neuron: Callable[..., nn.Module], constants: Mapping[str, Any]
 ) -> list[Replacement]:
-    was = type(one.module).__name__
-    multi = getattr(one.module, "step_mode", "s") == "m"
+    was, library = type(one.module).__name__, one.protocol
     reason = _reason(one)
     if reason:
         return [Replacement(name, was, skipped=reason) for name in one.names]
-    shape = next(iter(one.shapes))[multi:]
+    shape = next(iter(one.steps))
     channel_dim = constants.get("channel_dim") or _channel_dim(one, shape)
     width = shape[channel_dim]
-    if any(s[multi:][channel_dim] != width for s in one.shapes):
-        return [
-            Replacement(name, was, skipped=f"it gets inputs of several widths, {sorted(one.shapes)}")
-            for name in one.names
-        ]
+    if any(step[channel_dim] != width for step in one.steps):
+        reason = f"it gets inputs of several widths, {sorted(one.shapes)}"
+        return [Replacement(name, was, skipped=reason) for name in one.names]
     more = {key: value for key, value in constants.items() if key != "channel_dim"}
+    step_mode = "m" if library.runs_sequences(one.module) else "s"
     try:
         if like:
-            made: nn.Module = AssociativeLIFNode.like(one.module, width, channel_dim=channel_dim, **more)
+            made: nn.Module = library.like(one.module, width, channel_dim=channel_dim, **more)
         else:
-            made = neuron(width, channel_dim=channel_dim, step_mode=one.module.step_mode, **{"preset": "lif"} | more)
+            made = neuron(width, channel_dim=channel_dim, step_mode=step_mode, **{"preset": "lif"} | more)
     except TypeError as error:
         if not like:
             raise
         return [Replacement(name, was, width=width, skipped=str(error)) for name in one.names]
-    made.train(one.module.training)
+    placed = library.put(one.module, made)
+    placed.train(one.module.training)
     parameter = next(net.parameters(), None)
     if parameter is not None:
-        made.to(parameter.device)
+        placed.to(parameter.device)
     for name in one.names:
         parent, _, last = name.rpartition(".")
-        setattr(net.get_submodule(parent), last, made)
+        setattr(net.get_submodule(parent), last, placed)
     return [Replacement(name, was, type(made).__name__, width, channel_dim) for name in one.names]
 
 
 def _reason(one: _Found) -> str:
     """Return why a neuron cannot be replaced, or an empty string."""
+    if why := one.protocol.why_not(one.module):
+        return why
     if "" in one.names:
         return "the network is this neuron itself"
     if not one.shapes:
         return "the example input did not reach it"
-    if any(len(shape) < 2 + (one.module.step_mode == "m") for shape in one.shapes):
+    if any(len(step) < 2 for step in one.steps):
         return f"it gets inputs without a dimension of neurons, {sorted(one.shapes)}"
     return ""
 
@@ -273,16 +238,3 @@ def _channel_dim(one: _Found, step: tuple[int, ...]) -> int:
     if len(step) == 2 or len(said) != 1:
         return 1 if len(step) >= 4 else -1
     return said.pop()
-
-
-def _kinds(net: nn.Module) -> str:
-    names = {type(module).__name__ for module in net.modules() if is_snntorch(module)}
-    return (
-        f"neurons of snnTorch, {sorted(names)}"
-        if names
-        else f"modules {sorted({type(m).__name__ for m in net.modules()})}"
-    )
-
-
-def _shown(value: int | None) -> str:
-    return "" if value is None else str(value)

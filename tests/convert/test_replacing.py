@@ -61,7 +61,7 @@ def test_the_network_is_as_it_was_where_nothing_is_replaced():
     net = network()
     net[1].eval()
     modes, before = {name: m.training for name, m in net.named_modules()}, copy.deepcopy(net.state_dict())
-    with pytest.raises(ValueError, match="no neuron of SpikingJelly is selected"):
+    with pytest.raises(ValueError, match="no neuron of SpikingJelly, snnTorch, Norse is selected"):
         replace_neurons(net, X, only=neuron.IFNode)
     replace_neurons(net, X, only="6")
     assert all(modes.get(name, True) == m.training for name, m in net.named_modules())
@@ -167,10 +167,34 @@ def test_calibration_finds_the_width_and_leaves_what_cannot_fire():
     ("net", "options", "message"),
     [
         (nn.Linear(4, 4), {}, "needs a network with AssociativeLIFNode"),
-        (AssociativeLIFNode(4, None), {}, "needs step mode 'm'"),
+        (nn.Sequential(AssociativeLIFNode(4, None)), {}, "0 runs single time steps and received one: pass forward="),
         (AssociativeLIFNode(4, None, step_mode="m"), {"rate": 0.0}, r"rate must lie in \(0, 1\), got 0.0"),
     ],
 )
 def test_calibration_names_what_it_needs(net, options, message):
     with pytest.raises(ValueError, match=message):
         calibrate_thresholds(net, torch.rand(3, 2, 4), **options)
+
+
+def looped(net):
+    return lambda x_seq: torch.stack([net(x) for x in x_seq])
+
+
+def test_a_loop_over_time_outside_of_the_network_gives_the_thresholds_of_whole_sequences():
+    sequences, steps = network(), network()
+    for net in (sequences, steps):
+        replace_neurons(net, X)
+    functional.set_step_mode(steps, "s")
+    expected = calibrate_thresholds(sequences, X, rate=0.2)
+    found = calibrate_thresholds(steps, X, rate=0.2, forward=looped(steps))
+    assert [one.name for one in found] == ["2", "6"]
+    assert [one.scale for one in found] == pytest.approx([one.scale for one in expected])
+    assert [one.after for one in found] == pytest.approx([one.after for one in expected])
+    assert steps[2].step_mode == "s"
+    assert not isinstance(steps[2].v, torch.Tensor)
+
+
+def test_a_node_without_one_sequence_is_named():
+    node = AssociativeLIFNode(4, preset="lif", step_mode="s")
+    with pytest.raises(ValueError, match=r"several shapes, \[\(2, 4\), \(3, 4\)\]"):
+        calibrate_thresholds(node, forward=lambda: [(node(torch.rand(n, 4)), node.reset()) for n in (2, 3)])

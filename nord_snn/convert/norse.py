@@ -1,0 +1,137 @@
+"""Norse: neurons that are called as ``spikes, state = cell(x, state)``, with state None at first."""
+
+import functools
+from typing import Any
+
+from norse.torch.functional.reset import reset_subtract, reset_value
+from norse.torch.functional.threshold import threshold
+from torch import Tensor, nn
+
+from nord_snn.convert.protocols import Protocol, SingleStep, advance, require_our_node
+from nord_snn.neurons import AssociativeLIFNode
+from nord_snn.ops import AssociativeLIFState, Dynamics
+
+__all__ = ["PROTOCOL", "CalledAsCell", "CalledAsSequence"]
+
+_REPLACED = ("LIF", "LIFCell", "LIFBoxCell", "IAF", "IAFCell")
+_READOUTS = ("LI", "LICell", "LIBoxCell")  # leaky integrators, which do not fire
+_BASES = ("SNN", "SNNCell", "SNNRecurrent", "SNNRecurrentCell")
+
+
+class _Called(nn.Module):
+    def __init__(self, node: AssociativeLIFNode) -> None:
+        super().__init__()
+        self.node = node
+
+    def _run(self, x_seq: Tensor, state: AssociativeLIFState | None) -> tuple[Tensor, AssociativeLIFState]:
+        if state is not None and not isinstance(state, AssociativeLIFState):
+            raise TypeError(
+                f"{type(self).__name__} expects the state that it returned last, an AssociativeLIFState, or None for rest, got "
+                f"{type(state).__name__}"
+            )
+        return advance(self.node, x_seq, state)
+
+
+class CalledAsCell(SingleStep, _Called):
+    """Our neurons where a network calls a cell of Norse, one time step ``[N, *]`` per call.
+
+    Args:
+        node: the neurons.
+    """
+
+    def forward(
+        self, input_tensor: Tensor, state: AssociativeLIFState | None = None
+    ) -> tuple[Tensor, AssociativeLIFState]:
+        """Run one time step from ``state``, None for rest; return spikes and the new state."""
+        spikes, state = self._run(input_tensor.unsqueeze(0), state)
+        return spikes.squeeze(0), state
+
+
+class CalledAsSequence(_Called):
+    """Our neurons where a network calls a module of Norse that runs sequences ``[T, N, *]``.
+
+    Args:
+        node: the neurons.
+    """
+
+    def forward(
+        self, input_tensor: Tensor, state: AssociativeLIFState | None = None
+    ) -> tuple[Tensor, AssociativeLIFState]:
+        """Run all time steps from ``state``, None for rest; return spikes and the last state."""
+        return self._run(input_tensor, state)
+
+
+def _is_neuron(module: nn.Module) -> bool:
+    bases = {kind.__name__ for kind in type(module).__mro__ if kind.__module__ == "norse.torch.module.snn"}
+    return bool(bases & set(_BASES)) and type(module).__name__ not in _READOUTS
+
+
+def _runs_sequences(module: nn.Module) -> bool:
+    return not type(module).__name__.endswith("Cell")
+
+
+def _why_not(module: Any) -> str:
+    name = type(module).__name__
+    if name not in _REPLACED:
+        return f"Norse's {', '.join(_REPLACED)} can be replaced, {name} has other states or recurrent weights"
+    if getattr(module, "record_states", False):
+        return "record_states=True returns the states of all time steps, the neuron returns the last one"
+    return ""
+
+
+def _like(module: Any, width: int, **more: Any) -> AssociativeLIFNode:
+    """Return neurons that give the same spikes.
+
+    Norse adds the input to the current before the membrane takes it, and lets the current decay afterwards. Just before the
+    membrane takes it, this is ``i = (1 - dt / tau_syn) * i + x``, our synaptic current. It fires above the threshold only.
+    """
+    p, kind = module.p, type(module).__name__.removesuffix("Cell")
+    reset = getattr(p, "reset_method", reset_value)
+    if reset not in (reset_value, reset_subtract):
+        raise TypeError("like() cannot match a reset_method other than Norse's reset_value and reset_subtract")
+    v_rest = _number(p, "v_reset" if kind == "IAF" else "v_leak")
+    hard = reset is reset_value
+    if hard and _number(p, "v_reset") != v_rest:
+        raise TypeError(
+            f"like() cannot match v_reset = {_number(p, 'v_reset')} with v_leak = {v_rest}: a spike sets the membrane to its "
+            "resting potential here"
+        )
+    tau = float("inf") if kind == "IAF" else 1 / _fraction(module.dt * _number(p, "tau_mem_inv"), "dt * tau_mem_inv")
+    fraction = _fraction(module.dt * _number(p, "tau_syn_inv"), "dt * tau_syn_inv") if kind == "LIF" else 1.0
+    learnable = ("threshold", "beta_mem", "beta_syn") if more.pop("learnable", False) else ()
+    return AssociativeLIFNode(
+        width,
+        preset="lif",
+        threshold=_number(p, "v_th"),
+        beta_syn=max(1 - fraction, 0.0),
+        v_reset=v_rest if hard else None,
+        hard_reset=hard,
+        dynamics=Dynamics("leak" if kind == "IAF" else "relax", tau, v_rest, hard),
+        surrogate=functools.partial(threshold, method=p.method, alpha=float(p.alpha)),
+        learnable=learnable,
+        step_mode="m",
+        **more,
+    )
+
+
+def _number(p: Any, name: str) -> float:
+    value = getattr(p, name)
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise TypeError(f"like() needs one number for {name}, got {value.numel()}")
+    return float(value)
+
+
+def _fraction(value: float, name: str) -> float:
+    """Return ``value`` if it is the part of a membrane or current that decays in a time step."""
+    if not 0 < value <= 1:
+        raise TypeError(f"like() needs {name} in (0, 1], got {value:.3g}")
+    return value
+
+
+def _put(module: nn.Module, ours: nn.Module) -> nn.Module:
+    node = require_our_node(ours, "Norse")
+    node.step_mode = "m"
+    return (CalledAsSequence if _runs_sequences(module) else CalledAsCell)(node)
+
+
+PROTOCOL = Protocol(_is_neuron, _runs_sequences, _why_not, _like, _put)
