@@ -61,7 +61,7 @@ PUBLIC = {
     },
     "nord_snn.models.nord": {"NordConfig", "NordForCausalLM"},
     "nord_snn.monitor": {"SpikeMonitor"},
-    "nord_snn.integrations.snntorch": {"AssociativeSynaptic", "MultiStep"},
+    "nord_snn.integrations.snntorch": {"AssociativeLeaky", "AssociativeSynaptic", "MultiStep"},
     "nord_snn.integrations.nir": {"deviation", "export_to_nir", "import_from_nir", "simulate"},
 }
 INTEGRATIONS = {"snntorch": {"snntorch"}, "nir": {"nir", "numpy"}}  # a file or a folder each
