@@ -62,10 +62,14 @@ PUBLIC = {
     "nord_snn.models.nord": {"NordConfig", "NordForCausalLM"},
     "nord_snn.monitor": {"SpikeMonitor"},
     "nord_snn.integrations.clock_driven": {"install"},
-    "nord_snn.integrations.snntorch": {"AssociativeSynaptic", "MultiStep"},
+    "nord_snn.integrations.snntorch": {"AssociativeLeaky", "AssociativeSynaptic", "MultiStep"},
     "nord_snn.integrations.nir": {"deviation", "export_to_nir", "import_from_nir", "simulate"},
 }
-INTEGRATIONS = {"snntorch": {"snntorch"}, "norse": {"norse"}, "nir": {"nir", "numpy", "h5py"}}  # a file or a folder each
+INTEGRATIONS = {
+    "snntorch": {"snntorch"},
+    "norse": {"norse"},
+    "nir": {"nir", "numpy", "h5py"},
+}  # a file or a folder each
 COMPAT = {  # a file a library
     "torch.py": set(),
     "spikingjelly.py": set(),

@@ -7,14 +7,15 @@ from torch import nn
 
 from nord_snn._compat.torch import StatePrecisionMixin, detached_state
 
-__all__ = ["SynapticWithOwnState"]
+__all__ = ["LeakyWithOwnState", "SynapticWithOwnState"]
 
 
-class SynapticWithOwnState(StatePrecisionMixin, snntorch.Synaptic):
-    """Base class that snnTorch treats as ``Synaptic``; the subclass defines decays, threshold and states.
+class _OwnState(StatePrecisionMixin, nn.Module):
+    """Mixin for classes that snnTorch treats as its own; the subclass defines decays, threshold and states.
 
-    ``Synaptic.__init__`` would register buffers under the names of the subclass's properties, so it is not called. The
-    constructor sets the attributes that ``snntorch.utils.reset`` and the base class read. States are non-persistent buffers.
+    The constructors of snnTorch's classes would register buffers under the names of the subclass's properties, so
+    they are not called. The constructor sets the attributes that ``snntorch.utils.reset`` and the base class read.
+    States are non-persistent buffers.
 
     Args:
         init_hidden: store the states in the module.
@@ -41,3 +42,11 @@ class SynapticWithOwnState(StatePrecisionMixin, snntorch.Synaptic):
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes for copies and pickles, with detached states."""
         return self.__dict__ | {"_buffers": {name: detached_state(value) for name, value in self._buffers.items()}}
+
+
+class LeakyWithOwnState(_OwnState, snntorch.Leaky):
+    """Base class that snnTorch treats as ``Leaky``."""
+
+
+class SynapticWithOwnState(_OwnState, snntorch.Synaptic):
+    """Base class that snnTorch treats as ``Synaptic``."""

@@ -70,7 +70,7 @@ def runs_snntorch(module: nn.Module) -> bool:
 
 
 def is_neuron(module: nn.Module) -> bool:
-    """Return whether ``module`` is a neuron; False for ``AssociativeSynaptic``, whose inner node counts instead."""
+    """Return whether ``module`` is a neuron; False for those of ours with snnTorch's signatures, whose inner node counts."""
     if is_snntorch(module):
         return not any(isinstance(inner, BaseNode) for inner in module.modules())
     return isinstance(module, (BaseNode, *_OTHERS)) or is_norse(module)

@@ -76,16 +76,17 @@ def test_it_fires_above_the_threshold_and_our_node_at_it():
     assert lif(torch.nextafter(x, torch.ones(1)) * 1.0001)[0].tolist() == [[1.0] * 4]
 
 
-def test_neurons_rest_after_a_spike_and_a_membrane_of_ones_own_is_ready():
+def test_neurons_rest_after_a_spike_also_without_states_and_until_a_reset():
     lif = AssociativeSynaptic(4, None)
     strong = torch.full((2, 4), 9.0)
     spk, syn, mem = lif(strong)
     assert spk.all()
-    detached = lif(strong, syn.detach(), mem.detach())[0]
-    assert not detached.any()  # it rests
-    spk, syn, mem = lif(strong)
-    assert spk.all()  # no states: from rest
-    assert lif(strong, syn, mem.clone())[0].all()  # another membrane: ready
+    assert not lif(strong, syn.detach(), mem.detach())[0].any()  # refractory
+    lif.reset_mem()
+    assert lif(strong)[0].all()
+    assert not lif(strong)[0].any()  # no states: the sequence goes on
+    utils.reset(nn.Sequential(lif))
+    assert lif(strong)[0].all()
 
 
 def test_resets_of_all_three_families():
@@ -158,8 +159,9 @@ def test_states_of_a_reset_begin_a_batch_of_any_size():
         syn, mem = lif.reset_mem()
         x = 3 * torch.rand(rows, 16)
         spk, syn, mem = lif(x, syn, mem)
-        assert torch.equal(spk, lif(x)[0])
         lif(x, syn, mem)
+        lif.reset_mem()
+        assert torch.equal(spk, lif(x)[0])
     lif.reset_mem()
     with pytest.raises(ValueError, match="states of shape"):  # zeros of one's own are no rest of ours
         lif(torch.rand(3, 16), torch.zeros(5, 16), torch.zeros(5, 16))

@@ -1,0 +1,160 @@
+"""The LIF with the signature of ``snntorch.Leaky``."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nord_snn._compat.snntorch import LeakyWithOwnState
+from nord_snn.integrations.snntorch.base import OneStepNeuron, strict_node
+from nord_snn.ops import AssociativeLIFState, Dynamics
+from nord_snn.ops.surrogate import SurrogateLike
+
+__all__ = ["AssociativeLeaky"]
+
+_RESETS = ("subtract", "zero", "none")
+#: Values of snnTorch's arguments that change nothing; others are not supported.
+_NEUTRAL: dict[str, Any] = {
+    "surrogate_disable": False, "inhibition": False, "state_quant": False, "graded_spikes_factor": 1.0,
+    "learn_graded_spikes_factor": False, "reset_delay": True,
+}  # fmt: skip
+_OF_THE_NODE = {"channel_dim", "own_decays", "alpha", "backend"}
+
+
+class AssociativeLeaky(OneStepNeuron, LeakyWithOwnState):
+    """LIF neurons that take the place of ``snntorch.Leaky``: one time step per call, the same spikes to rounding.
+
+    Per time step, with the reset by the membrane potential of the time step before, as in ``Leaky``::
+
+        r[t]   = 1 where mem[t-1] > threshold else 0 (no gradient)
+        mem[t] = beta * mem[t-1] + x[t] - r[t] * threshold     reset_mechanism "subtract"
+                 beta * (1 - r[t]) * mem[t-1] + x[t]           "zero"
+                 beta * mem[t-1] + x[t]                        "none"
+        spk[t] = 1 where mem[t] > threshold else 0
+
+    There is no refractory period, synaptic current or cascade: ``mem`` is the whole state, so sequences may take turns and
+    ``mem`` may be changed in any way between calls. :class:`AssociativeSynaptic` has the other parts. A call without ``mem``
+    goes on from the stored one.
+
+    There are three differences from ``Leaky``. Every neuron has its own threshold. The decay is stored as a logit, so that a
+    learned one stays in (0, 1). A new batch shape needs :meth:`reset_mem`, :meth:`init_leaky` or ``snntorch.utils.reset`` first,
+    or raises an error.
+
+    Args:
+        n_features: D, the number of neurons. Default: None, found at the first call.
+        beta: initial membrane decay, in (0, 1): a number, or a tensor ``[D]``.
+        threshold: initial threshold, a number or a tensor ``[D]``.
+        spike_grad: a surrogate of snnTorch or SpikingJelly, or a name from :data:`nord_snn.ops.SURROGATES`. Default: None,
+            ``snntorch.surrogate.atan(alpha=2.0)``.
+        init_hidden: store the state in the module: ``spk = lif(x)``.
+        output: with ``init_hidden``, also return the state.
+        learn_beta: make the decay learnable.
+        learn_threshold: make the thresholds learnable.
+        reset_mechanism: "subtract", "zero" or "none".
+        more: ``channel_dim``, ``own_decays``, ``alpha`` (the sharpness of a named surrogate) and ``backend`` of
+            :class:`~nord_snn.neurons.AssociativeLIFNode`; other arguments of ``Leaky`` in their defaults.
+
+    Shapes: ``x [N, *, D]`` -> ``spk, mem``, each ``[N, *, D]``.
+
+    Raises:
+        TypeError: ``n_features`` is not a whole number, an argument is not supported, or ``mem`` is passed with
+            ``init_hidden``.
+        ValueError: ``reset_mechanism`` is unknown, a constant is out of its range, or the shape of ``mem`` is not the input's.
+
+    Source: ``Leaky`` of snnTorch (Eshraghian et al. 2023).
+
+    Example:
+        >>> lif = AssociativeLeaky(beta=0.9)
+        >>> mem = lif.init_leaky()
+        >>> for x in torch.rand(5, 4, 16):
+        ...     spk, mem = lif(x, mem)
+        >>> spk.shape, lif.threshold.shape
+        (torch.Size([4, 16]), torch.Size([16]))
+    """
+
+    def __init__(
+        self,
+        n_features: int | None = None,
+        beta: float | Tensor = 0.9,
+        threshold: float | Tensor = 1.0,
+        spike_grad: SurrogateLike | None = None,
+        init_hidden: bool = False,
+        output: bool = False,
+        learn_beta: bool = False,
+        learn_threshold: bool = False,
+        reset_mechanism: str = "subtract",
+        **more: Any,
+    ) -> None:
+        if reset_mechanism not in _RESETS:
+            raise ValueError(f"reset_mechanism must be one of {list(_RESETS)}, got {reset_mechanism!r}")
+        theirs = {name: more.pop(name) for name in sorted(_NEUTRAL.keys() & more.keys())}
+        changed = [f"{name}={value!r}" for name, value in theirs.items() if value != _NEUTRAL[name]]
+        changed += sorted(more.keys() - _OF_THE_NODE)
+        if changed:
+            raise TypeError(f"AssociativeLeaky does not support {', '.join(changed)}")
+        super().__init__(init_hidden, output)
+        self._reset_mechanism = reset_mechanism
+        learned = {"beta_mem": learn_beta, "threshold": learn_threshold}
+        self.node = strict_node(
+            n_features,
+            preset="lif",
+            threshold=threshold,
+            beta_mem=beta,
+            surrogate="atan" if spike_grad is None else spike_grad,
+            dynamics=Dynamics("sum", reset_scale=0.0, detach_reset=True),
+            learnable=[name for name, learned in learned.items() if learned],
+            **more,
+        )
+        self._store_at_rest()
+        self.register()
+
+    def reset_mem(self) -> Tensor:
+        """Set the state to rest and return ``mem``."""
+        self._assign_mem(torch.zeros_like(self._mem))
+        return self._mem
+
+    def init_leaky(self) -> Tensor:
+        """Set the state to rest and return ``mem``: the older name of :meth:`reset_mem`."""
+        return self.reset_mem()
+
+    def forward(self, input_: Tensor, mem: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Run one time step from ``mem``, or from the stored membrane potential without it."""
+        self._prepare(input_)
+        if self.init_hidden and mem is not None:
+            raise TypeError("with init_hidden=True the module stores the state: do not pass mem")
+        spk, state = self._run_node(input_, self._state(input_, self._mem if mem is None else mem))
+        self._store(state)
+        return spk if self.init_hidden and not self.output else (spk, self._mem)
+
+    def _state(self, x: Tensor, mem: Tensor) -> AssociativeLIFState | None:
+        """Return the state before the time step, after the reset by its membrane potential; None for rest."""
+        if mem is self._mem and self._own_is_rest(x):
+            return None
+        if self._syn.shape != x.shape:
+            self._syn = torch.zeros_like(x, requires_grad=False)
+        counter = self._refractory
+        if counter.shape != x.shape:
+            counter = torch.zeros_like(x, dtype=torch.int32)
+        state = self._checked(x, self._syn, mem, counter)
+        return state._replace(v=self._reset(state.v))
+
+    def _reset(self, mem: Tensor) -> Tensor:
+        if self._reset_mechanism == "none":
+            return mem
+        threshold, beta = self.node.v_threshold, self.node.beta_mem
+        spiked = mem > self._of_channels(threshold, mem)
+        if self._reset_mechanism == "zero":
+            return mem.masked_fill(spiked, 0.0)
+        by = self._of_channels(
+            (threshold / beta).to(mem.dtype), mem
+        )  # the membrane decays between the reset and the input
+        return torch.where(spiked, mem - by, mem)
+
+    def _of_channels(self, parameter: Tensor, mem: Tensor) -> Tensor:
+        """Return ``[D]`` in a shape that broadcasts with ``mem``."""
+        after = -1 - self.node.neuron_dimension(mem.ndim)
+        return parameter.reshape(-1, *(1,) * after) if after else parameter
+
+    def _store(self, state: AssociativeLIFState) -> None:
+        """Store the state; without a synaptic decay the current is no state."""
+        super()._store(state._replace(i_syn=self._syn))
