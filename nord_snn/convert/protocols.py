@@ -61,10 +61,11 @@ def advance(
     "m", which ``functional.set_step_mode`` may have changed.
     """
     node.step_mode = "m"
+    node.first_batches.batches_left = 0  # a call may be a single time step, not a batch
     node.v, node.i_syn, node.refractory = (node.dynamics.v_rest, 0.0, 0) if state is None else state
     try:
         spikes = node(x_seq)
-        return spikes, AssociativeLIFState(node.v, node.i_syn, node.refractory)  # type: ignore[arg-type]  # tensors now
+        return spikes, node.materialize_states((x_seq,), (node.v, node.i_syn, node.refractory), "m")
     finally:
         node.reset()
 

@@ -45,12 +45,16 @@ class NIRNeurons(AssociativeLIFNode):
         return threshold + (above - threshold).detach()
 
     def _run(
-        self, x_seq: Tensor, states: AssociativeLIFState | None, return_v_seq: bool = False
+        self,
+        x_seq: Tensor,
+        states: AssociativeLIFState | None,
+        return_v_seq: bool = False,
+        membrane_only: bool = False,
     ) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
         if self.bias is not None:
             places = -1 - self._dimension(x_seq.ndim - 1)
             x_seq = x_seq + self.bias.to(x_seq.dtype).reshape(-1, *[1] * places)
-        return super()._run(x_seq, states, return_v_seq)
+        return super()._run(x_seq, states, return_v_seq, membrane_only)
 
 
 class _Step(NamedTuple):
