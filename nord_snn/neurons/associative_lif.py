@@ -458,7 +458,7 @@ class AssociativeLIFNode(StatefulNode):
         membrane_only: bool = False,
     ) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
         dim = self._dimension(x_seq.ndim - 1)
-        if dim != -1 and x_seq.movedim(dim, -1).is_contiguous():  # images in the memory format channels_last
+        if dim != -1 and not x_seq.is_contiguous() and x_seq.movedim(dim, -1).is_contiguous():  # channels_last
             moved = None if states is None else map_state(lambda part: part.movedim(dim, -1), states)
             spikes, v_seq, state = self._run_op(x_seq.movedim(dim, -1), moved, return_v_seq, membrane_only, -1)
             back = [None if part is None else part.movedim(-1, dim) for part in (spikes, v_seq, *state)]

@@ -328,3 +328,15 @@ def test_a_node_whose_membrane_is_its_whole_state_stores_nothing_else():
     published = AssociativeLIFNode(6, n_clusters=None)
     published(x[0])
     assert isinstance(published.i_syn, torch.Tensor)
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 6, 1, 1), (4, 2, 6, 3, 5)])
+def test_spikes_and_gradients_have_the_strides_of_the_input(shape):
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        node = AssociativeLIFNode(6, preset="lif", channel_dim=1, step_mode="m")
+        images = torch.rand(shape).flatten(0, 1).contiguous(memory_format=memory_format)
+        x = images.unflatten(0, shape[:2]).requires_grad_()
+        spikes = node(x)
+        assert spikes.stride() == x.stride()
+        (gradient,) = torch.autograd.grad(spikes, x, torch.rand(shape).as_strided(x.shape, x.stride()))
+        assert gradient.stride() == x.stride()
