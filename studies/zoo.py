@@ -107,6 +107,8 @@ def networks(name: str, single_steps: bool = False) -> tuple[dict[str, nn.Module
     for module in original.modules():  # without it deep layers are silent before training
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             nn.init.constant_(module.weight, 2.0)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=4 / module.in_features**0.5)
     for model in (original, ours):
         functional.set_step_mode(model, "s" if single_steps else "m")
     example = x[0] if single_steps else x

@@ -15,12 +15,12 @@ from nord_snn.neurons.activity import FirstBatches
 from nord_snn.neurons.cascade import AssociativeCascade, LazyAssociativeCascade, largest_clusters
 from nord_snn.neurons.like import arguments_like
 from nord_snn.neurons.presets import OF_PRESET, known_surrogate, resolve_constants
-from nord_snn.ops import AssociativeLIFState, BackendChoice, Dynamics, OpCost, associative_lif
+from nord_snn.ops import AssociativeLIFState, BackendChoice, Dynamics, OpCost
 from nord_snn.ops.cascade import check_clusters
 from nord_snn.ops.checks import check_features, compute_dtype
 from nord_snn.ops.dispatch import BACKENDS
 from nord_snn.ops.lif.cost import associative_update_cost, lif_update_cost
-from nord_snn.ops.lif.op import associative_lif_backend
+from nord_snn.ops.lif.op import associative_lif_backend, associative_lif_of_rank
 from nord_snn.ops.lif.reference import PUBLISHED, map_state
 from nord_snn.ops.surrogate import SurrogateLike, resolve_surrogate
 
@@ -49,6 +49,7 @@ class AssociativeLIFNode(StatefulNode):
     Args:
         n_features: D, the number of neurons. None: found at the first call.
         n_clusters: C of the cascade, a divisor of D; "auto" for the largest divisor up to 64. None switches the cascade off.
+            With a cascade the default of ``beta_syn`` is 0.5 in every preset.
         preset: constants that are not given, by name, see :data:`nord_snn.neurons.PRESETS`. Default: None, "nord" (the
             published neuron) if ``n_features`` is given and no argument under SpikingJelly's name, else "lif".
         channel_dim: dimension of the neurons in one time step: 1 for images ``[N, C, H, W]``. Default: None, the last
@@ -259,6 +260,10 @@ class AssociativeLIFNode(StatefulNode):
         for name, value in self._initial.items():
             if isinstance(value, Tensor) and n_features is not None and value.shape not in ((n_features,), (1,)):
                 raise ValueError(f"{name} must be a number or a tensor [D] = [{n_features}], got {list(value.shape)}")
+        if n_clusters is not None and self._initial["beta_syn_logit"] is None:
+            raise ValueError(
+                "a cascade adds to the synaptic current, which beta_syn=0 forgets: pass n_clusters=None, or beta_syn > 0"
+            )
         self.cascade = _make_cascade(n_features, n_clusters, constants["cascade_radius"], constants["cascade_gain"])
         self.reset_parameters()
 
@@ -331,18 +336,20 @@ class AssociativeLIFNode(StatefulNode):
         """
         multi = self.step_mode == "m"
         self.check_input(x, self.step_mode)
-        x_seq = x if multi else x.unsqueeze(0)
-        initial = None if stateless else self._stored_state(x_seq)
+        initial = None if stateless else self._stored_state(x)
         membrane_only = self.is_membrane_only and (initial is None or initial.i_syn is None)
-        spikes, v_seq, state = self._run(x_seq, initial, self.store_v_seq, membrane_only)
+        spikes, v_seq, state = self._run(x, initial, self.store_v_seq, membrane_only, single_step=not multi)
         if not stateless:
             self.set_memories({"v": state.v} if membrane_only else state._asdict())
         if not torch.compiler.is_compiling() and self.first_batches.batches_left and self.training:
             self._count(spikes, stateless)
         if v_seq is not None:
-            earlier = None if multi or stateless else self.v_seq
-            self.v_seq = v_seq if earlier is None else torch.cat((earlier, v_seq))
-        return spikes if multi else spikes.squeeze(0)
+            self._keep_v_seq(v_seq if multi else v_seq.unsqueeze(0), is_continued=not (multi or stateless))
+        return spikes
+
+    def _keep_v_seq(self, v_seq: Tensor, is_continued: bool) -> None:
+        earlier = self.v_seq if is_continued else None
+        self.v_seq = v_seq if earlier is None else torch.cat((earlier, v_seq))
 
     def _count(self, spikes: Tensor, is_batch: bool) -> None:
         """Count the spikes of a first training batch, for a warning; a call without state is a whole batch."""
@@ -356,15 +363,16 @@ class AssociativeLIFNode(StatefulNode):
         super().reset()
         self.first_batches.end_batch(f"{type(self).__name__}({self.n_features})")
 
-    def _stored_state(self, x_seq: Tensor) -> AssociativeLIFState | None:
+    def _stored_state(self, x: Tensor) -> AssociativeLIFState | None:
         """Return the stored state as tensors for this input; None at rest."""
         stored = self.get_memories("v", "i_syn", "refractory")
         if not any(isinstance(part, Tensor) for part in stored) and stored == (self.dynamics.v_rest, 0.0, 0):
             return None
         if self.is_membrane_only and not isinstance(stored[1], Tensor) and not isinstance(stored[2], Tensor):
-            v = self._state_for(x_seq, x_seq.shape[1:], stored[0], compute_dtype(x_seq))
+            step = x.shape[1:] if self.step_mode == "m" else x.shape
+            v = self._state_for(x, step, stored[0], compute_dtype(x))
             return AssociativeLIFState(v, cast(Tensor, None), cast(Tensor, None))
-        return self.materialize_states((x_seq,), stored, "m")
+        return self.materialize_states((x,), stored, self.step_mode)
 
     def _dimension(self, step_ndim: int) -> int:
         """Return the dimension of the neurons, counted from the end, where a time step has ``step_ndim`` dimensions."""
@@ -416,8 +424,8 @@ class AssociativeLIFNode(StatefulNode):
         self, inputs: _Tensors, states: _States, **kwargs: object
     ) -> tuple[_Tensors, _States]:
         """Run one time step from explicit states ``(v, i_syn, refractory)``; the stored state is unchanged."""
-        spikes, _, state = self._run(inputs[0].unsqueeze(0), self.materialize_states(inputs, states, "s"))
-        return (spikes.squeeze(0),), tuple(state)
+        spikes, _, state = self._run(inputs[0], self.materialize_states(inputs, states, "s"), single_step=True)
+        return (spikes,), tuple(state)
 
     def multi_step_functional_forward(
         self, inputs: _Tensors, states: _States, **kwargs: object
@@ -452,32 +460,39 @@ class AssociativeLIFNode(StatefulNode):
 
     def _run(
         self,
-        x_seq: Tensor,
+        x: Tensor,
         states: AssociativeLIFState | None,
         return_v_seq: bool = False,
         membrane_only: bool = False,
+        *,
+        single_step: bool = False,
     ) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
-        dim = self._dimension(x_seq.ndim - 1)
-        if dim != -1 and not x_seq.is_contiguous() and x_seq.movedim(dim, -1).is_contiguous():  # channels_last
+        """Run a sequence, or a single time step; membrane potentials have the shape of ``x``."""
+        dim = self._dimension(x.ndim if single_step else x.ndim - 1)
+        if dim != -1 and not x.is_contiguous() and x.movedim(dim, -1).is_contiguous():  # channels_last
             moved = None if states is None else map_state(lambda part: part.movedim(dim, -1), states)
-            spikes, v_seq, state = self._run_op(x_seq.movedim(dim, -1), moved, return_v_seq, membrane_only, -1)
+            spikes, v_seq, state = self._run_op(x.movedim(dim, -1), moved, return_v_seq, membrane_only, -1, single_step)
             back = [None if part is None else part.movedim(-1, dim) for part in (spikes, v_seq, *state)]
             return cast(Tensor, back[0]), back[1], AssociativeLIFState(*cast(list[Tensor], back[2:]))
-        return self._run_op(x_seq, states, return_v_seq, membrane_only, dim)
+        return self._run_op(x, states, return_v_seq, membrane_only, dim, single_step)
 
     def _run_op(
-        self, x_seq: Tensor, states: AssociativeLIFState | None, return_v_seq: bool, membrane_only: bool, dim: int
+        self,
+        x: Tensor,
+        states: AssociativeLIFState | None,
+        return_v_seq: bool,
+        membrane_only: bool,
+        dim: int,
+        single_step: bool,
     ) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
-        """Run the op, which takes ``[T, N, D]``, or ``[T, N, D, M]`` with places after the neurons."""
-        step = x_seq.shape[1:]
-        if (dim, len(step)) not in ((-1, 2), (-2, 3)):  # other dimensions than [N, D] or [N, D, M]
-            return self._run_rows(x_seq, states, return_v_seq, membrane_only, dim)
-        dtype = compute_dtype(x_seq)  # cast before the sigmoid: in bfloat16, 1 - beta_mem would be 2 % off
+        dtype = compute_dtype(x)  # cast before the sigmoid: in bfloat16, 1 - beta_mem would be 2 % off
         surrogate, alpha = known_surrogate(self.surrogate_function, self.alpha)
         beta_mem, beta_syn = self.beta_mem_logit, self.beta_syn_logit
-        return associative_lif(
-            x_seq,
+        return associative_lif_of_rank(
+            x,
             states,
+            dim,
+            single_step,
             threshold=self.firing_threshold(),
             beta_mem=None if beta_mem is None else beta_mem.to(dtype).sigmoid(),
             beta_syn=0.0 if beta_syn is None else beta_syn.to(dtype).sigmoid(),
@@ -488,25 +503,10 @@ class AssociativeLIFNode(StatefulNode):
             surrogate=surrogate,
             alpha=alpha,
             dynamics=self.dynamics,
-            channels_first=dim != -1,
             membrane_only=membrane_only,
             return_v_seq=return_v_seq,
             backend=self.backend,
         )
-
-    def _run_rows(
-        self, x_seq: Tensor, states: AssociativeLIFState | None, return_v_seq: bool, membrane_only: bool, dim: int
-    ) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
-        """Run an input of any rank with all batch dimensions as one, and all dimensions after the neurons as one."""
-        step = x_seq.shape[1:]
-        rows = (math.prod(step[:dim]), self.n_features)
-        shape = rows if dim == -1 else (*rows, math.prod(step[dim + 1 :]))
-        initial = None if states is None else map_state(lambda part: part.reshape(shape), states)
-        spikes, v_seq, state = self._run_op(
-            x_seq.reshape(len(x_seq), *shape), initial, return_v_seq, membrane_only, -1 if dim == -1 else -2
-        )
-        final = map_state(lambda part: part.reshape(step), state)
-        return spikes.reshape(x_seq.shape), None if v_seq is None else v_seq.reshape(x_seq.shape), final
 
     def firing_threshold(self) -> Tensor:
         """Return the membrane potential at which a neuron fires, ``[D]``; a subclass may override this method."""

@@ -31,7 +31,8 @@ _LIF = {
 }
 
 #: Constants by name of the preset. "nord": the published neuron. "lif": SpikingJelly's ``LIFNode`` with half of its threshold
-#: and a soft reset; no synaptic current, refractory period or cascade. "images": "lif" with a cascade whose gain starts at 0.
+#: and a soft reset; no synaptic current, refractory period or cascade. "images": "lif" with a synaptic current
+#: and a cascade whose gain starts at 0.
 PRESETS: dict[str, dict[str, Any]] = {
     "nord": {
         "n_clusters": "auto",  # 64 where they divide the width
@@ -46,7 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "alpha": 4.0,
     },
     "lif": _LIF,
-    "images": _LIF | {"n_clusters": "auto"},
+    "images": _LIF | {"n_clusters": "auto", "beta_syn": 0.5},
 }
 
 #: SpikingJelly's name of an argument -> ours.
@@ -57,6 +58,8 @@ def resolve_constants(
     preset: str | None, has_width: bool, given: Mapping[str, Any], theirs: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return all constants: those of the preset, replaced by those that are given.
+
+    With a cascade the synaptic decay of "lif" is that of "nord", because a cascade adds to the synaptic current.
 
     Args:
         preset: a name from :data:`PRESETS`, or None: "nord" if the width is given and no name of SpikingJelly's, else "lif".
@@ -83,6 +86,8 @@ def resolve_constants(
             raise ValueError(f"tau must be at least 1 time step, got {theirs['tau']}")
         translated["beta_mem"] = 1 - 1 / theirs["tau"]
     constants = PRESETS[preset] | translated | given
+    if constants["n_clusters"] is not None and "beta_syn" not in given and constants["beta_syn"] == 0:
+        constants["beta_syn"] = PRESETS["nord"]["beta_syn"]  # a cascade adds to the synaptic current
     v_reset, unused = given.get("v_reset"), constants["refractory_steps"] == 0 and not given.get("hard_reset")
     if preset != "nord" and v_reset is not None and unused:
         raise ValueError(

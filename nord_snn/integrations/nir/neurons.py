@@ -46,15 +46,17 @@ class NIRNeurons(AssociativeLIFNode):
 
     def _run(
         self,
-        x_seq: Tensor,
+        x: Tensor,
         states: AssociativeLIFState | None,
         return_v_seq: bool = False,
         membrane_only: bool = False,
+        *,
+        single_step: bool = False,
     ) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
         if self.bias is not None:
-            places = -1 - self._dimension(x_seq.ndim - 1)
-            x_seq = x_seq + self.bias.to(x_seq.dtype).reshape(-1, *[1] * places)
-        return super()._run(x_seq, states, return_v_seq, membrane_only)
+            places = -1 - self._dimension(x.ndim if single_step else x.ndim - 1)
+            x = x + self.bias.to(x.dtype).reshape(-1, *[1] * places)
+        return super()._run(x, states, return_v_seq, membrane_only, single_step=single_step)
 
 
 class _Step(NamedTuple):

@@ -34,10 +34,10 @@ class StrictNode(AssociativeLIFNode):
         self, x: Tensor, *, state: AssociativeLIFState | None, new_states: list[AssociativeLIFState]
     ) -> Tensor:
         """Return the spikes of one time step from ``state``, None for rest, and append the state after it to ``new_states``."""
-        multi = self.step_mode == "m"  # layers set it on all their modules; x is then [1, N, *, D]
-        spikes, _, new_state = self._run(x if multi else x.unsqueeze(0), state)
+        # Layers set step mode "m" on all their modules; x is then [1, N, *, D].
+        spikes, _, new_state = self._run(x, state, single_step=self.step_mode == "s")
         new_states.append(new_state)
-        return spikes if multi else spikes.squeeze(0)
+        return spikes
 
     def neuron_dimension(self, ndim: int) -> int:
         """Return the dimension of the neurons in a time step of ``ndim`` dimensions, counted from the end."""

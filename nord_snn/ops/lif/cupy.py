@@ -625,7 +625,7 @@ def _couplings(coupling: Tensor | None) -> tuple[int, Tensor | None, Tensor | No
 
 def forward(arguments: Arguments, keep_v: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return spikes, membrane potentials (empty unless ``keep_v``) and the last state."""
-    x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps, _ = arguments
+    x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps, *_ = arguments
     T, N, D = x.shape
     kernel = "associative_lif_forward"
     spikes = torch.empty(T, N, D, dtype=x.dtype, device=x.device)
@@ -664,7 +664,7 @@ def backward(
     grads: OutputGradients, arguments: Arguments, surrogate: str, alpha: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, v and i_syn (empty without a state), threshold, both betas, coupling (or empty)."""
-    x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps, _ = arguments
+    x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps, *_ = arguments
     T, N, D = x.shape
     kernel = "associative_lif_backward"
     C, coupling, coupling_t = _couplings(coupling)

@@ -763,7 +763,7 @@ def _backward(
 
 
 @functools.lru_cache(maxsize=1024)
-def _sizes(shape: torch.Size, n_decays: int, clusters: int, hard_reset: bool, threads: int) -> _Sizes:
+def _sizes(shape: tuple[int, ...], n_decays: int, clusters: int, hard_reset: bool, threads: int) -> _Sizes:
     T, N, D, *others = shape
     places = math.prod(others)
     block_length = max(1, _TILE // D) * D if clusters else _TILE
@@ -787,7 +787,7 @@ def _sizes(shape: torch.Size, n_decays: int, clusters: int, hard_reset: bool, th
 def _sizes_of(arguments: Arguments, threads: int) -> _Sizes:
     coupling = arguments.coupling
     clusters = 0 if coupling is None else coupling.shape[0]
-    return _sizes(arguments.x.shape, _n_decays(arguments), clusters, arguments.dynamics.hard_reset, threads)
+    return _sizes(arguments.shape, _n_decays(arguments), clusters, arguments.dynamics.hard_reset, threads)
 
 
 def _n_decays(arguments: Arguments) -> int:
@@ -831,8 +831,8 @@ def _padded(coupling: Tensor, dtype: torch.dtype) -> Tensor:
 
 def forward(arguments: Arguments, keep_v: bool, membrane_only: bool = False) -> tuple[Tensor, ...]:
     """Return spikes, membrane potentials (empty unless ``keep_v``) and the last state (v alone if ``membrane_only``)."""
-    x, dynamics = arguments.x, arguments.dynamics
-    step, dtype = x.shape[1:], compute_dtype(x)
+    x, dynamics, step = arguments.x, arguments.dynamics, arguments.step
+    dtype = compute_dtype(x)
     spikes, v_last = torch.empty(x.shape, dtype=dtype), torch.empty(step, dtype=dtype)
     v_seq = torch.empty(x.shape if keep_v else (0, *step), dtype=dtype)
     others = () if membrane_only else (torch.empty(step, dtype=dtype), torch.empty(step, dtype=torch.int32))
@@ -866,10 +866,10 @@ def backward(
     Without ``parameters`` those from the threshold on are left out.
     """
     x = arguments.x
-    step, dtype = x.shape[1:], compute_dtype(x)
+    dtype = compute_dtype(x)
     grad_x = torch.empty(x.shape, dtype=dtype)
     grad_v, grad_i = (
-        torch.empty((0, *step[1:]) if part is None else step, dtype=dtype) for part in (arguments.v, arguments.i_syn)
+        torch.empty((0,) if part is None else arguments.step, dtype=dtype) for part in (arguments.v, arguments.i_syn)
     )
     inputs, grad_outputs = _input_tensors(arguments, dtype), _contiguous(*grads, dtype=dtype)
     with as_many_threads_as_torch() as threads:
@@ -881,7 +881,7 @@ def backward(
         scratch_size += (2 * T * (block_length // D) + C + 1) * width
         shared_size = D + 2 * n_decays + C * width
         # One piece of zeros for the sums, in float64, and the scratch; one for what the forward sweep writes.
-        zeroed = torch.zeros(chunks * (shared_size + scratch_size), dtype=torch.float64)
+        zeroed = torch.zeros(chunks * (8 * shared_size + dtype.itemsize * scratch_size), dtype=torch.uint8)
         record_bytes = chunks * T * tiles * record_of_tile * dtype.itemsize
         written = torch.empty(record_bytes + chunks * T * tiles * _MASKS * 2, dtype=torch.uint8)
         _backward(

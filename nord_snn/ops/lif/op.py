@@ -1,5 +1,6 @@
 """The public op: argument checks, precision, choice of the backend, registration of the kernels with torch.library."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -16,7 +17,7 @@ from nord_snn.ops.lif.support import Arguments, OutputGradients
 from nord_snn.ops.registration import Kernel, register_op
 from nord_snn.ops.surrogate import SurrogateLike, resolve_surrogate
 
-__all__ = ["IMPLEMENTATIONS", "associative_lif", "associative_lif_backend"]
+__all__ = ["IMPLEMENTATIONS", "associative_lif", "associative_lif_backend", "associative_lif_of_rank"]
 
 IMPLEMENTATIONS = register_backends("associative_lif", "lif", "numba", "cupy", "triton")
 _choose = backend_selector("associative_lif", IMPLEMENTATIONS)
@@ -32,17 +33,17 @@ def associative_lif_backend(
     channels_first: bool = False,
 ) -> BackendChoice:
     """Return the backend that :func:`associative_lif` would choose for ``x_seq``, and why it would not choose the others."""
-    call = _call(x_seq, surrogate, n_clusters, dynamics, n_decays, channels_first)
+    call = _call(x_seq, x_seq.shape[2 if channels_first else -1], surrogate, n_clusters, dynamics, n_decays)
     return choose_backend("associative_lif", IMPLEMENTATIONS, backend, call)
 
 
 def _call(
-    x_seq: Tensor,
+    x: Tensor,
+    n_features: int,
     surrogate: SurrogateLike,
     n_clusters: int | None,
     dynamics: Dynamics,
     n_decays: int,
-    channels_first: bool,
 ) -> CallSignature:
     name = surrogate if isinstance(surrogate, str) else "callable"
     options = (
@@ -51,7 +52,7 @@ def _call(
         ("dynamics", dynamics),
         ("n_decays", n_decays),
     )
-    return CallSignature(x_seq.device.type, x_seq.dtype, x_seq.shape[2 if channels_first else -1], options)
+    return CallSignature(x.device.type, x.dtype, n_features, options)
 
 
 def associative_lif(
@@ -98,7 +99,7 @@ def associative_lif(
             0 or 1. The values of a tensor are not checked, because that would synchronise with the GPU. None if the
             dynamics have ``tau``.
         beta_syn: synaptic decay in [0, 1), a float, or a tensor of one element or ``[D]``, which is not checked either. At 0
-            the synaptic current is the input, plus the cascade of the time step before.
+            the synaptic current is the input, and there must be no cascade, whose current it would forget.
         cascade_weight: ``[C, C]``, after the sigmoid, or None for no cascade.
         cascade_gain: ``[C]``, or None for no cascade.
         v_reset: membrane potential while refractory.
@@ -134,28 +135,94 @@ def associative_lif(
         tensor([1., 0., 0., 0., 0.])
     """
     _check(x_seq, state, threshold, cascade_weight, cascade_gain, refractory_steps, channels_first, membrane_only)
+    layout = _Layout(tuple(x_seq.shape), tuple(x_seq.shape[1:]))
+    return _associative_lif(
+        x_seq, state, layout, threshold=threshold, beta_mem=beta_mem, beta_syn=beta_syn, cascade_weight=cascade_weight,
+        cascade_gain=cascade_gain, v_reset=v_reset, refractory_steps=refractory_steps, surrogate=surrogate, alpha=alpha,
+        dynamics=dynamics, membrane_only=membrane_only, return_v_seq=return_v_seq, backend=backend,
+    )  # fmt: skip
+
+
+class _Layout(NamedTuple):
+    """Shapes of a call.
+
+    Attributes:
+        shape: ``[T, N, D]`` or ``[T, N, D, M]``, as which the input is taken.
+        step: shape of the state. It is that of the whole input if this is one time step.
+    """
+
+    shape: tuple[int, ...]
+    step: tuple[int, ...]
+
+
+def associative_lif_of_rank(
+    x: Tensor, state: AssociativeLIFState | None, dim: int, single_step: bool, **arguments: Any
+) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
+    """Run :func:`associative_lif` on an input of any rank.
+
+    Views of inputs and outputs would take longer than the kernel where these are small.
+
+    Args:
+        x: sequence ``[T, N, *, D, *]``, or a time step without T, with at least one batch dimension.
+        state: initial state in the shape of a time step, or None for rest.
+        dim: dimension of the neurons, counted from the end.
+        single_step: whether ``x`` is a time step.
+        arguments: those of :func:`associative_lif`; they are checked, ``x`` and ``state`` are not.
+
+    Returns:
+        Spikes and membrane potentials in the shape of ``x``, and the last state in that of a time step.
+    """
+    step = tuple(x.shape) if single_step else tuple(x.shape[1:])
+    shape: tuple[int, ...] = (1 if single_step else x.shape[0], math.prod(step[:dim]), step[dim])
+    if dim != -1:
+        shape = (*shape, math.prod(step[dim + 1 :]))
+    return _associative_lif(x, state, _Layout(shape, step), **arguments)
+
+
+def _associative_lif(
+    x: Tensor,
+    state: AssociativeLIFState | None,
+    layout: _Layout,
+    *,
+    threshold: Tensor,
+    beta_mem: float | Tensor | None,
+    beta_syn: float | Tensor,
+    cascade_weight: Tensor | None,
+    cascade_gain: Tensor | None,
+    v_reset: float,
+    refractory_steps: int,
+    surrogate: SurrogateLike,
+    alpha: float,
+    dynamics: Dynamics,
+    membrane_only: bool,
+    return_v_seq: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
     _check_dynamics(dynamics, beta_mem)
-    if membrane_only and not (
-        not isinstance(beta_syn, Tensor) and beta_syn == 0 and refractory_steps == 0 and cascade_gain is None
-    ):
+    without_current = not isinstance(beta_syn, Tensor) and beta_syn == 0
+    if without_current and cascade_gain is not None:
+        raise ValueError(
+            "a cascade adds to the synaptic current, which beta_syn=0 forgets: pass no cascade, or beta_syn > 0"
+        )
+    if membrane_only and not (without_current and refractory_steps == 0 and cascade_gain is None):
         raise ValueError(
             "membrane_only is for neurons whose state is the membrane potential: beta_syn=0, refractory_steps=0, no cascade"
         )
     resolve_surrogate(surrogate, alpha)
     n_clusters = None if cascade_gain is None else cascade_gain.shape[0]
-    dtype = compute_dtype(x_seq)
-    with without_autocast(x_seq):
-        mem = None if beta_mem is None else _beta_tensor(beta_mem, x_seq, "beta_mem", threshold, closed=True)
-        syn = _beta_tensor(beta_syn, x_seq, "beta_syn", threshold)
+    dtype = compute_dtype(x)
+    with without_autocast(x):
+        mem = None if beta_mem is None else _beta_tensor(beta_mem, x, "beta_mem", threshold, closed=True)
+        syn = _beta_tensor(beta_syn, x, "beta_syn", threshold)
         if mem is not None and syn is not None and mem.shape != syn.shape:
             mem, syn = mem.expand(threshold.shape), syn.expand(threshold.shape)
         n_decays = max(1 if beta is None else beta.shape[0] for beta in (mem, syn))
-        name = _choose(backend, _call(x_seq, surrogate, n_clusters, dynamics, n_decays, channels_first))
+        name = _choose(backend, _call(x, layout.shape[2], surrogate, n_clusters, dynamics, n_decays))
         if state is None and dynamics.v_rest != 0:
-            state = _resting_state(x_seq, dtype, dynamics.v_rest)
+            state = _resting_state(x, layout.step, dtype, dynamics.v_rest)
         state = None if state is None else _cast_state(dtype, state)
         call = _Call(
-            x_seq,
+            x,
             state,
             threshold.to(dtype),
             mem,
@@ -173,16 +240,15 @@ def associative_lif(
             "membrane_only": membrane_only,
             "backend": name,
         }
-        # Clusters are not contiguous with channels first, and the GPU kernels take features last.
-        if channels_first and (n_clusters is not None or name in ("triton", "cupy")):
-            return _run_features_last(call, options)
-        return _run_call(call, options)
+        if name == "numba" and (n_clusters is None or len(layout.shape) == 3):
+            return _run_call(call, layout, options)
+        return _run_reshaped(call, layout, options)
 
 
 class _Call(NamedTuple):
     """The tensors of a call; a decay is None where it is 0 or unused."""
 
-    x_seq: Tensor
+    x: Tensor
     state: AssociativeLIFState | None
     threshold: Tensor
     beta_mem: Tensor | None
@@ -194,15 +260,34 @@ class _Call(NamedTuple):
 _REST = AssociativeLIFState(*cast(tuple[Tensor, Tensor, Tensor], (None, None, None)))
 
 
-def _run_call(call: _Call, options: dict[str, Any]) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
+def _run_call(
+    call: _Call, layout: _Layout, options: dict[str, Any]
+) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
     if options["backend"] != "numba":
         call = _filled(call)
     if options["backend"] == "torch":
         return _run_reference(call, options)
-    options.update(zip(Dynamics._fields, options.pop("dynamics"), strict=True))
-    spikes, v_seq, v, i_syn, refractory = _run(call.x_seq, *(call.state or _REST), *call[2:], **options)
+    options = options | dict(zip(Dynamics._fields, options["dynamics"], strict=True)) | layout._asdict()
+    del options["dynamics"]
+    spikes, v_seq, v, i_syn, refractory = _run(call.x, *(call.state or _REST), *call[2:], **options)
     state = _REST._replace(v=v) if options["membrane_only"] else AssociativeLIFState(v, i_syn, refractory)
     return spikes, v_seq if options["keep_v"] else None, state
+
+
+def _run_reshaped(
+    call: _Call, layout: _Layout, options: dict[str, Any]
+) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
+    """Run a backend that takes ``[T, N, D]``, or in plain PyTorch without a cascade ``[T, N, D, M]``."""
+    shape, step = layout
+    original = call.x.shape
+    state = None if call.state is None else map_state(lambda part: part.reshape(shape[1:]), call.state)
+    call = call._replace(x=call.x.reshape(shape), state=state)
+    if len(shape) == 4 and (call.cascade_gain is not None or options["backend"] != "torch"):
+        spikes, v_seq, last = _run_features_last(call, options)
+    else:
+        spikes, v_seq, last = _run_call(call, _Layout(shape, shape[1:]), options)
+    v_seq = None if v_seq is None else v_seq.reshape(original)
+    return spikes.reshape(original), v_seq, map_state(lambda part: part.reshape(step), last)
 
 
 def _filled(call: _Call) -> _Call:
@@ -227,7 +312,7 @@ def _run_reference(call: _Call, options: dict[str, Any]) -> tuple[Tensor, Tensor
         threshold, beta_mem, beta_syn = (x[:, None] if len(x) == D else x for x in (threshold, beta_mem, beta_syn))
     spikes, v_seq, last = reference(
         x_seq.to(dtype),
-        _resting_state(x_seq, dtype) if state is None else state,
+        _resting_state(x_seq, x_seq.shape[1:], dtype) if state is None else state,
         threshold,
         beta_mem,
         beta_syn,
@@ -245,7 +330,7 @@ def _run_reference(call: _Call, options: dict[str, Any]) -> tuple[Tensor, Tensor
 
 def _run_features_last(call: _Call, options: dict[str, Any]) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
     """Run ``[T, N, D, M]`` as ``[T, N * M, D]``, which copies inputs and outputs."""
-    _, N, D, M = call.x_seq.shape
+    T, N, D, M = call.x.shape
 
     def last(x: Tensor) -> Tensor:
         return x.movedim(-2, -1).reshape(*x.shape[:-3], N * M, D)
@@ -254,7 +339,8 @@ def _run_features_last(call: _Call, options: dict[str, Any]) -> tuple[Tensor, Te
         return x.reshape(*x.shape[:-2], N, M, D).movedim(-1, -2).contiguous()
 
     state = None if call.state is None else map_state(last, call.state)
-    spikes, v_seq, final = _run_call(call._replace(x_seq=last(call.x_seq), state=state), options)
+    layout = _Layout((T, N * M, D), (N * M, D))
+    spikes, v_seq, final = _run_call(call._replace(x=last(call.x), state=state), layout, options)
     return first(spikes), None if v_seq is None else first(v_seq), map_state(first, final)
 
 
@@ -317,8 +403,8 @@ def _cast_state(dtype: torch.dtype, state: AssociativeLIFState) -> AssociativeLI
     return AssociativeLIFState(v.to(dtype), i_syn.to(dtype), refractory.to(torch.int32))
 
 
-def _resting_state(x_seq: Tensor, dtype: torch.dtype, v_rest: float = 0.0) -> AssociativeLIFState:
-    rest = x_seq.new_zeros(x_seq.shape[1:], dtype=dtype)
+def _resting_state(x_seq: Tensor, step: Sequence[int], dtype: torch.dtype, v_rest: float = 0.0) -> AssociativeLIFState:
+    rest = x_seq.new_zeros(step, dtype=dtype)
     v = rest if v_rest == 0 else torch.full_like(rest, v_rest)
     return AssociativeLIFState(v, rest, torch.zeros_like(rest, dtype=torch.int32))
 
@@ -367,12 +453,15 @@ def _forward(
     keep_v: bool,
     membrane_only: bool,
     backend: str,
+    shape: Sequence[int],
+    step: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    coupling = _coupling(weight, gain, x.shape[2])
+    coupling = _coupling(weight, gain, len(threshold))
     dynamics = Dynamics(charge, tau, v_rest, hard_reset, reset_scale, detach_reset)
     arguments = Arguments(
-        x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps, dynamics
-    )
+        x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps, dynamics,
+        tuple(shape), tuple(step),
+    )  # fmt: skip
     kernel = IMPLEMENTATIONS[backend].kernel()
     if not membrane_only:
         return kernel.forward(arguments, keep_v)
@@ -401,9 +490,9 @@ def _cascade_gradients(
 
 
 def _forward_fake(
-    x: Tensor, *tensors: Tensor | None, keep_v: bool, membrane_only: bool, **options: Any
+    x: Tensor, *tensors: Tensor | None, keep_v: bool, membrane_only: bool, step: Sequence[int], **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    step, dtype = x.shape[1:], compute_dtype(x)
+    dtype = compute_dtype(x)
     others = (0,) if membrane_only else step
     v_last, i_last = x.new_empty(step, dtype=dtype), x.new_empty(others, dtype=dtype)
     v_seq = x.new_empty(x.shape if keep_v else (0, *step))
@@ -436,24 +525,29 @@ def _backward(
     membrane_only: bool,
     parameters: bool,
     backend: str,
+    shape: Sequence[int],
+    step: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run the backward pass; ``other_grads`` are the gradients of v_seq and of the last v and i_syn."""
     grads = OutputGradients(grad_spikes, *other_grads)
-    coupling = _coupling(weight, gain, x.shape[2])
+    coupling = _coupling(weight, gain, len(threshold))
     dynamics = Dynamics(charge, tau, v_rest, hard_reset, reset_scale, detach_reset)
     arguments = Arguments(
-        x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps, dynamics
-    )
+        x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps, dynamics,
+        tuple(shape), tuple(step),
+    )  # fmt: skip
     kernel = IMPLEMENTATIONS[backend].kernel()
     if backend == "numba":
         grad_x, grad_v, grad_i, *others = kernel.backward(grads, arguments, surrogate, alpha, parameters)
     else:
         grad_x, grad_v, grad_i, *others = kernel.backward(grads, arguments, surrogate, alpha)
+        if v is None:
+            grad_v, grad_i = grad_x.new_empty(0, dtype=grad_v.dtype), grad_x.new_empty(0, dtype=grad_i.dtype)
     if not parameters:
         empty = [threshold.new_empty(0) for _ in range(5)]
         return grad_x, grad_v, grad_i, empty[0], empty[1], empty[2], empty[3], empty[4]
     threshold_grad, mem_grad, syn_grad, coupling_grad = others
-    weight_grad, gain_grad = _cascade_gradients(coupling_grad, weight, gain, x.shape[2])
+    weight_grad, gain_grad = _cascade_gradients(coupling_grad, weight, gain, len(threshold))
     return grad_x, grad_v, grad_i, threshold_grad, mem_grad, syn_grad, weight_grad, gain_grad
 
 
@@ -471,11 +565,12 @@ def _backward_fake(
     gain: Tensor | None,
     *,
     parameters: bool,
+    step: Sequence[int],
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     C = 0 if weight is None else weight.shape[0]
     n_decays = max(1 if beta is None else beta.shape[0] for beta in (beta_mem, beta_syn))
-    grad_v, grad_i = (threshold.new_empty(0 if part is None else x.shape[1], *x.shape[2:]) for part in (v, i_syn))
+    grad_v, grad_i = (threshold.new_empty((0,) if part is None else step) for part in (v, i_syn))
     shapes = ((len(threshold),), (n_decays,), (n_decays,), (C, C), (C,)) if parameters else ((0,),) * 5
     of_threshold, of_mem, of_syn, of_weight, of_gain = (threshold.new_empty(shape) for shape in shapes)
     return x.new_empty(x.shape), grad_v, grad_i, of_threshold, of_mem, of_syn, of_weight, of_gain

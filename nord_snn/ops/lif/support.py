@@ -18,6 +18,9 @@ class Arguments(NamedTuple):
     numba also None, where they are 0. The state ``v, i_syn, refractory`` is None for rest, and ``i_syn`` and ``refractory``
     are None where the membrane potential is the whole state. ``coupling`` is the matrix
     ``gain[c] * weight[c, k] / members``, ``[C, C]``, or None for no cascade.
+
+    For numba, ``x`` and the state may have any shape: ``shape`` says as which ``[T, N, D]`` or ``[T, N, D, M]`` the input is
+    taken, ``step`` is the shape of the state. The other kernels do not read these two.
     """
 
     x: Tensor
@@ -31,6 +34,8 @@ class Arguments(NamedTuple):
     v_reset: float
     refractory_steps: int
     dynamics: Dynamics = PUBLISHED
+    shape: tuple[int, ...] = ()
+    step: tuple[int, ...] = ()
 
 
 class OutputGradients(NamedTuple):

@@ -434,7 +434,7 @@ def _device_of(x: Tensor) -> AbstractContextManager[Any]:
 
 def forward(arguments: Arguments, keep_v: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return spikes, membrane potentials (empty unless ``keep_v``) and the last state."""
-    x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps, _ = arguments
+    x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps, *_ = arguments
     T, N, D = x.shape
     x = x.contiguous()
     spikes, v_seq = torch.empty_like(x), x.new_empty(T if keep_v else 0, N, D)
@@ -479,7 +479,7 @@ def backward(
     grads: OutputGradients, arguments: Arguments, surrogate: str, alpha: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, v and i_syn (empty without a state), threshold, both betas, coupling (or empty)."""
-    x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps, _ = arguments
+    x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps, *_ = arguments
     T, N, D = x.shape
     C = 0 if coupling is None else coupling.shape[0]
     x = x.contiguous()
