@@ -74,6 +74,10 @@ if spikformer is not None:
     }
 
 
+#: Models that run single time steps; the others need whole sequences.
+SINGLE_STEPS = ("sew_resnet18", "spiking_resnet18", "spiking_vgg11_bn", "NMNISTNet")
+
+
 class MeanOverTime(nn.Module):
     """Return the mean output of a model over time, in its step mode: for a sequence, or a loop over its time steps."""
 
@@ -171,7 +175,7 @@ def main() -> None:
     print("| model | `LIFNode` ms | ours ms | like ms | ours / `LIFNode` | like / `LIFNode` | difference of outputs |")
     print("|---|---|---|---|---|---|---|")
     for name in arguments.models:
-        if arguments.steps and len(MODELS[name][1]) == 4:  # the transformers need whole sequences
+        if arguments.steps and name not in SINGLE_STEPS:
             continue
         print(measure(name, arguments.steps, arguments.rounds), flush=True)
 

@@ -100,6 +100,7 @@ def export_to_nir(
     Source: NIR (Pedersen et al. 2024).
 
     Example:
+        >>> from nord_snn.neurons import AssociativeLIFNode
         >>> net = nn.Sequential(nn.Linear(20, 64), AssociativeLIFNode(64, n_clusters=8, refractory_steps=0))
         >>> graph = export_to_nir(net, torch.rand(10, 4, 20))
         >>> sorted(type(node).__name__ for node in graph.nodes.values())
