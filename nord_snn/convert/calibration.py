@@ -44,11 +44,14 @@ def calibrate_thresholds(
 ) -> list[Calibration]:
     """Scale the thresholds of every :class:`AssociativeLIFNode` so that its mean firing rate is ``rate`` on the example.
 
-    ``net(*example)`` runs without gradient, from rest and in evaluation mode. A layer is calibrated on the spikes of the layers
-    before it as these are calibrated. A first run finds the order of the layers. If each node then receives its whole sequence
-    in one call, a second run calibrates all of them, each when its input arrives. In a network that loops over time, a node
-    receives its sequence over many calls: each further run records the sequence of one layer and calibrates it at the end, so
-    there are as many runs as layers. The sequence is run from rest, as a network that is reset at its start runs it.
+    ``net(*example)`` runs without gradient, from rest, and in the mode that it has: before training this is training mode, in
+    which batch norms take the statistics of the example; their running statistics do not change.
+
+    A layer is calibrated on the spikes of the layers before it as these are calibrated. A first run finds the order of the
+    layers. If each node then receives its whole sequence in one call, a second run calibrates all of them, each when its input
+    arrives. In a network that loops over time, a node receives its sequence over many calls: each further run records the
+    sequence of one layer and calibrates it at the end, so there are as many runs as layers. The sequence is run from rest, as a
+    network that is reset at its start runs it.
     A layer whose rate cannot be reached, such as one without input, keeps its thresholds.
 
     Args:
@@ -64,7 +67,7 @@ def calibrate_thresholds(
 
     Raises:
         ValueError: ``rate`` is not in (0, 1), the network has none of our nodes, a node that runs single time steps received
-            one only, or inputs of several shapes.
+            one only, or inputs of several shapes, or an ``AssociativeLeaky`` resets its membrane outside of the node.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(8, 64), AssociativeLIFNode(64, preset="lif", step_mode="m"))
@@ -85,6 +88,11 @@ def calibrate_thresholds(
     if not nodes:
         raise ValueError(
             "calibrate_thresholds needs a network with AssociativeLIFNode: replace_neurons brings one there"
+        )
+    if outside := [name for name, node in nodes.items() if getattr(node, "resets_outside", False)]:
+        raise ValueError(
+            f"calibrate_thresholds cannot run {outside[0]} over a sequence: AssociativeLeaky resets its membrane between the "
+            "time steps; replace_neurons(net, x) puts neurons in its place that can be calibrated"
         )
     run = net if forward is None else forward
     calls = _count_calls(net, nodes, lambda: run(*example))
@@ -115,7 +123,7 @@ def _hooked(net: nn.Module, nodes: Mapping[str, AssociativeLIFNode], hook: _Hook
 
     handles = [node.register_forward_pre_hook(before(name)) for name, node in nodes.items()]
     try:
-        with unchanged(net):
+        with unchanged(net, evaluate=False):
             yield
     finally:
         for handle in handles:

@@ -167,12 +167,16 @@ def _observe(net: nn.Module, example: tuple[Any, ...], found: list[_Found]) -> N
 
 
 @contextmanager
-def unchanged(net: nn.Module) -> Iterator[None]:
-    """Run a network from rest in evaluation mode; modes and buffers are as before afterwards, and its state is reset."""
+def unchanged(net: nn.Module, evaluate: bool = True) -> Iterator[None]:
+    """Run a network from rest, in evaluation mode if ``evaluate``.
+
+    Modes and buffers are as before afterwards, and the state is reset.
+    """
     modes = [(module, module.training) for module in net.modules()]
     buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
     reset(net)
-    net.eval()
+    if evaluate:
+        net.eval()
     try:
         yield
     finally:

@@ -91,9 +91,10 @@ def spikes_of(module: nn.Module, output: Any, step_mode: str = "s") -> tuple[Ten
 
 
 def features_of(module: nn.Module, spikes: Tensor, feature_dims: int | None) -> torch.Size:
-    """Return the last dimensions of ``spikes``, which are neurons."""
+    """Return the last dimensions of ``spikes``, which are neurons: with channels before places all but T and N."""
     if feature_dims is None:
-        feature_dims = 1 if hasattr(module, "n_features") else max(spikes.ndim - 2, 0)
+        features_last = hasattr(module, "n_features") and getattr(module, "channel_dim", None) in (None, -1)
+        feature_dims = 1 if features_last else max(spikes.ndim - 2, 0)
     if feature_dims >= spikes.ndim:
         raise ValueError(
             f"feature_dims must be less than the {spikes.ndim} dimensions of the spikes {list(spikes.shape)}, got {feature_dims}"

@@ -198,3 +198,17 @@ def test_a_node_without_one_sequence_is_named():
     node = AssociativeLIFNode(4, preset="lif", step_mode="s")
     with pytest.raises(ValueError, match=r"several shapes, \[\(2, 4\), \(3, 4\)\]"):
         calibrate_thresholds(node, forward=lambda: [(node(torch.rand(n, 4)), node.reset()) for n in (2, 3)])
+
+
+def test_calibration_before_training_is_that_of_the_batch_norms_in_training():
+    torch.manual_seed(0)
+    net = nn.Sequential(layer.Conv2d(1, 8, 3), layer.BatchNorm2d(8), AssociativeLIFNode(step_mode="m"))
+    functional.set_step_mode(net, "m")
+    x = 0.01 * torch.rand(4, 8, 1, 8, 8)  # far from the running statistics of an untrained batch norm
+    net(x)
+    functional.reset_net(net)
+    statistics = net[1].running_mean.clone()
+    [row] = calibrate_thresholds(net, x, rate=0.2)
+    assert torch.equal(statistics, net[1].running_mean)
+    assert 0.17 < row.after < 0.23
+    assert 0.17 < net(x).mean() < 0.23

@@ -10,6 +10,7 @@ snntorch = pytest.importorskip("snntorch")
 
 from snntorch import utils  # noqa: E402
 
+from nord_snn.convert import calibrate_thresholds  # noqa: E402
 from nord_snn.integrations.snntorch import AssociativeLeaky, AssociativeSynaptic, MultiStep  # noqa: E402
 
 STRONG = torch.full((2, 4), 9.0)
@@ -249,3 +250,18 @@ def test_a_compiled_multi_step_is_one_graph():
     expected = multi(x)
     multi.neuron(x[0])  # a stored state, which the sequence does not start from
     assert torch.equal(torch.compile(multi, fullgraph=True, backend="aot_eager")(x), expected)
+
+
+def test_calibration_runs_our_synaptic_neurons_and_names_the_leaky_ones():
+    torch.manual_seed(0)
+    x_seq = torch.rand(12, 6, 8)
+
+    def over_time(lif):
+        return lambda x: [lif(step) for step in x]
+
+    lif = AssociativeSynaptic(8, n_clusters=None, refractory_steps=0, init_hidden=True)
+    [row] = calibrate_thresholds(lif, x_seq, rate=0.2, forward=over_time(lif))
+    assert 0.17 < row.after < 0.23
+    leaky = AssociativeLeaky(8, init_hidden=True)
+    with pytest.raises(ValueError, match="AssociativeLeaky resets its membrane between the time steps"):
+        calibrate_thresholds(leaky, x_seq, forward=over_time(leaky))

@@ -290,3 +290,10 @@ def test_recurrent_weights_of_snntorch_are_counted():
 def test_products_of_neurons_that_state_their_cost_are_part_of_it():
     node = AssociativeLIFNode(8, n_clusters=4, step_mode="m", backend="torch")
     assert profile_energy(node, 5 * torch.rand(6, 3, 8)).products == []
+
+
+def test_neurons_of_channels_are_counted_by_pixel():
+    node = AssociativeLIFNode(3, preset="lif", channel_dim=1, step_mode="m")
+    with SpikeMonitor(node) as monitor:
+        node(torch.rand(4, 2, 3, 5, 6))
+    assert monitor.activity()[""].per_neuron.shape == (3, 5, 6)

@@ -22,7 +22,13 @@ _CALL = "_nord_snn_call"
 
 
 class StrictNode(AssociativeLIFNode):
-    """Fire only above the threshold, not at it, as snnTorch's neurons do, and run one time step from an explicit state."""
+    """Fire only above the threshold, not at it, as snnTorch's neurons do, and run one time step from an explicit state.
+
+    Attributes:
+        resets_outside: whether the membrane is reset between the calls of the node, and not by its dynamics.
+    """
+
+    resets_outside = False
 
     def firing_threshold(self) -> Tensor:
         """Return the next number above the threshold, with the gradient of the threshold."""
@@ -30,10 +36,20 @@ class StrictNode(AssociativeLIFNode):
         above = torch.nextafter(threshold.detach(), threshold.new_full((), torch.inf))
         return threshold + (above - threshold.detach())
 
-    def forward(  # type: ignore[override]
-        self, x: Tensor, *, state: AssociativeLIFState | None, new_states: list[AssociativeLIFState]
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        stateless: bool = False,
+        state: AssociativeLIFState | None = None,
+        new_states: list[AssociativeLIFState] | None = None,
     ) -> Tensor:
-        """Return the spikes of one time step from ``state``, None for rest, and append the state after it to ``new_states``."""
+        """Return the spikes of one time step from ``state``, None for rest, and append the state after it to ``new_states``.
+
+        Without ``new_states`` it is a call of an :class:`AssociativeLIFNode`.
+        """
+        if new_states is None:
+            return super().forward(x, stateless=stateless)
         # Layers set step mode "m" on all their modules; x is then [1, N, *, D].
         spikes, _, new_state = self._run(x, state, single_step=self.step_mode == "s")
         new_states.append(new_state)

@@ -105,6 +105,7 @@ class AssociativeLeaky(OneStepNeuron, LeakyWithOwnState):
             learnable=[name for name, learned in learned.items() if learned],
             **more,
         )
+        self.node.resets_outside = reset_mechanism != "none"
         self._store_at_rest()
         self.register()
 
