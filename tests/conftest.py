@@ -17,7 +17,7 @@ collect_ignore = ["data"]  # code in an earlier model folder has no tests
 
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
-    """Seed, precision and compiled code as they are at the start of a process."""
+    """Reset seed, precision and compiled code to their values at the start of a process."""
     torch.manual_seed(0)
     if "torch._dynamo" in sys.modules:  # torch limits how often one piece of code is compiled in a process
         torch.compiler.reset()
@@ -31,7 +31,7 @@ def _two_cores() -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Name every op, backend and mode of the conformance suite that ran, and the lanes that ran nothing."""
+    """Print every op, backend and mode of the conformance suite that ran, and the lanes without any test."""
     passed = _conformance(terminalreporter, "passed")
     if not passed and not _conformance(terminalreporter, "skipped"):
         return
@@ -45,7 +45,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 def _conformance(terminalreporter: Any, outcome: str) -> dict[tuple[str, str, str], list[str]]:
-    """Modes by lane, op and backend, read off the names of the tests."""
+    """Return the modes by lane, op and backend, parsed from the names of the tests."""
     found = defaultdict(list)
     for report in terminalreporter.stats.get(outcome, []):
         if "::test_it_conforms[" in report.nodeid:

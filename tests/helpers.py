@@ -1,4 +1,4 @@
-"""What many tests share: expected values, how far from them is near enough, and small text."""
+"""Helpers for many tests: expected values, errors, small texts and configs."""
 
 import random
 import subprocess
@@ -59,17 +59,17 @@ MODEL_FIELDS = {
 
 
 def load_reference(name: str) -> Any:
-    """Expected values, computed in float64 by an independent implementation of the equations."""
+    """Load expected values, computed in float64 by an independent implementation of the equations."""
     return torch.load(DATA / f"{name}.pt", weights_only=True)
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the difference by the norm of what was expected."""
+    """Return the norm of the difference divided by the norm of the expected value."""
     return ((got - expected).norm() / expected.norm().clamp(min=1e-12)).item()
 
 
 def fire_easily(model: torch.nn.Module) -> None:
-    """Lower every threshold: so small a model, trained for so few steps, has layers that are silent."""
+    """Lower every threshold, because layers of such a small model are silent after a few training steps."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("v_threshold"):
@@ -77,7 +77,7 @@ def fire_easily(model: torch.nn.Module) -> None:
 
 
 def make_text(n_words: int = 4000, seed: int = 0) -> str:
-    """Lines of ten words in which each word is likely to be followed by the next of the list."""
+    """Return lines of ten words, each most likely followed by the next word of the list."""
     generator = random.Random(seed)
     lines, at = [], 0
     for _ in range(n_words // 10):
@@ -90,7 +90,7 @@ def make_text(n_words: int = 4000, seed: int = 0) -> str:
 
 
 def write_config(folder: Path, name: str = "test", **changes: Any) -> Path:
-    """A YAML config for a run of seconds, with changed model or training fields."""
+    """Write a YAML config for a run of seconds, with changed model or training fields."""
     content = {section: dict(fields) for section, fields in CONFIG.items()}
     for field, value in changes.items():
         section = "model" if field in content["model"] or field in MODEL_FIELDS else "training"
@@ -101,7 +101,7 @@ def write_config(folder: Path, name: str = "test", **changes: Any) -> Path:
 
 
 def two_processes(script: str, folder: Path) -> None:
-    """Run a script in two processes at once, each given its rank and the folder in which they meet."""
+    """Run a script in two processes at once; its arguments are the rank and a folder for the rendezvous."""
     started = [
         subprocess.Popen([sys.executable, "-c", script, str(rank), str(folder)], stderr=subprocess.PIPE)
         for rank in (0, 1)

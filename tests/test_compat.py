@@ -1,4 +1,4 @@
-"""Private names of other libraries stand in ``nord_snn/_compat``, and what stands there does what it says."""
+"""Private names of other libraries are only in ``nord_snn/_compat``, and its functions work as documented."""
 
 import ast
 import copy
@@ -36,7 +36,7 @@ def is_private(name: str) -> bool:
 
 
 def names_defined(trees: list[ast.Module]) -> set[str]:
-    """Every function, class, variable, argument and attribute that our own code sets."""
+    """Return every function, class, variable, argument and attribute that our code sets."""
     names = set()
     for tree in trees:
         for node in ast.walk(tree):
@@ -56,7 +56,7 @@ def names_defined(trees: list[ast.Module]) -> set[str]:
 
 
 def foreign_names(tree: ast.Module, known: set[str]) -> list[str]:
-    """Private names in a file that none of our files defines."""
+    """Return the private names in a file that none of our files defines."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and not node.module.startswith("nord_snn"):
@@ -74,7 +74,7 @@ def foreign_names(tree: ast.Module, known: set[str]) -> list[str]:
 
 
 @pytest.mark.quick
-def test_private_names_of_others_stand_in_compat_alone():
+def test_private_names_of_other_libraries_are_only_in_compat():
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in OURS}
     outside = {path: tree for path, tree in trees.items() if path.parent.name != "_compat"}
     known = names_defined(list(outside.values()))
@@ -91,8 +91,8 @@ def test_the_search_for_private_names_finds_them():
 
 
 @pytest.mark.quick
-def test_no_class_overrides_what_others_call_private():
-    """Outside of _compat: whatever a base class of another library calls private may change without a word."""
+def test_no_class_overrides_private_methods_of_other_libraries():
+    """Private methods of base classes of other libraries can change without notice, so only _compat overrides them."""
     names = [module.name for module in pkgutil.walk_packages(nord_snn.__path__, "nord_snn.")]
     names += [path.stem for path in sorted((ROOT / "examples" / "nord_lm").glob("*.py"))]
     for name in names:
@@ -132,7 +132,7 @@ def test_a_constant_is_computed_while_torch_compiles():
     assert calls == ["a"]
 
 
-def test_modes_are_seen_and_left():
+def test_dispatch_modes_are_detected():
     class Nothing(compat.TorchDispatchMode):
         def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
             raise AssertionError("left")
@@ -156,7 +156,7 @@ def test_versions_and_views():
 
 @pytest.mark.quick
 @pytest.mark.parametrize("padding", ["same", "valid", (2, 1)])
-def test_padding_is_what_the_convolution_adds(padding):
+def test_padding_equals_that_of_the_convolution(padding):
     conv = nn.Conv2d(1, 1, (4, 3), padding=padding, bias=False)
     (top, bottom), (left, right) = compat.padding_on_both_sides(conv)
     x = torch.randn(1, 1, 9, 8)
@@ -164,7 +164,7 @@ def test_padding_is_what_the_convolution_adds(padding):
     assert torch.allclose(conv(x), nn.functional.conv2d(padded, conv.weight), atol=1e-6)
 
 
-def test_operators_by_private_name_are_those_that_modes_see():
+def test_operators_by_private_name_are_those_that_modes_receive():
     seen = set()
 
     class Seen(compat.TorchDispatchMode):
@@ -178,22 +178,22 @@ def test_operators_by_private_name_are_those_that_modes_see():
 
 
 class Stateful(compat.StatePrecisionMixin, nn.Module):
-    """Has a parameter and a state."""
+    """Module with a parameter and a state."""
 
     def __init__(self):
         super().__init__()
         self.weight, self.state = nn.Parameter(torch.ones(2)), torch.full((2,), 1 / 3)
 
     def get_state(self):
-        """The state."""
+        """Return the state."""
         return {"state": self.state}
 
     def set_state(self, state):
-        """Set it."""
+        """Set the state."""
         self.state = state["state"]
 
 
-def test_state_moves_but_never_to_fewer_bits():
+def test_state_moves_but_is_never_rounded():
     module = Stateful()
     half = module.half()
     assert (half.weight.dtype, half.state.dtype) == (torch.float16, torch.float32)
@@ -204,22 +204,22 @@ def test_state_moves_but_never_to_fewer_bits():
 
 
 class Observer:
-    """Writes down what it is called with."""
+    """Observer that records its arguments."""
 
     def __init__(self):
         self.seen = []
 
     def before(self, module):
-        """Before the forward."""
+        """Record a call before the forward."""
         self.seen.append(("before", module))
 
     def after(self, module, output):
-        """After it."""
+        """Record a call after the forward."""
         self.seen.append(("after", module))
 
 
 @pytest.mark.quick
-def test_observers_see_every_forward_until_they_leave():
+def test_observers_are_called_in_every_forward_until_removed():
     net, first, second = nn.Sequential(nn.Linear(2, 2)), Observer(), Observer()
     linear = net[0]
     compat.observe_forward(linear, first)
@@ -229,7 +229,7 @@ def test_observers_see_every_forward_until_they_leave():
     duplicate = copy.deepcopy(net)
     duplicate[0].weight.data.zero_()
     assert torch.equal(duplicate(torch.ones(1, 2))[0], linear.bias)  # its own forward, not that of the original
-    assert len(first.seen) == 2  # and nobody observes it
+    assert len(first.seen) == 2  # no observer is left
     compat.stop_observing_forward(linear, first)
     compat.stop_observing_forward(linear, first)
     first.seen.clear()
@@ -251,7 +251,7 @@ def test_an_observed_module_is_pickled_with_the_forward_of_its_class():
     assert len(observer.seen) == 2
 
 
-def test_a_patch_that_came_later_stays():
+def test_a_later_patch_is_not_removed():
     module, observer = nn.Linear(2, 2), Observer()
     compat.observe_forward(module, observer)
     ours = module.forward
@@ -263,8 +263,8 @@ def test_a_patch_that_came_later_stays():
 
 
 @pytest.mark.quick
-def test_patches_of_others_may_come_and_go_in_any_order():
-    """As accelerate's hooks do: a patch calls what it found, and puts that back."""
+def test_patches_of_other_libraries_can_be_added_and_removed_in_any_order():
+    """Patches such as accelerate's hooks call the forward that they replaced, and restore it."""
     module, x, observer = nn.Linear(2, 2), torch.ones(1, 2), Observer()
     compat.observe_forward(module, observer)
     found = module.forward
@@ -280,7 +280,7 @@ def test_patches_of_others_may_come_and_go_in_any_order():
     compat.observe_forward(module, third)
     assert torch.equal(module(x), expected)
     assert len(third.seen) == 2
-    module.forward = types.MethodType(nn.Linear.forward, module)  # somebody puts that of the class back
+    module.forward = types.MethodType(nn.Linear.forward, module)  # other code restores the forward of the class
     compat.stop_observing_forward(module, third)
     compat.observe_forward(module, third)
     module(x)
@@ -303,7 +303,7 @@ def test_a_replica_runs_its_own_forward():
 # --- SpikingJelly
 
 
-def test_reset_values_are_those_that_reset_restores():
+def test_reset_values_equal_those_after_reset():
     node = neuron.LIFNode(v_reset=None)
     assert compat_spikingjelly.reset_value(node, "v") == 0.0
     node(torch.ones(2))
@@ -311,7 +311,7 @@ def test_reset_values_are_those_that_reset_restores():
     assert compat_spikingjelly.reset_value(node, "v") == 0.0
 
 
-def test_the_list_of_modules_is_forgotten():
+def test_the_cached_list_of_modules_is_invalidated():
     net = nn.Sequential(layer.Linear(2, 2), neuron.IFNode())
     functional.reset_net(net)
     net[0] = neuron.IFNode()
@@ -321,7 +321,7 @@ def test_the_list_of_modules_is_forgotten():
     assert net[0].v == 0.0
 
 
-def test_a_stateful_node_is_a_node_of_spikingjelly():
+def test_a_stateful_node_is_a_spikingjelly_node():
     assert issubclass(compat_spikingjelly.StatefulNode, neuron.BaseNode)
     assert issubclass(compat_spikingjelly.StatefulNode, base.MemoryModule)
     assert compat_spikingjelly.is_release_2 == hasattr(functional, "invalidate_reset_cache")
@@ -330,7 +330,7 @@ def test_a_stateful_node_is_a_node_of_spikingjelly():
 # --- snnTorch, Numba, transformers, accelerate
 
 
-def test_snntorchs_reset_finds_ours_and_not_one_that_was_refused():
+def test_snntorchs_reset_includes_our_neuron_unless_construction_failed():
     snntorch = pytest.importorskip("snntorch")
     from snntorch import utils
 
@@ -376,7 +376,7 @@ def test_the_cache_has_the_name_of_the_installed_release():
     assert cache_from(cache, None) is cache_from(None, cache) is cache
 
 
-def test_accelerate_counts_anew_and_logs_where_it_is_told(tmp_path):
+def test_accelerate_restarts_its_counters_and_logs_to_the_given_folder(tmp_path):
     accelerate = pytest.importorskip("accelerate")
     from nord_snn._compat.accelerate import reset_accumulation, set_log_folder
 
@@ -394,8 +394,8 @@ def test_accelerate_counts_anew_and_logs_where_it_is_told(tmp_path):
     assert accelerator.logging_dir == str(tmp_path)
 
 
-def test_a_kernel_is_compiled_again_when_what_it_is_made_of_changes(tmp_path, monkeypatch):
-    """Numba's own cache would go on with the old machine code of a function that another file has changed."""
+def test_a_kernel_is_recompiled_when_its_sources_change(tmp_path, monkeypatch):
+    """Numba's own cache does not notice that a function in another file has changed."""
     pytest.importorskip("numba")
     from nord_snn._compat.numba import cached_njit
 

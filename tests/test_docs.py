@@ -1,4 +1,4 @@
-"""What the README and the pages say can be done, can be done; and the pages can be made."""
+"""Run the code of the README and the pages, check their links, and build the pages."""
 
 import importlib
 import re
@@ -17,7 +17,7 @@ PARTS = sorted((ROOT / "docs" / "parts").glob("*.md"))
 
 
 def blocks(page: Path) -> list[str]:
-    """Those that can run with the SpikingJelly that is there."""
+    """Return the code blocks that run with the installed SpikingJelly."""
     pattern = re.compile(r"^(<!-- SpikingJelly 2 -->\n)?```python\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
     found = pattern.findall(page.read_text(encoding="utf-8"))
     return [block for only_2, block in found if SPIKINGJELLY_2 or not only_2]
@@ -31,7 +31,7 @@ def name(page: Path) -> str:
 @pytest.mark.filterwarnings("error:.*did not fire:UserWarning")
 @pytest.mark.parametrize("page", [p for p in PAGES + READMES if blocks(p)], ids=name)
 def test_every_python_block_runs(page: Path) -> None:
-    """Each by itself, as somebody would copy it."""
+    """Run each block by itself, as a reader would copy it."""
     for block in blocks(page):
         exec(compile(block, name(page), "exec"), {})
 
@@ -48,21 +48,21 @@ def test_there_is_one_command_to_train_and_one_to_test() -> None:
 
 @pytest.mark.quick
 @pytest.mark.parametrize("page", PAGES + READMES, ids=name)
-def test_relative_links_lead_somewhere(page: Path) -> None:
+def test_relative_links_exist(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("page", PAGES + READMES, ids=name)
-def test_scripts_that_are_named_exist(page: Path) -> None:
+def test_scripts_named_on_a_page_exist(page: Path) -> None:
     for script in re.findall(r"(?:examples|studies|benchmarks)/[\w/-]+\.(?:py|yaml)", page.read_text(encoding="utf-8")):
         assert (ROOT / script).exists(), script
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("page", PARTS, ids=name)
-def test_a_page_of_a_part_has_what_such_a_page_has(page: Path) -> None:
+def test_a_page_of_a_part_has_the_required_sections(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     titles = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
     assert titles == ["Equation", "Use", "When to use it", "Cost"]
@@ -89,7 +89,7 @@ def test_the_reference_has_every_layer_and_neuron() -> None:
     assert [name for name in names if name not in reference] == []
 
 
-def test_every_figure_can_be_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_figure_can_be_redrawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     monkeypatch.delitem(sys.modules, "figures", raising=False)
     figures = importlib.import_module("figures")
@@ -101,7 +101,7 @@ def test_every_figure_can_be_drawn_again(tmp_path: Path, monkeypatch: pytest.Mon
         figures.main(["nothing"])
 
 
-def test_the_pages_are_made_without_a_warning(tmp_path: Path) -> None:
+def test_sphinx_builds_the_pages_without_warnings(tmp_path: Path) -> None:
     pytest.importorskip("sphinx")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", str(ROOT / "docs"), str(tmp_path)]
     made = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""The house rules: imports run one way, and the public names are the ones that are promised."""
+"""Rules of the repository: directions of imports, public names, files of an op, sizes of functions and files."""
 
 import ast
 import importlib
@@ -92,7 +92,7 @@ SOURCES = sorted((ROOT / "nord_snn").rglob("*.py"))
 
 
 def imported(path: Path) -> set[str]:
-    """Every module that a file imports, wherever in the file it does."""
+    """Return every module that a file imports, at any place in the file."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -104,7 +104,7 @@ def imported(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_run_one_way(path):
+def test_imports_go_one_way(path):
     parts = path.relative_to(ROOT / "nord_snn").parts
     names = imported(path)
     assert not any(name.split(".")[0] == "examples" for name in names)
@@ -115,7 +115,7 @@ def test_imports_run_one_way(path):
 
 
 @pytest.mark.parametrize("package", PUBLIC)
-def test_public_names_are_there_and_documented(package):
+def test_public_names_exist_and_are_documented(package):
     module = importlib.import_module(package)
     assert PUBLIC[package] <= set(module.__all__)
     for name in module.__all__:
@@ -124,8 +124,8 @@ def test_public_names_are_there_and_documented(package):
             assert thing.__doc__, f"{package}.{name} has no docstring"
 
 
-def test_the_core_imports_nothing_that_the_core_does_not_ask_for():
-    """Kernel files alone ask for more, and they are imported only when their library is there."""
+def test_the_core_imports_only_its_dependencies():
+    """Only kernel files import more; they are imported only if their library is installed."""
     allowed = {"nord_snn", "torch", "spikingjelly", "safetensors"} | sys.stdlib_module_names
     for path in SOURCES:
         by_name = COMPAT if path.parent.name == "_compat" else KERNELS
@@ -137,15 +137,15 @@ def test_the_core_imports_nothing_that_the_core_does_not_ask_for():
         assert {name.split(".")[0] for name in imported(path)} <= allowed | more, path
 
 
-def test_kernel_files_are_imported_by_name_and_only_when_they_can_run():
+def test_no_file_imports_a_kernel_file_directly():
     ops = [path.parent.name for path in (ROOT / "nord_snn" / "ops").glob("*/op.py")]
     names = {f"nord_snn.ops.{op}.{backend}" for op in ops for backend in ("numba", "triton", "cupy")}
     for path in SOURCES:
         assert not imported(path) & names, path
 
 
-def test_every_extra_that_leads_to_transformers_caps_torch_itself():
-    """Behind a reference alone the cap comes too late for older resolvers. The core is not capped, and `all` has no CUDA."""
+def test_every_extra_with_transformers_limits_torch():
+    """A limit in a referenced extra is applied too late by older resolvers. The core has no limit, and `all` has no CUDA."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert all("<" not in requirement for requirement in project["dependencies"])
     extras = project["optional-dependencies"]
@@ -166,7 +166,7 @@ def test_the_citation_names_the_version_license_and_authors_of_the_package():
     assert citation.get("repository-code") == project.get("urls", {}).get("Repository")
 
 
-def test_the_constraints_are_within_what_the_extras_ask_for():
+def test_the_constraints_satisfy_the_requirements():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     fixed = {
@@ -195,7 +195,7 @@ OP_FILES = {"__init__.py", "reference.py", "op.py", "cost.py"}
 
 
 def test_every_folder_of_an_op_has_the_same_files():
-    """And its modules can be imported by their dotted names: no function of the package has the name of a folder."""
+    """Modules can also be imported by dotted name: no function of the package has the name of a folder."""
     folders = sorted(path.parent for path in (ROOT / "nord_snn" / "ops").glob("*/op.py"))
     assert len(folders) == 5
     for folder in folders:
@@ -210,7 +210,7 @@ def test_every_folder_of_an_op_has_the_same_files():
 
 
 def attributes_of_layers() -> set[str]:
-    """Names of everything that our layers and neurons add to ``nn.Module``."""
+    """Return the names of all attributes that our layers and neurons add to ``nn.Module``."""
     names = set()
     for make, _ in PARTS.values():
         for module in make().modules():
@@ -222,8 +222,8 @@ def attributes_of_layers() -> set[str]:
     return names - vars(nn.Module()).keys() - set(dir(nn.Module))
 
 
-def test_the_energy_profile_knows_no_attribute_of_a_layer():
-    """Ops and neurons say what they cost."""
+def test_the_energy_profile_uses_no_attribute_of_a_layer():
+    """The costs are defined by ops and neurons."""
     names = attributes_of_layers() | {"remember", "AssociativeLIFNode"}
     assert {"lif_q", "temperature", "recency", "top_k", "n_heads", "cascade", "update_cost"} <= names
     files = sorted((ROOT / "nord_snn" / "monitor" / "energy").glob("*.py"))
@@ -254,7 +254,7 @@ def is_triton_kernel(function):
 
 
 def test_no_function_has_more_than_twelve_parameters_by_position():
-    """A Triton kernel, which knows no keyword-only parameters, is launched with keywords alone."""
+    """Triton kernels cannot have keyword-only parameters, so they must be launched with keywords only."""
     kernels = set()
     for folder in ("nord_snn", "examples", "studies"):
         for file in (ROOT / folder).rglob("*.py"):

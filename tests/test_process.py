@@ -1,4 +1,4 @@
-"""What importing and using nord_snn does to the rest of the process: nothing."""
+"""Importing and using nord_snn must not change the rest of the process."""
 
 import json
 import os
@@ -25,7 +25,7 @@ EVERYTHING = (
 
 
 def run(code: str, **environment: str) -> str:
-    """What a new process prints."""
+    """Run code in a new process and return its output."""
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
     )
@@ -34,7 +34,7 @@ def run(code: str, **environment: str) -> str:
 
 
 @pytest.mark.quick
-def test_importing_loads_no_compiler():
+def test_importing_does_not_load_a_compiler():
     """TorchDynamo alone takes longer than all of nord_snn; Numba and Triton are loaded with the first kernel."""
     loaded = run(
         f"import sys; {EVERYTHING}; print([name for name in sys.modules if '.' not in name or '_dynamo' in name])"
@@ -43,7 +43,7 @@ def test_importing_loads_no_compiler():
 
 
 def test_importing_changes_no_setting():
-    """Handlers, hooks, random state, precision, threads and warnings are what they were."""
+    """Check handlers, hooks, random state, precision, threads and warnings."""
     look = """
 import json, random, signal, sys, threading, warnings
 import torch
@@ -61,7 +61,7 @@ before = look()
 
 
 def test_a_source_tree_imports_without_installation(tmp_path):
-    """A copy of the package alone, found by its path; the version stands in a file of it."""
+    """Import a copy of the package from its path; the version is read from a file in the package."""
     shutil.copytree(ROOT / "nord_snn", tmp_path / "nord_snn", ignore=shutil.ignore_patterns("__pycache__"))
     code = (
         "import importlib.metadata as m\n"
@@ -79,20 +79,20 @@ def test_a_source_tree_imports_without_installation(tmp_path):
 
 
 class Counting:
-    """A backend of torch.compile that counts the graphs it is given."""
+    """Backend of torch.compile that counts its graphs."""
 
     def __init__(self) -> None:
         self.graphs = 0
 
     def __call__(self, graph, inputs):
-        """Run it as it is."""
+        """Return the graph unchanged."""
         self.graphs += 1
         return graph.forward
 
 
 @pytest.mark.parametrize("kind", [SpikeMonitor, RowRates])
-def test_a_monitor_leaves_compiled_code_of_others_alone(kind):
-    """Networks of the same class as well; only code with a watched neuron in it is compiled again, and only once."""
+def test_a_monitor_recompiles_only_code_with_observed_neurons(kind):
+    """Networks of the same class are not recompiled; code with an observed neuron is recompiled once."""
     torch._dynamo.reset()  # torch counts the recompilations of all networks together, up to a limit
     others, own = Counting(), Counting()
     theirs = torch.compile(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), backend=others)
@@ -116,17 +116,17 @@ def test_a_monitor_leaves_compiled_code_of_others_alone(kind):
                 watched = own.graphs
         assert others.graphs == before
         assert first < watched <= first + 4
-        assert own.graphs == watched  # later monitors use what the first has had compiled
+        assert own.graphs == watched  # later monitors reuse the code compiled for the first
 
 
 def node() -> AssociativeLIFNode:
-    """Fires often."""
+    """Return a neuron that fires often."""
     return AssociativeLIFNode(8, n_clusters=4, step_mode="m", threshold=0.01, backend="torch")
 
 
 @pytest.mark.quick
-def test_a_patched_forward_of_others_runs_and_comes_back():
-    """Accelerate's hooks, for one, are such patches."""
+def test_a_patched_forward_runs_and_is_restored():
+    """The hooks of accelerate are such patches."""
     net = node()
     calls = []
 
@@ -147,7 +147,7 @@ def test_a_patched_forward_of_others_runs_and_comes_back():
 
 
 @pytest.mark.quick
-def test_apply_leaves_the_handler_of_ctrl_c_alone(monkeypatch):
+def test_apply_does_not_replace_signal_handlers(monkeypatch):
     def refuse(*_):
         raise AssertionError("signal handlers belong to the application")
 
@@ -160,8 +160,8 @@ def test_apply_leaves_the_handler_of_ctrl_c_alone(monkeypatch):
 
 
 @pytest.mark.quick
-def test_no_module_keeps_a_tensor():
-    """After every op has run: neither in a cache nor in a global of a module."""
+def test_no_module_stores_a_tensor():
+    """Check caches and globals of all modules after running every op."""
     import gc
 
     pre = (torch.rand(5, 3, 4) < 0.5).float()
@@ -184,14 +184,14 @@ def test_no_module_keeps_a_tensor():
 
 
 @pytest.mark.quick
-def test_the_environment_variable_is_read_when_a_backend_is_chosen(monkeypatch):
+def test_the_environment_variable_is_read_when_a_backend_is_selected(monkeypatch):
     x = torch.zeros(2, 1, 4)
     for name in ("torch", "auto"):
         monkeypatch.setenv("NORD_SNN_BACKEND", name)
         assert (which_backend(x).name == "torch") == (name == "torch" or "numba" in str(which_backend(x).others))
 
 
-def test_a_log_that_fails_is_reported_to_the_caller_alone(tmp_path, monkeypatch):
+def test_a_failed_log_is_reported_only_to_the_caller(tmp_path, monkeypatch):
     from torch.utils.tensorboard import SummaryWriter
 
     from nord_snn._compat.tensorboard import raise_write_errors_only

@@ -1,6 +1,6 @@
-"""Public signatures are those of ``tests/data/signatures.txt``: a change is seen in review, and is meant.
+"""Compare public signatures with ``tests/data/signatures.txt``, so that changes are visible in review.
 
-After a change that is meant: ``python tests/test_signatures.py`` writes the file.
+After an intended change: ``python tests/test_signatures.py`` writes the file.
 """
 
 import importlib
@@ -16,7 +16,7 @@ SNAPSHOT = Path(__file__).parent / "data" / "signatures.txt"
 
 
 def described(path: str, thing: object) -> list[str]:
-    """Lines on one public name: its parameters, and for a class those of its own public methods."""
+    """Return lines for one public name: its parameters, and those of the public methods of a class."""
     if inspect.isclass(thing):
         lines = [f"{path}{signature(thing)}"]
         for name, member in sorted(vars(thing).items()):
@@ -30,7 +30,7 @@ def described(path: str, thing: object) -> list[str]:
 
 
 def signature(thing: object) -> str:
-    """Names, kinds and defaults of the parameters; annotations are left to the type checker."""
+    """Return names, kinds and defaults of the parameters, without annotations."""
     try:
         parameters = inspect.signature(thing).parameters.values()
     except ValueError:  # an alias of a type
@@ -40,7 +40,7 @@ def signature(thing: object) -> str:
 
 
 def table() -> str:
-    """Every public name of every public module, a line each."""
+    """Return one line for every public name of every public module."""
     lines = []
     for package in PUBLIC:
         module = importlib.import_module(package)
@@ -50,7 +50,7 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def test_public_signatures_are_those_of_the_snapshot():
+def test_public_signatures_match_the_snapshot():
     assert table() == SNAPSHOT.read_text(encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""A small run of the language model, trained once and looked at by many tests."""
+"""A small run of the language model, trained once for many tests."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from helpers import make_text, write_config
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
-    """The folder of a finished run."""
+    """Train a run and return its folder."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "text.txt").write_text(make_text())
     config = write_config(folder)

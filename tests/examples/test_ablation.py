@@ -1,4 +1,4 @@
-"""ablation.py: every change changes what it says and nothing else, and its loss is compared seed by seed."""
+"""Tests of ablation.py: every ablation changes only the named mechanism; losses are compared by seed."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ def build(settings, tokenizer, block, ablation):
 
 
 @pytest.mark.parametrize(("block", "ablation"), EVERY, ids=lambda value: getattr(value, "description", value))
-def test_every_change_makes_another_model_that_learns(settings, tokenizer, block, ablation):
+def test_every_ablation_changes_the_model_and_trains(settings, tokenizer, block, ablation):
     ids = torch.randint(50, (3, 10), generator=torch.Generator().manual_seed(0))
     changed = build(settings, tokenizer, block, ablation)
     with ablation.learner(changed) as after_step:
@@ -66,7 +66,7 @@ def test_every_change_makes_another_model_that_learns(settings, tokenizer, block
         n: p for n, p in changed.state_dict().items() if getattr(whole.state_dict().get(n), "shape", None) == p.shape
     }
     for name, parameter in changed.named_parameters():
-        if not parameter.requires_grad:  # what the change has fixed
+        if not parameter.requires_grad:  # fixed by the ablation
             del shared[name]
     whole.load_state_dict(shared, strict=False)
     before = whole(input_ids=ids, labels=ids).loss
@@ -77,7 +77,7 @@ def test_every_change_makes_another_model_that_learns(settings, tokenizer, block
     assert silent == []
 
 
-def test_changes_take_out_what_they_say(settings, tokenizer):
+def test_ablations_remove_the_named_part(settings, tokenizer):
     def has(block, says, kind):
         (found,) = (ablation for ablation in ABLATIONS[block][1] if ablation.description == says)
         return any(isinstance(module, kind) for module in build(settings, tokenizer, block, found).modules())
@@ -96,7 +96,7 @@ def test_changes_take_out_what_they_say(settings, tokenizer):
 
 
 @pytest.mark.parametrize("block", ABLATIONS)
-def test_where_recency_is_alone_queries_and_keys_say_nothing(settings, tokenizer, block):
+def test_with_recency_alone_queries_and_keys_have_no_effect(settings, tokenizer, block):
     (alone,) = (a for a in ABLATIONS[block][1] if a.description == "recency alone, no coincidences")
     ids = torch.randint(50, (3, 10), generator=torch.Generator().manual_seed(0))
     for ablation, same in ((FULL_MODEL, False), (alone, True)):
@@ -108,7 +108,7 @@ def test_where_recency_is_alone_queries_and_keys_say_nothing(settings, tokenizer
         assert not torch.equal(model(input_ids=ids).logits, before)
 
 
-def test_a_clamped_stream_has_nothing_below_its_floor(settings, tokenizer):
+def test_a_clamped_stream_is_never_below_its_floor(settings, tokenizer):
     (clamped,) = (a for a in ABLATIONS["spike-fed"][1] if a.description == "published clamp on the stream")
     model, seen = build(settings, tokenizer, "spike-fed", clamped), []
     model.stream_norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].min()))
@@ -116,7 +116,7 @@ def test_a_clamped_stream_has_nothing_below_its_floor(settings, tokenizer):
     assert seen[0] >= -0.1
 
 
-def test_the_opposite_reward_changes_the_weights_the_other_way(settings, tokenizer):
+def test_the_opposite_reward_reverses_the_weight_changes(settings, tokenizer):
     ids, changes = torch.randint(50, (3, 10), generator=torch.Generator().manual_seed(0)), []
     stdp = [a for a in ABLATIONS["spike-fed"][1] if a.mechanism == "STDP"][1:]
     for ablation in stdp:
@@ -135,7 +135,7 @@ def test_the_opposite_reward_changes_the_weights_the_other_way(settings, tokeniz
     assert torch.allclose(changes[0], -changes[1], atol=1e-7)
 
 
-def test_runs_that_diverged_are_counted():
+def test_diverged_runs_are_counted():
     def runs(*losses):
         return {s: {"diverged": loss is None, "loss": loss, "firing_rates": {}} for s, loss in enumerate(losses)}
 
@@ -150,7 +150,7 @@ def test_runs_that_diverged_are_counted():
     ]
 
 
-def test_the_table_is_that_of_the_runs(tmp_path, capsys):
+def test_the_table_matches_the_runs(tmp_path, capsys):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": make_text(300, seed)}) + "\n" for seed in range(20)))
     config, out = write_config(tmp_path, block="spike_fed", steps=3), tmp_path / "out"
@@ -171,7 +171,7 @@ def test_the_table_is_that_of_the_runs(tmp_path, capsys):
     assert "give another --out" in capsys.readouterr().err
 
 
-def test_queries_and_keys_without_norms_are_silent_before_training_and_after_it(tokenizer):
+def test_queries_and_keys_without_norms_are_silent_before_and_after_training(tokenizer):
     (bare,) = (a for a in ABLATIONS["spike-fed"][1] if a.description == "no norms behind linear maps and mixing")
     lines = (DOCS / "runs" / "ablation.jsonl").read_text().splitlines()
     trained = [run["firing_rates"] for run in map(json.loads, lines) if run["kind"] == f"spike-fed: {bare.description}"]
@@ -187,7 +187,7 @@ def test_queries_and_keys_without_norms_are_silent_before_training_and_after_it(
             assert all((rate == 0) is silent for rate in scored)
 
 
-def test_the_page_has_the_tables_of_the_runs():
+def test_the_page_has_the_tables_of_the_stored_runs():
     runs: dict[str, dict[int, dict]] = {}
     for line in (DOCS / "runs" / "ablation.jsonl").read_text().splitlines():
         run = json.loads(line)

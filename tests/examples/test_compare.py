@@ -1,4 +1,4 @@
-"""compare.py: all models see the same, are of one size, and the measures of their samples measure what they say."""
+"""Tests of compare.py: same tokens and sizes for all models, search for learning rates, measures of samples."""
 
 import json
 import math
@@ -40,7 +40,7 @@ def tokenizer():
 
 @pytest.fixture
 def text(tmp_path):
-    """Twenty documents of their own."""
+    """Write twenty documents and return their path."""
     path = tmp_path / "text.jsonl"
     path.write_text("".join(json.dumps({"text": make_text(300, seed)}) + "\n" for seed in range(20)))
     return path
@@ -48,7 +48,7 @@ def text(tmp_path):
 
 @pytest.fixture
 def spike_fed(tmp_path):
-    """A config whose blocks are spike-fed."""
+    """Return a writer of configs with spike-fed blocks."""
 
     def write(**changes):
         return write_config(tmp_path, block="spike_fed", refractory_steps=0, **changes)
@@ -56,7 +56,7 @@ def spike_fed(tmp_path):
     return write
 
 
-def test_all_are_of_one_size(tokenizer, spike_fed):
+def test_all_models_have_the_same_size(tokenizer, spike_fed):
     tied = {"tie_word_embeddings": True, "top_k": 3}
     for config in ("tiny", "small", str(spike_fed()), str(spike_fed(name="tied", **tied))):
         settings = read_config(config)
@@ -77,7 +77,7 @@ def test_all_are_of_one_size(tokenizer, spike_fed):
             assert abs(without / counts["spike-fed"][1] - 1) < 0.25, kind
 
 
-def test_the_kinds_are_what_they_are_called(tokenizer, spike_fed):
+def test_every_kind_of_model_has_the_properties_in_its_name(tokenizer, spike_fed):
     settings = read_config(str(spike_fed(threshold=0.5)))
     configs = {kind: make(settings, tokenizer).config for kind, make in MODEL_MAKERS.items()}
     default = NordConfig()
@@ -92,8 +92,8 @@ def test_the_kinds_are_what_they_are_called(tokenizer, spike_fed):
         assert configs[kind].dense is kind.startswith("dense")
 
 
-def test_a_model_is_trained_as_train_does_it(tmp_path, text, spike_fed):
-    """Step for step: to the same loss on the held-out text."""
+def test_training_is_the_same_as_in_train_py(tmp_path, text, spike_fed):
+    """Both give the same loss on the held-out text."""
     arguments = ["--config", str(spike_fed(steps=5)), "--data", str(text)]
     assert train_script.main([*arguments, "--seed", "3", "--out", str(tmp_path / "runs"), "--no-report"]) == 0
     expected = json.loads((tmp_path / "runs" / "test-0001" / "results.json").read_text())
@@ -109,9 +109,7 @@ def runs_in(out):
     return [json.loads(path.read_text()) for path in sorted((out / "runs").glob("*.json"))]
 
 
-def test_the_command_goes_on_where_it_stopped_and_chooses_by_the_held_out_loss(
-    tmp_path, text, capsys, monkeypatch, spike_fed
-):
+def test_the_command_resumes_and_selects_by_the_held_out_loss(tmp_path, text, capsys, monkeypatch, spike_fed):
     out = tmp_path / "compare"
     arguments = ["--config", str(spike_fed(steps=4)), "--data", str(text), "--out", str(out)]
     arguments += ["--seeds", "0", "1", "--lrs", "1e-6", "1e-2", "--models"]
@@ -129,7 +127,7 @@ def test_the_command_goes_on_where_it_stopped_and_chooses_by_the_held_out_loss(
     assert compare_script.main(both) == 130
     assert "continues with the missing runs" in capsys.readouterr().err
     assert compare_script.main(both) == 0
-    whole = [(0, 1e-6), (0, 1e-2), (0, 2e-2), (1, 1e-2)]  # and beyond the best, where it is the highest
+    whole = [(0, 1e-6), (0, 1e-2), (0, 2e-2), (1, 1e-2)]  # and a higher rate, if the best is the highest
     assert trained == [*whole, (0, 1e-6), *whole]
     for run in runs_in(out):
         assert bool(run["firing_rates"]) == (run["kind"] == "spike-fed")
@@ -171,7 +169,7 @@ def test_the_command_goes_on_where_it_stopped_and_chooses_by_the_held_out_loss(
         ([4.0], 1.0, [4]),
     ],
 )
-def test_the_search_ends_where_both_neighbours_are_worse(lrs, optimum, tried):
+def test_the_search_ends_when_both_neighbouring_rates_are_worse(lrs, optimum, tried):
     class Fake:
         def run(self, kind, make, lr, seed, bars):
             return {"lr": lr, "diverged": lr > 8, "loss": abs(math.log(lr / optimum))}
@@ -181,7 +179,7 @@ def test_the_search_ends_where_both_neighbours_are_worse(lrs, optimum, tried):
     assert best_lr("a model", runs) == (optimum if len(lrs) > 1 else 4.0)
 
 
-def test_gaps_and_rates_are_those_of_the_runs(tmp_path, text, spike_fed):
+def test_gaps_and_rates_match_the_runs(tmp_path, text, spike_fed):
     out = tmp_path / "compare"
     arguments = ["--config", str(spike_fed(steps=3)), "--data", str(text), "--out", str(out), "--seeds", "0", "1"]
     assert compare_script.main([*arguments, "--models", "spike-fed", "spiking-values", "dense-twin", "published"]) == 0
@@ -197,7 +195,7 @@ def test_gaps_and_rates_are_those_of_the_runs(tmp_path, text, spike_fed):
     assert "blocks.0.resonance.lif_v" in first["firing_rates"]
 
 
-def test_a_rate_at_which_it_diverges_is_not_chosen_and_said(tmp_path, text, spike_fed):
+def test_a_diverging_rate_is_reported_and_not_selected(tmp_path, text, spike_fed):
     config = spike_fed(steps=3, max_grad_norm=1e30)
     arguments = ["--config", str(config), "--data", str(text), "--out", str(tmp_path / "out")]
     arguments += ["--models", "spike-fed", "--seeds", "0", "--lrs", "1e-9", "1e30", "1e-3"]
@@ -219,7 +217,7 @@ def test_a_rate_at_which_it_diverges_is_not_chosen_and_said(tmp_path, text, spik
         ({"block": "published"}, "expected a config with block: spike_fed in its section model"),
     ],
 )
-def test_bad_input_gets_one_sentence(tmp_path, text, capsys, change, message):
+def test_bad_input_raises_one_sentence(tmp_path, text, capsys, change, message):
     if "max_position_embeddings" in change:
         shutil.copy(text, tmp_path / "longer.jsonl")
         change["block_size"] = 1000
@@ -233,7 +231,7 @@ def test_bad_input_gets_one_sentence(tmp_path, text, capsys, change, message):
     assert not list((tmp_path / "out" / "runs").glob("*lr0.0*.json"))  # before anything was trained
 
 
-def test_two_commands_may_write_the_same_file(tmp_path):
+def test_two_commands_can_write_the_same_file(tmp_path):
     two_processes(
         f"""
 import pathlib, sys
@@ -251,14 +249,14 @@ for _ in range(300):
 # --- samples
 
 
-def test_repetition_counts_what_stood_there_before():
+def test_repetition_counts_repeated_text():
     assert repetition(torch.arange(12)[None]) == 0
     assert repetition(torch.tensor([[1, 2, 3, 4] * 3])) == pytest.approx(5 / 9)  # 9 of them, of which 4 differ
     assert repetition(torch.zeros(1, 12)) == pytest.approx(8 / 9)
     assert repetition(torch.stack((torch.arange(12), torch.zeros(12)))) == pytest.approx(4 / 9)
 
 
-def test_coherence_is_high_for_ones_own_topic_low_for_that_of_another_and_half_by_chance():
+def test_coherence_is_high_for_the_same_topic_low_for_another_and_half_by_chance():
     remainders = [" ".join(WORDS[i : i + 4] * 5) for i in range(0, 12, 4)]
     own = [" ".join(WORDS[i : i + 4]) for i in range(0, 12, 4)]
     assert coherence(own, remainders) == 1
@@ -267,7 +265,7 @@ def test_coherence_is_high_for_ones_own_topic_low_for_that_of_another_and_half_b
     assert coherence([own[0]] * 3, remainders) == 0.5  # always the same: nearer for one, and farther for the others
 
 
-def test_prompts_are_beginnings_and_samples_go_on_from_them(tokenizer):
+def test_prompts_are_beginnings_of_texts_and_samples_continue_them(tokenizer):
     texts = [make_text(300, seed) for seed in range(4)] + ["short"]
     prompts = cut_prompts(texts, tokenizer, 24)
     assert prompts.ids.shape == (4, 6)
@@ -279,7 +277,7 @@ def test_prompts_are_beginnings_and_samples_go_on_from_them(tokenizer):
 
 
 @pytest.mark.parametrize("make", [nord, gpt2])
-def test_samples_are_as_long_as_the_text_and_a_seed_repeats_them(tokenizer, tmp_path, make):
+def test_samples_are_as_long_as_the_text_and_reproducible_by_seed(tokenizer, tmp_path, make):
     torch.manual_seed(0)
     model = make(read_config(str(write_config(tmp_path))), tokenizer).eval()
     prompts = cut_prompts([make_text(300, seed) for seed in range(4)], tokenizer, 24)
@@ -291,7 +289,7 @@ def test_samples_are_as_long_as_the_text_and_a_seed_repeats_them(tokenizer, tmp_
 
 
 @pytest.mark.parametrize("name", ["default", "books-tiny", "books-small"])
-def test_the_page_has_what_came_out(name):
+def test_the_page_matches_the_stored_runs(name):
     page = (DOCS / "results.md").read_text(encoding="utf-8").splitlines()
     found = comparison_of(name)
     assert all(len(runs) == len(SEEDS) for runs in found.runs.values())
@@ -304,7 +302,7 @@ SEEDS = [0, 1, 2]
 
 
 def comparison_of(name):
-    """The comparison whose runs are kept beside the page."""
+    """Load the comparison from the runs stored in ``docs/runs``."""
     runs = [json.loads(line) for line in (DOCS / "runs" / f"{name}.jsonl").read_text().splitlines()]
     found = Comparison(SimpleNamespace(metadata=json.loads((DOCS / "runs" / f"{name}.about.json").read_text())), SEEDS)
     for kind in MODEL_MAKERS:

@@ -1,4 +1,4 @@
-"""The convolutional example: it learns, its neurons are where they should be, and its figures are counted right."""
+"""Tests of the convolutional example: it learns, it has the listed neurons, and its figures are correct."""
 
 import conv_digits as script
 import pytest
@@ -12,7 +12,7 @@ from nord_snn.neurons import AssociativeLIFNode
 pytestmark = pytest.mark.quick
 
 
-def test_neurons_of_a_channel_share_what_is_theirs_at_every_place():
+def test_neurons_of_a_channel_share_their_parameters_at_every_pixel():
     node = script.ours(16)
     x = 2 * torch.rand(4, 2, 16, 3, 3)
     spikes = node(x)
@@ -24,14 +24,14 @@ def test_neurons_of_a_channel_share_what_is_theirs_at_every_place():
 
 @pytest.mark.parametrize(("name", "ours", "clamps"), [("SpikingJelly LIFNode", 0, 0), ("AssociativeLIF, cascade", 2, 0),
                                                       ("AssociativeLIF, cascade, LeakyClamp", 2, 2)])  # fmt: skip
-def test_each_kind_is_what_its_name_says(name, ours, clamps):
+def test_each_kind_has_the_neurons_in_its_name(name, ours, clamps):
     modules = list(script.Net(script.KINDS[name]).modules())
     assert sum(isinstance(m, AssociativeLIFNode) for m in modules) == ours
     assert sum(isinstance(m, LeakyClamp) for m in modules) == clamps
     assert sum(isinstance(m, neuron.BaseNode) for m in modules) == 2
 
 
-def test_it_learns_digits():
+def test_the_network_learns_digits():
     result = script.train(script.KINDS["AssociativeLIF, cascade"], 0, 2, script.digits())
     assert result.accuracy > 0.8
     assert 0 < result.rate < 1
@@ -50,7 +50,7 @@ def test_neurons_that_never_fire_are_counted():
     assert result.rate == pytest.approx(0.25)
 
 
-def test_it_prints_a_table_and_draws_a_picture(tmp_path, capsys, monkeypatch):
+def test_the_script_prints_a_table_and_draws_a_picture(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(script, "KINDS", {"SpikingJelly LIFNode": script.lif})
     assert script.main(["--seeds", "2", "--epochs", "1", "--out", str(tmp_path)]) == 0
     assert "LIFNode" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Text in, blocks out, and nothing lost on the way without a word."""
+"""Tests of nordlm.data: documents to sequences of tokens; dropped text is always reported."""
 
 import json
 
@@ -35,13 +35,13 @@ def tokenizer():
 # --- sources
 
 
-def test_text_files_are_read_whole(tmp_path):
+def test_text_files_are_read_completely(tmp_path):
     text = make_text() + "Ünïcode ✓ without a last line end"
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     assert "".join(read_documents(str(tmp_path / "a.txt")).read()) == text
 
 
-def test_jsonl_lines_that_cannot_be_used_are_counted_and_named(tmp_path):
+def test_unusable_jsonl_lines_are_counted_and_reported(tmp_path):
     path = tmp_path / "a.jsonl"
     lines = [
         '{"text": "one"}',
@@ -78,7 +78,7 @@ def test_parquet_and_folders(tmp_path):
     assert "left out 1: files that are not .txt, .jsonl or .parquet" in documents.notes()[0]
 
 
-def test_the_documentation_inside_python_is_english_and_there():
+def test_the_documentation_inside_python_is_found_and_english():
     documents = list(python_documentation())
     assert sum(map(len, documents)) > 1_000_000
     assert any("yield expression" in text for text in documents)
@@ -117,14 +117,14 @@ def test_a_hub_dataset_is_streamed(monkeypatch, tokenizer):
         ("", None, "the name of the text is empty"),
     ],
 )
-def test_bad_sources_get_one_sentence(tmp_path, tokenizer, name, content, message):
+def test_bad_sources_raise_one_sentence(tmp_path, tokenizer, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         load_corpus(read_documents(str(tmp_path / name) if name else ""), tokenizer, 8)
 
 
-def test_names_that_are_neither_files_nor_datasets(tmp_path, monkeypatch):
+def test_names_of_neither_files_nor_datasets_raise(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="neither a file nor a dataset that can be opened"):
         read_documents("no-such-owner/no-such-dataset")
     with pytest.raises(DataError, match="no such file or folder"):
@@ -138,10 +138,10 @@ def test_names_that_are_neither_files_nor_datasets(tmp_path, monkeypatch):
 
 
 @given(st.lists(st.text(min_size=1), min_size=2, max_size=30), st.floats(0.01, 0.9))
-def test_the_split_is_decided_by_the_text_alone(texts, held_out):
+def test_the_split_depends_only_on_the_text(texts, held_out):
     for streamed in (False, True):
         if not streamed and len(set(texts)) < 2:
-            continue  # refused, see below
+            continue  # raises, see below
         documents = Documents("test", lambda: iter(texts), streamed=streamed)
         train, held = split(documents, held_out)
         assert sorted([*train(), *held()]) == sorted(texts)
@@ -150,7 +150,7 @@ def test_the_split_is_decided_by_the_text_alone(texts, held_out):
         assert sorted(split(turned, held_out)[1]()) == sorted(held())
 
 
-def test_few_documents_still_leave_one_held_out():
+def test_with_few_documents_one_is_still_held_out():
     train, held = split(Documents("test", lambda: iter(TEXTS[:3]), streamed=False), 0.05)
     assert len(list(train())) == 2
     assert len(list(held())) == 1
@@ -160,7 +160,7 @@ def test_few_documents_still_leave_one_held_out():
 
 
 @pytest.mark.quick
-def test_any_text_survives_the_trained_tokenizer(tokenizer):
+def test_the_trained_tokenizer_round_trips_any_text(tokenizer):
     for text in ("plain", "Ünïcode ✓ 日本語", "tabs\tand\n\nlines  ", "\x00\x7f"):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
     assert len(train_tokenizer(TEXTS, 300)) == 300
@@ -168,7 +168,7 @@ def test_any_text_survives_the_trained_tokenizer(tokenizer):
 
 @pytest.mark.quick
 @given(st.lists(st.integers(0, 9), max_size=12), st.integers(1, 7))
-def test_packing_loses_only_the_last_part(lengths, block_size):
+def test_packing_drops_only_the_last_incomplete_sequence(lengths, block_size):
     encoded, start = [], 0
     for n in lengths:
         encoded.append(torch.arange(start, start + n, dtype=torch.int32))
@@ -179,7 +179,7 @@ def test_packing_loses_only_the_last_part(lengths, block_size):
 
 
 @pytest.mark.quick
-def test_corpus_counts_every_byte_and_ends_every_document(tmp_path, tokenizer):
+def test_corpus_counts_every_byte_and_terminates_every_document(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in TEXTS))
     corpus = load_corpus(read_documents(str(tmp_path / "a.jsonl")), tokenizer, 8, held_out=0.25)
     assert isinstance(corpus.train, SequenceDataset)
@@ -193,7 +193,7 @@ def test_corpus_counts_every_byte_and_ends_every_document(tmp_path, tokenizer):
     assert load_corpus(read_documents(str(tmp_path / "a.jsonl")), tokenizer, 8).fingerprint != corpus.fingerprint
 
 
-def test_other_text_can_be_validated_on(tmp_path, tokenizer):
+def test_validation_text_can_be_given_separately(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text(make_text())
     (tmp_path / "b.txt").write_text("only this " * 40)
     corpus = load_corpus(
@@ -212,7 +212,7 @@ def test_other_text_can_be_validated_on(tmp_path, tokenizer):
     assert len(tokenizer.decode(corpus.sample)) >= len(make_text())
 
 
-def test_too_little_text_is_named(tmp_path, tokenizer):
+def test_too_little_text_raises(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("short")
     with pytest.raises(DataError, match="has only one document, which cannot be held out"):
         load_corpus(read_documents(str(tmp_path / "a.txt")), tokenizer, 64)
@@ -224,7 +224,7 @@ def test_too_little_text_is_named(tmp_path, tokenizer):
         load_corpus(documents, tokenizer, 64, held_out=0.0)
 
 
-def test_a_file_without_line_ends_is_cut(tmp_path, tokenizer):
+def test_a_file_without_line_ends_is_split(tmp_path, tokenizer):
     text = make_text().replace("\n", " ")
     (tmp_path / "a.txt").write_text(text)
     documents = read_documents(str(tmp_path / "a.txt"))
@@ -233,25 +233,25 @@ def test_a_file_without_line_ends_is_cut(tmp_path, tokenizer):
     load_corpus(documents, tokenizer, 24)
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path):
+def test_a_byte_order_mark_is_removed(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "two"}\r\n')
     assert list(read_documents(str(tmp_path / "a.jsonl")).read()) == ["one", "two"]
 
 
-def test_json_beyond_what_python_reads_is_counted(tmp_path):
+def test_json_that_python_cannot_parse_is_counted(tmp_path):
     (tmp_path / "a.jsonl").write_text("[" * 100_000 + '\n{"n": ' + "9" * 5000 + '}\n{"text": "one"}')
     documents = read_documents(str(tmp_path / "a.jsonl"))
     assert list(documents.read()) == ["one"]
     assert documents.skipped["lines that are not JSON"] == 2
 
 
-def test_text_that_spells_a_special_token_is_text(tokenizer):
+def test_text_that_spells_a_special_token_is_tokenized_as_text(tokenizer):
     (ids,) = encode(["a <|endoftext|> b"], tokenizer)
     assert (ids == tokenizer.eos_token_id).sum() == 1
     assert ids[-1] == tokenizer.eos_token_id
 
 
-def test_what_a_stream_leaves_out_is_counted_to_its_end(tmp_path, tokenizer, monkeypatch):
+def test_records_that_a_stream_skips_are_counted(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in TEXTS) + "\nbroken")
     monkeypatch.setattr(corpus_module, "BASELINE_TOKENS", 50)
@@ -260,7 +260,7 @@ def test_what_a_stream_leaves_out_is_counted_to_its_end(tmp_path, tokenizer, mon
     assert corpus.notes() == [f"left out 1: lines that are not JSON (first: {tmp_path}/a.jsonl:61)"]
 
 
-def test_a_stream_that_breaks_off_is_named(monkeypatch):
+def test_an_interrupted_stream_raises(monkeypatch):
     def broken():
         yield {"text": "one"}
         raise ConnectionError("gone")
@@ -270,7 +270,7 @@ def test_a_stream_that_breaks_off_is_named(monkeypatch):
         list(read_documents("owner/name").read())
 
 
-def test_tokenizers_that_do_not_fit_are_named(tmp_path, tokenizer):
+def test_unsuitable_tokenizers_raise(tmp_path, tokenizer):
     with pytest.raises(DataError, match="cannot be loaded"):
         load_tokenizer(str(tmp_path / "none"), 300)
     tokenizer.save_pretrained(tmp_path / "t")
@@ -298,9 +298,9 @@ def test_baselines_by_hand():
     assert bigram_loss(train, validation, 3) == pytest.approx(-log(torch.stack((p1, p0))).mean().item())
 
 
-def test_the_bigram_is_a_distribution_and_falls_back_to_the_unigram():
+def test_the_bigram_sums_to_one_and_falls_back_to_the_unigram():
     train = torch.randint(5, (200,)).int()
-    for before in range(6):  # 5 was never seen
+    for before in range(6):  # 5 does not occur in the text
         total = sum(
             torch.tensor(-bigram_loss(train, torch.tensor([[before, after]]), 6), dtype=torch.float64).exp()
             for after in range(6)

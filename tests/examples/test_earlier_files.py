@@ -1,4 +1,4 @@
-"""Files of the tree before the model was part of the package: a model folder, a run folder and a plastic file, made then.
+"""Load files from before the model was part of the package: a model folder, a run folder and a plastic file.
 
 ``expected.safetensors`` has the logits that tree computed: of the converted ``tests/data/tiny_checkpoint.pt`` in ``model/``,
 of the same model with ``plastic.safetensors``, and of the model of the run.
@@ -34,14 +34,14 @@ def expected():
 @pytest.mark.quick
 @pytest.mark.parametrize(("folder", "name"), [("model", "logits"), ("run/model", "run_logits")])
 @torch.no_grad()
-def test_a_model_folder_loads_and_computes_the_same(folder, name, expected):
+def test_a_model_folder_gives_the_stored_logits(folder, name, expected):
     model = AutoModelForCausalLM.from_pretrained(BEFORE / folder)
     assert torch.allclose(model(input_ids=expected["ids"]).logits, expected[name], atol=1e-5)
 
 
 @pytest.mark.quick
 @torch.no_grad()
-def test_a_plastic_file_loads_and_computes_the_same(expected):
+def test_a_plastic_file_gives_the_stored_logits(expected):
     model = AutoModelForCausalLM.from_pretrained(BEFORE / "model")
     for name, parameter in model.named_parameters():
         if name.endswith("v_threshold"):
@@ -52,8 +52,8 @@ def test_a_plastic_file_loads_and_computes_the_same(expected):
     assert not torch.allclose(learned, expected["logits"], atol=1e-2)
 
 
-def test_the_code_in_a_model_folder_still_runs_and_says_what_to_do(tmp_path):
-    """In a process of its own, where nothing has registered the model that is in the package."""
+def test_the_code_in_a_model_folder_still_runs_and_warns(tmp_path):
+    """Run it in a new process, in which the model of the package is not registered."""
     code = (
         "import sys, torch; from safetensors.torch import load_file; from transformers import AutoModelForCausalLM\n"
         "before = sys.argv[1]; expected = load_file(before + '/expected.safetensors')\n"
@@ -70,7 +70,7 @@ def test_the_code_in_a_model_folder_still_runs_and_says_what_to_do(tmp_path):
 
 @pytest.mark.quick
 def test_a_run_folder_is_resumed(tmp_path):
-    """Only the place of the text is another; the loss at the end is the one that the run had then."""
+    """Only the path of the text differs; the final loss must equal that of the stored run."""
     text, part = tmp_path / "text.txt", tmp_path / "run"
     text.write_text(make_text(1500))
     shutil.copytree(BEFORE / "run", part)

@@ -1,4 +1,4 @@
-"""evaluate.py: every token is scored once, with the context promised, whatever the stride."""
+"""Tests of evaluate.py: every token is scored once, with the documented context, for any stride."""
 
 import json
 import math
@@ -29,14 +29,14 @@ def test_windows_cover_everything_once(n, context, data):
         assert window.end - window.begin <= context
         new = range(window.end - window.scored, window.end)
         if scored:
-            assert new.start - window.begin >= min(context - stride, new.start)  # what stands before a scored token
+            assert new.start - window.begin >= min(context - stride, new.start)  # context of a scored token
         scored.extend(new)
     assert scored == list(range(n))
 
 
 @pytest.mark.parametrize(("context", "stride"), [(12, 12), (12, 5), (7, 1), (1, 1)])
 @pytest.mark.parametrize("n", [2, 12, 13, 40])
-def test_the_score_is_that_of_each_token_by_itself(context, stride, n):
+def test_the_score_is_the_sum_over_single_tokens(context, stride, n):
     torch.manual_seed(0)
     model = NordForCausalLM(NordConfig(**SMALL)).eval()
     tokens = torch.randint(30, (n,))
@@ -80,7 +80,7 @@ def test_the_command(trained, tmp_path, capsys):
         (["--model", "none"], "expected a folder with config.json, model.safetensors and a tokenizer"),
     ],
 )
-def test_bad_input_is_named(trained, tmp_path, capsys, change, message):
+def test_bad_input_raises(trained, tmp_path, capsys, change, message):
     (tmp_path / "text.txt").write_text(make_text(100))
     text = [] if change[0] == "none.txt" else [str(tmp_path / "text.txt")]
     model = [] if change[0] == "--model" else ["--model", str(trained / "model")]
@@ -88,8 +88,8 @@ def test_bad_input_is_named(trained, tmp_path, capsys, change, message):
     assert message in capsys.readouterr().err
 
 
-def test_lm_evaluation_harness_opens_a_run_and_agrees(trained, tmp_path, monkeypatch):
-    """As the ordinary ``hf`` model, on a task of local text; it scores each document by itself and no end of text."""
+def test_lm_evaluation_harness_gives_the_same_score(trained, tmp_path, monkeypatch):
+    """Use the ``hf`` model on a task of local text; the harness scores documents separately, without end of text."""
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness (pip install lm-eval) is not installed")
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager

@@ -1,4 +1,4 @@
-"""Decoding with a cache: the same logits, spikes and tokens as without one."""
+"""Decoding with a cache gives the same logits, spikes and tokens as without a cache."""
 
 import inspect
 
@@ -29,7 +29,7 @@ CONFIGS = [
 
 
 def make(number: int = 0, layers: int = 3, positions: int = 32, **others) -> NordForCausalLM:
-    """A network whose neurons fire and whose positions matter."""
+    """Return a model whose neurons fire and whose output depends on earlier positions."""
     torch.manual_seed(number)
     settings = {"vocab_size": 50, "num_hidden_layers": layers, "max_position_embeddings": positions, "fast_scale": 40.0}
     model = NordForCausalLM(NordConfig(**{**settings, **CONFIGS[number], **others})).eval()
@@ -45,7 +45,7 @@ def make(number: int = 0, layers: int = 3, positions: int = 32, **others) -> Nor
 
 
 class Spikes:
-    """Keeps what every neuron layer fires, position after position."""
+    """Recorder of the spikes of every layer of neurons, by position."""
 
     def __init__(self, model: NordForCausalLM) -> None:
         self.fired: dict[str, list[torch.Tensor]] = {}
@@ -54,7 +54,7 @@ class Spikes:
                 module.register_forward_hook(lambda _, __, out, name=name: self.fired.setdefault(name, []).append(out))
 
     def take(self) -> dict[str, torch.Tensor]:
-        """All so far ``[T, B, S, D]``, and forget them."""
+        """Return all recorded spikes ``[T, B, S, D]`` and clear the recording."""
         whole = {name: torch.cat(parts, 2) for name, parts in self.fired.items()}
         self.fired.clear()
         return whole
@@ -63,8 +63,8 @@ class Spikes:
 @pytest.mark.parametrize("number", range(len(CONFIGS)))
 @pytest.mark.parametrize("pieces", [[1] * 20, [13, 1, 1, 5], [19, 1]])
 @torch.no_grad()
-def test_logits_and_spikes_are_those_of_a_full_forward(number, pieces):
-    """With padding in front of some rows, at every position, and of every layer."""
+def test_logits_and_spikes_equal_those_of_a_full_forward_pass(number, pieces):
+    """Compare every position and layer, with padding in front of some rows."""
     model = make(number)
     ids = torch.randint(50, (3, 20))
     mask = torch.ones(3, 20, dtype=torch.long)
@@ -99,7 +99,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("number", range(len(CONFIGS)))
-def test_generate_gives_the_same_tokens_with_and_without(way, number):
+def test_generate_gives_the_same_tokens_with_and_without_cache(way, number):
     model = make(number)
     ids = torch.randint(1, 50, (2, 9))
     mask = torch.ones_like(ids)
@@ -119,8 +119,8 @@ def test_generate_gives_the_same_tokens_with_and_without(way, number):
         assert torch.equal(results[0][1, 9:], alone[0, 4:])
 
 
-def test_the_cache_goes_by_either_name_and_not_by_both():
-    """``past_key_values`` up to transformers 5.23, ``cache`` from 5.24 on; a model that misses one sees the last token only."""
+def test_the_cache_is_accepted_under_either_name_but_not_both():
+    """Up to 5.23 the name is ``past_key_values``, from 5.24 ``cache``; a model that ignores it uses only the last token."""
     model = make()
     ids = torch.randint(50, (2, 9))
     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_the_cache_goes_by_either_name_and_not_by_both():
         model(input_ids=ids, cache=past, past_key_values=past)
 
 
-def test_keywords_are_taken_or_refused_by_name():
+def test_keywords_are_accepted_or_raise_by_name():
     model = make()
     ids = torch.randint(50, (2, 9))
     with pytest.raises(TypeError, match="got an unknown keyword 'nobody_knows_this'"):
@@ -164,14 +164,14 @@ def test_keywords_are_taken_or_refused_by_name():
     assert torch.allclose(model(input_ids=ids, labels=ids, num_items_in_batch=32).loss, loss * 16 / 32)
 
 
-def test_what_transformers_models_take_is_known_here():
-    """A keyword that a new release adds to its causal models is to be taken or refused by name, not met in a bug report."""
+def test_every_keyword_of_transformers_models_is_known():
+    """A keyword that a new release adds to its causal models must be accepted, or raise an error with its name."""
     theirs = set(inspect.signature(LlamaForCausalLM.forward).parameters) | set(TransformersKwargs.__annotations__)
     ours = set(inspect.signature(NordForCausalLM.forward).parameters) | set(NOT_OFFERED)
     assert theirs - ours <= {"kwargs"}
 
 
-def test_generate_goes_on_from_embeddings():
+def test_generate_accepts_embeddings():
     model = make()
     ids = torch.randint(1, 50, (2, 9))
     expected = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
@@ -180,7 +180,7 @@ def test_generate_goes_on_from_embeddings():
     assert torch.equal(got, expected[:, 9:])
 
 
-def test_a_pipeline_writes_the_same_with_and_without_a_cache():
+def test_a_pipeline_generates_the_same_with_and_without_a_cache():
     tokenizer = train_tokenizer([make_text(400)], 300)
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
     model = make(vocab_size=len(tokenizer), positions=64)
@@ -198,7 +198,7 @@ def test_a_pipeline_writes_the_same_with_and_without_a_cache():
     assert written[0][1][0]["generated_text"].startswith(alone["generated_text"])  # padding changes nothing
 
 
-def test_an_assistant_changes_nothing_and_ends_within_the_window():
+def test_assisted_decoding_gives_the_same_tokens_and_ends_within_the_window():
     model, assistant = make(1), make(1, layers=1)
     ids = torch.randint(1, 50, (1, 9))
     plain = model.generate(ids, max_new_tokens=23, do_sample=False, use_cache=False, pad_token_id=0)
@@ -219,7 +219,7 @@ def test_only_new_tokens_are_computed():
 
 @pytest.mark.parametrize("prompt", [5, 12, 30])
 def test_the_window_slides(prompt):
-    """One block, whose keys know only their own token, is exact beyond the window too; more blocks see further back."""
+    """With one block decoding is exact beyond the window; with more blocks the output depends on older positions."""
     for layers in (1, 3):
         model = make(1, layers=layers, positions=12)
         ids = torch.randint(1, 50, (1, prompt))
@@ -244,7 +244,7 @@ def test_the_cache_stops_growing():
     assert past.layers[0].keys.shape == (1, 2, 11, 24)  # 10 steps of 16 bits, in whole words of 64: 24 bytes
 
 
-def test_without_resonance_the_last_token_is_enough():
+def test_without_resonance_only_the_last_token_is_computed():
     model = make(resonance=False)
     ids = torch.randint(1, 50, (2, 6))
     assert torch.equal(
@@ -255,7 +255,7 @@ def test_without_resonance_the_last_token_is_enough():
     )
 
 
-def test_a_cache_is_made_where_it_is_wanted():
+def test_a_cache_is_created_only_if_requested():
     model = make()
     ids = torch.randint(50, (1, 6))
     assert cache_of(model(input_ids=ids)) is not None
@@ -267,7 +267,7 @@ def test_a_cache_is_made_where_it_is_wanted():
         model(input_ids=ids[:, :1], cache=past)
 
 
-def test_candidates_from_the_prompt_change_nothing_and_end_within_the_window():
+def test_prompt_lookup_gives_the_same_tokens_and_ends_within_the_window():
     model = make(1)
     ids = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3]])
     plain, looked_up = (
@@ -279,7 +279,7 @@ def test_candidates_from_the_prompt_change_nothing_and_end_within_the_window():
         model.generate(ids, max_new_tokens=22, do_sample=False, prompt_lookup_num_tokens=3, pad_token_id=0)
 
 
-def test_caches_that_would_change_what_they_hold_are_refused():
+def test_caches_that_would_change_their_contents_raise():
     model = make()
     ids = torch.randint(1, 50, (1, 6))
     with pytest.raises(
@@ -297,7 +297,7 @@ def test_caches_that_would_change_what_they_hold_are_refused():
 
 
 def test_a_plain_cache_has_the_same_window():
-    """One that keeps everything, as it is made without a configuration."""
+    """Use a cache that keeps all positions, as created without a configuration."""
     model = make(1, positions=12)
     ids = torch.randint(1, 50, (1, 8))
     tokens = [
@@ -308,7 +308,7 @@ def test_a_plain_cache_has_the_same_window():
 
 
 @torch.no_grad()
-def test_masks_that_do_not_fit_are_named():
+def test_invalid_masks_raise():
     model = make()
     ids = torch.randint(50, (1, 6))
     past = cache_of(model(input_ids=ids))
@@ -319,5 +319,5 @@ def test_masks_that_do_not_fit_are_named():
     wider = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
     with pytest.raises(ValueError, match=r"the shape of input_ids, \[1, 6\], got \[1, 8\]"):
         model.generate(ids, attention_mask=wider, max_new_tokens=8, pad_token_id=0)
-    with pytest.raises(ValueError, match="got padding between tokens"):  # behind the prompt, and tokens behind it
+    with pytest.raises(ValueError, match="got padding between tokens"):  # padding after the prompt, then tokens
         model.generate(ids, attention_mask=torch.tensor([[1, 1, 1, 1, 0, 0]]), max_new_tokens=3, pad_token_id=0)

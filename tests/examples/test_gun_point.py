@@ -1,4 +1,4 @@
-"""The snnTorch example: its parts are what the table says, and it learns."""
+"""Tests of the snnTorch example: it has the parts of the table, and it learns."""
 
 import gun_point as script
 import pytest
@@ -20,12 +20,12 @@ def has(name: str, kind: type[nn.Module]) -> bool:
 @pytest.mark.parametrize(("name", "parts"), [("snnTorch", set()), *((part, {part}) for part in PARTS),
                                              ("encoder and readout", {"multi-scale encoder", "membrane readout"}),
                                              ("all three", set(PARTS))])  # fmt: skip
-def test_each_row_has_the_parts_that_it_names(name, parts):
+def test_each_kind_has_the_parts_in_its_name(name, parts):
     assert {part for part, kind in PARTS.items() if has(name, kind)} == parts
     assert has(name, snntorch.Leaky) == ("associative neurons" not in parts)
 
 
-def test_the_series_are_those_of_the_archive():
+def test_the_series_equal_those_of_the_archive():
     data = script.movements()
     assert data.train_x.shape == (50, 150)
     assert data.test_x.shape == (150, 150)
@@ -34,7 +34,7 @@ def test_the_series_are_those_of_the_archive():
 
 
 @pytest.mark.parametrize("name", ["snnTorch", "all three"])
-def test_it_learns_and_repeats_itself(name):
+def test_training_learns_and_is_reproducible(name):
     data = script.movements()
     first, again = (script.train(script.KINDS[name], 0, 8, data) for _ in range(2))
     assert first == again
@@ -42,7 +42,7 @@ def test_it_learns_and_repeats_itself(name):
     assert all(0 < rate < 1 for rate in first.rates)
 
 
-def test_last_membranes_are_the_last():
+def test_last_membrane_returns_the_last_membrane_potentials():
     neuron = script.leaky()
     last = script.LastMembrane(neuron)
     x_seq = torch.rand(3, 2, script.WIDTH)
@@ -52,7 +52,7 @@ def test_last_membranes_are_the_last():
     assert torch.equal(last(x_seq), mem)
 
 
-def test_it_prints_a_table_and_draws_a_picture(tmp_path, capsys, monkeypatch):
+def test_the_script_prints_a_table_and_draws_a_picture(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(script, "KINDS", {"snnTorch": script.KINDS["snnTorch"]})
     assert script.main(["--seeds", "2", "--epochs", "1", "--out", str(tmp_path)]) == 0
     assert "nearest neighbour" in capsys.readouterr().out

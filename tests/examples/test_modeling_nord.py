@@ -1,4 +1,4 @@
-"""NordForCausalLM: against published-format checkpoints, and as a citizen of transformers."""
+"""Tests of NordForCausalLM: published checkpoints, and the interface of transformers."""
 
 import copy
 import os
@@ -29,7 +29,7 @@ SMALL = {
 
 @pytest.mark.quick
 @pytest.mark.parametrize("name", ["tiny", "persistent"])
-def test_published_checkpoints_give_the_expected_numbers(name):
+def test_published_checkpoints_give_the_expected_logits(name):
     expected = load_reference(f"{name}_expected")
     model = load_original(DATA / f"{name}_checkpoint.pt")
     assert model.num_parameters() == expected["n_params"]
@@ -47,14 +47,14 @@ def test_published_checkpoints_give_the_expected_numbers(name):
 
 
 @pytest.mark.quick
-def test_the_published_size_to_the_parameter():
+def test_the_published_size_has_the_exact_number_of_parameters():
     with torch.device("meta"):
         model = NordForCausalLM(NordConfig())
     assert model.num_parameters() == 144_334_525
 
 
 @pytest.mark.quick
-def test_converted_folder_opens_with_auto_classes(tmp_path, capsys):
+def test_a_converted_folder_loads_with_auto_classes(tmp_path, capsys):
     main([str(DATA / "tiny_checkpoint.pt"), str(tmp_path / "out")])
     assert "25,577 parameters" in capsys.readouterr().out
     assert (tmp_path / "out" / "model.safetensors").exists()
@@ -70,7 +70,7 @@ def test_converted_folder_opens_with_auto_classes(tmp_path, capsys):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("name", ["tiny", "persistent"])
-def test_the_way_back_gives_the_published_checkpoint(name, tmp_path, capsys):
+def test_conversion_back_gives_the_published_checkpoint(name, tmp_path, capsys):
     main([str(DATA / f"{name}_checkpoint.pt"), str(tmp_path / "folder")])
     main(["--to-original", str(tmp_path / "folder"), str(tmp_path / "back.pt")])
     published, back = load_reference(f"{name}_checkpoint"), torch.load(tmp_path / "back.pt", weights_only=True)
@@ -89,7 +89,7 @@ def test_the_way_back_gives_the_published_checkpoint(name, tmp_path, capsys):
         main(["--to-original", str(tmp_path / "folder"), str(tmp_path / "back.pt")])
 
 
-def test_what_the_published_code_does_not_have_is_named(tmp_path):
+def test_models_that_the_published_code_cannot_express_raise(tmp_path):
     for setting, name in (
         ({"recency": True}, "recency"),
         ({"resonance": False}, "resonance"),
@@ -114,8 +114,8 @@ def test_what_the_published_code_does_not_have_is_named(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_saved_folder_opens_where_only_the_library_is_installed(tmp_path):
-    """In a process that knows nothing of the recipe: the modelling files lie beside the weights."""
+def test_a_saved_folder_loads_with_only_the_library_installed(tmp_path):
+    """Run it in a new process outside the repository; the modelling files are beside the weights."""
     NordForCausalLM(NordConfig(**SMALL)).save_pretrained(tmp_path / "model")
     code = (
         "from transformers import AutoModelForCausalLM as Auto; "
@@ -127,14 +127,14 @@ def test_a_saved_folder_opens_where_only_the_library_is_installed(tmp_path):
 
 
 class Hostile:
-    """Would run code if it were unpickled."""
+    """Object that runs code when it is unpickled."""
 
     def __reduce__(self):
-        """Raise from inside the unpickler."""
+        """Return a call that raises when unpickled."""
         return (exec, ("raise SystemError('executed')",))
 
 
-def test_bad_checkpoints_get_one_sentence_and_execute_nothing(tmp_path):
+def test_bad_checkpoints_raise_one_sentence_and_execute_nothing(tmp_path):
     good = load_reference("tiny_checkpoint")
     bad = tmp_path / "bad.pt"
 
@@ -184,7 +184,7 @@ def test_save_and_load_are_exact(tmp_path):
     assert again.generation_config.top_k != 64  # the resonance's top_k is not the sampler's
 
 
-def test_the_cascade_can_be_switched_off_and_outputs_be_a_tuple():
+def test_the_cascade_can_be_switched_off_and_outputs_can_be_a_tuple():
     model = NordForCausalLM(NordConfig(**{**SMALL, "n_clusters": None}))
     assert not any("cascade" in name for name, _ in model.named_parameters())
     (logits,) = model(input_ids=torch.zeros(1, 3, dtype=torch.long), return_dict=False)
@@ -201,7 +201,7 @@ def test_tied_embeddings(tmp_path):
 
 
 @pytest.mark.quick
-def test_initial_values_are_those_of_the_design():
+def test_initial_values_are_as_specified():
     torch.manual_seed(0)
     model = NordForCausalLM(NordConfig(**SMALL))
     block = model.blocks[0]
@@ -221,8 +221,8 @@ def test_the_model_is_causal_and_rows_start_from_rest():
     model = NordForCausalLM(NordConfig(**SMALL, recency=True)).eval()
     ids = torch.randint(50, (2, 10))
     before = model(input_ids=ids).logits
-    assert torch.equal(model(input_ids=ids).logits, before)  # no state is kept
-    assert torch.allclose(model(input_ids=ids[:1]).logits, before[:1], atol=1e-5)  # rows do not meet
+    assert torch.equal(model(input_ids=ids).logits, before)  # no state is stored
+    assert torch.allclose(model(input_ids=ids[:1]).logits, before[:1], atol=1e-5)  # rows are independent
     changed = ids.clone()
     changed[:, 7:] = (ids[:, 7:] + 1) % 50
     after = model(input_ids=changed).logits
@@ -237,7 +237,7 @@ def test_without_resonance_only_the_last_token_counts():
 
 
 @pytest.mark.quick
-def test_padding_changes_nothing_wherever_it_stands():
+def test_padding_on_either_side_does_not_change_the_logits():
     model = NordForCausalLM(NordConfig(**SMALL)).eval()
     ids = torch.randint(50, (1, 6))
     unpadded = model(input_ids=ids).logits
@@ -250,7 +250,7 @@ def test_padding_changes_nothing_wherever_it_stands():
         model(input_ids=padded, attention_mask=mask[:, :4])
 
 
-def test_generate_is_the_arg_max_of_the_logits_and_slides_past_the_context():
+def test_greedy_generation_is_the_argmax_also_beyond_the_window():
     model = NordForCausalLM(NordConfig(**SMALL)).eval()
     ids = torch.randint(1, 50, (1, 10))  # generate() takes a pad token in the prompt for padding
     out = model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False, pad_token_id=0)
@@ -261,7 +261,7 @@ def test_generate_is_the_arg_max_of_the_logits_and_slides_past_the_context():
     assert torch.equal(out, expected)
 
 
-def test_gradient_checkpointing_keeps_less_and_gives_the_same():
+def test_gradient_checkpointing_stores_less_and_gives_the_same_gradients():
     ids = torch.randint(50, (2, 10))
     results = []
     for recompute in (False, True):
@@ -283,7 +283,7 @@ def test_gradient_checkpointing_keeps_less_and_gives_the_same():
 
 
 @pytest.mark.quick
-def test_bad_input_is_named():
+def test_bad_input_raises():
     model = NordForCausalLM(NordConfig(**SMALL))
     with pytest.raises(ValueError, match="at most max_position_embeddings = 12 positions, got 13"):
         model(input_ids=torch.zeros(1, 13, dtype=torch.long))
@@ -315,7 +315,7 @@ def test_bad_input_is_named():
         NordConfig(**SMALL, block="transformer")
 
 
-def test_the_configs_are_the_ones_promised():
+def test_the_configs_have_the_documented_values():
     from nordlm.training.settings import CONFIGS, Settings
     from variants import SIZES
 
@@ -360,8 +360,8 @@ os._exit(0)  # taking the group apart may abort a process that has done its work
 """
 
 
-def test_parameters_spread_over_processes_learn_the_same(tmp_path):
-    """FSDP, block by block: every parameter can be split, and what comes back is the gradient of the whole batch."""
+def test_sharded_parameters_learn_the_same(tmp_path):
+    """With FSDP per block, every parameter can be sharded, and gradients are those of the whole batch."""
     settings, ids = SMALL | {"recency": True}, torch.randint(50, (2, 10))
     torch.save((settings, ids), tmp_path / "case.pt")
     started = [
@@ -381,14 +381,14 @@ def test_parameters_spread_over_processes_learn_the_same(tmp_path):
         assert relative_error(results[0][1][name], parameter.grad) < 5e-4, name
 
 
-def test_the_earlier_name_of_the_published_block_is_the_published_block():
+def test_the_deprecated_name_selects_the_published_block():
     assert NordConfig(block="nord").to_dict() == NordConfig().to_dict()
     assert NordConfig().block == "published"
 
 
 @pytest.mark.parametrize("block", ["published", "spike_fed"])
 def test_the_whole_model_compiles_without_a_graph_break(block):
-    """With padding, too: no branch may depend on the mask."""
+    """Padding is included: no branch may depend on the mask."""
     torch.manual_seed(0)
     model = NordForCausalLM(NordConfig(**SMALL, recency=True, block=block))
     ids, mask = torch.randint(50, (2, 10)), torch.ones(2, 10, dtype=torch.long)
@@ -405,8 +405,8 @@ def test_the_whole_model_compiles_without_a_graph_break(block):
         compiled(input_ids=ids, attention_mask=mask.roll(2, 1), labels=ids)
 
 
-def test_trainer_shifts_labels_where_it_computes_the_loss(tmp_path):
-    """With label smoothing it does, for the causal models that it knows by name."""
+def test_trainer_shifts_labels_when_it_computes_the_loss(tmp_path):
+    """With label smoothing Trainer shifts labels only for causal models that it knows by name."""
     ids = torch.randint(50, (4, 10))
     rows = [{"input_ids": row, "labels": row} for row in ids]
     model = NordForCausalLM(NordConfig(**SMALL)).eval()
@@ -417,7 +417,7 @@ def test_trainer_shifts_labels_where_it_computes_the_loss(tmp_path):
     assert loss == pytest.approx(expected.item(), abs=1e-4)
 
 
-def test_outputs_that_are_not_offered_are_refused_in_the_configuration_too():
+def test_unsupported_outputs_also_raise_from_the_configuration():
     for field in ("output_hidden_states", "output_attentions"):
         with pytest.raises(ValueError, match=f"{field} is not supported"):
             NordConfig(**SMALL, **{field: True})

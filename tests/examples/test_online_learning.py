@@ -1,4 +1,4 @@
-"""The online-learning experiment: its controls, its statistics, and what it writes."""
+"""Tests of the online-learning experiment: controls, statistics and output files."""
 
 import ast
 import json
@@ -14,7 +14,7 @@ from online_learning import Outcome, compare, helps, interval, percent_old
 
 @pytest.fixture
 def models(trained, tmp_path):
-    """Two models that fire, in folders of runs, and a text."""
+    """Return two models that fire, in folders of runs, and a text."""
     folders = []
     for name in ("a", "b"):
         run = shutil.copytree(trained, tmp_path / name, ignore=shutil.ignore_patterns("checkpoint-*"))
@@ -32,7 +32,7 @@ def arguments(models, *more):
     return [*paths, "--read", "480", "--measure", "240", *more]
 
 
-def test_it_reads_under_every_condition_and_writes_table_numbers_and_plot(models, capsys):
+def test_the_script_runs_every_condition_and_writes_tables_json_and_plot(models, capsys):
     assert script.main(arguments(models, "--rate", "0.01")) == 0
     printed = capsys.readouterr().out
     assert "on - shuffled" in printed
@@ -55,7 +55,7 @@ def test_it_reads_under_every_condition_and_writes_table_numbers_and_plot(models
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_condition_leaves_the_weights_as_they_were(models):
+def test_a_condition_restores_the_weights(models):
     model, tokenizer = open_model(models[0][0])
     before = {name: value.clone() for name, value in model.state_dict().items()}
     texts = script.read_texts(script.parse(arguments(models)), models[0][0], 24, tokenizer)
@@ -72,7 +72,7 @@ def test_settings_can_be_searched(models, capsys, monkeypatch):
     assert "paired differences over 2 seeds" in capsys.readouterr().out
 
 
-def test_controls_keep_what_they_say():
+def test_controls_preserve_the_documented_statistics():
     spikes = (torch.rand(5, 7, 3) < 0.5).float()
     tokens, steps = (script.changes_of(name).spikes(spikes) for name in ("tokens", "steps"))
     assert not torch.equal(tokens, spikes)
@@ -95,7 +95,7 @@ def outcomes(on, off, shuffled, old_on=4.0):
     }
 
 
-def test_differences_are_paired_by_seed_and_intervals_are_students():
+def test_differences_are_paired_by_seed_with_student_t_intervals():
     given = outcomes([5.0, 6.0, 7.0], [5.1, 6.3, 7.2], [5.0, 6.0, 7.0])
     mean, half = compare(given, "while_reading", "off")
     assert mean == pytest.approx(-0.2)
@@ -110,10 +110,10 @@ def test_differences_are_paired_by_seed_and_intervals_are_students():
         (outcomes([5.0, 6.0, 7.0], [5.1, 6.11, 7.1], [5.1, 6.1, 7.11]), True),
         (outcomes([5.0, 6.0, 7.0], [5.1, 6.11, 7.1], [5.0, 6.0, 7.0]), False),  # no better than shuffled rewards
         (outcomes([5.0, 6.0, 7.0], [5.1, 5.9, 7.2], [5.1, 6.1, 7.11]), False),  # not significant
-        (outcomes([5.0, 6.0, 7.0], [5.1, 6.11, 7.1], [5.1, 6.1, 7.11], old_on=4.05), False),  # forgets too much
+        (outcomes([5.0, 6.0, 7.0], [5.1, 6.11, 7.1], [5.1, 6.1, 7.11], old_on=4.05), False),  # worse on old text
     ],
 )
-def test_reading_helps_only_if_it_beats_every_control_and_keeps_the_old(given, met):
+def test_helps_requires_better_than_every_control_and_old_text_unharmed(given, met):
     assert helps(given) is met
 
 
@@ -124,7 +124,7 @@ def test_the_default_text_is_code_without_docstrings():
     assert not any(ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
 
 
-def test_what_cannot_be_done_gets_one_sentence(models, capsys, tmp_path):
+def test_impossible_options_raise_one_sentence(models, capsys, tmp_path):
     def sentence(*given):
         assert script.main(list(given)) == 1
         return capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What a model learns while it reads: which synapses, from which tokens, and nothing by accident."""
+"""Tests of learning while reading: selected synapses, tokens that count, no unintended changes."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ BLOCKS = ["blocks.*.ffn.down"]
 
 @pytest.fixture
 def model(trained):
-    """A trained model, and ids of a text."""
+    """Return a trained model and token ids of a text."""
     model, tokenizer = open_model(trained / "model")
     fire_easily(model)
     return model, torch.tensor([tokenizer("the neuron fires and rests while a spike wakes")["input_ids"]])
@@ -32,7 +32,7 @@ def loss(model, ids):
         return model(input_ids=ids, labels=ids).loss.item()
 
 
-def test_reading_a_text_again_and_again_makes_it_likelier(model):
+def test_reading_a_text_repeatedly_lowers_its_loss(model):
     model, ids = model
     plasticity = Plasticity(model, rate=0.005)
     before = loss(model, ids)
@@ -42,8 +42,8 @@ def test_reading_a_text_again_and_again_makes_it_likelier(model):
     assert sum(told[-5:]) < sum(told[:5])
 
 
-def test_in_the_mean_over_what_is_drawn_the_change_is_that_of_a_delta_rule(model, monkeypatch):
-    """DW = rate * sum over tokens of (one-hot - probabilities) outer trace, the trace decayed by the step that the word takes."""
+def test_the_mean_change_over_samples_is_a_delta_rule(model, monkeypatch):
+    """DW = rate * sum over tokens of outer(one-hot - probabilities, trace); the trace decays one time step before the token."""
     model, ids = model
     plasticity = Plasticity(model, rate=0.001)
     synapse, readings = plasticity.synapses["lm_head"], []
@@ -64,7 +64,7 @@ def test_in_the_mean_over_what_is_drawn_the_change_is_that_of_a_delta_rule(model
     assert (total / n - expected).norm() < 0.05 * expected.norm()
 
 
-def test_a_control_of_spikes_is_for_the_head(model):
+def test_a_control_of_spikes_is_only_for_the_head(model):
     model, ids = model
     silent = Plasticity(model, control=Control(spikes=torch.zeros_like))
     silent.read(ids, ids.shape[1])
@@ -75,7 +75,7 @@ def test_a_control_of_spikes_is_for_the_head(model):
 
 @pytest.mark.quick
 @pytest.mark.parametrize(("names", "reward"), [(None, "error"), (BLOCKS, "error"), (BLOCKS, "loss")])
-def test_only_what_was_asked_for_changes_and_forgetting_is_exact(model, names, reward):
+def test_only_selected_synapses_change_and_reverting_is_exact(model, names, reward):
     model, ids = model
     before = weights(model)
     plasticity = Plasticity(model, names, reward=reward)
@@ -99,7 +99,7 @@ def test_without_rewards_nothing_changes(model, names):
     assert not changed(model, before)
 
 
-def test_only_words_that_came_or_were_expected_change_and_context_takes_no_part(model):
+def test_only_rows_of_actual_and_sampled_tokens_change_and_context_is_not_learned(model):
     model, ids = model
     plasticity = Plasticity(model)
     plasticity.read(ids, 2)
@@ -116,14 +116,14 @@ def test_only_words_that_came_or_were_expected_change_and_context_takes_no_part(
     assert torch.allclose(plasticity.synapses["lm_head"].plastic.delta, -alone, atol=1e-7)
 
 
-def test_one_token_predicts_nothing(model):
+def test_a_single_token_changes_nothing(model):
     model, ids = model
     plasticity = Plasticity(model)
     assert plasticity.read(ids[:, :1], 1) is None
     assert plasticity.read(ids[:, :2], 2) is not None
 
 
-def test_ctrl_c_while_learning_keeps_no_half_a_record(model, monkeypatch):
+def test_ctrl_c_while_learning_leaves_no_partial_recording(model, monkeypatch):
     model, ids = model
     plasticity = Plasticity(model, ["*"])
     rule = plasticity.synapses["blocks.0.ffn.down"].rule
@@ -138,8 +138,8 @@ def test_ctrl_c_while_learning_keeps_no_half_a_record(model, monkeypatch):
     assert plasticity.synapses["lm_head"]._spikes is None
 
 
-def test_where_one_synapse_cannot_learn_none_does(model):
-    """A reward that is not finite comes to the second of two synapses: the first has not changed either."""
+def test_if_one_synapse_fails_no_synapse_changes(model):
+    """If the reward of the second of two synapses is not finite, the first does not change either."""
     model, ids = model
     before = weights(model)
     calls = []
@@ -163,7 +163,7 @@ def test_generation_is_not_recorded(model):
     assert plasticity.synapses["lm_head"]._spikes is None
 
 
-def test_silent_readout_neurons_are_said_once(model):
+def test_silent_readout_neurons_warn_once(model):
     model, ids = model
     model.readout.lif.v_threshold.data.fill_(1e9)
     plasticity = Plasticity(model)
@@ -173,7 +173,7 @@ def test_silent_readout_neurons_are_said_once(model):
     assert plasticity.change() == 0
 
 
-def test_names_that_cannot_learn_are_refused(model):
+def test_names_of_modules_that_cannot_learn_raise(model):
     model, _ = model
     with pytest.raises(
         PlasticityError, match=r"ffn\.up: matches no synapse that can learn, expected one of lm_head, blocks\.0"
@@ -183,7 +183,7 @@ def test_names_that_cannot_learn_are_refused(model):
         Plasticity(model, reward="x")
 
 
-def test_a_head_that_is_the_embedding_too_does_not_learn(model):
+def test_a_tied_head_does_not_learn(model):
     config = model[0].config
     config.tie_word_embeddings = True
     tied = NordForCausalLM(config).eval()

@@ -1,4 +1,4 @@
-"""The page, its pictures and its JSON: all there, of the same figures, and in need of nothing else."""
+"""Tests of the report: page, pictures and JSON are complete, consistent and self-contained."""
 
 import base64
 import json
@@ -47,7 +47,7 @@ def written(subject, tmp_path_factory):
 
 
 class Page(HTMLParser):
-    """What a page asks for, and its pictures."""
+    """Parser that collects the links and pictures of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_everything_is_there(written):
+def test_the_report_is_complete(written):
     assert {path.stem for path in written.glob("*.png")} == PICTURES
     assert {path.name for path in written.iterdir()} == {f"{name}.png" for name in PICTURES} | {PAGE, "report.json"}
     for path in written.glob("*.png"):
@@ -79,7 +79,7 @@ def test_everything_is_there(written):
     assert set(content["uncertainty"]["auroc"]) == {"shuffled", "chinese"}
 
 
-def test_the_page_needs_nothing_else_and_nothing_in_it_runs(written):
+def test_the_page_is_self_contained_and_has_no_scripts(written):
     text = (written / PAGE).read_text()
     page = Page(text)
     assert page.open == []
@@ -108,7 +108,7 @@ def test_a_browser_without_network_shows_every_picture(written, tmp_path):
         assert f"<title>{len(PICTURES)} true true</title>" in shown
 
 
-def test_the_figures_are_those_of_the_network(written, subject):
+def test_the_figures_match_the_network(written, subject):
     content = json.loads((written / "report.json").read_text())
     ids = report_script._known_sequences(subject)
     with torch.no_grad(), SpikeMonitor(subject.model) as monitor:
@@ -148,7 +148,7 @@ def test_a_report_that_cannot_be_written_does_not_fail_the_training(tmp_path, mo
     assert not list((tmp_path / "runs").glob("*/report"))
 
 
-def test_what_cannot_be_told_apart_is_said_and_the_rest_is_there(subject, tmp_path):
+def test_failed_text_comparisons_are_reported_and_the_rest_is_complete(subject, tmp_path):
     short = subject._replace(texts=[subject.texts[1]], run=None)
     content = write_report(tmp_path / "report", short, open_others(["shuffled"]), length=16)
     assert "1 documents have passages of 16 tokens" in content["uncertainty"]["left_out"][0]
@@ -157,7 +157,7 @@ def test_what_cannot_be_told_apart_is_said_and_the_rest_is_there(subject, tmp_pa
 
 
 @pytest.mark.parametrize("damage", ["no log", "no list", "truncated", "less"])
-def test_a_damaged_run_folder_costs_the_curves_at_most(subject, tmp_path, damage):
+def test_a_damaged_run_folder_only_omits_the_curves(subject, tmp_path, damage):
     run = tmp_path / "run"
     shutil.copytree(subject.run, run)
     results = run / "results.json"
@@ -195,7 +195,7 @@ def test_the_command_writes_a_report_and_replaces_an_old_one(trained, tmp_path, 
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    (tmp_path / ".here.old").mkdir()  # what a kill may leave
+    (tmp_path / ".here.old").mkdir()  # left by a killed process
     (tmp_path / ".here.old" / PAGE).write_text("older")
     assert evaluate_script.main([*arguments, "--report", "."]) == 0
     assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == set()
@@ -204,7 +204,7 @@ def test_the_command_writes_a_report_and_replaces_an_old_one(trained, tmp_path, 
     assert "error: /dev/null/report: cannot be created" in capsys.readouterr().err
 
 
-def test_other_texts_by_themselves_go_into_the_json(trained, tmp_path, capsys):
+def test_results_of_other_texts_are_in_the_json(trained, tmp_path, capsys):
     (tmp_path / "text.txt").write_text(make_text(6000, seed=3))
     (tmp_path / "other.txt").write_text(make_text(6000, seed=4))
     arguments = [str(tmp_path / "text.txt"), "--model", str(trained / "model"), "--json", str(tmp_path / "out.json")]
@@ -223,7 +223,7 @@ def test_other_texts_by_themselves_go_into_the_json(trained, tmp_path, capsys):
     assert "0 documents have passages" in capsys.readouterr().err
 
 
-def test_without_a_text_it_is_the_one_that_the_run_held_out(trained, capsys):
+def test_the_default_text_is_the_held_out_text_of_the_run(trained, capsys):
     assert evaluate_script.main(["--model", str(trained / "model")]) == 0
     assert "text.txt, held out" in " ".join(capsys.readouterr().out.split())
     documents = held_out_text(Settings.read(trained / "settings.yaml").training)
@@ -232,7 +232,7 @@ def test_without_a_text_it_is_the_one_that_the_run_held_out(trained, capsys):
     assert 0 < len(held) < len(whole)
 
 
-def test_a_text_that_has_changed_since_is_not_taken_for_held_out(trained, tmp_path, capsys):
+def test_a_changed_text_is_not_used_as_held_out(trained, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     text = tmp_path / "text.txt"
@@ -249,7 +249,7 @@ def test_a_text_that_has_changed_since_is_not_taken_for_held_out(trained, tmp_pa
 # --- energy.py
 
 
-def test_a_generated_token_costs_its_own_products_and_not_those_of_the_others(subject):
+def test_the_energy_of_a_generated_token_excludes_other_tokens(subject):
     ids = report_script._known_sequences(subject)[:1]
     config = subject.model.config
     profile = token_energy.profile_generated_token(subject.model, ids)
@@ -262,7 +262,7 @@ def test_a_generated_token_costs_its_own_products_and_not_those_of_the_others(su
 
 
 @pytest.mark.parametrize(("macs", "acs", "ratio"), [(4000, 0, "4.00"), (0, 40, "0.01")])
-def test_the_sentence_goes_with_the_figures(macs, acs, ratio):
+def test_the_summary_sentence_matches_the_figures(macs, acs, ratio):
     product = ProductCost("up", "linear", dense=4000, macs=macs, acs=acs, calls=1, steps=4)
     profile = EnergyProfile([product], time_steps=4)
     assert f"costs {ratio} times the energy of its dense twin without memory" in token_energy.energy_sentence(profile)

@@ -1,4 +1,4 @@
-"""scaling.py: the fit finds the curve that points were made from, sizes are what they say, and the picture is drawn."""
+"""Tests of scaling.py: the fit recovers a known curve, sizes are correct, and the picture is drawn."""
 
 import argparse
 import itertools
@@ -22,7 +22,7 @@ def _fresh_accelerator():
 
 
 def run(kind, seed, parameters, loss, **rates):
-    """As the program writes it down."""
+    """Return a run in the format that the script writes."""
     return {
         "kind": kind,
         "seed": seed,
@@ -43,7 +43,7 @@ def points(curve, noise=0.0):
     ]
 
 
-def test_the_fit_finds_the_curve_that_the_points_lie_on():
+def test_the_fit_recovers_the_curve_of_its_points():
     curve = Curve(floor=2.0, a=40.0, alpha=0.35, b=150.0, beta=0.36)
     found = fit(points(curve))
     for n, d in ((70_000, 266_240), (600_000, 700_000), (4_000_000, 2_000_000)):
@@ -53,7 +53,7 @@ def test_the_fit_finds_the_curve_that_the_points_lie_on():
     assert str(curve) == "2.00 + 40 / N^0.35 + 150 / D^0.36"
 
 
-def test_intervals_are_as_wide_as_the_points_are_uncertain():
+def test_intervals_grow_with_the_noise_of_the_points():
     curve = Curve(floor=2.0, a=40.0, alpha=0.35, b=150.0, beta=0.36)
     widths = []
     for noise in (0.002, 0.02):
@@ -97,7 +97,7 @@ def test_sizes(tmp_path):
             Size.parse(wrong)
 
 
-def test_ratios_are_seed_by_seed():
+def test_ratios_are_paired_by_seed():
     here = Size(64, 2)
     losses = {("spike-fed", 0): 4.0, ("spike-fed", 1): 4.4, ("spike-fed", 2): 1.0, ("gpt2", 1): 4.0, ("gpt2", 0): 4.0}
     rates = {"lif": 0.1, "readout": 0.04}
@@ -121,7 +121,7 @@ def test_ratios_are_seed_by_seed():
 
 
 def _numbers(sentence):
-    """Of ``L(N, D) = E + a / N^alpha + b / D^beta (95 %: E .. to .., a .. to .., b .. to ..)``: the curve, then all ends."""
+    """Parse ``L(N, D) = E + a / N^alpha + b / D^beta (95 %: E .. to .., a .. to .., b .. to ..)``: the curve, then all ends."""
     number = r"(\d+(?:\.\d+)?(?:e[+-]\d+)?)"
     curve = re.search(rf"= {number} \+ {number} / N\^{number} \+ {number} / D\^{number}", sentence).groups()
     ends = re.findall(rf"[Eab] {number} to {number}", sentence)
@@ -129,7 +129,7 @@ def _numbers(sentence):
     return [*map(float, curve), [float(end) for pair in ends for end in pair]]
 
 
-def test_the_page_has_what_came_out():
+def test_the_page_matches_the_stored_runs():
     docs = Path(__file__).parents[2] / "docs"
 
     def on_file(name):
@@ -181,7 +181,7 @@ def test_the_command_trains_every_size_and_draws(tmp_path, capsys):
     assert "| 64x1 | " in shown
     assert "- gpt2: too few sizes" in shown
     assert {(one["size"], one["seed"]) for one in runs} == {("32x1", 0), ("64x1", 0)}
-    assert all("repetition" not in one for one in runs)  # nobody reads samples here, and they take their time
+    assert all("repetition" not in one for one in runs)  # samples are not used here and are slow
     assert (out / "scaling.png").read_bytes()[:4] == b"\x89PNG"
     before = shown
     assert scaling_script.main(arguments) == 0

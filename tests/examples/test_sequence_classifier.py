@@ -1,11 +1,11 @@
-"""The sequence classifier: attention is what it says it is, held-out modules are held out, and it learns."""
+"""Tests of the sequence classifier: kinds of attention, split by modules, and learning."""
 
 import pytest
 import sequence_classifier as script
 import torch
 
 
-def test_each_kind_has_what_stands_for_attention():
+def test_each_kind_has_the_named_attention():
     x = torch.randint(0, 2000, (3, 32))
     for name, make in script.KINDS.items():
         torch.manual_seed(0)
@@ -22,7 +22,7 @@ def test_each_kind_has_what_stands_for_attention():
 
 
 @pytest.mark.quick
-def test_resonance_lets_words_see_each_other_in_both_directions():
+def test_resonance_attends_in_both_directions():
     torch.manual_seed(0)
     attention = script.ResonanceAttention(16, 2)
     x = 3 * torch.randn(2, 6, 16)
@@ -34,7 +34,7 @@ def test_resonance_lets_words_see_each_other_in_both_directions():
     assert not torch.allclose(first[:, 0], second[:, 0])
 
 
-def test_masks_are_refused_and_not_ignored():
+def test_masks_raise():
     x = torch.randn(2, 6, 16)
     attention = script.ResonanceAttention(16, 2)
     for mask in ("attn_mask", "key_padding_mask"):
@@ -42,7 +42,7 @@ def test_masks_are_refused_and_not_ignored():
             attention(x, x, x, **{mask: torch.zeros(2, 6)})
 
 
-def test_passages_have_their_length_and_modules_are_on_one_side():
+def test_passages_have_equal_length_and_modules_are_not_split():
     data = script.documentation()
     assert data.train_x.shape[1] == data.test_x.shape[1] == 32
     assert len(data.train_x) > 1000
@@ -51,10 +51,10 @@ def test_passages_have_their_length_and_modules_are_on_one_side():
     assert data.train_x.max() < script.VOCABULARY
 
 
-def test_it_learns_and_prints_what_came_out(tmp_path, capsys, monkeypatch):
+def test_training_learns_and_prints_the_results(tmp_path, capsys, monkeypatch):
     data = script.documentation()
     some = data.train_x[::10], data.train_y[::10]
-    small = script.Data(*some, *some, data.names)  # what it was shown it must know: held-out text takes longer
+    small = script.Data(*some, *some, data.names)  # test on training passages; learning held-out text takes longer
     monkeypatch.setattr(script, "documentation", lambda: small)
     monkeypatch.setattr(script, "KINDS", {"co-firing resonance": script.KINDS["co-firing resonance"]})
     accuracy, rates = script.train(script.KINDS["co-firing resonance"], 0, 15, small)

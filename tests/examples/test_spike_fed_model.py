@@ -1,4 +1,4 @@
-"""NordConfig(block="spike_fed"), and the dense twin, as ordinary causal language models."""
+"""Tests of NordConfig(block="spike_fed") and the dense twin as causal language models."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def model(request):
     return model
 
 
-def test_it_learns_and_is_causal(model):
+def test_the_model_learns_and_is_causal(model):
     ids = torch.randint(50, (3, 10))
     first = model.train()(input_ids=ids, labels=ids).loss
     first.backward()
@@ -67,7 +67,7 @@ def test_save_and_load_are_exact(model, tmp_path):
     assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
-def test_every_product_of_the_blocks_sees_spikes():
+def test_every_product_of_the_blocks_has_spikes_as_input():
     torch.manual_seed(0)
     model = NordForCausalLM(NordConfig(**SMALL, **KINDS["spikes"])).eval()
     fire_easily(model)
@@ -93,7 +93,7 @@ def test_every_layer_of_the_configs_fires_before_training(config):
     assert max(monitor.rates().values()) < 0.25
 
 
-def test_the_twin_lacks_nothing_but_the_neurons():
+def test_the_twin_differs_only_in_the_neurons():
     spiking, dense = (NordForCausalLM(NordConfig(**SMALL, **KINDS[kind])) for kind in ("currents", "dense"))
     kept = {name for name, _ in spiking.named_parameters() if "lif" not in name}
     assert kept == {name for name, _ in dense.named_parameters()}
@@ -114,12 +114,12 @@ def test_the_twin_lacks_nothing_but_the_neurons():
         ({"dense": True}, "dense=True needs one time step, t_fast=1 and t_slow=0, got 8 and 2"),
     ],
 )
-def test_what_does_not_fit_together_is_named(fields, message):
+def test_inconsistent_configurations_raise(fields, message):
     with pytest.raises(ValueError, match=message):
         NordConfig(**SMALL, **fields)
 
 
-def test_what_is_not_for_these_models_says_so(tmp_path):
+def test_unsupported_options_raise(tmp_path):
     model = NordForCausalLM(NordConfig(**{**SMALL, "recency": False}, block="spike_fed"))
     with pytest.raises(ValueError, match="the published code does not support block = spike_fed"):
         to_original(model)

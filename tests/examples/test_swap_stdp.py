@@ -1,4 +1,4 @@
-"""Swapping rules: every learner runs in both networks by the line that constructs it, and learns."""
+"""Tests of swap_stdp: every learner runs and learns in both networks."""
 
 import pytest
 import swap_stdp as script
@@ -15,7 +15,7 @@ def trained(framework, learner, epochs):
 
 
 @pytest.mark.parametrize("framework", ["SpikingJelly", "snnTorch"])
-def test_ours_learns_digits_as_their_own_rule_does(framework):
+def test_our_rule_learns_digits_as_well_as_the_frameworks_rule(framework):
     drawn, theirs, ours = (trained(framework, name, 6) for name in ("none", "its STDPLearner", "nord-snn STDP"))
     assert theirs > drawn + 0.2
     assert ours > drawn + 0.2
@@ -29,6 +29,6 @@ def test_every_learner_runs_and_is_in_the_table(capsys):
         assert all(name.split()[-1] in printed for name in learners)
 
 
-def test_options_out_of_range_are_refused():
+def test_options_out_of_range_raise():
     with pytest.raises(SystemExit):
         script.main(["--seeds", "0"])

@@ -1,4 +1,4 @@
-"""generate.py, chat.py and the progress panel: what a person types and sees."""
+"""Tests of generate.py, chat.py and the progress panel: input and output at the terminal."""
 
 import argparse
 import io
@@ -25,12 +25,12 @@ from nord_snn.models.nord import NordForCausalLM
 
 @pytest.fixture
 def model_folder(trained):
-    """Folder with a trained model."""
+    """Return the folder of a trained model."""
     return trained / "model"
 
 
 @pytest.mark.quick
-def test_generate_continues_a_prompt_and_a_seed_repeats_it(model_folder, capsys):
+def test_generate_continues_a_prompt_and_is_reproducible_by_seed(model_folder, capsys):
     arguments = ["--model", str(model_folder), "--max-new-tokens", "12", "--seed", "3", "the neuron"]
     assert generate.main(arguments) == 0
     first = capsys.readouterr().out
@@ -41,13 +41,13 @@ def test_generate_continues_a_prompt_and_a_seed_repeats_it(model_folder, capsys)
     assert generate.main([*arguments[:-1], "--temperature", "0", ""]) == 0  # no prompt at all
 
 
-def test_generate_reads_standard_input_and_says_when_a_prompt_is_too_long(model_folder, capsys, monkeypatch):
+def test_generate_reads_standard_input_and_warns_if_a_prompt_is_too_long(model_folder, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"the neuron fires \xff" * 40)))
     assert generate.main(["--model", str(model_folder), "--max-new-tokens", "2", "-"]) == 0
     assert "only the last 24 tokens of the prompt are used" in capsys.readouterr().err
 
 
-def test_what_stops_a_generation_gives_no_traceback(model_folder, capsys, monkeypatch):
+def test_interrupting_a_generation_prints_no_traceback(model_folder, capsys, monkeypatch):
     for error, status in ((KeyboardInterrupt(), 130), (RuntimeError("probability tensor contains nan"), 1)):
 
         def fail(*_, error=error, **__):
@@ -58,7 +58,7 @@ def test_what_stops_a_generation_gives_no_traceback(model_folder, capsys, monkey
     assert "error: probability tensor contains nan" in capsys.readouterr().err
 
 
-def test_sampling_options_are_transformers_own():
+def test_sampling_options_are_those_of_transformers():
     assert generate_arguments(0, 5, 0.9, 1.2) == {"do_sample": False, "repetition_penalty": 1.2}
     assert generate_arguments(0.5, 5, 0.9, 1.2)["temperature"] == 0.5
 
@@ -66,13 +66,13 @@ def test_sampling_options_are_transformers_own():
 @pytest.mark.parametrize(
     "option", [["--temperature", "-1"], ["--top-p", "1.5"], ["--max-new-tokens", "0"], ["--top-k", "x"]]
 )
-def test_options_out_of_range_are_refused(option, capsys):
+def test_options_out_of_range_raise(option, capsys):
     with pytest.raises(SystemExit):
         generate.main(option)
     assert option[0] in capsys.readouterr().err
 
 
-def test_models_that_cannot_be_used_get_one_sentence(model_folder, tmp_path, capsys, monkeypatch):
+def test_unusable_models_raise_one_sentence(model_folder, tmp_path, capsys, monkeypatch):
     def sentence(folder) -> str:
         assert generate.main(["--model", str(folder), "x"]) == 1
         assert chat_script.main(["--model", str(folder)]) == 1
@@ -114,7 +114,7 @@ def test_the_newest_finished_run_is_the_default(trained):
 
 @pytest.fixture
 def talk(model_folder):
-    """A chat and what it printed."""
+    """Return a chat and its output."""
     model, tokenizer = open_model(model_folder)
     fire_easily(model)
     console = Console(file=io.StringIO(), width=120)
@@ -123,7 +123,7 @@ def talk(model_folder):
 
 
 @pytest.mark.quick
-def test_it_answers_and_remembers_until_reset(talk, capsys):
+def test_the_chat_answers_and_uses_the_conversation_until_reset(talk, capsys):
     chat, printed = talk
     assert chat.handle("the neuron fires")
     assert len(chat.text) > 4
@@ -138,12 +138,12 @@ def test_it_answers_and_remembers_until_reset(talk, capsys):
 
 
 def hooks(chat: Chat) -> int:
-    """How many there are: plasticity has some of its own."""
+    """Return the number of hooks; plasticity also has some."""
     return sum(len(module._forward_hooks) for module in chat.model.modules())
 
 
-def test_rates_of_an_answer_are_those_of_the_tokens_that_chose_it(talk):
-    """In one pass over the whole text: rows do not see each other, and spikes of a cache are the same."""
+def test_rates_of_an_answer_are_those_of_the_positions_that_predicted_it(talk):
+    """Compare with one pass over the whole text: positions are independent, and a cache gives the same spikes."""
     chat, printed = talk
     before = hooks(chat)
     chat.handle("the neuron fires")
@@ -163,7 +163,7 @@ def test_rates_of_an_answer_are_those_of_the_tokens_that_chose_it(talk):
 
 
 @pytest.mark.quick
-def test_live_rates_come_token_by_token(talk):
+def test_live_rates_are_shown_per_token(talk):
     chat, printed = talk
     chat.handle("/stats")
     assert "there is no answer yet" in printed.getvalue()
@@ -193,7 +193,7 @@ def test_in_a_terminal_live_rates_are_bars_below_the_answer(talk):
     assert chat.console._live_stack == []  # the terminal is given back
 
 
-def test_an_answer_that_is_broken_off_gives_the_terminal_back(talk, monkeypatch):
+def test_an_interrupted_answer_restores_the_terminal(talk, monkeypatch):
     chat, _ = talk
     before = hooks(chat)
     chat.console = Console(file=io.StringIO(), width=120, force_terminal=True)
@@ -209,7 +209,7 @@ def test_an_answer_that_is_broken_off_gives_the_terminal_back(talk, monkeypatch)
     assert hooks(chat) == before
 
 
-def test_commands_set_what_they_say(talk):
+def test_commands_set_the_named_options(talk):
     chat, printed = talk
     for line in ("/temp 0.5", "/tokens 7", "/rep 1.3", "/help"):
         assert chat.handle(line)
@@ -230,7 +230,7 @@ def changed(model, before):
     return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
 
 
-def test_stdp_learns_from_what_was_typed_and_forget_takes_it_back(talk):
+def test_stdp_learns_from_typed_text_and_forget_reverts_it(talk):
     chat, printed = talk
     before = {name: value.clone() for name, value in chat.model.state_dict().items()}
     chat.handle("the neuron fires and rests")
@@ -254,7 +254,7 @@ def test_stdp_learns_from_what_was_typed_and_forget_takes_it_back(talk):
     assert chat.plasticity.change() == 0
 
 
-def test_the_user_may_judge_the_last_answer(talk):
+def test_the_user_can_reward_the_last_answer(talk):
     chat, printed = talk
     chat.handle("/stdp on")
     chat.handle("/good")
@@ -280,7 +280,7 @@ def test_the_user_may_judge_the_last_answer(talk):
     assert "[loss on its answer" in printed.getvalue()
 
 
-def test_what_was_learned_can_be_kept_in_a_file(talk, tmp_path):
+def test_the_learned_change_can_be_saved_and_loaded(talk, tmp_path):
     chat, printed = talk
     path = tmp_path / "mine.safetensors"
     chat.handle(f"/save-plastic {path}")
@@ -327,7 +327,7 @@ def test_a_terminal_shows_a_panel_with_a_bar_for_every_layer():
         assert part in out
 
 
-def test_without_a_terminal_there_are_plain_lines():
+def test_without_a_terminal_progress_is_plain_lines():
     console = Console(file=io.StringIO(), width=300)
     with TrainingProgress(total=10, console=console) as progress:
         progress.update(5, 4.2, 1e-3, 1234.0, {"input_lif": 0.093, "readout.lif": 0.0001})

@@ -1,4 +1,4 @@
-"""train.py: what a run leaves behind, that resuming is exact, and what bad input says."""
+"""Tests of train.py: files of a run, exact resuming, and errors for bad input."""
 
 import json
 import os
@@ -38,27 +38,27 @@ TRAIN = Path(train_script.__file__)
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerator():
-    """Accelerate keeps one state for the whole process, which would hold every test to the first one's precision."""
+    """Reset the process-wide state of accelerate, which would fix the precision of the first test."""
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
 def text(tmp_path) -> Path:
-    """A file to train on."""
+    """Write a text file to train on."""
     path = tmp_path / "text.txt"
     path.write_text(make_text())
     return path
 
 
 def run(tmp_path, text, *arguments, config=None, out="runs") -> int:
-    """Train on the text, without the report at the end, which takes longer; returns the exit status."""
+    """Train on the text without the final report, which takes longer; return the exit status."""
     config = config or write_config(tmp_path)
     where = ["--config", str(config), "--data", str(text), "--out", str(tmp_path / out), "--no-report"]
     return train_script.main([*where, *arguments])
 
 
 def go_on(part) -> int:
-    """Resume the run in a folder; returns the exit status."""
+    """Resume the run in a folder; return the exit status."""
     return train_script.main(["--resume", str(part), "--no-report"])
 
 
@@ -66,7 +66,7 @@ def go_on(part) -> int:
 
 
 @pytest.mark.quick
-def test_results_have_the_promised_keys(trained):
+def test_results_have_the_documented_keys(trained):
     results = json.loads((trained / "results.json").read_text())
     assert {
         "validation_loss",
@@ -85,7 +85,7 @@ def test_results_have_the_promised_keys(trained):
 
 
 @pytest.mark.quick
-def test_the_run_folder_holds_what_is_needed_and_nothing_half_written(trained):
+def test_the_run_folder_is_complete_without_partial_files(trained):
     names = {path.name for path in trained.iterdir()}
     assert {"settings.yaml", "tokenizer", "model", "results.json", "run.json", "tensorboard"} <= names
     assert {name for name in names if name.startswith("checkpoint")} == {"checkpoint-000008", "checkpoint-000012"}
@@ -94,7 +94,7 @@ def test_the_run_folder_holds_what_is_needed_and_nothing_half_written(trained):
     assert list((trained / "tensorboard").rglob("events.*"))
 
 
-def test_running_twice_never_collides(tmp_path, text):
+def test_two_runs_use_different_folders(tmp_path, text):
     assert run(tmp_path, text, "--steps", "1") == 0
     assert run(tmp_path, text, "--steps", "1") == 0
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["test-0001", "test-0002"]
@@ -111,7 +111,7 @@ def test_the_control_has_no_resonance(tmp_path, text, capsys):
         assert row in out
 
 
-def test_the_model_card_says_what_it_is(trained):
+def test_the_model_card_describes_the_model(trained):
     card = (trained / "model" / "README.md").read_text()
     results = json.loads((trained / "results.json").read_text())
     assert card.startswith("---\n")
@@ -146,7 +146,7 @@ def test_a_config_is_found_by_name_and_in_its_earlier_folder(name):
 
 
 def test_bf16_trains(tmp_path, text):
-    """The losses are close to those of float32, and are not the same, as they would be if nothing were rounded."""
+    """The losses are close but not equal to those of float32, so bf16 was used."""
     losses = []
     for precision in ("bf16", "no"):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -159,12 +159,12 @@ def test_bf16_trains(tmp_path, text):
 
 
 def weights(run_folder: Path) -> dict[str, torch.Tensor]:
-    """Of the finished model."""
+    """Load the weights of the finished model."""
     return load_file(run_folder / "model" / "model.safetensors")
 
 
 def test_a_resumed_run_reaches_the_same_weights_bit_for_bit(tmp_path, text, monkeypatch, capsys):
-    """Stopped by a signal in the second epoch, after a step whose accumulation reached across the epochs, then resumed."""
+    """The run is stopped by a signal in the second epoch, after a training step that accumulated across epochs, and resumed."""
     config = write_config(tmp_path, steps=40, batch_size=8)
     assert run(tmp_path, text, config=config, out="whole") == 0
     update = TrainingProgress.update
@@ -193,8 +193,8 @@ def test_a_resumed_run_reaches_the_same_weights_bit_for_bit(tmp_path, text, monk
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(tmp_path, text, kills):
-    """Killed hard at random moments of training and saving, which take turns all the time, it resumes each time."""
+def test_a_repeatedly_killed_run_ends_with_the_same_weights(tmp_path, text, kills):
+    """The run is killed at random moments of training and saving and resumed each time."""
     config = write_config(tmp_path, steps=60 * kills, save_every=1, eval_every=10_000)
     part, generator = tmp_path / "runs" / "test-0001", random.Random(0)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -226,7 +226,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(tmp_path, 
 
 
 def newest_step(run: Path) -> int:
-    """Step of the newest checkpoint, 0 if there is none."""
+    """Return the training step of the newest checkpoint, or 0."""
     return max((checkpoints.checkpoint_step(path) for path in run.glob("checkpoint-*")), default=0)
 
 
@@ -238,7 +238,7 @@ def test_relative_paths_of_a_config_are_kept_absolute(tmp_path, text, monkeypatc
     assert go_on("test-0001") == 0
 
 
-def test_a_stopped_run_says_how_to_go_on(tmp_path, text, monkeypatch, capsys):
+def test_a_stopped_run_prints_how_to_resume(tmp_path, text, monkeypatch, capsys):
     monkeypatch.setattr(TrainingProgress, "update", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert run(tmp_path, text) == loop.INTERRUPTED
     assert f"--resume {tmp_path / 'runs' / 'test-0001'}" in capsys.readouterr().out
@@ -248,7 +248,7 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path, text, monkeypatch, capsys):
 
 
 def refused(capsys, status: int) -> str:
-    """The one sentence on standard error."""
+    """Check the exit status and return the one sentence on standard error."""
     assert status == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")
@@ -256,7 +256,7 @@ def refused(capsys, status: int) -> str:
     return error
 
 
-def test_resuming_another_models_run_is_refused(tmp_path, text, trained, capsys):
+def test_resuming_the_run_of_another_model_raises(tmp_path, text, trained, capsys):
     other = write_config(tmp_path, "other", hidden_size=32)
     error = refused(capsys, train_script.main(["--resume", str(trained), "--config", str(other)]))
     assert "is a run of another model (hidden_size = 16, not 32)" in error
@@ -265,7 +265,7 @@ def test_resuming_another_models_run_is_refused(tmp_path, text, trained, capsys)
     assert "expected a run of train.py" in refused(capsys, train_script.main(["--resume", str(tmp_path)]))
 
 
-def test_a_checkpoint_of_another_shape_is_refused(tmp_path, text, capsys):
+def test_a_checkpoint_of_another_shape_raises(tmp_path, text, capsys):
     run(tmp_path, text, "--steps", "4")
     part = tmp_path / "runs" / "test-0001"
     checkpoint = latest_checkpoint(part)
@@ -281,7 +281,7 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path, text, capsys):
     assert "norm.weight" in error
 
 
-def test_settings_that_changed_since_are_refused(tmp_path, text, capsys):
+def test_resuming_with_changed_settings_raises(tmp_path, text, capsys):
     run(tmp_path, text, "--steps", "4")
     part = tmp_path / "runs" / "test-0001"
     content = yaml.safe_load((part / "settings.yaml").read_text())
@@ -290,14 +290,14 @@ def test_settings_that_changed_since_are_refused(tmp_path, text, capsys):
     assert "changed since the run started, or is damaged" in refused(capsys, go_on(part))
 
 
-def test_resuming_on_changed_text_is_refused(tmp_path, text, capsys):
+def test_resuming_on_changed_text_raises(tmp_path, text, capsys):
     run(tmp_path, text, "--steps", "4")
     text.write_text(make_text(seed=1))
     error = refused(capsys, train_script.main(["--resume", str(tmp_path / "runs" / "test-0001")]))
     assert "changed since the run started" in error
 
 
-def test_a_damaged_checkpoint_is_refused(tmp_path, text, capsys):
+def test_a_damaged_checkpoint_raises(tmp_path, text, capsys):
     run(tmp_path, text, "--steps", "8")
     part = tmp_path / "runs" / "test-0001"
     checkpoint = latest_checkpoint(part)
@@ -321,7 +321,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, text, capsys):
     assert "run.json: not written by train.py" in refused(capsys, go_on(part))
 
 
-def test_a_run_without_checkpoints_cannot_be_resumed(tmp_path, text, capsys):
+def test_resuming_a_run_without_checkpoints_raises(tmp_path, text, capsys):
     run(tmp_path, text, "--steps", "4")
     part = tmp_path / "runs" / "test-0001"
     for folder in part.glob("checkpoint-*"):
@@ -350,7 +350,7 @@ def test_a_run_without_checkpoints_cannot_be_resumed(tmp_path, text, capsys):
         (["--batch-size", "10000"], "less than one batch of 10000"),
     ],
 )
-def test_bad_arguments_get_one_sentence(tmp_path, text, capsys, arguments, message):
+def test_bad_arguments_raise_one_sentence(tmp_path, text, capsys, arguments, message):
     assert message in refused(capsys, run(tmp_path, text, *arguments))
 
 
@@ -374,18 +374,18 @@ def test_bad_arguments_get_one_sentence(tmp_path, text, capsys, arguments, messa
         ("{", "not YAML"),
     ],
 )
-def test_bad_configs_get_one_sentence(tmp_path, text, capsys, content, message):
+def test_bad_configs_raise_one_sentence(tmp_path, text, capsys, content, message):
     (tmp_path / "bad.yaml").write_text(content)
     assert message in refused(capsys, run(tmp_path, text, config=tmp_path / "bad.yaml"))
 
 
-def test_a_vocabulary_that_does_not_fit_the_tokenizer_is_named(tmp_path, text, trained, capsys):
+def test_a_vocabulary_that_does_not_match_the_tokenizer_raises(tmp_path, text, trained, capsys):
     small = write_config(tmp_path, vocab_size=260)
     error = refused(capsys, run(tmp_path, text, "--tokenizer", str(trained / "tokenizer"), config=small))
     assert "the tokenizer has 300 tokens and the model only 260" in error
 
 
-def test_a_loss_that_is_not_a_number_stops_with_a_sentence(tmp_path, text, capsys, monkeypatch):
+def test_a_nan_loss_stops_the_run_with_one_sentence(tmp_path, text, capsys, monkeypatch):
     monkeypatch.setattr(loop.math, "isfinite", lambda x: False)
     assert "the loss became" in refused(capsys, run(tmp_path, text))
 
@@ -393,8 +393,8 @@ def test_a_loss_that_is_not_a_number_stops_with_a_sentence(tmp_path, text, capsy
 # --- files
 
 
-def test_a_full_disk_is_named_and_training_goes_on(tmp_path, text, capsys, monkeypatch):
-    """The second checkpoint meets a full disk; the first stays whole and the run ends as if nothing had been."""
+def test_a_full_disk_is_reported_and_training_continues(tmp_path, text, capsys, monkeypatch):
+    """The disk is full at the second checkpoint; the first is not damaged, and the run finishes."""
     save_state = Accelerator.save_state
     calls = []
 
@@ -423,7 +423,7 @@ def test_a_disk_that_is_full_at_the_end_fails_with_one_sentence(tmp_path, text, 
     assert "No space left on device" in refused(capsys, run(tmp_path, text, "--steps", "2"))
 
 
-def test_write_folder_leaves_the_old_or_the_new_whole(tmp_path):
+def test_write_folder_leaves_the_old_or_the_new_folder_complete(tmp_path):
     def write(folder):
         (folder / "a").write_text("new")
 
@@ -459,7 +459,7 @@ def test_a_log_that_cannot_be_written_does_not_end_the_training(tmp_path, text, 
 # --- streams and several processes
 
 
-def test_a_stream_is_resumed_bit_for_bit_and_breaks_off_without_loss(tmp_path, text, monkeypatch, capsys):
+def test_a_stream_is_resumed_bit_for_bit_also_after_an_interruption(tmp_path, text, monkeypatch, capsys):
     monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
     config = write_config(tmp_path, steps=40, batch_size=8)
     assert run(tmp_path, text, config=config, out="whole") == 0
@@ -487,7 +487,7 @@ def test_a_stream_is_resumed_bit_for_bit_and_breaks_off_without_loss(tmp_path, t
 
 @pytest.mark.slow
 def test_the_published_size_takes_a_step(tmp_path):
-    """144 M parameters, context 512, in float32 on a CPU: a micro-batch of one block, two of them a step."""
+    """Train one step of 144 M parameters with context 512 in float32 on a CPU, with two micro-batches of one sequence."""
     (tmp_path / "text.txt").write_text(make_text(12_000))
     train_tokenizer([make_text()], 1000).save_pretrained(tmp_path / "tokenizer")
     files = ["--data", str(tmp_path / "text.txt"), "--tokenizer", str(tmp_path / "tokenizer"), "--out", str(tmp_path)]
@@ -503,7 +503,7 @@ def test_the_published_size_takes_a_step(tmp_path):
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_blocks_learn_the_same(tmp_path, text, monkeypatch, backend):
-    """With aot_eager all but the code that Inductor writes: graphs, guards, our ops, and monitors over compiled blocks."""
+    """The backend aot_eager tests graphs, guards, our ops and monitors of compiled blocks, without Inductor's code."""
     compile_module, results = torch.nn.Module.compile, []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend=backend, fullgraph=True))
     for switch in ("--no-compile", "--compile"):
@@ -512,7 +512,7 @@ def test_compiled_blocks_learn_the_same(tmp_path, text, monkeypatch, backend):
     assert results[1]["validation_loss"] == pytest.approx(results[0]["validation_loss"], rel=1e-3)
 
 
-def test_the_accelerate_configs_are_ones_that_accelerate_reads():
+def test_accelerate_reads_its_configs():
     folder = Path(train_script.__file__).parent / "configs" / "accelerate"
     assert {path.stem for path in folder.glob("*.yaml")} == {"ddp", "fsdp", "deepspeed"}
     for path in folder.glob("*.yaml"):
@@ -522,12 +522,12 @@ def test_the_accelerate_configs_are_ones_that_accelerate_reads():
     sharded = load_config_from_file(str(folder / "fsdp.yaml")).fsdp_config
     assert (
         "fsdp_transformer_layer_cls_to_wrap" not in sharded
-    )  # the model says which, since there are two kinds of blocks
+    )  # the model has the name of the block class, because there are two
     assert (sharded["fsdp_version"], sharded["fsdp_auto_wrap_policy"]) == (2, "TRANSFORMER_BASED_WRAP")
 
 
 @pytest.mark.parametrize("config", ["tiny", "tiny-published"])
-def test_fsdp_spreads_a_model_block_by_block(config):
+def test_fsdp_shards_a_model_block_by_block(config):
     model = NordForCausalLM(read_config(config).model_config())
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP")
     wrapped = fsdp2_prepare_auto_wrap_policy(plugin, model)
@@ -535,8 +535,8 @@ def test_fsdp_spreads_a_model_block_by_block(config):
 
 
 def losses(run: Path) -> list[float]:
-    """The loss of every step that was logged."""
-    log = min((run / "tensorboard").rglob("events.*"), key=lambda path: len(path.parts))  # others hold the settings
+    """Return the loss of every logged training step."""
+    log = min((run / "tensorboard").rglob("events.*"), key=lambda path: len(path.parts))  # others have the settings
     events = EventAccumulator(str(log))
     events.Reload()
     return [event.value for event in events.Scalars("loss")]
@@ -554,7 +554,7 @@ sys.exit(train.main())
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_two_processes_share_one_run_and_it_can_be_resumed(tmp_path, text, streamed, monkeypatch):
-    """And they learn what one process does with batches twice as large, from memory or from a stream that they share."""
+    """They also learn the same as one process with batches twice as large, from memory or from a shared stream."""
     config = write_config(tmp_path, steps=4, save_every=2, log_every=1)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = TRAIN
@@ -583,7 +583,7 @@ def test_two_processes_share_one_run_and_it_can_be_resumed(tmp_path, text, strea
     assert all(torch.equal(value, weights(part)[name]) for name, value in before.items())
 
 
-def test_json_is_written_in_one_move(tmp_path, monkeypatch):
+def test_json_is_written_atomically(tmp_path, monkeypatch):
     write_json(tmp_path / "a.json", {"x": 1})
     monkeypatch.setattr(checkpoints.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
     with pytest.raises(OSError, match="killed"):
@@ -591,14 +591,14 @@ def test_json_is_written_in_one_move(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
 
 
-def test_run_folders_that_cannot_be_made_are_named(tmp_path):
+def test_run_folders_that_cannot_be_created_raise(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be created"):
         new_run_folder(tmp_path / "file", "run")
 
 
 @pytest.mark.quick
-def test_settings_survive_being_written(tmp_path):
+def test_settings_round_trip_through_a_file(tmp_path):
     settings = Settings.read(write_config(tmp_path))
     settings.write(tmp_path / "again.yaml")
     assert Settings.read(tmp_path / "again.yaml") == settings
@@ -619,14 +619,14 @@ print(*(name for name in ("torch", "matplotlib", "sklearn", "pandas") if name in
 
 
 def loaded(*arguments: str) -> list[str]:
-    """Which large libraries the training script has loaded at its end."""
+    """Return the large libraries that the training script has imported at its end."""
     beside = Path(train_script.__file__).parent
     command = [sys.executable, "-c", LOADED, *arguments]
     done = subprocess.run(command, cwd=beside, capture_output=True, text=True, check=True)
     return done.stdout.splitlines()[-1].split()
 
 
-def test_help_loads_no_torch_and_training_without_a_report_no_library_of_reports(tmp_path, text):
+def test_help_does_not_import_torch_and_no_report_imports_no_report_libraries(tmp_path, text):
     assert loaded("--help") == []
     arguments = ("--config", str(write_config(tmp_path, steps=1)), "--data", str(text), "--out", str(tmp_path / "runs"))
     assert loaded(*arguments, "--no-report") == ["torch"]

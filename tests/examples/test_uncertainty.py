@@ -1,4 +1,4 @@
-"""AUROC, its interval, the texts that are told apart, and what is measured at each token."""
+"""Tests of AUROC and its interval, of the compared texts, and of the measures of each token."""
 
 import ast
 import json
@@ -64,7 +64,7 @@ def model(tokenizer):
     known=st.lists(st.integers(0, 5), min_size=1, max_size=20),
     other=st.lists(st.integers(0, 5), min_size=1, max_size=20),
 )
-def test_auroc_is_that_of_scikit_learn_with_ties(known, other):
+def test_auroc_equals_scikit_learns_with_ties(known, other):
     expected = roc_auc_score([0] * len(known) + [1] * len(other), known + other)
     assert auroc(torch.tensor(known), torch.tensor(other)) == pytest.approx(expected)
 
@@ -73,7 +73,7 @@ def test_auroc_is_that_of_scikit_learn_with_ties(known, other):
 @given(
     known=st.lists(st.floats(-1, 1), min_size=4, max_size=30), other=st.lists(st.floats(-1, 1), min_size=4, max_size=30)
 )
-def test_intervals_turn_over_with_the_score(known, other):
+def test_negating_the_score_mirrors_the_interval(known, other):
     known, other = torch.tensor(known), torch.tensor(other)
     documents = torch.arange(len(known)), torch.arange(len(other))
     low, high = interval(known, other, *documents)
@@ -82,8 +82,8 @@ def test_intervals_turn_over_with_the_score(known, other):
     assert upside_down == pytest.approx((1 - high, 1 - low), abs=1e-6)
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say_where_passages_of_a_document_are_alike():
-    """Nothing differs, so the truth is 0.5. Passages taken for independent ones would miss it far more often than in 5 %."""
+def test_intervals_have_the_nominal_coverage_with_correlated_passages():
+    """Nothing differs, so the true AUROC is 0.5. Treating passages as independent would miss it in far more than 5 %."""
     torch.manual_seed(0)
     documents = torch.arange(20).repeat_interleave(8)
     held = naive = 0
@@ -100,7 +100,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say_where_passages_of_a_docum
 # --- texts
 
 
-def test_shuffled_text_has_the_same_words_between_the_same_blanks():
+def test_shuffled_text_has_the_same_words_and_whitespace():
     text = "one two\n\n  three four.\tfive six"
     (shuffled,) = other_texts("shuffled", None, [text])
     assert shuffled != text
@@ -109,7 +109,7 @@ def test_shuffled_text_has_the_same_words_between_the_same_blanks():
     assert other_texts("shuffled", None, [text]) == [shuffled]
 
 
-def test_code_is_code_alone():
+def test_code_has_no_comments_or_docstrings():
     texts = other_texts("code", None, [])
     assert len(texts) > 50
     for text in texts[:20]:
@@ -125,7 +125,7 @@ def test_chinese_is_mostly_chinese():
     assert han > 0.5 * sum(len("".join(text.split())) for text in texts)
 
 
-def test_passages_come_evenly_from_all_documents(tokenizer):
+def test_passages_are_spread_evenly_over_documents(tokenizer):
     passages = cut_passages("known", TEXTS, tokenizer, 16, at_most=20)
     assert passages.tokens.shape == (20, 16)
     assert set(passages.documents.tolist()) == set(range(8))
@@ -136,7 +136,7 @@ def test_passages_come_evenly_from_all_documents(tokenizer):
         cut_passages("known", ["short"], tokenizer, 16)
 
 
-def test_files_are_texts_too(tokenizer, model, tmp_path):
+def test_files_can_be_texts(tokenizer, model, tmp_path):
     other, short = str(tmp_path / "known"), str(tmp_path / "short.txt")
     Path(other).mkdir()  # a name that means nothing
     (tmp_path / "known" / "other.txt").write_text(make_text(6000, seed=99))
@@ -155,8 +155,8 @@ def test_files_are_texts_too(tokenizer, model, tmp_path):
         distinguish(model, tokenizer, TEXTS, open_others(BUILTIN_TEXTS), 25)
 
 
-def test_other_characters_are_told_apart_and_the_same_text_is_not(tokenizer, model, tmp_path):
-    """By the control without a model; and no learned score finds a difference where there is none."""
+def test_other_characters_are_detected_and_the_same_text_is_not(tokenizer, model, tmp_path):
+    """The control without a model detects other characters, and no learned score finds a difference in the same text."""
     (tmp_path / "same.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     found, *_ = distinguish(model, tokenizer, TEXTS, open_others(["chinese", str(tmp_path / "same.jsonl")]), 16)
     assert found["auroc"]["chinese"]["bytes per token (no model)"]["high"] < 0.05
@@ -170,7 +170,7 @@ def test_other_characters_are_told_apart_and_the_same_text_is_not(tokenizer, mod
 # --- at each token
 
 
-def test_loss_entropy_and_rates_are_those_of_the_model(tokenizer, model):
+def test_loss_entropy_and_rates_equal_those_of_the_model(tokenizer, model):
     ids = cut_passages("known", TEXTS, tokenizer, 16, at_most=5).tokens
     at = measure_tokens(model, ids, batch_size=2)
     logits = model(input_ids=ids, use_cache=False).logits
@@ -184,7 +184,7 @@ def test_loss_entropy_and_rates_are_those_of_the_model(tokenizer, model):
     assert at.mean_rate().mean().item() == pytest.approx(monitor.zone_rates()["all"], rel=1e-5)
 
 
-def test_zones_weigh_layers_by_their_neurons():
+def test_zones_weight_layers_by_their_neurons():
     rates = {
         "input_lif": torch.tensor(0.1),
         "blocks.3.ffn.lif1": torch.tensor(0.3),
@@ -196,7 +196,7 @@ def test_zones_weigh_layers_by_their_neurons():
     assert zone("readout.lif") == "readout"
 
 
-def test_what_begins_a_word_depends_on_the_token_before(tokenizer):
+def test_whether_a_token_begins_a_word_depends_on_the_previous_token(tokenizer):
     def kinds(text):
         ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
         return [
@@ -205,7 +205,7 @@ def test_what_begins_a_word_depends_on_the_token_before(tokenizer):
         ]
 
     found = kinds("x(y) xy's\nthe")
-    assert found[0] == ("x", "begins a word")  # it cannot be known what stood before
+    assert found[0] == ("x", "begins a word")  # the previous token is unknown
     places = [text for text, _ in found]
     assert dict(found)["y"] in ("begins a word", "inside a word")
     assert found[places.index("(") + 1] == ("y", "begins a word")
@@ -240,7 +240,7 @@ def test_rates_by_kind_are_means_over_its_tokens():
 
 @settings(deadline=None, max_examples=50)
 @given(text=st.text(alphabet="ab 1\n语é😀", max_size=20), skipped=st.integers(0, 3))
-def test_pieces_hold_every_token_once_and_whole_characters(tokenizer, text, skipped):
+def test_pieces_have_every_token_once_and_whole_characters(tokenizer, text, skipped):
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][skipped:], dtype=torch.long)
     found = list(decodable_spans(ids, tokenizer))
     assert [place for _, begin, end in found for place in range(begin, end)] == list(range(len(ids)))
@@ -248,7 +248,7 @@ def test_pieces_hold_every_token_once_and_whole_characters(tokenizer, text, skip
         assert "".join(word for word, _, _ in found) == text
 
 
-def test_entropy_of_a_model_that_knows_nothing_is_that_of_its_vocabulary(tokenizer, model):
+def test_entropy_of_a_uniform_model_is_the_log_of_the_vocabulary(tokenizer, model):
     ids = cut_passages("known", TEXTS, tokenizer, 16, at_most=2).tokens
     with torch.no_grad():
         held = model.lm_head.weight.clone()

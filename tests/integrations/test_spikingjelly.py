@@ -1,4 +1,4 @@
-"""SpikingJelly's tools, each on our node and on our layers, in both releases where it exists."""
+"""Tests of SpikingJelly's tools on our node and our layers, in every supported release that has the tool."""
 
 import copy
 import pickle
@@ -25,7 +25,7 @@ if SPIKINGJELLY_2:
 
 
 def network():
-    """Ours among SpikingJelly's, with weights under which all of them fire."""
+    """Return a network of our and SpikingJelly's neurons, with weights for which all of them fire."""
     net = nn.Sequential(
         layer.Linear(16, 16, step_mode="m"),
         neuron.LIFNode(step_mode="m"),
@@ -73,7 +73,7 @@ def test_step_modes_of_a_whole_network():
     assert whole.any()
 
 
-def test_detaching_cuts_the_graph_of_what_is_held():
+def test_detaching_cuts_the_graph_of_the_state():
     net = network()
     net(X).sum()
     assert net[3].v.grad_fn is not None
@@ -88,7 +88,7 @@ def memories(net):
 
 
 @needs_spikingjelly_2
-def test_functional_forward_of_a_network_with_ours_in_it():
+def test_functional_forward_of_a_network_with_our_neurons():
     net = network()[:4]
     forward = base.to_functional_forward(net)
     (out,), after = forward((X,), tuple(memories(net)))
@@ -119,7 +119,7 @@ def test_counters_and_memory_optimisation_run_over_every_part(make, shape):
     maps = [module for module in part.modules() if isinstance(module, nn.Linear)]
     assert bool(counted) or not maps
     functional.reset_net(part)
-    # The readout as a whole: what its neurons leave beside their spikes is lost when they are run for themselves.
+    # Checkpoint the readout as a whole: v_seq of its neurons is lost if they are checkpointed separately.
     kind = MembraneReadout if isinstance(part[0], MembraneReadout) else AssociativeLIFNode
     kept = [module for module in part.modules() if isinstance(module, kind)]
     lean = memopt.optimize_memory(copy.deepcopy(part), (kind,), lambda net: net(x), level=1)
@@ -137,7 +137,7 @@ def test_counters_and_memory_optimisation_run_over_every_part(make, shape):
 
 
 @needs_spikingjelly_2
-def test_membranes_that_checkpointing_loses_are_missed():
+def test_membrane_potentials_lost_by_checkpointing_raise():
     readout = MembraneReadout(16, neuron=node)
     readout.lif = memopt.checkpoint_module(readout.lif)
     with pytest.raises(RuntimeError, match=r"stored no membranes.*checkpoint the whole MembraneReadout"):
@@ -145,7 +145,7 @@ def test_membranes_that_checkpointing_loses_are_missed():
 
 
 @pytest.mark.quick
-def test_monitors_see_spikes_and_membranes():
+def test_monitors_record_spikes_and_membrane_potentials():
     net = network()
     net[3].store_v_seq = True
     spikes = monitor.OutputMonitor(net, AssociativeLIFNode)
@@ -157,7 +157,7 @@ def test_monitors_see_spikes_and_membranes():
 
 
 @needs_spikingjelly_2
-def test_energy_counters_count_additions_behind_our_spikes():
+def test_energy_counters_count_additions_after_our_neurons():
     net = nn.Sequential(node(), layer.Linear(16, 8, bias=False, step_mode="m"))
     counters = op_counter.MACCounter(), op_counter.ACCounter()
     with torch.no_grad(), op_counter.DispatchCounterMode(list(counters)):
@@ -170,7 +170,7 @@ def test_energy_counters_count_additions_behind_our_spikes():
     functional.reset_net(net)
     assert op_counter.estimate_simple_energy(net.eval(), X) is not None
     functional.reset_net(net)
-    with pytest.raises(ValueError, match="do not support AssociativeLIFNode"):  # said, and not counted as nothing
+    with pytest.raises(ValueError, match="do not support AssociativeLIFNode"):  # an error instead of a cost of zero
         op_counter.estimate_lemaire_energy(net, X)
 
 
@@ -208,7 +208,7 @@ def test_inside_spikingjellys_containers():
 
 @pytest.mark.quick
 @pytest.mark.skipif(SPIKINGJELLY_2, reason="release 2 chooses its backends by itself")
-def test_set_backend_switches_our_nodes_with_theirs(monkeypatch):
+def test_set_backend_switches_our_and_spikingjellys_nodes(monkeypatch):
     monkeypatch.setattr(
         base, "check_backend_library", lambda backend: None
     )  # CuPy need not be installed to be asked for
@@ -225,7 +225,7 @@ def test_set_backend_switches_our_nodes_with_theirs(monkeypatch):
 @pytest.mark.parametrize(
     "layer_of_ours", [LeakyClamp(16), CoFiringResonance(16, 2, neuron=node)], ids=["clamp", "resonance"]
 )
-def test_layers_have_the_backends_that_they_say(layer_of_ours):
+def test_layers_support_their_listed_backends(layer_of_ours):
     x = torch.rand(6, 2, 5, 16)
     for backend in layer_of_ours.supported_backends:
         layer_of_ours.backend = backend

@@ -1,4 +1,4 @@
-"""State that is held between calls: right after every change of circumstances, or one sentence; never new in silence."""
+"""Tests of the state between calls: every operation keeps it correct or raises an error; it is never reset silently."""
 
 import copy
 import pickle
@@ -28,7 +28,7 @@ def make_node(n: int = D) -> AssociativeLIFNode:
 
 
 class Steps(nn.Module):
-    """AssociativeSynaptic with hidden states, over a sequence, so that it looks like the node."""
+    """Wrapper of AssociativeSynaptic with hidden states that processes a sequence, as the node does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,14 +53,14 @@ def state_of(net: nn.Module) -> list[Tensor]:
 
 
 def whole(net: nn.Module, x_seq: Tensor = X) -> Tensor:
-    """The sequence from rest, in one piece, by a network of its own."""
+    """Run the whole sequence from rest in one call of a copy of the network."""
     other = copy.deepcopy(net)
     nord_snn.reset(other)
     return other(x_seq)
 
 
 @pytest.mark.quick
-def test_another_batch_size_is_refused_and_the_state_is_still_there(made: nn.Module) -> None:
+def test_another_batch_size_raises_and_does_not_change_the_state(made: nn.Module) -> None:
     expected = whole(made)
     first = made(X[:4])
     for rows in (1, 2, 4):  # one row would broadcast
@@ -79,7 +79,7 @@ RESETS = {
 
 
 @pytest.mark.quick
-def test_every_reset_begins_anew(made: nn.Module) -> None:
+def test_every_reset_returns_to_rest(made: nn.Module) -> None:
     expected = whole(made)
     for reset in RESETS["AssociativeSynaptic" if isinstance(made, Steps) else "node"]:
         made(X)
@@ -89,8 +89,8 @@ def test_every_reset_begins_anew(made: nn.Module) -> None:
 
 
 @pytest.mark.quick
-def test_the_state_moves_along_to_another_dtype(made: nn.Module) -> None:
-    """float64 goes on in float64 from where float32 was."""
+def test_the_state_is_converted_to_another_dtype(made: nn.Module) -> None:
+    """After conversion the sequence continues in float64 from the float32 state."""
     made(X[:4])
     before = [part.clone() for part in state_of(made)]
     made.double()
@@ -104,7 +104,7 @@ def test_the_state_moves_along_to_another_dtype(made: nn.Module) -> None:
 
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_takes_nothing_from_the_state(made: nn.Module, dtype: torch.dtype) -> None:
+def test_the_state_stays_float32_in_half_precision(made: nn.Module, dtype: torch.dtype) -> None:
     made(X[:4])
     before = [part.clone() for part in state_of(made)]
     made.to(dtype)
@@ -113,8 +113,8 @@ def test_half_precision_takes_nothing_from_the_state(made: nn.Module, dtype: tor
     assert state_of(made)[0].dtype == torch.float32
 
 
-def test_the_state_moves_along_to_another_device(made: nn.Module) -> None:
-    """The meta device stands for another one: what stays behind would raise."""
+def test_the_state_moves_to_another_device(made: nn.Module) -> None:
+    """The meta device stands for another device: a tensor that does not move would raise."""
     made(X[:4])
     made.to("meta")
     assert all(part.device.type == "meta" for part in state_of(made))
@@ -134,7 +134,7 @@ def test_the_state_moves_along_to_the_gpu_and_back(made: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("single", [False, True])
-def test_stored_membranes_move_along(single: bool) -> None:
+def test_stored_membrane_potentials_move_to_another_device(single: bool) -> None:
     node = AssociativeLIFNode(D, 4, step_mode="s" if single else "m", store_v_seq=True)
     multi = sut.MultiStep(snntorch.Leaky(beta=0.9))
     multi.store_v_seq = True
@@ -158,7 +158,7 @@ def test_modules_are_emptied_one_by_one_as_sharding_does(made: nn.Module) -> Non
     assert torch.equal(torch.cat((first, made(X[4:]))), expected)
 
 
-def test_weights_that_are_emptied_leave_the_state_alone(made: nn.Module) -> None:
+def test_emptying_the_weights_does_not_change_the_state(made: nn.Module) -> None:
     expected = whole(made)
     weights = copy.deepcopy(made.state_dict())
     first = made(X[:4])
@@ -170,7 +170,7 @@ def test_weights_that_are_emptied_leave_the_state_alone(made: nn.Module) -> None
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", ["Leaky", "RLeaky", "Synaptic"])
 def test_neurons_of_snntorch_keep_the_precision_of_a_layer(name: str, dtype: torch.dtype) -> None:
-    """SnnTorch's surrogates give float32 for whatever they get."""
+    """SnnTorch's surrogates return float32 for any dtype."""
     kinds = {
         "Leaky": {"beta": 0.9},
         "RLeaky": {"beta": 0.9, "all_to_all": False, "V": 0.1},
@@ -181,7 +181,7 @@ def test_neurons_of_snntorch_keep_the_precision_of_a_layer(name: str, dtype: tor
     assert out.dtype == dtype
 
 
-def test_a_state_without_data_is_named() -> None:
+def test_a_state_without_data_raises() -> None:
     node = make_node()
     weights = node.state_dict()
     node.to("meta")(X.to("meta"))
@@ -192,7 +192,7 @@ def test_a_state_without_data_is_named() -> None:
     assert node(X).any()
 
 
-def test_input_of_another_dtype_goes_on_from_the_state(made: nn.Module) -> None:
+def test_input_of_another_dtype_continues_from_the_state(made: nn.Module) -> None:
     expected = whole(made)
     first = made(X[:4])
     rest = made(X[4:].double())
@@ -201,7 +201,7 @@ def test_input_of_another_dtype_goes_on_from_the_state(made: nn.Module) -> None:
 
 
 @pytest.mark.quick
-def test_a_freed_graph_is_named_and_detaching_cures_it(made: nn.Module) -> None:
+def test_a_freed_graph_raises_and_detaching_helps(made: nn.Module) -> None:
     made(X).sum().backward()
     # With kernels our sentence, which names the cure; where the reference runs, torch's own.
     with pytest.raises(
@@ -217,7 +217,7 @@ def test_a_freed_graph_is_named_and_detaching_cures_it(made: nn.Module) -> None:
     made(X).sum().backward()
 
 
-def test_backward_twice_is_fine_where_the_graph_is_kept(made: nn.Module) -> None:
+def test_backward_twice_works_with_a_retained_graph(made: nn.Module) -> None:
     out = made(X).sum()
     out.backward(retain_graph=True)
     first = [p.grad.clone() for p in made.parameters() if p.grad is not None]
@@ -230,8 +230,8 @@ def test_backward_twice_is_fine_where_the_graph_is_kept(made: nn.Module) -> None
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["deepcopy", "pickle"]
 )
-def test_a_copy_goes_on_from_the_same_state_without_its_graph(made: nn.Module, copied) -> None:
-    """Also in the middle of training, when the state has a graph behind it."""
+def test_a_copy_continues_from_the_same_state_without_its_graph(made: nn.Module, copied) -> None:
+    """The state has an autograd graph, as during training."""
     made(X[:4])
     assert state_of(made)[0].requires_grad
     other = copied(made)
@@ -240,7 +240,7 @@ def test_a_copy_goes_on_from_the_same_state_without_its_graph(made: nn.Module, c
     assert torch.equal(other(X[4:]), made(X[4:]))
 
 
-def test_membranes_that_are_stored_are_copied_too() -> None:
+def test_stored_membrane_potentials_are_copied() -> None:
     node = make_node()
     node.store_v_seq = True
     multi = sut.MultiStep(snntorch.Leaky(beta=0.9, learn_beta=True))
@@ -251,7 +251,7 @@ def test_membranes_that_are_stored_are_copied_too() -> None:
         assert torch.equal(copy.deepcopy(kept).v_seq, kept.v_seq)
 
 
-def test_step_modes_may_change_while_state_is_held() -> None:
+def test_step_modes_can_change_while_a_neuron_has_state() -> None:
     node = make_node()
     expected = whole(node)
     first = node(X[:4])
@@ -262,18 +262,18 @@ def test_step_modes_may_change_while_state_is_held() -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_layers_see_whole_sequences_in_either_step_mode(name: str) -> None:
-    """set_step_mode on a network reaches their neurons, too."""
+def test_layers_process_whole_sequences_in_either_step_mode(name: str) -> None:
+    """set_step_mode on a network also changes the neurons of its layers."""
     make, shape = LAYERS[name]
     part, x = make(), 2 * torch.rand(shape)
     expected = part(x)
     functional.set_step_mode(part, "s")
     assert torch.equal(part(x), expected)
     modes = {module.step_mode for module in part.modules() if hasattr(module, "step_mode")}
-    assert modes <= {"s"}  # as it was set, for whoever asks
+    assert modes <= {"s"}  # as it was set
 
 
-def test_foreign_neurons_in_a_layer_see_whole_sequences_too() -> None:
+def test_other_neurons_in_a_layer_process_whole_sequences() -> None:
     for make in (lambda n: neuron.LIFNode(), lambda n: nn.Sequential(neuron.LIFNode()),
                  lambda n: layer.MultiStepContainer(neuron.LIFNode())):  # fmt: skip
         part = SpikingFeedForward(D, 8, neuron=make)
@@ -286,7 +286,7 @@ def test_foreign_neurons_in_a_layer_see_whole_sequences_too() -> None:
 
 
 @pytest.mark.quick
-def test_an_error_on_the_way_leaves_the_state_alone(made: nn.Module) -> None:
+def test_an_error_during_a_call_does_not_change_the_state(made: nn.Module) -> None:
     expected = whole(made)
     first = made(X[:4])
     with pytest.raises(ValueError, match=r"\*, D\] with D = 12"):
@@ -296,8 +296,8 @@ def test_an_error_on_the_way_leaves_the_state_alone(made: nn.Module) -> None:
 
 @pytest.mark.quick
 @pytest.mark.parametrize("name", LAYERS)
-def test_layers_hold_nothing_that_a_call_could_leave_behind(name: str) -> None:
-    """Any batch size, twice backward, a copy in between: each call is the first."""
+def test_layers_store_nothing_between_calls(name: str) -> None:
+    """Any batch size, a second backward and a copy between calls give the result of a first call."""
     make, shape = LAYERS[name]
     part, x = make(), 2 * torch.rand(shape)
     first = part(x)
@@ -313,7 +313,7 @@ def test_layers_hold_nothing_that_a_call_could_leave_behind(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_in_other_precisions(name: str, dtype: torch.dtype) -> None:
-    """Output and gradients in the layer's precision, all of them finite, and near those of float32."""
+    """Output and gradients have the layer's precision, are finite, and are close to those of float32."""
     make, shape = LAYERS[name]
     torch.manual_seed(1)
     part, x = make(), 2 * torch.rand(shape)
@@ -328,7 +328,7 @@ def test_layers_in_other_precisions(name: str, dtype: torch.dtype) -> None:
 
 
 def mixed() -> nn.Module:
-    """Ours among SpikingJelly's and snnTorch's."""
+    """Return a network of our, SpikingJelly's and snnTorch's neurons."""
     return nn.Sequential(
         layer.Linear(D, D, step_mode="m"),
         make_node(),
@@ -341,21 +341,21 @@ def mixed() -> nn.Module:
 
 
 def trained() -> tuple[nn.Module, Tensor]:
-    """A network whose weights are no longer the initial ones, and what it says."""
+    """Return a network with changed weights, and its output."""
     torch.manual_seed(3)
     net = mixed()
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(0.1 * torch.rand_like(parameter))
     with torch.no_grad():
-        expected = net(X)  # and it holds state when it is saved
+        expected = net(X)  # the network has state when it is saved
     return net, expected
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("way", ["state_dict", "safetensors", "whole module"])
 def test_saving_and_loading(way: str, tmp_path) -> None:
-    """The three habits; what is held is no weight and is not in the files of weights."""
+    """Test the three usual ways; the state is not stored with the weights."""
     net, expected = trained()
     file = tmp_path / "net"
     if way == "whole module":
@@ -373,12 +373,12 @@ def test_saving_and_loading(way: str, tmp_path) -> None:
     assert torch.equal(back(X), expected)
 
 
-def test_a_state_dict_has_the_parameters_and_nothing_else() -> None:
+def test_a_state_dict_has_only_the_parameters() -> None:
     net, _ = trained()
     assert net.state_dict().keys() == dict(net.named_parameters()).keys()
 
 
-def test_loading_weights_into_a_network_that_runs_keeps_its_state() -> None:
+def test_loading_weights_does_not_change_the_state() -> None:
     node = make_node()
     node(X)
     v = node.v.clone()
@@ -386,7 +386,7 @@ def test_loading_weights_into_a_network_that_runs_keeps_its_state() -> None:
     assert torch.equal(node.v, v)
 
 
-def test_weights_of_another_width_or_cascade_are_refused() -> None:
+def test_weights_of_another_width_or_cascade_raise() -> None:
     with pytest.raises(RuntimeError, match=r"size mismatch for cascade.weight"):
         make_node().load_state_dict(AssociativeLIFNode(D, n_clusters=3).state_dict())
     with pytest.raises(RuntimeError, match=r"Unexpected key.*cascade"):
@@ -394,7 +394,7 @@ def test_weights_of_another_width_or_cascade_are_refused() -> None:
 
 
 @pytest.mark.skipif(not SPIKINGJELLY_2, reason="release 2 has it")
-def test_states_are_taken_out_and_put_back_spikingjellys_way() -> None:
+def test_spikingjellys_functions_extract_and_load_states() -> None:
     net = nn.Sequential(make_node(), neuron.LIFNode(step_mode="m"))
     expected = whole(net)
     first = net(X[:4])

@@ -1,4 +1,4 @@
-"""CoFiringResonance over sequences that grow, or have padding in front."""
+"""Tests of CoFiringResonance in cached decoding, and with padding in front."""
 
 import pytest
 import torch
@@ -13,8 +13,8 @@ from nord_snn.neurons.detection import emits_binary_spikes
 pytestmark = pytest.mark.quick
 
 
-class Memory:
-    """The plainest thing that remembers."""
+class Cache:
+    """Minimal cache: concatenates keys and values."""
 
     def __init__(self):
         self.held = ()
@@ -26,17 +26,17 @@ class Memory:
 
 @pytest.mark.parametrize("neuron", [None, lambda n: LIFNode()])
 @torch.no_grad()
-def test_a_sequence_that_grows_is_bound_as_if_it_were_whole(neuron):
+def test_cached_calls_equal_one_call_on_the_whole_sequence(neuron):
     layer = CoFiringResonance(64, n_heads=4, top_k=3, recency=True, neuron=neuron)
     x = 4 * torch.randn(6, 2, 9, 64)
-    whole, memory = layer(x), Memory()
+    whole, memory = layer(x), Cache()
     parts = [layer(part, cache=SequenceCache(update=memory)) for part in x.split((4, 1, 3, 1), dim=2)]
     assert torch.allclose(torch.cat(parts, 2), whole, atol=1e-5)
     assert memory.held[0].dtype == torch.uint8
 
 
 @torch.no_grad()
-def test_padding_in_front_is_not_seen():
+def test_padding_in_front_has_no_effect():
     layer = CoFiringResonance(64, n_heads=4, top_k=3, recency=True)
     x = 4 * torch.randn(6, 2, 9, 64)
     lengths = torch.tensor([9, 5])
@@ -48,78 +48,79 @@ def test_padding_in_front_is_not_seen():
 
 
 class Graded(nn.Module):
-    """Neurons that give real numbers."""
+    """Neuron with real-valued outputs."""
 
     def forward(self, x):
-        """Half of the input."""
+        """Return half of the input."""
         return x / 2
 
 
 @torch.no_grad()
-def test_what_cannot_be_remembered_is_named():
+def test_values_that_cannot_be_cached_raise():
     x = torch.randn(2, 1, 3, 8)
     with pytest.raises(ValueError, match="zeros and ones"):
-        CoFiringResonance(8, n_heads=2, neuron=lambda n: Graded())(x, cache=SequenceCache(update=Memory()))
+        CoFiringResonance(8, n_heads=2, neuron=lambda n: Graded())(x, cache=SequenceCache(update=Cache()))
     with pytest.raises(ValueError, match="window must be at least 1"):
-        CoFiringResonance(64, n_heads=2)(torch.randn(2, 1, 3, 64), cache=SequenceCache(update=Memory(), window=0))
+        CoFiringResonance(64, n_heads=2)(torch.randn(2, 1, 3, 64), cache=SequenceCache(update=Cache(), window=0))
     with pytest.raises(ValueError, match="window needs update"):
         CoFiringResonance(64, n_heads=2)(torch.randn(2, 1, 3, 64), cache=SequenceCache(window=2))
     with pytest.raises(ValueError, match="a cache needs a causal resonance"):
-        CoFiringResonance(64, n_heads=2, causal=False)(torch.randn(2, 1, 3, 64), cache=SequenceCache(update=Memory()))
+        CoFiringResonance(64, n_heads=2, causal=False)(torch.randn(2, 1, 3, 64), cache=SequenceCache(update=Cache()))
     with pytest.raises(ValueError, match="padding needs a causal resonance"):
         CoFiringResonance(64, n_heads=2, causal=False)(torch.randn(2, 1, 3, 64), cache=SequenceCache(torch.tensor([2])))
 
 
 @pytest.mark.parametrize("block", [NordBlock, SpikeFedBlock])
 @torch.no_grad()
-def test_keywords_of_before_warn_and_mean_the_same(block):
+def test_deprecated_keywords_warn_and_have_the_same_effect(block):
     layer, x = block(64, n_heads=4, hidden_features=64), torch.randn(3, 2, 5, 64)
     lengths = torch.tensor([5, 2])
     with pytest.warns(FutureWarning, match="SequenceCache"):
-        before = layer(x, lengths=lengths, remember=Memory(), window=4)
-    assert torch.equal(before, layer(x, cache=SequenceCache(lengths, Memory(), 4)))
+        before = layer(x, lengths=lengths, remember=Cache(), window=4)
+    assert torch.equal(before, layer(x, cache=SequenceCache(lengths, Cache(), 4)))
     with pytest.raises(TypeError, match="unexpected keyword 'length'"):
         layer(x, length=lengths)
     with pytest.raises(TypeError, match="pass cache alone"):
         layer(x, cache=SequenceCache(), lengths=lengths)
 
 
-class Silent(AssociativeLIFNode):
-    """Overrides nothing."""
+class Unchanged(AssociativeLIFNode):
+    """Subclass that overrides nothing."""
 
 
 class Halved(AssociativeLIFNode):
-    """Overrides the forward, and its spikes are halves."""
+    """Subclass whose forward returns half of the spikes."""
 
     def forward(self, x, **more):
-        """Halves."""
+        """Return half of the spikes."""
         return super().forward(x, **more) / 2
 
 
-class Said(Halved):
-    """Says of its own forward that it gives spikes."""
+class Declared(Halved):
+    """Subclass that declares its own forward as binary."""
 
     emits_binary_spikes = True
 
     def forward(self, x, **more):
-        """Twice the halves."""
+        """Return the spikes."""
         return 2 * super().forward(x, **more)
 
 
-class SaidAbove(Said):
-    """Inherits both."""
+class DeclaredByBase(Declared):
+    """Subclass that inherits both."""
 
 
 class Mixed(Graded, AssociativeLIFNode):
-    """Gets the forward of the first base class."""
+    """Subclass with the forward of its first base class."""
 
 
-def test_a_neuron_says_whether_its_outputs_are_binary_and_a_new_forward_says_it_again():
+def test_emits_binary_spikes_is_not_inherited_by_an_overridden_forward():
     small = {"n_clusters": None}
     says = {
-        kind: emits_binary_spikes(kind(8, **small)) for kind in (AssociativeLIFNode, Silent, Halved, Said, SaidAbove)
+        kind: emits_binary_spikes(kind(8, **small))
+        for kind in (AssociativeLIFNode, Unchanged, Halved, Declared, DeclaredByBase)
     }
-    assert says == {AssociativeLIFNode: True, Silent: True, Halved: False, Said: True, SaidAbove: True}
+    assert says == {AssociativeLIFNode: True, Unchanged: True, Halved: False, Declared: True, DeclaredByBase: True}
     assert not emits_binary_spikes(Mixed(8, **small))
     for stranger in (LIFNode(), Graded(), DenseActivation()):
         assert not emits_binary_spikes(stranger)
@@ -134,7 +135,7 @@ def test_a_neuron_says_whether_its_outputs_are_binary_and_a_new_forward_says_it_
 )
 @pytest.mark.parametrize("make", [CoFiringResonance, SpikeFedResonance])
 @torch.no_grad()
-def test_outputs_of_a_subclass_or_a_surrogate_that_are_no_spikes_are_refused_and_not_stored_as_bits(neuron, make):
+def test_outputs_other_than_spikes_raise_instead_of_being_stored_as_bits(neuron, make):
     layer = make(8, n_heads=2, neuron=neuron)
     with pytest.raises(ValueError, match="zeros and ones"):
-        layer(9 * torch.rand(6, 1, 3, 8), cache=SequenceCache(update=Memory()))
+        layer(9 * torch.rand(6, 1, 3, 8), cache=SequenceCache(update=Cache()))

@@ -1,4 +1,4 @@
-"""SpikeFedBlock: every linear map sees spikes, positions mix as in the equation, and a sequence may grow."""
+"""Tests of SpikeFedBlock: input of every linear map, equations, cached decoding."""
 
 import pytest
 import torch
@@ -17,14 +17,14 @@ def node(n):
     return AssociativeLIFNode(n, n_clusters=4)
 
 
-def restless(n):
-    """The neuron of examples/nord_lm/nordlm/configs/tiny.yaml."""
+def tiny_neuron(n):
+    """Return the neuron of examples/nord_lm/nordlm/configs/tiny.yaml."""
     decays = {"threshold": 1.0, "beta_mem": 0.5, "beta_syn": 0.2}
     return AssociativeLIFNode(n, n_clusters=8, refractory_steps=0, surrogate="sigmoid", alpha=3.0, **decays)
 
 
-def lively(layer):
-    """With thresholds so low that every layer of neurons fires."""
+def with_low_thresholds(layer):
+    """Lower the thresholds so that every layer of neurons fires."""
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             if name.endswith("v_threshold"):
@@ -34,11 +34,11 @@ def lively(layer):
 
 def block(**more):
     torch.manual_seed(0)
-    return lively(SpikeFedBlock(16, 2, 32, neuron=node, **{"recency": True} | more))
+    return with_low_thresholds(SpikeFedBlock(16, 2, 32, neuron=node, **{"recency": True} | more))
 
 
 @pytest.mark.parametrize("spiking_values", [False, True])
-def test_every_linear_map_sees_spikes_and_nothing_else(spiking_values):
+def test_every_linear_map_has_only_spikes_as_input(spiking_values):
     layer, x = block(spiking_values=spiking_values), 4 * torch.randn(9, 2, 6, 16)
     profile = profile_energy(layer, x)
     fed = {product.name: product for product in profile.products if product.kind == "linear"}
@@ -54,9 +54,9 @@ def test_every_linear_map_sees_spikes_and_nothing_else(spiking_values):
     assert sum(product.macs > 0 for product in published.products if product.kind == "linear") == 5  # all but ffn.down
 
 
-def test_the_resonance_is_the_equation_step_by_step():
+def test_the_resonance_equals_its_equation():
     torch.manual_seed(0)
-    layer = lively(SpikeFedResonance(16, 2, top_k=3, recency=True, neuron=node))
+    layer = with_low_thresholds(SpikeFedResonance(16, 2, top_k=3, recency=True, neuron=node))
     spikes = (torch.rand(7, 2, 6, 16) < 0.3).float()
     q = fire_from_rest(layer.lif_q, layer.norm_q(layer.q_proj(spikes)))
     k = fire_from_rest(layer.lif_k, layer.norm_k(layer.k_proj(spikes)))
@@ -66,7 +66,7 @@ def test_the_resonance_is_the_equation_step_by_step():
     assert torch.allclose(layer(spikes), expected, atol=1e-6)
 
 
-def test_the_block_is_the_equation():
+def test_the_block_equals_its_equation():
     layer, x = block(), 4 * torch.randn(9, 2, 6, 16)
     y = x + layer.resonance_gain * layer.resonance(fire_from_rest(layer.lif1, layer.norm1(x)))
     hidden = fire_from_rest(layer.lif_h, layer.norm_h(layer.up(fire_from_rest(layer.lif2, layer.norm2(y)))))
@@ -76,7 +76,7 @@ def test_the_block_is_the_equation():
 
 @pytest.mark.parametrize("width", [32, 256])
 @pytest.mark.parametrize("spiking_values", [False, True])
-@pytest.mark.parametrize(("neuron", "steps"), [(node, 10), (restless, 4)])
+@pytest.mark.parametrize(("neuron", "steps"), [(node, 10), (tiny_neuron, 4)])
 def test_every_layer_fires_before_training_at_any_width_and_depth(width, spiking_values, neuron, steps):
     torch.manual_seed(0)
     sizes = (width, 2, 2 * width)
@@ -96,14 +96,14 @@ def test_gradients_reach_every_parameter_through_the_spikes():
     assert silent == []
 
 
-def test_the_control_has_positions_that_never_meet():
+def test_positions_of_the_control_are_independent():
     layer, x = block(resonance=False), torch.randn(9, 2, 6, 16)
     assert torch.equal(layer(x)[:, :, 3:4], layer(x[:, :, 3:4]))
     assert not any("resonance" in name or "norm1" in name or "lif1" in name for name, _ in layer.named_parameters())
 
 
-class Memory:
-    """Keys and values of a sequence that grows."""
+class GrowingCache:
+    """Cache of keys and values."""
 
     def __init__(self):
         self.keys = self.values = None
@@ -116,14 +116,16 @@ class Memory:
 
 @pytest.mark.parametrize("kind", ["currents", "spikes", "dense"])
 @pytest.mark.parametrize("backend", ["torch", "numba"])
-def test_a_sequence_that_grows_is_bound_and_counted_as_if_it_were_whole(kind, backend):
+def test_cached_calls_equal_one_call_in_output_and_cost(kind, backend):
     if backend == "numba":
         pytest.importorskip("numba")
     torch.manual_seed(0)
     neuron, T = (DenseActivation, 1) if kind == "dense" else (node, 9)
-    layer = lively(SpikeFedBlock(16, 2, 32, top_k=4, recency=True, spiking_values=kind == "spikes", neuron=neuron))
+    layer = with_low_thresholds(
+        SpikeFedBlock(16, 2, 32, top_k=4, recency=True, spiking_values=kind == "spikes", neuron=neuron)
+    )
     layer.resonance.backend = backend
-    x, memory = 4 * torch.randn(T, 2, 7, 16), Memory()
+    x, memory = 4 * torch.randn(T, 2, 7, 16), GrowingCache()
     whole = layer(x)
     with torch.no_grad():
         parts = [layer(x[:, :, i : i + 2], cache=SequenceCache(update=memory, window=100)) for i in range(0, 7, 2)]
@@ -133,7 +135,7 @@ def test_a_sequence_that_grows_is_bound_and_counted_as_if_it_were_whole(kind, ba
     if kind == "dense":
         return
     profile = profile_energy(layer, x)
-    memory = Memory()
+    memory = GrowingCache()
     with EnergyProfiler(layer) as profiler, torch.no_grad():
         for i in range(7):
             layer(x[:, :, i : i + 1], cache=SequenceCache(update=memory, window=100))
@@ -141,21 +143,21 @@ def test_a_sequence_that_grows_is_bound_and_counted_as_if_it_were_whole(kind, ba
         assert getattr(profiler.profile, figure) == getattr(profile, figure), figure
 
 
-def test_dense_twin_has_the_same_shapes_and_all_but_the_neurons_parameters():
+def test_the_dense_twin_lacks_only_the_parameters_of_the_neurons():
     spiking, dense = block(), SpikeFedBlock(16, 2, 32, recency=True, neuron=DenseActivation)
     kept = {name: p.shape for name, p in spiking.named_parameters() if "lif" not in name}
     assert kept == {name: p.shape for name, p in dense.named_parameters()}
     assert dense(torch.randn(1, 2, 6, 16)).shape == (1, 2, 6, 16)
 
 
-def test_others_neurons_fit():
+def test_neurons_of_other_libraries_are_accepted():
     layer = SpikeFedBlock(16, 2, 32, neuron=lambda n: LIFNode(v_threshold=0.1))
     assert layer(4 * torch.randn(5, 2, 3, 16)).shape == (5, 2, 3, 16)
     assert isinstance(layer.lif1, LIFNode)
     assert isinstance(layer.up, nn.Linear)
 
 
-def test_padding_is_seen_by_nobody():
+def test_no_position_attends_to_padding():
     layer, x = block(spiking_values=True), 4 * torch.randn(9, 2, 6, 16)
     padded = torch.cat((torch.randn(9, 2, 3, 16), x), 2)
     lengths = torch.tensor([6, 6])

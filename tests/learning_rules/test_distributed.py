@@ -1,4 +1,4 @@
-"""A rule in several processes: the same change, reward and baseline in each."""
+"""Tests of a rule in several processes: all have the same change, reward and baseline."""
 
 import subprocess
 import sys
@@ -24,13 +24,13 @@ rule = RewardModulatedSTDP(step_mode="m", synapse=net[0], sn=net[1], reduction="
 x = (torch.rand(3, 10, 4, 8) < 0.5).float()
 deltas = []
 for step in range(3):
-    if not (step == 2 and rank == 1):  # in the last step one of them sees nothing
+    if not (step == 2 and rank == 1):  # in the last update one process has no calls
         net(x[step, :, rank::size])
         rule.sn.reset()
     losses = [9.0 - step - 0.1 * row for row in range(4) if row % size == rank]
     deltas.append(rule.step(loss=sum(losses) / len(losses), on_grad=False))
     rule.reset()
-assert rule.step(reward=1.0, on_grad=False) is None  # nobody saw anything
+assert rule.step(reward=1.0, on_grad=False) is None  # no process has a recording
 for outcome in ({"loss": float("nan")}, {"reward": float("nan")}):  # of one process: none of them waits for it
     try:
         rule.step(**(outcome if rank == 0 else {name: 1.0 for name in outcome}))
@@ -46,7 +46,7 @@ os._exit(0)  # taking the group apart may abort a process that has done its work
 """
 
 
-def test_all_ranks_change_the_same_and_what_one_process_would(tmp_path):
+def test_all_ranks_apply_the_same_change_as_one_process(tmp_path):
     started = [
         subprocess.Popen([sys.executable, "-c", WORK, str(rank), str(size), str(tmp_path)], stderr=subprocess.PIPE)
         for size, rank in ((2, 0), (2, 1), (1, 0))
@@ -58,7 +58,7 @@ def test_all_ranks_change_the_same_and_what_one_process_would(tmp_path):
     assert first["baseline"] == second["baseline"]
     assert abs(first["baseline"] - alone["baseline"]) < 1e-6
     assert first["reward"] == second["reward"]
-    assert abs(first["reward"] - alone["reward"]) < 1e-6  # a step in which nobody saw anything did not change it
+    assert abs(first["reward"] - alone["reward"]) < 1e-6  # an update without a recording did not change it
     for step in range(3):
         assert torch.equal(first["deltas"][step], second["deltas"][step])
         assert first["deltas"][step].abs().sum() > 0
@@ -66,7 +66,7 @@ def test_all_ranks_change_the_same_and_what_one_process_would(tmp_path):
         assert torch.allclose(first["deltas"][step], alone["deltas"][step], atol=1e-8)
 
 
-def test_one_process_is_left_alone():
+def test_a_single_process_does_not_communicate():
     net = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), AssociativeLIFNode(4, n_clusters=2, step_mode="m"))
     rule = RewardModulatedSTDP(step_mode="m", synapse=net[0], sn=net[1])
     torch.nn.init.constant_(net[0].weight, 0.5)

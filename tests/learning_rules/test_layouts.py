@@ -1,4 +1,4 @@
-"""Where learners fit: every layout, both step modes, SpikingJelly's layers and snnTorch's neurons."""
+"""Tests of learners with every layout, both step modes, SpikingJelly's layers and snnTorch's neurons."""
 
 import copy
 import gc
@@ -25,8 +25,8 @@ def spikes(*shape, rate=0.5):
     return (torch.rand(shape) < rate).float()
 
 
-def excitatory(module):
-    """Weights that make the neurons behind fire."""
+def with_positive_weights(module):
+    """Set positive weights, so that the neurons after them fire."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.abs_().add_(0.3)
@@ -48,7 +48,9 @@ CONVOLUTIONS = {
 @pytest.mark.parametrize(("rule", "op"), RULES)
 def test_images_step_by_step_and_as_sequences(rule, op, n_spatial, options):
     kind = (layer.Conv1d, layer.Conv2d)[n_spatial - 1]
-    net = excitatory(nn.Sequential(kind(2, 4, bias=False, step_mode="m", **options), neuron.IFNode(step_mode="m")))
+    net = with_positive_weights(
+        nn.Sequential(kind(2, 4, bias=False, step_mode="m", **options), neuron.IFNode(step_mode="m"))
+    )
     x = spikes(5, 3, 2, *(7, 6)[:n_spatial])
     learner = rule(step_mode="m", synapse=net[0], sn=net[1])
     y = net(x)
@@ -69,8 +71,8 @@ def test_images_step_by_step_and_as_sequences(rule, op, n_spatial, options):
 
 
 @pytest.mark.parametrize("shape", [(6, 3, 8), (6, 2, 5, 8), (6, 2, 5, 4, 8)])
-def test_rows_of_any_layout(shape):
-    net = excitatory(nn.Sequential(nn.Linear(8, 4), neuron.LIFNode(step_mode="m")))
+def test_any_layout_of_rows(shape):
+    net = with_positive_weights(nn.Sequential(nn.Linear(8, 4), neuron.LIFNode(step_mode="m")))
     learner = STDP(step_mode="m", synapse=net[0], sn=net[1])
     x = spikes(*shape)
     y = net(x)
@@ -78,9 +80,9 @@ def test_rows_of_any_layout(shape):
     assert torch.equal(learner.step(on_grad=False), expected)
 
 
-def test_time_and_batch_may_be_one_while_the_synapse_runs():
-    """nn.Conv2d takes no sequences: SpikingJelly's container folds time into the batch."""
-    conv, lif = excitatory(nn.Conv2d(2, 3, 3, bias=False)), neuron.IFNode(step_mode="m")
+def test_time_and_batch_can_be_flattened_for_the_synapse():
+    """nn.Conv2d takes no sequences, so SpikingJelly's container folds time into the batch."""
+    conv, lif = with_positive_weights(nn.Conv2d(2, 3, 3, bias=False)), neuron.IFNode(step_mode="m")
     learner = STDP(step_mode="m", synapse=conv, sn=lif)
     x = spikes(4, 2, 2, 6, 6)
     y = lif(layer.SeqToANNContainer(conv)(x))
@@ -90,7 +92,7 @@ def test_time_and_batch_may_be_one_while_the_synapse_runs():
 
 def test_snntorch_neurons_return_more_than_spikes():
     snntorch = pytest.importorskip("snntorch")
-    fc, lif = excitatory(nn.Linear(8, 4, bias=False)), snntorch.Leaky(beta=0.9)
+    fc, lif = with_positive_weights(nn.Linear(8, 4, bias=False)), snntorch.Leaky(beta=0.9)
     learner = STDP(step_mode="s", synapse=fc, sn=lif)
     x, memory, out = spikes(6, 3, 8), lif.init_leaky(), []
     for x_t in x:
@@ -104,7 +106,7 @@ def test_snntorch_neurons_return_more_than_spikes():
 @pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}], ids=str)
 @pytest.mark.parametrize("kind", [layer.Conv1d, layer.Conv2d])
 def test_against_spikingjellys_learner_on_images(kind, options):
-    conv = excitatory(kind(2, 3, 3, bias=False, step_mode="m", **options))
+    conv = with_positive_weights(kind(2, 3, 3, bias=False, step_mode="m", **options))
     lif = neuron.IFNode(step_mode="m")
     tau_sj = 1 / (1 - torch.tensor(-1 / 20.0, dtype=torch.float64).exp().item())
     theirs = STDPLearner("m", conv, lif, tau_sj, tau_sj, lambda w: 0.005, lambda w: 0.005)
@@ -115,8 +117,8 @@ def test_against_spikingjellys_learner_on_images(kind, options):
     assert torch.allclose(ours.step(on_grad=False), expected, atol=1e-6 * max(1, expected.abs().max().item()))
 
 
-def test_multiplicative_dependence_against_spikingjellys():
-    """Their f_pre and f_post of the weight are our (w - lower) and (upper - w) for bounds 0 and 1."""
+def test_multiplicative_dependence_equals_spikingjellys():
+    """SpikingJelly's f_pre and f_post are our (w - lower) and (upper - w) for bounds 0 and 1."""
     fc, lif = nn.Linear(6, 4, bias=False), neuron.IFNode(step_mode="m", v_threshold=0.5)
     nn.init.uniform_(fc.weight, 0.05, 0.95)
     tau_sj = 1 / (1 - torch.tensor(-1 / 20.0, dtype=torch.float64).exp().item())
@@ -127,8 +129,8 @@ def test_multiplicative_dependence_against_spikingjellys():
 
 
 def run_both(theirs, ours, rewards, shape):
-    """Changes of SpikingJelly's reward learner and of ours, step by step, called in the same way."""
-    fc, lif = excitatory(nn.Linear(6, 4, bias=False)), neuron.IFNode()
+    """Return the changes of SpikingJelly's reward learner and of ours for each time step of the same calls."""
+    fc, lif = with_positive_weights(nn.Linear(6, 4, bias=False)), neuron.IFNode()
     changes = ([], [])
     learners = theirs(fc, lif), ours(fc, lif)
     for reward, x in zip(rewards, spikes(len(rewards), *shape), strict=True):
@@ -140,7 +142,7 @@ def run_both(theirs, ours, rewards, shape):
 
 @needs_spikingjelly_2
 def test_against_spikingjellys_reward_learner():
-    """Theirs multiplies the reward of a step with the pairs of the step before; so ours is given each reward a step earlier."""
+    """SpikingJelly multiplies a reward by the pairs of the previous time step, so ours gets each reward one time step earlier."""
     rewards = torch.randn(9).tolist()
     theirs, _ = run_both(
         lambda fc, lif: MSTDPLearner("s", fc, lif, 20.0, 20.0, lambda w: 0.005, lambda w: 0.005),
@@ -163,7 +165,7 @@ def test_against_spikingjellys_reward_learner():
 
 @needs_spikingjelly_2
 def test_against_spikingjellys_learner_with_an_eligibility():
-    """Theirs holds the pairs back for a step and divides by the time constant; it takes one sample without a batch."""
+    """SpikingJelly delays the pairs by one time step, divides by the time constant, and takes one sample without a batch."""
     rewards = [1.0] * 9
     theirs, ours = run_both(
         lambda fc, lif: MSTDPETLearner("s", fc, lif, 20.0, 20.0, 5.0, lambda w: 0.005, lambda w: 0.005),
@@ -177,7 +179,7 @@ def test_against_spikingjellys_learner_with_an_eligibility():
 
 
 def test_a_batch_is_the_sum_of_single_samples():
-    net = excitatory(nn.Sequential(nn.Linear(8, 4, bias=False), neuron.LIFNode(step_mode="m")))
+    net = with_positive_weights(nn.Sequential(nn.Linear(8, 4, bias=False), neuron.LIFNode(step_mode="m")))
     x = spikes(6, 5, 8)
     for options, divided in (({}, 1), ({"reduction": "mean"}, 5)):
         learner = STDP("m", net[0], net[1], **options)
@@ -198,11 +200,11 @@ def test_a_batch_is_the_sum_of_single_samples():
 
 
 def rewarded(**more):
-    net = excitatory(nn.Sequential(nn.Linear(8, 4, bias=False), neuron.LIFNode(step_mode="m")))
+    net = with_positive_weights(nn.Sequential(nn.Linear(8, 4, bias=False), neuron.LIFNode(step_mode="m")))
     return net, RewardModulatedSTDP("m", net[0], net[1], **more)
 
 
-def test_samples_tokens_and_neurons_have_rewards_of_their_own():
+def test_rewards_per_sample_token_and_neuron():
     x = spikes(6, 2, 5, 8)
     for shape in ((2,), (2, 5), (2, 5, 4)):
         net, rule = rewarded()
@@ -221,8 +223,8 @@ def test_samples_tokens_and_neurons_have_rewards_of_their_own():
 
 
 @pytest.mark.parametrize("shape", [(6, 3, 8), (6, 3, 2, 8)])
-def test_every_sample_waits_for_its_own_reward(shape):
-    """The batch, each sample with its rewards, is the sum of the samples by themselves."""
+def test_every_sample_has_its_own_eligibility(shape):
+    """The change of a batch equals the sum over its samples, each with its own rewards."""
     net, rule = rewarded(tau_eligibility=5.0, per_sample=True)
     x, rewards = spikes(2, *shape), torch.randn(2, 3)
     changes = []
@@ -264,8 +266,8 @@ def test_every_sample_waits_for_its_own_reward(shape):
         rule.step(reward=2.0)
 
 
-def test_an_eligibility_lets_a_late_reward_count():
-    """Nothing fires in the second window, in which the reward comes: with an eligibility the first is remembered."""
+def test_a_late_reward_acts_through_the_eligibility():
+    """Nothing fires in the second window, which is rewarded: with an eligibility the spikes of the first window count."""
     for options, remembered in (({}, False), ({"tau_eligibility": 10.0}, True)):
         net, rule = rewarded(**options)
         net(spikes(6, 3, 8))
@@ -286,7 +288,7 @@ class no_warning:  # noqa: N801  # reads as pytest.warns does
         return False
 
 
-# --- what is wrong, and what is strange
+# --- bad input
 
 
 def everything(rule, net):
@@ -323,12 +325,12 @@ def long_reward(net, rule):
     rule.step(reward=torch.ones(4))
 
 
-def strange_reward(net, rule):
+def text_as_reward(net, rule):
     net(spikes(6, 3, 8))
     rule.step(reward="good")
 
 
-def endless_reward(net, rule):
+def infinite_reward(net, rule):
     net(spikes(6, 3, 8))
     rule.step(reward=torch.tensor([1.0, float("inf"), 1.0]))
 
@@ -355,13 +357,13 @@ def rewards_that_differ(net, rule):
     rule.step(reward=torch.ones(3))
 
 
-def endless_scale(net, rule):
+def infinite_scale(net, rule):
     net(spikes(6, 3, 8))
     rule.step(reward=1.0, scale=float("inf"))
 
 
 def another_layout(net, rule):
-    """As many rows, divided in another way: the traces would go to the wrong ones."""
+    """Change the layout of the rows but not their number: the traces would belong to other rows."""
     rule.reset()
     net(spikes(6, 2, 4, 8))
     rule.step(reward=0.0, on_grad=False)
@@ -394,7 +396,7 @@ def no_reward_at_all(net, rule):
 @pytest.mark.parametrize(
     ("do", "kind", "message"),
     [
-        (endless_scale, ValueError, "the weight update of .* must be finite"),
+        (infinite_scale, ValueError, "the weight update of .* must be finite"),
         (another_layout, ValueError, r"got \[2, 4\] and then \[4, 2\]"),
         (another_mode, ValueError, "must have the step_mode of the learner, 'm', got 's'"),
         (a_buffer_used_again, RuntimeError, "modified in place after they were recorded"),
@@ -411,8 +413,8 @@ def no_reward_at_all(net, rule):
             ValueError,
             r"must be one number or have shape \[3\] \(samples\) or \[3, 4\] \(neurons\), got \[4\]",
         ),
-        (strange_reward, TypeError, "must be a number or a tensor, got str"),
-        (endless_reward, ValueError, "the reward must be finite"),
+        (text_as_reward, TypeError, "must be a number or a tensor, got str"),
+        (infinite_reward, ValueError, "the reward must be finite"),
         (wrong_rank, ValueError, r"\[T, N, \*, D\] before and after Linear\[4, 8\], got \[3, 8\] and \[3, 4\]"),
         (
             wrong_neurons,
@@ -427,7 +429,7 @@ def no_reward_at_all(net, rule):
         ),
     ],
 )
-def test_bad_input_gets_a_sentence_and_touches_nothing(do, kind, message):
+def test_bad_input_raises_and_changes_nothing(do, kind, message):
     net, rule = rewarded()
     net(spikes(6, 3, 8))
     rule.step(reward=1.0)
@@ -446,13 +448,13 @@ def test_bad_input_gets_a_sentence_and_touches_nothing(do, kind, message):
     assert same(before, after)
     assert net[0].weight.grad is None
     rule.tau_eligibility = None
-    rule.reset()  # and it goes on
+    rule.reset()  # and the rule works again
     functional.reset_net(net)
     net(spikes(6, 3, 8))
     assert rule.step(reward=1.0, on_grad=False).any()
 
 
-def test_inference_mode_is_no_trap():
+def test_weights_can_change_in_inference_mode():
     net, rule = rewarded()
     x = spikes(6, 3, 8)
     for mode in (torch.inference_mode, torch.enable_grad):
@@ -469,7 +471,7 @@ def test_inference_mode_is_no_trap():
     assert net[0].weight.grad.any()
 
 
-def test_a_learner_that_nobody_holds_is_gone_and_a_copy_holds_none():
+def test_an_unreferenced_learner_is_freed_and_copies_have_none():
     net, rule = rewarded()
     kept = weakref.ref(rule)
     copied = pickle.loads(pickle.dumps(copy.deepcopy(net)))
@@ -481,7 +483,7 @@ def test_a_learner_that_nobody_holds_is_gone_and_a_copy_holds_none():
     net(spikes(6, 3, 8))
 
 
-def test_a_weight_that_is_computed_from_others_is_refused():
+def test_a_parametrised_weight_raises():
     with pytest.raises(TypeError, match="weight without parametrization"):
         STDP("m", nn.utils.parametrizations.weight_norm(nn.Linear(8, 4)), nn.Identity())
 
@@ -494,7 +496,7 @@ def test_large_changes_in_half_precision_can_be_limited():
     assert rule.step(on_grad=False).float().norm() == pytest.approx(1.0, rel=1e-2)
 
 
-def test_modules_that_are_not_in_the_network_are_named():
+def test_modules_outside_the_network_raise():
     net, _ = rewarded()
     for synapse, sn, message in (
         (nn.Linear(8, 4), net[1], "equally often, got 0 and 1 calls"),
@@ -508,7 +510,7 @@ def test_modules_that_are_not_in_the_network_are_named():
         rule.close()
 
 
-def test_neurons_that_return_no_tensor_are_named():
+def test_neurons_that_return_no_tensor_raise():
     net = nn.Sequential(nn.Linear(8, 4), nn.Identity())
     rule = STDP("m", net[0], net[1])
     with pytest.raises(TypeError, match="the neurons returned str"):
@@ -516,7 +518,7 @@ def test_neurons_that_return_no_tensor_are_named():
     assert not rule._post
 
 
-def test_silence_is_said_once():
+def test_silent_neurons_warn_once():
     net, rule = rewarded()
     for expected in (True, False):
         net(torch.zeros(6, 3, 8))
@@ -528,8 +530,8 @@ def test_silence_is_said_once():
             assert not rule.step(reward=1.0, on_grad=False).any()
 
 
-def test_steps_of_one_may_be_silent_for_a_while():
-    net = excitatory(nn.Sequential(nn.Linear(8, 4, bias=False), neuron.LIFNode()))
+def test_single_time_steps_without_spikes_do_not_warn_at_once():
+    net = with_positive_weights(nn.Sequential(nn.Linear(8, 4, bias=False), neuron.LIFNode()))
     rule = STDP("s", net[0], net[1])
     for _ in range(19):
         net(torch.zeros(3, 8))
@@ -539,7 +541,7 @@ def test_steps_of_one_may_be_silent_for_a_while():
         rule.step()
 
 
-def test_an_input_that_is_no_spikes_is_named_once():
+def test_a_non_binary_input_warns_once():
     net, rule = rewarded(name="blocks.0.ffn.up")
     net(torch.rand(6, 3, 8))
     with pytest.warns(UserWarning, match=r"the input of blocks\.0\.ffn\.up must be spikes"):

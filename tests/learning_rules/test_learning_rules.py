@@ -1,4 +1,4 @@
-"""STDP learners: direction in time, reward, life cycle, and what they leave untouched."""
+"""Tests of STDP learners: direction in time, reward, life cycle, and no side effects."""
 
 import copy
 import warnings
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.quick
 
 
 class Scripted(nn.Module):
-    """A neuron that fires what it is told to."""
+    """Neuron with a given spike train."""
 
     def __init__(self, spikes):
         super().__init__()
@@ -29,7 +29,7 @@ class Scripted(nn.Module):
 
 
 def wire(pre, post, rule=STDP, **more):
-    """One synapse whose two sides fire as given, ``[T]`` each; returns (run once, synapse, learner)."""
+    """Build a synapse with given spike trains ``[T]`` on both sides; return (run once, synapse, learner)."""
     synapse, sn = nn.Linear(1, 1, bias=False), Scripted(post.reshape(-1, 1, 1))
     learner = rule(step_mode="m", synapse=synapse, sn=sn, **more)
     return lambda: sn(synapse(pre.reshape(-1, 1, 1))), synapse, learner
@@ -39,7 +39,7 @@ EARLY, LATE = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 1.0])
 
 
 @pytest.mark.parametrize(("pre", "post", "sign"), [(EARLY, LATE, 1), (LATE, EARLY, -1)])
-def test_order_decides_the_sign_and_the_reward_turns_it_round(pre, post, sign):
+def test_the_order_of_spikes_sets_the_sign_and_the_reward_can_reverse_it(pre, post, sign):
     run, _, learner = wire(pre, post)
     run()
     assert learner.step(on_grad=False).sign().item() == sign
@@ -51,14 +51,14 @@ def test_order_decides_the_sign_and_the_reward_turns_it_round(pre, post, sign):
 
 
 def network(n_in=6, n_out=4, rule=STDP, step_mode="m", **more):
-    """A layer of neurons, its synapse and a learner."""
+    """Return a synapse with its neurons, and a learner."""
     net = nn.Sequential(nn.Linear(n_in, n_out), AssociativeLIFNode(n_out, n_clusters=2, step_mode=step_mode))
     with torch.no_grad():
         net[0].weight.abs_()
     return net, rule(step_mode=step_mode, synapse=net[0], sn=net[1], **more)
 
 
-def test_it_is_the_op_over_all_rows():
+def test_the_learner_equals_the_op_over_all_rows():
     net, rule = network()
     x = (torch.rand(7, 2, 3, 6) < 0.4).float()
     spikes = net(x)
@@ -70,7 +70,7 @@ def test_it_is_the_op_over_all_rows():
     assert torch.allclose(mean.step(on_grad=False), expected / 6, atol=1e-7)
 
 
-def test_single_steps_are_the_sequence_and_traces_go_on_between_steps():
+def test_single_time_steps_equal_the_sequence_and_traces_continue():
     x = (torch.rand(7, 2, 6) < 0.4).float()
     net, rule = network()
     net(x)
@@ -84,8 +84,8 @@ def test_single_steps_are_the_sequence_and_traces_go_on_between_steps():
     assert torch.allclose(sum(parts), whole, atol=1e-7)
 
 
-def test_against_spikingjellys_learner_where_both_are_defined():
-    """Traces match at tau_sj = 1 / (1 - exp(-1 / tau)); ours is scaled by a_plus = a_minus = 0.005."""
+def test_the_learner_equals_spikingjellys():
+    """Traces are equal for tau_sj = 1 / (1 - exp(-1 / tau)); ours are scaled by a_plus = a_minus = 0.005."""
     synapse, sn = nn.Linear(5, 3, bias=False), LIFNode(step_mode="m")
     with torch.no_grad():
         synapse.weight.abs_().add_(0.5)
@@ -138,7 +138,7 @@ def test_reward_from_the_loss_follows_a_baseline_that_outlives_reset():
     assert other.baseline == rule.baseline
 
 
-def test_apply_stays_within_bounds_and_revert_takes_everything_back():
+def test_apply_stays_within_bounds_and_revert_restores_the_weights():
     net, rule = network(bounds=(-0.3, 1.0))
     with torch.no_grad():
         net[0].weight[0] = torch.tensor([0.99, -0.29, 0.5, 1.5, -2.0, 0.0])  # two trained weights already outside
@@ -158,7 +158,7 @@ def test_apply_stays_within_bounds_and_revert_takes_everything_back():
     assert free.synapse.weight.max() > 8
 
 
-def test_revert_leaves_what_an_optimizer_did_in_between():
+def test_revert_keeps_the_changes_of_an_optimizer():
     net, rule = network(bounds=None)
     before = net[0].weight.detach().clone()
     rule.apply(torch.full((4, 6), 0.125))
@@ -168,7 +168,7 @@ def test_revert_leaves_what_an_optimizer_did_in_between():
     assert torch.allclose(net[0].weight, before + 1.0, atol=1e-6)
 
 
-def test_revert_keeps_what_an_optimizer_did_between_two_applies():
+def test_revert_keeps_optimizer_changes_between_two_applies():
     net, rule = network(bounds=None)
     before = net[0].weight.detach().clone()
     rule.apply(torch.full((4, 6), 0.125))
@@ -179,7 +179,7 @@ def test_revert_keeps_what_an_optimizer_did_between_two_applies():
     assert torch.allclose(net[0].weight, before + 1.0, atol=1e-6)
 
 
-def test_a_change_that_is_not_finite_is_refused_and_the_weights_are_untouched():
+def test_a_non_finite_change_raises_and_does_not_change_the_weights():
     net, rule = network()
     before = net[0].weight.detach().clone()
     with pytest.raises(ValueError, match="finite weight change"):
@@ -187,7 +187,7 @@ def test_a_change_that_is_not_finite_is_refused_and_the_weights_are_untouched():
     assert torch.equal(net[0].weight, before)
 
 
-def test_only_some_positions_take_part():
+def test_only_selected_positions_are_recorded():
     net, rule = network()
     x = (torch.rand(7, 2, 3, 6) < 0.4).float()
     spikes = net(x).detach()
@@ -195,7 +195,7 @@ def test_only_some_positions_take_part():
     assert torch.allclose(rule.step(on_grad=False, positions=slice(1, None)), expected, atol=1e-7)
 
 
-def test_what_a_copy_of_the_network_does_is_not_recorded():
+def test_spikes_of_a_copy_are_not_recorded():
     net, rule = network()
     x = (torch.rand(4, 2, 6) < 0.5).float()
     copied = copy.deepcopy(net)
@@ -205,7 +205,7 @@ def test_what_a_copy_of_the_network_does_is_not_recorded():
     assert rule.step(on_grad=False) is None
 
 
-def test_the_loss_of_a_training_step_can_be_given_as_it_is():
+def test_the_loss_of_a_training_step_can_have_a_graph():
     x, learned = (torch.rand(4, 2, 6) < 0.5).float(), []
     for given in (lambda loss: loss, lambda loss: loss.item()):
         torch.manual_seed(0)
@@ -243,14 +243,14 @@ def test_life_cycle():
         rule.enable()
 
 
-def test_the_learner_owns_no_parameters_of_the_synapse():
+def test_the_learner_does_not_register_parameters_of_the_synapse():
     _, rule = network()
     assert list(rule.parameters()) == []
     assert "trace" not in str(rule)
     assert "tau_plus=20.0" in str(rule)
 
 
-def test_misuse_is_named():
+def test_misuse_raises():
     net, rule = network(rule=RewardModulatedSTDP)
     x = (torch.rand(4, 2, 6) < 0.5).float()
     net(x)
@@ -279,7 +279,7 @@ def test_misuse_is_named():
     assert rule.extra_repr()
 
 
-def test_two_batch_shapes_in_one_record_are_named():
+def test_two_batch_shapes_in_one_recording_raise():
     net, rule = network()
     for n in (1, 2):
         net[1].reset()
@@ -315,7 +315,7 @@ def test_two_batch_shapes_in_one_record_are_named():
         ({"baseline_decay": 1.0}, ValueError, "decay must lie in"),
     ],
 )
-def test_bad_constructions_are_named(change, kind, message):
+def test_bad_constructor_arguments_raise(change, kind, message):
     arguments = {"step_mode": "m", "synapse": nn.Linear(2, 2), "sn": nn.ReLU()} | change
     with pytest.raises(kind, match=message):
         RewardModulatedSTDP(**arguments)

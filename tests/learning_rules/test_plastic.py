@@ -1,4 +1,4 @@
-"""What a rule has learned: apart from what was trained, in a file of its own; and where rewards come from."""
+"""Tests of the plastic part: separate from the trained weights, its file, and reward sources."""
 
 import json
 import signal
@@ -39,7 +39,7 @@ def synapse_with(weight):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_file_brings_back_the_same_weights_on_the_same_trained_ones(tmp_path, dtype):
+def test_a_file_restores_the_same_weights_on_the_same_trained_weights(tmp_path, dtype):
     trained = torch.randn(5, 7).to(dtype)
     part = PlasticPart(synapse_with(trained))
     for scale in (1e-3, 1e-8, 3.0):
@@ -54,7 +54,7 @@ def test_a_file_brings_back_the_same_weights_on_the_same_trained_ones(tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["mine.safetensors"]
 
 
-def test_a_weight_that_was_exchanged_is_the_one_that_changes():
+def test_a_replaced_weight_is_the_one_that_changes():
     net, rule = network(bounds=None)
     net[0].weight = nn.Parameter(torch.zeros(4, 6))
     rule.apply(torch.ones(4, 6))
@@ -63,8 +63,8 @@ def test_a_weight_that_was_exchanged_is_the_one_that_changes():
     assert not net[0].weight.any()
 
 
-def test_few_rows_of_many_can_change_and_make_a_small_file(tmp_path):
-    """As the head of a language model does: in a text there are few words of a vocabulary."""
+def test_changes_of_few_rows_make_a_small_file(tmp_path):
+    """The head of a language model changes this way: a text has only a few tokens of the vocabulary."""
     head = nn.Linear(16, 5000, bias=False)
     trained = head.weight.detach().clone()
     part = PlasticPart(head)
@@ -92,7 +92,7 @@ def test_few_rows_of_many_can_change_and_make_a_small_file(tmp_path):
         part.apply(torch.ones(2, 16), torch.tensor([7]))
 
 
-def test_only_the_plastic_part_is_in_the_file_and_an_optimizers_part_is_not(tmp_path):
+def test_the_file_has_the_plastic_part_and_no_optimizer_changes(tmp_path):
     net, rule = network(bounds=None)
     rule.apply(torch.full((4, 6), 0.25))
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_only_the_plastic_part_is_in_the_file_and_an_optimizers_part_is_not(tmp_
     assert (tmp_path / "a.safetensors").stat().st_size < 1000
 
 
-def test_synapses_that_learned_nothing_are_left_out_and_put_back(tmp_path):
+def test_unchanged_synapses_are_omitted_and_restored(tmp_path):
     (_, first), (_, second) = network(), network()
     first.apply(torch.full((4, 6), 0.1))
     save_plastic(tmp_path / "a.safetensors", {"first": first, "second": second})
@@ -114,7 +114,7 @@ def test_synapses_that_learned_nothing_are_left_out_and_put_back(tmp_path):
     assert torch.equal(second.synapse.weight, trained)
 
 
-def test_files_that_do_not_fit_change_nothing(tmp_path):
+def test_files_that_do_not_match_change_nothing(tmp_path):
     (_, rule), (_, stranger) = network(), network()
     good = tmp_path / "good.safetensors"
     with pytest.raises(ValueError, match="nothing to save"):
@@ -173,8 +173,8 @@ def test_another_file_is_not_overwritten(tmp_path):
         save_plastic(tmp_path, {"fc": rule})
 
 
-def test_ctrl_c_waits_until_the_weight_and_its_record_agree(request):
-    """A signal that comes in the middle of a change must not make what was trained unknown."""
+def test_ctrl_c_is_deferred_until_weight_and_backup_agree(request):
+    """After a signal during a change the trained weights must still be known."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     fc = nn.Linear(400, 400, bias=False)
@@ -197,7 +197,7 @@ def test_ctrl_c_waits_until_the_weight_and_its_record_agree(request):
     assert stopped > 30
 
 
-def test_weights_that_would_overflow_are_untouched():
+def test_weights_that_would_overflow_do_not_change():
     net, rule = network(bounds=None)
     before = net[0].weight.detach().clone()
     for delta in (torch.full((4, 6), 1e300, dtype=torch.float64), torch.zeros(4, 6, dtype=torch.complex64)):
@@ -211,7 +211,7 @@ def test_weights_that_would_overflow_are_untouched():
     assert torch.equal(net[0].weight, before)
 
 
-def test_weights_that_were_loaded_again_are_left_alone():
+def test_reloaded_weights_are_not_reverted():
     net, rule = network(bounds=None)
     state = {name: value.clone() for name, value in net.state_dict().items()}
     rule.apply(torch.full((4, 6), 0.5))
@@ -220,7 +220,7 @@ def test_weights_that_were_loaded_again_are_left_alone():
     assert torch.equal(net[0].weight, state["0.weight"])
 
 
-def test_a_state_that_is_none_is_refused():
+def test_an_invalid_state_raises():
     for source, state in (
         (LossBelowBaseline(), {}),
         (LossBelowBaseline(), {"baseline": float("nan")}),
@@ -234,7 +234,7 @@ def test_a_state_that_is_none_is_refused():
     assert source.baseline == 10.0
 
 
-def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, monkeypatch):
+def test_a_full_disk_does_not_damage_the_existing_file(tmp_path, monkeypatch):
     _, rule = network()
     rule.apply(torch.full((4, 6), 0.1))
     path = tmp_path / "a.safetensors"
@@ -268,7 +268,7 @@ def test_a_loss_is_compared_with_its_running_mean():
     assert again.baseline == source.baseline
 
 
-def test_the_first_loss_may_set_what_is_expected():
+def test_the_first_loss_can_set_the_baseline():
     source = LossBelowBaseline(baseline=None)
     assert source.state_dict() == {"baseline": None}
     assert source(4.0) == 0
@@ -276,7 +276,7 @@ def test_the_first_loss_may_set_what_is_expected():
     assert source(3.0) > 0
 
 
-def test_a_given_reward_may_be_compared_with_what_is_usual():
+def test_a_given_reward_can_be_compared_with_its_running_mean():
     source = GivenReward()
     assert source(0.5) == 0.5
     assert torch.equal(source(torch.tensor([1.0, -1.0])), torch.tensor([1.0, -1.0]))
@@ -287,7 +287,7 @@ def test_a_given_reward_may_be_compared_with_what_is_usual():
     assert other(1.0) == 0.125
 
 
-def test_a_rule_asks_its_source_and_saves_what_it_remembers():
+def test_a_rule_uses_its_reward_source_and_saves_its_state():
     net, rule = network(source=GivenReward(decay=0.5))
     for expected in (1.0, 0.5):
         net((torch.rand(6, 3, 6) < 0.6).float())
@@ -303,7 +303,7 @@ def test_a_rule_asks_its_source_and_saves_what_it_remembers():
     assert not hasattr(rule, "baseline")
 
 
-def test_a_source_of_ones_own_is_asked():
+def test_a_user_reward_source_is_used():
     class Twice(RewardSource):
         seen = ()
 
@@ -322,7 +322,7 @@ def test_a_source_of_ones_own_is_asked():
     assert rule.state_dict()["_extra_state"] == {}
 
 
-def test_where_nothing_was_recorded_nothing_is_remembered():
+def test_without_a_recording_the_baseline_does_not_change():
     net, rule = network(baseline=3.0)
     net((torch.rand(6, 3, 6) < 0.6).float())
     rule.step(loss=2.0)
@@ -333,7 +333,7 @@ def test_where_nothing_was_recorded_nothing_is_remembered():
     assert (rule.baseline, rule.last_reward) == known
 
 
-def test_losses_of_samples_reward_each_of_them():
+def test_losses_per_sample_give_rewards_per_sample():
     net, rule = network(baseline=3.0)
     x = (torch.rand(6, 2, 6) < 0.6).float()
     net(x)
@@ -356,7 +356,7 @@ def test_a_failing_step_does_not_move_the_baseline():
 
 
 @pytest.mark.parametrize("source", [LossBelowBaseline, GivenReward])
-def test_sources_refuse_what_is_no_number(source):
+def test_reward_sources_raise_on_bad_input(source):
     with pytest.raises(ValueError, match="decay must lie in"):
         source(decay=1.0)
     with pytest.raises(ValueError, match="must be finite"):
@@ -375,7 +375,7 @@ def test_accelerate_can_checkpoint_a_source(tmp_path):
     assert source.baseline == 3.0
 
 
-def test_a_learner_of_a_closed_rule_keeps_what_it_applied():
+def test_a_closed_rule_keeps_its_applied_change():
     net, _ = network()
     rule = STDP("m", net[0], net[1])
     trained = net[0].weight.detach().clone()

@@ -1,4 +1,4 @@
-"""AssociativeLIFNode: a SpikingJelly node around the op."""
+"""Tests of AssociativeLIFNode, the SpikingJelly node of the op."""
 
 import copy
 import pickle
@@ -17,14 +17,14 @@ pytestmark = pytest.mark.quick
 
 
 def node(**more):
-    """A small node in step mode m."""
+    """Return a small node in step mode m."""
     return AssociativeLIFNode(8, **{"n_clusters": 4, "step_mode": "m"} | more)
 
 
 X = 2 * torch.rand(6, 3, 8, generator=torch.Generator().manual_seed(1))
 
 
-def test_it_is_the_op():
+def test_the_node_equals_the_op():
     n = node(store_v_seq=True)
     spikes, v_seq, state = associative_lif(
         X,
@@ -41,7 +41,7 @@ def test_it_is_the_op():
     assert 0 < spikes.mean() < 0.4
 
 
-def test_single_steps_are_the_sequence():
+def test_single_time_steps_equal_the_sequence():
     multi, single = node(store_v_seq=True), node(step_mode="s", store_v_seq=True)
     spikes = torch.stack([single(x) for x in X])
     assert torch.equal(multi(X), spikes)
@@ -56,7 +56,7 @@ def test_dimensions_between_rows_and_features_are_rows():
     assert n.v.shape == (3, 5, 8)
 
 
-def test_state_is_carried_until_reset_and_stateless_leaves_it():
+def test_state_is_carried_until_reset_and_stateless_calls_do_not_change_it():
     n = node()
     first, held = n(X), n.v.clone()
     assert torch.equal(n(X, stateless=True), first)
@@ -68,7 +68,7 @@ def test_state_is_carried_until_reset_and_stateless_leaves_it():
         assert torch.equal(n(X), first)
 
 
-def test_a_batch_shape_that_changes_while_state_is_held_raises():
+def test_a_changed_batch_shape_raises_while_the_node_has_state():
     n = node()
     n(X)
     with pytest.raises(ValueError, match=r"has state of shape \[3, 8\], but got input of shape \[2, 8\].*reset"):
@@ -86,12 +86,12 @@ def test_a_batch_shape_that_changes_while_state_is_held_raises():
         ((8,), "s", r"expects shape \[N, \*, D\] with D = 8, got \[8\]"),
     ],
 )
-def test_wrong_rank_or_width_is_named(shape, step_mode, message):
+def test_wrong_rank_or_width_raises(shape, step_mode, message):
     with pytest.raises(ValueError, match=message):
         node(step_mode=step_mode)(torch.zeros(shape))
 
 
-def test_bad_constructions_are_named():
+def test_bad_constructor_arguments_raise():
     with pytest.raises(ValueError, match="D = 8 and C = 3"):
         AssociativeLIFNode(8, n_clusters=3)
     with pytest.raises(ValueError, match="unknown surrogate"):
@@ -122,7 +122,7 @@ def test_spikingjellys_tools_work_on_it():
 
 
 @needs_spikingjelly_2
-def test_functional_forward_takes_and_gives_states():
+def test_functional_forward_takes_and_returns_states():
     n = node()
     forward = base.to_functional_forward(n)
     (whole,), states = forward((X,), (0.0, 0.0, 0))
@@ -151,14 +151,14 @@ def test_parameters_for_the_optimizer_have_a_dimension():
     ]
 
 
-def test_everything_that_learns_gets_a_gradient():
+def test_every_learnable_parameter_has_a_gradient():
     n = node(store_v_seq=True)
     (n(X).sum() + n.v_seq.sum()).backward()
     for name, parameter in n.named_parameters():
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_a_spikingjelly_surrogate_can_be_given_and_swapped_in():
+def test_a_spikingjelly_surrogate_can_be_passed_or_assigned():
     n = node(surrogate=surrogate.ATan())
     spikes = n(X)
     assert torch.equal(spikes, node()(X))
@@ -171,7 +171,7 @@ def test_a_spikingjelly_surrogate_can_be_given_and_swapped_in():
     assert not torch.allclose(n.v_threshold.grad, atan)
 
 
-def test_the_backend_can_be_asked_for():
+def test_which_backend_returns_the_backend():
     n = node(backend="torch")
     assert n.which_backend(X).name == "torch"
     n.backend = "cupy"
@@ -183,8 +183,8 @@ def test_the_backend_can_be_asked_for():
     assert n.backend == "cupy"
 
 
-def test_spikingjellys_way_of_setting_a_backend_works():
-    """What SpikingJelly 0.0.0.0.14's ``functional.set_backend`` does with every module of a network."""
+def test_the_backend_can_be_set_as_by_spikingjelly():
+    """``functional.set_backend`` of SpikingJelly 0.0.0.0.14 sets the backend of every module this way."""
     net = nn.Sequential(nn.Linear(8, 8), node())
     for module in net.modules():
         if hasattr(module, "backend") and "torch" in module.supported_backends:
@@ -196,13 +196,13 @@ def test_half_precision_modules_keep_their_state_in_float32():
     n = node().to(torch.bfloat16)
     assert n(X.bfloat16()).dtype == torch.bfloat16
     assert n.v.dtype == torch.float32
-    kept = torch.tensor(0.9).logit().bfloat16().float().sigmoid()  # only the parameter is rounded, not what it becomes
+    kept = torch.tensor(0.9).logit().bfloat16().float().sigmoid()  # only the parameter is rounded, not its sigmoid
     silent = node(n_clusters=None, threshold=99.0).to(torch.bfloat16)
     silent(torch.ones(1, 1, 8, dtype=torch.bfloat16))
     assert torch.allclose(silent.v, 1 - kept, atol=1e-6)
 
 
-def test_reset_parameters_start_anew():
+def test_reset_parameters_restores_initial_values():
     n = node(threshold=0.5)
     before = copy.deepcopy(n.state_dict())
     with torch.no_grad():
@@ -227,14 +227,14 @@ def test_cascade_module_starts_as_a_ring():
         cascade(torch.zeros(2, 10))
 
 
-def test_foreign_neurons_run_from_rest_and_keep_their_memory():
+def test_other_neurons_run_from_rest_and_their_state_is_restored():
     lif = neuron.LIFNode(step_mode="m")
     first = lif(X)
     held = lif.v.clone()
     assert torch.equal(fire_from_rest(lif, X), first)
     assert torch.equal(lif.v, held)
     chain = make_neuron(lambda n: nn.Sequential(nn.Linear(8, 8), neuron.LIFNode(v_threshold=0.2)), 8)
-    for rows in (3, 2):  # a container of neurons starts from rest too, whatever the batch
+    for rows in (3, 2):  # a container of neurons also starts from rest, with any batch size
         out = fire_from_rest(chain, X[:, :rows])
         assert torch.equal(fire_from_rest(chain, X[:, :rows]), out)
     assert chain[1].v == 0.0

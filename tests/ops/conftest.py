@@ -1,4 +1,4 @@
-"""Where the kernels run in these tests: on the CPU, in Triton's interpreter, as C++ in place of CUDA, and on a GPU."""
+"""Fixtures that run kernels on the CPU, in Triton's interpreter, as C++ instead of CUDA, and on a GPU."""
 
 import ctypes
 import importlib
@@ -19,7 +19,7 @@ CUPY = "nord_snn.ops.lif.cupy"
 
 @pytest.fixture
 def memory_full_of_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill whatever is allocated, so that an element that a kernel does not write shows."""
+    """Fill allocated memory with NaN, so that elements that a kernel does not write are detected."""
 
     def filled(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def allocate_filled(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -34,7 +34,7 @@ def memory_full_of_nan(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def interpreted() -> ModuleType:
-    """The Triton kernels once more, decorated for the interpreter; whoever else imports them gets the compiled ones."""
+    """Load the Triton kernels again for the interpreter; other imports still get the compiled kernels."""
     pytest.importorskip("triton", reason="Triton is not installed")
     spec = importlib.util.spec_from_file_location("interpreted_triton", importlib.util.find_spec(TRITON).origin)
     module = importlib.util.module_from_spec(spec)
@@ -46,11 +46,11 @@ def interpreted() -> ModuleType:
 
 @pytest.fixture
 def interpreter(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The same, ready to run: kernels that are called from kernels are interpreted too."""
+    """Return the interpreted kernels, with interpretation of kernels that are called from kernels."""
     triton, machinery = importlib.import_module("triton"), importlib.import_module("triton.runtime.interpreter")
 
     def call_and_tidy_up(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call a kernel from a kernel, as the interpreter does, and leave ``triton.language`` to others as it was."""
+        """Call a kernel from a kernel, as the interpreter does, and restore ``triton.language``."""
         scope = machinery._patch_lang(self.fn)
         try:
             return self.rewrite()(*args, **kwargs)
@@ -68,7 +68,7 @@ def interpreter(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Mod
 
 @pytest.fixture(scope="session")
 def emulate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., None]]:
-    """A stand-in for ``_launch`` of the CUDA kernels that compiles them as C++ and runs them on the CPU."""
+    """Return a replacement of ``_launch`` that compiles the CUDA kernels as C++ and runs them on the CPU."""
     kernels = importlib.import_module(CUPY)
     compiler = next((path for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), None)
     if compiler is None:

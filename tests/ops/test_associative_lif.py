@@ -1,4 +1,4 @@
-"""The associative LIF op: against independent values, against its own equations, and against bad input."""
+"""Tests of the associative LIF op: independent values, equations, bad input."""
 
 import pytest
 import torch
@@ -17,14 +17,14 @@ EPSILON = 1e-5  # spikes must agree wherever |u - threshold| is larger
 
 @pytest.fixture(params=["torch", "numba"])
 def backend(request):
-    """The reference and, where it is installed, the CPU kernel."""
+    """Select the reference and, if Numba is installed, the CPU kernel."""
     if request.param == "numba":
         pytest.importorskip("numba", reason="the CPU kernels need Numba")
     return request.param
 
 
 def run_case(case, backend, dtype=torch.float32):
-    """The op on a reference case: leaves that carry gradients, and what came out."""
+    """Run the op on a reference case; return the leaves and the outputs."""
     leaves = {name: value.to(dtype, copy=True).requires_grad_() for name, value in case["params"].items()}
     leaves["x"] = case["x"].to(dtype, copy=True).requires_grad_()
     state = None
@@ -55,7 +55,7 @@ def run_case(case, backend, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_spikes_membranes_and_states_are_the_expected_ones(case, backend):
+def test_spikes_membrane_potentials_and_states_equal_the_expected_values(case, backend):
     assert case["margin"] > EPSILON
     _, (spikes, v_seq, state) = run_case(case, backend)
     assert torch.equal(spikes, case["spikes"])
@@ -66,7 +66,7 @@ def test_spikes_membranes_and_states_are_the_expected_ones(case, backend):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_are_the_expected_ones(case, backend):
+def test_gradients_equal_the_expected_values(case, backend):
     leaves, (spikes, v_seq, _) = run_case(case, backend)
     ((spikes * case["grad_spikes"]).sum() + (v_seq * case["grad_v"]).sum()).backward()
     expected = dict(case["grads"], x=case["grad_x"])
@@ -78,7 +78,7 @@ def test_gradients_are_the_expected_ones(case, backend):
 
 
 def test_the_smooth_part_passes_gradcheck():
-    """Below threshold nothing fires and the map is smooth: its gradient is the true one."""
+    """Below threshold nothing fires and the function is smooth, so its gradient is exact."""
     threshold = torch.full((4,), 50.0, dtype=torch.float64)
     state = AssociativeLIFState(*(torch.randn(3, 4, dtype=torch.float64) for _ in range(2)), torch.zeros(3, 4).int())
 
@@ -101,7 +101,7 @@ def test_the_smooth_part_passes_gradcheck():
 
 @pytest.mark.parametrize("name", SURROGATES)
 def test_the_spiking_part_passes_gradcheck_with_the_surrogates_primitive(name):
-    """Put the smooth primitive where the step is: then the backward pass must be the true gradient of the forward pass."""
+    """With the smooth primitive instead of the step function, the backward pass must be the exact gradient."""
     primitive = SURROGATES[name].primitive
     weight = torch.rand(2, 2, dtype=torch.float64).requires_grad_()
     gain = torch.rand(2, dtype=torch.float64).requires_grad_()
@@ -130,7 +130,7 @@ def test_the_spiking_part_passes_gradcheck_with_the_surrogates_primitive(name):
         assert torch.allclose(grad[0], SURROGATES[name].derivative(u - 0.3, 4.0) * 0.3)
 
 
-def test_threshold_gets_the_negative_of_the_membranes_gradient():
+def test_the_threshold_gradient_is_the_negative_membrane_gradient():
     x, threshold = torch.randn(1, 1, 3).requires_grad_(), torch.full((3,), 0.25).requires_grad_()
     spikes, _, _ = associative_lif(x, threshold=threshold, beta_mem=0.9, beta_syn=0.5)
     spikes.sum().backward()
@@ -146,8 +146,8 @@ def test_threshold_gets_the_negative_of_the_membranes_gradient():
     seed=st.integers(0, 999),
     cut=st.integers(0, 6),
 )
-def test_a_sequence_may_be_cut_anywhere(T, N, clusters, refractory_steps, seed, cut):
-    """Running on from the returned state is the same as never having stopped, and rows do not see each other."""
+def test_a_sequence_can_be_split_at_any_time_step(T, N, clusters, refractory_steps, seed, cut):
+    """Continuing from the returned state equals one call on the whole sequence, and rows are independent."""
     generator = torch.Generator().manual_seed(seed)
     x = 3 * torch.randn(T, N, 6, generator=generator)
     arguments = {
@@ -174,7 +174,7 @@ def test_a_sequence_may_be_cut_anywhere(T, N, clusters, refractory_steps, seed, 
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 3])
-def test_refractory_steps_are_kept(steps):
+def test_the_refractory_period_has_the_given_length(steps):
     x = torch.full((9, 1, 1), 100.0)
     spikes, v_seq, _ = associative_lif(
         x, threshold=torch.tensor([0.25]), beta_mem=0.9, beta_syn=0.5, refractory_steps=steps, return_v_seq=True
@@ -190,8 +190,8 @@ def test_a_threshold_below_v_reset_fires_while_refractory():
     assert spikes.flatten().tolist() == [1, 1, 1, 1]
 
 
-def test_the_cascade_wakes_neighbours_one_step_later_and_not_earlier():
-    """Only cluster 0 is driven, only cluster 1 listens to it: cluster 1 fires a step later, cluster 2 never."""
+def test_the_cascade_acts_on_neighbours_one_time_step_later():
+    """Only cluster 0 is driven and only cluster 1 receives its current: cluster 1 fires one time step later, cluster 2 never."""
     x = torch.zeros(3, 1, 6)
     x[0, 0, [0, 3]] = 50.0
     listens = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
@@ -203,7 +203,7 @@ def test_the_cascade_wakes_neighbours_one_step_later_and_not_earlier():
     assert off[1:].sum() == 0
 
 
-def test_the_cascade_has_a_gradient_where_nothing_fires():
+def test_the_cascade_has_a_gradient_without_spikes():
     gain = torch.ones(2).requires_grad_()
     x = torch.zeros(2, 1, 4).requires_grad_()
     spikes, _, state = associative_lif(
@@ -215,7 +215,7 @@ def test_the_cascade_has_a_gradient_where_nothing_fires():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_low_precision_goes_in_and_out_and_float32_stays_inside(dtype):
+def test_low_precision_inputs_are_computed_in_float32(dtype):
     x = torch.randn(6, 3, 8).to(dtype)
     arguments = {"threshold": torch.rand(8), "beta_mem": 0.9, "beta_syn": 0.5, "return_v_seq": True}
     spikes, v_seq, state = associative_lif(x, **arguments)
@@ -227,7 +227,7 @@ def test_low_precision_goes_in_and_out_and_float32_stays_inside(dtype):
     assert torch.equal(state.v, state32.v)
 
 
-def test_autocast_changes_nothing():
+def test_autocast_has_no_effect():
     x = torch.randn(6, 3, 8)
     arguments = {
         "threshold": torch.rand(8),
@@ -249,14 +249,14 @@ def test_non_contiguous_input():
     assert torch.equal(associative_lif(x, **arguments)[0], associative_lif(x.contiguous(), **arguments)[0])
 
 
-def test_which_backend_says_what_runs_and_why_not_the_others():
+def test_which_backend_returns_the_backend_and_the_reasons_against_others():
     choice = which_backend(torch.zeros(1, 1, 1), backend="torch")
     assert choice.name == "torch"
     assert set(choice.others) == {"numba", "triton", "cupy"}
     assert "torch: runs" in str(choice)
 
 
-def test_a_backend_that_cannot_run_names_the_cure(monkeypatch):
+def test_a_backend_that_cannot_run_raises_with_the_remedy(monkeypatch):
     x, arguments = torch.zeros(1, 1, 1), {"threshold": torch.ones(1), "beta_mem": 0.9, "beta_syn": 0.5}
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="it needs a CUDA GPU"):
@@ -273,7 +273,7 @@ def test_a_backend_that_cannot_run_names_the_cure(monkeypatch):
     dispatch._numba_available.cache_clear()
 
 
-def test_the_environment_variable_stands_in_for_auto(monkeypatch):
+def test_the_environment_variable_replaces_auto(monkeypatch):
     x = torch.zeros(1, 1, 1)
     monkeypatch.setenv("NORD_SNN_BACKEND", "torch")  # after the import: it is read when a backend is chosen
     assert which_backend(x).name == "torch"
@@ -294,7 +294,7 @@ def test_the_table_has_every_op_and_names_each_backend_with_its_reason():
     assert "plain PyTorch" in lines["torch"]
 
 
-def test_every_op_can_be_asked_what_it_runs_on():
+def test_which_backend_works_for_every_op():
     x = torch.zeros(2, 3, 8)
     for op in ("associative_lif", "leaky_clamp", "resonance", "resonance_cached", "stdp"):
         assert which_backend(x, "torch", op=op).name == "torch"
@@ -337,20 +337,20 @@ GOOD = {"threshold": torch.ones(6), "beta_mem": 0.9, "beta_syn": 0.5}
         (torch.zeros(2, 3, 6), {"surrogate": "relu"}, "unknown surrogate 'relu'"),
     ],
 )
-def test_bad_input_is_named(x, change, message):
+def test_bad_input_raises(x, change, message):
     with pytest.raises(ValueError, match=message):
         associative_lif(x, **{**GOOD, **change})
 
 
-def test_integers_are_refused():
+def test_integers_raise():
     with pytest.raises(TypeError, match="floating-point"):
         associative_lif(torch.zeros(2, 3, 6, dtype=torch.int64), **GOOD)
     with pytest.raises(TypeError, match="expects a tensor"):
         associative_lif([[1.0]], **GOOD)
 
 
-def test_a_backend_that_cannot_run_says_so():
-    """On a machine with CUDA the tensor is the reason, elsewhere the machine: the message has the one that holds here."""
+def test_a_backend_that_cannot_run_raises():
+    """With a CUDA GPU the reason is the device of the tensor, otherwise the missing GPU."""
     reason = "these are on cpu" if torch.cuda.is_available() else "PyTorch finds none|without CUDA|is not installed"
     with pytest.raises(RuntimeError, match=f"backend 'triton' cannot run associative_lif.*({reason})"):
         associative_lif(torch.zeros(2, 3, 6), backend="triton", **GOOD)

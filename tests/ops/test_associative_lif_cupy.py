@@ -1,4 +1,4 @@
-"""The CUDA kernels of the associative LIF op: compiled for GPUs, and run, on the CPU where there is no GPU.
+"""Tests of the CUDA kernels of the associative LIF op: compiled for GPUs, and run on the CPU if there is no GPU.
 
 Compiled as ordinary C++ with the few lines of ``cuda_on_cpu.h`` before it, the very source that a GPU runs computes the
 same numbers thread by thread; what a GPU adds, its memory and its compiler, is left to the tests marked ``gpu``.
@@ -32,19 +32,19 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="session")
 def nvrtc():
-    """NVIDIA's run-time compiler, which compiles without a GPU; CuPy uses the same."""
+    """Load NVIDIA's run-time compiler, which CuPy uses and which needs no GPU."""
     spec = importlib.util.find_spec("nvidia")
     places = [] if spec is None or spec.submodule_search_locations is None else list(spec.submodule_search_locations)
     for library in sorted(path for place in places for path in Path(place).rglob("libnvrtc.so.*")):
         builtins = sorted(path for path in library.parent.glob("libnvrtc-builtins.so.*") if ".alt." not in path.name)
         if builtins:
-            ctypes.CDLL(str(builtins[0]), mode=ctypes.RTLD_GLOBAL)  # NVRTC looks for it among what is loaded
+            ctypes.CDLL(str(builtins[0]), mode=ctypes.RTLD_GLOBAL)  # NVRTC searches the loaded libraries for it
             return ctypes.CDLL(str(library))
     return pytest.skip("NVRTC is not installed: it comes with torch's CUDA builds (package nvidia-cuda-nvrtc)")
 
 
 def compile_ptx(nvrtc: ctypes.CDLL, source: str, options: tuple[str, ...]) -> tuple[str | None, str]:
-    """PTX, or None where the source is wrong, and what the compiler says."""
+    """Return PTX, or None if the source is wrong, and the log of the compiler."""
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None) == 0
     encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
@@ -106,7 +106,7 @@ def test_a_broken_source_does_not_compile(nvrtc):
 
 @pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request, monkeypatch, memory_full_of_nan):
-    """Where the kernels run."""
+    """Return the device of the kernels."""
     if request.param == "gpu":
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
@@ -118,7 +118,7 @@ def device(request, monkeypatch, memory_full_of_nan):
 
 
 class Case(NamedTuple):
-    """A call of the kernels; C = 0 for no cascade."""
+    """Sizes of a call of the kernels; C = 0 for no cascade."""
 
     T: int
     N: int
@@ -133,7 +133,7 @@ class Case(NamedTuple):
 
 
 class Call:
-    """A case with random numbers, on one device: what the kernels give and what the reference does."""
+    """A case with random numbers on one device, with outputs of the kernels and of the reference."""
 
     def __init__(self, case: Case, device: torch.device, v_reset: float = -0.1) -> None:
         self.case, self.v_reset = case, v_reset
@@ -165,7 +165,7 @@ class Call:
         return kernels.backward(grads, self.arguments(), self.case.surrogate, 3.0)
 
     def expected(self) -> tuple[tuple[Any, ...], dict[str, torch.Tensor], torch.Tensor]:
-        """Outputs and gradients of the reference, and how far every membrane was from its threshold."""
+        """Return outputs and gradients of the reference, and the distance of every membrane potential to its threshold."""
         case = self.case
         x = self.x.detach().float().requires_grad_()
         rest = torch.zeros_like(x[0]).detach()
@@ -203,7 +203,7 @@ class Call:
         return (spikes, v_seq, *last), gradients, margin.detach()
 
     def check(self) -> None:
-        """Compare everything."""
+        """Compare all outputs and gradients."""
         case = self.case
         rounding = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}[case.dtype]
         (spikes, v_seq, *last), gradients, margin = self.expected()
@@ -264,13 +264,13 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(part).split(".")[-1] for part in case))
-def test_outputs_and_gradients_are_those_of_the_reference(device, case):
+def test_outputs_and_gradients_equal_the_reference(device, case):
     Call(case, device).check()
 
 
 @pytest.mark.parametrize("C", [0, 1, 3, 15, 30])
-def test_blocks_take_several_groups_of_rows_and_threads_several_neurons(device, monkeypatch, C):
-    """With blocks of a few threads every loop turns more than once, and the last group of rows is not full."""
+def test_thread_blocks_process_several_groups_of_rows_and_threads_several_neurons(device, monkeypatch, C):
+    """With thread blocks of a few threads every loop has several iterations, and the last group of rows is not full."""
     monkeypatch.setattr(kernels, "_BLOCK_THREADS", 8)
     monkeypatch.setattr(kernels, "_MAX_ROW_THREADS", 4)
     monkeypatch.setattr(kernels, "_NEURONS_PER_THREAD", 2)
@@ -283,8 +283,8 @@ def test_blocks_take_several_groups_of_rows_and_threads_several_neurons(device, 
         Call(case, device).check()
 
 
-def test_a_barrier_that_is_missing_shows(emulate, monkeypatch):
-    """The emulation would be no proof if it let a race pass."""
+def test_a_missing_barrier_is_detected(emulate, monkeypatch):
+    """The emulation must detect races."""
     monkeypatch.setattr(kernels, "_launch", emulate)
     monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 1)
     for kernel in (FORWARD, BACKWARD):
@@ -310,7 +310,7 @@ def test_no_rows_give_empty_results_and_no_gradient(device, monkeypatch, C):
     assert all((part == 0).all() for part in shared)
 
 
-def test_inputs_need_not_be_contiguous_and_betas_may_be_scalars(device):
+def test_inputs_can_be_non_contiguous_and_betas_scalars(device):
     call = Call(Case(6, 5, 6, 3), device)
     straight = (*call.forward(), *call.backward())
     for name in ("x", "grad_spikes", "grad_v_seq"):
@@ -325,7 +325,7 @@ def test_inputs_need_not_be_contiguous_and_betas_may_be_scalars(device):
     assert crooked[-3].shape == crooked[-2].shape == ()
 
 
-def test_the_same_call_gives_the_same_bits(device):
+def test_the_same_call_is_bitwise_reproducible(device):
     call = Call(Case(5, 20, 30, 15), device)
     first, second = ((*call.forward(), *call.backward()) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -338,8 +338,8 @@ def test_a_threshold_below_v_reset_fires_while_refractory(device):
     assert call.forward()[0][1:, :, ::2].float().mean() > 0.6
 
 
-def test_a_neuron_at_v_reset_is_held_only_while_refractory(device):
-    """With v_reset = 0 a neuron at rest has the membrane of one that is held, but not its gradient."""
+def test_a_neuron_at_v_reset_is_refractory_only_after_a_spike(device):
+    """With v_reset = 0 a neuron at rest has the membrane potential of a refractory neuron, but not its gradient."""
     call = Call(Case(5, 4, 6, 3, state=False), device, v_reset=0.0)
     call.x[:, :2] = 0
     call.check()
@@ -353,8 +353,8 @@ def test_far_from_the_threshold_the_surrogates_do_not_overflow(device, surrogate
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_sixteen_bits_round_as_torch_does(device, dtype):
-    """Without leak and firing the membrane is the input: it comes out as it went in, rounded once, also small or not finite."""
+def test_16_bit_types_round_as_torch_does(device, dtype):
+    """Without leak and spikes the membrane potential equals the input, rounded once, also if it is tiny or not finite."""
     v = torch.cat(
         (torch.randn(500) * 10.0 ** torch.randint(-9, 6, (500,)), torch.tensor([65519.0, 65520.0, 1e-8, 0.0]))
     )
@@ -370,11 +370,11 @@ def test_sixteen_bits_round_as_torch_does(device, dtype):
     assert v_seq[~number].isnan().all()
 
 
-# ---- what stands around the kernels
+# ---- the code around the kernels
 
 
-def test_the_launch_is_on_torchs_device_and_stream(monkeypatch):
-    """Against a stand-in for CuPy, which takes its own device and stream unless it is told."""
+def test_the_launch_uses_torchs_device_and_stream(monkeypatch):
+    """Use a stand-in for CuPy, which uses its own device and stream by default."""
     said: list[Any] = []
 
     class Guard:
@@ -433,7 +433,7 @@ def test_every_plan_fits_the_device_and_covers_every_neuron():
             assert kernels.fits(D, C) == (True, "runs")
 
 
-def test_too_many_clusters_are_refused_with_a_reason():
+def test_too_many_clusters_raise_with_a_reason():
     runs, reason = kernels.fits(5000, 5000)
     assert not runs
     assert "at most 4096 clusters, got 5000" in reason

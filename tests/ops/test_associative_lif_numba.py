@@ -1,4 +1,4 @@
-"""The Numba kernels against the reference: outputs, last state and every gradient."""
+"""Tests of the Numba kernels against the reference: outputs, last state and every gradient."""
 
 import contextlib
 import logging
@@ -20,7 +20,7 @@ EPSILON = 1e-5  # spikes must agree wherever |u - threshold| is larger
 
 
 def leaves_for(T, N, D, clusters, with_state, dtype=torch.float32, seed=0):
-    """Inputs of one call, as leaves that want gradients, and the initial refractory counter."""
+    """Return the inputs of a call as leaves with gradients, and the initial refractory counter."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -44,14 +44,14 @@ def leaves_for(T, N, D, clusters, with_state, dtype=torch.float32, seed=0):
 
 
 def run(leaves, refractory, backend, **more):
-    """The op on these leaves."""
+    """Run the op on these leaves."""
     leaves = dict(leaves)
     state = AssociativeLIFState(leaves.pop("v"), leaves.pop("i_syn"), refractory) if "v" in leaves else None
     return associative_lif(leaves.pop("x"), state, **leaves, backend=backend, **{"return_v_seq": True, **more})
 
 
-def away_from_threshold(leaves, refractory, **more):
-    """The rows of which no membrane ever comes near its threshold, where one rounding decides: rows are independent."""
+def rows_away_from_threshold(leaves, refractory, **more):
+    """Return the rows whose membrane potentials are never near the threshold, where rounding decides about a spike."""
     with torch.no_grad():
         spikes, v_seq, _ = run(leaves, refractory, "torch", **more)
         u = v_seq + spikes * leaves["threshold"]  # the membrane, with the threshold put back where it fired
@@ -64,9 +64,9 @@ def away_from_threshold(leaves, refractory, **more):
 
 
 def assert_equal(leaves, refractory, **more):
-    """Outputs, last state and gradients of the kernel are those of the reference."""
+    """Assert that outputs, last state and gradients of the kernel equal those of the reference."""
     torch.manual_seed(1)
-    leaves, refractory = away_from_threshold(leaves, refractory, **more)
+    leaves, refractory = rows_away_from_threshold(leaves, refractory, **more)
     results, grads = {}, {}
     for backend in ("torch", "numba"):
         spikes, v_seq, state = run(leaves, refractory, backend, **more)
@@ -103,7 +103,7 @@ def assert_equal(leaves, refractory, **more):
     refractory_steps=st.integers(0, 3),
     seed=st.integers(0, 999),
 )
-def test_everything_equals_the_reference(T, N, width, with_state, refractory_steps, seed):
+def test_outputs_state_and_gradients_equal_the_reference(T, N, width, with_state, refractory_steps, seed):
     D, clusters = width
     leaves, refractory = leaves_for(T, N, D, clusters, with_state, seed=seed)
     assert_equal(leaves, refractory, refractory_steps=refractory_steps)
@@ -120,8 +120,8 @@ def test_every_surrogate_of_the_table(surrogate, dtype):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("surrogate", SURROGATES)
-def test_what_fills_the_last_vector_up_adds_nothing(surrogate):
-    """Six neurons in a vector of sixteen; at a distance of exactly -1 a mistake there would divide by zero."""
+def test_padding_of_the_last_vector_has_no_effect(surrogate):
+    """Use six neurons in a vector of sixteen; at a distance of exactly -1 an error in the padding would divide by zero."""
     leaves, refractory = leaves_for(5, 1, 6, 0, False)
     leaves["threshold"] = torch.ones(6).requires_grad_()
     assert_equal(leaves, refractory, surrogate=surrogate, v_reset=-1.0)
@@ -131,7 +131,7 @@ def test_what_fills_the_last_vector_up_adds_nothing(surrogate):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_in_and_out_and_float32_inside(dtype):
+def test_half_precision_inputs_are_computed_in_float32(dtype):
     leaves, refractory = leaves_for(6, 9, 24, 4, True, dtype)
     wide = {name: leaf.detach().float().requires_grad_() for name, leaf in leaves.items()}
     spikes, v_seq, state = run(leaves, refractory, "numba")
@@ -154,7 +154,7 @@ def test_a_threshold_below_v_reset_fires_while_refractory():
 
 @pytest.mark.quick
 @pytest.mark.parametrize("part", ["spikes", "v_seq", "v", "i_syn"])
-def test_gradients_through_one_output_alone(part):
+def test_gradients_through_a_single_output(part):
     leaves, refractory = leaves_for(5, 4, 12, 3, True)
     index = ["spikes", "v_seq", "v", "i_syn"].index(part)
     grads = []
@@ -179,8 +179,8 @@ def test_non_contiguous_input_and_gradient():
     assert relative_error(got, expected) < 1e-4
 
 
-def test_whoever_watches_ops_sees_the_op_and_gets_the_same():
-    """Unwatched, the kernel is called without the dispatcher; a counter of operations must still find it."""
+def test_dispatch_modes_see_the_op_and_results_do_not_change():
+    """Normally the kernel is called without the dispatcher, but a counter of operations must still see the op."""
 
     class Names(TorchDispatchMode):
         def __init__(self):
@@ -203,7 +203,7 @@ def test_whoever_watches_ops_sees_the_op_and_gets_the_same():
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
-def test_fewer_threads_change_nothing_but_the_order_of_sums():
+def test_fewer_threads_change_only_the_order_of_sums():
     leaves, refractory = leaves_for(5, 200, 24, 4, False)
     x = leaves["x"]
     results = []
@@ -218,7 +218,7 @@ def test_fewer_threads_change_nothing_but_the_order_of_sums():
         assert torch.equal(one, two)
 
 
-def test_compiled_without_a_graph_break_a_block_gives_the_same():
+def test_a_block_compiles_without_a_graph_break_with_the_same_results():
     block = NordBlock(
         24, n_heads=2, hidden_features=48, top_k=3, recency=True, neuron=lambda n: AssociativeLIFNode(n, 4)
     )
@@ -234,7 +234,7 @@ def test_compiled_without_a_graph_break_a_block_gives_the_same():
         assert relative_error(parameter.grad, gradients[name]) < 1e-4, name
 
 
-def test_a_surrogate_of_ones_own_runs_on_the_reference_and_the_log_says_why(caplog, monkeypatch):
+def test_a_user_surrogate_runs_on_the_reference_and_the_reason_is_logged(caplog, monkeypatch):
     monkeypatch.setattr(dispatch, "_logged", set())
     monkeypatch.setattr(dispatch, "_choice_cache", {})
     x = torch.randn(3, 2, 6)

@@ -1,4 +1,4 @@
-"""The Triton kernels of the associative LIF op against its reference, interpreted on the CPU and compiled on a GPU."""
+"""Tests of the Triton kernels of the associative LIF op against the reference, interpreted on the CPU and compiled on a GPU."""
 
 import importlib
 from types import ModuleType
@@ -27,7 +27,7 @@ class Kernels(NamedTuple):
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def kernels(request, memory_full_of_nan):
-    """The kernels and the device they run on."""
+    """Return the kernels and their device."""
     if request.param == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
@@ -37,13 +37,13 @@ def kernels(request, memory_full_of_nan):
 
 @pytest.fixture
 def small_tiles(kernels, monkeypatch):
-    """Two programs that share many tiles, so that loops over blocks, columns and rows run at small sizes."""
+    """Limit the kernels to two programs that share many tiles, so that all loops iterate at small sizes."""
     monkeypatch.setattr(kernels.module, "_TILE", 8)
     monkeypatch.setattr(kernels.module, "_programs", lambda plan, device, warps: min(2, plan.blocks))
 
 
 def make_call(T, N, D, C, state=True, dtype=torch.float32, device="cpu", seed=0):
-    """Arguments of ``forward`` from x to coupling, some thresholds below v_reset, and gradients of its outputs."""
+    """Return arguments of ``forward`` from x to coupling, with some thresholds below v_reset, and gradients of its outputs."""
     generator = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     uniform = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
@@ -68,7 +68,7 @@ def make_call(T, N, D, C, state=True, dtype=torch.float32, device="cpu", seed=0)
 
 
 def run_reference(call, grads, v_reset, refractory_steps, surrogate, alpha):
-    """The same call through ``reference`` and autograd in float32: outputs, gradients, least distance from threshold."""
+    """Run the call through ``reference`` and autograd in float32: outputs, gradients, least distance to the threshold."""
     leaves = {name: None if x is None else x.float() for name, x in call.items() if name != "refractory"}
     rest = torch.zeros_like(leaves["x"][0])
     for name in ("v", "i_syn"):
@@ -148,7 +148,7 @@ def compare(
     ],
 )
 @pytest.mark.parametrize("state", [True, False])
-def test_every_size_is_the_reference(kernels, T, N, D, C, state):
+def test_every_size_equals_the_reference(kernels, T, N, D, C, state):
     compare(kernels, *make_call(T, N, D, C, state, device=kernels.device))
 
 
@@ -157,8 +157,8 @@ def test_every_size_is_the_reference(kernels, T, N, D, C, state):
     ("T", "N", "D", "C"),
     [(3, 7, 6, 3), (3, 5, 19, 0), (13, 3, 6, 3), (24, 2, 4, 2), (13, 2, 9, 0), (2, 3, 80, 80)],
 )
-def test_programs_share_tiles_and_long_sequences_are_cut(kernels, T, N, D, C):
-    """Several tiles a program; two segments a sequence, of the same length or not; and a wide matrix in them."""
+def test_programs_share_tiles_and_long_sequences_are_split(kernels, T, N, D, C):
+    """Use several tiles per program, two segments per sequence of equal or different length, and a wide matrix."""
     compare(kernels, *make_call(T, N, D, C, device=kernels.device))
 
 
@@ -197,7 +197,7 @@ def test_gradients_of_some_outputs(kernels, given):
     compare(kernels, call, grads, keep_v=False)
 
 
-def test_inputs_need_not_be_contiguous(kernels):
+def test_inputs_can_be_non_contiguous(kernels):
     call, grads = make_call(5, 3, 6, 3, device=kernels.device)
     spread = lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)  # noqa: E731
     call = {name: spread(x) if x is not None and x.ndim > 1 else x for name, x in call.items()}
@@ -221,7 +221,7 @@ def test_no_rows(kernels, C):
 
 
 @pytest.mark.parametrize("C", [0, 3])
-def test_rows_do_not_see_each_other(kernels, C):
+def test_rows_are_independent(kernels, C):
     call, grads = make_call(5, 3, 6, C, device=kernels.device)
 
     def run(call):
@@ -237,7 +237,7 @@ def test_rows_do_not_see_each_other(kernels, C):
         assert torch.equal(got, expected)
 
 
-def test_the_same_call_gives_the_same_bits(kernels):
+def test_the_same_call_is_bitwise_reproducible(kernels):
     call, grads = make_call(4, 9, 8, 4, device=kernels.device)
     first, second = (
         kernels.module.backward(OutputGradients(*grads.values()), Arguments(*call.values(), -0.1, 2), "nord_atan", 4.0)
@@ -246,7 +246,7 @@ def test_the_same_call_gives_the_same_bits(kernels):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_it_says_which_rows_it_takes(interpreted):
+def test_unsupported_sizes_are_rejected_with_a_reason(interpreted):
     assert interpreted.fits(512, 64)[0]
     assert interpreted.fits(100_000, 0)[0]  # without a cascade rows are cut
     assert interpreted.fits(130, 130)[0]
@@ -256,7 +256,7 @@ def test_it_says_which_rows_it_takes(interpreted):
 
 
 class Compiler:
-    """Stands where a kernel is and compiles it for a GPU that need not be there, instead of launching it."""
+    """Replacement of a kernel that compiles it for a GPU instead of launching it."""
 
     TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32"}  # noqa: RUF012
 
@@ -287,7 +287,7 @@ class Compiler:
 
 @pytest.mark.parametrize(("T", "C", "dtype"), [(2, 64, torch.bfloat16), (13, 0, torch.float32)])
 def test_kernels_compile_for_a_gpu_without_fused_multiply_adds(monkeypatch, T, C, dtype):
-    """Fused, beta * v + i has other last bits, and what stands on the threshold fires or not."""
+    """A fused beta * v + i has other last bits, which can change a spike at the threshold."""
     module = importlib.import_module(NAME)
     if not isinstance(module._forward, triton.JITFunction):
         pytest.skip("TRITON_INTERPRET is set")

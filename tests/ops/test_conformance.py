@@ -1,4 +1,4 @@
-"""Every op on every backend, through its public function, in every mode that PyTorch may call it in.
+"""Tests of every op on every backend through its public function, in every mode in which PyTorch can call it.
 
 The eager call goes around torch's dispatcher, so an op that is right there may still be wrong under torch.compile, for a
 dispatch mode or a tensor subclass. A lane is a place where kernels run: the CPU, Triton's interpreter, CUDA source compiled
@@ -52,7 +52,7 @@ class Case(NamedTuple):
 def lif(
     T: int, N: int, D: int, C: int | None, *, state: bool, membranes: bool = True, layout: str = "contiguous"
 ) -> Case:
-    """The neuron; ``layout`` of x."""
+    """Return a case of the neuron; ``layout`` is that of x."""
 
     def inputs() -> Tensors:
         x = {
@@ -111,7 +111,7 @@ def lif(
 
 
 def clamp(*shape: int, adds: bool, layout: str = "contiguous") -> Case:
-    """The leaky clamp, alone or with the residual sum before it."""
+    """Return a case of the leaky clamp, alone or with the residual sum."""
     D = shape[-1]
 
     def inputs() -> Tensors:
@@ -130,7 +130,7 @@ def clamp(*shape: int, adds: bool, layout: str = "contiguous") -> Case:
     return Case(inputs, call, reference)
 
 
-def binding(
+def resonance_case(
     T: int,
     B: int,
     S: int,
@@ -143,7 +143,7 @@ def binding(
     causal: bool,
     layout: str = "contiguous",
 ) -> Case:
-    """The resonance."""
+    """Return a case of the resonance."""
 
     def inputs() -> Tensors:
         q, k = ((torch.rand(T, B, S, D) < 0.4).float() for _ in range(2))
@@ -167,7 +167,7 @@ def binding(
 
 
 def cached(T: int, B: int, S: int, D: int, V: int, H: int, *, new: int, top_k: int) -> Case:
-    """The resonance of the last ``new`` positions."""
+    """Return a case of the resonance of the last ``new`` positions."""
 
     def inputs() -> Tensors:
         q, k = ((torch.rand(T, B, S, D) < 0.4).float() for _ in range(2))
@@ -188,7 +188,7 @@ def cached(T: int, B: int, S: int, D: int, V: int, H: int, *, new: int, top_k: i
 
 
 def plasticity(T: int, N: int, n_in: int, n_out: int) -> Case:
-    """STDP, which is a learning rule and has no gradient."""
+    """Return a case of STDP, which has no gradient."""
 
     def inputs() -> Tensors:
         return {"pre": (torch.rand(T, N, n_in) < 0.4).float(), "post": (torch.rand(T, N, n_out) < 0.4).float()}
@@ -222,9 +222,11 @@ CASES: dict[str, dict[str, Case]] = {
         "one number": clamp(1, 1, adds=True),
     },
     "resonance": {
-        "recency, wide values": binding(3, 2, 9, 6, 10, 2, top_k=4, recency=True, causal=True),
-        "both ways, transposed": binding(2, 1, 7, 6, 6, 3, top_k=3, recency=False, causal=False, layout="transposed"),
-        "one position": binding(1, 1, 1, 1, 1, 1, top_k=5, recency=True, causal=True),
+        "recency, wide values": resonance_case(3, 2, 9, 6, 10, 2, top_k=4, recency=True, causal=True),
+        "both ways, transposed": resonance_case(
+            2, 1, 7, 6, 6, 3, top_k=3, recency=False, causal=False, layout="transposed"
+        ),
+        "one position": resonance_case(1, 1, 1, 1, 1, 1, top_k=5, recency=True, causal=True),
     },
     "resonance_cached": {
         "three new": cached(3, 2, 9, 6, 10, 2, new=3, top_k=4),
@@ -253,7 +255,7 @@ MODES = ("eager", "opcheck", "compiled", "autocast", "subclass", "second-derivat
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, lane: str, backend: str) -> str:
-    """Prepare a lane; the device of its tensors."""
+    """Prepare a lane and return the device of its tensors."""
     if backend == "numba":
         pytest.importorskip("numba", reason="Numba is not installed")
     if lane == "gpu":
@@ -273,7 +275,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, lane
 
 
 def _stand_in(monkeypatch: pytest.MonkeyPatch, backend: str, module: Any) -> None:
-    """Let a backend for GPUs take tensors on the CPU."""
+    """Make a GPU backend accept tensors on the CPU."""
     runs = Support(True, "stands in for a GPU")
     monkeypatch.setitem(
         OPS["associative_lif"], backend, Backend("cpu", lambda: runs, lambda call: runs, lambda: module)
@@ -285,13 +287,13 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch, backend: str, module: Any) -> Non
 
 
 def on(device: str, case: Case, *, gradient: bool) -> Tensors:
-    """Inputs, always the same ones."""
+    """Return the same inputs in every call."""
     torch.manual_seed(1)
     return {name: x.to(device).requires_grad_(gradient and x.is_floating_point()) for name, x in case.inputs().items()}
 
 
 def run(function: Callable[[Tensors], Outputs], given: Tensors) -> tuple[Outputs, Tensors]:
-    """Outputs, and the gradients of a weighted sum of them."""
+    """Return the outputs, and the gradients of a weighted sum of them."""
     outputs = function(given)
     generator = torch.Generator().manual_seed(2)
     smooth = [x for x in outputs if x.requires_grad]
@@ -305,7 +307,7 @@ def run(function: Callable[[Tensors], Outputs], given: Tensors) -> tuple[Outputs
 
 
 def check(got: tuple[Outputs, Tensors], expected: tuple[Outputs, Tensors]) -> None:
-    """Outputs and gradients agree; spikes exactly."""
+    """Check that outputs and gradients agree, spikes exactly."""
     for mine, theirs in zip(got[0], expected[0], strict=True):
         assert mine.shape == theirs.shape
         assert mine.dtype == theirs.dtype
@@ -324,7 +326,7 @@ def _is_spikes(x: Tensor) -> bool:
 
 
 def eager(op: str, backend: str, device: str) -> None:
-    """All cases against the reference."""
+    """Compare all cases with the reference."""
     for case in CASES[op].values():
         gradient = op not in WITHOUT_GRADIENT
         expected = run(case.reference, on(device, case, gradient=gradient))
@@ -332,21 +334,21 @@ def eager(op: str, backend: str, device: str) -> None:
 
 
 class Calls(TorchDispatchMode):
-    """Records the calls of our ops."""
+    """Mode that records the calls of our ops."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        """Run it, and write it down."""
+        """Record the function and run it."""
         if function.namespace == "nord_snn":
             self.seen.append((function, args, kwargs or {}))
         return function(*args, **(kwargs or {}))
 
 
 def opcheck(op: str, backend: str, device: str) -> None:
-    """Schema, fake implementation and gradients, by torch's own examination, of the op and of its backward pass."""
+    """Check schema, fake implementation and gradients of the op and its backward pass with ``torch.library.opcheck``."""
     for case in CASES[op].values():
         with Calls() as calls:
             run(
@@ -369,7 +371,7 @@ def opcheck(op: str, backend: str, device: str) -> None:
 
 
 def compiled(op: str, backend: str, device: str) -> None:
-    """One graph, forward and backward; Inductor's own code is tested with whole blocks."""
+    """Compile forward and backward to one graph; Inductor's code is tested with whole blocks."""
     for case in CASES[op].values():
         torch._dynamo.reset()
         gradient = op not in WITHOUT_GRADIENT
@@ -379,7 +381,7 @@ def compiled(op: str, backend: str, device: str) -> None:
 
 
 def autocast(op: str, backend: str, device: str) -> None:
-    """States and sums stay float32."""
+    """Check that states and sums are float32 under autocast."""
     case = CASES[op][FIRST[op]]
     expected = run(case.reference, on(device, case, gradient=op not in WITHOUT_GRADIENT))
 
@@ -391,13 +393,13 @@ def autocast(op: str, backend: str, device: str) -> None:
 
 
 class Wrapped(Tensor):
-    """A tensor subclass around a plain tensor, as those of quantisation and of distributed training are."""
+    """Tensor subclass that wraps a tensor, as in quantisation and distributed training."""
 
     seen: list[str] = []  # noqa: RUF012
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "Wrapped":
-        """Look like the tensor inside."""
+        """Create a subclass with the properties of the inner tensor."""
         strides = {"strides": inner.stride(), "storage_offset": inner.storage_offset()}
         return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device, **strides)
 
@@ -406,7 +408,7 @@ class Wrapped(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        """Run the function on the tensors inside."""
+        """Run the function on the inner tensors."""
         cls.seen.append(str(function))
         unwrap = lambda x: x.inner if isinstance(x, Wrapped) else x  # noqa: E731
         out = function(*tree_map(unwrap, args), **tree_map(unwrap, kwargs or {}))
@@ -414,7 +416,7 @@ class Wrapped(Tensor):
 
 
 def subclass(op: str, backend: str, device: str) -> None:
-    """A subclass sees the op, whichever input has it, and gets the same numbers."""
+    """Check that a subclass in any input receives the op and gives the same results."""
     case = CASES[op][FIRST[op]]
     plain = on(device, case, gradient=False)
     expected = case.reference(plain)
@@ -430,7 +432,7 @@ def subclass(op: str, backend: str, device: str) -> None:
 
 
 def second_derivative(op: str, backend: str, device: str) -> None:
-    """Right, or refused with a word on where there is one."""
+    """Check that a second derivative is correct or raises an error that names an alternative."""
     case = CASES[op][FIRST[op]]
 
     def twice(function: Callable[[Tensors], Outputs]) -> Outputs:
@@ -451,7 +453,7 @@ def second_derivative(op: str, backend: str, device: str) -> None:
 
 
 def applies(op: str, backend: str, mode: str) -> bool:
-    """Plain PyTorch is not registered, and what has no gradient has no second one."""
+    """Return whether a mode applies: plain PyTorch is not registered, and ops without gradient have no second derivative."""
     if mode == "opcheck":
         return (op, backend) not in PLAIN
     return mode != "second-derivative" or op not in WITHOUT_GRADIENT
@@ -482,18 +484,18 @@ def test_it_conforms(request: pytest.FixtureRequest, device: str, lane: str, op:
     modes[mode](op, backend, device)
 
 
-def test_every_op_and_backend_is_in_a_lane() -> None:
-    """An op or a kernel that is new has to enter the table above."""
+def test_every_op_and_backend_is_in_the_table() -> None:
+    """A new op or kernel has to be added to the table above."""
     known = {(op, backend) for pairs in LANES.values() for op, backend in pairs}
     for op, made in OPS.items():
         assert {(op, backend) for backend in made} <= known
-    for name in dir(torch.ops.nord_snn):  # what was called so far, at least
+    for name in dir(torch.ops.nord_snn):  # at least the ops called so far
         assert name.removesuffix("_backward") in {*CASES, "name"} or name.startswith("_")
 
 
 @pytest.mark.parametrize("mode", ["opcheck", "compiled"])
-def test_outputs_that_share_memory_are_found(interpreter: Any, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
-    """Two views of one tensor, as ``grads.sum(0)`` unpacked gives them: the eager call does not mind, the others do."""
+def test_outputs_that_share_memory_are_detected(interpreter: Any, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """Two views of one tensor, as from unpacking ``grads.sum(0)``, work in an eager call but not in the other modes."""
     backward = interpreter.backward
 
     def aliased(*arguments: Any) -> tuple[Tensor, ...]:
@@ -509,7 +511,7 @@ def test_outputs_that_share_memory_are_found(interpreter: Any, monkeypatch: pyte
 
 
 def test_first_derivatives_with_a_graph_pass_through_activation_checkpointing() -> None:
-    """It hands saved tensors out once."""
+    """Activation checkpointing returns saved tensors only once."""
     x, leak, floor = torch.randn(4, 8, requires_grad=True), torch.rand(8), -torch.rand(8)
 
     def loss(checkpointed: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""The leaky clamp op: the kernel against the reference, odd shapes, ties, and bad input."""
+"""Tests of the leaky clamp op: the kernel against the reference, odd shapes, ties, and bad input."""
 
 import pytest
 import torch
@@ -20,8 +20,8 @@ pytestmark = pytest.mark.quick
     branch_dtype=st.sampled_from([None, torch.bfloat16]),
     seed=st.integers(0, 99),
 )
-def test_the_kernel_is_the_reference(shape, dtype, coarse, adds, branch_dtype, seed):
-    """Also where leak * z meets the floor: there torch shares the gradient between the two."""
+def test_the_kernel_equals_the_reference(shape, dtype, coarse, adds, branch_dtype, seed):
+    """If leak * z equals the floor, torch divides the gradient between the two."""
     pytest.importorskip("numba", reason="the CPU kernels need Numba")
     generator = torch.Generator().manual_seed(seed)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -56,7 +56,7 @@ def test_the_kernel_is_the_reference(shape, dtype, coarse, adds, branch_dtype, s
             assert relative_error(got, expected) < 1e-5, name
 
 
-def test_non_contiguous_input_and_fresh_memory_full_of_nan(memory_full_of_nan):
+def test_non_contiguous_input_and_uninitialised_memory(memory_full_of_nan):
     pytest.importorskip("numba", reason="the CPU kernels need Numba")
     x, branch = (torch.randn(6, 5, 4).transpose(0, 2).requires_grad_() for _ in range(2))
     arguments = {"leak": torch.full((6,), 0.1), "floor": torch.full((6,), -0.1), "gain": torch.full((12,), 0.3)[::2]}
@@ -67,7 +67,7 @@ def test_non_contiguous_input_and_fresh_memory_full_of_nan(memory_full_of_nan):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_passes_as_in_the_reference(value):
+def test_non_finite_values_give_the_same_as_the_reference(value):
     pytest.importorskip("numba", reason="the CPU kernels need Numba")
     x = torch.full((3, 20), value)
     for arguments in ({}, {"branch": torch.full((3, 20), -value), "gain": torch.ones(20)}):
@@ -78,7 +78,7 @@ def test_what_is_not_finite_passes_as_in_the_reference(value):
         assert torch.equal(*(y.nan_to_num(99.0) for y in results))
 
 
-def test_gradients_at_what_is_not_a_number_are_the_references():
+def test_gradients_at_nan_equal_the_reference():
     pytest.importorskip("numba", reason="the CPU kernels need Numba")
     leaves = [
         torch.tensor([[torch.nan, torch.inf, -torch.inf, 0.0, -0.0, -2.0]]).requires_grad_(),
@@ -92,7 +92,7 @@ def test_gradients_at_what_is_not_a_number_are_the_references():
     assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
 
 
-def test_a_tensor_on_another_device_is_named():
+def test_a_tensor_on_another_device_raises():
     pytest.importorskip("numba", reason="the CPU kernels need Numba")
     x, p = torch.randn(3, 5), torch.rand(5)
     with pytest.raises(ValueError, match="on the CPU, the device of the input, got one on meta"):
@@ -106,7 +106,7 @@ def test_a_tensor_on_another_device_is_named():
         (torch.zeros(2, 3), torch.ones(3), torch.ones(1), r"of one shape \[D\], got \[3\] and \[1\]"),
     ],
 )
-def test_bad_input_is_named(x, leak, floor, message):
+def test_bad_input_raises(x, leak, floor, message):
     with pytest.raises(ValueError, match=message):
         leaky_clamp(x, leak=leak, floor=floor)
     with pytest.raises(RuntimeError, match="nord-snn has no triton kernel for leaky_clamp"):
@@ -123,6 +123,6 @@ def test_bad_input_is_named(x, leak, floor, message):
         (torch.zeros(2, 3), torch.zeros(1), r"gain must be \[D\] = \[3\], got \[1\]"),
     ],
 )
-def test_a_branch_that_does_not_fit_is_named(branch, gain, message):
+def test_a_branch_of_another_shape_raises(branch, gain, message):
     with pytest.raises(ValueError, match=message):
         leaky_clamp(torch.zeros(2, 3), branch, gain, leak=torch.ones(3), floor=torch.ones(3))

@@ -1,4 +1,4 @@
-"""Temporal co-firing resonance: independent values, ties, causality, recency, gradients, blocks, memory."""
+"""Tests of the resonance op: independent values, ties, causality, recency, gradients, tiles, memory."""
 
 import weakref
 
@@ -20,7 +20,7 @@ CASES = load_reference("resonance")
 
 @pytest.fixture(params=["torch", "numba"], autouse=True)
 def backend(request, monkeypatch):
-    """Everything here holds for each of them."""
+    """Run every test on each backend."""
     if request.param == "numba":
         pytest.importorskip("numba", reason="the CPU kernels need Numba: pip install 'nord-snn[cpu]'")
     monkeypatch.setenv("NORD_SNN_BACKEND", request.param)
@@ -29,7 +29,7 @@ def backend(request, monkeypatch):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("case", CASES)
-def test_counts_kept_keys_and_context_are_the_expected_ones(case):
+def test_counts_selected_keys_and_context_equal_the_expected_values(case):
     q, k = case["q"].float(), case["k"].float()
     counts = coincidences(q, k, case["n_heads"])
     assert torch.equal(counts.int(), case["counts"])
@@ -47,15 +47,15 @@ def spikes(*shape, rate=0.3):
 @pytest.mark.quick
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(n=st.integers(1, 9), top_k=st.integers(1, 9), values=st.integers(1, 4), seed=st.integers(0, 999))
-def test_among_equals_the_most_recent_wins(n, top_k, values, seed):
-    """Against sorting by (score, position), for rows full of ties."""
+def test_of_equal_scores_the_most_recent_positions_are_selected(n, top_k, values, seed):
+    """Compare with sorting by (score, position), for rows with many ties."""
     scores = torch.randint(values, (n,), generator=torch.Generator().manual_seed(seed)).float()
     best = sorted(range(n), key=lambda b: (scores[b].item(), b), reverse=True)[:top_k]
     assert keep_best(scores, top_k).nonzero().flatten().tolist() == sorted(best)
 
 
-def test_silence_binds_to_the_most_recent_positions():
-    """Nothing fires, every score is 0: the top_k keys are the last ones, each with the same weight."""
+def test_without_spikes_the_most_recent_positions_are_selected():
+    """Without spikes every score is 0: the last top_k keys are selected, each with the same weight."""
     v = torch.arange(5.0).reshape(1, 5, 1)
     context = resonance(torch.zeros(2, 1, 5, 1), torch.zeros(2, 1, 5, 1), v, n_heads=1, top_k=2, temperature=1.0)
     assert context.flatten().tolist() == [0.0, 0.5, 1.5, 2.5, 3.5]
@@ -87,7 +87,7 @@ def test_a_negative_temperature_prefers_the_least_coincident():
 
 
 @pytest.mark.quick
-def test_recency_prefers_what_is_near():
+def test_recency_prefers_near_positions():
     q = k = torch.ones(1, 1, 4, 2)
     v = torch.eye(4)[None, :, :2].repeat(1, 1, 1)
     flat = resonance(q, k, v, n_heads=2, top_k=4, temperature=1.0)
@@ -107,8 +107,8 @@ def test_heads_do_not_mix():
 
 
 @pytest.mark.quick
-def test_gradients_of_what_is_smooth():
-    """With the kept keys fixed (top_k = S), everything is smooth in q, k, v, temperature and recency."""
+def test_gradients_with_all_keys_selected():
+    """With all keys selected (top_k = S), the op is smooth in q, k, v, temperature and recency."""
     q, k = spikes(3, 1, 4, 4).double().requires_grad_(), spikes(3, 1, 4, 4).double().requires_grad_()
     v = torch.randn(1, 4, 4, dtype=torch.float64).requires_grad_()
     temperature = torch.tensor([0.5], dtype=torch.float64).requires_grad_()
@@ -120,8 +120,8 @@ def test_gradients_of_what_is_smooth():
     assert torch.autograd.gradcheck(run, (q, k, v, temperature, recency))
 
 
-def test_gradients_where_keys_are_dropped(monkeypatch):
-    """With real numbers for spikes no two scores are equal, and no small step changes which keys are kept."""
+def test_gradients_with_few_keys_selected(monkeypatch):
+    """With real numbers instead of spikes no two scores are equal, and small changes select the same keys."""
     monkeypatch.setattr(blockwise, "BLOCK", 2)
     shapes = ((2, 1, 5, 2), (2, 1, 5, 2), (1, 5, 2), (1,), (2,))
     inputs = [torch.rand(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
@@ -141,9 +141,9 @@ def output_and_gradients(run, inputs, grad):
 
 
 def assert_close(results, expected, tolerance, largest_count=1):
-    """The context number by number, gradients by their norms, sums of about 1 that may cancel.
+    """Compare contexts by element and gradients by norm; gradients are sums of terms of about 1, which can cancel.
 
-    That of the temperature, the fourth of them, is a sum of counts times gradients: it may cancel at their size.
+    The gradient of the temperature, the fourth, is a sum of counts times gradients and can cancel at their size.
     """
     assert (results[0] - expected[0]).abs().max() <= tolerance
     for index, (result, reference_result) in enumerate(zip(results[1:], expected[1:], strict=True)):
@@ -170,13 +170,13 @@ def assert_close(results, expected, tolerance, largest_count=1):
     dtype=st.sampled_from([torch.float32, torch.float64]),
     seed=st.integers(0, 999),
 )
-def test_every_backend_gives_what_the_reference_gives(
+def test_every_backend_equals_the_reference(
     T, B, S, n_heads, width, of_v, top_k, temperature, recency, causal, most, block, scores, dtype, seed
 ):
-    """Few distinct counts, and slopes of a quarter beside temperatures of a quarter or a half: ties are the rule.
+    """Few distinct counts, and slopes of 1/4 with temperatures of 1/4 or 1/2, make ties frequent.
 
-    Values are as wide as the spikes, or of another width.
-    Spikes are 0 and 1, or whole numbers up to 3: then there are products to sum and no bits to count, with ties as well.
+    Values have the width of the spikes, or another width.
+    Spikes are 0 and 1, or integers up to 3, which need sums of products instead of bit counts.
     """
     generator = torch.Generator().manual_seed(seed)
     q, k = (torch.randint(most + 1, (T, B, S, n_heads * width), generator=generator).to(dtype) for _ in range(2))
@@ -204,8 +204,8 @@ def test_every_backend_gives_what_the_reference_gives(
 
 @pytest.mark.parametrize(
     ("T", "recency"), [(10, True), (10, False), (1, True), (1, False)]
-)  # with and without weights kept
-def test_at_full_size_the_results_are_those_of_the_reference(T, recency):
+)  # with and without saved weights
+def test_full_size_results_equal_the_reference(T, recency):
     q, k = spikes(T, 2, 200, 64, rate=0.1), spikes(T, 2, 200, 64, rate=0.1)
     slopes = torch.tensor([0.5, 0.125]) if recency else None
     inputs = (q, k, torch.randn(2, 200, 64), torch.tensor([32**-0.5]), slopes)
@@ -217,13 +217,13 @@ def test_at_full_size_the_results_are_those_of_the_reference(T, recency):
     assert_close(results, expected, 1e-5)
 
 
-def test_a_plain_number_as_temperature_keeps_its_digits():
+def test_a_python_float_as_temperature_is_not_rounded():
     q, k, v = spikes(3, 1, 6, 4).double(), spikes(3, 1, 6, 4).double(), torch.randn(1, 6, 4, dtype=torch.float64)
     expected = reference(q, k, v, 2, 3, 0.1, None, True)
     assert torch.allclose(resonance(q, k, v, n_heads=2, top_k=3, temperature=0.1), expected, rtol=0, atol=1e-14)
 
 
-def test_spikes_of_any_dtype_and_layout_are_the_same_spikes():
+def test_spikes_of_any_dtype_and_layout_give_the_same_result():
     q, k, v = spikes(3, 2, 5, 4) > 0, spikes(3, 2, 5, 4) > 0, torch.randn(2, 5, 4).requires_grad_()
     arguments = {"n_heads": 2, "top_k": 2, "temperature": torch.tensor([0.5]).requires_grad_()}
     expected = output_and_gradients(lambda v: resonance(q.float(), k.float(), v, **arguments), [v], torch.ones(2, 5, 4))
@@ -239,7 +239,7 @@ def test_spikes_of_any_dtype_and_layout_are_the_same_spikes():
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 3, 4), (2, 3, 0, 4)])
-def test_nothing_in_nothing_out(shape):
+def test_empty_input_gives_empty_output(shape):
     q, k, v = (torch.zeros(s).requires_grad_() for s in (shape, shape, shape[1:]))
     context = resonance(q, k, v, n_heads=2, top_k=2, temperature=1.0, recency=torch.ones(2))
     context.sum().backward()
@@ -248,7 +248,7 @@ def test_nothing_in_nothing_out(shape):
 
 
 class PeakBytes(TorchDispatchMode):
-    """The most bytes that tensors made under this mode held at one time."""
+    """Mode that measures the peak memory of the tensors created under it."""
 
     def __init__(self):
         super().__init__()
@@ -270,14 +270,14 @@ class PeakBytes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("top_k", [16, 10_000])
-def test_memory_grows_with_the_length_and_not_with_its_square(top_k, backend):
+def test_memory_grows_linearly_with_the_length(top_k, backend):
     kernel = IMPLEMENTATIONS[backend].kernel()
 
     def whole(q, k, v, temperature, recency):
         reference(q, k, v, 2, top_k, temperature, recency, True).sum().backward()
 
     def ours(q, k, v, temperature, recency):
-        with torch.no_grad():  # the two passes as autograd calls them; below the op itself no mode sees anything
+        with torch.no_grad():  # call both passes as autograd does; a mode does not see the calls inside the op
             arguments = Arguments(q, k, v, temperature, recency, 2, top_k, True)
             context, *saved = kernel.forward(arguments, True)
             kernel.backward(context, arguments, saved, True)
@@ -293,8 +293,8 @@ def test_memory_grows_with_the_length_and_not_with_its_square(top_k, backend):
     assert peak(whole, 1024) >= 3.5 * peak(whole, 512)
 
 
-def test_what_is_remembered_takes_no_more_room_than_the_queries(backend):
-    """All weights of [12, 12] fit into T * D / H = 12, or two lists of five keys and one more; those of 13, or of six, do not."""
+def test_saved_tensors_are_no_larger_than_the_queries(backend):
+    """All weights of [12, 12], or two lists of five keys and one more, fit into T * D / H = 12; 13 weights or six keys do not."""
     for fits, S, top_k in ((True, 12, 5), (False, 13, 6)):
         q = torch.zeros(3, 5, S, 8)
         keys, _, weights = (torch.Size(shape).numel() for shape in saved_shapes(backend, q, top_k))
@@ -306,8 +306,8 @@ def saved_shapes(backend, q, top_k):
     return IMPLEMENTATIONS[backend].kernel().saved_shapes(q, 2, top_k, True)
 
 
-def test_a_query_keeps_its_best_keys_over_several_blocks_with_and_without_memory_of_them():
-    """Odd sizes on both sides of a block of 64 queries, words of 64 bits not full, and groups of four not full."""
+def test_selected_keys_over_several_tiles_with_and_without_saved_weights():
+    """Use odd sizes below and above a tile of 64 queries, with words of 64 bits and groups of four that are not full."""
     for T, S, width, top_k in ((1, 67, 5, 66), (7, 131, 17, 9), (5, 66, 33, 64)):
         q, k = spikes(T, 2, S, 3 * width), spikes(T, 2, S, 3 * width)
         inputs = (q, k, torch.randn(2, S, 3 * width), torch.tensor([0.3]), torch.tensor([0.25, 0.0, 0.5]))
@@ -325,7 +325,7 @@ def test_a_query_keeps_its_best_keys_over_several_blocks_with_and_without_memory
             assert_close(results, expected, 1e-5)
 
 
-def test_torch_knows_the_op_and_compiles_it_without_a_break(monkeypatch, backend):
+def test_the_op_is_registered_and_compiles_without_a_graph_break(monkeypatch, backend):
     monkeypatch.setattr(blockwise, "BLOCK", 4)
 
     class Layer(torch.nn.Module):
@@ -359,7 +359,7 @@ def test_torch_knows_the_op_and_compiles_it_without_a_break(monkeypatch, backend
 
 
 def test_every_element_of_every_buffer_is_written(memory_full_of_nan):
-    for T, top_k, causal in ((5, 4, True), (5, 4, False), (1, 9, True), (1, 9, False)):  # remembered, and not
+    for T, top_k, causal in ((5, 4, True), (5, 4, False), (1, 9, True), (1, 9, False)):  # saved weights, and none
         inputs = (spikes(T, 2, 70, 6), spikes(T, 2, 70, 6), torch.randn(2, 70, 6), torch.tensor([0.5]), torch.rand(2))
         sizes = {"n_heads": 2, "top_k": top_k, "causal": causal}
 
@@ -373,8 +373,8 @@ def test_every_element_of_every_buffer_is_written(memory_full_of_nan):
         assert_close(output_and_gradients(ours, inputs, grad), output_and_gradients(whole, inputs, grad), 1e-5)
 
 
-def test_what_is_not_a_number_is_not_dropped():
-    """0 * inf is NaN, on x86 one with its sign bit set; a query that meets it knows nothing, as in the reference."""
+def test_nan_is_propagated():
+    """0 * inf is NaN, on x86 with the sign bit set; a query with such a score gives NaN, as in the reference."""
     q, k, v = torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2), torch.ones(1, 3, 2)
     k[0, 0, 0, 0] = torch.inf
     context = resonance(q, k, v, n_heads=1, top_k=1, temperature=1.0)
@@ -384,7 +384,7 @@ def test_what_is_not_a_number_is_not_dropped():
 
 
 def test_counts_are_exact_under_autocast():
-    """More than 256 coincidences: bfloat16 could not count them."""
+    """bfloat16 cannot represent counts above 256."""
     q = k = torch.ones(40, 1, 2, 16)
     k = k.clone()
     k[0, 0, 0, 0] = 0  # 639 against 640
@@ -414,7 +414,7 @@ def test_counts_are_exact_under_autocast():
         (((2, 1, 3, 4), (2, 1, 3, 4), (1, 3, 4)), {"recency": torch.ones(3)}, r"recency must have shape \[H\] = \[2\]"),
     ],
 )
-def test_bad_input_is_named(shapes, change, message):
+def test_bad_input_raises(shapes, change, message):
     arguments = {"n_heads": 2, "top_k": 2, "temperature": 1.0} | change
     with pytest.raises(ValueError, match=message):
         resonance(*(torch.zeros(shape) for shape in shapes), **arguments)

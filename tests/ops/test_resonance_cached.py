@@ -1,4 +1,4 @@
-"""The resonance of new positions with keys that are kept as bits: against the reference, sequence by sequence."""
+"""Tests of the resonance of new positions with keys stored as bits, against the reference for each sequence."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def heads(v, n_heads):
     dtype=st.sampled_from([torch.float32, torch.bool, torch.bfloat16]),
     seed=st.integers(0, 99),
 )
-def test_packing_loses_nothing(T, B, S, n_heads, width, dtype, seed):
+def test_packing_is_lossless(T, B, S, n_heads, width, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     k = torch.rand(T, B, S, n_heads * width, generator=generator) < 0.3
     keys = pack_spikes(k.to(dtype), n_heads)
@@ -44,8 +44,8 @@ def test_packing_loses_nothing(T, B, S, n_heads, width, dtype, seed):
 
 @settings(deadline=None, max_examples=120)
 @given(data=st.data())
-def test_each_query_gets_what_the_reference_gives_for_what_it_sees(data):
-    """Ties, padding, windows, several new positions at once, either sign of the temperature."""
+def test_each_query_equals_the_reference_on_its_visible_positions(data):
+    """Cover ties, padding, windows, several new positions at once, and both signs of the temperature."""
     pytest.importorskip("numba", reason="the CPU kernels need Numba")
     T, B, n_heads = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 2, 3]))
     width, n_all = data.draw(st.sampled_from([1, 2, 5, 16, 20])), data.draw(st.integers(1, 40))
@@ -92,7 +92,7 @@ def test_long_sequences_token_by_token(backend):
 
 
 @pytest.mark.quick
-def test_half_precision_values_and_memory_full_of_nan(backend, memory_full_of_nan):
+def test_half_precision_values_and_uninitialised_memory(backend, memory_full_of_nan):
     k = (torch.rand(3, 1, 9, 6) < 0.5).float()
     v = torch.randn(1, 9, 6)
     keys, values = pack_spikes(k, 2), heads(v, 2).bfloat16()
@@ -127,12 +127,12 @@ GOOD = {
         ({"temperature": torch.zeros(2)}, "temperature must have one element"),
     ],
 )
-def test_bad_input_is_named(change, message):
+def test_bad_input_raises(change, message):
     with pytest.raises(ValueError, match=message):
         resonance_cached(**{**GOOD, **change})
 
 
-def test_what_cannot_be_packed_or_learned_is_said():
+def test_unpackable_values_and_gradients_raise():
     with pytest.raises(ValueError, match="zeros and ones"):
         pack_spikes(torch.full((1, 1, 1, 4), 0.5), 2)
     with pytest.raises(ValueError, match="zeros and ones"):

@@ -1,4 +1,4 @@
-"""Vectors in Numba kernels: what each function says it does, for both precisions, and nothing beyond the end."""
+"""Tests of vectors in Numba kernels: every function in both precisions, and no access beyond the end."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def _copy(source, target, loaded, index, count):
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, WIDTH - 1, WIDTH, WIDTH + 3])
-def test_only_the_first_are_read_and_written(dtype, count):
+def test_masked_loads_and_stores_use_only_the_first_elements(dtype, count):
     source, target, loaded = np.arange(40, dtype=dtype), np.full(40, -1, dtype), np.full(WIDTH, -1, dtype)
     _copy(source, target, loaded, 3, count)
     written = min(count, WIDTH)
@@ -44,7 +44,7 @@ def _arithmetic(a, b, result):
     return simd.reduce_sum(p), reaches, differing, simd.count_bits(differing), simd.as_integers(x)[0]
 
 
-def test_every_lane_is_computed_by_itself(dtype):
+def test_every_vector_element_is_computed_independently(dtype):
     generator = np.random.default_rng(0)
     a, b = (generator.standard_normal(WIDTH).astype(dtype) for _ in range(2))
     a[3], a[5] = b[3], np.nan  # one equal pair, one without an order
@@ -70,7 +70,7 @@ def _through_an_address(address, like, n):
     simd.masked_store(simd.as_pointer(address, like), 1, n - 1, simd.broadcast(simd.as_pointer(address, like), 7))
 
 
-def test_an_address_is_as_good_as_an_array(dtype):
+def test_a_pointer_gives_the_same_as_an_array(dtype):
     x = np.zeros(5, dtype)
     _through_an_address(x.ctypes.data, dtype(0), 5)
     assert x.tolist() == [0, 7, 7, 7, 7]

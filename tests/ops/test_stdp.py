@@ -1,4 +1,4 @@
-"""Pair-based STDP: independent values, brute force over all pairs, direction in time."""
+"""Tests of pair-based STDP: independent values, brute force over all pairs, direction in time."""
 
 import math
 
@@ -18,7 +18,7 @@ CASES = load_reference("stdp")
 
 @pytest.mark.quick
 @pytest.mark.parametrize("case", CASES)
-def test_weight_change_and_rewards_are_the_expected_ones(case):
+def test_weight_change_and_rewards_equal_the_expected_values(case):
     constants = {name: case[name] for name in ("tau_plus", "tau_minus", "a_plus", "a_minus")}
     delta, _ = stdp(case["pre"][:, None], case["post"][:, None], **constants)
     assert torch.allclose(delta, case["delta_w"], atol=1e-6, rtol=0)
@@ -27,7 +27,7 @@ def test_weight_change_and_rewards_are_the_expected_ones(case):
 
 
 def brute_force(pre, post, tau_plus, tau_minus, a_plus, a_minus):
-    """Every pair of spikes by itself."""
+    """Sum over every pair of spikes."""
     delta = torch.zeros(post.shape[-1], pre.shape[-1], dtype=torch.float64)
     for row in range(pre.shape[1]):
         for t_pre, j in pre[:, row].nonzero().tolist():
@@ -49,7 +49,7 @@ def brute_force(pre, post, tau_plus, tau_minus, a_plus, a_minus):
     cut=st.integers(1, 8),
     seed=st.integers(0, 999),
 )
-def test_against_all_pairs_and_cut_anywhere(T, N, tau_plus, tau_minus, cut, seed):
+def test_all_pairs_by_brute_force_also_for_split_sequences(T, N, tau_plus, tau_minus, cut, seed):
     generator = torch.Generator().manual_seed(seed)
     pre, post = ((torch.rand(T, N, n, generator=generator) < 0.4).double() for n in (5, 3))
     constants = {"tau_plus": tau_plus, "tau_minus": tau_minus, "a_plus": 0.005, "a_minus": 0.007}
@@ -88,7 +88,7 @@ def close(one, other, tolerance):
     dtype=st.sampled_from([torch.float32, torch.float64]),
     seed=st.integers(0, 999),
 )
-def test_chunks_of_time_and_rows_are_the_step_by_step_rule(
+def test_chunks_of_time_and_rows_equal_the_step_by_step_rule(
     T, N, n_in, n_out, chunk, summands, tau_plus, tau_minus, dtype, seed
 ):
     generator = torch.Generator().manual_seed(seed)
@@ -104,7 +104,7 @@ def test_chunks_of_time_and_rows_are_the_step_by_step_rule(
     exact = step_by_step(*wide, **constants)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-13
     assert delta.dtype == last.pre.dtype == last.post.dtype == dtype
-    # Strengthening and weakening may nearly cancel: what is exact is each of them.
+    # Potentiation and depression can nearly cancel; only each of them is exact.
     parts = [step_by_step(*wide, **{**constants, name: 0.0})[0].norm() for name in ("a_plus", "a_minus")]
     assert (delta - exact[0]).norm() <= tolerance * sum(parts) + TINY
     assert close(last.pre, exact[1].pre, tolerance)
@@ -113,7 +113,7 @@ def test_chunks_of_time_and_rows_are_the_step_by_step_rule(
 
 
 @pytest.mark.parametrize("tau", [0.001, 20.0, 5000.0])
-def test_a_long_time_neither_overflows_nor_loses_digits(tau):
+def test_long_sequences_do_not_overflow_or_lose_precision(tau):
     pre, post = ((torch.rand(1000, 2, n) < 0.2).float() for n in (5, 3))
     constants = {"tau_plus": tau, "tau_minus": tau, "a_plus": 0.005, "a_minus": 0.003}
     rest = STDPState(torch.zeros(2, 5, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64))
@@ -163,6 +163,6 @@ def test_the_reward_is_positive_below_the_baseline():
         ((3, 1, 4), (3, 1, 2), {"state": STDPState(torch.zeros(2, 4), torch.zeros(2, 2))}, "reset them"),
     ],
 )
-def test_bad_input_is_named(pre, post, change, message):
+def test_bad_input_raises(pre, post, change, message):
     with pytest.raises(ValueError, match=message):
         stdp(torch.zeros(pre), torch.zeros(post), **change)

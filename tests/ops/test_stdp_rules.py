@@ -1,4 +1,4 @@
-"""Every rule and geometry against brute force over all pairs and triplets of spikes, in float64."""
+"""Tests of every rule and geometry against brute force over all pairs and triplets of spikes, in float64."""
 
 import itertools
 import math
@@ -28,9 +28,9 @@ TRIPLET = {
 
 
 def two_trains(pre, post, at=None):
-    """What strengthens and what weakens one synapse, from all pairs and triplets of the spike times of its two sides.
+    """Return potentiation and depression of one synapse from all pairs and triplets of its spike times.
 
-    ``at(t)`` is a factor on what happens at step t, when the later spike of a pair falls.
+    ``at(t)`` is a factor for the changes at time step t, the time of the later spike of a pair.
     """
     at = at or (lambda t: 1.0)
     r = {"a3_plus": 0.0, "a3_minus": 0.0, "tau_x": 1.0, "tau_y": 1.0, **two_trains.constants}
@@ -49,7 +49,7 @@ def two_trains(pre, post, at=None):
 
 
 def brute_force(pre, post, constants, geometry=None, factor=None, at=None):
-    """``(stronger, weaker)``, shaped as the weight. ``factor [N, n_out]`` counts each row and neuron."""
+    """Return ``(stronger, weaker)`` in the shape of the weight. ``factor [N, n_out]`` scales each row and neuron."""
     two_trains.constants = constants
     trains = {}
 
@@ -96,7 +96,7 @@ def random_spikes(shape, seed, rate=0.4):
 @given(
     T=st.integers(1, 7), N=st.integers(1, 3), cut=st.integers(1, 7), chunk=st.integers(1, 5), seed=st.integers(0, 999)
 )
-def test_triplets_are_all_triplets_and_can_be_cut_anywhere(T, N, cut, chunk, seed):
+def test_all_triplets_by_brute_force_also_for_split_sequences(T, N, cut, chunk, seed):
     pre, post = random_spikes((T, N, 3), seed, 0.6), random_spikes((T, N, 2), seed + 1, 0.6)
     stronger, weaker = brute_force(pre, post, TRIPLET)
     with pytest.MonkeyPatch.context() as patch:
@@ -110,14 +110,14 @@ def test_triplets_are_all_triplets_and_can_be_cut_anywhere(T, N, cut, chunk, see
 
 
 @pytest.mark.quick
-def test_without_triplets_it_is_the_pair_rule():
+def test_without_triplet_terms_it_equals_the_pair_rule():
     pre, post = random_spikes((9, 4, 5), 0), random_spikes((9, 4, 3), 1)
     pairs = {**TRIPLET, "a3_plus": 0.0, "a3_minus": 0.0}
     assert torch.equal(triplet_stdp(pre, post, **pairs)[0], stdp(pre, post, **PAIR)[0])
 
 
 def paired_at(rate, lag, n_pairs=60):
-    """The change by 60 pairs at a rate in Hz, the post spike ``lag`` ms after the pre spike, in steps of 1 ms."""
+    """Return the change by 60 pairs at a rate in Hz, with post ``lag`` ms after pre, in time steps of 1 ms."""
     period = round(1000 / rate)
     T = period * n_pairs + 40
     pre, post = torch.zeros(T, 1, 1, dtype=torch.float64), torch.zeros(T, 1, 1, dtype=torch.float64)
@@ -127,7 +127,7 @@ def paired_at(rate, lag, n_pairs=60):
 
 
 def test_the_same_pairs_weaken_at_low_rates_and_strengthen_at_high_ones():
-    """What Sjostrom et al. 2001 found in visual cortex and pairs alone cannot explain: figure 2 of the paper of the rule."""
+    """Sjostrom et al. 2001 measured this in visual cortex; the pair rule cannot reproduce it (figure 2 of the paper)."""
     after = [paired_at(rate, 10) for rate in (0.5, 10, 20, 40, 50)]
     before = [paired_at(rate, -10) for rate in (0.5, 10, 20, 40, 50)]
     assert after == pytest.approx([0.0, 0.13, 0.25, 0.53, 0.74], abs=0.02)
@@ -136,7 +136,7 @@ def test_the_same_pairs_weaken_at_low_rates_and_strengthen_at_high_ones():
 
 @st.composite
 def convolutions(draw):
-    """A convolution of one or two dimensions and an input size that it can take."""
+    """Draw a convolution of one or two dimensions and a valid input size."""
     n_spatial = draw(st.integers(1, 2))
     groups = draw(st.integers(1, 2))
     mode = draw(st.sampled_from(["zeros", "circular", "reflect"]))
@@ -155,7 +155,7 @@ def convolutions(draw):
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @settings(deadline=None, max_examples=40)
 @given(case=convolutions(), T=st.integers(1, 4), N=st.integers(1, 2), triplets=st.booleans(), seed=st.integers(0, 999))
-def test_convolutions_pair_what_the_kernel_joins(case, T, N, triplets, seed):
+def test_convolutions_pair_connected_inputs_and_outputs(case, T, N, triplets, seed):
     conv, size = case
     geometry = _geometry(conv)
     pre = random_spikes((T, N, conv.in_channels, *size), seed)
@@ -181,7 +181,7 @@ def test_convolutions_pair_what_the_kernel_joins(case, T, N, triplets, seed):
     kind=st.sampled_from(["one", "rows", "neurons"]),
     seed=st.integers(0, 999),
 )
-def test_rewards_of_rows_and_neurons_and_the_weight_multiply_what_each_contributes(mu, conv, kind, seed):
+def test_rewards_of_rows_and_neurons_and_the_weight_scale_each_contribution(mu, conv, kind, seed):
     geometry = ConvGeometry((2,), (1,), ((1, 0),), (1,)) if conv else None
     pre = random_spikes((5, 3, 2, 4) if conv else (5, 3, 4), seed)
     post = random_spikes((5, 3, 3, 4) if conv else (5, 3, 3), seed + 1)
@@ -200,7 +200,7 @@ def test_rewards_of_rows_and_neurons_and_the_weight_multiply_what_each_contribut
 
 @settings(deadline=None, max_examples=25)
 @given(T=st.integers(2, 8), tau=st.floats(0.5, 50), data=st.data(), seed=st.integers(0, 999))
-def test_an_eligibility_is_what_is_left_of_the_past_and_can_be_cut_anywhere(T, tau, data, seed):
+def test_the_eligibility_decays_and_sequences_can_be_split(T, tau, data, seed):
     cut = data.draw(st.integers(1, T - 1))
     pre, post = random_spikes((T, 2, 3), seed), random_spikes((T, 2, 2), seed + 1)
     stronger, weaker = brute_force(pre, post, PAIR, at=lambda t: math.exp(-(T - 1 - t) / tau))
@@ -218,13 +218,13 @@ def test_a_batch_is_the_sum_of_its_samples(rule, weakens):
     pre, post = random_spikes((6, 300, 5), 0), random_spikes((6, 300, 4), 1)  # more than one chunk of rows
     alone = sum(rule(pre[:, n : n + 1], post[:, n : n + 1])[0] for n in range(300))
     assert torch.allclose(rule(pre, post)[0], alone, atol=1e-12)
-    # Strengthening and weakening may nearly cancel: what is exact in float32 is each of them.
+    # Potentiation and depression can nearly cancel; only each of them is exact in float32.
     error = (rule(pre.float(), post.float())[0] - alone).norm()
     assert error < 1e-6 * rule(pre, post, **{weakens: 0.0})[0].norm()
 
 
 @pytest.mark.quick
-def test_multiplicative_changes_vanish_at_the_bounds_and_never_turn_round():
+def test_multiplicative_changes_vanish_at_the_bounds_and_do_not_change_sign():
     pre, post = torch.ones(3, 1, 3), torch.ones(3, 1, 1)
     weight = torch.tensor([[1.0, 1.7, 0.35]])
     up, _ = stdp(pre, post, weight=weight, mu=1.0, a_minus=0.0)
@@ -234,8 +234,8 @@ def test_multiplicative_changes_vanish_at_the_bounds_and_never_turn_round():
     assert down[0, :2].tolist() == [0.0, 0.0]
 
 
-def test_no_memory_for_each_row_of_its_own(monkeypatch):
-    """Rewards of 4,096 rows of 64 x 64 would need 64 MB if each row had a change; the largest tensor made is the input's."""
+def test_memory_does_not_grow_by_one_change_per_row(monkeypatch):
+    """One change per row of 4,096 rows of 64 x 64 would need 64 MB; the largest tensor created has the size of the input."""
     pre, post = torch.ones(2, 4096, 64), torch.ones(2, 4096, 64)
     largest = 0
 
@@ -280,6 +280,6 @@ def test_no_memory_for_each_row_of_its_own(monkeypatch):
         ),
     ],
 )
-def test_bad_input_is_named(call, message):
+def test_bad_input_raises(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.zeros(3, 5, 4), torch.zeros(3, 5, 2))

@@ -1,4 +1,4 @@
-"""The table of surrogate derivatives."""
+"""Tests of the table of surrogate derivatives."""
 
 import math
 
@@ -15,7 +15,7 @@ X = torch.linspace(-2, 2, 401, dtype=torch.float64)
 
 @pytest.mark.parametrize("name", SURROGATES)
 @pytest.mark.parametrize("alpha", [0.7, 4.0, 25.0])
-def test_derivative_is_that_of_the_primitive(name, alpha):
+def test_the_derivative_equals_that_of_the_primitive(name, alpha):
     primitive, derivative = SURROGATES[name]
     h = 1e-6
     numeric = (primitive(X + h, alpha) - primitive(X - h, alpha)) / (2 * h)
@@ -38,19 +38,19 @@ def test_nord_atan_is_half_of_spikingjellys_atan():
     assert torch.allclose(SURROGATES["nord_atan"].derivative(X, 4.0), x.grad / 2)
 
 
-def test_atan_and_sigmoid_are_spikingjellys():
+def test_atan_and_sigmoid_equal_spikingjellys():
     for name, theirs in (("atan", sj.ATan(alpha=2.0)), ("sigmoid", sj.Sigmoid(alpha=2.0))):
         x = X.clone().requires_grad_()
         theirs(x).sum().backward()
         assert torch.allclose(SURROGATES[name].derivative(X, 2.0), x.grad, atol=1e-9)
 
 
-def test_a_callable_brings_its_own_backward():
+def test_a_callable_uses_its_own_backward():
     x = X.clone().requires_grad_()
     spike(x, sj.PiecewiseLeakyReLU()).sum().backward()
     assert x.grad.max() > 0
 
 
-def test_an_unknown_name_is_refused_with_the_table():
+def test_an_unknown_name_raises_with_the_list():
     with pytest.raises(ValueError, match=r"unknown surrogate 'atam'.*nord_atan"):
         spike(X, "atam")
