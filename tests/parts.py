@@ -1,4 +1,4 @@
-"""Every part that a network is made of, at one small width: what tools must work on and what a new layer is added to."""
+"""Every part of the library at one small width. Tests of tools run on all of them; add new layers here."""
 
 from collections.abc import Callable
 
@@ -19,7 +19,7 @@ from nord_snn.neurons import AssociativeLIFNode
 
 
 def node(n: int = 16, step_mode: str = "m", **more: object) -> AssociativeLIFNode:
-    """Four clusters, which divide every width here."""
+    """Return a node with four clusters, which divide every width used here."""
     return AssociativeLIFNode(n, **{"n_clusters": 4, "step_mode": step_mode} | more)  # type: ignore[arg-type]
 
 

@@ -181,7 +181,7 @@ def looped(net):
 
 
 def test_a_loop_over_time_outside_of_the_network_gives_the_thresholds_of_whole_sequences():
-    sequences, steps = network(), network()
+    sequences, steps = network().eval(), network().eval()  # in training a batch norm sees a sequence, or a time step
     for net in (sequences, steps):
         replace_neurons(net, X)
     functional.set_step_mode(steps, "s")

@@ -98,8 +98,10 @@ def test_the_twin_differs_only_in_the_neurons():
     kept = {name for name, _ in spiking.named_parameters() if "lif" not in name}
     assert kept == {name for name, _ in dense.named_parameters()}
     assert parameter_counts(dense)[1] < parameter_counts(spiking)[1]
-    with pytest.raises(ValueError, match="expected neuron layers"):
-        SpikeMonitor(dense)
+    with SpikeMonitor(dense) as monitor, torch.no_grad():
+        dense(torch.randint(0, 30, (1, 8)))
+    with pytest.warns(UserWarning, match="No module was taken for neurons"):
+        assert monitor.rates() == {}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What each layer claims."""
+"""Tests of the documented properties of each layer."""
 
 from functools import partial
 
@@ -26,7 +26,7 @@ SMALL = partial(AssociativeLIFNode, n_clusters=4)
 # --- LeakyClamp
 
 
-def test_the_clamp_keeps_a_gradient_where_relu_has_none():
+def test_the_clamp_has_a_gradient_where_relu_has_none():
     clamp = LeakyClamp(3)
     x = torch.tensor([[2.0, -0.5, -9.0]]).requires_grad_()
     clamp(x).sum().backward()
@@ -38,7 +38,7 @@ def test_the_clamp_keeps_a_gradient_where_relu_has_none():
     assert relu.grad[0, 1] == 0
 
 
-def test_the_clamp_is_its_equation():
+def test_the_clamp_equals_its_equation():
     clamp = LeakyClamp(4, floor=-0.2, leak=0.5)
     x = torch.randn(50, 4)
     expected = torch.where(x >= 0, x, (0.5 * x).clamp(min=-0.2))
@@ -55,7 +55,7 @@ def test_the_clamp_passes_gradcheck():
 # --- MultiScaleTemporalEncoder
 
 
-def test_fast_and_slow_paths_differ_and_the_fast_come_first():
+def test_fast_and_slow_paths_differ_and_the_fast_path_comes_first():
     encoder = MultiScaleTemporalEncoder(6, t_fast=3, t_slow=2)
     with torch.no_grad():
         encoder.fast_basis.zero_()
@@ -70,7 +70,7 @@ def test_fast_and_slow_paths_differ_and_the_fast_come_first():
         assert torch.allclose(steps[t], 0.5 * p * 5)
 
 
-def test_every_step_has_a_gate_of_its_own():
+def test_every_time_step_has_its_own_gate():
     encoder = MultiScaleTemporalEncoder(6, out_features=8)
     x = torch.randn(2, 3, 6)
     encoder(x)[4].sum().backward()
@@ -85,7 +85,7 @@ def test_the_encoder_passes_gradcheck():
     assert torch.autograd.gradcheck(lambda x, *_: encoder(x), (x, *encoder.parameters()))
 
 
-def test_there_may_be_no_slow_path_but_there_is_a_fast_one():
+def test_the_slow_path_is_optional_and_the_fast_path_is_not():
     assert MultiScaleTemporalEncoder(4, t_slow=0)(torch.zeros(1, 4)).shape == (8, 1, 4)
     with pytest.raises(ValueError, match="t_fast >= 1"):
         MultiScaleTemporalEncoder(4, t_fast=0)
@@ -105,7 +105,7 @@ def test_resonance_is_causal_and_the_same_at_every_step():
     assert not torch.equal(before[:, :, 4:], after[:, :, 4:])
 
 
-def test_resonance_starts_as_described_and_every_parameter_learns():
+def test_resonance_has_the_documented_initial_values_and_gradients():
     layer = CoFiringResonance(8, n_heads=2, recency=True, neuron=SMALL)
     assert layer.temperature.tolist() == pytest.approx([4**-0.5])
     assert layer.recency.tolist() == pytest.approx([2**-1, 2**-3])
@@ -117,8 +117,8 @@ def test_resonance_starts_as_described_and_every_parameter_learns():
     assert CoFiringResonance(8, n_heads=2, neuron=SMALL).recency is None
 
 
-def test_two_positions_that_fire_together_bind():
-    """Positions 0 and 3 hold the same features, 1 and 2 others: 3 hears 0 more than it hears 1 or 2."""
+def test_positions_that_fire_together_attend_to_each_other():
+    """Positions 0 and 3 have the same features, 1 and 2 have others: 3 attends more to 0 than to 1 or 2."""
     torch.manual_seed(3)
     layer = CoFiringResonance(16, n_heads=1, neuron=partial(AssociativeLIFNode, n_clusters=None))
     with torch.no_grad():
@@ -136,19 +136,19 @@ def test_two_positions_that_fire_together_bind():
 # --- SpikingFeedForward
 
 
-def test_the_feed_forward_is_its_equation_and_starts_from_rest_each_time():
+def test_the_feed_forward_equals_its_equation_and_starts_from_rest():
     ffn = SpikingFeedForward(8, 12, neuron=SMALL)
     x = 3 * torch.randn(6, 2, 3, 8)
     expected = ffn.lif2(ffn.down(ffn.lif1(ffn.up(x), stateless=True)), stateless=True)
     assert torch.equal(ffn(x), expected)
     assert torch.equal(ffn(x), expected)
-    assert ffn(x[:, :1]).shape == (6, 1, 3, 8)  # no state is held, so another batch shape is no matter
+    assert ffn(x[:, :1]).shape == (6, 1, 3, 8)  # no state is stored, so another batch shape works
 
 
 # --- MembraneReadout
 
 
-def test_the_readout_is_its_recursion_plus_the_firing_rate():
+def test_the_readout_equals_its_recursion_plus_the_firing_rate():
     readout = MembraneReadout(8, neuron=SMALL)
     x = torch.randn(7, 3, 8)
     node = SMALL(8, step_mode="m", store_v_seq=True)
@@ -158,11 +158,11 @@ def test_the_readout_is_its_recursion_plus_the_firing_rate():
     for v in node.v_seq:
         e = d * e + (1 - d) * v
     assert torch.allclose(readout(x), e + spikes.mean(0), atol=1e-6)
-    assert readout.lif.v_seq is None  # the graph of the last batch is not kept
+    assert readout.lif.v_seq is None  # the graph of the last batch is freed
 
 
-def test_the_readout_tells_silent_inputs_apart():
-    """Below threshold no spike says anything; the membrane does."""
+def test_the_readout_distinguishes_inputs_below_threshold():
+    """Below threshold there are no spikes; only the membrane potential differs."""
     readout = MembraneReadout(4, neuron=SMALL)
     weak, weaker = torch.full((5, 1, 4), 0.2), torch.full((5, 1, 4), 0.1)
     assert (readout(weak) > readout(weaker)).all()
@@ -171,7 +171,7 @@ def test_the_readout_tells_silent_inputs_apart():
 # --- NordBlock
 
 
-def test_the_block_is_its_equation():
+def test_the_block_equals_its_equation():
     block = NordBlock(8, n_heads=2, hidden_features=12, residual_scale=0.05, neuron=SMALL)
     x = torch.randn(5, 2, 4, 8)
     y = x + 0.05 * block.resonance(block.norm1(x))
@@ -179,7 +179,7 @@ def test_the_block_is_its_equation():
     assert torch.allclose(block(x), block.clamp(y), atol=1e-6)
 
 
-def test_without_resonance_positions_never_meet():
+def test_without_resonance_positions_are_independent():
     x = torch.randn(5, 1, 4, 8)
     changed = x.clone()
     changed[:, :, 0] += 5
@@ -201,7 +201,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_spikingjellys_neurons_fit_into_every_layer(name):
+def test_every_layer_accepts_spikingjellys_neurons(name):
     layer = LAYERS[name](lambda n: LIFNode(tau=2.0, v_threshold=0.2))
     x = (3 * torch.randn(5, 2, 4, 8)).requires_grad_()
     out = layer(x)
@@ -212,7 +212,7 @@ def test_spikingjellys_neurons_fit_into_every_layer(name):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_run_under_autocast(name):
-    """Neurons and clamps stay in float32, so that nearly no spike changes, and no number by more than a rounding."""
+    """Neurons and clamps compute in float32, so hardly any spike changes, and other values only by rounding."""
     layer, x = LAYERS[name](SMALL), 4 * torch.randn(5, 2, 4, 8)
     fire_easily(layer)
     expected = layer(x)
@@ -234,12 +234,12 @@ def test_layers_run_under_autocast(name):
         (LAYERS["block"](SMALL), (5, 2, 4, 9), r"NordBlock expects shape \[T, B, S, D\] with D = 8"),
     ],
 )
-def test_wrong_rank_or_width_is_named(layer, shape, message):
+def test_wrong_rank_or_width_raises(layer, shape, message):
     with pytest.raises(ValueError, match=message):
         layer(torch.zeros(shape))
 
 
-def test_bad_constructions_are_named():
+def test_bad_constructor_arguments_raise():
     with pytest.raises(ValueError, match="D = 8 and H = 3"):
         CoFiringResonance(8, n_heads=3)
     with pytest.raises(ValueError, match=r"leak must lie in \(0, 1\)"):

@@ -1,4 +1,4 @@
-"""profile_energy: what is counted, by hand, beside SpikingJelly's counters, and in every shape that a network may have."""
+"""Tests of profile_energy against counts by hand and SpikingJelly's counters, for many kinds of networks."""
 
 import copy
 from math import ceil
@@ -28,7 +28,7 @@ def only(profile, kind="linear"):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_additions_are_active_inputs_times_fan_out_and_only_where_all_are_spikes(bias):
+def test_additions_are_active_inputs_times_fan_out_if_all_inputs_are_spikes(bias):
     net, x = nn.Linear(20, 7, bias=bias), spikes(6, 3, 20)
     profile = profile_energy(net, x)
     assert (profile.macs, profile.acs, profile.dense) == (0, int(x.sum()) * 7, 6 * 3 * 20 * 7)
@@ -39,7 +39,7 @@ def test_additions_are_active_inputs_times_fan_out_and_only_where_all_are_spikes
 
 
 def test_a_convolution_by_hand():
-    """Every active input counts the windows that reach it, at the edges fewer."""
+    """Every active input counts the windows that contain it, fewer at the edges."""
     net, x = nn.Conv2d(2, 5, 3, stride=2, padding=1, bias=False), spikes(1, 2, 6, 6)
     reached = 0
     for channel, row, column in x[0].nonzero().tolist():
@@ -55,7 +55,7 @@ def test_a_convolution_by_hand():
 @needs_spikingjelly_2
 @pytest.mark.parametrize("binary", [True, False])
 @pytest.mark.parametrize("name", ["linear", "convolution", "groups", "network"])
-def test_spikingjelly_counts_the_same(name, binary):
+def test_counts_equal_spikingjellys(name, binary):
     from spikingjelly.activation_based import op_counter
 
     nets = {
@@ -105,7 +105,7 @@ def test_neurons_and_cascade_by_hand():
     node = AssociativeLIFNode(8, n_clusters=4, step_mode="m")
     out = node(x)
     functional.reset_net(node)
-    for backend in ("auto", "torch"):  # whatever it is computed with
+    for backend in ("auto", "torch"):  # the count does not depend on the backend
         node.backend = backend
         profile = profile_energy(node, x)
         functional.reset_net(node)
@@ -114,7 +114,7 @@ def test_neurons_and_cascade_by_hand():
         assert profile.products == []
 
 
-def test_single_steps_cost_what_the_sequence_does_but_for_weights_read_again():
+def test_single_time_steps_cost_the_same_except_for_reading_weights():
     net = nn.Sequential(
         AssociativeLIFNode(8, n_clusters=4, step_mode="m"), nn.Linear(8, 5, bias=False), neuron.LIFNode(step_mode="m")
     )
@@ -133,7 +133,7 @@ def test_single_steps_cost_what_the_sequence_does_but_for_weights_read_again():
     assert only(single).weight_bytes >= only(whole).weight_bytes
 
 
-def test_weights_that_meet_no_spike_are_not_read():
+def test_weights_without_input_spikes_are_not_read():
     net, x = nn.Linear(20, 7, bias=False), torch.zeros(6, 3, 20)
     x[2, 1, 4] = x[5, 0, 4] = x[0, 0, 9] = 1.0
     product = only(profile_energy(net, x))
@@ -141,7 +141,7 @@ def test_weights_that_meet_no_spike_are_not_read():
     assert product.activation_bytes == 6 * 3 * 20 // 8 + 6 * 3 * 7 * 4  # spikes are bits
 
 
-def test_the_twin_reads_all_weights_and_numbers_once_and_activates_each_neuron_once():
+def test_the_twin_reads_weights_and_inputs_once_and_activates_each_neuron_once():
     net = nn.Sequential(nn.LayerNorm(8), AssociativeLIFNode(8, None, step_mode="m"), nn.Linear(8, 5, bias=False))
     profile = profile_energy(net, torch.zeros(10, 3, 8))  # a silent network
     assert (profile.macs, profile.acs, profile.bytes - profile.state_bytes) == (
@@ -158,7 +158,7 @@ def test_the_twin_reads_all_weights_and_numbers_once_and_activates_each_neuron_o
     assert profile.twin_joules_under("45nm-fp32-sram") == pytest.approx((macs + 48) * 4.6e-12 + moved * 2.5e-12)
 
 
-def test_steps_that_were_flattened_into_the_batch_are_found_again():
+def test_time_steps_flattened_into_the_batch_are_inferred():
     twin = 3 * 8 * 5
     nodes = neuron.LIFNode(step_mode="m")
     for made in (
@@ -177,7 +177,7 @@ def test_a_transposed_convolution_by_hand():
     assert profile.dense == profile.acs == 64 * 4 * 2 * 4
 
 
-def test_inference_mode_hides_products_and_that_is_said():
+def test_inference_mode_hides_products_and_raises():
     net = nn.Linear(4, 3)
     with torch.inference_mode():
         assert profile_energy(net, torch.rand(2, 4)).dense == 24
@@ -212,7 +212,7 @@ def test_products_of_vectors_count_too():
     assert profile_energy(Vectors(), torch.ones(8)).acs == 5 * 8 + 5
 
 
-def test_grouped_products_cost_the_same_in_all():
+def test_grouped_products_have_the_same_total_cost():
     net = nn.Sequential(*(nn.Sequential(AssociativeLIFNode(8, None, step_mode="m"), nn.Linear(8, 8)) for _ in range(3)))
     profile = profile_energy(net, 2 * torch.rand(5, 3, 8))
     grouped = profile.grouped()
@@ -227,7 +227,7 @@ def test_grouped_products_cost_the_same_in_all():
     assert [product.name for product in profile.products] == ["0.1", "1.1", "2.1"]
 
 
-def test_joules_are_the_prices_times_the_counts():
+def test_joules_are_energies_times_counts():
     net = nn.Sequential(
         AssociativeLIFNode(8, None, step_mode="m"), nn.Linear(8, 5, bias=False), nn.LayerNorm(5), nn.Linear(5, 2)
     )
@@ -249,7 +249,7 @@ def test_joules_are_the_prices_times_the_counts():
 
 
 @pytest.mark.parametrize(("make", "shape"), PARTS.values(), ids=PARTS)
-def test_every_part_is_counted_and_left_as_it_was(make, shape):
+def test_every_part_is_counted_and_not_changed(make, shape):
     part, x = make(), 2 * torch.rand(shape)
     expected = part(x)
     functional.reset_net(part)
@@ -262,7 +262,7 @@ def test_every_part_is_counted_and_left_as_it_was(make, shape):
     assert profile.joules > 0 or not list(part.parameters())
 
 
-def test_an_error_on_the_way_takes_the_hooks_off():
+def test_hooks_are_removed_after_an_error():
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(5, 4))
     with pytest.raises(RuntimeError):
         profile_energy(net, torch.rand(2, 4))
@@ -270,25 +270,25 @@ def test_an_error_on_the_way_takes_the_hooks_off():
 
 
 class Pointwise(nn.Module):
-    """Of 12 numbers: six that are computed one by one, one mean of 4, and views, copies and integers, which cost nothing."""
+    """Module with counted pointwise operations, and views, copies and integers, which cost nothing."""
 
     def forward(self, x):
         y = nn.functional.leaky_relu((x.sin() + x).clamp(-1, 1).lerp(x, 0.5).log1p())
         return y.view(4, 3).transpose(0, 1).contiguous().flatten()[1:], y.mean(1), torch.arange(5) + 1
 
 
-def test_what_is_no_product_counts_by_its_outputs():
+def test_pointwise_operations_count_by_their_outputs():
     assert profile_energy(Pointwise(), torch.rand(4, 3)).elementwise == 6 * 12 + 4
 
 
 class Attention(nn.Module):
-    """Two products in one call."""
+    """Module with two products in one call."""
 
     def forward(self, x):
         return nn.functional.scaled_dot_product_attention(x, x, x)
 
 
-def test_what_cannot_be_counted_is_refused():
+def test_operations_that_cannot_be_counted_raise():
     with pytest.raises(ValueError, match=r"cannot count aten.*scaled_dot_product"):
         profile_energy(Attention(), torch.rand(2, 1, 5, 16))
     with pytest.raises(ValueError, match=r"cannot count aten.*multi_head_attention"):
@@ -297,8 +297,8 @@ def test_what_cannot_be_counted_is_refused():
 
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("backend", ["torch", "auto"])
-def test_positions_that_come_one_by_one_cost_what_the_whole_sequence_does(window, backend):
-    """With a cache of key spikes: the same products in all, and each position once."""
+def test_cached_positions_cost_the_same_as_the_whole_sequence(window, backend):
+    """With a cache of key spikes the total products are the same, and each position is counted once."""
     layer = CoFiringResonance(
         16, 2, top_k=3, recency=True, neuron=lambda n: AssociativeLIFNode(n, n_clusters=4), backend=backend
     )
@@ -333,7 +333,7 @@ def test_positions_that_come_one_by_one_cost_what_the_whole_sequence_does(window
 
 
 class Store:
-    """Keys and values of all calls."""
+    """Cache of the keys and values of all calls."""
 
     def __init__(self):
         self.parts = []
@@ -344,7 +344,7 @@ class Store:
 
 
 def in_parts(layer, x, **more):
-    """Profile of positions 0 to 2, 3, and 4 to 6; ``more`` makes the keywords of a call from its end."""
+    """Profile positions 0 to 2, 3, and 4 to 6; ``more`` returns the keywords of a call that ends at a position."""
     store = Store()
     with torch.no_grad(), EnergyProfiler(layer) as profiler:
         for begin, end in ((0, 3), (3, 4), (4, 7)):
@@ -358,7 +358,7 @@ def small_node(n):
 
 @pytest.mark.filterwarnings("ignore:lengths, remember and window are deprecated:FutureWarning")
 @pytest.mark.parametrize("window", [None, 4])
-def test_the_deprecated_keywords_of_a_cache_are_counted_as_the_cache_is(window):
+def test_the_deprecated_cache_keywords_cost_the_same_as_the_cache(window):
     layer, x = CoFiringResonance(16, 2, top_k=3, neuron=small_node), 5 * torch.randn(6, 2, 7, 16)
     cached = in_parts(layer, x, keywords=lambda store, end: {"cache": SequenceCache(None, store, window)})
     deprecated = in_parts(layer, x, keywords=lambda store, end: {"remember": store, "window": window})
@@ -367,7 +367,7 @@ def test_the_deprecated_keywords_of_a_cache_are_counted_as_the_cache_is(window):
 
 
 def test_padding_is_not_counted_with_a_cache():
-    """Row 0 has 7 positions and row 1 the last 5 of them, 2 of which come in the first call, whose op knows no padding."""
+    """Row 0 has 7 positions, row 1 the last 5 of them, 2 of these in the first call, whose op has no padding argument."""
     layer, x = CoFiringResonance(16, 2, top_k=3, neuron=small_node), 5 * torch.randn(6, 2, 7, 16)
 
     def lengths(store, end):
@@ -388,7 +388,7 @@ def test_a_window_smaller_than_the_first_call_is_counted():
 
 
 def test_autocast_does_not_round_the_scores():
-    """With more than 256 coincidences bfloat16 would select other keys."""
+    """With more than 256 coincidences, bfloat16 scores would select other keys."""
     q = (torch.arange(40 * 6 * 64).reshape(40, 1, 6, 64) % 7 > 0).float()
     values = torch.rand(1, 6, 64)
     values[0, ::2] = (values[0, ::2] > 0.5).float()
@@ -398,24 +398,24 @@ def test_autocast_does_not_round_the_scores():
 
 
 class Resonance(nn.Module):
-    """The op without a layer."""
+    """Module that calls the op without a layer."""
 
     def forward(self, q, v):
         return resonance(q, q, v, n_heads=1, top_k=2, temperature=0.1, recency=torch.ones(1))
 
 
 class Tripled(neuron.LIFNode):
-    """A neuron that says what its update costs."""
+    """Neuron with an update_cost of its own."""
 
     def update_cost(self, spikes):
         return OpCost(multiplications=3 * spikes.numel(), state_bytes=spikes.numel(), neuron_outputs=spikes.numel())
 
 
 class Inherited(AssociativeLIFNode):
-    """A neuron that costs what its base class does."""
+    """Neuron that inherits update_cost."""
 
 
-def test_neurons_say_what_an_update_costs_and_others_count_as_lif():
+def test_update_cost_is_used_and_other_neurons_count_as_lif():
     x, n = 5 * torch.rand(6, 3, 8), 6 * 3 * 8
     costs = {
         neuron.LIFNode(step_mode="m"): (2 * n, 3 * n, 8 * n),
@@ -429,14 +429,14 @@ def test_neurons_say_what_an_update_costs_and_others_count_as_lif():
         assert profile.twin_elementwise == n // 6
 
 
-def test_our_neuron_with_the_signature_of_snntorch_costs_what_it_does_without():
+def test_associative_synaptic_costs_the_same_as_our_node():
     snntorch = pytest.importorskip("nord_snn.integrations.snntorch")
     lif, x = snntorch.AssociativeSynaptic(8, 4), torch.zeros(3, 8)
     profile = profile_energy(lif, x)
     assert (profile.multiplications, profile.additions) == (3 * 24 + 3 * 4 * 5, 5 * 24 + 3 * (16 + 8))
 
 
-def test_the_op_alone_counts_as_the_neurons_do():
+def test_the_op_alone_costs_the_same_as_the_neurons():
     pytest.importorskip("numba")
 
     class Op(nn.Module):
@@ -449,7 +449,7 @@ def test_the_op_alone_counts_as_the_neurons_do():
         assert getattr(alone, figure) == getattr(node, figure), figure
 
 
-def test_the_package_offers_what_the_module_did():
+def test_the_package_exports_the_names_of_the_former_module():
     import nord_snn.monitor
     import nord_snn.monitor.energy as energy
 

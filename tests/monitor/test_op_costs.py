@@ -1,4 +1,4 @@
-"""The cost of each op, by hand on small numbers."""
+"""Tests of the cost of each op against counts by hand."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_the_clamp():
 
 
 def resonance_call(**changes):
-    """Two positions of one head with 2 neurons and 3 time steps; position 0 has one spike and position 1 has two."""
+    """Return two positions of one head with 2 neurons and 3 time steps; position 0 has one spike, position 1 has two."""
     q = torch.zeros(3, 1, 2, 2)
     q[0, 0, 0, 0] = q[1, 0, 1, 1] = q[2, 0, 1, 0] = 1.0
     call = {"q": q, "k": q, "v": torch.full((1, 2, 2), 0.5), "temperature": 1.0, "recency": None}
@@ -52,7 +52,7 @@ def test_a_resonance():
     assert resonance_cost(**resonance_call(causal=False, top_k=1)).elementwise_once == 4 + 2
 
 
-def test_a_resonance_with_values_that_are_spikes_of_each_time_step():
+def test_a_resonance_with_spiking_values():
     wide = torch.zeros(1, 2, 6)  # of 3 time steps; position 0 has two spikes, position 1 has three
     wide[0, 0, :2] = wide[0, 1, 3:] = 1.0
     values = resonance_cost(**resonance_call(v=wide)).products[1]
@@ -76,7 +76,7 @@ def test_a_resonance_in_other_dtypes_counts_the_same(dtype):
 
 
 def cached_call(**changes):
-    """The last position of four; queries have two spikes, in one head with 2 neurons and 3 time steps."""
+    """Return a call for the last of four positions, in one head with 2 neurons and 3 time steps; queries have two spikes."""
     q = torch.zeros(3, 1, 4, 2)
     q[0, 0, :, 0] = q[2, 0, :, 1] = 1.0
     call = {"q": q[:, :, 3:], "keys": pack_spikes(q, 1), "values": torch.full((1, 1, 4, 2), 0.5), "top_k": 2}
@@ -97,7 +97,7 @@ def test_a_resonance_with_cached_keys(changes, visible):
     assert cost.elementwise_once == visible + selected
 
 
-def test_cached_keys_that_are_no_spikes():
+def test_cached_keys_that_are_not_spikes():
     keys = torch.full((1, 1, 4, 6), 0.3)
     coincidences = resonance_cached_cost(**cached_call(keys=keys)).products[0]
     assert coincidences[:4] == ("coincidences", 24, 24, 0)
