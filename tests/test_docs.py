@@ -1,6 +1,6 @@
 """Run the code of the README and the pages, check their links, and build the pages."""
 
-import importlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -13,14 +13,17 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted(p for p in (ROOT / "docs").rglob("*.md") if "build" not in p.parts)
 READMES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("examples/*/README.md")),
            *sorted(ROOT.glob("nord_snn/**/README.md"))]  # fmt: skip
+NORSE = importlib.util.find_spec("norse") is not None
 PARTS = sorted((ROOT / "docs" / "parts").glob("*.md"))
 
 
 def blocks(page: Path) -> list[str]:
-    """Return the code blocks that run with the installed SpikingJelly."""
+    """Return the code blocks that run with the installed SpikingJelly, and with Norse if it is installed."""
     pattern = re.compile(r"^(<!-- SpikingJelly 2 -->\n)?```python\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
     found = pattern.findall(page.read_text(encoding="utf-8"))
-    return [block for only_2, block in found if SPIKINGJELLY_2 or not only_2]
+    return [
+        block for only_2, block in found if (SPIKINGJELLY_2 or not only_2) and (NORSE or "import norse" not in block)
+    ]
 
 
 def name(page: Path) -> str:
