@@ -197,7 +197,7 @@ def _calibrate(name: str, node: AssociativeLIFNode, x_seq: Tensor, rate: float, 
     before = rate_at(1.0)
     scale = 1.0 if abs(before - rate) <= tolerance * rate else _search(rate_at, rate)
     after = rate_at(scale)
-    if abs(after - rate) >= abs(before - rate):
+    if not abs(after - rate) < abs(before - rate):  # also where a rate is NaN, of an empty input
         scale, after = 1.0, rate_at(1.0)
     return Calibration(name, before, after, scale)
 

@@ -70,7 +70,8 @@ class _Called(SingleStep):
                 raise ValueError(f"mem has shape {list(mem.shape)}, but the input has shape {list(x.shape)}")
             return None
         stored = self._state
-        if stored is None or mem is self._rest or stored.v.shape != mem.shape:  # nothing stored belongs to this mem
+        is_new = stored is None or mem is self._rest or stored.v.shape != mem.shape
+        if stored is None or is_new or (mem is not stored.v and not mem.any()):  # nothing stored belongs to this mem
             stored = AssociativeLIFState(mem, torch.zeros_like(mem), torch.zeros_like(mem, dtype=torch.int32))
         return AssociativeLIFState(mem, stored.i_syn if syn is None else syn, stored.refractory)
 

@@ -181,3 +181,35 @@ def test_neurons_with_more_state_cannot_have_the_membrane_alone(more):
             torch.rand(2, 3, 4), AssociativeLIFState(torch.zeros(3, 4), None, None), threshold=torch.ones(4),
             beta_mem=0.5, beta_syn=0.5,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("membrane_only", [False, True])
+@pytest.mark.parametrize("shape", [(3, 0, 5), (3, 0, 5, 4), (3, 2, 5, 0)])
+def test_without_rows_gradients_are_empty_or_zero(membrane_only, shape):
+    x, threshold = torch.rand(shape, requires_grad=True), torch.ones(5, requires_grad=True)
+    spikes, _, _ = associative_lif(
+        x, threshold=threshold, beta_mem=0.5, beta_syn=0.0, refractory_steps=0, channels_first=len(shape) == 4,
+        membrane_only=membrane_only, backend="numba",
+    )  # fmt: skip
+    spikes.sum().backward()
+    assert x.grad.shape == shape
+    assert torch.equal(threshold.grad, torch.zeros(5))
+
+
+def test_kernels_run_on_the_cpu_whatever_the_default_device_is():
+    x, threshold = torch.rand(2, 3, 4, requires_grad=True), torch.ones(4)
+    with torch.device("meta"):
+        spikes, _, _ = associative_lif(x, threshold=threshold, beta_mem=0.5, beta_syn=0.5, backend="numba")
+        spikes.sum().backward()
+    assert spikes.device.type == "cpu"
+    assert x.grad.device.type == "cpu"
+
+
+def test_a_state_of_more_than_the_membrane_is_not_dropped():
+    zeros = torch.zeros(3, 4)
+    state = AssociativeLIFState(zeros, zeros, torch.full((3, 4), 3, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"with membrane_only state\.i_syn must be None, got a tensor"):
+        associative_lif(
+            torch.rand(2, 3, 4), state, threshold=torch.ones(4), beta_mem=0.5, beta_syn=0.0, refractory_steps=0,
+            membrane_only=True,
+        )  # fmt: skip

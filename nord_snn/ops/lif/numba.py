@@ -690,7 +690,7 @@ def _backward_rows(first, last, sizes, grads, inputs, constants, modes, surrogat
                     coupling_sums[c] = 0
         if not _has_same_parameters(sizes):
             _add_gradients(start, length, sizes, state, grad_threshold, grad_betas)
-    if _has_same_parameters(sizes):
+    if first < last and _has_same_parameters(sizes):
         _add_gradients(0, block_length, sizes, state, grad_threshold, grad_betas)
 
 
@@ -769,7 +769,7 @@ def _sizes(shape: tuple[int, ...], n_decays: int, clusters: int, hard_reset: boo
     block_length = max(1, _TILE // D) * D if clusters else _TILE
     blocks = -(-N * D * places // block_length)
     return _Sizes(
-        chunks=min(blocks, 2 * threads),
+        chunks=max(1, min(blocks, 2 * threads)),
         blocks=blocks,
         block_length=block_length,
         tiles=-(-block_length // _TILE),
@@ -833,16 +833,20 @@ def forward(arguments: Arguments, keep_v: bool, membrane_only: bool = False) -> 
     """Return spikes, membrane potentials (empty unless ``keep_v``) and the last state (v alone if ``membrane_only``)."""
     x, dynamics, step = arguments.x, arguments.dynamics, arguments.step
     dtype = compute_dtype(x)
-    spikes, v_last = torch.empty(x.shape, dtype=dtype), torch.empty(step, dtype=dtype)
-    v_seq = torch.empty(x.shape if keep_v else (0, *step), dtype=dtype)
-    others = () if membrane_only else (torch.empty(step, dtype=dtype), torch.empty(step, dtype=torch.int32))
+    spikes, v_last = torch.empty(x.shape, dtype=dtype, device="cpu"), torch.empty(step, dtype=dtype, device="cpu")
+    v_seq = torch.empty(x.shape if keep_v else (0, *step), dtype=dtype, device="cpu")
+    others = (
+        ()
+        if membrane_only
+        else (torch.empty(step, dtype=dtype, device="cpu"), torch.empty(step, dtype=torch.int32, device="cpu"))
+    )
     inputs = _input_tensors(arguments, dtype)
     with as_many_threads_as_torch() as threads:
         sizes = _sizes_of(arguments, threads)
         tiles, width = sizes.tiles, sizes.width
         # Allocated here: memory allocated in the threads causes page faults in every call.
         scratch_size = tiles * _STATE + 2 * (tiles * _TILE + WIDTH) + (sizes.block_length // sizes.D + 1) * width
-        scratch = torch.zeros(sizes.chunks, scratch_size, dtype=dtype)
+        scratch = torch.zeros(sizes.chunks, scratch_size, dtype=dtype, device="cpu")
         _forward(
             tuple(sizes),
             addresses(inputs),
@@ -867,23 +871,25 @@ def backward(
     """
     x = arguments.x
     dtype = compute_dtype(x)
-    grad_x = torch.empty(x.shape, dtype=dtype)
+    grad_x = torch.empty(x.shape, dtype=dtype, device="cpu")
     grad_v, grad_i = (
-        torch.empty((0,) if part is None else arguments.step, dtype=dtype) for part in (arguments.v, arguments.i_syn)
+        torch.empty((0,) if part is None else arguments.step, dtype=dtype, device="cpu")
+        for part in (arguments.v, arguments.i_syn)
     )
     inputs, grad_outputs = _input_tensors(arguments, dtype), _contiguous(*grads, dtype=dtype)
     with as_many_threads_as_torch() as threads:
         sizes = _sizes_of(arguments, threads)
         chunks, _, block_length, tiles, T, _, D, _, n_decays, C, width, record_of_tile = sizes
         shapes = ((D,), (n_decays,), (n_decays,), (C, C)) if parameters else ()
-        of_parameters = [torch.empty(shape, dtype=dtype) for shape in shapes]
+        of_parameters = [torch.empty(shape, dtype=dtype, device="cpu") for shape in shapes]
         scratch_size = tiles * _STATE + 4 * (tiles * _TILE + WIDTH) + 2 * WIDTH
         scratch_size += (2 * T * (block_length // D) + C + 1) * width
         shared_size = D + 2 * n_decays + C * width
         # One piece of zeros for the sums, in float64, and the scratch; one for what the forward sweep writes.
-        zeroed = torch.zeros(chunks * (8 * shared_size + dtype.itemsize * scratch_size), dtype=torch.uint8)
+        shared_bytes = -(-8 * chunks * shared_size // 64) * 64  # vectors of the scratch start at cache lines
+        zeroed = torch.zeros(shared_bytes + chunks * dtype.itemsize * scratch_size, dtype=torch.uint8, device="cpu")
         record_bytes = chunks * T * tiles * record_of_tile * dtype.itemsize
-        written = torch.empty(record_bytes + chunks * T * tiles * _MASKS * 2, dtype=torch.uint8)
+        written = torch.empty(record_bytes + chunks * T * tiles * _MASKS * 2, dtype=torch.uint8, device="cpu")
         _backward(
             tuple(sizes),
             addresses(grad_outputs),
@@ -893,7 +899,7 @@ def backward(
             (SURROGATE_IDS[surrogate], NUMPY_TYPES[dtype](alpha)),
             written.data_ptr(),
             written.data_ptr() + record_bytes,
-            zeroed.data_ptr() + 8 * chunks * shared_size,
+            zeroed.data_ptr() + shared_bytes,
             scratch_size,
             (*addresses((grad_x, grad_v, grad_i)), zeroed.data_ptr()),
             addresses(of_parameters) or (0, 0, 0, 0),

@@ -372,9 +372,11 @@ def _check(
         return
     layout = "[N, D, M]" if channels_first else "[N, D]"
     for name, part in zip(AssociativeLIFState._fields, state, strict=True):
-        if part is None:
-            if name == "v" or not membrane_only:
-                raise ValueError(f"state.{name} must be {layout} = {list(x_seq.shape[1:])} for this input, got None")
+        if membrane_only and name != "v":
+            if part is not None:
+                raise ValueError(f"with membrane_only state.{name} must be None, got a tensor {list(part.shape)}")
+        elif part is None:
+            raise ValueError(f"state.{name} must be {layout} = {list(x_seq.shape[1:])} for this input, got None")
         elif part.shape != x_seq.shape[1:]:
             raise ValueError(
                 f"state.{name} must be {layout} = {list(x_seq.shape[1:])} for this input, got {list(part.shape)}"
