@@ -96,36 +96,28 @@ def _check_backend(backend: str) -> None:
         raise ValueError(f"backend must be 'torch' or 'cupy', got {backend!r}")
 
 
-class MultiStepIFNode(neuron.IFNode):
+class _MultiStep:
+    """Step mode "m", and the argument ``backend`` of ``clock_driven``."""
+
+    def __init__(self, *args: Any, backend: str = "torch", **more: Any) -> None:
+        _check_backend(backend)
+        super().__init__(*args, step_mode="m", **more)  # type: ignore[call-arg]  # of the node
+
+
+class MultiStepIFNode(_MultiStep, neuron.IFNode):
     """``IFNode`` for sequences ``[T, N, *]``."""
 
-    def __init__(self, *args: Any, backend: str = "torch", **more: Any) -> None:
-        _check_backend(backend)
-        super().__init__(*args, step_mode="m", **more)
 
-
-class MultiStepLIFNode(neuron.LIFNode):
+class MultiStepLIFNode(_MultiStep, neuron.LIFNode):
     """``LIFNode`` for sequences ``[T, N, *]``."""
 
-    def __init__(self, *args: Any, backend: str = "torch", **more: Any) -> None:
-        _check_backend(backend)
-        super().__init__(*args, step_mode="m", **more)
 
-
-class MultiStepParametricLIFNode(neuron.ParametricLIFNode):
+class MultiStepParametricLIFNode(_MultiStep, neuron.ParametricLIFNode):
     """``ParametricLIFNode`` for sequences ``[T, N, *]``."""
 
-    def __init__(self, *args: Any, backend: str = "torch", **more: Any) -> None:
-        _check_backend(backend)
-        super().__init__(*args, step_mode="m", **more)
 
-
-class MultiStepEIFNode(neuron.EIFNode):
+class MultiStepEIFNode(_MultiStep, neuron.EIFNode):
     """``EIFNode`` for sequences ``[T, N, *]``."""
-
-    def __init__(self, *args: Any, backend: str = "torch", **more: Any) -> None:
-        _check_backend(backend)
-        super().__init__(*args, step_mode="m", **more)
 
 
 _NEURONS: dict[str, Any] = {

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from nord_snn.neurons import AssociativeLIFNode, LeakyIntegrator
+from nord_snn.neurons.strict import firing_above
 from nord_snn.ops import AssociativeLIFState, Dynamics
-from nord_snn.ops.checks import compute_dtype
 
 __all__ = ["RESETS", "NIRNeurons", "integrator", "neurons"]
 
@@ -38,11 +38,7 @@ class NIRNeurons(AssociativeLIFNode):
 
     def firing_threshold(self) -> Tensor:
         """Return the number at which a neuron fires, ``[D]``."""
-        if not self.strict:
-            return self.v_threshold
-        threshold = self.v_threshold.to(compute_dtype(self.v_threshold))
-        above = torch.nextafter(threshold, torch.full_like(threshold, torch.inf))
-        return threshold + (above - threshold).detach()
+        return firing_above(self.v_threshold) if self.strict else self.v_threshold
 
     def _run(
         self,

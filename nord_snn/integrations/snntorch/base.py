@@ -9,6 +9,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from nord_snn._compat.torch import assert_in_graph, initialize_lazy_module, is_view
 from nord_snn.neurons.associative_lif import AssociativeLIFNode, LazyAssociativeLIFNode
+from nord_snn.neurons.strict import firing_above
 from nord_snn.ops import AssociativeLIFState
 from nord_snn.ops.checks import compute_dtype
 
@@ -32,9 +33,7 @@ class StrictNode(AssociativeLIFNode):
 
     def firing_threshold(self) -> Tensor:
         """Return the next number above the threshold, with the gradient of the threshold."""
-        threshold = self.v_threshold.to(compute_dtype(self.v_threshold))
-        above = torch.nextafter(threshold.detach(), threshold.new_full((), torch.inf))
-        return threshold + (above - threshold.detach())
+        return firing_above(self.v_threshold)
 
     def forward(
         self,

@@ -49,7 +49,7 @@ def _call(
     options = (
         ("n_clusters", n_clusters or 0),
         ("surrogate", name),
-        ("dynamics", dynamics),
+        ("published_dynamics", dynamics == PUBLISHED),
         ("n_decays", n_decays),
     )
     return CallSignature(x.device.type, x.dtype, n_features, options)

@@ -58,7 +58,7 @@ def supports_surrogate(call: CallSignature, ids: Mapping[str, int]) -> Support:
 def has_published_dynamics(call: CallSignature) -> Support:
     """Return whether a call has the published dynamics and one decay for all neurons."""
     options = dict(call.options)
-    if options.get("dynamics", PUBLISHED) != PUBLISHED:
+    if not options.get("published_dynamics", True):
         return Support(False, "it has the published dynamics only")
     if options.get("n_decays", 1) > 1:
         return Support(False, "it has one decay for all neurons")
