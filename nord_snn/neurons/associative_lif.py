@@ -20,7 +20,7 @@ from nord_snn.ops.cascade import check_clusters
 from nord_snn.ops.checks import check_features, compute_dtype
 from nord_snn.ops.dispatch import BACKENDS
 from nord_snn.ops.lif.cost import associative_update_cost, lif_update_cost
-from nord_snn.ops.lif.op import associative_lif_backend, associative_lif_of_rank
+from nord_snn.ops.lif.op import Options, associative_lif_backend, associative_lif_of_rank
 from nord_snn.ops.lif.reference import PUBLISHED, map_state
 from nord_snn.ops.surrogate import SurrogateLike, resolve_surrogate
 
@@ -365,12 +365,13 @@ class AssociativeLIFNode(StatefulNode):
 
     def _stored_state(self, x: Tensor) -> AssociativeLIFState | None:
         """Return the stored state as tensors for this input; None at rest."""
-        stored = self.get_memories("v", "i_syn", "refractory")
-        if not any(isinstance(part, Tensor) for part in stored) and stored == (self.dynamics.v_rest, 0.0, 0):
+        stored = v, i_syn, refractory = self.get_memories("v", "i_syn", "refractory")
+        are_numbers = not (isinstance(i_syn, Tensor) or isinstance(refractory, Tensor))
+        if are_numbers and not isinstance(v, Tensor) and stored == (self.dynamics.v_rest, 0.0, 0):
             return None
-        if self.is_membrane_only and not isinstance(stored[1], Tensor) and not isinstance(stored[2], Tensor):
+        if are_numbers and self.is_membrane_only:
             step = x.shape[1:] if self.step_mode == "m" else x.shape
-            v = self._state_for(x, step, stored[0], compute_dtype(x))
+            v = self._state_for(x, step, v, compute_dtype(x))
             return AssociativeLIFState(v, cast(Tensor, None), cast(Tensor, None))
         return self.materialize_states((x,), stored, self.step_mode)
 
@@ -392,9 +393,9 @@ class AssociativeLIFNode(StatefulNode):
             ValueError: its rank or width is wrong, or it may have channels where the last dimension is taken for neurons.
         """
         multi = step_mode == "m"
-        layout = "[T, N, *, D]" if multi else "[N, *, D]"
-        dim = self._dimension(x.ndim - multi) if isinstance(x, Tensor) else -1
         n_features = self.n_features
+        dim = self._dimension(x.ndim - multi) if isinstance(x, Tensor) else -1
+        layout = "[T, N, *, D]" if multi else "[N, *, D]"
         if dim == -1:
             self._check_last(x, n_features, layout, multi)
             return
@@ -407,7 +408,8 @@ class AssociativeLIFNode(StatefulNode):
         expected = f"{layout[:-3]}D at dimension {self.channel_dim} of a time step]"
         if x.shape[dim] != n_features:
             raise ValueError(f"{type(self).__name__} expects {expected} with D = {n_features}, got {list(x.shape)}")
-        check_features(x.movedim(dim, -1), n_features, type(self).__name__, layout)
+        if not x.is_floating_point() or x.shape[0] == 0:
+            check_features(x.movedim(dim, -1), n_features, type(self).__name__, layout)
 
     def _check_last(self, x: Tensor, n_features: int, layout: str, multi: bool) -> None:
         """Check an input with the neurons in its last dimension; name ``channel_dim`` where they may be channels."""
@@ -485,28 +487,16 @@ class AssociativeLIFNode(StatefulNode):
         dim: int,
         single_step: bool,
     ) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
-        dtype = compute_dtype(x)  # cast before the sigmoid: in bfloat16, 1 - beta_mem would be 2 % off
         surrogate, alpha = known_surrogate(self.surrogate_function, self.alpha)
-        beta_mem, beta_syn = self.beta_mem_logit, self.beta_syn_logit
+        v_reset = 0.0 if self.v_reset is None else self.v_reset
+        options = Options(v_reset, self.refractory_steps, surrogate, alpha, self.dynamics, membrane_only, return_v_seq)
+        beta_syn, cascade, weight, gain = self.beta_syn_logit, self.cascade, None, None
+        if cascade is not None:  # cast before the sigmoid: float16 and bfloat16 would round it
+            weight, gain = cascade.weight.to(compute_dtype(x)).sigmoid(), cascade.gain
         return associative_lif_of_rank(
-            x,
-            states,
-            dim,
-            single_step,
-            threshold=self.firing_threshold(),
-            beta_mem=None if beta_mem is None else beta_mem.to(dtype).sigmoid(),
-            beta_syn=0.0 if beta_syn is None else beta_syn.to(dtype).sigmoid(),
-            cascade_weight=None if self.cascade is None else self.cascade.weight.to(dtype).sigmoid(),
-            cascade_gain=None if self.cascade is None else self.cascade.gain,
-            v_reset=0.0 if self.v_reset is None else self.v_reset,
-            refractory_steps=self.refractory_steps,
-            surrogate=surrogate,
-            alpha=alpha,
-            dynamics=self.dynamics,
-            membrane_only=membrane_only,
-            return_v_seq=return_v_seq,
-            backend=self.backend,
-        )
+            x, states, dim, single_step, options, self.backend, self.firing_threshold(), self.beta_mem_logit,
+            0.0 if beta_syn is None else beta_syn, weight, gain, logits=True,
+        )  # fmt: skip
 
     def firing_threshold(self) -> Tensor:
         """Return the membrane potential at which a neuron fires, ``[D]``; a subclass may override this method."""

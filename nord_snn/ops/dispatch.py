@@ -197,7 +197,7 @@ def register_backends(op: str, folder: str, *kernels: str, torch_file: str = "re
 
 
 def _importer(folder: str, file: str) -> Callable[[], ModuleType]:
-    return lambda: importlib.import_module(f"nord_snn.ops.{folder}.{file}")
+    return functools.cache(lambda: importlib.import_module(f"nord_snn.ops.{folder}.{file}"))
 
 
 def _accepts(name: str, load: Callable[[], ModuleType], call: CallSignature) -> Support:

@@ -20,10 +20,13 @@ class Kernel(NamedTuple):
             signature. The tensors of a forward pass are positional, its options keyword-only. No output may share
             memory with another output or with an input.
         fake: function of the same signature that returns empty tensors of the right shapes and dtypes.
+        direct: function that computes the pass where the dispatcher is not needed; it may return None for outputs that
+            nobody reads. Default: None, ``run``.
     """
 
     run: Callable[..., Any]
     fake: Callable[..., Any]
+    direct: Callable[..., Any] | None = None
 
 
 def register_op(
@@ -60,21 +63,23 @@ def register_op(
 
     # One forward with ``ctx``: with a separate ``setup_context``, autograd.Function inspects signatures in every call.
     # ``apply`` takes no keywords, so the options travel in a dict.
+    forward_direct, backward_direct = forward.direct or forward.run, backward.direct or backward.run
+
     def forward_with_context(ctx: Any, *arguments: Any) -> Any:
         *tensors, options = arguments
-        output = forward.run(*tensors, **options)
+        output = forward_direct(*tensors, **options)
         save(ctx, tensors, options, output)
         return output
 
     def run_backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        return *gradients(ctx, *grads, run=backward.run), None
+        return *gradients(ctx, *grads, run=backward_direct), None
 
     methods = {"forward": staticmethod(forward_with_context), "backward": staticmethod(run_backward)}
     function: Any = type(f"nord_snn_{name}", (torch.autograd.Function,), methods)  # name shown by profilers
 
     def direct(*tensors: Any, **options: Any) -> Any:
         if _has_no_derivative(tensors):  # ``apply`` costs more than a small kernel
-            return forward.run(*tensors, **options)
+            return forward_direct(*tensors, **options)
         return function.apply(*tensors, options)
 
     return _use_dispatcher_if_needed(op, direct)

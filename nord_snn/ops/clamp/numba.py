@@ -124,7 +124,7 @@ def forward(x: Tensor, branch: Tensor | None, gain: Tensor | None, leak: Tensor,
     dtype, D = compute_dtype(x), x.shape[-1]
     y = torch.empty(x.shape, dtype=dtype)
     inputs = _contiguous(x, branch, gain, leak, floor, dtype=dtype)
-    with as_many_threads_as_torch() as threads:
+    with as_many_threads_as_torch(x.numel()) as threads:
         _forward(NUMPY_TYPES[dtype](0), 2 * threads, x.numel() // D, D, addresses(inputs), data_pointer(y))
     return y.to(x.dtype)
 
@@ -137,7 +137,7 @@ def backward(
     grad_x = torch.empty(x.shape, dtype=dtype)
     grad_branch = torch.empty(0 if branch is None else x.shape, dtype=dtype)
     grad, inputs = as_contiguous(grad, dtype), _contiguous(x, branch, gain, leak, floor, dtype=dtype)
-    with as_many_threads_as_torch() as threads:
+    with as_many_threads_as_torch(x.numel()) as threads:
         sums = torch.zeros(2 * threads, 3, -(-D // WIDTH) * WIDTH, dtype=dtype)
         _backward(
             NUMPY_TYPES[dtype](0), 2 * threads, x.numel() // D, D, data_pointer(grad), addresses(inputs),

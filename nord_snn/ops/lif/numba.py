@@ -33,6 +33,7 @@ from nord_snn.ops._numba.simd import (
 )
 from nord_snn.ops._numba.tensors import NUMPY_TYPES, addresses, as_contiguous
 from nord_snn.ops._numba.threads import as_many_threads_as_torch
+from nord_snn.ops._numba.workspace import whole_lines, workspace
 from nord_snn.ops.checks import compute_dtype
 from nord_snn.ops.dispatch import CallSignature, Support
 from nord_snn.ops.lif.reference import Dynamics
@@ -169,7 +170,7 @@ class _Gradients(NamedTuple):
 
 
 class _ParameterGradients(NamedTuple):
-    """Addresses of the gradients of the parameters, 0 if they are not wanted; the coupling is ``[C, C]``."""
+    """Addresses of the gradients of the parameters, 0 for those that are not wanted; the coupling is ``[C, C]``."""
 
     threshold: int
     beta_mem: int
@@ -231,6 +232,13 @@ def _with_decays(constants, sizes, inputs):
         beta_mem, beta_syn, constants.v_reset, constants.refractory_steps, constants.tau, constants.v_rest,
         constants.reset_scale,
     )  # fmt: skip
+
+
+@kernel
+def _clear(target, n):
+    """Set ``target[:n]``, whole vectors, to zero."""
+    for d in range(0, n, WIDTH):
+        store(target, d, broadcast(target, 0))
 
 
 @kernel
@@ -695,20 +703,34 @@ def _backward_rows(first, last, sizes, grads, inputs, constants, modes, surrogat
 
 
 @kernel
-def _add_chunks(sizes, shared, like, results):
-    """Write the sums of the chunks ``shared`` to the gradients of the parameters."""
+def _write_decay_gradient(sums, n, beta, one, target):
+    """Write the gradient of a decay, or of its logit if ``one`` is 1: by the derivative of the sigmoid."""
+    for k in range(n):
+        target[k] = sums[k]
+        if one != 0:
+            target[k] = target[k] * (one - beta[k]) * beta[k]
+
+
+@kernel
+def _add_chunks(sizes, shared, one, inputs, results):
+    """Write the sums of the chunks ``shared`` to the gradients of the parameters.
+
+    ``one`` is 1 in the kernel's dtype if the gradients of the decays' logits are wanted, else 0.
+    """
     D, n, clusters, width = sizes.D, sizes.n_decays, sizes.clusters, sizes.width
     length = D + 2 * n + clusters * width
     for c in range(1, sizes.chunks):
         for k in range(length):
             shared[k] += shared[c * length + k]
-    threshold = as_pointer(results.threshold, like)
-    beta_mem, beta_syn = as_pointer(results.beta_mem, like), as_pointer(results.beta_syn, like)
-    coupling = as_pointer(results.coupling, like)
+    threshold = as_pointer(results.threshold, one)
+    beta_mem, beta_syn = as_pointer(results.beta_mem, one), as_pointer(results.beta_syn, one)
+    coupling = as_pointer(results.coupling, one)
     for k in range(D):
         threshold[k] = shared[k]
-    for k in range(n):
-        beta_mem[k], beta_syn[k] = shared[D + k], shared[D + n + k]
+    if results.beta_mem != 0:
+        _write_decay_gradient(advance(shared, D), n, as_pointer(inputs.beta_mem, one), one, beta_mem)
+    if results.beta_syn != 0:
+        _write_decay_gradient(advance(shared, D + n), n, as_pointer(inputs.beta_syn, one), one, beta_syn)
     for c in range(clusters):
         for k in range(clusters):
             coupling[c * clusters + k] = shared[D + 2 * n + c * width + k]
@@ -720,9 +742,11 @@ def _forward(sizes, inputs, outputs, keep_v, constants, modes, scratch, scratch_
     chunks, blocks = sizes[0], sizes[1]
     for c in prange(chunks):
         numbers = _with_decays(_Constants(*constants), _Sizes(*sizes), _Inputs(*inputs))
+        scratch_of_chunk = advance(as_pointer(scratch, numbers.v_reset), c * scratch_size)
+        _clear(scratch_of_chunk, scratch_size)
         _forward_rows(
             c * blocks // chunks, (c + 1) * blocks // chunks, _Sizes(*sizes), _Inputs(*inputs), _Outputs(*outputs),
-            keep_v, numbers, _Modes(*modes), advance(as_pointer(scratch, numbers.v_reset), c * scratch_size),
+            keep_v, numbers, _Modes(*modes), scratch_of_chunk,
         )  # fmt: skip
 
 
@@ -740,26 +764,32 @@ def _backward(
     scratch_size,
     of_inputs,
     of_parameters,
+    one,
 ):
     """Run chunks of blocks in parallel; the tuples are those of the classes above."""
     chunks, blocks, _, tiles, T, _, D, _, n_decays, clusters, width, record_of_tile = sizes
     record_size, masks_size = T * tiles * record_of_tile, T * tiles * _MASKS
-    shared_bytes = 8 * (D + 2 * n_decays + clusters * width)
+    shared_size = D + 2 * n_decays + clusters * width
     for c in prange(chunks):
         grad_x, grad_v, grad_i, shared = of_inputs
         numbers = _with_decays(_Constants(*constants), _Sizes(*sizes), _Inputs(*inputs))
         like = numbers.v_reset
+        scratch_of_chunk = advance(as_pointer(scratch, like), c * scratch_size)
+        _clear(scratch_of_chunk, scratch_size)
+        sums_of_chunk = advance(as_pointer(shared, np.float64(0)), c * shared_size)
+        for k in range(shared_size):
+            sums_of_chunk[k] = 0
         _backward_rows(
             c * blocks // chunks, (c + 1) * blocks // chunks, _Sizes(*sizes), _OutputGradients(*grads),
             _Inputs(*inputs), numbers, _Modes(*modes), _Surrogate(*surrogate),
             advance(as_pointer(record, like), c * record_size),
             advance(as_pointer(refractory_masks, np.uint16(0)), c * masks_size),
-            advance(as_pointer(scratch, like), c * scratch_size),
-            _Gradients(grad_x, grad_v, grad_i, shared + c * shared_bytes),
+            scratch_of_chunk,
+            _Gradients(grad_x, grad_v, grad_i, shared + 8 * c * shared_size),
         )  # fmt: skip
     if of_parameters[0] != 0:
         sums = as_pointer(of_inputs[3], np.float64(0))
-        _add_chunks(_Sizes(*sizes), sums, constants[2], _ParameterGradients(*of_parameters))
+        _add_chunks(_Sizes(*sizes), sums, one, _Inputs(*inputs), _ParameterGradients(*of_parameters))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -829,67 +859,74 @@ def _padded(coupling: Tensor, dtype: torch.dtype) -> Tensor:
     return as_contiguous(torch.nn.functional.pad(coupling, (0, missing)) if missing else coupling, dtype)
 
 
-def forward(arguments: Arguments, keep_v: bool, membrane_only: bool = False) -> tuple[Tensor, ...]:
-    """Return spikes, membrane potentials (empty unless ``keep_v``) and the last state (v alone if ``membrane_only``)."""
-    x, dynamics, step = arguments.x, arguments.dynamics, arguments.step
-    dtype = compute_dtype(x)
-    spikes, v_last = torch.empty(x.shape, dtype=dtype, device="cpu"), torch.empty(step, dtype=dtype, device="cpu")
-    v_seq = torch.empty(x.shape if keep_v else (0, *step), dtype=dtype, device="cpu")
-    others = (
-        ()
-        if membrane_only
-        else (torch.empty(step, dtype=dtype, device="cpu"), torch.empty(step, dtype=torch.int32, device="cpu"))
-    )
+def forward(
+    arguments: Arguments, keep_v: bool, membrane_only: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """Return spikes, membrane potentials (None unless ``keep_v``) and the last state (v alone if ``membrane_only``)."""
+    dtype = compute_dtype(arguments.x)
     inputs = _input_tensors(arguments, dtype)
-    with as_many_threads_as_torch() as threads:
+    x: Any = inputs[0]
+    # empty_like takes a third of the time of torch.empty.
+    spikes = torch.empty_like(x)
+    v_seq = torch.empty_like(x) if keep_v else None
+    v_last = torch.empty_like(x) if x.shape == arguments.step else x.new_empty(arguments.step)
+    i_last = None if membrane_only else torch.empty_like(v_last)
+    refractory_last = None if membrane_only else torch.empty_like(v_last, dtype=torch.int32)
+    with as_many_threads_as_torch(x.numel()) as threads:
         sizes = _sizes_of(arguments, threads)
         tiles, width = sizes.tiles, sizes.width
         # Allocated here: memory allocated in the threads causes page faults in every call.
         scratch_size = tiles * _STATE + 2 * (tiles * _TILE + WIDTH) + (sizes.block_length // sizes.D + 1) * width
-        scratch = torch.zeros(sizes.chunks, scratch_size, dtype=dtype, device="cpu")
+        scratch, owner = workspace(sizes.chunks * dtype.itemsize * scratch_size)
         _forward(
             tuple(sizes),
             addresses(inputs),
-            addresses((spikes, v_seq, v_last, *(others or (None, None)))),
+            addresses((spikes, v_seq, v_last, i_last, refractory_last)),
             keep_v,
-            _constants(arguments.v_reset, arguments.refractory_steps, dynamics, dtype),
-            _modes(dynamics, sizes.n_decays > 1),
-            scratch.data_ptr(),
+            _constants(arguments.v_reset, arguments.refractory_steps, arguments.dynamics, dtype),
+            _modes(arguments.dynamics, sizes.n_decays > 1),
+            scratch,
             scratch_size,
         )
-    if x.dtype is not dtype:
-        spikes, v_seq = spikes.to(x.dtype), v_seq.to(x.dtype)
-    return spikes, v_seq, v_last, *others
+        del owner
+    if arguments.x.dtype is not dtype:
+        spikes, v_seq = spikes.to(arguments.x.dtype), None if v_seq is None else v_seq.to(arguments.x.dtype)
+    return spikes, v_seq, v_last, i_last, refractory_last
 
 
 def backward(
-    grads: OutputGradients, arguments: Arguments, surrogate: str, alpha: float, parameters: bool = True
-) -> tuple[Tensor, ...]:
-    """Return the gradients of x, v and i_syn (empty without them), threshold, both betas, coupling (or empty).
+    grads: OutputGradients,
+    arguments: Arguments,
+    surrogate: str,
+    alpha: float,
+    parameters: bool = True,
+    logits: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, v, i_syn, threshold, both betas and coupling, None for inputs that are None.
 
-    Without ``parameters`` those from the threshold on are left out.
+    Without ``parameters`` those from the threshold on are None. With ``logits``, the gradients of the betas' logits are
+    returned instead of theirs.
     """
-    x = arguments.x
-    dtype = compute_dtype(x)
-    grad_x = torch.empty(x.shape, dtype=dtype, device="cpu")
-    grad_v, grad_i = (
-        torch.empty((0,) if part is None else arguments.step, dtype=dtype, device="cpu")
-        for part in (arguments.v, arguments.i_syn)
-    )
+    dtype = compute_dtype(arguments.x)
     inputs, grad_outputs = _input_tensors(arguments, dtype), _contiguous(*grads, dtype=dtype)
-    with as_many_threads_as_torch() as threads:
+    x: Any
+    x, v, i_syn, _, threshold, beta_mem, beta_syn, *_ = inputs
+    grad_x, grad_v, grad_i = _empty_like(x, v, i_syn)
+    of_parameters = _empty_like(threshold, beta_mem, beta_syn, arguments.coupling) if parameters else [None] * 4
+    with as_many_threads_as_torch(x.numel()) as threads:
         sizes = _sizes_of(arguments, threads)
         chunks, _, block_length, tiles, T, _, D, _, n_decays, C, width, record_of_tile = sizes
-        shapes = ((D,), (n_decays,), (n_decays,), (C, C)) if parameters else ()
-        of_parameters = [torch.empty(shape, dtype=dtype, device="cpu") for shape in shapes]
         scratch_size = tiles * _STATE + 4 * (tiles * _TILE + WIDTH) + 2 * WIDTH
         scratch_size += (2 * T * (block_length // D) + C + 1) * width
-        shared_size = D + 2 * n_decays + C * width
-        # One piece of zeros for the sums, in float64, and the scratch; one for what the forward sweep writes.
-        shared_bytes = -(-8 * chunks * shared_size // 64) * 64  # vectors of the scratch start at cache lines
-        zeroed = torch.zeros(shared_bytes + chunks * dtype.itemsize * scratch_size, dtype=torch.uint8, device="cpu")
-        record_bytes = chunks * T * tiles * record_of_tile * dtype.itemsize
-        written = torch.empty(record_bytes + chunks * T * tiles * _MASKS * 2, dtype=torch.uint8, device="cpu")
+        parts = (
+            8 * chunks * (D + 2 * n_decays + C * width),  # sums in float64
+            chunks * dtype.itemsize * scratch_size,
+            chunks * T * tiles * record_of_tile * dtype.itemsize,
+            chunks * T * tiles * _MASKS * 2,
+        )
+        sums, owner = workspace(sum(map(whole_lines, parts)))
+        scratch = sums + whole_lines(parts[0])
+        record = scratch + whole_lines(parts[1])
         _backward(
             tuple(sizes),
             addresses(grad_outputs),
@@ -897,13 +934,19 @@ def backward(
             _constants(arguments.v_reset, arguments.refractory_steps, arguments.dynamics, dtype),
             _modes(arguments.dynamics, n_decays > 1),
             (SURROGATE_IDS[surrogate], NUMPY_TYPES[dtype](alpha)),
-            written.data_ptr(),
-            written.data_ptr() + record_bytes,
-            zeroed.data_ptr() + shared_bytes,
+            record,
+            record + whole_lines(parts[2]),
+            scratch,
             scratch_size,
-            (*addresses((grad_x, grad_v, grad_i)), zeroed.data_ptr()),
-            addresses(of_parameters) or (0, 0, 0, 0),
+            (*addresses((grad_x, grad_v, grad_i)), sums),
+            addresses(of_parameters),
+            NUMPY_TYPES[dtype](logits),
         )
-    if x.dtype is not dtype:
-        grad_x = grad_x.to(x.dtype)
+        del owner
+    if arguments.x.dtype is not dtype:
+        grad_x = grad_x.to(arguments.x.dtype)
     return grad_x, grad_v, grad_i, *of_parameters
+
+
+def _empty_like(*tensors: Tensor | None) -> list[Any]:
+    return [None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]

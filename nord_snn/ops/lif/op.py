@@ -1,5 +1,6 @@
 """The public op: argument checks, precision, choice of the backend, registration of the kernels with torch.library."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
@@ -17,7 +18,7 @@ from nord_snn.ops.lif.support import Arguments, OutputGradients
 from nord_snn.ops.registration import Kernel, register_op
 from nord_snn.ops.surrogate import SurrogateLike, resolve_surrogate
 
-__all__ = ["IMPLEMENTATIONS", "associative_lif", "associative_lif_backend", "associative_lif_of_rank"]
+__all__ = ["IMPLEMENTATIONS", "Options", "associative_lif", "associative_lif_backend", "associative_lif_of_rank"]
 
 IMPLEMENTATIONS = register_backends("associative_lif", "lif", "numba", "cupy", "triton")
 _choose = backend_selector("associative_lif", IMPLEMENTATIONS)
@@ -136,11 +137,10 @@ def associative_lif(
     """
     _check(x_seq, state, threshold, cascade_weight, cascade_gain, refractory_steps, channels_first, membrane_only)
     layout = _Layout(tuple(x_seq.shape), tuple(x_seq.shape[1:]))
+    options = Options(v_reset, refractory_steps, surrogate, alpha, dynamics, membrane_only, return_v_seq)
     return _associative_lif(
-        x_seq, state, layout, threshold=threshold, beta_mem=beta_mem, beta_syn=beta_syn, cascade_weight=cascade_weight,
-        cascade_gain=cascade_gain, v_reset=v_reset, refractory_steps=refractory_steps, surrogate=surrogate, alpha=alpha,
-        dynamics=dynamics, membrane_only=membrane_only, return_v_seq=return_v_seq, backend=backend,
-    )  # fmt: skip
+        x_seq, state, layout, options, backend, threshold, beta_mem, beta_syn, cascade_weight, cascade_gain
+    )
 
 
 class _Layout(NamedTuple):
@@ -155,8 +155,27 @@ class _Layout(NamedTuple):
     step: tuple[int, ...]
 
 
+class Options(NamedTuple):
+    """The arguments of :func:`associative_lif` that are no tensors; ``keep_v`` is its ``return_v_seq``."""
+
+    v_reset: float
+    refractory_steps: int
+    surrogate: SurrogateLike
+    alpha: float
+    dynamics: Dynamics
+    membrane_only: bool
+    keep_v: bool
+
+
 def associative_lif_of_rank(
-    x: Tensor, state: AssociativeLIFState | None, dim: int, single_step: bool, **arguments: Any
+    x: Tensor,
+    state: AssociativeLIFState | None,
+    dim: int,
+    single_step: bool,
+    options: Options,
+    backend: str,
+    *parameters: Any,
+    logits: bool,
 ) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
     """Run :func:`associative_lif` on an input of any rank.
 
@@ -167,7 +186,11 @@ def associative_lif_of_rank(
         state: initial state in the shape of a time step, or None for rest.
         dim: dimension of the neurons, counted from the end.
         single_step: whether ``x`` is a time step.
-        arguments: those of :func:`associative_lif`; they are checked, ``x`` and ``state`` are not.
+        options: constants; they are checked, ``x`` and ``state`` are not.
+        backend: that of :func:`associative_lif`.
+        parameters: threshold, both betas, and weight and gain of the cascade, as :func:`associative_lif` takes them.
+        logits: betas are logits, as tensors, or None or 0. Their sigmoid and its gradient are computed in the op, which
+            takes less time where the input is small.
 
     Returns:
         Spikes and membrane potentials in the shape of ``x``, and the last state in that of a time step.
@@ -176,39 +199,25 @@ def associative_lif_of_rank(
     shape: tuple[int, ...] = (1 if single_step else x.shape[0], math.prod(step[:dim]), step[dim])
     if dim != -1:
         shape = (*shape, math.prod(step[dim + 1 :]))
-    return _associative_lif(x, state, _Layout(shape, step), **arguments)
+    return _associative_lif(x, state, _Layout(shape, step), options, backend, *parameters, logits=logits)
 
 
 def _associative_lif(
     x: Tensor,
     state: AssociativeLIFState | None,
     layout: _Layout,
-    *,
+    options: Options,
+    backend: str,
     threshold: Tensor,
     beta_mem: float | Tensor | None,
     beta_syn: float | Tensor,
     cascade_weight: Tensor | None,
     cascade_gain: Tensor | None,
-    v_reset: float,
-    refractory_steps: int,
-    surrogate: SurrogateLike,
-    alpha: float,
-    dynamics: Dynamics,
-    membrane_only: bool,
-    return_v_seq: bool,
-    backend: str,
+    *,
+    logits: bool = False,
 ) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
-    _check_dynamics(dynamics, beta_mem)
     without_current = not isinstance(beta_syn, Tensor) and beta_syn == 0
-    if without_current and cascade_gain is not None:
-        raise ValueError(
-            "a cascade adds to the synaptic current, which beta_syn=0 forgets: pass no cascade, or beta_syn > 0"
-        )
-    if membrane_only and not (without_current and refractory_steps == 0 and cascade_gain is None):
-        raise ValueError(
-            "membrane_only is for neurons whose state is the membrane potential: beta_syn=0, refractory_steps=0, no cascade"
-        )
-    resolve_surrogate(surrogate, alpha)
+    _check_options(options, beta_mem, without_current, cascade_gain is not None)
     n_clusters = None if cascade_gain is None else cascade_gain.shape[0]
     dtype = compute_dtype(x)
     with without_autocast(x):
@@ -216,12 +225,15 @@ def _associative_lif(
         syn = _beta_tensor(beta_syn, x, "beta_syn", threshold)
         if mem is not None and syn is not None and mem.shape != syn.shape:
             mem, syn = mem.expand(threshold.shape), syn.expand(threshold.shape)
-        n_decays = max(1 if beta is None else beta.shape[0] for beta in (mem, syn))
-        name = _choose(backend, _call(x, layout.shape[2], surrogate, n_clusters, dynamics, n_decays))
-        if state is None and dynamics.v_rest != 0:
-            state = _resting_state(x, layout.step, dtype, dynamics.v_rest)
-        state = None if state is None else _cast_state(dtype, state)
-        call = _Call(
+        n_decays = max(1 if mem is None else mem.shape[0], 1 if syn is None else syn.shape[0])
+        call = _call(x, layout.shape[2], options.surrogate, n_clusters, options.dynamics, n_decays)
+        name = _choose(backend, call)
+        if state is None:
+            if options.dynamics.v_rest != 0:
+                state = _resting_state(x, layout.step, dtype, options.dynamics.v_rest)
+        else:
+            state = _cast_state(dtype, state)
+        tensors = _Call(
             x,
             state,
             threshold.to(dtype),
@@ -230,19 +242,15 @@ def _associative_lif(
             None if cascade_weight is None else cascade_weight.to(dtype),
             None if cascade_gain is None else cascade_gain.to(dtype),
         )
-        options = {
-            "v_reset": v_reset,
-            "refractory_steps": refractory_steps,
-            "surrogate": surrogate,
-            "alpha": alpha,
-            "dynamics": dynamics,
-            "keep_v": return_v_seq,
-            "membrane_only": membrane_only,
-            "backend": name,
-        }
         if name == "numba" and (n_clusters is None or len(layout.shape) == 3):
-            return _run_call(call, layout, options)
-        return _run_reshaped(call, layout, options)
+            return _run_call(tensors, layout, options, name, logits)
+        if logits:
+            tensors = tensors._replace(beta_mem=_sigmoid(mem), beta_syn=_sigmoid(syn))
+        return _run_reshaped(tensors, layout, options, name)
+
+
+def _sigmoid(logit: Tensor | None) -> Tensor | None:
+    return None if logit is None else logit.sigmoid()
 
 
 class _Call(NamedTuple):
@@ -261,31 +269,35 @@ _REST = AssociativeLIFState(*cast(tuple[Tensor, Tensor, Tensor], (None, None, No
 
 
 def _run_call(
-    call: _Call, layout: _Layout, options: dict[str, Any]
+    call: _Call, layout: _Layout, options: Options, backend: str, logits: bool = False
 ) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
-    if options["backend"] != "numba":
+    if backend != "numba":
         call = _filled(call)
-    if options["backend"] == "torch":
+    if backend == "torch":
         return _run_reference(call, options)
-    options = options | dict(zip(Dynamics._fields, options["dynamics"], strict=True)) | layout._asdict()
-    del options["dynamics"]
-    spikes, v_seq, v, i_syn, refractory = _run(call.x, *(call.state or _REST), *call[2:], **options)
-    state = _REST._replace(v=v) if options["membrane_only"] else AssociativeLIFState(v, i_syn, refractory)
-    return spikes, v_seq if options["keep_v"] else None, state
+    spikes, v_seq, v, i_syn, refractory = _run(
+        call.x, *(call.state or _REST), *call[2:],
+        v_reset=options.v_reset, refractory_steps=options.refractory_steps, surrogate=options.surrogate,
+        alpha=options.alpha, **options.dynamics._asdict(), keep_v=options.keep_v, membrane_only=options.membrane_only,
+        backend=backend, logits=logits, shape=layout.shape, step=layout.step,
+    )  # fmt: skip
+    if options.membrane_only:
+        i_syn, refractory = None, None
+    return spikes, v_seq if options.keep_v else None, AssociativeLIFState(v, i_syn, refractory)
 
 
 def _run_reshaped(
-    call: _Call, layout: _Layout, options: dict[str, Any]
+    call: _Call, layout: _Layout, options: Options, backend: str
 ) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
     """Run a backend that takes ``[T, N, D]``, or in plain PyTorch without a cascade ``[T, N, D, M]``."""
     shape, step = layout
     original = call.x.shape
     state = None if call.state is None else map_state(lambda part: part.reshape(shape[1:]), call.state)
     call = call._replace(x=call.x.reshape(shape), state=state)
-    if len(shape) == 4 and (call.cascade_gain is not None or options["backend"] != "torch"):
-        spikes, v_seq, last = _run_features_last(call, options)
+    if len(shape) == 4 and (call.cascade_gain is not None or backend != "torch"):
+        spikes, v_seq, last = _run_features_last(call, options, backend)
     else:
-        spikes, v_seq, last = _run_call(call, _Layout(shape, shape[1:]), options)
+        spikes, v_seq, last = _run_call(call, _Layout(shape, shape[1:]), options, backend)
     v_seq = None if v_seq is None else v_seq.reshape(original)
     return spikes.reshape(original), v_seq, map_state(lambda part: part.reshape(step), last)
 
@@ -303,7 +315,7 @@ def _filled(call: _Call) -> _Call:
     return call._replace(state=state, beta_mem=mem, beta_syn=syn)
 
 
-def _run_reference(call: _Call, options: dict[str, Any]) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
+def _run_reference(call: _Call, options: Options) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
     x_seq, state, threshold, beta_mem, beta_syn, weight, gain = call
     assert beta_mem is not None
     assert beta_syn is not None
@@ -318,17 +330,19 @@ def _run_reference(call: _Call, options: dict[str, Any]) -> tuple[Tensor, Tensor
         beta_syn,
         weight,
         gain,
-        options["v_reset"],
-        options["refractory_steps"],
-        resolve_surrogate(options["surrogate"], options["alpha"]),
-        options["dynamics"],
+        options.v_reset,
+        options.refractory_steps,
+        resolve_surrogate(options.surrogate, options.alpha),
+        options.dynamics,
     )
-    if options["membrane_only"]:
+    if options.membrane_only:
         last = _REST._replace(v=last.v)
-    return spikes.to(x_seq.dtype), v_seq.to(x_seq.dtype) if options["keep_v"] else None, last
+    return spikes.to(x_seq.dtype), v_seq.to(x_seq.dtype) if options.keep_v else None, last
 
 
-def _run_features_last(call: _Call, options: dict[str, Any]) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
+def _run_features_last(
+    call: _Call, options: Options, backend: str
+) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
     """Run ``[T, N, D, M]`` as ``[T, N * M, D]``, which copies inputs and outputs."""
     T, N, D, M = call.x.shape
 
@@ -340,7 +354,7 @@ def _run_features_last(call: _Call, options: dict[str, Any]) -> tuple[Tensor, Te
 
     state = None if call.state is None else map_state(last, call.state)
     layout = _Layout((T, N * M, D), (N * M, D))
-    spikes, v_seq, final = _run_call(call._replace(x=last(call.x), state=state), layout, options)
+    spikes, v_seq, final = _run_call(call._replace(x=last(call.x), state=state), layout, options, backend)
     return first(spikes), None if v_seq is None else first(v_seq), map_state(first, final)
 
 
@@ -381,6 +395,20 @@ def _check(
             raise ValueError(
                 f"state.{name} must be {layout} = {list(x_seq.shape[1:])} for this input, got {list(part.shape)}"
             )
+
+
+def _check_options(options: Options, beta_mem: float | Tensor | None, without_current: bool, has_cascade: bool) -> None:
+    """Raise unless constants, decays and cascade fit each other."""
+    if without_current and has_cascade:
+        raise ValueError(
+            "a cascade adds to the synaptic current, which beta_syn=0 forgets: pass no cascade, or beta_syn > 0"
+        )
+    if options.membrane_only and not (without_current and options.refractory_steps == 0 and not has_cascade):
+        raise ValueError(
+            "membrane_only is for neurons whose state is the membrane potential: beta_syn=0, refractory_steps=0, no cascade"
+        )
+    resolve_surrogate(options.surrogate, options.alpha)
+    _check_dynamics(options.dynamics, beta_mem)
 
 
 def _check_dynamics(dynamics: Dynamics, beta_mem: float | Tensor | None) -> None:
@@ -455,23 +483,19 @@ def _forward(
     keep_v: bool,
     membrane_only: bool,
     backend: str,
+    logits: bool,
     shape: Sequence[int],
     step: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    coupling = _coupling(weight, gain, len(threshold))
-    dynamics = Dynamics(charge, tau, v_rest, hard_reset, reset_scale, detach_reset)
+    """Run the forward pass; outputs that are not wanted may be None."""
+    if logits:
+        beta_mem, beta_syn = _sigmoid(beta_mem), _sigmoid(beta_syn)
     arguments = Arguments(
-        x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps, dynamics,
-        tuple(shape), tuple(step),
+        x, v, i_syn, refractory, threshold, beta_mem, beta_syn, _coupling(weight, gain, threshold.shape[0]), v_reset,
+        refractory_steps, Dynamics(charge, tau, v_rest, hard_reset, reset_scale, detach_reset), tuple(shape), tuple(step),
     )  # fmt: skip
     kernel = IMPLEMENTATIONS[backend].kernel()
-    if not membrane_only:
-        return kernel.forward(arguments, keep_v)
-    if backend == "numba":
-        spikes, v_seq, v = kernel.forward(arguments, keep_v, membrane_only)
-    else:
-        spikes, v_seq, v, *_ = kernel.forward(arguments, keep_v)
-    return spikes, v_seq, v, v.new_empty(0), x.new_empty(0, dtype=torch.int32)
+    return kernel.forward(arguments, keep_v, membrane_only) if backend == "numba" else kernel.forward(arguments, keep_v)
 
 
 def _coupling(weight: Tensor | None, gain: Tensor | None, n_features: int) -> Tensor | None:
@@ -484,11 +508,21 @@ def _coupling(weight: Tensor | None, gain: Tensor | None, n_features: int) -> Te
 def _cascade_gradients(
     grad: Tensor, weight: Tensor | None, gain: Tensor | None, n_features: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of weight and gain from the gradient of the coupling; empty without a cascade."""
+    """Return the gradients of weight and gain from that of the coupling; None without a cascade."""
     if weight is None or gain is None:
-        return grad, grad.new_empty(0)
+        return cast(Tensor, None), cast(Tensor, None)
     grad = grad / (n_features // gain.shape[0])
     return grad * gain[:, None], (grad * weight).sum(1)
+
+
+@functools.wraps(_forward)
+def _registered_forward(x: Tensor, *tensors: Tensor | None, **options: Any) -> Any:
+    """Run the forward pass with empty tensors in place of None, which a registered op cannot return."""
+    spikes, v_seq, v, i_syn, refractory = _forward(x, *tensors, **options)  # type: ignore[arg-type]
+    v_seq = x.new_empty(0, *options["step"]) if v_seq is None else v_seq
+    if options["membrane_only"]:
+        i_syn, refractory = v.new_empty(0), v.new_empty(0, dtype=torch.int32)
+    return spikes, v_seq, v, i_syn, refractory
 
 
 def _forward_fake(
@@ -527,30 +561,41 @@ def _backward(
     membrane_only: bool,
     parameters: bool,
     backend: str,
+    logits: bool,
     shape: Sequence[int],
     step: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run the backward pass; ``other_grads`` are the gradients of v_seq and of the last v and i_syn."""
+    """Run the backward pass; gradients that are not wanted may be None.
+
+    ``other_grads`` are the gradients of v_seq and of the last v and i_syn. The gradients of weight and gain are computed from
+    that of the coupling.
+    """
     grads = OutputGradients(grad_spikes, *other_grads)
-    coupling = _coupling(weight, gain, len(threshold))
-    dynamics = Dynamics(charge, tau, v_rest, hard_reset, reset_scale, detach_reset)
+    mem, syn = (_sigmoid(beta_mem), _sigmoid(beta_syn)) if logits else (beta_mem, beta_syn)
     arguments = Arguments(
-        x, v, i_syn, refractory, threshold, beta_mem, beta_syn, coupling, v_reset, refractory_steps, dynamics,
-        tuple(shape), tuple(step),
+        x, v, i_syn, refractory, threshold, mem, syn, _coupling(weight, gain, threshold.shape[0]), v_reset, refractory_steps,
+        Dynamics(charge, tau, v_rest, hard_reset, reset_scale, detach_reset), tuple(shape), tuple(step),
     )  # fmt: skip
     kernel = IMPLEMENTATIONS[backend].kernel()
     if backend == "numba":
-        grad_x, grad_v, grad_i, *others = kernel.backward(grads, arguments, surrogate, alpha, parameters)
+        grad_x, grad_v, grad_i, *others = kernel.backward(grads, arguments, surrogate, alpha, parameters, logits)
     else:
         grad_x, grad_v, grad_i, *others = kernel.backward(grads, arguments, surrogate, alpha)
         if v is None:
-            grad_v, grad_i = grad_x.new_empty(0, dtype=grad_v.dtype), grad_x.new_empty(0, dtype=grad_i.dtype)
+            grad_v, grad_i = None, None
     if not parameters:
-        empty = [threshold.new_empty(0) for _ in range(5)]
-        return grad_x, grad_v, grad_i, empty[0], empty[1], empty[2], empty[3], empty[4]
+        return grad_x, grad_v, grad_i, *[cast(Tensor, None)] * 5
     threshold_grad, mem_grad, syn_grad, coupling_grad = others
-    weight_grad, gain_grad = _cascade_gradients(coupling_grad, weight, gain, len(threshold))
+    weight_grad, gain_grad = _cascade_gradients(coupling_grad, weight, gain, threshold.shape[0])
     return grad_x, grad_v, grad_i, threshold_grad, mem_grad, syn_grad, weight_grad, gain_grad
+
+
+@functools.wraps(_backward)
+def _registered_backward(grad_spikes: Tensor, *tensors: Any, **options: Any) -> Any:
+    """Run the backward pass with empty tensors in place of None, which a registered op cannot return."""
+    grads = _backward(grad_spikes, *tensors, **options)
+    empty = tensors[5].new_empty  # of the threshold, in the dtype of states
+    return tuple([empty(0) if grad is None else grad for grad in grads])
 
 
 def _backward_fake(
@@ -570,11 +615,11 @@ def _backward_fake(
     step: Sequence[int],
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    C = 0 if weight is None else weight.shape[0]
-    n_decays = max(1 if beta is None else beta.shape[0] for beta in (beta_mem, beta_syn))
     grad_v, grad_i = (threshold.new_empty((0,) if part is None else step) for part in (v, i_syn))
-    shapes = ((len(threshold),), (n_decays,), (n_decays,), (C, C), (C,)) if parameters else ((0,),) * 5
-    of_threshold, of_mem, of_syn, of_weight, of_gain = (threshold.new_empty(shape) for shape in shapes)
+    of_threshold, of_mem, of_syn, of_weight, of_gain = (
+        threshold.new_empty((0,) if part is None or not parameters else part.shape)
+        for part in (threshold, beta_mem, beta_syn, weight, gain)
+    )
     return x.new_empty(x.shape), grad_v, grad_i, of_threshold, of_mem, of_syn, of_weight, of_gain
 
 
@@ -587,7 +632,7 @@ def _save(ctx: Any, tensors: Sequence[Tensor | None], options: dict[str, Any], o
 def _gradients(ctx: Any, *grads: Tensor | None, run: Any) -> tuple[Tensor | None, ...]:
     grad_spikes, grad_v_seq, grad_v_last, grad_i_last, _ = grads
     # Without ``keep_v`` the output v_seq is empty, but torch.compile still passes a gradient for it.
-    if grad_v_seq is not None and not len(grad_v_seq):
+    if grad_v_seq is not None and not grad_v_seq.shape[0]:
         grad_v_seq = None
     x, v, i_syn, *others, gain = ctx.saved_tensors
     _, beta_mem, beta_syn, _ = others[1:]
@@ -595,7 +640,8 @@ def _gradients(ctx: Any, *grads: Tensor | None, run: Any) -> tuple[Tensor | None
         grad_spikes = torch.zeros_like(x)
     if ctx.options["membrane_only"]:
         grad_i_last = None
-    options = {name: option for name, option in ctx.options.items() if name != "keep_v"}
+    options = ctx.options.copy()
+    del options["keep_v"]
     parameters = any(ctx.needs_input_grad[4:9])
     x_grad, v_grad, i_grad, *of_parameters = run(
         grad_spikes,
@@ -619,8 +665,8 @@ def _gradients(ctx: Any, *grads: Tensor | None, run: Any) -> tuple[Tensor | None
 
 _run = register_op(
     "associative_lif",
-    Kernel(_forward, _forward_fake),
-    Kernel(_backward, _backward_fake),
+    Kernel(_registered_forward, _forward_fake, direct=_forward),
+    Kernel(_registered_backward, _backward_fake, direct=_backward),
     _save,
     _gradients,
     second_derivative="backend='torch' has one",
