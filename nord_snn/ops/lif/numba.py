@@ -170,12 +170,16 @@ class _Gradients(NamedTuple):
 
 
 class _ParameterGradients(NamedTuple):
-    """Addresses of the gradients of the parameters, 0 for those that are not wanted; the coupling is ``[C, C]``."""
+    """Addresses of the gradients of the parameters, 0 for those that are not wanted; the coupling is ``[C, C]``.
+
+    ``one`` is 1 in the kernel's dtype if the gradients of the decays' logits are wanted, else 0.
+    """
 
     threshold: int
     beta_mem: int
     beta_syn: int
     coupling: int
+    one: Any
 
 
 class _Block(NamedTuple):
@@ -712,16 +716,14 @@ def _write_decay_gradient(sums, n, beta, one, target):
 
 
 @kernel
-def _add_chunks(sizes, shared, one, inputs, results):
-    """Write the sums of the chunks ``shared`` to the gradients of the parameters.
-
-    ``one`` is 1 in the kernel's dtype if the gradients of the decays' logits are wanted, else 0.
-    """
+def _add_chunks(sizes, shared, inputs, results):
+    """Write the sums of the chunks ``shared`` to the gradients of the parameters."""
     D, n, clusters, width = sizes.D, sizes.n_decays, sizes.clusters, sizes.width
     length = D + 2 * n + clusters * width
     for c in range(1, sizes.chunks):
         for k in range(length):
             shared[k] += shared[c * length + k]
+    one = results.one
     threshold = as_pointer(results.threshold, one)
     beta_mem, beta_syn = as_pointer(results.beta_mem, one), as_pointer(results.beta_syn, one)
     coupling = as_pointer(results.coupling, one)
@@ -764,7 +766,6 @@ def _backward(
     scratch_size,
     of_inputs,
     of_parameters,
-    one,
 ):
     """Run chunks of blocks in parallel; the tuples are those of the classes above."""
     chunks, blocks, _, tiles, T, _, D, _, n_decays, clusters, width, record_of_tile = sizes
@@ -789,7 +790,7 @@ def _backward(
         )  # fmt: skip
     if of_parameters[0] != 0:
         sums = as_pointer(of_inputs[3], np.float64(0))
-        _add_chunks(_Sizes(*sizes), sums, one, _Inputs(*inputs), _ParameterGradients(*of_parameters))
+        _add_chunks(_Sizes(*sizes), sums, _Inputs(*inputs), _ParameterGradients(*of_parameters))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -939,8 +940,7 @@ def backward(
             scratch,
             scratch_size,
             (*addresses((grad_x, grad_v, grad_i)), sums),
-            addresses(of_parameters),
-            NUMPY_TYPES[dtype](logits),
+            (*addresses(of_parameters), NUMPY_TYPES[dtype](logits)),
         )
         del owner
     if arguments.x.dtype is not dtype:
