@@ -15,6 +15,8 @@ from nord_snn.neurons.activity import FirstBatches
 from nord_snn.neurons.cascade import AssociativeCascade, LazyAssociativeCascade, largest_clusters
 from nord_snn.neurons.like import arguments_like
 from nord_snn.neurons.presets import OF_PRESET, known_surrogate, resolve_constants
+from nord_snn.neurons.state import state_tensor
+from nord_snn.neurons.strict import firing_above
 from nord_snn.ops import AssociativeLIFState, BackendChoice, Dynamics, OpCost
 from nord_snn.ops.cascade import check_clusters
 from nord_snn.ops.checks import check_features, compute_dtype
@@ -79,6 +81,9 @@ class AssociativeLIFNode(StatefulNode):
         decay_input: SpikingJelly's: False adds the whole current to the membrane, True ``(1 - beta_mem)`` of it. Default:
             None, as True.
 
+    Attributes:
+        strict: whether neurons fire above the threshold only, not at it. False; subclasses change it.
+
     Raises:
         TypeError: ``v_reset`` is not a number where one is needed, or an argument is given under two names.
         ValueError: D is not a multiple of C, a decay is not in its range, an input has the wrong rank or width, or its batch
@@ -99,6 +104,8 @@ class AssociativeLIFNode(StatefulNode):
         >>> node(torch.rand(4, 2, 16, 8, 8)).shape, node.n_features, node.channel_dim
         (torch.Size([4, 2, 16, 8, 8]), 16, 1)
     """
+
+    strict = False
 
     def __new__(cls, n_features: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """Make a lazy node where the width is not given."""
@@ -370,7 +377,7 @@ class AssociativeLIFNode(StatefulNode):
             return None
         if self.is_membrane_only and not isinstance(stored[1], Tensor) and not isinstance(stored[2], Tensor):
             step = x.shape[1:] if self.step_mode == "m" else x.shape
-            v = self._state_for(x, step, stored[0], compute_dtype(x))
+            v = state_tensor(stored[0], x, step, compute_dtype(x), type(self).__name__)
             return AssociativeLIFState(v, cast(Tensor, None), cast(Tensor, None))
         return self.materialize_states((x,), stored, self.step_mode)
 
@@ -438,25 +445,13 @@ class AssociativeLIFNode(StatefulNode):
         """Turn states at rest (numbers) into tensors for this input; raise if state tensors have another batch shape."""
         x = inputs[0]
         step = x.shape[1:] if step_mode == "m" else x.shape
-        dtype = compute_dtype(x)
-        v, i_syn, refractory = states
+        dtypes = compute_dtype(x), compute_dtype(x), torch.int32
         return AssociativeLIFState(
-            self._state_for(x, step, v, dtype),
-            self._state_for(x, step, i_syn, dtype),
-            self._state_for(x, step, refractory, torch.int32),
-        )
-
-    def _state_for(self, x: Tensor, step: torch.Size, state: Any, dtype: torch.dtype) -> Tensor:
-        if not isinstance(state, Tensor):
-            return x.new_full(step, state, dtype=dtype)
-        if state.shape != step:
-            raise ValueError(
-                f"{type(self).__name__} has state of shape {list(state.shape)}, but got input of shape {list(step)} "
-                "per time step: call reset() (or functional.reset_net) before a batch of another shape"
+            *(
+                state_tensor(state, x, step, dtype, type(self).__name__)
+                for state, dtype in zip(states, dtypes, strict=True)
             )
-        if state.is_meta and not x.is_meta:
-            raise ValueError(f"{type(self).__name__} has state without data (device meta): call reset() before it runs")
-        return state.to(device=x.device, dtype=dtype)
+        )
 
     def _run(
         self,
@@ -489,11 +484,11 @@ class AssociativeLIFNode(StatefulNode):
         surrogate, alpha = known_surrogate(self.surrogate_function, self.alpha)
         beta_mem, beta_syn = self.beta_mem_logit, self.beta_syn_logit
         return associative_lif_of_rank(
-            x,
+            self._input_current(x, dim),
             states,
             dim,
             single_step,
-            threshold=self.firing_threshold(),
+            threshold=firing_above(self.v_threshold, dtype) if self.strict else self.v_threshold,
             beta_mem=None if beta_mem is None else beta_mem.to(dtype).sigmoid(),
             beta_syn=0.0 if beta_syn is None else beta_syn.to(dtype).sigmoid(),
             cascade_weight=None if self.cascade is None else self.cascade.weight.to(dtype).sigmoid(),
@@ -508,9 +503,9 @@ class AssociativeLIFNode(StatefulNode):
             backend=self.backend,
         )
 
-    def firing_threshold(self) -> Tensor:
-        """Return the membrane potential at which a neuron fires, ``[D]``; a subclass may override this method."""
-        return self.v_threshold
+    def _input_current(self, x: Tensor, dim: int) -> Tensor:
+        """Return the current of the input ``x`` with neurons at ``dim``; a subclass may add to it."""
+        return x
 
     def update_cost(self, spikes: Tensor) -> OpCost:
         """Return the cost of the updates that computed ``spikes``, cascade included."""
