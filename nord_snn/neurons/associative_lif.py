@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from nord_snn._compat.spikingjelly import StatefulNode
 from nord_snn._compat.torch import initialize_lazy_module
-from nord_snn.neurons.activity import FirstBatches
+from nord_snn.neurons.activity import FirstBatches, warn_of_inactive_neurons
 from nord_snn.neurons.cascade import AssociativeCascade, LazyAssociativeCascade, largest_clusters
 from nord_snn.neurons.like import arguments_like
 from nord_snn.neurons.presets import OF_PRESET, known_surrogate, resolve_constants
@@ -360,15 +360,18 @@ class AssociativeLIFNode(StatefulNode):
 
     def _count(self, spikes: Tensor, is_batch: bool) -> None:
         """Count the spikes of a first training batch, for a warning; a call without state is a whole batch."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self.emits_binary_spikes:
             self.first_batches.add(spikes)
             if is_batch:
-                self.first_batches.end_batch(f"{type(self).__name__}({self.n_features})")
+                self._end_batch()
+
+    def _end_batch(self) -> None:
+        warn_of_inactive_neurons(self.first_batches.end_batch(), f"{type(self).__name__}({self.n_features})")
 
     def reset(self) -> None:
         """Set the state to rest."""
         super().reset()
-        self.first_batches.end_batch(f"{type(self).__name__}({self.n_features})")
+        self._end_batch()
 
     def _stored_state(self, x: Tensor) -> AssociativeLIFState | None:
         """Return the stored state as tensors for this input; None at rest."""

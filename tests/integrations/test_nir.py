@@ -575,6 +575,22 @@ def test_forwards_that_a_graph_cannot_say(name: str, x_seq: Tensor) -> None:
         export_to_nir(Forward(forward), x_seq)
 
 
+@pytest.mark.parametrize(
+    ("parts", "features", "error"),
+    [
+        ((nn.Linear(D, 6), AssociativeLIFNode(7, None, refractory_steps=0)), (D,), r"with D = 7, got \[2, 3, 6\]"),
+        ((nn.Linear(D, 7), AssociativeLIFNode(7, None, refractory_steps=0)), (D + 1,), "shapes cannot be multiplied"),
+        ((nn.Conv2d(4, 6, 3), AssociativeLIFNode(6, None, refractory_steps=0)), (4, 8, 8), "input to conv2d"),
+    ],
+    ids=["widths", "input", "rank"],
+)
+def test_a_forward_that_fails_on_the_input_raises_its_own_error(
+    parts: tuple[nn.Module, ...], features: tuple[int, ...], error: str
+) -> None:
+    with pytest.raises((ValueError, RuntimeError), match=error):
+        export_to_nir(nn.Sequential(*parts), torch.rand(2, 3, *features))
+
+
 def test_what_no_graph_shows_is_found_by_running_both(x_seq: Tensor) -> None:
     net = nn.Sequential(strong(D, D), drawn(D, 5))
     net[0].register_forward_hook(lambda module, inputs, output: 2 * output)

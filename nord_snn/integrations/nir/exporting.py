@@ -96,6 +96,7 @@ def export_to_nir(
         ValueError: NIR cannot express a part (the message names it), the outputs of graph and network differ, ``dt`` is not
             positive, or ``x_seq`` is not a sequence.
         TypeError: a function in ``more`` did not return a node.
+        Exception: what the forward of ``net`` raises on ``x_seq``.
 
     Source: NIR (Pedersen et al. 2024).
 
@@ -183,8 +184,6 @@ def _run(
     handles = [module.register_forward_pre_hook(record) for module in net.modules() if type(module) in table]
     try:
         out = fire_from_rest(net, x_seq)
-    except Exception:  # a forward that does not run is explained by the trace, or raises again in the comparison
-        return inputs, ()
     finally:
         for handle in handles:
             handle.remove()
