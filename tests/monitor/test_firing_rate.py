@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import two_processes
+from helpers import Ranks, two_processes
 from spikingjelly.activation_based import functional
 from spikingjelly.activation_based.neuron import LIFNode
 from torch import nn
@@ -299,6 +299,43 @@ def test_what_several_processes_counted_is_added_up(tmp_path):
         (b_steps, whole.per_step),
     ):
         assert torch.allclose(got, expected)
+
+
+def test_gather_sums_two_ranks_that_ran_different_numbers_of_time_steps(monkeypatch):
+    nodes, x = [firing(), firing()], 3 * torch.rand(7, 4, 8)
+    monitors = [SpikeMonitor(node) for node in nodes]
+    whole = SpikeMonitor(together := firing())
+    for rank, steps in ((0, 7), (1, 5)):
+        nodes[rank](x[:steps, rank::2], stateless=True)
+        together(x[:steps, rank::2], stateless=True)
+    assert Ranks(monkeypatch).run(lambda rank: monitors[rank].gather()) == [None, None]
+    expected = whole.activity()[""]
+    for monitor in monitors:
+        activity = monitor.activity()[""]
+        assert activity.rows == expected.rows == 7 * 2 + 5 * 2
+        assert torch.equal(activity.per_neuron, expected.per_neuron)
+        assert torch.equal(activity.per_step, expected.per_step)
+
+
+def test_gather_raises_in_both_ranks_if_a_layer_ran_in_one(monkeypatch):
+    ranks, monitors = Ranks(monkeypatch), [SpikeMonitor(node) for node in (firing(), firing())]
+    assert ranks.run(lambda rank: monitors[rank].gather()) == [None, None]  # neither has run
+    monitors[1]._counters[""].module(torch.rand(3, 2, 8))
+    for error in ranks.run(lambda rank: monitors[rank].gather()):
+        assert isinstance(error, ValueError)
+        assert "must have run in all processes before gather(), but has run in some only" in str(error)
+
+
+def test_gather_needs_known_neurons_because_looks_may_differ_between_processes(monkeypatch):
+    class Step(torch.nn.Module):
+        def forward(self, x):
+            return (x > 0.5).float()
+
+    monitor = SpikeMonitor(torch.nn.Sequential(Step()), kinds="spiking")
+    monitor.gather()  # no process group: a no-op
+    Ranks(monkeypatch)
+    with pytest.raises(ValueError, match="needs neurons of known classes"):
+        monitor.gather()
 
 
 def test_a_step_that_fails_is_no_step():

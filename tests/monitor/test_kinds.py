@@ -45,6 +45,11 @@ class WithSurrogate(Own):
         return self.surrogate_function(x_seq - 0.5)
 
 
+class OwnBits(nn.Module):
+    def forward(self, x):
+        return x > 0.5
+
+
 class Doubled(nn.Module):
     def forward(self, x):
         return 2 * x
@@ -134,6 +139,7 @@ def test_what_passes_spikes_on_is_no_neuron_and_the_sentence_says_so():
         (Own(), torch.full((4, 1, 2), 1.0), "Outputs of 1 only: '0' (Own)."),
         (Own(), (torch.arange(8).reshape(4, 1, 2) % 2).float(), "copied from them: '0' (Own)."),
         (Doubled(), torch.rand(4, 1, 2), "No module was taken for neurons"),
+        (OwnBits(), torch.rand(4, 1, 2), "No module was taken for neurons"),
     ],
 )
 def test_what_is_not_taken_for_neurons(module, x, verdict):
