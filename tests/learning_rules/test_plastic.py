@@ -236,7 +236,7 @@ def test_an_invalid_state_raises():
     source = LossBelowBaseline()
     with pytest.raises(ValueError, match="not empty"):
         source(torch.empty(0))
-    with pytest.raises(TypeError, match="must be real, got torch.complex64"):
+    with pytest.raises(TypeError, match=r"must be real, got torch\.complex64"):
         source(torch.tensor(1j))
     assert source.baseline == 10.0
 
