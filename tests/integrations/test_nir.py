@@ -640,6 +640,11 @@ BROKEN = {
         "got 'gone'",
     ),
     "no way": ({"i": "in", "lif": "lif", "o": "out"}, [("i", "lif")], "must have a path"),
+    "no input": (
+        {"i": "in", "lif": "lif", "constant": "lif", "o": "out"},
+        [("i", "lif"), ("constant", "lif"), ("lif", "o")],
+        "all nodes of the graph must have a path from its input, 'constant' has none",
+    ),
     "no graph": (None, None, "NIRGraph or the name of a file"),
 }
 

@@ -22,6 +22,7 @@ from nord_snn.layers import (
     SpikeFedResonance,
 )
 from nord_snn.neurons import AssociativeCascade, fire_from_rest
+from nord_snn.neurons.factory import multi_step_mode
 from nord_snn.ops.checks import compute_dtype
 
 __all__ = ["deviation", "export_to_nir"]
@@ -116,7 +117,7 @@ def export_to_nir(
     exporter = Exporter(dt, len(x_seq), approximate, extension)
     table: dict[type[nn.Module], ToNIR] = {**exporter.table, **(more or {})}
     _check_modules(net, table)
-    with torch.no_grad(), _eval_mode(net):
+    with torch.no_grad(), _eval_mode(net), multi_step_mode(net):  # in which the inputs of the modules are recorded
         exporter.inputs, out_features = _run(net, table, x_seq)
         graph = trace(net, table, _IDENTITY_MODULES, x_seq.shape[2:], out_features)
     graph.metadata = {"source": "nord-snn", "dt": dt}
