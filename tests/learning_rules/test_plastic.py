@@ -289,7 +289,8 @@ def test_the_trained_weights_move_with_the_network():
     net, rule = network(bounds=None)
     rule.apply(torch.full((4, 6), 0.1))
     net.to("meta")
-    assert rule.plastic.trained.device.type == "meta"
+    assert rule.plastic.weight is net[0].weight
+    assert rule.plastic._trained.device.type == rule.plastic._written.device.type == "meta"
 
 
 # --- reward sources
