@@ -3,6 +3,9 @@
 import random
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 import yaml
 from spikingjelly.activation_based import functional
+from torch import distributed
 
 SPIKINGJELLY_2 = hasattr(functional, "invalidate_reset_cache")
 needs_spikingjelly_2 = pytest.mark.skipif(not SPIKINGJELLY_2, reason="what SpikingJelly has only since release 2")
@@ -98,6 +102,43 @@ def write_config(folder: Path, name: str = "test", **changes: Any) -> Path:
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
+
+
+class Ranks:
+    """Two threads in place of two processes of ``torch.distributed``: a collective waits until both have called it.
+
+    A collective that one of them does not call raises ``threading.BrokenBarrierError`` after ten seconds.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.barrier, self.tensors = threading.Barrier(2, timeout=10), [torch.empty(0), torch.empty(0)]
+        self.rank = threading.local()
+        monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+        monkeypatch.setattr(distributed, "all_reduce", self.all_reduce)
+
+    def all_reduce(self, tensor: torch.Tensor, op: Any = distributed.ReduceOp.SUM) -> None:
+        """Replace the tensor of each rank by the sum or the maximum of both."""
+        self.tensors[self.rank.number] = tensor
+        self.barrier.wait()
+        a, b = self.tensors
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        reduced = torch.maximum(a, b) if op == distributed.ReduceOp.MAX else a + b
+        self.barrier.wait()
+        tensor.copy_(reduced)
+
+    def run(self, function: Callable[[int], Any]) -> list[Any]:
+        """Return what ``function(rank)`` returned or raised in each rank."""
+
+        def call(number: int) -> Any:
+            self.rank.number = number
+            try:
+                return function(number)
+            except Exception as error:
+                return error
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(call, (0, 1)))
 
 
 def two_processes(script: str, folder: Path) -> None:

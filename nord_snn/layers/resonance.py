@@ -1,6 +1,7 @@
 """CoFiringResonance: attention whose scores count coincident spikes."""
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -8,14 +9,17 @@ from torch import Tensor, nn
 
 from nord_snn.layers.cache import SequenceCache, cache_argument
 from nord_snn.layers.masking import masked_resonance
-from nord_snn.layers.silence import SilenceWatch
 from nord_snn.neurons import DenseActivation, NeuronFactory, fire_from_rest, make_neuron
+from nord_snn.neurons.activity import FirstBatches, NeuronActivityWarning
 from nord_snn.neurons.detection import emits_binary_spikes
 from nord_snn.ops import pack_spikes, resonance, resonance_cached
 from nord_snn.ops.cached_resonance.packing import check_spikes
 from nord_snn.ops.checks import check_features, check_heads
 
 __all__ = ["CoFiringResonance", "ResonanceBase"]
+
+#: A layer warns if queries or keys fire below this rate in its first batches in training mode.
+BATCHES, SILENT = 10, 1e-3
 
 
 class ResonanceBase(nn.Module):
@@ -37,17 +41,17 @@ class ResonanceBase(nn.Module):
         self,
         n_features: int,
         n_heads: int,
-        top_k: int,
-        recency: bool,
-        causal: bool,
-        neuron: NeuronFactory | None,
-        backend: str,
+        top_k: int = 64,
+        recency: bool = False,
+        causal: bool = True,
+        neuron: NeuronFactory | None = None,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         check_heads(n_features, n_heads)
         self.n_features, self.n_heads, self.top_k, self.causal = n_features, n_heads, top_k, causal
         self.backend = backend
-        self._silence = SilenceWatch()
+        self._first_batches = FirstBatches(BATCHES)
         self.q_proj = nn.Linear(n_features, n_features, bias=False)
         self.k_proj = nn.Linear(n_features, n_features, bias=False)
         self.v_proj = nn.Linear(n_features, n_features, bias=False)
@@ -90,8 +94,9 @@ class ResonanceBase(nn.Module):
             ValueError: the layer is not causal and there is padding or there are earlier positions, there are earlier
                 positions and q or k are not zeros and ones, or there is both a mask and a cache.
         """
-        if self.training:
-            self._silence.observe(q, k, type(self).__name__, self.remedy)
+        if self.training and not torch.compiler.is_compiling() and self._first_batches.batches_left:
+            self._first_batches.add(q, k)
+            self._warn_if_silent(self._first_batches.end_batch())
         if visible is not None:
             if cache.lengths is not None or cache.update is not None:
                 raise ValueError("a call takes masks or a cache, not both: padding can be part of key_mask")
@@ -107,6 +112,16 @@ class ResonanceBase(nn.Module):
                 causal=self.causal,
             )
         return self._attend_new(q, k, v, cache.lengths) if cache.update is None else self._attend_cached(q, k, v, cache)
+
+    def _warn_if_silent(self, rates: tuple[float, ...] | None) -> None:
+        """Warn if queries or keys hardly fired in the first batches; None is not known yet."""
+        if rates is not None and min(rates) < SILENT:
+            warnings.warn(
+                f"{type(self).__name__} is dead: in its first {BATCHES} training batches queries fired at {rates[0]:.2%} and "
+                f"keys at {rates[1]:.2%}, so its scores hardly depend on the input: {self.remedy}",
+                NeuronActivityWarning,
+                stacklevel=3,
+            )
 
     def _attend_new(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
         if lengths is not None:  # move padding behind the tokens, where causal queries do not reach
@@ -222,18 +237,6 @@ class CoFiringResonance(ResonanceBase):
         "on an input of spikes use SpikeFedResonance, which has norms before its neurons; otherwise lower the thresholds, those "
         "of AssociativeLIFNode with nord_snn.calibrate_thresholds(net, batch)"
     )
-
-    def __init__(
-        self,
-        n_features: int,
-        n_heads: int,
-        top_k: int = 64,
-        recency: bool = False,
-        causal: bool = True,
-        neuron: NeuronFactory | None = None,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(n_features, n_heads, top_k, recency, causal, neuron, backend)
 
     def forward(
         self,

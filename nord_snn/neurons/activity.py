@@ -1,11 +1,12 @@
-"""A warning for neurons that are silent or saturated in the first training batches."""
+"""Warnings of neurons that are silent or saturated in the first training batches."""
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["FirstBatches", "NeuronActivityWarning", "has_values"]
+__all__ = ["FirstBatches", "NeuronActivityWarning", "has_values", "warn_of_inactive_neurons"]
 
 BATCHES = 3
 SATURATED = 0.95
@@ -16,47 +17,65 @@ class NeuronActivityWarning(RuntimeWarning):
 
 
 class FirstBatches:
-    """Count the spikes of the first training batches of a layer, and warn once if there are none or too many.
+    """Measure the firing rates of populations of neurons over the first training batches, once.
 
-    Sums stay on the device and are read after the third batch, the last one that counts. Calls that are compiled, captured in
-    a CUDA graph, or run on tensors without values are not counted.
+    Counts stay on the device of the spikes and are read after the last batch that counts, the only one that waits for a GPU.
+    Calls that are captured in a CUDA graph, or run on tensors without values, are not counted.
+
+    Args:
+        n_batches: number of batches that count.
+
+    Attributes:
+        batches_left: batches that are still to be counted.
+
+    Example:
+        >>> batches = FirstBatches(2)
+        >>> for spikes in (torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.0])):
+        ...     batches.add(spikes, 1 - spikes)
+        ...     print(batches.end_batch())
+        None
+        (0.25, 0.75)
     """
 
-    def __init__(self) -> None:
-        self.batches_left = BATCHES
-        self._spikes: Tensor | None = None
+    def __init__(self, n_batches: int = BATCHES) -> None:
+        self.batches_left = n_batches
+        self._fired: Tensor | None = None  # spikes of every population
         self._outputs = 0
         self._in_batch = False
 
-    @torch.no_grad()
-    def add(self, spikes: Tensor) -> None:
-        """Add the spikes of one call."""
-        if not has_values(spikes):
+    def add(self, *populations: Tensor) -> None:
+        """Add the spikes of one call, a tensor for every population, all of one size."""
+        if not self.batches_left or not has_values(populations[0]):
             return
-        count = spikes.detach().sum(dtype=torch.float32)
-        self._spikes = count if self._spikes is None else self._spikes + count
-        self._outputs += spikes.numel()
+        fired = torch.stack([spikes.detach().count_nonzero() for spikes in populations])
+        self._fired = fired if self._fired is None else self._fired.to(fired.device) + fired
+        self._outputs += populations[0].numel()
         self._in_batch = True
 
-    def end_batch(self, layer: str) -> None:
-        """Count a batch, if there was one since the last call; warn after the third one."""
+    def end_batch(self) -> tuple[float, ...] | None:
+        """Count a batch, if there was a call since the last one; return the firing rates after the last batch, else None."""
         if not self._in_batch:
-            return
+            return None
         self._in_batch = False
         self.batches_left -= 1
-        if self.batches_left or self._spikes is None or not self._outputs:
-            return
-        rate = self._spikes.item() / self._outputs
-        self._spikes = None
-        if 0 < rate <= SATURATED:
-            return
-        state = "silent" if rate == 0 else f"saturated: they fired in {100 * rate:.0f} % of the time steps"
-        warnings.warn(
-            f"the neurons of {layer} are {state} in the first {BATCHES} training batches, so they pass on nothing about their "
-            "input: nord_snn.calibrate_thresholds(net, x) sets the thresholds of all layers for a firing rate",
-            NeuronActivityWarning,
-            stacklevel=4,
-        )
+        if self.batches_left or self._fired is None or not self._outputs:
+            return None
+        rates = tuple(count / self._outputs for count in self._fired.tolist())
+        self._fired = None
+        return rates
+
+
+def warn_of_inactive_neurons(rates: Sequence[float] | None, layer: str) -> None:
+    """Warn if the firing rate of a layer of neurons in its first batches is 0 or nearly 1; None is not known yet."""
+    if rates is None or 0 < rates[0] <= SATURATED:
+        return
+    state = f"saturated: they fired in {100 * rates[0]:.0f} % of the time steps" if rates[0] else "silent"
+    warnings.warn(
+        f"the neurons of {layer} are {state} in the first {BATCHES} training batches, so they pass on nothing about their "
+        "input: nord_snn.calibrate_thresholds(net, x) sets the thresholds of all layers for a firing rate",
+        NeuronActivityWarning,
+        stacklevel=5,
+    )
 
 
 def has_values(x: Tensor) -> bool:

@@ -11,10 +11,12 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from nord_snn._compat.spikingjelly import StatefulNode
 from nord_snn._compat.torch import initialize_lazy_module
-from nord_snn.neurons.activity import FirstBatches
+from nord_snn.neurons.activity import FirstBatches, warn_of_inactive_neurons
 from nord_snn.neurons.cascade import AssociativeCascade, LazyAssociativeCascade, largest_clusters
 from nord_snn.neurons.like import arguments_like
 from nord_snn.neurons.presets import OF_PRESET, known_surrogate, resolve_constants
+from nord_snn.neurons.state import state_tensor
+from nord_snn.neurons.strict import firing_above
 from nord_snn.ops import AssociativeLIFState, BackendChoice, Dynamics, OpCost
 from nord_snn.ops.cascade import check_clusters
 from nord_snn.ops.checks import check_features, compute_dtype
@@ -79,6 +81,9 @@ class AssociativeLIFNode(StatefulNode):
         decay_input: SpikingJelly's: False adds the whole current to the membrane, True ``(1 - beta_mem)`` of it. Default:
             None, as True.
 
+    Attributes:
+        strict: whether neurons fire above the threshold only, not at it. False; subclasses change it.
+
     Raises:
         TypeError: ``v_reset`` is not a number where one is needed, or an argument is given under two names.
         ValueError: D is not a multiple of C, a decay is not in its range, an input has the wrong rank or width, or its batch
@@ -99,6 +104,8 @@ class AssociativeLIFNode(StatefulNode):
         >>> node(torch.rand(4, 2, 16, 8, 8)).shape, node.n_features, node.channel_dim
         (torch.Size([4, 2, 16, 8, 8]), 16, 1)
     """
+
+    strict = False
 
     def __new__(cls, n_features: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """Make a lazy node where the width is not given."""
@@ -353,15 +360,18 @@ class AssociativeLIFNode(StatefulNode):
 
     def _count(self, spikes: Tensor, is_batch: bool) -> None:
         """Count the spikes of a first training batch, for a warning; a call without state is a whole batch."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self.emits_binary_spikes:
             self.first_batches.add(spikes)
             if is_batch:
-                self.first_batches.end_batch(f"{type(self).__name__}({self.n_features})")
+                self._end_batch()
+
+    def _end_batch(self) -> None:
+        warn_of_inactive_neurons(self.first_batches.end_batch(), f"{type(self).__name__}({self.n_features})")
 
     def reset(self) -> None:
         """Set the state to rest."""
         super().reset()
-        self.first_batches.end_batch(f"{type(self).__name__}({self.n_features})")
+        self._end_batch()
 
     def _stored_state(self, x: Tensor) -> AssociativeLIFState | None:
         """Return the stored state as tensors for this input; None at rest."""
@@ -371,7 +381,7 @@ class AssociativeLIFNode(StatefulNode):
             return None
         if are_numbers and self.is_membrane_only:
             step = x.shape[1:] if self.step_mode == "m" else x.shape
-            v = self._state_for(x, step, v, compute_dtype(x))
+            v = state_tensor(v, x, step, compute_dtype(x), type(self).__name__)
             return AssociativeLIFState(v, cast(Tensor, None), cast(Tensor, None))
         return self.materialize_states((x,), stored, self.step_mode)
 
@@ -440,25 +450,13 @@ class AssociativeLIFNode(StatefulNode):
         """Turn states at rest (numbers) into tensors for this input; raise if state tensors have another batch shape."""
         x = inputs[0]
         step = x.shape[1:] if step_mode == "m" else x.shape
-        dtype = compute_dtype(x)
-        v, i_syn, refractory = states
+        dtypes = compute_dtype(x), compute_dtype(x), torch.int32
         return AssociativeLIFState(
-            self._state_for(x, step, v, dtype),
-            self._state_for(x, step, i_syn, dtype),
-            self._state_for(x, step, refractory, torch.int32),
-        )
-
-    def _state_for(self, x: Tensor, step: torch.Size, state: Any, dtype: torch.dtype) -> Tensor:
-        if not isinstance(state, Tensor):
-            return x.new_full(step, state, dtype=dtype)
-        if state.shape != step:
-            raise ValueError(
-                f"{type(self).__name__} has state of shape {list(state.shape)}, but got input of shape {list(step)} "
-                "per time step: call reset() (or functional.reset_net) before a batch of another shape"
+            *(
+                state_tensor(state, x, step, dtype, type(self).__name__)
+                for state, dtype in zip(states, dtypes, strict=True)
             )
-        if state.is_meta and not x.is_meta:
-            raise ValueError(f"{type(self).__name__} has state without data (device meta): call reset() before it runs")
-        return state.to(device=x.device, dtype=dtype)
+        )
 
     def _run(
         self,
@@ -490,17 +488,18 @@ class AssociativeLIFNode(StatefulNode):
         surrogate, alpha = known_surrogate(self.surrogate_function, self.alpha)
         v_reset = 0.0 if self.v_reset is None else self.v_reset
         options = Options(v_reset, self.refractory_steps, surrogate, alpha, self.dynamics, membrane_only, return_v_seq)
+        threshold = firing_above(self.v_threshold, compute_dtype(x)) if self.strict else self.v_threshold
         beta_syn, cascade, weight, gain = self.beta_syn_logit, self.cascade, None, None
         if cascade is not None:  # cast before the sigmoid: float16 and bfloat16 would round it
             weight, gain = cascade.weight.to(compute_dtype(x)).sigmoid(), cascade.gain
         return associative_lif_of_rank(
-            x, states, dim, single_step, options, self.backend, self.firing_threshold(), self.beta_mem_logit,
+            self._input_current(x, dim), states, dim, single_step, options, self.backend, threshold, self.beta_mem_logit,
             0.0 if beta_syn is None else beta_syn, weight, gain, logits=True,
         )  # fmt: skip
 
-    def firing_threshold(self) -> Tensor:
-        """Return the membrane potential at which a neuron fires, ``[D]``; a subclass may override this method."""
-        return self.v_threshold
+    def _input_current(self, x: Tensor, dim: int) -> Tensor:
+        """Return the current of the input ``x`` with neurons at ``dim``; a subclass may add to it."""
+        return x
 
     def update_cost(self, spikes: Tensor) -> OpCost:
         """Return the cost of the updates that computed ``spikes``, cascade included."""

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from nord_snn._compat.spikingjelly import reset_value
 from nord_snn.neurons.associative_lif import AssociativeLIFNode
 
-__all__ = ["NeuronFactory", "fire_from_rest", "make_neuron"]
+__all__ = ["NeuronFactory", "fire_from_rest", "make_neuron", "multi_step_mode"]
 
 NeuronFactory = Callable[[int], nn.Module]
 
@@ -72,12 +72,12 @@ def fire_from_rest(neuron: nn.Module, x_seq: Tensor) -> Tensor:
     The module runs through ``__call__``, so that hooks and monitors work. The stored state of the module and its children is
     restored afterwards. Modules that are neither nord-snn's nor SpikingJelly's are called as they are.
     """
-    with _multi_step_mode(neuron):
+    with multi_step_mode(neuron):
         return _from_rest(neuron, x_seq)
 
 
 @contextmanager
-def _multi_step_mode(neuron: nn.Module) -> Iterator[None]:
+def multi_step_mode(neuron: nn.Module) -> Iterator[None]:
     """Set step mode ``"m"`` temporarily.
 
     ``set_step_mode(net, "s")`` also sets the neurons inside layers, although layers always run whole sequences.

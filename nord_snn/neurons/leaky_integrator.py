@@ -7,9 +7,13 @@ import torch
 from torch import Tensor
 
 from nord_snn._compat.spikingjelly import StatefulModule
+from nord_snn.neurons.state import state_tensor
 from nord_snn.ops.checks import compute_dtype
 
 __all__ = ["LeakyIntegrator"]
+
+_Tensors = tuple[Tensor, ...]
+_States = tuple[Any, ...]
 
 
 class LeakyIntegrator(StatefulModule):
@@ -21,7 +25,8 @@ class LeakyIntegrator(StatefulModule):
         v[t] = beta_mem * v[t-1] + (1 - beta_mem) * v_rest + gain * i[t]
 
     from ``v = v_rest`` and ``i = 0``. The constants are buffers, which are not trained. It is a SpikingJelly memory module:
-    ``step_mode``, ``functional.reset_net`` and ``set_step_mode`` work on it; its state is ``v`` and ``i_syn``.
+    ``step_mode``, ``functional.reset_net`` and ``set_step_mode`` work on it. Its state is ``v`` and ``i_syn``: numbers, which
+    are those of all neurons, or tensors of the shape of one time step. At rest ``v`` is ``v_rest``.
 
     Args:
         shape: shape of one row of the input: D, or a sequence such as ``[C, H, W]``.
@@ -33,7 +38,7 @@ class LeakyIntegrator(StatefulModule):
 
     Raises:
         ValueError: a decay is not in its range, a constant does not broadcast to ``shape``, an input does not end with
-            ``shape``, or its batch shape differs from that of the stored state.
+            ``shape`` or has no time step, or its batch shape differs from that of the stored state.
 
     Source: ``LI`` and ``CubaLI`` of NIR (Pedersen et al. 2024), by forward Euler.
 
@@ -70,7 +75,9 @@ class LeakyIntegrator(StatefulModule):
             self.register_buffer(name, self._constant(name, value))
         self.v: float | Tensor
         self.i_syn: float | Tensor
-        self.register_memory("v", 0.0)
+        self.register_memory(
+            "v", None
+        )  # rest, where v is the buffer v_rest: a copy would not be loaded or moved with it
         self.register_memory("i_syn", 0.0)
         self.step_mode = step_mode
 
@@ -84,38 +91,67 @@ class LeakyIntegrator(StatefulModule):
             raise ValueError(f"{name} must be a number or broadcast to {list(self.shape)}, got {list(x.shape)}")
         return x
 
-    def single_step_functional_forward(
-        self, inputs: tuple[Tensor, ...], states: tuple[object, ...], **kwargs: object
-    ) -> tuple[tuple[Tensor, ...], tuple[object, ...]]:
-        """Run one time step from explicit states ``(v, i_syn)``; the stored state is unchanged."""
-        v, i_syn = self._step(inputs[0], *states)
-        return (v.to(inputs[0].dtype),), (v, i_syn)
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        if name != "v" or value is not None:
+            return value
+        return self.v_rest.item() if self.v_rest.numel() == 1 else self.v_rest.clone()
 
-    def _step(self, x: Tensor, v: Any, i_syn: Any) -> tuple[Tensor, Tensor]:
-        if tuple(x.shape[-len(self.shape) :]) != self.shape or not x.is_floating_point():
-            layout = ", ".join(map(str, self.shape))
-            raise ValueError(
-                f"LeakyIntegrator expects a floating tensor [*, {layout}] in each time step, got {list(x.shape)}"
-            )
-        for state in (v, i_syn):
-            if isinstance(state, Tensor) and state.shape != x.shape:
-                raise ValueError(
-                    f"LeakyIntegrator has state of shape {list(state.shape)}, but got input of shape {list(x.shape)} per time "
-                    "step: call reset() before a batch of another shape"
-                )
-        dtype = compute_dtype(x)
+    def single_step_functional_forward(
+        self, inputs: _Tensors, states: _States, **kwargs: object
+    ) -> tuple[_Tensors, _States]:
+        """Run one time step from explicit states ``(v, i_syn)``; the stored state is unchanged."""
+        x = inputs[0]
+        self._check_input(x, "s")
+        state = self._step(x, *self.materialize_states(inputs, states, "s"))
+        return (state[0].to(x.dtype),), state
+
+    def multi_step_functional_forward(
+        self, inputs: _Tensors, states: _States, **kwargs: object
+    ) -> tuple[_Tensors, _States]:
+        """Run a sequence from explicit states ``(v, i_syn)``; the stored state is unchanged."""
+        x_seq = inputs[0]
+        self._check_input(x_seq, "m")
+        state = self.materialize_states(inputs, states, "m")
+        potentials = []
+        for x in x_seq:
+            state = self._step(x, *state)
+            potentials.append(state[0].to(x.dtype))
+        return (torch.stack(potentials),), state
+
+    def materialize_states(self, inputs: _Tensors, states: _States, step_mode: str) -> _Tensors:
+        """Turn states into tensors for this input; raise if state tensors have another batch shape."""
+        x, (v, i_syn) = inputs[0], states
+        step, dtype, owner = x.shape[1:] if step_mode == "m" else x.shape, compute_dtype(x), type(self).__name__
+        rest = self.v_rest.to(dtype).expand(step)
+        return (
+            rest if v is None else state_tensor(v, x, step, dtype, owner),
+            state_tensor(i_syn, x, step, dtype, owner),
+        )
+
+    def _check_input(self, x: Tensor, step_mode: str) -> None:
+        layout = f"[{'T, ' if step_mode == 'm' else ''}*, {', '.join(map(str, self.shape))}]"
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = f"dtype {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{type(self).__name__} expects a floating-point tensor of shape {layout}, got {got}")
+        step = x.shape[1:] if step_mode == "m" else x.shape
+        if tuple(step[-len(self.shape) :]) != self.shape:
+            raise ValueError(f"{type(self).__name__} expects shape {layout}, got {list(x.shape)}")
+        if step_mode == "m" and not len(x):
+            raise ValueError(f"{type(self).__name__} expects shape {layout} with at least one time step, got T = 0")
+
+    def _step(self, x: Tensor, v: Tensor, i_syn: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = v.dtype
         beta, gain, rest, beta_syn = (part.to(dtype) for part in (self.beta_mem, self.gain, self.v_rest, self.beta_syn))
         i_syn = beta_syn * i_syn + x.to(dtype)
-        v = beta * (v if isinstance(v, Tensor) else rest) + (1 - beta) * rest + gain * i_syn
-        return v, i_syn
+        return beta * v + (1 - beta) * rest + gain * i_syn, i_syn
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the membrane potentials for input current ``x``, in its shape and dtype."""
-        potentials = []
-        for step in x if self.step_mode == "m" else (x,):
-            self.v, self.i_syn = self._step(step, self.v, self.i_syn)
-            potentials.append(self.v.to(x.dtype))
-        return torch.stack(potentials) if self.step_mode == "m" else potentials[0]
+        run = self.multi_step_functional_forward if self.step_mode == "m" else self.single_step_functional_forward
+        (potentials,), (v, i_syn) = run((x,), self.get_memories("v", "i_syn"))
+        self.set_memories({"v": v, "i_syn": i_syn})
+        return potentials
 
     def extra_repr(self) -> str:
         """Return the shape and the step mode."""

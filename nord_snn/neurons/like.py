@@ -147,7 +147,7 @@ def _learned(**parameters: Tensor) -> tuple[str, ...]:
 
 
 def _number(x: Tensor) -> Any:
-    return float(x) if x.numel() == 1 else x.detach().clone()
+    return x.item() if x.numel() == 1 else x.detach().clone()
 
 
 _KNOWN: dict[tuple[str, str], Any] = {

@@ -3,22 +3,21 @@
 import torch
 from torch import Tensor
 
-from nord_snn.ops.checks import compute_dtype
-
 __all__ = ["firing_above"]
 
 
-def firing_above(threshold: Tensor) -> Tensor:
-    """Return the next number above the threshold, at which our neurons fire, with the gradient of the threshold.
+def firing_above(threshold: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the next number of ``dtype`` above the threshold, at which our neurons fire, with the gradient of the threshold.
 
     Args:
         threshold: ``[D]``.
+        dtype: dtype of the membrane potentials.
 
     Example:
         >>> threshold = torch.ones(2)
-        >>> bool((firing_above(threshold) > threshold).all())
+        >>> bool((firing_above(threshold, torch.float32) > threshold).all())
         True
     """
-    threshold = threshold.to(compute_dtype(threshold))
+    threshold = threshold.to(dtype)
     above = torch.nextafter(threshold.detach(), threshold.new_full((), torch.inf))
     return threshold + (above - threshold.detach())

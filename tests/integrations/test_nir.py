@@ -1,4 +1,4 @@
-"""NIR: what is exported runs the same elsewhere, comes back the same, and what NIR cannot say is refused by name."""
+"""NIR: exports give the same outputs in other readers and are imported unchanged; what NIR cannot express raises by name."""
 
 import copy
 import logging
@@ -123,8 +123,8 @@ def x_seq() -> Tensor:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_graph_from_a_file_computes_what_the_network_does(name: str, x_seq: Tensor, tmp_path) -> None:
-    """In float64, where no membrane meets its threshold within the rounding: the same spikes, one by one."""
+def test_a_graph_from_a_file_gives_the_outputs_of_the_network(name: str, x_seq: Tensor, tmp_path) -> None:
+    """In float64, where no membrane potential is within rounding of its threshold, all spikes are equal."""
     net, x_seq = networks(0)[name].double(), x_seq.double()
     graph = on_file(export_to_nir(net, x_seq), tmp_path)
     assert run(net, x_seq).abs().sum() > 0
@@ -135,8 +135,8 @@ def test_a_graph_from_a_file_computes_what_the_network_does(name: str, x_seq: Te
 @pytest.mark.quick
 @pytest.mark.parametrize("refractory_steps", [0, 2])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_way_back_makes_the_same_network(name: str, refractory_steps: int, x_seq: Tensor, tmp_path) -> None:
-    """With the hold, the cascade's weights and, for our layers, their classes."""
+def test_import_restores_the_exported_network(name: str, refractory_steps: int, x_seq: Tensor, tmp_path) -> None:
+    """With the refractory period, the cascade's weights and, for our layers, their classes."""
     net = networks(refractory_steps)[name]
     graph = on_file(export_to_nir(net, x_seq, approximate=True), tmp_path)
     back = import_from_nir(graph)
@@ -156,13 +156,13 @@ def test_the_way_back_makes_the_same_network(name: str, refractory_steps: int, x
 
 
 @pytest.mark.quick
-def test_a_network_from_a_file_trains(x_seq: Tensor) -> None:
+def test_an_imported_network_can_be_trained(x_seq: Tensor) -> None:
     back = import_from_nir(export_to_nir(networks(0)["everything"], x_seq))
     back(x_seq).square().mean().backward()
     assert all(p.grad is not None for p in back.parameters() if p.requires_grad)
 
 
-def test_the_refractory_period_is_refused_by_name_or_left_out_and_measured(
+def test_the_refractory_period_raises_or_is_omitted_and_the_deviation_measured(
     x_seq: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
     net = nn.Sequential(strong(D, 15), drawn(15, 5, refractory_steps=2))
@@ -176,8 +176,8 @@ def test_the_refractory_period_is_refused_by_name_or_left_out_and_measured(
     assert "refractory period" in caplog.text
 
 
-def test_what_stands_in_a_graph_resets_to_v_reset(x_seq: Tensor) -> None:
-    """Without hold the exported neuron is a node whose membrane goes to v_reset after each spike."""
+def test_an_exported_neuron_without_a_refractory_period_resets_to_v_reset(x_seq: Tensor) -> None:
+    """Its membrane potential is v_reset after each spike."""
     node = drawn(D, None, refractory_steps=2, v_reset=-0.3)
     graph = export_to_nir(node, x_seq, approximate=True)
     beta_mem, beta_syn = node.beta_mem.item(), node.beta_syn.item()
@@ -192,7 +192,7 @@ def test_what_stands_in_a_graph_resets_to_v_reset(x_seq: Tensor) -> None:
 
 @pytest.mark.quick
 @pytest.mark.parametrize("n_clusters", [None, 5])
-def test_norse_fires_the_same_spikes(n_clusters: int | None, x_seq: Tensor, tmp_path) -> None:
+def test_norse_gives_the_same_spikes(n_clusters: int | None, x_seq: Tensor, tmp_path) -> None:
     norse = pytest.importorskip("norse.torch")
     subtract = pytest.importorskip("norse.torch.functional.reset").reset_subtract
 
@@ -209,7 +209,7 @@ def test_norse_fires_the_same_spikes(n_clusters: int | None, x_seq: Tensor, tmp_
 
 @pytest.mark.parametrize("n_clusters", [None, 5])
 @pytest.mark.parametrize("reader", ["spikingjelly.activation_based.nir_exchange", "snntorch.import_nir"])
-def test_spikingjelly_and_snntorch_read_what_resets_to_zero(
+def test_spikingjelly_and_snntorch_read_neurons_that_reset_to_zero(
     reader: str, n_clusters: int | None, x_seq: Tensor, tmp_path
 ) -> None:
     """Both want one threshold a layer and reset to 0, which is the graph by its equations, not by its metadata."""
@@ -231,7 +231,7 @@ def _same_spikes(network: nn.Module, x_seq: Tensor, expected: Tensor) -> None:
 
 
 class Branched(nn.Module):
-    """What a composer might write: two paths, joined by an addition."""
+    """Network of two paths that are added."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -243,15 +243,15 @@ class Branched(nn.Module):
         return self.first(self.last(self.zeta(x) + self.alpha(x)))
 
 
-def test_a_module_of_ones_own_is_traced(x_seq: Tensor, tmp_path) -> None:
+def test_the_forward_of_a_user_module_is_traced(x_seq: Tensor, tmp_path) -> None:
     net = Branched().double()
     graph = on_file(export_to_nir(net, x_seq.double()), tmp_path)
     assert deviation(net, graph, x_seq.double()) < 1e-6
     torch.testing.assert_close(run(import_from_nir(graph).double(), x_seq.double()), run(net, x_seq.double()))
 
 
-def test_further_modules_and_nodes_by_name(x_seq: Tensor) -> None:
-    """SpikingJelly's LIFNode, by a function from the user."""
+def test_functions_in_more_convert_further_modules_and_nodes(x_seq: Tensor) -> None:
+    """SpikingJelly's LIFNode, by a function of the user."""
     net = nn.Sequential(drawn(D, 5), strong(D, 4), neuron.LIFNode(tau=2.0, v_reset=0.0, step_mode="m"))
 
     def lif(node: neuron.LIFNode) -> object:
@@ -266,8 +266,8 @@ def test_further_modules_and_nodes_by_name(x_seq: Tensor) -> None:
     assert torch.equal(run(back, x_seq), run(net, x_seq))
 
 
-def test_export_leaves_the_network_as_it_was(x_seq: Tensor) -> None:
-    """Also one that holds a state with a graph behind it, in step mode s and in training."""
+def test_export_does_not_change_the_network(x_seq: Tensor) -> None:
+    """Also a network in training mode and step mode s whose stored state has an autograd graph."""
     node = drawn(D, 5)
     node.step_mode = "s"
     net = nn.Sequential(strong(D, D), node)
@@ -304,13 +304,13 @@ REFUSED = {
 @pytest.mark.quick
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("approximate", [False, True])
-def test_what_nir_cannot_say_is_refused_by_name(name: str, approximate: bool, x_seq: Tensor) -> None:
+def test_modules_that_nir_cannot_express_raise_by_name(name: str, approximate: bool, x_seq: Tensor) -> None:
     make, sentence = REFUSED[name]
     with pytest.raises(ValueError, match=sentence):
         export_to_nir(make(), x_seq, approximate=approximate)
 
 
-def test_bad_arguments(x_seq: Tensor) -> None:
+def test_bad_arguments_raise(x_seq: Tensor) -> None:
     node = drawn(D, 5)
     with pytest.raises(ValueError, match="dt must be positive"):
         export_to_nir(node, x_seq, dt=0)
@@ -355,19 +355,19 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_foreign_neurons_that_ours_cannot_be_are_refused(name: str) -> None:
+def test_neurons_that_ours_cannot_match_raise(name: str) -> None:
     lif, reset, sentence = BAD[name]
     with pytest.raises(ValueError, match=sentence):
         import_from_nir(nir.NIRGraph.from_list(lif), reset=reset)
 
 
-def test_an_unknown_reset_is_refused() -> None:
+def test_an_unknown_reset_raises() -> None:
     with pytest.raises(ValueError, match="reset must be one of"):
         import_from_nir(nir.NIRGraph.from_list(cuba()), reset="hard")
 
 
-def test_a_foreign_neuron_in_whatever_units(x_seq: Tensor) -> None:
-    """R and w_in scale the membrane, and with it the threshold that ours gets."""
+def test_a_neuron_of_another_library_in_any_units(x_seq: Tensor) -> None:
+    """The fields r and w_in scale the membrane potential, and so our threshold."""
     graph = nir.NIRGraph.from_list(cuba(r=3.0, w_in=0.7, v_threshold=0.2))
     for reset in ("value", "subtract"):
         back = import_from_nir(graph, reset=reset)
@@ -389,7 +389,7 @@ def loop(**changes):
     )
 
 
-def test_a_loop_that_is_not_recurrent_neurons_is_refused(x_seq: Tensor) -> None:
+def test_a_loop_other_than_recurrent_neurons_raises(x_seq: Tensor) -> None:
     graph = loop(lif=nir.LI(*(np.full(4, value) for value in (1e-3, 1.0, 0.0))))
     with pytest.raises(ValueError, match=r"neurons and one linear map of their spikes, but 'w' leads back to 'lif'"):
         import_from_nir(graph)
@@ -417,8 +417,8 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_part_that_was_changed_since_is_refused(name: str, x_seq: Tensor) -> None:
-    """Rather than read as what its metadata say that it was."""
+def test_a_part_that_was_changed_after_its_export_raises(name: str, x_seq: Tensor) -> None:
+    """It is not imported by its metadata, which no longer describe it."""
     network, change = CHANGES[name]
     graph = export_to_nir(networks(0)[network], x_seq)
     change(next(node for node in graph.nodes.values() if isinstance(node, nir.NIRGraph)))
@@ -429,7 +429,7 @@ def test_a_part_that_was_changed_since_is_refused(name: str, x_seq: Tensor) -> N
 @pytest.mark.parametrize(
     ("network", "name"), [("a layer alone", "w_rec"), ("feed-forward", "n1_up"), ("readout", "synapse")]
 )
-def test_a_part_that_misses_something_is_refused(network: str, name: str, x_seq: Tensor) -> None:
+def test_a_part_with_missing_nodes_or_fields_raises(network: str, name: str, x_seq: Tensor) -> None:
     graph = export_to_nir(networks(0)[network], x_seq)
     inner = next(node for node in graph.nodes.values() if isinstance(node, nir.NIRGraph))
     inner.nodes.pop(name)
@@ -438,7 +438,7 @@ def test_a_part_that_misses_something_is_refused(network: str, name: str, x_seq:
         import_from_nir(graph)
 
 
-def test_metadata_that_contradict_the_node_are_refused(x_seq: Tensor) -> None:
+def test_metadata_that_contradict_the_node_raise(x_seq: Tensor) -> None:
     graph = export_to_nir(drawn(D, None, refractory_steps=2), x_seq, approximate=True)
     lif = next(node for node in graph.nodes.values() if isinstance(node, nir.CubaLIF))
     lif.v_reset = 5 * lif.v_reset
@@ -449,7 +449,7 @@ def test_metadata_that_contradict_the_node_are_refused(x_seq: Tensor) -> None:
         import_from_nir(graph)
 
 
-def test_the_length_of_a_step_travels_with_the_graph(x_seq: Tensor, tmp_path) -> None:
+def test_the_graph_stores_the_length_of_a_time_step(x_seq: Tensor, tmp_path) -> None:
     net = networks(0)["with cascade"]
     graph = on_file(export_to_nir(net, x_seq, dt=1e-3), tmp_path)
     assert torch.equal(run(import_from_nir(graph), x_seq), run(net, x_seq))
@@ -460,8 +460,8 @@ def test_the_length_of_a_step_travels_with_the_graph(x_seq: Tensor, tmp_path) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_other_precisions(dtype: torch.dtype, x_seq: Tensor, tmp_path) -> None:
-    """float64 stays what it was; halves are exported in float32, in which their neurons compute."""
+def test_exports_in_other_precisions(dtype: torch.dtype, x_seq: Tensor, tmp_path) -> None:
+    """float64 stays float64; half precision is exported in float32, in which its neurons compute."""
     net = networks(0)["with cascade"].to(dtype)
     graph = on_file(export_to_nir(net[1] if dtype.itemsize == 2 else net, x_seq[..., :1].expand(T, N, 15).to(dtype)
                                   if dtype.itemsize == 2 else x_seq.to(dtype)), tmp_path)  # fmt: skip
@@ -473,14 +473,14 @@ def test_other_precisions(dtype: torch.dtype, x_seq: Tensor, tmp_path) -> None:
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_a_silent_network_is_exported_with_a_word(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_export_of_a_silent_network_logs_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "nord_snn"):
         graph = export_to_nir(drawn(D, 5), torch.zeros(T, N, D))
     assert graph.metadata["deviation"] == 0
     assert "are zero" in caplog.text
 
 
-def test_a_surrogate_of_ones_own_comes_back_as_the_default_with_a_word(
+def test_a_user_surrogate_is_imported_as_the_default_with_a_logged_warning(
     x_seq: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
     def node(given) -> AssociativeLIFNode:
@@ -495,7 +495,7 @@ def test_a_surrogate_of_ones_own_comes_back_as_the_default_with_a_word(
     assert "ATan" in caplog.text
 
 
-def test_an_imported_network_is_saved_and_copied_like_any_other(x_seq: Tensor, tmp_path) -> None:
+def test_an_imported_network_can_be_saved_and_copied(x_seq: Tensor, tmp_path) -> None:
     back = import_from_nir(export_to_nir(networks(0)["everything"], x_seq))
     expected = run(back, x_seq)
     torch.save(back, tmp_path / "net.pt")
@@ -503,8 +503,8 @@ def test_an_imported_network_is_saved_and_copied_like_any_other(x_seq: Tensor, t
     assert torch.equal(run(copy.deepcopy(back), x_seq), expected)
 
 
-def test_names_that_look_alike_stay_apart(x_seq: Tensor, tmp_path) -> None:
-    """A subgraph's nodes, a module called like one of them, and every name that a file may put into another order."""
+def test_similar_names_are_not_confused(x_seq: Tensor, tmp_path) -> None:
+    """Nodes of a subgraph, a module with the name of one of them, and names that a file lists in another order."""
     parts = {"b": drawn(D, 5), "b_lif": drawn(D, None), "b_w_rec": strong(D, D), "a": feed_forward(D, 5, drawn5),
              "a_n1_up": strong(D, D), "class": drawn(D, 2), "output": strong(D, D), "input": drawn(D, None)}  # fmt: skip
     net = nn.Sequential()
@@ -516,7 +516,7 @@ def test_names_that_look_alike_stay_apart(x_seq: Tensor, tmp_path) -> None:
 
 
 class Forward(nn.Module):
-    """A network whose forward is given."""
+    """Network whose forward is an argument."""
 
     def __init__(self, forward) -> None:
         super().__init__()
@@ -542,7 +542,7 @@ FORWARDS = {
 
 
 @pytest.mark.parametrize("name", FORWARDS)
-def test_forwards_that_a_graph_can_say(name: str, x_seq: Tensor, tmp_path) -> None:
+def test_forwards_that_a_graph_can_express(name: str, x_seq: Tensor, tmp_path) -> None:
     net = Forward(FORWARDS[name]).eval()
     graph = on_file(export_to_nir(net, x_seq), tmp_path)
     assert deviation(net, graph, x_seq) < 1e-5
@@ -569,20 +569,36 @@ CANNOT = {
 
 @pytest.mark.quick
 @pytest.mark.parametrize("name", CANNOT)
-def test_forwards_that_a_graph_cannot_say(name: str, x_seq: Tensor) -> None:
+def test_forwards_that_a_graph_cannot_express_raise(name: str, x_seq: Tensor) -> None:
     forward, sentence = CANNOT[name]
     with pytest.raises(ValueError, match=sentence):
         export_to_nir(Forward(forward), x_seq)
 
 
-def test_what_no_graph_shows_is_found_by_running_both(x_seq: Tensor) -> None:
+@pytest.mark.parametrize(
+    ("parts", "features", "error"),
+    [
+        ((nn.Linear(D, 6), AssociativeLIFNode(7, None, refractory_steps=0)), (D,), r"with D = 7, got \[2, 3, 6\]"),
+        ((nn.Linear(D, 7), AssociativeLIFNode(7, None, refractory_steps=0)), (D + 1,), "shapes cannot be multiplied"),
+        ((nn.Conv2d(4, 6, 3), AssociativeLIFNode(6, None, refractory_steps=0)), (4, 8, 8), "input to conv2d"),
+    ],
+    ids=["widths", "input", "rank"],
+)
+def test_a_forward_that_fails_on_the_input_raises_its_own_error(
+    parts: tuple[nn.Module, ...], features: tuple[int, ...], error: str
+) -> None:
+    with pytest.raises((ValueError, RuntimeError), match=error):
+        export_to_nir(nn.Sequential(*parts), torch.rand(2, 3, *features))
+
+
+def test_the_comparison_of_outputs_finds_what_tracing_does_not(x_seq: Tensor) -> None:
     net = nn.Sequential(strong(D, D), drawn(D, 5))
     net[0].register_forward_hook(lambda module, inputs, output: 2 * output)
     with pytest.raises(ValueError, match=r"must give the outputs of the network, but differs by \d\.\d+.*hook"):
         export_to_nir(net, x_seq)
 
 
-def test_decays_that_no_time_constant_expresses_are_refused(x_seq: Tensor) -> None:
+def test_decays_without_a_time_constant_raise(x_seq: Tensor) -> None:
     for logit in (-40.0, 40.0):
         node = drawn(D, 5)
         nn.init.constant_(node.beta_mem_logit, logit)
@@ -590,8 +606,8 @@ def test_decays_that_no_time_constant_expresses_are_refused(x_seq: Tensor) -> No
             export_to_nir(node, x_seq)
 
 
-def test_convolutions_of_others_are_read_as_sequences(tmp_path) -> None:
-    """A graph that SpikingJelly exported: convolution, pooling, flattening, its LIF."""
+def test_convolutions_exported_by_spikingjelly_run_on_sequences(tmp_path) -> None:
+    """The graph has a convolution, pooling, flattening and a LIF."""
     exchange = pytest.importorskip("spikingjelly.activation_based.nir_exchange")
     net = nn.Sequential(
         layer.Conv2d(2, 3, 3, stride=2, padding=1),
@@ -624,13 +640,18 @@ BROKEN = {
         "got 'gone'",
     ),
     "no way": ({"i": "in", "lif": "lif", "o": "out"}, [("i", "lif")], "must have a path"),
+    "no input": (
+        {"i": "in", "lif": "lif", "constant": "lif", "o": "out"},
+        [("i", "lif"), ("constant", "lif"), ("lif", "o")],
+        "all nodes of the graph must have a path from its input, 'constant' has none",
+    ),
     "no graph": (None, None, "NIRGraph or the name of a file"),
 }
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_graphs_are_refused(name: str) -> None:
+def test_invalid_graphs_raise(name: str) -> None:
     nodes, edges, sentence = BROKEN[name]
     if nodes is None:
         graph = cuba()
@@ -641,8 +662,8 @@ def test_broken_graphs_are_refused(name: str) -> None:
         import_from_nir(graph)
 
 
-def test_exported_neurons_hold_no_state_of_ours(x_seq: Tensor) -> None:
-    """A graph of a network that ran is that of one at rest."""
+def test_an_export_does_not_depend_on_the_stored_state(x_seq: Tensor) -> None:
+    """The graph is the same before and after a run."""
     net = nn.Sequential(strong(D, 15), drawn(15, 5))
     first = export_to_nir(net, x_seq)
     net(x_seq)
@@ -651,7 +672,7 @@ def test_exported_neurons_hold_no_state_of_ours(x_seq: Tensor) -> None:
     assert torch.equal(simulate(first, x_seq), simulate(second, x_seq))
 
 
-def test_an_export_inside_another_graph_keeps_its_step(x_seq: Tensor, tmp_path) -> None:
+def test_an_export_inside_another_graph_keeps_its_dt(x_seq: Tensor, tmp_path) -> None:
     net = networks(0)["with cascade"]
     graph = export_to_nir(net, x_seq, dt=1e-3)
     whole = nir.NIRGraph(
@@ -663,7 +684,7 @@ def test_an_export_inside_another_graph_keeps_its_step(x_seq: Tensor, tmp_path) 
     assert torch.equal(run(import_from_nir(whole), x_seq), run(net, x_seq))
 
 
-def test_a_part_alone_is_a_graph(x_seq: Tensor, tmp_path) -> None:
+def test_a_single_part_can_be_exported(x_seq: Tensor, tmp_path) -> None:
     node = drawn(D, 5)
     graph = export_to_nir(node, x_seq)
     (inner,) = (part for part in graph.nodes.values() if isinstance(part, nir.NIRGraph))
@@ -671,7 +692,7 @@ def test_a_part_alone_is_a_graph(x_seq: Tensor, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_stands_between_rows_and_features_is_rows(name: str) -> None:
+def test_dimensions_between_rows_and_features_count_as_rows(name: str) -> None:
     net, x_seq = networks(0)[name], 2 * torch.randn(T, N, 4, D)
     graph = export_to_nir(net, x_seq)
     assert graph.metadata["deviation"] < 1e-5
@@ -679,14 +700,14 @@ def test_what_stands_between_rows_and_features_is_rows(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_networks_of_half_precision_are_made_of_any_graph(dtype: torch.dtype, x_seq: Tensor) -> None:
+def test_any_graph_can_be_imported_in_half_precision(dtype: torch.dtype, x_seq: Tensor) -> None:
     back = import_from_nir(export_to_nir(networks(0)["everything"], x_seq), dtype=dtype)
     assert all(p.dtype == dtype for p in back.parameters())
     assert run(back, x_seq.to(dtype)).isfinite().all()
 
 
 @pytest.mark.parametrize("dt", [1e-7, 1.0])
-def test_changes_are_noticed_at_any_step(dt: float, x_seq: Tensor) -> None:
+def test_changes_are_found_at_any_dt(dt: float, x_seq: Tensor) -> None:
     graph = export_to_nir(networks(0)["readout"], x_seq, dt)
     import_from_nir(graph)
     inner = next(node for node in graph.nodes.values() if isinstance(node, nir.NIRGraph))
@@ -696,7 +717,7 @@ def test_changes_are_noticed_at_any_step(dt: float, x_seq: Tensor) -> None:
 
 
 class Noisy(nn.Module):
-    """Something that is done in training only."""
+    """Module that adds noise in training mode only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -707,7 +728,7 @@ class Noisy(nn.Module):
         return self.output_sum(h + self.noise(n0_a) if self.training else h) + n0_a
 
 
-def test_a_network_is_exported_as_it_is_used(x_seq: Tensor) -> None:
+def test_a_network_is_exported_in_eval_mode(x_seq: Tensor) -> None:
     net = Noisy()
     graph = export_to_nir(net, x_seq)
     assert net.training
@@ -715,13 +736,13 @@ def test_a_network_is_exported_as_it_is_used(x_seq: Tensor) -> None:
     assert len(graph.nodes) == 5
 
 
-def test_numbers_that_are_none_are_no_agreement(x_seq: Tensor) -> None:
+def test_nan_outputs_do_not_count_as_equal(x_seq: Tensor) -> None:
     x_seq[0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="but differs by nan"):
         export_to_nir(nn.Sequential(strong(D, D)), x_seq)
 
 
-def test_functions_of_ones_own_must_make_what_they_are_for(x_seq: Tensor) -> None:
+def test_functions_in_more_must_return_a_node_or_a_module(x_seq: Tensor) -> None:
     with pytest.raises(TypeError, match=r"must turn GELU into a nir.NIRNode, got NoneType"):
         export_to_nir(nn.Sequential(nn.GELU()), x_seq, more={nn.GELU: lambda module: None})
     graph = nir.NIRGraph.from_list(nir.Threshold(np.ones(4)))

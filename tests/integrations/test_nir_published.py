@@ -1,4 +1,4 @@
-"""NIR graphs of others: the published ones, SpikingJelly's and snnTorch's, imported with the spikes of their simulators."""
+"""Published NIR graphs and exports of SpikingJelly and snnTorch: imported, they give the spikes of their simulators."""
 
 from itertools import pairwise
 
@@ -25,7 +25,7 @@ def drawn(*shape: int, scale: float = 1.0):
 
 
 def chain(*nodes, shape, loops=()):
-    """The nodes one after another; each loop leads from a node back to it through a map."""
+    """Return the nodes as a chain; each loop is a map from the output of a node to its input."""
     names = ["input", *(str(place) for place in range(len(nodes))), "output"]
     graph = dict(zip(names, (nir.Input(np.array(shape)), *nodes), strict=False))
     graph["output"] = nir.Output(np.array([7]))
@@ -41,7 +41,7 @@ def lif(tau: float, v_leak: float, v_threshold: float):
 
 
 def cuba(n: int, tau_syn: float, tau_mem: float):
-    """As snnTorch exports its Synaptic: the current enters the membrane unscaled; r is float32."""
+    """Return a CubaLIF as snnTorch exports its Synaptic: the membrane integrates the current unscaled; r is float32."""
     fields = {"tau_syn": tau_syn, "tau_mem": tau_mem, "r": np.float32(tau_mem * 1e4), "w_in": tau_syn * 1e4}
     return nir.CubaLIF(
         **{k: np.full(n, v, dtype=np.float64) for k, v in fields.items()}, v_leak=np.zeros(n), v_threshold=np.ones(n)
@@ -57,7 +57,7 @@ def integrate_and_fire(*shape: int):
 
 
 def two_lif():
-    """With a second weight of 300 instead of 1, at which the second neuron fires."""
+    """Return two LIF neurons with a second weight of 300 instead of 1, with which the second one fires."""
     return chain(
         nir.Linear(np.ones((1, 1))),
         lif(0.01, 1.2, 1.0),
@@ -111,7 +111,7 @@ PUBLISHED = {
 
 
 def by_hand(graph, x_seq: Tensor, dt: float, reset: str) -> Tensor:
-    """The equations, node by node in the order of the chain, in float64; neurons start where they are reset to."""
+    """Compute the equations node by node in float64; membranes start at their reset potential."""
     names = sorted((name for name in graph.nodes if name.isdigit()), key=int)
     spikes: dict[str, Tensor] = {}
     v: dict[str, Tensor] = {}
@@ -176,7 +176,7 @@ def run(net: nn.Module, x_seq: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_graph_fires_the_spikes_of_its_equations(name: str, tmp_path) -> None:
+def test_a_published_graph_gives_the_spikes_of_its_equations(name: str, tmp_path) -> None:
     make, dt, reset, shape = PUBLISHED[name]
     graph, x_seq = make(), events(shape, 300 if shape == (1,) else 10)
     nir.write(tmp_path / "graph.nir", graph)
@@ -190,7 +190,7 @@ def test_a_published_graph_fires_the_spikes_of_its_equations(name: str, tmp_path
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_graph_goes_back_to_nir_and_comes_back_to_the_bit(name: str, tmp_path) -> None:
+def test_a_published_graph_is_exported_and_imported_again_to_the_bit(name: str, tmp_path) -> None:
     make, dt, reset, shape = PUBLISHED[name]
     x_seq = events(shape, 40 if shape == (1,) else 8)
     net = import_from_nir(make(), dt, reset=reset)
@@ -204,7 +204,7 @@ def test_a_published_graph_goes_back_to_nir_and_comes_back_to_the_bit(name: str,
     assert all(any(torch.equal(p, q) for q in theirs) for p in ours)
 
 
-def test_norse_and_spikingjelly_fire_the_same_spikes_for_the_lif_of_the_paper() -> None:
+def test_norse_and_spikingjelly_give_the_same_spikes_for_the_lif_of_the_paper() -> None:
     x_seq = events((1,), 100)
     spikes = run(import_from_nir(one_lif(), 1e-4), x_seq)
     readers = {"norse.torch": lambda m: m.from_nir(one_lif(), dt=1e-4)}
@@ -225,7 +225,7 @@ def stepwise(network: nn.Module, x_seq: Tensor) -> Tensor:
 
 @pytest.mark.skipif(not SPIKINGJELLY_2, reason="0.0.0.0.14 has no NIR exchange")
 @pytest.mark.parametrize("dt", [1e-4, 1e-3])
-def test_spikingjellys_export_fires_the_same_spikes(dt: float) -> None:
+def test_an_export_of_spikingjelly_gives_the_same_spikes(dt: float) -> None:
     exchange = pytest.importorskip("spikingjelly.activation_based.nir_exchange")
     torch.manual_seed(0)
     net = nn.Sequential(
@@ -246,7 +246,7 @@ def test_spikingjellys_export_fires_the_same_spikes(dt: float) -> None:
 
 
 @pytest.mark.skipif(not SPIKINGJELLY_2, reason="0.0.0.0.14 has no NIR exchange")
-def test_at_the_threshold_spikingjelly_fires_and_nirs_equations_do_not() -> None:
+def test_at_the_threshold_spikingjelly_fires_and_the_equations_of_nir_do_not() -> None:
     exchange = pytest.importorskip("spikingjelly.activation_based.nir_exchange")
     net = nn.Sequential(layer.Linear(1, 1, bias=False), neuron.IFNode(v_threshold=1.0))
     nn.init.constant_(net[0].weight, 0.5)
@@ -283,7 +283,7 @@ SNNTORCH = {
 
 
 @pytest.mark.parametrize(("kind", "mechanism"), SNNTORCH)
-def test_snntorchs_export_fires_the_same_spikes(kind: str, mechanism: str) -> None:
+def test_an_export_of_snntorch_gives_the_same_spikes(kind: str, mechanism: str) -> None:
     exporter = pytest.importorskip("snntorch.export_nir")
     utils = pytest.importorskip("snntorch.utils")
     torch.manual_seed(0)
@@ -299,8 +299,8 @@ def test_snntorchs_export_fires_the_same_spikes(kind: str, mechanism: str) -> No
 
 
 @pytest.mark.parametrize("reader", ["spikingjelly.activation_based.nir_exchange", "snntorch.import_nir"])
-def test_what_we_export_is_read_by_others(reader: str, tmp_path) -> None:
-    """A LIF of ours with a hard reset, by nirtorch, which both readers are built on."""
+def test_other_readers_read_our_export(reader: str, tmp_path) -> None:
+    """Our LIF with a hard reset, read by nirtorch, on which both readers are built."""
     read = pytest.importorskip(reader).import_from_nir
     torch.manual_seed(0)
     lif = AssociativeLIFNode(15, None, preset="lif", tau=2.0, hard_reset=True, v_reset=0.0, beta_syn=0.0, step_mode="m")
@@ -310,7 +310,7 @@ def test_what_we_export_is_read_by_others(reader: str, tmp_path) -> None:
     assert torch.equal(stepwise(read(nir.read(tmp_path / "graph.nir")), x_seq), run(net, x_seq))
 
 
-def test_integrators_go_to_nir_and_back_to_the_bit(tmp_path) -> None:
+def test_integrators_are_exported_and_imported_to_the_bit(tmp_path) -> None:
     torch.manual_seed(0)
     x_seq = torch.randn(12, 3, 4)
     integrators = {
@@ -329,13 +329,13 @@ def test_integrators_go_to_nir_and_back_to_the_bit(tmp_path) -> None:
     assert import_from_nir(leaky).parts[1].beta_mem.tolist() == integrators["LI"].beta_mem.tolist()
 
 
-def test_an_integrator_without_a_leak_and_with_a_rest_is_refused() -> None:
+def test_an_integrator_without_a_leak_and_with_a_resting_potential_raises() -> None:
     with pytest.raises(ValueError, match="beta_mem must be below 1 for all, or 1 for all with v_rest 0"):
         export_to_nir(LeakyIntegrator(4, beta_mem=1.0, gain=0.25, v_rest=0.5, step_mode="m"), torch.rand(3, 2, 4))
 
 
-def test_one_constant_for_all_neurons_takes_its_width_from_the_layer_before() -> None:
-    """Older exporters write scalars, which nir does not check."""
+def test_scalar_constants_take_the_width_of_the_layer_before() -> None:
+    """Older exporters write scalars, whose shape nir does not check."""
     lif = nir.LIF(*(np.array(value) for value in (1e-3, 10.0, 0.0, 0.8, 0.0)))
     graph = chain(nir.Linear(drawn(5, 4)), lif, shape=(4,))
     x_seq = 2 * torch.randn(20, 3, 4, generator=torch.Generator().manual_seed(0))
@@ -348,8 +348,8 @@ def test_one_constant_for_all_neurons_takes_its_width_from_the_layer_before() ->
         neurons("lif", lif, 1e-4, None, reset="value", strict=True, step_mode="m")
 
 
-def test_every_constant_may_differ_from_neuron_to_neuron() -> None:
-    """Potentials are then measured from v_reset, and a constant current makes the membrane leak towards v_leak."""
+def test_every_constant_may_differ_between_neurons() -> None:
+    """Potentials are then relative to v_reset, and a constant current makes the membrane leak towards v_leak."""
     values = ([1e-3, 2e-3, 5e-3], [5.0, 8.0, 20.0], [0.1, -0.2, 0.3], [0.5, 0.1, 0.4], [0.0, -0.3, 0.1])
     lif = nir.LIF(*(np.array(value) for value in values))
     graph = chain(lif, shape=(3,))

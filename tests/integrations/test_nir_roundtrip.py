@@ -1,4 +1,4 @@
-"""NIR: what our neurons are comes back to the bit, whatever their dynamics; the refractory period as a node of an extension."""
+"""NIR: our neurons are restored to the bit with any dynamics; the refractory period is a node of an extension."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ DYNAMICS = {
 
 
 @pytest.mark.parametrize("name", DYNAMICS)
-def test_neurons_come_back_to_the_bit(name: str, tmp_path) -> None:
+def test_neurons_are_restored_to_the_bit(name: str, tmp_path) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, D), DYNAMICS[name]())
     x_seq = input_of(20, 3, 4)
@@ -84,7 +84,7 @@ def test_neurons_come_back_to_the_bit(name: str, tmp_path) -> None:
     leaks=st.booleans(), dt=st.sampled_from([1e-4, 1e-3, 1.0]),
     strict=st.booleans(),
 )  # fmt: skip
-def test_any_neurons_of_nir_fire_the_spikes_of_their_equations(
+def test_any_neurons_of_nir_give_the_spikes_of_their_equations(
     tau, tau_syn, r, threshold, v_reset, reset, leaks, dt, strict
 ) -> None:
     """In float64, where no membrane meets its threshold; and again after a way to our export and back."""
@@ -106,7 +106,7 @@ def test_any_neurons_of_nir_fire_the_spikes_of_their_equations(
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_network_for_images_comes_back(bias: bool, tmp_path) -> None:
+def test_a_network_for_images_is_restored(bias: bool, tmp_path) -> None:
     torch.manual_seed(0)
     channels = AssociativeLIFNode(
         4, None, channel_dim=1, refractory_steps=0, threshold=torch.rand(4) + 0.1, step_mode="m"
@@ -127,7 +127,7 @@ def test_a_network_for_images_comes_back(bias: bool, tmp_path) -> None:
     assert torch.equal(run(back, x_seq), run(net, x_seq))
 
 
-def test_a_network_for_signals_comes_back(tmp_path) -> None:
+def test_a_network_for_signals_is_restored(tmp_path) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(
         layer.Conv1d(2, D, 3, padding=1, dilation=1, groups=2, step_mode="m"), drawn(channel_dim=1, refractory_steps=0)
@@ -148,13 +148,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_layers_that_nir_cannot_say_are_refused(name: str) -> None:
+def test_layers_that_nir_cannot_express_raise(name: str) -> None:
     make, sentence = REFUSED[name]
     with pytest.raises(ValueError, match=sentence):
         export_to_nir(make(), input_of(3, 2, 2, 8, 8))
 
 
-def test_another_recurrent_container_is_refused() -> None:
+def test_another_recurrent_container_raises() -> None:
     net = layer.ElementWiseRecurrentContainer(
         drawn(refractory_steps=0, step_mode="s"), lambda y, x: x + y, step_mode="m"
     )
@@ -163,7 +163,7 @@ def test_another_recurrent_container_is_refused() -> None:
 
 
 @pytest.mark.parametrize("n_clusters", [None, 3])
-def test_associative_synaptic_comes_back_and_fires_above_its_threshold_only(n_clusters: int | None, tmp_path) -> None:
+def test_associative_synaptic_is_restored_and_fires_above_its_threshold_only(n_clusters: int | None, tmp_path) -> None:
     sut = pytest.importorskip("nord_snn.integrations.snntorch")
     torch.manual_seed(0)
     synaptic = sut.AssociativeSynaptic(
@@ -182,7 +182,7 @@ def test_associative_synaptic_comes_back_and_fires_above_its_threshold_only(n_cl
     "make", [lambda: drawn(n_clusters=3), lambda: drawn(beta_syn=0.0), lambda: hard(refractory_steps=3)]
 )
 def test_the_extension_keeps_the_refractory_period(make, tmp_path) -> None:
-    """In the graph, in its simulation, in a file, and in the layer that comes back."""
+    """In the graph, its simulation, its file and the imported layer."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, D), make())
     x_seq = input_of(25, 3, 4)
@@ -197,7 +197,7 @@ def test_the_extension_keeps_the_refractory_period(make, tmp_path) -> None:
         nir.read(tmp_path / "graph.nir")  # a reader that does not know the node refuses it
 
 
-def test_a_node_of_the_extension_is_imported_without_our_metadata() -> None:
+def test_a_node_of_the_extension_without_our_metadata_is_imported() -> None:
     from nord_snn.integrations.nir.extension import RefractoryLIF
 
     node = RefractoryLIF(*(np.full(3, value) for value in (1e-3, 20.0, 0.0, 0.5, 0.0)), refractory_time=3e-4)
@@ -215,8 +215,8 @@ def test_a_node_of_the_extension_is_imported_without_our_metadata() -> None:
 
 
 @pytest.mark.parametrize("n_clusters", [None, 3])
-def test_a_graph_of_an_earlier_release_is_read(n_clusters: int | None) -> None:
-    """It has no parameters in its metadata: they are computed from the fields."""
+def test_a_graph_of_an_earlier_release_is_imported(n_clusters: int | None) -> None:
+    """Its metadata have no parameters, so these are computed from the fields."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, D), drawn(refractory_steps=0, n_clusters=n_clusters))
     x_seq = input_of(20, 3, 4)

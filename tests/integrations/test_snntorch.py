@@ -1,4 +1,4 @@
-"""At home in snnTorch: its signature, its resets, and its neurons in our layers."""
+"""snnTorch: our neuron with its signature, its resets, and its neurons in our layers."""
 
 import copy
 import warnings
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.quick
 
 
 def pair(**more):
-    """Our node and its snnTorch form with the same parameters."""
+    """Return our node and the neuron with snnTorch's signature, with the same parameters."""
     node = AssociativeLIFNode(16, n_clusters=4, step_mode="m", store_v_seq=True)
     lif = AssociativeSynaptic(16, n_clusters=4, **more)
     with torch.no_grad():
@@ -33,7 +33,7 @@ def pair(**more):
     return node, lif
 
 
-def test_it_is_our_node_step_by_step_and_its_gradients_too():
+def test_spikes_and_gradients_equal_those_of_our_node_in_single_time_steps():
     node, lif = pair()
     x = torch.rand(12, 3, 16)
     spikes = node(x)
@@ -53,7 +53,7 @@ def test_it_is_our_node_step_by_step_and_its_gradients_too():
         assert torch.allclose(one.grad, other.grad, atol=1e-5, rtol=1e-4)
 
 
-def test_hidden_states_and_returned_ones_give_the_same():
+def test_stored_and_returned_states_give_the_same_spikes():
     _, lif = pair()
     hidden = AssociativeSynaptic(16, n_clusters=4, init_hidden=True)
     both = AssociativeSynaptic(16, n_clusters=4, init_hidden=True, output=True)
@@ -67,7 +67,7 @@ def test_hidden_states_and_returned_ones_give_the_same():
         assert torch.equal(hidden.mem, mem)
 
 
-def test_it_fires_above_the_threshold_and_our_node_at_it():
+def test_it_fires_above_the_threshold_and_our_node_at_the_threshold():
     node, lif = AssociativeLIFNode(4, None, threshold=0.0625, beta_mem=0.5), None
     lif = AssociativeSynaptic(4, None, threshold=0.0625, beta=0.5)
     x = torch.full((1, 4), 0.125)  # the membrane is (1 - 0.5) * 0.125, exactly the threshold
@@ -76,7 +76,7 @@ def test_it_fires_above_the_threshold_and_our_node_at_it():
     assert lif(torch.nextafter(x, torch.ones(1)) * 1.0001)[0].tolist() == [[1.0] * 4]
 
 
-def test_neurons_rest_after_a_spike_also_without_states_and_until_a_reset():
+def test_neurons_are_refractory_after_a_spike_also_without_states_until_a_reset():
     lif = AssociativeSynaptic(4, None)
     strong = torch.full((2, 4), 9.0)
     spk, syn, mem = lif(strong)
@@ -89,7 +89,7 @@ def test_neurons_rest_after_a_spike_also_without_states_and_until_a_reset():
     assert lif(strong)[0].all()
 
 
-def test_resets_of_all_three_families():
+def test_reset_resets_neurons_of_all_three_libraries():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -117,7 +117,7 @@ def test_resets_of_all_three_families():
         nord_snn.reset(net)
 
 
-def test_snntorchs_own_reset_clears_the_refractory_time_too():
+def test_the_reset_of_snntorch_clears_the_refractory_counter():
     net = nn.Sequential(nn.Linear(16, 16), AssociativeSynaptic(16, n_clusters=4, init_hidden=True))
     x = 9 * torch.rand(3, 16)
     first = [net(x) for _ in range(5)]
@@ -127,7 +127,7 @@ def test_snntorchs_own_reset_clears_the_refractory_time_too():
     net(x[:1])
 
 
-def test_states_of_another_shape_raise_and_never_start_anew_in_silence():
+def test_states_of_another_shape_raise_and_are_not_reset_silently():
     hidden = AssociativeSynaptic(16, n_clusters=4, init_hidden=True)
     hidden(torch.rand(3, 16))
     with pytest.raises(
@@ -152,8 +152,8 @@ def test_states_of_another_shape_raise_and_never_start_anew_in_silence():
         lif(torch.rand(3, 15))
 
 
-def test_states_of_a_reset_begin_a_batch_of_any_size():
-    """As in snnTorch's tutorials, whose last batch is a short one."""
+def test_after_a_reset_a_batch_may_have_any_size():
+    """As in snnTorch's tutorials, whose last batch is smaller."""
     _, lif = pair()
     for rows in (4, 3, 5):
         syn, mem = lif.reset_mem()
@@ -167,7 +167,7 @@ def test_states_of_a_reset_begin_a_batch_of_any_size():
         lif(torch.rand(3, 16), torch.zeros(5, 16), torch.zeros(5, 16))
 
 
-def test_surrogates_of_snntorch_are_taken():
+def test_surrogates_of_snntorch_are_accepted():
     ours = AssociativeSynaptic(16, n_clusters=4, spike_grad=snntorch.surrogate.atan(alpha=2.0))
     named = AssociativeLIFNode(16, n_clusters=4, surrogate="atan", alpha=2.0)
     named.load_state_dict(ours.node.state_dict())
@@ -179,7 +179,7 @@ def test_surrogates_of_snntorch_are_taken():
     assert ours.node.v_threshold.grad.abs().sum() > 0
 
 
-def test_what_is_not_to_be_learned_is_not():
+def test_constants_that_are_not_learned_have_no_gradient():
     lif = AssociativeSynaptic(16, n_clusters=4, learn_alpha=False, learn_beta=False, learn_threshold=False)
     assert [name for name, p in lif.named_parameters() if p.requires_grad] == [
         "node.cascade.weight",
@@ -196,7 +196,7 @@ def test_what_is_not_to_be_learned_is_not():
 
 
 @pytest.mark.parametrize("truncated", [True, False])
-def test_snntorchs_training_loop_runs_on_it(truncated):
+def test_the_training_loop_of_snntorch_runs(truncated):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         from snntorch import backprop
@@ -216,7 +216,7 @@ def test_snntorchs_training_loop_runs_on_it(truncated):
     assert all(not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
 
 
-def test_our_monitor_sees_its_spikes():
+def test_our_monitor_counts_its_spikes():
     net = nn.Sequential(nn.Linear(8, 16), AssociativeSynaptic(16, n_clusters=4, init_hidden=True))
     with SpikeMonitor(net) as monitor:
         out = torch.stack([net(3 * torch.rand(5, 8)) for _ in range(4)])
@@ -225,7 +225,7 @@ def test_our_monitor_sees_its_spikes():
     assert net[1].node.v == 0.0  # the states are not held twice
 
 
-def test_snntorchs_probe_sees_its_spikes():
+def test_the_probe_of_snntorch_records_its_spikes():
     from snntorch.functional import probe
 
     net = nn.Sequential(nn.Linear(8, 16), AssociativeSynaptic(16, n_clusters=4, init_hidden=True))
@@ -250,7 +250,7 @@ NEURONS = {
 
 
 @pytest.mark.parametrize("make", NEURONS.values(), ids=NEURONS)
-def test_any_of_them_stands_in_our_layers(make):
+def test_our_layers_accept_any_neuron_of_snntorch(make):
     torch.manual_seed(1)
     readout = MembraneReadout(16, neuron=lambda n: MultiStep(make(n)))
     x = (2 * torch.rand(7, 3, 16)).requires_grad_()
@@ -265,7 +265,7 @@ def test_any_of_them_stands_in_our_layers(make):
 
 
 @pytest.mark.parametrize("make", NEURONS.values(), ids=NEURONS)
-def test_a_sequence_is_its_steps(make):
+def test_a_sequence_equals_its_single_time_steps(make):
     torch.manual_seed(1)
     single, whole = make(16), MultiStep(make(16))
     whole.neuron.load_state_dict(single.state_dict())
@@ -284,7 +284,7 @@ def test_a_sequence_is_its_steps(make):
     assert torch.stack(spikes).any()
 
 
-def test_what_the_neuron_held_is_put_back():
+def test_the_stored_state_of_the_neuron_is_restored():
     leaky = snntorch.Leaky(beta=0.9, init_hidden=True)
     leaky(torch.rand(2, 16))
     held = leaky.mem
@@ -297,7 +297,7 @@ def test_what_the_neuron_held_is_put_back():
     assert not ours(strong).any()  # it rests, as it would have
 
 
-def test_misuse_is_named():
+def test_misuse_raises():
     with pytest.raises(TypeError, match="does not support reset_delay, reset_mechanism"):
         AssociativeSynaptic(16, n_clusters=4, reset_mechanism="zero", reset_delay=False)
     with pytest.raises(TypeError, match="expects a neuron of snnTorch, got LIFNode"):
@@ -313,8 +313,8 @@ def test_misuse_is_named():
     assert ffn(torch.rand(3, 2, 4)).shape == (3, 2, 4)
 
 
-def test_channels_behind_a_convolution_are_named():
-    """12 channels of 12 x 12 places: the last dimension is not taken for the neurons in silence."""
+def test_the_error_for_channels_after_a_convolution_names_channel_dim():
+    """With 12 channels of 12 x 12 places the last dimension is not silently used as the neurons."""
     neuron = AssociativeSynaptic(12, n_clusters=4)
     with pytest.raises(ValueError, match="12 channels: pass channel_dim=1"):
         neuron(torch.rand(2, 12, 12, 12))

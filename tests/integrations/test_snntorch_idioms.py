@@ -1,4 +1,4 @@
-"""snnTorch's idioms: own memory, changed membranes, compiled loops, and ``Leaky`` replaced in networks of its tutorials."""
+"""snnTorch's idioms: stored states, changed membranes, compiled loops, and ``Leaky`` replaced in networks of its tutorials."""
 
 import copy
 
@@ -43,7 +43,7 @@ CHANGES = {
 
 @pytest.mark.quick
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_changed_membrane_stays_refractory(change):
+def test_neurons_stay_refractory_if_their_membrane_is_changed(change):
     lif, syn, mem = fired()
     changed = change(mem)
     spk, syn, mem = lif(STRONG, syn, changed)
@@ -52,7 +52,7 @@ def test_a_changed_membrane_stays_refractory(change):
 
 
 @pytest.mark.quick
-def test_zeros_and_an_assigned_membrane_are_ready():
+def test_zeros_and_an_assigned_membrane_are_not_refractory():
     lif, syn, _ = fired()
     zeros = torch.zeros(2, 4)
     assert lif(STRONG, zeros, zeros)[0].all()
@@ -62,7 +62,7 @@ def test_zeros_and_an_assigned_membrane_are_ready():
 
 
 @pytest.mark.quick
-def test_sequences_that_take_turns_raise_or_have_no_counter():
+def test_alternating_sequences_raise_or_have_no_refractory_counter():
     lif, syn, mem = fired()
     lif(STRONG)
     with pytest.raises(ValueError, match=r"mem of an earlier call.*refractory_steps=0"):
@@ -89,7 +89,7 @@ def test_sequences_that_take_turns_raise_or_have_no_counter():
 
 @pytest.mark.quick
 @pytest.mark.parametrize("kind", [AssociativeLeaky, AssociativeSynaptic])
-def test_a_call_without_states_goes_on(kind):
+def test_a_call_without_states_continues_from_the_stored_ones(kind):
     passed = kind(16) if kind is AssociativeLeaky else kind(16, n_clusters=4)
     own = copy.deepcopy(passed)
     states = passed.reset_mem()
@@ -106,7 +106,7 @@ def test_a_call_without_states_goes_on(kind):
 @pytest.mark.quick
 @pytest.mark.parametrize("mechanism", ["subtract", "zero", "none"])
 @pytest.mark.parametrize("learned", [False, True])
-def test_leaky_has_the_spikes_membranes_and_gradients_of_snntorchs(mechanism, learned):
+def test_leaky_has_the_spikes_membranes_and_gradients_of_snntorch(mechanism, learned):
     torch.manual_seed(0)
     options = {"reset_mechanism": mechanism, "learn_beta": learned, "learn_threshold": learned}
     ours, theirs = AssociativeLeaky(16, beta=0.9, **options), snntorch.Leaky(beta=0.9, **options)
@@ -132,7 +132,7 @@ def test_leaky_has_the_spikes_membranes_and_gradients_of_snntorchs(mechanism, le
 
 
 class Tutorial5(nn.Module):
-    """A fully connected network whose states are passed, as in snnTorch's tutorial 5."""
+    """Fully connected network whose states are arguments, as in snnTorch's tutorial 5."""
 
     def __init__(self, leaky):
         super().__init__()
@@ -150,7 +150,7 @@ class Tutorial5(nn.Module):
 
 
 class Tutorial6(nn.Module):
-    """A convolutional ``nn.Sequential`` with hidden states, as in snnTorch's tutorial 6."""
+    """Convolutional ``nn.Sequential`` with stored states, as in snnTorch's tutorial 6."""
 
     def __init__(self, leaky):
         super().__init__()
@@ -167,7 +167,7 @@ class Tutorial6(nn.Module):
 
 
 @pytest.mark.parametrize("network", [Tutorial5, Tutorial6])
-def test_a_network_of_the_tutorials_trains_as_with_snntorchs_leaky(network):
+def test_a_network_of_the_tutorials_trains_as_with_leaky_of_snntorch(network):
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     x, y = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
     torch.manual_seed(0)
@@ -192,7 +192,7 @@ def test_a_network_of_the_tutorials_trains_as_with_snntorchs_leaky(network):
 
 
 @pytest.mark.quick
-def test_width_channels_and_preset_are_those_of_the_node():
+def test_width_channels_and_preset_equal_those_of_the_node():
     x = 3 * torch.rand(2, 12, 5, 5)
     for lif in (AssociativeLeaky(), AssociativeSynaptic(n_clusters="auto", preset="images")):
         out = lif(x)
@@ -205,7 +205,7 @@ def test_width_channels_and_preset_are_those_of_the_node():
 
 
 @pytest.mark.quick
-def test_misuse_is_named():
+def test_misuse_raises():
     with pytest.raises(TypeError, match="pass beta by name"):
         AssociativeLeaky(0.9)
     with pytest.raises(TypeError, match="does not support inhibition=True, refractory_steps"):
@@ -252,7 +252,7 @@ def test_a_compiled_multi_step_is_one_graph():
     assert torch.equal(torch.compile(multi, fullgraph=True, backend="aot_eager")(x), expected)
 
 
-def test_calibration_runs_our_synaptic_neurons_and_names_the_leaky_ones():
+def test_calibration_runs_associative_synaptic_and_raises_for_associative_leaky():
     torch.manual_seed(0)
     x_seq = torch.rand(12, 6, 8)
 

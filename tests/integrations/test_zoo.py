@@ -1,4 +1,4 @@
-"""Models of SpikingJelly take our neurons without edits: as ``spiking_neuron=AssociativeLIFNode``, and by ``replace_neurons``."""
+"""Models of SpikingJelly accept our neurons unchanged: by ``spiking_neuron=AssociativeLIFNode`` and ``replace_neurons``."""
 
 import io
 
@@ -15,7 +15,7 @@ SMALL = {"sew_resnet18", "spiking_resnet18", "spiking_vgg11_bn", "ms_resnet18"}
 
 
 def small(name):
-    """Return the model, and an input with two time steps and images of half the size where the model takes them."""
+    """Return the model and an input of two time steps, with images of half the size if the model accepts them."""
     make, shape = MODELS[name]
     if name in SMALL:
         shape = (2, 2, 3, 16, 16) if "vgg" not in name else (2, 2, 3, 32, 32)
@@ -30,7 +30,7 @@ def of_ours(net):
     ("name", "steps"),
     [*((name, 2) for name in MODELS), *(pytest.param(name, 10, marks=pytest.mark.slow) for name in MODELS)],
 )
-def test_a_model_takes_the_neuron_trains_and_is_saved(name, steps):
+def test_a_model_with_our_neuron_trains_and_is_saved(name, steps):
     make, x = small(name)
     net = MeanOverTime(make(AssociativeLIFNode))
     functional.set_step_mode(net, "m")
@@ -50,7 +50,7 @@ def test_a_model_takes_the_neuron_trains_and_is_saved(name, steps):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_neurons_are_replaced_in_one_line_and_the_network_trains(name):
+def test_one_line_replaces_the_neurons_and_the_network_trains(name):
     make, x = small(name)
     net = MeanOverTime(make(neuron.LIFNode))
     functional.set_step_mode(net, "m")
@@ -64,7 +64,7 @@ def test_neurons_are_replaced_in_one_line_and_the_network_trains(name):
 
 
 @pytest.mark.parametrize("single_steps", [False, True], ids=["sequences", "single steps"])
-def test_neurons_like_those_of_a_model_give_its_outputs(single_steps):
+def test_neurons_with_the_constants_of_a_model_give_its_outputs(single_steps):
     nets, x = networks("sew_resnet18", single_steps)
     assert difference(nets, x[:2, :2]) < 1e-6
 
@@ -82,7 +82,7 @@ def test_neurons_like_those_of_a_model_give_its_outputs(single_steps):
     ],
 )
 @torch.no_grad()
-def test_the_same_spikes_in_a_residual_network(kind, options, tolerance):
+def test_a_residual_network_has_the_same_spikes(kind, options, tolerance):
     torch.manual_seed(1)
     more = {"tau": 2.0} if kind is neuron.LIFNode else {}
     net = sew_resnet.sew_resnet18(
@@ -98,7 +98,7 @@ def test_the_same_spikes_in_a_residual_network(kind, options, tolerance):
     assert (result - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-def test_a_model_on_images_needs_the_channel_dimension_only_where_it_is_unclear():
+def test_a_model_for_images_needs_channel_dim_only_if_it_is_ambiguous():
     x = torch.rand(2, 12, 12, 12)
     with pytest.raises(ValueError, match="channel_dim=1"):
         AssociativeLIFNode(12)(x)

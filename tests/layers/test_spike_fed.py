@@ -1,4 +1,4 @@
-"""Tests of SpikeFedBlock: input of every linear map, equations, cached decoding."""
+"""SpikeFedBlock: spikes into every linear map, its equations, cached decoding."""
 
 import pytest
 import torch
@@ -96,7 +96,7 @@ def test_gradients_reach_every_parameter_through_the_spikes():
     assert silent == []
 
 
-def test_positions_of_the_control_are_independent():
+def test_without_resonance_positions_are_independent():
     layer, x = block(resonance=False), torch.randn(9, 2, 6, 16)
     assert torch.equal(layer(x)[:, :, 3:4], layer(x[:, :, 3:4]))
     assert not any("resonance" in name or "norm1" in name or "lif1" in name for name, _ in layer.named_parameters())

@@ -3,9 +3,12 @@
 import subprocess
 import sys
 
+import pytest
 import torch
+from helpers import Ranks
 
 from nord_snn.learning_rules import RewardModulatedSTDP
+from nord_snn.learning_rules.distributed import mean_over_ranks, raise_on_all_ranks
 from nord_snn.neurons import AssociativeLIFNode
 
 WORK = """
@@ -64,6 +67,35 @@ def test_all_ranks_apply_the_same_change_as_one_process(tmp_path):
         assert first["deltas"][step].abs().sum() > 0
     for step in range(2):
         assert torch.allclose(first["deltas"][step], alone["deltas"][step], atol=1e-8)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("present", [(True, True), (True, False), (False, True), (False, False)])
+def test_the_mean_is_over_all_processes_and_none_counts_as_zeros(monkeypatch, present):
+    tensors = [torch.full((2,), rank + 1.0) if is_present else None for rank, is_present in enumerate(present)]
+    means = Ranks(monkeypatch).run(lambda rank: mean_over_ranks(tensors[rank], torch.ones(2)))
+    expected = sum(rank + 1.0 for rank, is_present in enumerate(present) if is_present) / 2
+    assert [None if mean is None else mean.tolist() for mean in means] == [[expected] * 2 if any(present) else None] * 2
+    assert all(x is None or x.tolist() == [rank + 1.0] * 2 for rank, x in enumerate(tensors))  # inputs are unchanged
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("failing", [(), (0,), (1,), (0, 1)])
+def test_an_error_in_one_process_raises_in_all(monkeypatch, failing):
+    def compute(rank):
+        if rank in failing:
+            raise KeyError(f"rank {rank}")
+        return rank
+
+    outcomes = Ranks(monkeypatch).run(lambda rank: raise_on_all_ranks(lambda: compute(rank), torch.device("cpu")))
+    for rank, outcome in enumerate(outcomes):
+        if rank in failing:
+            assert isinstance(outcome, KeyError)
+        elif failing:
+            assert isinstance(outcome, RuntimeError)
+            assert "failed in another process" in str(outcome)
+        else:
+            assert outcome == rank
 
 
 def test_a_single_process_does_not_communicate():

@@ -351,6 +351,11 @@ def positions_of_images(net, rule):
     rule.step(reward=1.0, positions=slice(2))
 
 
+def no_positions(net, rule):
+    net(spikes(6, 3, 5, 8))
+    rule.step(reward=1.0, positions=slice(5, None))
+
+
 def rewards_that_differ(net, rule):
     rule.tau_eligibility = 5.0
     net(spikes(6, 3, 8))
@@ -422,6 +427,7 @@ def no_reward_at_all(net, rule):
             r"expects 8 inputs and 4 neurons .* \[6, 3, 8\] before it and \[6, 3, 5\] after it",
         ),
         (rewards_that_differ, ValueError, "need per_sample=True"),
+        (no_positions, ValueError, r"positions must select at least one of 5 positions, got slice\(5, None, None\)"),
         (
             positions_of_images,
             ValueError,

@@ -9,7 +9,7 @@ from spikingjelly.activation_based.learning import STDPLearner
 from spikingjelly.activation_based.neuron import LIFNode
 from torch import nn
 
-from nord_snn.learning_rules import STDP, GivenReward, RewardModulatedSTDP
+from nord_snn.learning_rules import STDP, GivenReward, RewardModulatedSTDP, TripletSTDP
 from nord_snn.neurons import AssociativeLIFNode
 from nord_snn.ops import stdp
 
@@ -248,6 +248,7 @@ def test_the_learner_does_not_register_parameters_of_the_synapse():
     assert list(rule.parameters()) == []
     assert "trace" not in str(rule)
     assert "tau_plus=20.0" in str(rule)
+    assert "tau_x=" in str(network(rule=TripletSTDP)[1])
 
 
 def test_misuse_raises():
@@ -307,6 +308,7 @@ def test_two_batch_shapes_in_one_recording_raise():
         ({"tau_eligibility": 0.0}, ValueError, "tau_eligibility = 0.0"),
         ({"a_plus": lambda w: w}, TypeError, "a_plus must be a number, got function"),
         ({"source": GivenReward(), "baseline": 3.0}, ValueError, "configure the default source"),
+        ({"source": lambda loss: loss}, TypeError, "source must be a RewardSource, got function"),
         ({"per_sample": True}, ValueError, "per_sample=True needs an eligibility trace"),
         ({"reduction": "max"}, ValueError, "reduction must be"),
         ({"bounds": (1.0, 0.0)}, ValueError, "lower < upper"),

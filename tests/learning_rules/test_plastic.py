@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -150,6 +150,7 @@ def test_files_that_do_not_match_change_nothing(tmp_path):
     for change, tensors in (
         ({"trained": json.dumps(["?"])}, {"fc/delta": torch.zeros(4, 6), **rows}),
         ({"trained": "null"}, {"fc/delta": torch.zeros(4, 6), **rows}),
+        ({"trained": "{}"}, {"fc/delta": torch.zeros(4, 6), **rows}),
         ({}, rows),
         ({}, {"fc/delta": torch.zeros(4, 5, dtype=torch.float64), **rows}),
         ({}, {"fc/delta": torch.zeros(1, 6, dtype=torch.float64), "fc/rows": torch.tensor([4])}),
@@ -169,6 +170,10 @@ def test_another_file_is_not_overwritten(tmp_path):
     with pytest.raises(ValueError, match="expected a new file"):
         save_plastic(model, {"fc": rule})
     assert model.read_bytes() == before
+    (tmp_path / "text").write_text("no tensors")
+    with pytest.raises(ValueError, match="expected a new file"):
+        save_plastic(tmp_path / "text", {"fc": rule})
+    assert (tmp_path / "text").read_text() == "no tensors"
     with pytest.raises(FileNotFoundError, match="expected a file in a folder"):
         save_plastic(tmp_path, {"fc": rule})
 
@@ -231,6 +236,8 @@ def test_an_invalid_state_raises():
     source = LossBelowBaseline()
     with pytest.raises(ValueError, match="not empty"):
         source(torch.empty(0))
+    with pytest.raises(TypeError, match=r"must be real, got torch\.complex64"):
+        source(torch.tensor(1j))
     assert source.baseline == 10.0
 
 
@@ -250,6 +257,40 @@ def test_a_full_disk_does_not_damage_the_existing_file(tmp_path, monkeypatch):
         save_plastic(path, {"fc": rule})
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_an_error_of_the_file_format_is_an_os_error_with_the_path(tmp_path, monkeypatch):
+    _, rule = network()
+    rule.apply(torch.full((4, 6), 0.1))
+
+    def fail(*_, **__):
+        raise SafetensorError("I/O error")
+
+    monkeypatch.setattr("nord_snn.learning_rules.plastic.save_file", fail)
+    with pytest.raises(OSError, match=r"a\.safetensors could not be written \(I/O error\)"):
+        save_plastic(tmp_path / "a.safetensors", {"fc": rule})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_change_that_does_not_fit_replaces_nothing():
+    net, rule = network(bounds=None)
+    rule.apply(torch.full((4, 6), 0.1))
+    before = net[0].weight.detach().clone()
+    for delta, message in (
+        (torch.zeros(6, 4), r"replace expects a change of shape \[4, 6\], got \[6, 4\]"),
+        (torch.full((4, 6), 1e300, dtype=torch.float64), "keeps the weights finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rule.plastic.replace(delta)
+        assert torch.equal(net[0].weight, before)
+
+
+def test_the_trained_weights_move_with_the_network():
+    net, rule = network(bounds=None)
+    rule.apply(torch.full((4, 6), 0.1))
+    net.to("meta")
+    assert rule.plastic.weight is net[0].weight
+    assert rule.plastic._trained.device.type == rule.plastic._written.device.type == "meta"
 
 
 # --- reward sources

@@ -19,7 +19,7 @@ def whole(*shape, high=5):
     return torch.randint(0, high, shape).float()
 
 
-def test_integers_are_as_many_additions_in_the_published_convention_and_products_in_the_strict_one():
+def test_integers_count_as_additions_in_the_published_convention_and_as_products_in_the_strict_one():
     net, x = nn.Linear(20, 7, bias=False), whole(6, 3, 20)
     profile = profile_energy(net, x)
     assert (profile.macs, profile.acs) == (6 * 3 * 20 * 7, 0)
@@ -31,12 +31,12 @@ def test_integers_are_as_many_additions_in_the_published_convention_and_products
     assert profile_energy(net, x).sops == 0
 
 
-def test_negative_integers_are_subtractions():
+def test_negative_integers_count_as_subtractions():
     x = whole(6, 3, 20) - 2
     assert profile_energy(nn.Linear(20, 7), x).sops == int(x.abs().sum()) * 7
 
 
-def test_a_sum_of_spikes_over_time_is_the_additions_of_all_its_time_steps():
+def test_a_sum_of_spikes_over_time_costs_the_additions_of_all_time_steps():
     """A linear map of the sum costs what the map of each time step costs: the reason for the convention."""
     net, spikes = nn.Linear(20, 7, bias=False), (torch.rand(6, 3, 20) < 0.3).float()
     steps, summed = profile_energy(net, spikes), profile_energy(net, spikes.sum(0))
@@ -170,7 +170,7 @@ def test_samples_must_be_a_number_of_samples(wrong):
         profile_energy(nn.Linear(4, 3), torch.rand(2, 4)).to_neurobench(samples=wrong)
 
 
-def test_the_footprint_is_that_before_the_run_unless_parameters_are_lazy():
+def test_the_footprint_is_measured_before_the_run_unless_parameters_are_lazy():
     snntorch = pytest.importorskip("snntorch")
     net = nn.Sequential(nn.Linear(4, 3), snntorch.Leaky(beta=0.9, init_hidden=True))
     before = sum(x.numel() * x.element_size() for x in (*net.parameters(), *net.buffers()))
@@ -197,7 +197,7 @@ def traced(module, x):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.parametrize("make", [scripted, traced])
-def test_script_modules_are_named_and_their_products_counted(make):
+def test_the_notes_name_script_modules_whose_products_are_counted(make):
     inner, x = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)), torch.rand(5, 8)
     first = nn.Linear(8, 8)
     net, plain = nn.Sequential(first, make(inner, x)), nn.Sequential(first, inner)
@@ -225,7 +225,7 @@ class Masked(nn.Module):
         return self.linear(self.embedding(input_ids))
 
 
-def test_padding_is_counted_and_the_profile_says_how_much():
+def test_padding_counts_and_the_notes_say_how_much():
     net, ids, mask = Masked(), torch.arange(10).reshape(2, 5) % 9, torch.ones(2, 5, dtype=torch.long)
     full = profile_energy(net, ids, attention_mask=mask)
     assert full.notes == []

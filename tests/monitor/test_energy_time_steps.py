@@ -1,4 +1,4 @@
-"""time_steps=: a batch as large as T, loops of single time steps over several sequences, neurons that are run step by step."""
+"""``time_steps=``: batches of T rows, loops of single time steps over several sequences, neurons in step mode s."""
 
 from itertools import pairwise
 
@@ -14,7 +14,7 @@ from nord_snn.neurons import AssociativeLIFNode
 
 
 @pytest.mark.parametrize("name", sorted(PARTS.keys() - {"clamp", "cascade", "encoder"}))
-def test_what_is_found_out_is_what_is_stated(name):
+def test_inferred_and_stated_time_steps_give_the_same_profile(name):
     make, shape = PARTS[name]
     part, x = make(), 2 * torch.rand(shape)
     found = profile_energy(part, x)
@@ -65,7 +65,7 @@ NETS = {
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_a_batch_as_large_as_t_costs_the_twin_as_much_more_as_any_other_row_does(name):
+def test_the_twin_costs_the_same_per_row_in_a_batch_of_t_rows(name):
     make, more = NETS[name]
     net, profiles = make(), []
     for batch in (4, 5, 6, 7):
@@ -84,14 +84,14 @@ def test_a_batch_as_large_as_t_costs_the_twin_as_much_more_as_any_other_row_does
     assert found == profile_energy(net, x, time_steps=6)  # found out, T is the same in a batch of T rows
 
 
-def test_sequences_without_rows():
+def test_sequences_without_a_row_dimension():
     net = nn.Sequential(neuron.LIFNode(step_mode="m"), nn.Linear(8, 5))
     profile = profile_energy(net, torch.rand(6, 8), time_steps=6)
     assert (profile.dense, profile.twin_macs()) == (6 * 8 * 5, 8 * 5)
 
 
 def test_two_sequences_in_single_time_steps():
-    """Found out, T would be the number of calls."""
+    """Without time_steps, T would be the number of calls."""
     net = nn.Sequential(neuron.LIFNode(), nn.Linear(8, 5, bias=False), neuron.LIFNode())
     head = nn.Linear(5, 2, bias=False)
     both = nn.ModuleList([net, head])
@@ -122,14 +122,14 @@ def test_neurons_of_snntorch_run_whole_sequences():
     assert {product.steps for product in profile.products if product.name in ("q_proj", "k_proj")} == {6}
 
 
-def test_a_network_without_neurons_that_are_known():
+def test_a_network_without_known_neurons():
     net = nn.Sequential(nn.Linear(8, 5), nn.ReLU())
     profile = profile_energy(net, torch.rand(6, 3, 8), time_steps=6)
     assert (profile.time_steps, profile.twin_macs(), profile.twin_elementwise) == (6, 3 * 8 * 5, 3 * 5)
 
 
 @pytest.mark.parametrize("wrong", [0, -3, 2.0, "6", True])
-def test_what_is_no_number_of_time_steps_is_refused_before_anything_runs(wrong):
+def test_an_invalid_number_of_time_steps_raises_before_the_run(wrong):
     with pytest.raises(ValueError, match=r"time_steps must be a positive integer, or None to infer it, got"):
         profile_energy(nn.Linear(4, 3), torch.rand(2, 4), time_steps=wrong)
 
@@ -140,7 +140,7 @@ def in_single_steps(node, time_steps):
             node(x)
 
 
-def test_what_contradicts_the_neurons_is_refused():
+def test_time_steps_that_contradict_the_neurons_raise():
     sequence = AssociativeLIFNode(8, None, step_mode="m")
     for wrong in (3, 12):
         with pytest.raises(ValueError, match=f"time_steps is {wrong}, but .* sequences of 6 time steps"):
@@ -153,13 +153,13 @@ def test_what_contradicts_the_neurons_is_refused():
 
 
 class Own(nn.Module):
-    """A network with a keyword of the same name."""
+    """Network with a keyword time_steps."""
 
     def forward(self, x, time_steps=2):
         return x.expand(time_steps, *x.shape) * 1
 
 
-def test_a_keyword_of_the_network_with_that_name_is_not_reached_but_by_position_or_inside_a_profiler():
+def test_a_keyword_time_steps_of_the_network_is_passed_by_position_or_inside_a_profiler():
     net, x = Own(), torch.rand(3, 4)
     assert profile_energy(net, x, time_steps=5).elementwise == 2 * 12
     assert profile_energy(net, x, 5).elementwise == 5 * 12
@@ -168,7 +168,7 @@ def test_a_keyword_of_the_network_with_that_name_is_not_reached_but_by_position_
     assert profiler.profile.elementwise == 5 * 12
 
 
-def test_every_layer_takes_a_batch_as_large_as_t():
+def test_every_layer_can_be_profiled_with_a_batch_of_t_rows():
     for name, (make, shape) in LAYERS.items():
         x = torch.rand((6, 6, *shape[2:]) if len(shape) > 2 else (6, *shape[1:]))
         assert profile_energy(make(), x, time_steps=10 if name == "encoder" else 6).joules > 0, name

@@ -1,10 +1,10 @@
-"""SpikeMonitor counts true spikes."""
+"""SpikeMonitor counts the spikes of neurons."""
 
 import copy
 
 import pytest
 import torch
-from helpers import two_processes
+from helpers import Ranks, two_processes
 from spikingjelly.activation_based import functional
 from spikingjelly.activation_based.neuron import LIFNode
 from torch import nn
@@ -33,19 +33,19 @@ def test_rates_are_the_means_of_the_outputs_over_all_calls():
 
 
 @pytest.mark.quick
-def test_what_a_copy_of_the_network_does_is_not_counted():
+def test_spikes_of_a_copy_of_the_network_are_not_counted():
     net = nn.Sequential(AssociativeLIFNode(8, n_clusters=4, step_mode="m"))
     with SpikeMonitor(net) as monitor:
         copy.deepcopy(net)(torch.rand(6, 3, 8))
     assert monitor.rates() == {}
 
 
-def test_every_neuron_layer_of_a_block_is_seen_once():
+def test_every_layer_of_neurons_of_a_block_is_counted_once():
     with SpikeMonitor(NordBlock(64, 4, 64)) as monitor:
         assert set(monitor._counters) == {"resonance.lif_q", "resonance.lif_k", "ffn.lif1", "ffn.lif2"}
 
 
-def test_a_network_without_neurons_is_refused():
+def test_a_network_without_neurons_raises():
     with pytest.raises(ValueError, match="Linear has none"):
         SpikeMonitor(nn.Linear(2, 2))
 
@@ -75,8 +75,8 @@ def firing(n=8, **more):
     return AssociativeLIFNode(n, n_clusters=4, step_mode="m", **more)
 
 
-def test_activity_is_that_of_the_recorded_spikes():
-    """By step and by neuron, over calls of different length and batch size."""
+def test_activity_equals_the_means_of_recorded_spikes():
+    """Per time step and per neuron, over calls of different length and batch size."""
     node, recorded = firing(), []
     node.register_forward_hook(lambda module, inputs, output: recorded.append(output))
     with SpikeMonitor(node) as monitor:
@@ -92,8 +92,8 @@ def test_activity_is_that_of_the_recorded_spikes():
 
 
 @pytest.mark.quick
-def test_single_steps_are_the_sequence():
-    """A node at rest begins one, so a reset begins the next."""
+def test_single_time_steps_count_as_one_sequence():
+    """A node at rest starts a sequence, so a reset starts the next one."""
     x = 3 * torch.rand(6, 3, 8)
     node = firing()
     with SpikeMonitor(node) as whole:
@@ -110,7 +110,7 @@ def test_single_steps_are_the_sequence():
     assert b.rows == 2 * a.rows
 
 
-def test_a_node_that_is_never_reset_takes_no_more_memory():
+def test_the_memory_of_a_node_that_is_never_reset_is_limited():
     node = firing()
     node.step_mode = "s"
     with SpikeMonitor(node, max_steps=5) as monitor:
@@ -122,7 +122,7 @@ def test_a_node_that_is_never_reset_takes_no_more_memory():
 
 
 def test_dead_and_saturated_neurons_and_their_histogram():
-    """Neuron 0 never fires; neuron 1 fires whenever its two steps of rest are over, which is in every third."""
+    """Neuron 0 never fires; neuron 1 fires in every third time step, when its refractory period is over."""
     node = AssociativeLIFNode(3, None, step_mode="m")
     x = torch.zeros(9, 2, 3)
     x[..., 1] = 50.0
@@ -140,7 +140,7 @@ def test_dead_and_saturated_neurons_and_their_histogram():
     assert edges[-1] == pytest.approx(1 / 3)
 
 
-def test_without_rest_a_saturated_neuron_fires_in_every_step():
+def test_without_a_refractory_period_a_saturated_neuron_fires_in_every_time_step():
     node = AssociativeLIFNode(2, None, refractory_steps=0, step_mode="m")
     x = torch.zeros(6, 1, 2)
     x[..., 1] = 100.0
@@ -151,7 +151,7 @@ def test_without_rest_a_saturated_neuron_fires_in_every_step():
 
 
 @pytest.mark.quick
-def test_zones_are_means_over_neurons_and_not_over_layers():
+def test_the_rate_of_a_zone_is_the_mean_over_neurons_and_not_over_layers():
     block = NordBlock(16, 2, 64, neuron=lambda n: AssociativeLIFNode(n, n_clusters=4))
     zones = {"binding": ["resonance"], "both": ["resonance.lif_q", "ffn"], "all": [""]}
     with SpikeMonitor(block, zones) as monitor:
@@ -166,7 +166,7 @@ def test_zones_are_means_over_neurons_and_not_over_layers():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
 
 
-def test_places_of_images_are_neurons_of_their_own_unless_said_otherwise():
+def test_places_of_images_are_separate_neurons_unless_feature_dims_is_given():
     net = nn.Sequential(LIFNode(v_threshold=0.5, step_mode="m"))
     x = torch.rand(4, 2, 3, 5, 7)
     for dims, shape in ((None, (3, 5, 7)), (1, (7,)), (2, (5, 7))):
@@ -178,7 +178,7 @@ def test_places_of_images_are_neurons_of_their_own_unless_said_otherwise():
         assert torch.allclose(activity.per_neuron, spikes.flatten(0, 4 - len(shape)).mean(0).double(), atol=1e-6)
 
 
-def test_neurons_that_change_their_number_are_named():
+def test_a_changed_number_of_neurons_raises():
     net = nn.Sequential(LIFNode(step_mode="m"))
     with SpikeMonitor(net):
         net(torch.rand(4, 2, 5, 8))
@@ -189,7 +189,7 @@ def test_neurons_that_change_their_number_are_named():
             net(torch.rand(4, 2, 6, 8))
 
 
-def test_half_precision_spikes_are_counted_to_the_last():
+def test_all_half_precision_spikes_are_counted():
     node = firing(refractory_steps=0).bfloat16()
     with SpikeMonitor(node) as monitor:
         spikes = node(torch.full((2, 5000, 8), 50.0, dtype=torch.bfloat16))
@@ -198,8 +198,8 @@ def test_half_precision_spikes_are_counted_to_the_last():
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["torch.compile", "compile()"])
-def test_compiled_networks_are_counted_whenever_the_monitor_comes(inside):
-    """Without a graph break; and what is paused or closed counts nothing more."""
+def test_compiled_networks_are_counted_by_monitors_started_before_and_after_compilation(inside):
+    """Without a graph break; a paused or closed monitor does not count."""
     net = NordBlock(16, 2, 32, neuron=lambda n: AssociativeLIFNode(n, n_clusters=4))
     x = 5 * torch.randn(6, 5, 2, 3, 16)
     run = net if inside else torch.compile(net, fullgraph=True, backend="eager")
@@ -226,14 +226,14 @@ def test_compiled_networks_are_counted_whenever_the_monitor_comes(inside):
 
 
 @pytest.mark.quick
-def test_a_monitor_leaves_no_hook_behind():
+def test_a_closed_monitor_leaves_no_hook():
     net = NordBlock(16, 2, 32, neuron=lambda n: AssociativeLIFNode(n, n_clusters=4))
     SpikeMonitor(net).close()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
     assert not any("forward" in module.__dict__ or "nord_snn" in str(list(module.__dict__)) for module in net.modules())
 
 
-def test_multistep_and_what_it_runs_are_one_layer():
+def test_multistep_and_its_neuron_are_one_layer():
     snntorch = pytest.importorskip("snntorch")
     from nord_snn.integrations.snntorch import AssociativeSynaptic, MultiStep
 
@@ -281,7 +281,7 @@ import os; os._exit(0)
 """
 
 
-def test_what_several_processes_counted_is_added_up(tmp_path):
+def test_gather_sums_the_counts_of_two_processes(tmp_path):
     two_processes(WORK, tmp_path)
     (a, a_steps, a_rows), (b, b_steps, b_rows) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     torch.manual_seed(0)
@@ -301,7 +301,44 @@ def test_what_several_processes_counted_is_added_up(tmp_path):
         assert torch.allclose(got, expected)
 
 
-def test_a_step_that_fails_is_no_step():
+def test_gather_sums_two_ranks_that_ran_different_numbers_of_time_steps(monkeypatch):
+    nodes, x = [firing(), firing()], 3 * torch.rand(7, 4, 8)
+    monitors = [SpikeMonitor(node) for node in nodes]
+    whole = SpikeMonitor(together := firing())
+    for rank, steps in ((0, 7), (1, 5)):
+        nodes[rank](x[:steps, rank::2], stateless=True)
+        together(x[:steps, rank::2], stateless=True)
+    assert Ranks(monkeypatch).run(lambda rank: monitors[rank].gather()) == [None, None]
+    expected = whole.activity()[""]
+    for monitor in monitors:
+        activity = monitor.activity()[""]
+        assert activity.rows == expected.rows == 7 * 2 + 5 * 2
+        assert torch.equal(activity.per_neuron, expected.per_neuron)
+        assert torch.equal(activity.per_step, expected.per_step)
+
+
+def test_gather_raises_in_both_ranks_if_a_layer_ran_in_one(monkeypatch):
+    ranks, monitors = Ranks(monkeypatch), [SpikeMonitor(node) for node in (firing(), firing())]
+    assert ranks.run(lambda rank: monitors[rank].gather()) == [None, None]  # neither has run
+    monitors[1]._counters[""].module(torch.rand(3, 2, 8))
+    for error in ranks.run(lambda rank: monitors[rank].gather()):
+        assert isinstance(error, ValueError)
+        assert "must have run in all processes before gather(), but has run in some only" in str(error)
+
+
+def test_gather_raises_if_neurons_are_found_by_their_outputs(monkeypatch):
+    class Step(torch.nn.Module):
+        def forward(self, x):
+            return (x > 0.5).float()
+
+    monitor = SpikeMonitor(torch.nn.Sequential(Step()), kinds="spiking")
+    monitor.gather()  # no process group: a no-op
+    Ranks(monkeypatch)
+    with pytest.raises(ValueError, match="needs neurons of known classes"):
+        monitor.gather()
+
+
+def test_a_time_step_that_raises_is_not_counted():
     node = AssociativeLIFNode(8, n_clusters=4)
     x = torch.rand(2, 3, 8)
     with SpikeMonitor(node) as monitor:
@@ -312,8 +349,8 @@ def test_a_step_that_fails_is_no_step():
     assert len(monitor.activity()[""].per_step) == 2
 
 
-def test_counting_begins_in_inference_mode_and_goes_on_outside():
-    """As evaluation before training does."""
+def test_counting_can_start_in_inference_mode_and_continue_outside():
+    """As with evaluation before training."""
     node = AssociativeLIFNode(8, n_clusters=4, step_mode="m")
     x = 3 * torch.rand(5, 2, 8)
     with SpikeMonitor(node) as monitor:

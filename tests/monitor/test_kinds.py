@@ -16,7 +16,7 @@ pytestmark = pytest.mark.quick
 
 
 class Own(nn.Module):
-    """Integrate and fire with soft reset over a sequence [T, N, *], of no library."""
+    """Integrate-and-fire neurons with soft reset over a sequence [T, N, *], of no library."""
 
     def forward(self, x_seq):
         v, spikes = 0.0, []
@@ -28,14 +28,14 @@ class Own(nn.Module):
 
 
 class WithStates(Own):
-    """Returns its spikes and a state, as snnTorch and Norse do."""
+    """Neurons that return spikes and a state, as snnTorch's and Norse's do."""
 
     def forward(self, x_seq):
         return super().forward(x_seq), x_seq[-1]
 
 
 class WithSurrogate(Own):
-    """Has a surrogate function as a child, as neurons of research code that builds on SpikingJelly."""
+    """Neurons with a surrogate function as a child, as in research code that builds on SpikingJelly."""
 
     def __init__(self):
         super().__init__()
@@ -45,13 +45,18 @@ class WithSurrogate(Own):
         return self.surrogate_function(x_seq - 0.5)
 
 
+class OwnBits(nn.Module):
+    def forward(self, x):
+        return x > 0.5
+
+
 class Doubled(nn.Module):
     def forward(self, x):
         return 2 * x
 
 
 class OwnDropout(nn.Module):
-    """Silences every second column."""
+    """Dropout of every second column."""
 
     def forward(self, x):
         return x * (torch.arange(x.shape[-1]) % 2)
@@ -79,7 +84,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_the_rates_of_any_class_are_the_means_of_its_outputs(name):
+def test_the_rate_of_neurons_of_any_class_is_the_mean_of_their_outputs(name):
     net, recorded = own_network(), {"0": [], "4": []}
     for key, calls in recorded.items():
         net[int(key)].register_forward_hook(lambda module, inputs, output, calls=calls: calls.append(output))
@@ -106,7 +111,7 @@ def test_without_a_step_mode_a_call_is_one_time_step():
     assert steps.rates() == pytest.approx(sequences.rates())
 
 
-def test_a_layer_that_returns_states_too():
+def test_a_layer_that_returns_spikes_and_states_is_counted():
     net = nn.Sequential(WithStates())
     with SpikeMonitor(net, kinds=WithStates, step_mode="m") as monitor, RowRates(net, kinds=Own, step_mode="m") as rows:
         spikes, _ = net(torch.rand(6, 3, 8))
@@ -114,7 +119,7 @@ def test_a_layer_that_returns_states_too():
     assert torch.allclose(rows.take()["0"], spikes.mean((0, 2)))
 
 
-def test_what_passes_spikes_on_is_no_neuron_and_the_sentence_says_so():
+def test_modules_that_pass_spikes_on_are_not_neurons_and_the_report_names_them():
     net = own_network()
     with SpikeMonitor(net, kinds="spiking", step_mode="m") as monitor:
         net(torch.rand(6, 3, 8))
@@ -134,9 +139,10 @@ def test_what_passes_spikes_on_is_no_neuron_and_the_sentence_says_so():
         (Own(), torch.full((4, 1, 2), 1.0), "Outputs of 1 only: '0' (Own)."),
         (Own(), (torch.arange(8).reshape(4, 1, 2) % 2).float(), "copied from them: '0' (Own)."),
         (Doubled(), torch.rand(4, 1, 2), "No module was taken for neurons"),
+        (OwnBits(), torch.rand(4, 1, 2), "No module was taken for neurons"),
     ],
 )
-def test_what_is_not_taken_for_neurons(module, x, verdict):
+def test_modules_that_are_not_neurons_by_their_outputs(module, x, verdict):
     net = nn.Sequential(module)
     with SpikeMonitor(net, kinds="spiking") as monitor:
         net(x)
@@ -144,7 +150,7 @@ def test_what_is_not_taken_for_neurons(module, x, verdict):
     assert verdict in str(monitor)
 
 
-def test_a_module_whose_later_output_is_a_number_is_no_neuron():
+def test_a_module_with_a_later_output_other_than_0_and_1_is_not_a_neuron():
     net = nn.Sequential(OwnReLU())
     with SpikeMonitor(net, kinds="spiking") as monitor:
         net(torch.tensor([[-1.0, 1.0]]))
@@ -153,7 +159,7 @@ def test_a_module_whose_later_output_is_a_number_is_no_neuron():
     assert "OwnReLU" not in str(monitor)
 
 
-def test_a_network_without_known_neurons_is_searched_by_looks_with_one_warning():
+def test_without_known_neurons_the_monitor_searches_by_outputs_and_warns_once():
     net = own_network()
     with SpikeMonitor(net, step_mode="m") as monitor:
         net(torch.rand(6, 3, 8))
@@ -165,7 +171,7 @@ def test_a_network_without_known_neurons_is_searched_by_looks_with_one_warning()
         assert set(monitor.rates()) == {"0", "4"}
 
 
-def test_by_looks_known_neurons_stay_whole_and_others_come_beside_them():
+def test_the_search_by_outputs_adds_neurons_to_the_known_ones():
     net = nn.Sequential(neuron.LIFNode(step_mode="m"), nn.Linear(8, 8), Own())
     with SpikeMonitor(net, kinds="spiking", step_mode="m") as monitor:
         net(3 * torch.rand(6, 3, 8))
@@ -176,7 +182,7 @@ def test_by_looks_known_neurons_stay_whole_and_others_come_beside_them():
     assert set(monitor.rates()) == {"0"}
 
 
-def test_looks_at_the_network_and_not_at_its_copies_and_not_when_paused():
+def test_the_search_by_outputs_ignores_copies_and_calls_while_paused():
     net = own_network()
     with SpikeMonitor(net, kinds="spiking", step_mode="m") as monitor:
         copy.deepcopy(net)(torch.rand(6, 3, 8))
@@ -191,12 +197,12 @@ def test_looks_at_the_network_and_not_at_its_copies_and_not_when_paused():
 
 
 @pytest.mark.parametrize("wrong", [3, "neurons", (), (Own, 3), int, [Own]])
-def test_what_is_no_kind_is_refused(wrong):
+def test_an_invalid_kind_raises(wrong):
     with pytest.raises(TypeError, match=r"kinds must be a class of modules.*got"):
         SpikeMonitor(own_network(), kinds=wrong)
 
 
-def test_networks_without_the_kind_and_layers_that_cannot_be_observed_are_refused():
+def test_networks_without_the_kind_and_layers_that_cannot_be_observed_raise():
     with pytest.raises(ValueError, match="expected modules of class Own or WithSurrogate, Linear has none"):
         SpikeMonitor(nn.Linear(2, 2), kinds=(Own, WithSurrogate))
     with pytest.raises(ValueError, match=r"expected modules for which kinds\(module\) is true, Linear has none"):
@@ -232,7 +238,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", PARALLEL | OTHERS)
-def test_neurons_of_spikingjelly_that_are_no_base_node(name):
+def test_neurons_of_spikingjelly_that_are_not_base_nodes_are_counted(name):
     if not hasattr(neuron, name):
         pytest.skip(f"this SpikingJelly has no {name}")
     node, x = (PARALLEL | OTHERS)[name](), 3 * torch.rand(6, 2, 3, 4, 4)
@@ -245,7 +251,7 @@ def test_neurons_of_spikingjelly_that_are_no_base_node(name):
 
 
 @pytest.mark.parametrize(("name", "order"), [("PSN", 6), ("MaskedPSN", 2), ("SlidingPSN", 2)])
-def test_parallel_neurons_cost_their_weighted_sums(name, order):
+def test_parallel_neurons_cost_the_products_of_their_weighted_sums(name, order):
     if not hasattr(neuron, name):
         pytest.skip(f"this SpikingJelly has no {name}")
     profile = profile_energy(PARALLEL[name](), torch.rand(6, 2, 8))
@@ -254,7 +260,7 @@ def test_parallel_neurons_cost_their_weighted_sums(name, order):
     assert profile.time_steps == 6
 
 
-def test_neurons_of_norse():
+def test_neurons_of_norse_are_counted():
     norse = pytest.importorskip("norse.torch")
     net = norse.SequentialState(nn.Linear(8, 8), norse.LIF(), nn.Linear(8, 5), norse.LIFRecurrent(5, 5), norse.LI())
     with SpikeMonitor(net) as monitor:
@@ -287,12 +293,12 @@ def test_recurrent_weights_of_snntorch_are_counted():
     assert profile.elementwise == 0
 
 
-def test_products_of_neurons_that_state_their_cost_are_part_of_it():
+def test_products_of_neurons_with_an_update_cost_are_not_counted_again():
     node = AssociativeLIFNode(8, n_clusters=4, step_mode="m", backend="torch")
     assert profile_energy(node, 5 * torch.rand(6, 3, 8)).products == []
 
 
-def test_neurons_of_channels_are_counted_by_pixel():
+def test_neurons_with_channels_are_counted_per_pixel():
     node = AssociativeLIFNode(3, preset="lif", channel_dim=1, step_mode="m")
     with SpikeMonitor(node) as monitor:
         node(torch.rand(4, 2, 3, 5, 6))

@@ -12,7 +12,7 @@ from nord_snn.ops.plasticity.cost import stdp_cost
 from nord_snn.ops.topk_resonance.cost import resonance_cost
 
 
-def test_updates_of_neurons():
+def test_the_cost_of_updates_of_neurons():
     spikes = torch.zeros(5, 2, 4)
     spikes[0, 0, 1] = spikes[3, 1, 2] = 1.0
     assert lif_update_cost(spikes) == OpCost(multiplications=80, additions=120, state_bytes=320, neuron_outputs=40)
@@ -27,7 +27,7 @@ def test_updates_of_neurons():
     assert associative_lif_cost(*arguments, torch.ones(2, 2), torch.ones(2), v_reset=0.0, out=(spikes,)) == cascade
 
 
-def test_the_clamp():
+def test_the_cost_of_the_clamp():
     assert leaky_clamp_cost(torch.zeros(3, 4), None, None, torch.ones(4), torch.ones(4)) == OpCost(elementwise=12)
 
 
@@ -39,7 +39,7 @@ def resonance_call(**changes):
     return call | {"n_heads": 1, "top_k": 2, "causal": True} | changes
 
 
-def test_a_resonance():
+def test_the_cost_of_a_resonance():
     coincidences, values = resonance_cost(**resonance_call()).products
     assert coincidences[:4] == ("coincidences", 3 * 6, 0, 1 * 1 + 2 * 2)
     assert (coincidences.activation_bytes, coincidences.dense_activation_bytes) == (2 + 2, 2 * 12 * 4)
@@ -52,7 +52,7 @@ def test_a_resonance():
     assert resonance_cost(**resonance_call(causal=False, top_k=1)).elementwise_once == 4 + 2
 
 
-def test_a_resonance_with_spiking_values():
+def test_the_cost_of_a_resonance_with_spiking_values():
     wide = torch.zeros(1, 2, 6)  # of 3 time steps; position 0 has two spikes, position 1 has three
     wide[0, 0, :2] = wide[0, 1, 3:] = 1.0
     values = resonance_cost(**resonance_call(v=wide)).products[1]
@@ -61,7 +61,7 @@ def test_a_resonance_with_spiking_values():
     assert values.time_steps == 3
 
 
-def test_a_resonance_without_spikes():
+def test_the_cost_of_a_resonance_without_spikes():
     real = torch.full((3, 1, 2, 2), 0.3)
     coincidences = resonance_cost(**resonance_call(q=real, k=real)).products[0]
     assert coincidences[:4] == ("coincidences", 18, 18, 0)
@@ -69,7 +69,7 @@ def test_a_resonance_without_spikes():
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16])
-def test_a_resonance_in_other_dtypes_counts_the_same(dtype):
+def test_the_cost_of_a_resonance_is_the_same_in_other_dtypes(dtype):
     call = resonance_call()
     other = resonance_call(q=call["q"].to(dtype), k=call["k"].to(dtype))
     assert resonance_cost(**other).products[0].acs == 5
@@ -87,7 +87,7 @@ def cached_call(**changes):
     ("changes", "visible"),
     [({}, 4), ({"window": 3}, 3), ({"lengths": torch.tensor([2])}, 2), ({"lengths": torch.tensor([0])}, 0)],
 )
-def test_a_resonance_with_cached_keys(changes, visible):
+def test_the_cost_of_a_resonance_with_cached_keys(changes, visible):
     cost = resonance_cached_cost(**cached_call(**changes))
     selected = min(2, visible)
     coincidences, values = cost.products
@@ -97,13 +97,13 @@ def test_a_resonance_with_cached_keys(changes, visible):
     assert cost.elementwise_once == visible + selected
 
 
-def test_cached_keys_that_are_not_spikes():
+def test_the_cost_with_cached_keys_that_are_not_spikes():
     keys = torch.full((1, 1, 4, 6), 0.3)
     coincidences = resonance_cached_cost(**cached_call(keys=keys)).products[0]
     assert coincidences[:4] == ("coincidences", 24, 24, 0)
 
 
-def test_a_weight_change_of_stdp():
+def test_the_cost_of_a_weight_change_of_stdp():
     pre, post = torch.zeros(6, 2, 4), torch.zeros(6, 2, 3)
     pre[0, 0, 1] = pre[2, 1, 1] = post[3, 0, 2] = 1.0
     cost = stdp_cost(pre, post)

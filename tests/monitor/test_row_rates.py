@@ -1,4 +1,4 @@
-"""RowRates tells rows apart and neither steps nor neurons."""
+"""RowRates measures the firing rate of each row, over its time steps and neurons."""
 
 import copy
 
@@ -18,7 +18,7 @@ def node(n):
 
 
 @pytest.mark.quick
-def test_every_row_has_the_mean_of_its_own_spikes():
+def test_the_rate_of_a_row_is_the_mean_of_its_spikes():
     net = nn.Sequential(AssociativeLIFNode(12, n_clusters=4, step_mode="m"))
     x = 2 * torch.rand(7, 3, 5, 12)
     with RowRates(net) as rows:
@@ -31,8 +31,8 @@ def test_every_row_has_the_mean_of_its_own_spikes():
 
 
 @pytest.mark.quick
-def test_a_row_is_what_it_is_in_any_batch():
-    """Of tokens, too: what stands behind one does not change it."""
+def test_the_rate_of_a_row_does_not_depend_on_the_batch():
+    """The rate of a token does not depend on later tokens."""
     torch.manual_seed(0)
     block = NordBlock(16, 2, 32, neuron=node)
     x = 4 * torch.randn(9, 2, 6, 16)
@@ -48,7 +48,7 @@ def test_a_row_is_what_it_is_in_any_batch():
 
 
 @pytest.mark.quick
-def test_means_over_rows_are_the_rates_of_the_layers():
+def test_the_mean_over_rows_is_the_rate_of_the_layer():
     block = NordBlock(16, 2, 32, neuron=node)
     with RowRates(block) as rows, SpikeMonitor(block) as monitor:
         block(4 * torch.randn(9, 2, 6, 16))
@@ -57,7 +57,7 @@ def test_means_over_rows_are_the_rates_of_the_layers():
         assert of_rows.mean().item() == pytest.approx(rates[name], rel=1e-5)
 
 
-def test_single_steps_add_up_to_the_sequence():
+def test_single_time_steps_give_the_rates_of_the_sequence():
     single, whole = LIFNode(v_threshold=0.5), LIFNode(v_threshold=0.5, step_mode="m")
     x = torch.rand(6, 3, 2, 4)
     with RowRates(single) as steps, RowRates(whole) as sequence:
@@ -73,7 +73,7 @@ def test_single_steps_add_up_to_the_sequence():
         assert steps.take()[""].shape == (3, 2)
 
 
-def test_other_rows_are_refused_and_copies_do_not_count():
+def test_another_number_of_rows_raises_and_copies_are_not_counted():
     net = nn.Sequential(AssociativeLIFNode(8, None, step_mode="m"))
     with RowRates(net):
         net(torch.rand(4, 3, 8))
@@ -96,7 +96,7 @@ def test_other_rows_are_refused_and_copies_do_not_count():
         RowRates(nn.Linear(2, 2))
 
 
-def test_nothing_has_no_rate_and_copies_can_be_saved(tmp_path):
+def test_without_rows_there_is_no_rate_and_copies_can_be_saved(tmp_path):
     net = nn.Sequential(AssociativeLIFNode(8, None, step_mode="m"))
     with RowRates(net), SpikeMonitor(net) as monitor:
         net(torch.rand(4, 0, 8))
@@ -115,7 +115,7 @@ def test_compiled_networks_are_counted():
         assert torch.allclose(rows.take()[""], spikes.mean((0, 2)))
 
 
-def test_compiled_code_counts_many_calls_without_being_compiled_again():
+def test_compiled_code_counts_many_calls_without_recompilation():
     net = nn.Sequential(AssociativeLIFNode(8, n_clusters=4, step_mode="m", backend="torch"))
     compiled = torch.compile(lambda x: net[0](x, stateless=True), backend="eager", fullgraph=True)
     x = 2 * torch.rand(5, 3, 8)

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 
 import pytest
 import torch
@@ -191,11 +192,56 @@ def test_the_arguments_of_spikingjelly():
         ({"learnable": ("tau",)}, ValueError, r"learnable must be names of .*got \['tau'\]"),
         ({"n_clusters": "all"}, TypeError, "n_clusters must be a number, 'auto' or None, got 'all'"),
         ({"v_thresh": 1.0}, TypeError, "unexpected keyword argument"),
+        (
+            {"n_features": 3, "threshold": torch.ones(2)},
+            ValueError,
+            r"v_threshold must be a number or a tensor \[D\] = \[3\], got \[2\]",
+        ),
+        (
+            {"beta_mem": torch.tensor([0.5, 1.0])},
+            ValueError,
+            r"beta_mem must lie in \(0, 1\), got values from 0.5 to 1",
+        ),
+        (
+            {"beta_syn": torch.tensor([0.0, 0.5])},
+            ValueError,
+            r"beta_syn must lie in \(0, 1\), got values from 0 to 0.5",
+        ),
+        ({"n_features": 4, "n_clusters": 2, "beta_syn": 0.0}, ValueError, "a cascade adds to the synaptic current"),
     ],
 )
 def test_arguments_that_contradict_each_other_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         AssociativeLIFNode(**arguments)
+
+
+def test_a_vector_has_no_rows_to_find_the_width_in():
+    with pytest.raises(ValueError, match=r"expects \[N, \*, D\], got \[5\]"):
+        AssociativeLIFNode()(torch.rand(5))
+    with pytest.raises(ValueError, match=r"expects \[T, N, \*, D\], got \[3, 5\]"):
+        AssociativeLIFNode(step_mode="m")(torch.rand(3, 5))
+
+
+@pytest.mark.parametrize("clusters", [None, 2])
+def test_explicit_states_give_the_spikes_of_stored_ones_and_store_nothing(clusters):
+    node = AssociativeLIFNode(4, clusters, threshold=0.1)
+    states = node.get_memories("v", "i_syn", "refractory")
+    x_seq = torch.rand(6, 3, 4)
+    for x in x_seq:
+        (spikes,), states = node.single_step_functional_forward((x,), states)
+        stored = node.get_memories("v", "i_syn", "refractory")
+        assert torch.equal(node(x), spikes)
+        assert all(a is not b for a, b in zip(node.get_memories("v", "i_syn", "refractory"), stored, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(states, node.get_memories("v", "i_syn", "refractory"), strict=True))
+    node.reset()
+    assert node.get_memories("v", "i_syn", "refractory") == (0.0, 0.0, 0)
+
+
+def test_the_description_names_what_differs_from_the_published_neuron():
+    node = AssociativeLIFNode(4, None, channel_dim=1, hard_reset=True, v_reset=0.0)
+    assert "channel_dim=1" in repr(node)
+    assert "hard_reset=True" in repr(node)
+    assert "hard_reset" not in repr(AssociativeLIFNode(4, None))
 
 
 def test_decays_of_every_neuron():
@@ -282,6 +328,29 @@ def test_like_names_what_it_cannot_match():
     for node in (Own(), nn.ReLU(), neuron.GatedLIFNode(T=4) if hasattr(neuron, "GatedLIFNode") else nn.ReLU()):
         with pytest.raises(TypeError, match=r"like\(\) knows spikingjelly's IFNode, .*got "):
             AssociativeLIFNode.like(node)
+
+
+def test_like_needs_a_threshold_that_is_a_number():
+    node = neuron.LIFNode()
+    node.v_threshold = torch.ones(3)
+    with pytest.raises(TypeError, match=r"like\(\) needs a threshold that is a number, got a tensor"):
+        AssociativeLIFNode.like(node)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"inhibition": True}, "inhibition=True, in which neurons of a layer silence each other"),
+        ({"graded_spikes_factor": 2.0}, "graded_spikes_factor: its outputs are not zeros and ones"),
+        ({"state_quant": lambda x: x}, "state_quant: the membrane is not rounded here"),
+        ({"learn_beta": True, "reset_mechanism": "subtract"}, "a learnable beta with reset_mechanism='subtract'"),
+        ({"beta": torch.tensor([0.5, 0.9])}, "reset_mechanism='subtract' unless beta is one number above 0"),
+    ],
+)
+def test_like_names_the_option_of_snntorch_that_it_cannot_match(options, sentence):
+    snntorch = pytest.importorskip("snntorch")
+    with pytest.raises(TypeError, match=re.escape(f"like() cannot match {sentence}")):
+        AssociativeLIFNode.like(snntorch.Leaky(**{"beta": 0.9, **options}))
 
 
 def snntorch_runs(node, x):

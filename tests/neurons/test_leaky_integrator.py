@@ -64,8 +64,61 @@ def test_bad_arguments_and_inputs_give_one_sentence() -> None:
     with pytest.raises(ValueError, match=r"gain must be a number or broadcast to \[3\], got \[2\]"):
         LeakyIntegrator(3, gain=torch.ones(2))
     module = LeakyIntegrator(3)
-    with pytest.raises(ValueError, match=r"expects a floating tensor \[\*, 3\] in each time step, got \[2, 4\]"):
+    with pytest.raises(ValueError, match=r"expects shape \[\*, 3\], got \[2, 4\]"):
         module(torch.ones(2, 4))
     module(torch.ones(2, 3))
     with pytest.raises(ValueError, match=r"state of shape \[2, 3\], but got input of shape \[5, 3\].*call reset"):
         module(torch.ones(5, 3))
+    with pytest.raises(TypeError, match=r"expects a floating-point tensor of shape \[\*, 3\], got dtype torch.int64"):
+        module(torch.ones(2, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize("functional_forward", [False, True])
+def test_a_sequence_without_time_steps_gives_one_sentence(functional_forward: bool) -> None:
+    module = LeakyIntegrator((3, 2), step_mode="m")
+    empty = torch.ones(0, 4, 3, 2)
+    with pytest.raises(ValueError, match=r"expects shape \[T, \*, 3, 2\] with at least one time step, got T = 0"):
+        module.multi_step_functional_forward((empty,), (0.0, 0.0)) if functional_forward else module(empty)
+    assert module(torch.ones(2, 0, 3, 2)).shape == (2, 0, 3, 2)
+
+
+@pytest.mark.parametrize("v_rest", [0.0, 0.25, torch.tensor([0.25, 0.5, 1.0])])
+def test_v_is_v_rest_at_rest_and_after_a_reset(v_rest: float | torch.Tensor) -> None:
+    module = LeakyIntegrator(3, v_rest=v_rest, step_mode="m")
+    for _ in range(2):
+        torch.testing.assert_close(module.v, v_rest)
+        module(torch.rand(2, 4, 3))
+        assert module.v.shape == (4, 3)
+        functional.reset_net(module)
+    module.load_state_dict(LeakyIntegrator(3, v_rest=torch.as_tensor(v_rest) + 1).state_dict())
+    torch.testing.assert_close(module.v, v_rest + 1)
+    assert module.double()(torch.zeros(1, 1, 3).double()).flatten().tolist() == pytest.approx(
+        torch.as_tensor(v_rest + 1).expand(3).tolist()
+    )
+
+
+@pytest.mark.parametrize("name", ["v", "i_syn"])
+@pytest.mark.parametrize("step_mode", ["s", "m"])
+def test_an_assigned_number_is_the_state_of_all_neurons(name: str, step_mode: str) -> None:
+    x = torch.rand(2, 3) if step_mode == "s" else torch.rand(4, 2, 3)
+    options = {"beta_mem": 0.5, "beta_syn": 0.5, "v_rest": 0.25, "step_mode": step_mode}
+    number, tensor = LeakyIntegrator(3, **options), LeakyIntegrator(3, **options)
+    for value in (2, 0.0):
+        setattr(number, name, value)
+        assert getattr(number, name) == value
+        setattr(tensor, name, torch.full((2, 3), float(value)))
+        expected = tensor(x)
+        assert torch.equal(number(x), expected)
+        assert not torch.equal(expected, LeakyIntegrator(3, **options)(x)) or (name, value) == ("i_syn", 0.0)
+        nord_snn.reset(number)
+        nord_snn.reset(tensor)
+
+
+def test_a_reset_leaves_earlier_outputs_and_the_resting_potential_unchanged() -> None:
+    module = LeakyIntegrator(3, v_rest=torch.tensor([0.25, 0.5, 1.0]))
+    out = module(torch.ones(3))
+    before = out.clone()
+    functional.reset_net(module)
+    assert torch.equal(out, before)
+    module.v.zero_()
+    assert module.v_rest.tolist() == [0.25, 0.5, 1.0]

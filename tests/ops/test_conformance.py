@@ -15,9 +15,23 @@ import torch.utils.checkpoint
 from helpers import relative_error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
-from nord_snn.ops import associative_lif, leaky_clamp, pack_spikes, resonance, resonance_cached, stdp
+from nord_snn.ops import (
+    ConvGeometry,
+    associative_cascade,
+    associative_lif,
+    leaky_clamp,
+    pack_spikes,
+    resonance,
+    resonance_cached,
+    reward_from_loss,
+    reward_modulated_stdp,
+    spike,
+    stdp,
+    triplet_stdp,
+)
+from nord_snn.ops.cached_resonance.packing import unpack_spikes
 from nord_snn.ops.clamp.reference import reference as clamp_reference
 from nord_snn.ops.dispatch import OPS, Backend, Support
 from nord_snn.ops.lif.reference import AssociativeLIFState
@@ -247,7 +261,7 @@ LANES = {
 WITHOUT_GRADIENT = ("resonance_cached", "stdp")
 #: Those that are plain PyTorch, and so need no registration and have a second derivative.
 PLAIN = [("associative_lif", "torch"), ("leaky_clamp", "torch"), ("stdp", "torch")]
-MODES = ("eager", "opcheck", "compiled", "autocast", "subclass", "second-derivative", "nan-memory")
+MODES = ("eager", "opcheck", "compiled", "autocast", "subclass", "second-derivative", "nan-memory", "default-device")
 
 
 # --- the lanes
@@ -300,7 +314,7 @@ def run(function: Callable[[Tensors], Outputs], given: Tensors) -> tuple[Outputs
     leaves = {name: x for name, x in given.items() if x.requires_grad}
     if not smooth or not leaves:
         return outputs, {}
-    weights = [torch.randn(x.shape, generator=generator).to(x.device) for x in smooth]
+    weights = [torch.randn(x.shape, generator=generator, device="cpu").to(x.device) for x in smooth]
     loss = sum((x * weight).sum() for x, weight in zip(smooth, weights, strict=True))
     gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True, allow_unused=True)
     return outputs, dict(zip(leaves, gradients, strict=True))
@@ -392,6 +406,16 @@ def autocast(op: str, backend: str, device: str) -> None:
     check(run(call, on(device, case, gradient=op not in WITHOUT_GRADIENT)), expected)
 
 
+def default_device(op: str, backend: str, device: str) -> None:
+    """Check that tensors are made on the device of the input, whatever the default device is."""
+    for case in CASES[op].values():
+        gradient = op not in WITHOUT_GRADIENT
+        given, expected = on(device, case, gradient=gradient), run(case.reference, on(device, case, gradient=gradient))
+        with torch.device("meta"):
+            got = run(lambda given, case=case: case.call(given, backend), given)
+        check(got, expected)
+
+
 class Wrapped(Tensor):
     """Tensor subclass that wraps a tensor, as in quantisation and distributed training."""
 
@@ -481,7 +505,39 @@ def test_it_conforms(request: pytest.FixtureRequest, device: str, lane: str, op:
         request.getfixturevalue("memory_full_of_nan")
     modes = {"opcheck": opcheck, "compiled": compiled, "autocast": autocast, "subclass": subclass}
     modes |= {"second-derivative": second_derivative, "eager": eager, "nan-memory": eager}
+    modes["default-device"] = default_device
     modes[mode](op, backend, device)
+
+
+def _geometry() -> ConvGeometry:
+    return ConvGeometry(kernel_size=(3,), stride=(1,), padding=((1, 1),), dilation=(1,))
+
+
+#: Functions that no op of the table calls.
+OTHERS: dict[str, Callable[[Tensor], Any]] = {
+    "associative_cascade": lambda x: associative_cascade(x, x[0, 0, :2, None].expand(2, 2), x[0, 0, :2]),
+    "pack_spikes": lambda x: pack_spikes(x, 2),
+    "unpack_spikes": lambda x: unpack_spikes((x * 255).byte(), 1, 4),
+    "spike": spike,
+    "stdp of a convolution": lambda x: stdp(x, x, geometry=_geometry()),
+    "triplet_stdp": lambda x: triplet_stdp(x, x),
+    "reward_modulated_stdp": lambda x: reward_modulated_stdp(x, x, x[0, :, 0]),
+    "reward_modulated_stdp with eligibility": lambda x: reward_modulated_stdp(x, x, 0.5, tau_eligibility=5.0),
+    "stdp_reference": lambda x: stdp_reference(x, x, rest(x, x, x.dtype), Pairing(0.5, 0.5, 1.0, 1.0), dense)[:2],
+    "reward_from_loss": lambda x: reward_from_loss(x, 1.0),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_functions_make_tensors_on_the_device_of_the_input(name: str) -> None:
+    x = (torch.rand(3, 2, 4, 8, generator=torch.Generator().manual_seed(0)) < 0.5).float()
+    x = x if "conv" in name or "pack" in name else x.flatten(2)
+    expected = OTHERS[name](x)
+    with torch.device("meta"):
+        got = OTHERS[name](x)
+    for mine, theirs in zip(tree_flatten(got)[0], tree_flatten(expected)[0], strict=True):
+        assert mine is theirs is None or torch.equal(mine, theirs)
 
 
 def test_every_op_and_backend_is_in_the_table() -> None:

@@ -165,8 +165,6 @@ class Exporter:
         """Return the shape of the neurons and of their places: ``[D]``, or ``[D, *places]`` with a channel dimension."""
         if node.channel_dim in (None, -1):
             return (node.n_features,)
-        if node not in self.inputs:
-            raise ValueError(f"the shape of the input of neurons with channel_dim={node.channel_dim} must be known")
         x = self.inputs[node]
         step = tuple(x.shape[1:] if node.step_mode == "m" else x.shape)
         return step[node.channel_dim :]

@@ -22,6 +22,7 @@ from nord_snn.layers import (
     SpikeFedResonance,
 )
 from nord_snn.neurons import AssociativeCascade, fire_from_rest
+from nord_snn.neurons.factory import multi_step_mode
 from nord_snn.ops.checks import compute_dtype
 
 __all__ = ["deviation", "export_to_nir"]
@@ -96,6 +97,7 @@ def export_to_nir(
         ValueError: NIR cannot express a part (the message names it), the outputs of graph and network differ, ``dt`` is not
             positive, or ``x_seq`` is not a sequence.
         TypeError: a function in ``more`` did not return a node.
+        Exception: what the forward of ``net`` raises on ``x_seq``.
 
     Source: NIR (Pedersen et al. 2024).
 
@@ -115,7 +117,7 @@ def export_to_nir(
     exporter = Exporter(dt, len(x_seq), approximate, extension)
     table: dict[type[nn.Module], ToNIR] = {**exporter.table, **(more or {})}
     _check_modules(net, table)
-    with torch.no_grad(), _eval_mode(net):
+    with torch.no_grad(), _eval_mode(net), multi_step_mode(net):  # in which the inputs of the modules are recorded
         exporter.inputs, out_features = _run(net, table, x_seq)
         graph = trace(net, table, _IDENTITY_MODULES, x_seq.shape[2:], out_features)
     graph.metadata = {"source": "nord-snn", "dt": dt}
@@ -183,8 +185,6 @@ def _run(
     handles = [module.register_forward_pre_hook(record) for module in net.modules() if type(module) in table]
     try:
         out = fire_from_rest(net, x_seq)
-    except Exception:  # a forward that does not run is explained by the trace, or raises again in the comparison
-        return inputs, ()
     finally:
         for handle in handles:
             handle.remove()

@@ -34,8 +34,8 @@ def schedule(graph: nir.NIRGraph) -> tuple[list[ScheduledNode], ScheduledNode]:
     Back edges are delayed: edges to a node on the path from the input to the edge's source.
 
     Raises:
-        ValueError: the graph does not have exactly one input and one output, an edge has an unknown end, or a node has no
-            input.
+        ValueError: the graph does not have exactly one input and one output, an edge has an unknown end, or a node
+            that leads to the output has no path from the input.
     """
     nodes, edges = _flattened(graph)
     (start,), (end,) = (_single(nodes, kind) for kind in (nir.Input, nir.Output))
@@ -45,9 +45,9 @@ def schedule(graph: nir.NIRGraph) -> tuple[list[ScheduledNode], ScheduledNode]:
     order, back_edges = _depth_first(start, successors)
     scheduled = []
     for name in order:
-        sources = [source for source, target in edges if target == name and source in order]
-        if not sources and name != start:
-            raise ValueError(f"each node of the graph must have an input, '{name}' has none")
+        sources = [source for source, target in edges if target == name]
+        if apart := [source for source in sources if source not in order]:
+            raise ValueError(f"all nodes of the graph must have a path from its input, '{apart[0]}' has none")
         delayed = tuple(source for source in sources if (source, name) in back_edges)
         scheduled.append(ScheduledNode(name, nodes[name], tuple(s for s in sources if s not in delayed), delayed))
     if end not in order:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from nord_snn.neurons import AssociativeLIFNode, LeakyIntegrator
-from nord_snn.neurons.strict import firing_above
-from nord_snn.ops import AssociativeLIFState, Dynamics
+from nord_snn.ops import Dynamics
 
 __all__ = ["RESETS", "NIRNeurons", "integrator", "neurons"]
 
@@ -25,7 +24,7 @@ class NIRNeurons(AssociativeLIFNode):
     """Neurons that differ from :class:`~nord_snn.neurons.AssociativeLIFNode` where NIR's equations do.
 
     Attributes:
-        strict: fire above the threshold only, not at it: the threshold is the next larger number.
+        strict: fire above the threshold only, not at it.
         bias: constant current of every neuron, ``[D]``, or None. With a hard reset the membrane leaks towards ``v_rest``, to
             which it is reset; the current ``(v_leak - v_rest) / r`` makes it leak towards another potential.
     """
@@ -36,23 +35,8 @@ class NIRNeurons(AssociativeLIFNode):
         self.bias: Tensor | None
         self.register_buffer("bias", bias)
 
-    def firing_threshold(self) -> Tensor:
-        """Return the number at which a neuron fires, ``[D]``."""
-        return firing_above(self.v_threshold) if self.strict else self.v_threshold
-
-    def _run(
-        self,
-        x: Tensor,
-        states: AssociativeLIFState | None,
-        return_v_seq: bool = False,
-        membrane_only: bool = False,
-        *,
-        single_step: bool = False,
-    ) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
-        if self.bias is not None:
-            places = -1 - self._dimension(x.ndim if single_step else x.ndim - 1)
-            x = x + self.bias.to(x.dtype).reshape(-1, *[1] * places)
-        return super()._run(x, states, return_v_seq, membrane_only, single_step=single_step)
+    def _input_current(self, x: Tensor, dim: int) -> Tensor:
+        return x if self.bias is None else x + self.bias.to(x.dtype).reshape(-1, *[1] * (-1 - dim))
 
 
 class _Step(NamedTuple):

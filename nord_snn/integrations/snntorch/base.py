@@ -9,7 +9,6 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from nord_snn._compat.torch import assert_in_graph, initialize_lazy_module, is_view
 from nord_snn.neurons.associative_lif import AssociativeLIFNode, LazyAssociativeLIFNode
-from nord_snn.neurons.strict import firing_above
 from nord_snn.ops import AssociativeLIFState
 from nord_snn.ops.checks import compute_dtype
 
@@ -29,11 +28,8 @@ class StrictNode(AssociativeLIFNode):
         resets_outside: whether the membrane is reset between the calls of the node, and not by its dynamics.
     """
 
+    strict = True
     resets_outside = False
-
-    def firing_threshold(self) -> Tensor:
-        """Return the next number above the threshold, with the gradient of the threshold."""
-        return firing_above(self.v_threshold)
 
     def forward(
         self,

@@ -158,7 +158,7 @@ def forward(
     T, B, S, D = q.shape
     H, n_all, n_bytes = keys.shape[1:]
     top_k, v_head_dim = min(top_k, n_all), values.shape[3]
-    context = torch.empty(B, S, H * v_head_dim, dtype=dtype)
+    context = torch.empty(B, S, H * v_head_dim, dtype=dtype, device="cpu")
     inputs = (
         as_contiguous(q, dtype),
         as_contiguous(keys, torch.uint8),
@@ -170,11 +170,11 @@ def forward(
         chunks = max(1, min(B * H, 2 * threads))
         sizes = _Sizes(chunks, T, B, S, D, n_all, H, v_head_dim, top_k, min(window, n_all), n_bytes // 8)
         scratch = (
-            torch.empty(chunks, S * sizes.words, dtype=torch.int64),
-            torch.empty(chunks, n_all, dtype=torch.int64),
-            torch.empty(chunks, n_all + WIDTH, dtype=dtype),
-            torch.empty(chunks, top_k + 1, dtype=torch.int32),
-            torch.empty(chunks, top_k + 1, dtype=dtype),
+            torch.empty(chunks, S * sizes.words, dtype=torch.int64, device="cpu"),
+            torch.empty(chunks, n_all, dtype=torch.int64, device="cpu"),
+            torch.empty(chunks, n_all + WIDTH, dtype=dtype, device="cpu"),
+            torch.empty(chunks, top_k + 1, dtype=torch.int32, device="cpu"),
+            torch.empty(chunks, top_k + 1, dtype=dtype, device="cpu"),
         )
         _forward(
             tuple(sizes),

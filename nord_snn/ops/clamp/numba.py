@@ -122,7 +122,7 @@ def _contiguous(*tensors: Tensor | None, dtype: torch.dtype) -> list[Tensor | No
 def forward(x: Tensor, branch: Tensor | None, gain: Tensor | None, leak: Tensor, floor: Tensor) -> Tensor:
     """Return the clamped sum ``[*, D]``; the arguments are those of the op in ``op.py``."""
     dtype, D = compute_dtype(x), x.shape[-1]
-    y = torch.empty(x.shape, dtype=dtype)
+    y = torch.empty(x.shape, dtype=dtype, device="cpu")
     inputs = _contiguous(x, branch, gain, leak, floor, dtype=dtype)
     with as_many_threads_as_torch(x.numel()) as threads:
         _forward(NUMPY_TYPES[dtype](0), 2 * threads, x.numel() // D, D, addresses(inputs), data_pointer(y))
@@ -134,16 +134,16 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, branch and gain (both empty without a branch), leak and floor."""
     dtype, D = compute_dtype(x), x.shape[-1]
-    grad_x = torch.empty(x.shape, dtype=dtype)
-    grad_branch = torch.empty(0 if branch is None else x.shape, dtype=dtype)
+    grad_x = torch.empty(x.shape, dtype=dtype, device="cpu")
+    grad_branch = torch.empty(0 if branch is None else x.shape, dtype=dtype, device="cpu")
     grad, inputs = as_contiguous(grad, dtype), _contiguous(x, branch, gain, leak, floor, dtype=dtype)
     with as_many_threads_as_torch(x.numel()) as threads:
-        sums = torch.zeros(2 * threads, 3, -(-D // WIDTH) * WIDTH, dtype=dtype)
+        sums = torch.zeros(2 * threads, 3, -(-D // WIDTH) * WIDTH, dtype=dtype, device="cpu")
         _backward(
             NUMPY_TYPES[dtype](0), 2 * threads, x.numel() // D, D, data_pointer(grad), addresses(inputs),
             *addresses((grad_x, grad_branch, sums)),
         )  # fmt: skip
     grad_leak, grad_floor, grad_gain = (sums[:, kind, :D].sum(0) for kind in range(3))
     if branch is None:
-        return grad_x.to(x.dtype), grad_branch, torch.empty(0, dtype=dtype), grad_leak, grad_floor
+        return grad_x.to(x.dtype), grad_branch, torch.empty(0, dtype=dtype, device="cpu"), grad_leak, grad_floor
     return grad_x.to(x.dtype), grad_branch.to(branch.dtype), grad_gain, grad_leak, grad_floor

@@ -104,7 +104,7 @@ def reference(
     ``step_factor [T]``.
     """
     p, q, x, y = traces
-    potentiation = depression = torch.zeros(())
+    potentiation = depression = torch.zeros((), device=pre.device)
     for t, (pre_t, post_t) in enumerate(zip(pre.unbind(0), post.unbind(0), strict=True)):
         p = p * pairing.decay_plus + pre_t
         q = q * pairing.decay_minus + post_t

@@ -470,9 +470,9 @@ def _input_tensors(arguments: Arguments, dtype: torch.dtype) -> list[Tensor | No
 def _scratch_tensors(sizes: _Sizes, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Return the tensors of :class:`_Scratch` for all chunks."""
     return (
-        torch.empty(sizes.chunks, 2, sizes.words * sizes.S, dtype=torch.int64),
-        torch.empty(sizes.chunks, sizes.S, dtype=torch.int64),
-        torch.empty(sizes.chunks, sizes.S + WIDTH, dtype=dtype),
+        torch.empty(sizes.chunks, 2, sizes.words * sizes.S, dtype=torch.int64, device="cpu"),
+        torch.empty(sizes.chunks, sizes.S, dtype=torch.int64, device="cpu"),
+        torch.empty(sizes.chunks, sizes.S + WIDTH, dtype=dtype, device="cpu"),
     )
 
 
@@ -480,11 +480,11 @@ def _group_tensors(sizes: _Sizes, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Return the tensors of :class:`_Groups` for all chunks."""
     chunks, n_groups, max_keys = sizes.chunks, _BLOCK // 4, min(4 * sizes.top_k, sizes.S)
     return (
-        torch.empty(chunks, _BLOCK * (sizes.top_k + 1), dtype=dtype),
-        torch.full((chunks, sizes.S), -1, dtype=torch.int32),
-        torch.empty(chunks, n_groups, dtype=torch.int32),
-        torch.empty(chunks, n_groups, max_keys, dtype=torch.int32),
-        torch.empty(chunks, n_groups, 4 * max_keys, dtype=dtype),
+        torch.empty(chunks, _BLOCK * (sizes.top_k + 1), dtype=dtype, device="cpu"),
+        torch.full((chunks, sizes.S), -1, dtype=torch.int32, device="cpu"),
+        torch.empty(chunks, n_groups, dtype=torch.int32, device="cpu"),
+        torch.empty(chunks, n_groups, max_keys, dtype=torch.int32, device="cpu"),
+        torch.empty(chunks, n_groups, 4 * max_keys, dtype=dtype, device="cpu"),
     )
 
 
@@ -516,9 +516,12 @@ def forward(arguments: Arguments, save_weights: bool) -> tuple[Tensor, Tensor, T
     """Return the context, and for ``backward`` the selected keys and weights."""
     q, _, v, _, _, n_heads, top_k, _ = arguments
     dtype = compute_dtype(v)
-    context, nothing = torch.empty(v.shape, dtype=dtype), torch.empty(0, dtype=dtype)
+    context, nothing = torch.empty(v.shape, dtype=dtype, device="cpu"), torch.empty(0, dtype=dtype, device="cpu")
     shape, *_ = saved_shapes(q, n_heads, top_k, save_weights)
-    selected, weights = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape, dtype=dtype)
+    selected, weights = (
+        torch.zeros(shape, dtype=torch.int32, device="cpu"),
+        torch.zeros(shape, dtype=dtype, device="cpu"),
+    )
     if not context.numel():
         return context.to(v.dtype), selected, nothing, weights
     inputs = _input_tensors(arguments, dtype)
@@ -545,9 +548,9 @@ def backward(
     selected, _, weights = saved
     dtype = compute_dtype(v)
     shape = q.shape if needs_spike_grad else (0,) * 4
-    grad_q, grad_k = torch.empty(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
-    grad_v = torch.zeros(v.shape, dtype=dtype)
-    by_head = torch.zeros(2, v.shape[0] * n_heads, dtype=torch.float64)
+    grad_q, grad_k = torch.empty(shape, dtype=dtype, device="cpu"), torch.zeros(shape, dtype=dtype, device="cpu")
+    grad_v = torch.zeros(v.shape, dtype=dtype, device="cpu")
+    by_head = torch.zeros(2, v.shape[0] * n_heads, dtype=torch.float64, device="cpu")
     if v.numel():
         grad, inputs = as_contiguous(grad, dtype), _input_tensors(arguments, dtype)
         with as_many_threads_as_torch() as threads:
@@ -572,7 +575,7 @@ def backward(
         grad_k.to(k.dtype) if needs_spike_grad else k.new_empty(0),
         grad_v.to(v.dtype),
         grad_temperature,
-        grad_recency if recency is not None else torch.empty(0, dtype=dtype),
+        grad_recency if recency is not None else torch.empty(0, dtype=dtype, device="cpu"),
     )
 
 

@@ -1,0 +1,22 @@
+"""Which calls of the neuron a kernel with the published dynamics and one decay supports."""
+
+import pytest
+import torch
+
+from nord_snn.ops.dispatch import CallSignature
+from nord_snn.ops.lif.support import has_published_dynamics
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((), (True, "runs")),
+        ((("published_dynamics", True), ("n_decays", 1)), (True, "runs")),
+        ((("published_dynamics", False),), (False, "it has the published dynamics only")),
+        ((("n_decays", 8),), (False, "it has one decay for all neurons")),
+    ],
+)
+def test_the_reason_names_what_the_kernel_does_not_have(options, expected):
+    assert tuple(has_published_dynamics(CallSignature("cuda", torch.float32, 8, options))) == expected
