@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nord_snn.convert.protocols import SingleStep
 from nord_snn.convert.replacing import unchanged
 from nord_snn.neurons import AssociativeLIFNode
 
@@ -96,7 +95,7 @@ def calibrate_thresholds(
         )
     run = net if forward is None else forward
     calls = _count_calls(net, nodes, lambda: run(*example))
-    single = {id(module.node) for module in net.modules() if isinstance(module, SingleStep)}
+    single = {id(module.node) for module in net.modules() if getattr(module, "runs_single_steps", False)}
     for name, n_calls in calls.items():
         if n_calls == 1 and (id(nodes[name]) in single or nodes[name].step_mode == "s"):
             raise ValueError(

@@ -183,7 +183,7 @@ def test_the_membrane_that_is_passed_is_the_one_that_counts():
     assert not lif(torch.zeros(5, 32), mem)[0].any()
     mem = lif.init_leaky()
     mem += 1
-    with pytest.raises(ValueError, match=r"mem has shape \[5, 32\], but the input has shape \[2, 32\]"):
+    with pytest.raises(ValueError, match=r"states of shape \[5, 32\], but got input of shape \[2, 32\]: call reset_mem"):
         lif(torch.zeros(2, 32), mem)
 
 
