@@ -102,7 +102,9 @@ def replace_neurons(
     overrides = dict(overrides or {})
     given = set(constants).union(*overrides.values())
     if like and (more := sorted(given - _WITH_LIKE)):
-        raise ValueError(f"like=True takes {', '.join(sorted(_WITH_LIKE))}, the rest is that of the neuron: leave {more} out")
+        raise ValueError(
+            f"like=True takes {', '.join(sorted(_WITH_LIKE))}, the rest is that of the neuron: leave {more} out"
+        )
     found = _find(net, only)
     if not found:
         kinds = sorted({type(module).__name__ for module in net.modules()})

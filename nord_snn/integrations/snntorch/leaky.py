@@ -160,7 +160,7 @@ class AssociativeLeaky(CalledAsLeaky):
         if self._reset_mechanism == "zero":
             return mem.masked_fill(spiked, 0.0)
         by = (threshold / self.node.beta_mem).to(mem.dtype)  # the membrane decays between the reset and the input
-        return torch.where(spiked, mem - self._of_channels(by, mem), mem)
+        return mem - spiked * self._of_channels(by, mem)
 
     def _of_channels(self, parameter: Tensor, mem: Tensor) -> Tensor:
         """Return ``[D]`` in a shape that broadcasts with ``mem``."""
