@@ -27,7 +27,7 @@ ALLOWED = {
     "layers": {"ops", "neurons"},
     "learning_rules": {"_compat", "ops"},
     "monitor": {"_compat", "ops", "neurons"},
-    "convert": {"_compat", "ops", "neurons", "layers", "learning_rules", "monitor"},
+    "convert": {"_compat", "ops", "neurons", "layers", "learning_rules", "monitor", "integrations"},
     "models": {"_compat", "ops", "neurons", "layers"},
     "integrations": {"_compat", "ops", "neurons", "layers", "learning_rules", "monitor"},
 }

@@ -1,7 +1,14 @@
 """Bring a network of others over: replace its neurons, and set their thresholds for a firing rate."""
 
-from nord_snn.convert.calibration import Calibration, calibrate_thresholds
+from nord_snn.convert.calibration import Calibration, CalibrationReport, calibrate_thresholds
 from nord_snn.convert.replacing import replace_neurons
 from nord_snn.convert.report import Replacement, ReplacementReport
 
-__all__ = ["Calibration", "Replacement", "ReplacementReport", "calibrate_thresholds", "replace_neurons"]
+__all__ = [
+    "Calibration",
+    "CalibrationReport",
+    "Replacement",
+    "ReplacementReport",
+    "calibrate_thresholds",
+    "replace_neurons",
+]

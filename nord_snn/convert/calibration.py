@@ -2,17 +2,18 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nord_snn.convert.protocols import SingleStep
 from nord_snn.convert.replacing import unchanged
+from nord_snn.convert.report import aligned
 from nord_snn.neurons import AssociativeLIFNode
+from nord_snn.ops import AssociativeLIFState
 
-__all__ = ["Calibration", "calibrate_thresholds"]
+__all__ = ["Calibration", "CalibrationReport", "calibrate_thresholds"]
 
 _STEPS = 20  # bisections: the threshold is found to a millionth of its range
 
@@ -34,6 +35,15 @@ class Calibration:
     scale: float
 
 
+class CalibrationReport(list[Calibration]):
+    """What :func:`calibrate_thresholds` did, a list; ``str`` gives a table."""
+
+    def __str__(self) -> str:
+        """Return the table, with rates in percent of the time steps."""
+        rows = [(one.name, f"{100 * one.before:.2f} %", f"{100 * one.after:.2f} %", f"{one.scale:.4g}") for one in self]
+        return aligned(("name", "rate before", "rate after", "thresholds times"), rows)
+
+
 @torch.no_grad()
 def calibrate_thresholds(
     net: nn.Module,
@@ -41,17 +51,17 @@ def calibrate_thresholds(
     rate: float = 0.1,
     tolerance: float = 0.1,
     forward: Callable[..., Any] | None = None,
-) -> list[Calibration]:
+) -> CalibrationReport:
     """Scale the thresholds of every :class:`AssociativeLIFNode` so that its mean firing rate is ``rate`` on the example.
 
     ``net(*example)`` runs without gradient, from rest, and in the mode that it has: before training this is training mode, in
     which batch norms take the statistics of the example; their running statistics do not change.
 
     A layer is calibrated on the spikes of the layers before it as these are calibrated. A first run finds the order of the
-    layers. If each node then receives its whole sequence in one call, a second run calibrates all of them, each when its input
-    arrives. In a network that loops over time, a node receives its sequence over many calls: each further run records the
-    sequence of one layer and calibrates it at the end, so there are as many runs as layers. The sequence is run from rest, as a
-    network that is reset at its start runs it.
+    layers. If each node is called once, with its whole sequence, a second run calibrates all of them, each when its input
+    arrives. In a network that loops over time, or uses a node in several places, a node is called many times: each further run
+    records the sequences of one layer and calibrates it at the end, so there are as many runs as layers. Each call that starts
+    from rest starts a sequence, and the rate is that of all sequences together.
     A layer whose rate cannot be reached, such as one without input, keeps its thresholds.
 
     Args:
@@ -63,11 +73,11 @@ def calibrate_thresholds(
             is outside of the network. Default: None, the network.
 
     Returns:
-        One entry per node, in the order in which they run.
+        A list with one entry per node, in the order in which they run; ``print`` it for a table.
 
     Raises:
-        ValueError: ``rate`` is not in (0, 1), the network has none of our nodes, a node that runs single time steps received
-            one only, or inputs of several shapes, or an ``AssociativeLeaky`` resets its membrane outside of the node.
+        ValueError: ``rate`` is not in (0, 1), the network has none of our nodes, the example reaches none of them, a node that
+            runs single time steps received one only, or an ``AssociativeLeaky`` resets its membrane outside of the node.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(8, 64), AssociativeLIFNode(64, preset="lif", step_mode="m"))
@@ -96,7 +106,9 @@ def calibrate_thresholds(
         )
     run = net if forward is None else forward
     calls = _count_calls(net, nodes, lambda: run(*example))
-    single = {id(module.node) for module in net.modules() if isinstance(module, SingleStep)}
+    if not calls:
+        raise ValueError(f"the example input reached none of the neurons {list(nodes)}")
+    single = {id(module.node) for module in net.modules() if getattr(module, "runs_single_steps", False)}
     for name, n_calls in calls.items():
         if n_calls == 1 and (id(nodes[name]) in single or nodes[name].step_mode == "s"):
             raise ValueError(
@@ -107,21 +119,23 @@ def calibrate_thresholds(
         done: dict[str, Calibration] = {}
         with _hooked(net, nodes, _calibrator(rate, tolerance, done)):
             run(*example)
-        return list(done.values())
-    return [_calibrate_recorded(net, nodes, name, lambda: run(*example), rate, tolerance) for name in calls]
+        return CalibrationReport(done.values())
+    return CalibrationReport(
+        _calibrate_recorded(net, nodes, name, lambda: run(*example), rate, tolerance) for name in calls
+    )
 
 
-_Hook = Callable[[str, AssociativeLIFNode, Tensor], None]
+_Hook = Callable[[str, AssociativeLIFNode, Tensor, Mapping[str, Any]], None]
 
 
 @contextmanager
 def _hooked(net: nn.Module, nodes: Mapping[str, AssociativeLIFNode], hook: _Hook) -> Iterator[None]:
-    """Call ``hook(name, node, input)`` before every call of a node, and leave everything but thresholds as it was."""
+    """Call ``hook(name, node, input, other arguments)`` before every call of a node; change nothing but thresholds."""
 
     def before(name: str) -> Any:
-        return lambda node, args: hook(name, node, args[0])
+        return lambda node, args, kwargs: hook(name, node, args[0] if args else kwargs["x"], kwargs)
 
-    handles = [node.register_forward_pre_hook(before(name)) for name, node in nodes.items()]
+    handles = [node.register_forward_pre_hook(before(name), with_kwargs=True) for name, node in nodes.items()]
     try:
         with unchanged(net, evaluate=False):
             yield
@@ -134,7 +148,7 @@ def _count_calls(net: nn.Module, nodes: Mapping[str, AssociativeLIFNode], run: C
     """Run the network and return how often each node was called, in the order of the first calls."""
     calls: dict[str, int] = {}
 
-    def count(name: str, node: AssociativeLIFNode, x: Tensor) -> None:
+    def count(name: str, *_: Any) -> None:
         calls[name] = calls.get(name, 0) + 1
 
     with _hooked(net, nodes, count):
@@ -145,17 +159,54 @@ def _count_calls(net: nn.Module, nodes: Mapping[str, AssociativeLIFNode], run: C
 def _calibrator(rate: float, tolerance: float, done: dict[str, Calibration]) -> _Hook:
     busy = False
 
-    def calibrate(name: str, node: AssociativeLIFNode, x: Tensor) -> None:
+    def calibrate(name: str, node: AssociativeLIFNode, x: Tensor, _: Mapping[str, Any]) -> None:
         nonlocal busy
         if busy or name in done:  # a call from here, or the call that is calibrated now
             return
         busy = True
         try:
-            done[name] = _calibrate(name, node, x, rate, tolerance)
+            done[name] = _calibrate(name, node, [x], rate, tolerance)
         finally:
             busy = False
 
     return calibrate
+
+
+@dataclass
+class _Sequence:
+    """What a node receives in the calls of one sequence.
+
+    Attributes:
+        inputs: ``[T, N, *]``, one of each call.
+        last: where the caller passes states, the list that holds the state after the last call.
+        is_open: whether further calls may continue it.
+    """
+
+    inputs: list[Tensor] = field(default_factory=list)
+    last: list[AssociativeLIFState] | None = None
+    is_open: bool = True
+
+    def ends_in(self, state: AssociativeLIFState | None) -> bool:
+        """Return whether ``state`` is the one after the last call, also detached or changed in place."""
+        if state is None or not self.last:
+            return False
+        return self.last[-1].v.untyped_storage().data_ptr() == state.v.untyped_storage().data_ptr()
+
+
+def _continued(sequences: list[_Sequence], node: AssociativeLIFNode, more: Mapping[str, Any]) -> _Sequence | None:
+    """Return the sequence that a call continues, or None if it starts from rest."""
+    state, rest = more.get("state"), node.dynamics.v_rest
+    if more.get("stateless"):
+        return None
+    if more.get("new_states") is None:
+        starts = not isinstance(node.v, Tensor)
+    else:
+        starts = state is None or not (
+            (state.v != rest).any() or any(part is not None and part.any() for part in state[1:])
+        )
+    still_open = [] if starts else [sequence for sequence in sequences if sequence.is_open]
+    known = [sequence for sequence in still_open if sequence.ends_in(state)] or still_open
+    return known[-1] if known else None
 
 
 def _calibrate_recorded(
@@ -166,33 +217,37 @@ def _calibrate_recorded(
     rate: float,
     tolerance: float,
 ) -> Calibration:
-    """Run the network, record what a node receives over all calls, and calibrate it on that sequence."""
-    node, inputs = nodes[name], []
+    """Run the network, record what a node receives over all calls, and calibrate it on these sequences."""
+    node, sequences = nodes[name], list[_Sequence]()
 
-    def record(_: str, node: AssociativeLIFNode, x: Tensor) -> None:
-        inputs.append(x.clone() if node.step_mode == "m" else x.clone().unsqueeze(0))
+    def record(_: str, node: AssociativeLIFNode, x: Tensor, more: Mapping[str, Any]) -> None:
+        sequence = _continued(sequences, node, more)
+        if sequence is None:
+            sequence = _Sequence(is_open=not more.get("stateless"))
+            sequences.append(sequence)
+        sequence.inputs.append(x.clone() if node.step_mode == "m" else x.clone().unsqueeze(0))
+        sequence.last = more.get("new_states")
 
     with _hooked(net, {name: node}, record):
         run()
-    shapes = sorted({tuple(x.shape[1:]) for x in inputs})
-    if len(shapes) > 1:
-        raise ValueError(
-            f"{name or 'the node'} receives time steps of several shapes, {shapes}: it has no one sequence"
-        )
     mode, node.step_mode = node.step_mode, "m"
     try:
-        return _calibrate(name, node, torch.cat(inputs), rate, tolerance)
+        return _calibrate(name, node, [torch.cat(sequence.inputs) for sequence in sequences], rate, tolerance)
     finally:
         node.step_mode = mode
         node.reset()  # clears stored membrane potentials
 
 
-def _calibrate(name: str, node: AssociativeLIFNode, x_seq: Tensor, rate: float, tolerance: float) -> Calibration:
+def _calibrate(
+    name: str, node: AssociativeLIFNode, sequences: list[Tensor], rate: float, tolerance: float
+) -> Calibration:
     original = node.v_threshold.detach().clone()
+    size = sum(x_seq.numel() for x_seq in sequences)
 
     def rate_at(scale: float) -> float:
         node.v_threshold.copy_(original * scale)
-        return node(x_seq, stateless=True).mean().item()
+        spikes = sum(node(x_seq, stateless=True).sum(dtype=torch.float64).item() for x_seq in sequences)
+        return spikes / size if size else float("nan")
 
     before = rate_at(1.0)
     scale = 1.0 if abs(before - rate) <= tolerance * rate else _search(rate_at, rate)

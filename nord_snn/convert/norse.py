@@ -7,7 +7,7 @@ from norse.torch.functional.reset import reset_subtract, reset_value
 from norse.torch.functional.threshold import threshold
 from torch import Tensor, nn
 
-from nord_snn.convert.protocols import Protocol, SingleStep, advance, require_our_node
+from nord_snn.convert.protocols import Protocol, require_our_node
 from nord_snn.neurons import AssociativeLIFNode
 from nord_snn.ops import AssociativeLIFState, Dynamics
 
@@ -19,32 +19,38 @@ _BASES = ("SNN", "SNNCell", "SNNRecurrent", "SNNRecurrentCell")
 
 
 class _Called(nn.Module):
+    runs_single_steps = False
+
     def __init__(self, node: AssociativeLIFNode) -> None:
         super().__init__()
         self.node = node
 
-    def _run(self, x_seq: Tensor, state: AssociativeLIFState | None) -> tuple[Tensor, AssociativeLIFState]:
+    def forward(
+        self, input_tensor: Tensor, state: AssociativeLIFState | None = None
+    ) -> tuple[Tensor, AssociativeLIFState]:
+        """Run from ``state``, None for rest; return spikes and the new state."""
         if state is not None and not isinstance(state, AssociativeLIFState):
             raise TypeError(
                 f"{type(self).__name__} expects the state that it returned last, an AssociativeLIFState, or None for rest, got "
                 f"{type(state).__name__}"
             )
-        return advance(self.node, x_seq, state)
+        step_mode = "s" if self.runs_single_steps else "m"
+        if self.node.step_mode != step_mode:  # set_step_mode may have changed it
+            self.node.step_mode = step_mode
+        if state is None:
+            self.node.start_sequence()
+        new_states: list[AssociativeLIFState] = []
+        return self.node(input_tensor, state=state, new_states=new_states), new_states[0]
 
 
-class CalledAsCell(SingleStep, _Called):
+class CalledAsCell(_Called):
     """Our neurons where a network calls a cell of Norse, one time step ``[N, *]`` per call.
 
     Args:
         node: the neurons.
     """
 
-    def forward(
-        self, input_tensor: Tensor, state: AssociativeLIFState | None = None
-    ) -> tuple[Tensor, AssociativeLIFState]:
-        """Run one time step from ``state``, None for rest; return spikes and the new state."""
-        spikes, state = self._run(input_tensor.unsqueeze(0), state)
-        return spikes.squeeze(0), state
+    runs_single_steps = True
 
 
 class CalledAsSequence(_Called):
@@ -53,12 +59,6 @@ class CalledAsSequence(_Called):
     Args:
         node: the neurons.
     """
-
-    def forward(
-        self, input_tensor: Tensor, state: AssociativeLIFState | None = None
-    ) -> tuple[Tensor, AssociativeLIFState]:
-        """Run all time steps from ``state``, None for rest; return spikes and the last state."""
-        return self._run(input_tensor, state)
 
 
 def _is_neuron(module: nn.Module) -> bool:
@@ -129,9 +129,7 @@ def _fraction(value: float, name: str) -> float:
 
 
 def _put(module: nn.Module, ours: nn.Module) -> nn.Module:
-    node = require_our_node(ours, "Norse")
-    node.step_mode = "m"
-    return (CalledAsSequence if _runs_sequences(module) else CalledAsCell)(node)
+    return (CalledAsSequence if _runs_sequences(module) else CalledAsCell)(require_our_node(ours, "Norse"))
 
 
 PROTOCOL = Protocol(_is_neuron, _runs_sequences, _why_not, _like, _put)

@@ -5,12 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 
-from torch import Tensor, nn
+from torch import nn
 
 from nord_snn.neurons import AssociativeLIFNode
-from nord_snn.ops import AssociativeLIFState
 
-__all__ = ["LIBRARIES", "Protocol", "SingleStep", "advance", "protocol_of", "require_our_node"]
+__all__ = ["LIBRARIES", "Protocol", "protocol_of", "require_our_node"]
 
 #: Module of the library -> its name. Each has a file of this name beside this one, which alone imports the library.
 LIBRARIES = {"spikingjelly": "SpikingJelly", "snntorch": "snnTorch", "norse": "Norse"}
@@ -36,12 +35,6 @@ class Protocol:
     put: Callable[[nn.Module, nn.Module], nn.Module]
 
 
-class SingleStep:
-    """Mixin of modules whose network passes single time steps and loops over time itself."""
-
-    node: AssociativeLIFNode
-
-
 def protocol_of(module: nn.Module) -> Protocol | None:
     """Return the protocol of a neuron, or None for any other module. A library that is not imported has no neurons here."""
     for library in LIBRARIES:
@@ -50,24 +43,6 @@ def protocol_of(module: nn.Module) -> Protocol | None:
             if protocol.is_neuron(module):
                 return protocol
     return None
-
-
-def advance(
-    node: AssociativeLIFNode, x_seq: Tensor, state: AssociativeLIFState | None
-) -> tuple[Tensor, AssociativeLIFState]:
-    """Run ``node`` over ``x_seq [T, N, *]`` from ``state``, None for rest; return spikes and the new state.
-
-    The node runs through ``__call__``, so that monitors and hooks work, and stores no state afterwards. It stays in step mode
-    "m", which ``functional.set_step_mode`` may have changed.
-    """
-    node.step_mode = "m"
-    node.first_batches.batches_left = 0  # a call may be a single time step, not a batch
-    node.v, node.i_syn, node.refractory = (node.dynamics.v_rest, 0.0, 0) if state is None else state
-    try:
-        spikes = node(x_seq)
-        return spikes, node.materialize_states((x_seq,), (node.v, node.i_syn, node.refractory), "m")
-    finally:
-        node.reset()
 
 
 def require_our_node(node: nn.Module, library: str) -> AssociativeLIFNode:

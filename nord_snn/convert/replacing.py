@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from nord_snn._compat.spikingjelly import clear_module_cache
 from nord_snn.convert.protocols import LIBRARIES, Protocol, protocol_of
@@ -23,6 +24,7 @@ _CHANNELS: tuple[type[nn.Module], ...] = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm),
     *(nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
 )
+_WITH_LIKE = {"backend", "channel_dim", "learnable", "store_v_seq"}
 _FEATURES: tuple[type[nn.Module], ...] = (nn.Linear, nn.LayerNorm, nn.Embedding)
 
 
@@ -50,6 +52,7 @@ def replace_neurons(
     like: bool = False,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     neuron: Callable[..., nn.Module] = AssociativeLIFNode,
+    forward: Callable[..., Any] | None = None,
     **constants: Any,
 ) -> ReplacementReport:
     """Replace neurons of ``net`` in place by :class:`nord_snn.neurons.AssociativeLIFNode`.
@@ -72,9 +75,11 @@ def replace_neurons(
             module. Default: None, all of these libraries.
         like: give the same spikes as the neuron that is replaced, see :meth:`AssociativeLIFNode.like`. Default: False. The
             membrane potentials that a network of snnTorch receives are those after the reset.
-        overrides: further arguments for single neurons, by name.
+        overrides: further arguments for single neurons, by name. With ``like``, only ``channel_dim``, ``learnable``, ``backend``
+            and ``store_v_seq``, which stores the membrane potentials of a sequence in ``v_seq`` of the node.
         neuron: what to replace by: ``neuron(width, channel_dim=..., step_mode=..., **constants)``. Not with ``like``. In
             networks of snnTorch and Norse it must make an ``AssociativeLIFNode``.
+        forward: what to call with the example, such as ``lambda batch: net(**batch)``. Default: None, the network.
         constants: arguments for all neurons, such as ``preset="nord"``.
 
     Returns:
@@ -95,6 +100,11 @@ def replace_neurons(
     if like and neuron is not AssociativeLIFNode:
         raise ValueError("like=True makes AssociativeLIFNodes: leave neuron= out")
     overrides = dict(overrides or {})
+    given = set(constants).union(*overrides.values())
+    if like and (more := sorted(given - _WITH_LIKE)):
+        raise ValueError(
+            f"like=True takes {', '.join(sorted(_WITH_LIKE))}, the rest is that of the neuron: leave {more} out"
+        )
     found = _find(net, only)
     if not found:
         kinds = sorted({type(module).__name__ for module in net.modules()})
@@ -103,7 +113,7 @@ def replace_neurons(
         raise ValueError(
             f"overrides for {unknown}, which are not among the selected neurons {[one.names[0] for one in found]}"
         )
-    _observe(net, example, found)
+    _observe(net, lambda: (net if forward is None else forward)(*example), found)
     report = ReplacementReport()
     for one in found:
         own = {key: value for name in one.names for key, value in overrides.get(name, {}).items()}
@@ -132,7 +142,7 @@ def _selected(name: str, module: nn.Module, only: Selection | None) -> bool:
     return bool(only(name, module))
 
 
-def _observe(net: nn.Module, example: tuple[Any, ...], found: list[_Found]) -> None:
+def _observe(net: nn.Module, run: Callable[[], Any], found: list[_Found]) -> None:
     """Run the network and record the inputs of the neurons, and which kind of layer made them."""
     made: dict[int, tuple[Tensor, int]] = {}  # storage -> tensor, which keeps the address in use, and channel dimension
 
@@ -160,7 +170,7 @@ def _observe(net: nn.Module, example: tuple[Any, ...], found: list[_Found]) -> N
     hooks += [one.module.register_forward_pre_hook(record_input(one), with_kwargs=True) for one in found]
     try:
         with unchanged(net):
-            net(*example)
+            run()
     finally:
         for hook in hooks:
             hook.remove()
@@ -173,7 +183,7 @@ def unchanged(net: nn.Module, evaluate: bool = True) -> Iterator[None]:
     Modes and buffers are as before afterwards, and the state is reset.
     """
     modes = [(module, module.training) for module in net.modules()]
-    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    buffers = {name: buffer.clone() for name, buffer in net.named_buffers() if not is_lazy(buffer)}
     reset(net)
     if evaluate:
         net.eval()
@@ -205,7 +215,10 @@ def _replace(
     step_mode = "m" if library.runs_sequences(one.module) else "s"
     try:
         if like:
+            store_v_seq = more.pop("store_v_seq", None)
             made: nn.Module = library.like(one.module, width, channel_dim=channel_dim, **more)
+            if store_v_seq is not None:
+                made.store_v_seq = store_v_seq
         else:
             made = neuron(width, channel_dim=channel_dim, step_mode=step_mode, **{"preset": "lif"} | more)
     except TypeError as error:

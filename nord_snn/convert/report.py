@@ -1,9 +1,12 @@
 """What replacing did, neuron by neuron."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from textwrap import wrap
 
-__all__ = ["Replacement", "ReplacementReport"]
+__all__ = ["Replacement", "ReplacementReport", "aligned"]
+
+_WIDTH = 80  # of a terminal, and of a file
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Replacement:
 
 @dataclass
 class ReplacementReport:
-    """What :func:`replace_neurons` did; ``str`` gives a Markdown table."""
+    """What :func:`replace_neurons` did; ``str`` gives a table."""
 
     rows: list[Replacement] = field(default_factory=list)
 
@@ -50,14 +53,28 @@ class ReplacementReport:
         return len(self.rows)
 
     def __str__(self) -> str:
-        """Return the Markdown table."""
-        lines = ["| name | was | is | width | channel_dim | skipped |", "|---|---|---|---|---|---|"]
-        lines += [
-            f"| {row.name} | {row.was} | {row.now} | {_shown(row.width)} | {_shown(row.channel_dim)} | {row.skipped} |"
-            for row in self.rows
+        """Return the table of what was replaced, and below it what was skipped and why; no reason is wider than 80 columns."""
+        rows = [(row.name, row.was, row.now, str(row.width), str(row.channel_dim)) for row in self.replaced]
+        parts = [aligned(("name", "was", "is", "width", "channel_dim"), rows)] if rows else []
+        parts += [
+            "\n".join(
+                wrap(f"skipped {row.name or 'the network'} ({row.was}): {row.skipped}", _WIDTH, subsequent_indent="  ")
+            )
+            for row in self.skipped
         ]
-        return "\n".join(lines)
+        return "\n".join(parts)
 
 
-def _shown(value: int | None) -> str:
-    return "" if value is None else str(value)
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table with aligned columns; from the second one on, columns of numbers are aligned at the right."""
+    lines = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    numbers = [all(cell[-1:].isdigit() or cell.endswith("%") for cell in column) for column in zip(*rows, strict=True)]
+    right = [False, *numbers[1:]]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if is_right else cell.ljust(width)
+            for cell, width, is_right in zip(line, widths, right, strict=True)
+        ).rstrip()
+        for line in lines
+    )

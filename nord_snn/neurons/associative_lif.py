@@ -74,7 +74,7 @@ class AssociativeLIFNode(StatefulNode):
         step_mode: ``"s"`` for one time step ``[N, *, D]`` per call, ``"m"`` for sequences ``[T, N, *, D]``.
         backend: see :func:`nord_snn.ops.associative_lif`.
         store_v_seq: store membrane potentials in ``v_seq``, ``[T, N, *, D]``: of the last call in step mode ``"m"``, of all
-            calls since the last reset in ``"s"``.
+            calls since the last reset in ``"s"``, and since the start of the sequence where the caller passes states.
         tau: SpikingJelly's name of ``beta_mem = 1 - 1 / tau``.
         v_threshold: SpikingJelly's name of ``threshold``.
         surrogate_function: SpikingJelly's name of ``surrogate``.
@@ -331,27 +331,43 @@ class AssociativeLIFNode(StatefulNode):
         x = x.movedim(self._dimension(self._step_ndim(x)), -1)
         return associative_lif_backend(x, self.backend, surrogate, clusters, self.dynamics, n_decays)
 
-    def forward(self, x: Tensor, *, stateless: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        stateless: bool = False,
+        state: AssociativeLIFState | None = None,
+        new_states: list[AssociativeLIFState] | None = None,
+    ) -> Tensor:
         """Return the spikes for input current ``x``.
 
         Args:
             x: ``[N, *, D]`` in step mode ``"s"``, ``[T, N, *, D]`` in ``"m"``; D stands at ``channel_dim``.
             stateless: start from rest and leave the stored state unchanged, as layers over whole sequences do.
+            state: with ``new_states``, the state to start from, None for rest. Where the membrane potential is the whole
+                state, the other two parts may be None.
+            new_states: a list to which the state after ``x`` is appended; the stored state is neither read nor changed. The
+                caller marks the start of each sequence with :meth:`start_sequence`.
 
         Returns:
             Zeros and ones in the shape and dtype of ``x``.
         """
-        multi = self.step_mode == "m"
+        multi, passed = self.step_mode == "m", new_states is not None
         self.check_input(x, self.step_mode)
-        initial = None if stateless else self._stored_state(x)
-        membrane_only = self.is_membrane_only and (initial is None or initial.i_syn is None)
-        spikes, v_seq, state = self._run(x, initial, self.store_v_seq, membrane_only, single_step=not multi)
-        if not stateless:
-            self.set_memories({"v": state.v} if membrane_only else state._asdict())
+        if passed:
+            initial = None if state is None else self._state_tensors(x, state)
+        else:
+            initial = None if stateless else self._stored_state(x)
+        membrane_only = self.is_membrane_only and (not passed if initial is None else initial.i_syn is None)
+        spikes, v_seq, last = self._run(x, initial, self.store_v_seq, membrane_only, single_step=not multi)
+        if new_states is not None:
+            new_states.append(last)
+        elif not stateless:
+            self.set_memories({"v": last.v} if membrane_only else last._asdict())
         if not torch.compiler.is_compiling() and self.first_batches.batches_left and self.training:
             self._count(spikes, stateless)
         if v_seq is not None:
-            self._keep_v_seq(v_seq if multi else v_seq.unsqueeze(0), is_continued=not (multi or stateless))
+            self._keep_v_seq(v_seq if multi else v_seq.unsqueeze(0), is_continued=passed or not (multi or stateless))
         return spikes
 
     def _keep_v_seq(self, v_seq: Tensor, is_continued: bool) -> None:
@@ -373,17 +389,28 @@ class AssociativeLIFNode(StatefulNode):
         super().reset()
         self._end_batch()
 
+    def start_sequence(self) -> None:
+        """Clear the stored membrane potentials and end a training batch, where the caller passes states."""
+        self.v_seq = None
+        if not torch.compiler.is_compiling():
+            self._end_batch()
+
     def _stored_state(self, x: Tensor) -> AssociativeLIFState | None:
         """Return the stored state as tensors for this input; None at rest."""
         stored = v, i_syn, refractory = self.get_memories("v", "i_syn", "refractory")
         are_numbers = not (isinstance(i_syn, Tensor) or isinstance(refractory, Tensor))
         if are_numbers and not isinstance(v, Tensor) and stored == (self.dynamics.v_rest, 0.0, 0):
             return None
-        if are_numbers and self.is_membrane_only:
+        return self._state_tensors(x, stored)
+
+    def _state_tensors(self, x: Tensor, state: _States) -> AssociativeLIFState:
+        """Return a state as tensors for this input, the membrane potential alone where it is the whole state."""
+        v, i_syn, refractory = state
+        if self.is_membrane_only and not (isinstance(i_syn, Tensor) or isinstance(refractory, Tensor)):
             step = x.shape[1:] if self.step_mode == "m" else x.shape
             v = state_tensor(v, x, step, compute_dtype(x), type(self).__name__)
             return AssociativeLIFState(v, cast(Tensor, None), cast(Tensor, None))
-        return self.materialize_states((x,), stored, self.step_mode)
+        return self.materialize_states((x,), state, self.step_mode)
 
     def _dimension(self, step_ndim: int) -> int:
         """Return the dimension of the neurons, counted from the end, where a time step has ``step_ndim`` dimensions."""

@@ -19,5 +19,8 @@ def firing_above(threshold: Tensor, dtype: torch.dtype) -> Tensor:
         True
     """
     threshold = threshold.to(dtype)
-    above = torch.nextafter(threshold.detach(), threshold.new_full((), torch.inf))
+    with torch.no_grad():
+        above = torch.nextafter(threshold, threshold.new_full((), torch.inf))
+    if not (threshold.requires_grad and torch.is_grad_enabled()):
+        return above
     return threshold + (above - threshold.detach())

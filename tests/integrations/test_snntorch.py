@@ -146,7 +146,7 @@ def test_states_of_another_shape_raise_and_are_not_reset_silently():
     ):
         with pytest.raises(ValueError, match=message):
             lif(torch.rand(3, 16), *states)
-    with pytest.raises(TypeError, match="pass neither syn nor mem"):
+    with pytest.raises(TypeError, match="do not pass mem or syn"):
         hidden(torch.rand(3, 16), syn, mem)
     with pytest.raises(ValueError, match=r"\[N, \*, D\] with D = 16"):
         lif(torch.rand(3, 15))

@@ -1,4 +1,4 @@
-"""What our neurons with snnTorch's signatures share: the node, the stored state, the rule of the refractory counter."""
+"""What our neurons with snnTorch's signatures share: the node, the stored state, the rule for what callers do not pass."""
 
 import itertools
 from typing import Any
@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from nord_snn._compat.torch import assert_in_graph, initialize_lazy_module, is_view
+from nord_snn.neurons.activity import has_values
 from nord_snn.neurons.associative_lif import AssociativeLIFNode, LazyAssociativeLIFNode
 from nord_snn.ops import AssociativeLIFState
-from nord_snn.ops.checks import compute_dtype
 
 __all__ = ["STORED", "OneStepNeuron", "StrictNode", "strict_node"]
 
@@ -19,10 +19,11 @@ STORED = ("_syn", "_mem", "_refractory", "_fresh", "_call")
 
 _calls = itertools.count(1)
 _CALL = "_nord_snn_call"
+_NO_PARTS: Any = (None, None)
 
 
 class StrictNode(AssociativeLIFNode):
-    """Fire only above the threshold, not at it, as snnTorch's neurons do, and run one time step from an explicit state.
+    """Fire only above the threshold, not at it, as snnTorch's neurons do.
 
     Attributes:
         resets_outside: whether the membrane is reset between the calls of the node, and not by its dynamics.
@@ -31,33 +32,9 @@ class StrictNode(AssociativeLIFNode):
     strict = True
     resets_outside = False
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        stateless: bool = False,
-        state: AssociativeLIFState | None = None,
-        new_states: list[AssociativeLIFState] | None = None,
-    ) -> Tensor:
-        """Return the spikes of one time step from ``state``, None for rest, and append the state after it to ``new_states``.
-
-        Without ``new_states`` it is a call of an :class:`AssociativeLIFNode`.
-        """
-        if new_states is None:
-            return super().forward(x, stateless=stateless)
-        # Layers set step mode "m" on all their modules; x is then [1, N, *, D].
-        spikes, _, new_state = self._run(x, state, single_step=self.step_mode == "s")
-        new_states.append(new_state)
-        return spikes
-
     def neuron_dimension(self, ndim: int) -> int:
         """Return the dimension of the neurons in a time step of ``ndim`` dimensions, counted from the end."""
         return self._dimension(ndim)
-
-    @property
-    def emits_binary_spikes(self) -> bool:
-        """Return whether all outputs are zeros and ones."""
-        return super().emits_binary_spikes
 
 
 class LazyStrictNode(LazyAssociativeLIFNode, StrictNode):
@@ -74,13 +51,20 @@ def strict_node(n_features: int | None, *arguments: Any, **more: Any) -> StrictN
 
 
 class OneStepNeuron(nn.Module):
-    """Mixin: run ``self.node`` for one time step and store its state, as snnTorch's neurons do."""
+    """Mixin: run ``self.node`` for one time step and store its state, as snnTorch's neurons do.
 
-    node: StrictNode
+    Callers pass ``mem``, and ``syn`` where the signature is that of ``Synaptic``. The other parts of the state are stored. They
+    belong to the last call, and stay for every ``mem`` that is passed next in the same shape, unless all that is passed is zero.
+    """
+
+    node: AssociativeLIFNode
     init_hidden: bool
     output: bool
+    runs_single_steps = True
+    #: Whether callers do not pass the synaptic current.
+    stores_current = False
 
-    def _store_at_rest(self) -> None:
+    def _start_at_rest(self) -> None:
         for name in ("_syn", "_mem", "_refractory"):
             self.register_buffer(name, torch.zeros(0), persistent=False)
         self._syn: Tensor
@@ -111,6 +95,8 @@ class OneStepNeuron(nn.Module):
     def _assign_mem(self, value: Tensor) -> None:
         """Assign ``mem``. TorchDynamo does not run setters of properties, so our methods call this one."""
         self._mem = value
+        if self.stores_current or self._syn.shape != value.shape:
+            self._syn = torch.zeros_like(value)
         self._refractory = torch.zeros_like(value, dtype=torch.int32)
         self._fresh = True
 
@@ -119,15 +105,9 @@ class OneStepNeuron(nn.Module):
         self._syn = torch.zeros_like(x, requires_grad=False)
         self._assign_mem(torch.zeros_like(x, requires_grad=False))
 
-    def _prepare(self, x: Tensor) -> None:
-        """Find the width at the first call, and check the input."""
-        if isinstance(self.node, LazyModuleMixin):
-            initialize_lazy_module(self.node, x.unsqueeze(0) if self.node.step_mode == "m" else x)
-        self.node.check_input(x, "s")
-
     def _own_is_rest(self, x: Tensor) -> bool:
         """Return whether the stored states are those of a reset before a batch of another shape."""
-        mem, syn = self._mem, self._syn  # in AssociativeLeaky syn is always 0
+        mem, syn = self._mem, self._syn
         if not self._fresh or mem.shape == x.shape:
             return False
         if mem.is_meta:
@@ -138,47 +118,90 @@ class OneStepNeuron(nn.Module):
             raise ValueError(self._wrong_shape(x, mem))
         return True
 
-    def _checked(self, x: Tensor, syn: Tensor, mem: Tensor, refractory: Tensor) -> AssociativeLIFState:
-        """Return the state before the time step, converted to the device and precision of the input."""
-        for state in (mem, syn):
-            if state.shape != x.shape:
-                raise ValueError(self._wrong_shape(x, state))
-        dtype = compute_dtype(x)
-        return AssociativeLIFState(mem.to(x.device, dtype), syn.to(x.device, dtype), refractory.to(x.device))
+    @property
+    def _membrane_only(self) -> bool:
+        return self.stores_current and self.node.is_membrane_only
 
-    def _counter_of(self, x: Tensor, syn: Tensor, mem: Tensor) -> Tensor:
-        """Return the refractory counter for states that the caller passes.
+    @property
+    def _has_hidden_parts(self) -> bool:
+        """Return whether there is a part of the state that callers do not pass."""
+        return (self.stores_current and not self.node.is_membrane_only) or self.node.refractory_steps > 0
+
+    def _step(self, x: Tensor, mem: Tensor | None, syn: Tensor | None = None) -> Tensor:
+        """Run one time step from the states that are passed, else from the stored ones; store the new ones."""
+        if isinstance(self.node, LazyModuleMixin):
+            initialize_lazy_module(self.node, x.unsqueeze(0) if self.node.step_mode == "m" else x)
+        self.node.check_input(x, "s")
+        if self.init_hidden and not (mem is None and syn is None):
+            raise TypeError("with init_hidden=True the module stores the states: do not pass mem or syn")
+        state = self._state(x, mem, syn)
+        if self._starts(mem):
+            self.node.start_sequence()
+        new_states: list[AssociativeLIFState] = []
+        multi = self.node.step_mode == "m"  # layers set it on all their modules
+        spk = self.node(x.unsqueeze(0) if multi else x, state=state, new_states=new_states)
+        self._store(new_states[0])
+        return spk.squeeze(0) if multi else spk
+
+    def _starts(self, mem: Tensor | None) -> bool:
+        """Return whether a sequence starts: after a reset, or from zeros that the caller passes."""
+        if mem is None or mem is self._mem:
+            return self._fresh
+        node = self.node
+        if not (node.store_v_seq or (node.training and node.first_batches.batches_left)):
+            return False
+        return not torch.compiler.is_compiling() and has_values(mem) and not mem.any()
+
+    def _state(self, x: Tensor, mem: Tensor | None, syn: Tensor | None) -> AssociativeLIFState | None:
+        """Return the state before the time step; None for rest."""
+        own = mem is None or (mem is self._mem and (syn is None or syn is self._syn))
+        if own and self._own_is_rest(x):
+            return None
+        mem = self._mem if mem is None else mem
+        if mem.shape != x.shape:
+            raise ValueError(self._wrong_shape(x, mem))
+        if self._membrane_only:
+            return AssociativeLIFState(mem, *_NO_PARTS)
+        syn, counter = (self._syn, self._refractory) if own else self._other_parts(x, mem, syn)
+        if syn.shape != x.shape:
+            raise ValueError(self._wrong_shape(x, syn))
+        return AssociativeLIFState(mem, syn, counter)
+
+    def _other_parts(self, x: Tensor, mem: Tensor, syn: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return synaptic current and refractory counter for states that the caller passes.
 
         Raises:
-            ValueError: the states are those of an earlier call, whose counter is no longer stored.
+            ValueError: ``mem`` is that of an earlier call, for which the other parts are no longer stored.
         """
-        counter = self._refractory
+        current, counter = self._syn if syn is None else syn, self._refractory
         if counter.shape != x.shape:
-            return torch.zeros_like(x, dtype=torch.int32)
-        if mem is self._mem or self.node.refractory_steps == 0:
-            return counter
+            current = torch.zeros_like(x, requires_grad=False) if syn is None else syn
+            return current, torch.zeros_like(x, dtype=torch.int32, requires_grad=False)
+        if mem is self._mem or not self._has_hidden_parts:
+            return current, counter
         if not torch.compiler.is_compiling() and getattr(mem, _CALL, self._call) != self._call:
+            parts = "synaptic currents and refractory counters" if syn is None else "refractory counters"
+            constants = "refractory_steps=0 and beta_syn=0" if syn is None else "refractory_steps=0"
             raise ValueError(
-                f"{type(self).__name__} got the mem of an earlier call, but stores the refractory counters of its last call "
-                "only: run one sequence after the other, or pass refractory_steps=0"
+                f"{type(self).__name__} got the mem of an earlier call, but stores the {parts} of its last call only: run one "
+                f"sequence after the other, or pass {constants}"
             )
-        return counter.masked_fill(~(mem.any() | syn.any()).to(counter.device), 0)
-
-    def _run_node(self, x: Tensor, state: AssociativeLIFState | None) -> tuple[Tensor, AssociativeLIFState]:
-        """Run the node through ``__call__``, so that monitors count its spikes."""
-        new_states: list[AssociativeLIFState] = []
-        multi = self.node.step_mode == "m"
-        spk = self.node(x.unsqueeze(0) if multi else x, state=state, new_states=new_states)
-        return spk.squeeze(0) if multi else spk, new_states[0]
+        rest = ~(mem.any() if syn is None else mem.any() | syn.any()).to(counter.device)
+        return current.masked_fill(rest, 0) if syn is None else current, counter.masked_fill(rest, 0)
 
     def _store(self, state: AssociativeLIFState) -> None:
         compiling = torch.compiler.is_compiling()
-        # snnTorch detaches states in place, which raises for views; views do not outlive compiled code.
-        self._mem, self._syn = (x.clone() if not compiling and is_view(x) else x for x in (state.v, state.i_syn))
-        self._refractory = state.refractory
+
+        def kept(x: Tensor) -> Tensor:
+            # snnTorch detaches states in place, which raises for views; views do not outlive compiled code.
+            return x.clone() if not compiling and is_view(x) else x
+
+        self._mem = kept(state.v)
+        if not self._membrane_only:
+            self._syn, self._refractory = kept(state.i_syn), state.refractory
         if self._fresh:
             self._fresh = False
-        if self.node.refractory_steps and not compiling:
+        if self._has_hidden_parts and not compiling:
             self._call = next(_calls)
             setattr(self._mem, _CALL, self._call)
 

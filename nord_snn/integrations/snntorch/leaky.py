@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from nord_snn._compat.snntorch import LeakyWithOwnState
-from nord_snn.integrations.snntorch.base import OneStepNeuron, strict_node
+from nord_snn.integrations.snntorch.base import OneStepNeuron, StrictNode, strict_node
+from nord_snn.neurons import AssociativeLIFNode
 from nord_snn.ops import AssociativeLIFState, Dynamics
+from nord_snn.ops.checks import compute_dtype
 from nord_snn.ops.surrogate import SurrogateLike
 
-__all__ = ["AssociativeLeaky"]
+__all__ = ["AssociativeLeaky", "CalledAsLeaky"]
 
 _RESETS = ("subtract", "zero", "none")
 #: Values of snnTorch's arguments that change nothing; others are not supported.
@@ -21,7 +23,43 @@ _NEUTRAL: dict[str, Any] = {
 _OF_THE_NODE = {"channel_dim", "own_decays", "alpha", "backend"}
 
 
-class AssociativeLeaky(OneStepNeuron, LeakyWithOwnState):
+class CalledAsLeaky(OneStepNeuron, LeakyWithOwnState):
+    """Neurons that are called and reset as ``snntorch.Leaky`` or ``Lapicque``. Their synaptic current, too, is stored.
+
+    Args:
+        node: the neurons.
+        init_hidden: store the state in the module: ``spk = lif(x)``.
+        output: with ``init_hidden``, also return ``mem``.
+    """
+
+    stores_current = True
+
+    def __init__(self, node: AssociativeLIFNode, init_hidden: bool, output: bool) -> None:
+        super().__init__(init_hidden, output)
+        self.node = node
+        self._start_at_rest()
+        self.register()
+
+    def reset_mem(self) -> Tensor:
+        """Set the state to rest and return ``mem``."""
+        self._assign_mem(torch.zeros_like(self._mem))
+        return self._mem
+
+    def init_leaky(self) -> Tensor:
+        """Set the state to rest and return ``mem``: the older name of :meth:`reset_mem`."""
+        return self.reset_mem()
+
+    def init_lapicque(self) -> Tensor:
+        """Set the state to rest and return ``mem``: the older name of :meth:`reset_mem` in ``Lapicque``."""
+        return self.reset_mem()
+
+    def forward(self, input_: Tensor, mem: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Run one time step from ``mem``, or from the stored membrane potential without it."""
+        spk = self._step(input_, mem)
+        return spk if self.init_hidden and not self.output else (spk, self._mem)
+
+
+class AssociativeLeaky(CalledAsLeaky):
     """LIF neurons that take the place of ``snntorch.Leaky``: one time step per call, the same spikes to rounding.
 
     Per time step, with the reset by the membrane potential of the time step before, as in ``Leaky``::
@@ -72,6 +110,8 @@ class AssociativeLeaky(OneStepNeuron, LeakyWithOwnState):
         (torch.Size([4, 16]), torch.Size([16]))
     """
 
+    node: StrictNode
+
     def __init__(
         self,
         n_features: int | None = None,
@@ -92,10 +132,8 @@ class AssociativeLeaky(OneStepNeuron, LeakyWithOwnState):
         changed += sorted(more.keys() - _OF_THE_NODE)
         if changed:
             raise TypeError(f"AssociativeLeaky does not support {', '.join(changed)}")
-        super().__init__(init_hidden, output)
-        self._reset_mechanism = reset_mechanism
         learned = {"beta_mem": learn_beta, "threshold": learn_threshold}
-        self.node = strict_node(
+        node = strict_node(
             n_features,
             preset="lif",
             threshold=threshold,
@@ -105,57 +143,26 @@ class AssociativeLeaky(OneStepNeuron, LeakyWithOwnState):
             learnable=[name for name, learned in learned.items() if learned],
             **more,
         )
-        self.node.resets_outside = reset_mechanism != "none"
-        self._store_at_rest()
-        self.register()
+        node.resets_outside = reset_mechanism != "none"
+        super().__init__(node, init_hidden, output)
+        self._reset_mechanism = reset_mechanism
 
-    def reset_mem(self) -> Tensor:
-        """Set the state to rest and return ``mem``."""
-        self._assign_mem(torch.zeros_like(self._mem))
-        return self._mem
-
-    def init_leaky(self) -> Tensor:
-        """Set the state to rest and return ``mem``: the older name of :meth:`reset_mem`."""
-        return self.reset_mem()
-
-    def forward(self, input_: Tensor, mem: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Run one time step from ``mem``, or from the stored membrane potential without it."""
-        self._prepare(input_)
-        if self.init_hidden and mem is not None:
-            raise TypeError("with init_hidden=True the module stores the state: do not pass mem")
-        spk, state = self._run_node(input_, self._state(input_, self._mem if mem is None else mem))
-        self._store(state)
-        return spk if self.init_hidden and not self.output else (spk, self._mem)
-
-    def _state(self, x: Tensor, mem: Tensor) -> AssociativeLIFState | None:
+    def _state(self, x: Tensor, mem: Tensor | None, syn: Tensor | None) -> AssociativeLIFState | None:
         """Return the state before the time step, after the reset by its membrane potential; None for rest."""
-        if mem is self._mem and self._own_is_rest(x):
-            return None
-        if self._syn.shape != x.shape:
-            self._syn = torch.zeros_like(x, requires_grad=False)
-        counter = self._refractory
-        if counter.shape != x.shape:
-            counter = torch.zeros_like(x, dtype=torch.int32)
-        state = self._checked(x, self._syn, mem, counter)
-        return state._replace(v=self._reset(state.v))
+        state = super()._state(x, mem, syn)
+        if state is None or self._reset_mechanism == "none":
+            return state
+        return state._replace(v=self._reset(state.v.to(x.device, compute_dtype(x))))
 
     def _reset(self, mem: Tensor) -> Tensor:
-        if self._reset_mechanism == "none":
-            return mem
-        threshold, beta = self.node.v_threshold, self.node.beta_mem
+        threshold = self.node.v_threshold
         spiked = mem > self._of_channels(threshold, mem)
         if self._reset_mechanism == "zero":
             return mem.masked_fill(spiked, 0.0)
-        by = self._of_channels(
-            (threshold / beta).to(mem.dtype), mem
-        )  # the membrane decays between the reset and the input
-        return torch.where(spiked, mem - by, mem)
+        by = (threshold / self.node.beta_mem).to(mem.dtype)  # the membrane decays between the reset and the input
+        return mem - spiked * self._of_channels(by, mem)
 
     def _of_channels(self, parameter: Tensor, mem: Tensor) -> Tensor:
         """Return ``[D]`` in a shape that broadcasts with ``mem``."""
         after = -1 - self.node.neuron_dimension(mem.ndim)
         return parameter.reshape(-1, *(1,) * after) if after else parameter
-
-    def _store(self, state: AssociativeLIFState) -> None:
-        """Store the state; without a synaptic decay the current is no state."""
-        super()._store(state._replace(i_syn=self._syn))

@@ -7,18 +7,68 @@ from torch import Tensor
 
 from nord_snn._compat.snntorch import SynapticWithOwnState
 from nord_snn.integrations.snntorch.base import OneStepNeuron, strict_node
+from nord_snn.neurons import AssociativeLIFNode
 from nord_snn.neurons.presets import OF_PRESET
-from nord_snn.ops import AssociativeLIFState
 from nord_snn.ops.surrogate import SurrogateLike
 
-__all__ = ["AssociativeSynaptic"]
+__all__ = ["AssociativeSynaptic", "CalledAsSynaptic"]
 
 #: Arguments of snnTorch's neurons that AssociativeSynaptic does not support.
 _UNSUPPORTED = {"graded_spikes_factor", "inhibition", "learn_graded_spikes_factor", "reset_delay", "reset_mechanism",
              "state_quant", "surrogate_disable", "weight_hadamard"}  # fmt: skip
 
 
-class AssociativeSynaptic(OneStepNeuron, SynapticWithOwnState):
+class CalledAsSynaptic(OneStepNeuron, SynapticWithOwnState):
+    """Neurons that are called and reset as ``snntorch.Synaptic``.
+
+    Args:
+        node: the neurons.
+        init_hidden: store the states in the module: ``spk = lif(x)``.
+        output: with ``init_hidden``, also return the states.
+    """
+
+    def __init__(self, node: AssociativeLIFNode, init_hidden: bool, output: bool) -> None:
+        super().__init__(init_hidden, output)
+        self.node = node
+        self._start_at_rest()
+        self.register()
+
+    @property
+    def alpha(self) -> Tensor:
+        """Return the synaptic decay, ``[1]`` or ``[D]``."""
+        return self.node.beta_syn
+
+    @property
+    def syn(self) -> Tensor:
+        """Return the synaptic current after the last time step."""
+        return self._syn
+
+    @syn.setter
+    def syn(self, value: Tensor) -> None:
+        self._syn = value
+        self._fresh = True
+
+    def reset_mem(self) -> tuple[Tensor, Tensor]:
+        """Set the state to rest and return ``syn, mem``."""
+        self._syn = torch.zeros_like(self._syn)
+        self._assign_mem(torch.zeros_like(self._mem))
+        return self._syn, self._mem
+
+    def init_synaptic(self) -> tuple[Tensor, Tensor]:
+        """Set the state to rest and return ``syn, mem``: the older name of :meth:`reset_mem`."""
+        return self.reset_mem()
+
+    def forward(
+        self, input_: Tensor, syn: Tensor | None = None, mem: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """Run one time step from ``syn`` and ``mem``, or from the stored states without them."""
+        if (syn is None) != (mem is None):
+            raise ValueError("pass both syn and mem, or neither to go on from the stored states")
+        spk = self._step(input_, mem, syn)
+        return spk if self.init_hidden and not self.output else (spk, self._syn, self._mem)
+
+
+class AssociativeSynaptic(CalledAsSynaptic):
     """Associative LIF neurons that are called and reset as ``snntorch.Synaptic``: one time step per call.
 
     The equations are those of :func:`nord_snn.ops.associative_lif`, with two differences from
@@ -86,9 +136,8 @@ class AssociativeSynaptic(OneStepNeuron, SynapticWithOwnState):
             raise TypeError(
                 f"AssociativeSynaptic does not support {', '.join(unsupported)}: it subtracts its threshold in the same time step"
             )
-        super().__init__(init_hidden, output)
         learned = {"beta_syn": learn_alpha, "beta_mem": learn_beta, "threshold": learn_threshold}
-        self.node = strict_node(
+        node = strict_node(
             n_features,
             n_clusters,
             threshold=threshold,
@@ -98,48 +147,4 @@ class AssociativeSynaptic(OneStepNeuron, SynapticWithOwnState):
             learnable=[name for name, learned in learned.items() if learned],
             **more,
         )
-        self._store_at_rest()
-        self.register()
-
-    @property
-    def alpha(self) -> Tensor:
-        """Return the synaptic decay, ``[1]`` or ``[D]``."""
-        return self.node.beta_syn
-
-    @property
-    def syn(self) -> Tensor:
-        """Return the synaptic current after the last time step."""
-        return self._syn
-
-    @syn.setter
-    def syn(self, value: Tensor) -> None:
-        self._syn = value
-        self._fresh = True
-
-    def reset_mem(self) -> tuple[Tensor, Tensor]:
-        """Set the state to rest and return ``syn, mem``."""
-        self._syn = torch.zeros_like(self._syn)
-        self._assign_mem(torch.zeros_like(self._mem))
-        return self._syn, self._mem
-
-    def forward(
-        self, input_: Tensor, syn: Tensor | None = None, mem: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Run one time step from ``syn`` and ``mem``, or from the stored states without them."""
-        self._prepare(input_)
-        if self.init_hidden and not (syn is None and mem is None):
-            raise TypeError("with init_hidden=True the module stores the states: pass neither syn nor mem")
-        if (syn is None) != (mem is None):
-            raise ValueError("pass both syn and mem, or neither to go on from the stored states")
-        spk, state = self._run_node(input_, self._state(input_, syn, mem))
-        self._store(state)
-        return spk if self.init_hidden and not self.output else (spk, self._syn, self._mem)
-
-    def _state(self, x: Tensor, syn: Tensor | None, mem: Tensor | None) -> AssociativeLIFState | None:
-        """Return the state before the time step; None for rest."""
-        own = syn is None or mem is None or (syn is self._syn and mem is self._mem)
-        if own and self._own_is_rest(x):
-            return None
-        if syn is None or mem is None:
-            return self._checked(x, self._syn, self._mem, self._refractory)
-        return self._checked(x, syn, mem, self._counter_of(x, syn, mem))
+        super().__init__(node, init_hidden, output)
