@@ -8,7 +8,7 @@ import threading
 import torch
 from torch import Tensor
 
-__all__ = ["whole_lines", "workspace"]
+__all__ = ["workspace"]
 
 _LINE = 64  # bytes of a cache line
 _KEPT = 1 << 20  # bytes that a thread keeps at most
@@ -16,20 +16,25 @@ _KEPT = 1 << 20  # bytes that a thread keeps at most
 _of_thread = threading.local()
 
 
-def workspace(n_bytes: int) -> tuple[int, Tensor]:
-    """Return the address of ``n_bytes`` at the start of a cache line, and the tensor that owns them.
+def workspace(*n_bytes: int) -> tuple[tuple[int, ...], Tensor]:
+    """Return the addresses of parts of ``n_bytes`` each, every one at the start of a cache line, and the tensor that owns them.
 
     The caller must keep a reference to the tensor while a kernel runs. The contents are arbitrary, and the next call of this
     thread may return the same memory.
     """
+    offsets, total = [], 0
+    for n in n_bytes:
+        offsets.append(total)
+        total += _whole_lines(n)
+    total += _LINE  # to start at a line
     owner = getattr(_of_thread, "owner", None)
-    if owner is None or owner.numel() < n_bytes + _LINE:
-        owner = torch.empty(n_bytes + _LINE, dtype=torch.uint8, device="cpu")
-        if n_bytes <= _KEPT:
+    if owner is None or owner.numel() < total:
+        owner = torch.empty(total, dtype=torch.uint8, device="cpu")
+        if total <= _KEPT:
             _of_thread.owner = owner
-    return whole_lines(owner.data_ptr()), owner
+    first = _whole_lines(owner.data_ptr())
+    return tuple([first + offset for offset in offsets]), owner
 
 
-def whole_lines(n_bytes: int) -> int:
-    """Return a number of bytes rounded up to whole cache lines."""
+def _whole_lines(n_bytes: int) -> int:
     return -(-n_bytes // _LINE) * _LINE

@@ -17,6 +17,7 @@ from nord_snn.ops._numba.simd import (
 )
 from nord_snn.ops._numba.tensors import NUMPY_TYPES, addresses, as_contiguous, data_pointer
 from nord_snn.ops._numba.threads import as_many_threads_as_torch
+from nord_snn.ops._numba.workspace import workspace
 from nord_snn.ops.checks import compute_dtype
 
 __all__ = ["forward"]
@@ -169,19 +170,20 @@ def forward(
     with as_many_threads_as_torch() as threads:
         chunks = max(1, min(B * H, 2 * threads))
         sizes = _Sizes(chunks, T, B, S, D, n_all, H, v_head_dim, top_k, min(window, n_all), n_bytes // 8)
-        scratch = (
-            torch.empty(chunks, S * sizes.words, dtype=torch.int64, device="cpu"),
-            torch.empty(chunks, n_all, dtype=torch.int64, device="cpu"),
-            torch.empty(chunks, n_all + WIDTH, dtype=dtype, device="cpu"),
-            torch.empty(chunks, top_k + 1, dtype=torch.int32, device="cpu"),
-            torch.empty(chunks, top_k + 1, dtype=dtype, device="cpu"),
+        scratch, owner = workspace(
+            8 * chunks * S * sizes.words,
+            8 * chunks * n_all,
+            dtype.itemsize * chunks * (n_all + WIDTH),
+            4 * chunks * (top_k + 1),
+            dtype.itemsize * chunks * (top_k + 1),
         )
         _forward(
             tuple(sizes),
             addresses(inputs),
             NUMPY_TYPES[dtype](float(temperature)),
             np.int64(torch.iinfo(_INTEGERS[dtype]).max),
-            addresses(scratch),
+            scratch,
             data_pointer(context),
         )
+        del owner
     return context.to(out_dtype)

@@ -33,7 +33,7 @@ from nord_snn.ops._numba.simd import (
 )
 from nord_snn.ops._numba.tensors import NUMPY_TYPES, addresses, as_contiguous
 from nord_snn.ops._numba.threads import as_many_threads_as_torch
-from nord_snn.ops._numba.workspace import whole_lines, workspace
+from nord_snn.ops._numba.workspace import workspace
 from nord_snn.ops.checks import compute_dtype
 from nord_snn.ops.dispatch import CallSignature, Support
 from nord_snn.ops.lif.reference import Dynamics
@@ -878,7 +878,7 @@ def forward(
         tiles, width = sizes.tiles, sizes.width
         # Allocated here: memory allocated in the threads causes page faults in every call.
         scratch_size = tiles * _STATE + 2 * (tiles * _TILE + WIDTH) + (sizes.block_length // sizes.D + 1) * width
-        scratch, owner = workspace(sizes.chunks * dtype.itemsize * scratch_size)
+        (scratch,), owner = workspace(sizes.chunks * dtype.itemsize * scratch_size)
         _forward(
             tuple(sizes),
             addresses(inputs),
@@ -919,15 +919,12 @@ def backward(
         chunks, _, block_length, tiles, T, _, D, _, n_decays, C, width, record_of_tile = sizes
         scratch_size = tiles * _STATE + 4 * (tiles * _TILE + WIDTH) + 2 * WIDTH
         scratch_size += (2 * T * (block_length // D) + C + 1) * width
-        parts = (
+        (sums, scratch, record, masks), owner = workspace(
             8 * chunks * (D + 2 * n_decays + C * width),  # sums in float64
             chunks * dtype.itemsize * scratch_size,
             chunks * T * tiles * record_of_tile * dtype.itemsize,
             chunks * T * tiles * _MASKS * 2,
         )
-        sums, owner = workspace(sum(map(whole_lines, parts)))
-        scratch = sums + whole_lines(parts[0])
-        record = scratch + whole_lines(parts[1])
         _backward(
             tuple(sizes),
             addresses(grad_outputs),
@@ -936,7 +933,7 @@ def backward(
             _modes(arguments.dynamics, n_decays > 1),
             (SURROGATE_IDS[surrogate], NUMPY_TYPES[dtype](alpha)),
             record,
-            record + whole_lines(parts[2]),
+            masks,
             scratch,
             scratch_size,
             (*addresses((grad_x, grad_v, grad_i)), sums),
