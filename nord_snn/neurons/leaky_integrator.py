@@ -24,27 +24,30 @@ class LeakyIntegrator(StatefulModule):
         i[t] = beta_syn * i[t-1] + x[t]
         v[t] = beta_mem * v[t-1] + (1 - beta_mem) * v_rest + gain * i[t]
 
-    from ``v = v_rest`` and ``i = 0``. The constants are buffers, which are not trained. It is a SpikingJelly memory module:
-    ``step_mode``, ``functional.reset_net`` and ``set_step_mode`` work on it. Its state is ``v`` and ``i_syn``: numbers, which
-    are those of all neurons, or tensors of the shape of one time step. At rest ``v`` is ``v_rest``.
+    from ``v = v_rest`` and ``i = 0``. It is a SpikingJelly memory module: ``step_mode``, ``functional.reset_net`` and
+    ``set_step_mode`` work on it. Its state is ``v`` and ``i_syn``: numbers, which are those of all neurons, or tensors of the
+    shape of one time step. At rest ``v`` is ``v_rest``.
+
+    The four constants are numbers, or tensors that broadcast to ``shape``. They are buffers, which are not trained.
 
     Args:
-        shape: shape of one row of the input: D, or a sequence such as ``[C, H, W]``.
-        beta_mem: membrane decay in (0, 1], a number or a tensor that broadcasts to ``shape``; 1 integrates without a leak.
-        gain: factor of the current, in the same way. Default: None, ``1 - beta_mem``, for a mean of the current.
-        v_rest: resting potential, in the same way.
-        beta_syn: synaptic decay in [0, 1), in the same way; 0 is no synaptic current.
+        shape: shape of one sample at one time step, without the batch: D, or a sequence such as ``[C, H, W]``.
+        beta_mem: membrane decay in (0, 1]; 1 integrates without a leak.
+        gain: factor of the current. Default: None, ``1 - beta_mem``, which makes ``v - v_rest`` an exponential moving average
+            of the current.
+        v_rest: resting potential.
+        beta_syn: synaptic decay in [0, 1). At 0 the input is the current: there is no synaptic filter.
         step_mode: ``"s"`` for one time step ``[N, *shape]`` per call, ``"m"`` for sequences ``[T, N, *shape]``.
 
     Raises:
         ValueError: a decay is not in its range, a constant does not broadcast to ``shape``, an input does not end with
-            ``shape`` or has no time step, or its batch shape differs from that of the stored state.
+            ``shape`` or has no time step, or the batch shape of the input differs from that of the stored state.
 
-    Source: ``LI`` and ``CubaLI`` of NIR (Pedersen et al. 2024), by forward Euler.
+    Source: ``LI`` and ``CubaLI`` of NIR (Pedersen et al. 2024), discretised with forward Euler.
 
     Example:
-        >>> mean = LeakyIntegrator(3, beta_mem=0.5, step_mode="m")
-        >>> mean(torch.ones(3, 1, 3))[:, 0, 0].tolist()
+        >>> average = LeakyIntegrator(3, beta_mem=0.5, step_mode="m")
+        >>> average(torch.ones(3, 1, 3))[:, 0, 0].tolist()
         [0.5, 0.75, 0.875]
     """
 
@@ -75,9 +78,8 @@ class LeakyIntegrator(StatefulModule):
             self.register_buffer(name, self._constant(name, value))
         self.v: float | Tensor
         self.i_syn: float | Tensor
-        self.register_memory(
-            "v", None
-        )  # rest, where v is the buffer v_rest: a copy would not be loaded or moved with it
+        # None is rest, where v reads the buffer v_rest: a copy would not be loaded or moved with it.
+        self.register_memory("v", None)
         self.register_memory("i_syn", 0.0)
         self.step_mode = step_mode
 

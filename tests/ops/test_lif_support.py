@@ -14,8 +14,11 @@ pytestmark = pytest.mark.quick
     [
         ((), (True, "runs")),
         ((("published_dynamics", True), ("n_decays", 1)), (True, "runs")),
-        ((("published_dynamics", False),), (False, "it has the published dynamics only")),
-        ((("n_decays", 8),), (False, "it has one decay for all neurons")),
+        (
+            (("published_dynamics", False),),
+            (False, "it supports the dynamics of the published neuron only, got others"),
+        ),
+        ((("n_decays", 8),), (False, "it supports one decay shared by all neurons, got one for each")),
     ],
 )
 def test_the_reason_names_what_the_kernel_does_not_have(options, expected):

@@ -1,4 +1,4 @@
-"""The arguments that all kernels of the neuron take, and the check of their surrogates."""
+"""The arguments of the kernels of the associative LIF neuron, and checks of what a kernel supports."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,13 +14,21 @@ __all__ = ["Arguments", "OutputGradients", "has_published_dynamics", "supports_s
 class Arguments(NamedTuple):
     """The arguments of one call, as :func:`nord_snn.ops.associative_lif` describes them.
 
-    ``x`` is ``[T, N, D]`` or, for kernels that take channels first, ``[T, N, D, M]``. Both betas are ``[1]`` or ``[D]``; for
-    numba also None, where they are 0. The state ``v, i_syn, refractory`` is None for rest, and ``i_syn`` and ``refractory``
-    are None where the membrane potential is the whole state. ``coupling`` is the matrix
-    ``gain[c] * weight[c, k] / members``, ``[C, C]``, or None for no cascade.
-
-    For numba, ``x`` and the state may have any shape: ``shape`` says as which ``[T, N, D]`` or ``[T, N, D, M]`` the input is
-    taken, ``step`` is the shape of the state. The other kernels do not read these two.
+    Attributes:
+        x: input ``[T, N, D]``; numba takes it in any shape.
+        v: initial membrane potential, None at rest.
+        i_syn: initial synaptic current, None at rest or if the neuron has none.
+        refractory: initial refractory counter, None at rest or if the neuron has none.
+        threshold: ``[D]``.
+        beta_mem: membrane decay, ``[1]`` or ``[D]``; numba takes None instead of 0.
+        beta_syn: synaptic decay, in the shape of ``beta_mem``; numba takes None instead of 0.
+        coupling: matrix ``gain[c] * weight[c, k] / (D / C)`` of the cascade, ``[C, C]``; None for no cascade.
+        v_reset: membrane potential while refractory.
+        refractory_steps: refractory period, in time steps.
+        dynamics: equations of membrane and reset.
+        shape: shape ``[T, N, D]``, or ``[T, N, D, M]`` for D channels of M pixels, that numba reads ``x`` as. The other
+            kernels ignore it, and ``step``.
+        step: shape of the state.
     """
 
     x: Tensor
@@ -56,10 +64,10 @@ def supports_surrogate(call: CallSignature, ids: Mapping[str, int]) -> Support:
 
 
 def has_published_dynamics(call: CallSignature) -> Support:
-    """Return whether a call has the published dynamics and one decay for all neurons."""
+    """Return whether a kernel that has only the dynamics of the published neuron supports the call."""
     options = dict(call.options)
     if not options.get("published_dynamics", True):
-        return Support(False, "it has the published dynamics only")
+        return Support(False, "it supports the dynamics of the published neuron only, got others")
     if options.get("n_decays", 1) > 1:
-        return Support(False, "it has one decay for all neurons")
+        return Support(False, "it supports one decay shared by all neurons, got one for each")
     return Support(True, "runs")
