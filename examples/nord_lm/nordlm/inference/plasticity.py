@@ -5,8 +5,8 @@ Two kinds of synapses can learn:
 ``lm_head``
     from the readout neurons to the vocabulary. An entry of the vocabulary (an output of the head) has no neuron; the rule
     defines its spikes. For every token of the text two entries spike, one time step after the last time step of the previous
-    token: the actual token, with reward +1, and one sampled from the model's prediction, with reward -1. If both are the same token, the changes cancel, so the reward is the prediction error.
-    With the presynaptic trace p at that time step, the expected change is
+    token: the actual token, with reward +1, and one sampled from the model's prediction, with reward -1. If both are the same
+    token, the changes cancel. With the presynaptic trace p at that time step, the expected change follows the prediction error:
     ``dW = a_plus * sum over tokens of (one-hot(token) - probabilities) outer p``. This is a delta rule but not the gradient of
     the loss, because the forward pass multiplies the head with the normalised membranes and rates of the same neurons. In all
     pairs the presynaptic neuron spikes first, so ``a_plus`` is the learning rate, and only a negative reward weakens a weight.
