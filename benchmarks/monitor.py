@@ -1,4 +1,4 @@
-"""One training step of the language model as in the table above, with and without a `SpikeMonitor`."""
+"""One training step of the language model of `benchmarks/language_model.py`, with and without a `SpikeMonitor`."""
 
 from collections.abc import Callable
 

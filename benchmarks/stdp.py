@@ -60,7 +60,7 @@ def ours(kind: type[STDP | TripletSTDP], pre: Tensor, post: Tensor, **outcome: T
 
 
 def implementations(pre: Tensor, post: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """Return SpikingJelly's updates on :data:`ROWS` rows, ours on all rows, and the lower bound, by name."""
+    """Return updates of SpikingJelly on :data:`ROWS` rows, of nord-snn on all rows, and the lower bound, by name."""
     x, y = pre.flatten(0, 2), post.flatten(0, 2)
     return {
         "SpikingJelly `STDPLearner`, row by row": spikingjelly(pre, post, 1),
