@@ -1,4 +1,4 @@
-"""Decoding with the published model (144 M parameters, float32, batch 1), with and without the cache."""
+"""Decoding at the published size (144 M parameters), float32, batch 1, with and without the cache of keys and values."""
 
 import itertools
 import statistics
@@ -18,7 +18,7 @@ __all__ = ["CONTEXTS", "Speed", "cache_bytes", "check", "firing_model", "measure
 CONTEXTS = (64, 500)
 TARGET_RATE = 0.1
 ROUNDS = 3
-NEW_TOKENS = {True: 12, False: 4}  # tokens to generate, by whether the cache is used
+NEW_TOKENS = {True: 12, False: 4}  # tokens to generate with and without the cache
 
 
 class Speed(NamedTuple):
@@ -43,9 +43,10 @@ class TokenTimes(BaseStreamer):
 
 
 def firing_model() -> NordForCausalLM:
-    """Return the published model with initial weights and the embedding scaled until the input neurons have a rate of 10 %.
+    """Return a model with the architecture of the published model and random weights, whose neurons fire.
 
-    Without scaling the model is nearly silent, and silent neurons save time.
+    The embedding is scaled until the firing rate of the input neurons is at least 10 %. Without scaling the neurons hardly fire,
+    and the times would be too short, because the kernels take less time if fewer neurons fire.
     """
     torch.manual_seed(0)
     net = NordForCausalLM(NordConfig()).eval()
@@ -89,23 +90,23 @@ def check(net: NordForCausalLM) -> str:
 
 
 def measure(net: NordForCausalLM) -> dict[tuple[int, bool], Speed]:
-    """Time ``generate`` in turns, after prompts of each length, without and with the cache."""
+    """Time ``generate`` after prompts of each length, without and with the cache; the calls are interleaved, in rounds."""
     first: dict[tuple[int, bool], list[float]] = {(n, cache): [] for n in CONTEXTS for cache in (False, True)}
     later: dict[tuple[int, bool], list[float]] = {key: [] for key in first}
-    for turn in range(ROUNDS + 1):
+    for round_number in range(ROUNDS + 1):
         for key in first:
             length, use_cache = key
             recorder, start = TokenTimes(), time.perf_counter()
             generate(net, length, NEW_TOKENS[use_cache], use_cache, recorder)
             _, *times = recorder.times  # without the time of the prompt
-            if turn:  # the first round is a warm-up
+            if round_number:  # the first round is a warm-up
                 first[key].append(times[0] - start)
                 later[key] += [after - before for before, after in itertools.pairwise(times)]
     return {key: Speed(1e3 * statistics.median(first[key]), 1e3 * statistics.median(later[key])) for key in first}
 
 
 def cache_bytes(net: NordForCausalLM) -> int:
-    """Return the bytes that a position takes in the cache."""
+    """Return the bytes that a position takes in the cache, summed over all layers."""
     with torch.no_grad():
         cache = cache_of(net(input_ids=prompt(16), logits_to_keep=1))
     return sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values)) // 16

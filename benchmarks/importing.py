@@ -1,7 +1,7 @@
 """Compare the CPU time of ``import nord_snn`` with that of its dependencies: ``python benchmarks/importing.py``.
 
-``nord_snn`` imports torch and SpikingJelly; the script prints how many times as much user CPU time it takes as importing these
-two alone. Each import runs in a new process, and the two kinds alternate, so that other load affects both equally.
+``import nord_snn`` imports torch and SpikingJelly. The script prints its user CPU time divided by that of importing torch and
+SpikingJelly alone. Each import runs in a new process, and the two kinds alternate, so that other load affects both equally.
 """
 
 import resource

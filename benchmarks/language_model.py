@@ -18,7 +18,7 @@ from nord_snn.ops.topk_resonance.reference import reference
 __all__ = ["BATCH", "LENGTH", "LOWER_BOUND", "check", "implementations", "keep_freed_memory"]
 
 BATCH, LENGTH = 8, 128
-LOWER_BOUND = "its matrix products alone"
+LOWER_BOUND = "the matrix products alone"
 NeuronFactory = Callable[[int], nn.Module]
 
 
@@ -136,7 +136,7 @@ def plain_loop_tuned() -> Callable[[], object]:
 
 
 def kernels_alone() -> Callable[[], object]:
-    """Return a step with our kernels and PyTorch's defaults."""
+    """Return a step with nord-snn's kernels and PyTorch's defaults."""
     return training_step(make_model(), fused=False, precision="highest")
 
 
@@ -183,10 +183,10 @@ def implementations() -> dict[str, Callable[[], Callable[[], object]]]:
     """Return a builder of each training step, by name; the plain loop is first, the lower bound last."""
     builders = {
         "plain PyTorch loop": plain_loop,
-        "torch.compile of its blocks": compiled_loop,
-        "plain loop with the memory, matrix products and optimizer of `train.py`": plain_loop_tuned,
-        "nord-snn's kernels alone": kernels_alone,
-        "**nord-snn**, `train.py`": ours,
+        "torch.compile of the blocks of the plain loop": compiled_loop,
+        "plain loop with the memory, matrix-product and optimizer settings of `train.py`": plain_loop_tuned,
+        "nord-snn's kernels with PyTorch's default settings": kernels_alone,
+        "**nord-snn**, as `train.py` runs it": ours,
         "`train.py` with SpikingJelly's `LIFNode`": with_lif_nodes,
     }
     if importlib.util.find_spec("snntorch"):
@@ -211,4 +211,4 @@ def check() -> str:
     )
     if difference > 1e-4 or worst > 5e-4:
         raise SystemExit(f"kernels differ from the plain loop: loss by {difference:.1e}, gradients by {worst:.1e}")
-    return f"loss within {difference:.1e} of that of the plain loop, gradients within {worst:.1e}"
+    return f"loss within {difference:.1e} of the plain loop's, gradients within {worst:.1e}"

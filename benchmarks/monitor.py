@@ -1,4 +1,4 @@
-"""A training step of the `tiny` language model, with and without a `SpikeMonitor` that counts spikes."""
+"""One training step of the language model of `benchmarks/language_model.py`, with and without a `SpikeMonitor`."""
 
 from collections.abc import Callable
 

@@ -90,7 +90,7 @@ def check(all_parts: dict[str, nn.Module]) -> str:
 def table(seconds: float) -> str:
     """Return the check and the table of all parts."""
     all_parts = parts()
-    lines = [f"Check: {check(all_parts)}.\n"]
+    lines = [f"Correctness check: {check(all_parts)}.\n"]
     data = {name: inputs(part) for name, part in all_parts.items()}
     with torch.no_grad():
         forward = time_in_turns(
@@ -99,7 +99,8 @@ def table(seconds: float) -> str:
     steps = {name: training_step(part, data[name]) for name, part in all_parts.items()}
     training = time_in_turns(steps, seconds)
     lines.append(
-        "| part | parameters | forward, ms | in linear maps | forward and backward, ms | in linear maps | peak, MB |"
+        "| part | parameters | forward, ms | relative to the linear map | forward and backward, ms | relative to the linear map "
+        "| peak, MB |"
     )
     lines.append("|---|---|---|---|---|---|---|")
     for (name, part), a, b in zip(all_parts.items(), forward, training, strict=True):
@@ -120,10 +121,11 @@ def main() -> None:
     keep_freed_memory()
     page = (
         "# What the parts cost\n\n"
-        "Written by `python benchmarks/parts.py`. Every part runs on currents `[10, 8, 128, 256]` (10 time steps, 8 sequences "
-        "of 128 positions, width 256, float32), and is compared with a linear map of that width on the same currents. The "
-        "parts take turns of four calls; times are medians, ratios are medians over the turns. `peak` is the peak memory of "
-        "forward and backward, without the input and its gradient.\n\n"
+        "Written by `python benchmarks/parts.py`. Each part (a neuron, layer or block of nord-snn) runs on currents "
+        "`[10, 8, 128, 256]` (10 time steps, 8 sequences of 128 positions, width 256, float32) and is compared with one linear "
+        "map of that width on the same currents. The parts run in turns of a few calls, which are interleaved. Times are "
+        "milliseconds per call; times and ratios are medians over the turns. `peak` is the peak memory in forward and "
+        "backward, without the input and its gradient.\n\n"
         f"{machine()}\n\n{table(arguments.seconds)}"
     )
     OUT.write_text(page, encoding="utf-8")

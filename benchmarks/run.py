@@ -1,7 +1,7 @@
-"""Compare kernels with their references, other libraries and a lower bound: ``python benchmarks/run.py``.
+"""Compare the times of kernels with their references, other libraries and a lower bound: ``python benchmarks/run.py``.
 
-Before each table the results are compared with the reference. Tables are printed and written to ``docs/benchmarks.md`` with
-machine and versions. With a CUDA GPU, GPU tables are added.
+Before each table the outputs and gradients are compared with the reference. Tables are printed and written to
+``docs/benchmarks.md`` with machine and versions. With a CUDA GPU, GPU tables are added.
 """
 
 import argparse
@@ -76,12 +76,12 @@ def neuron_tables(
     inputs = neurons.make_inputs(shape, n_clusters, dtype, device)
     x = inputs["x"]
     page.add(f"### Neuron, x {list(shape)}, {n_clusters} clusters, {str(dtype).removeprefix('torch.')}, {device}\n")
-    page.add(f"Check: {neurons.check(inputs)}.\n")
+    page.add(f"Correctness check: {neurons.check(inputs)}.\n")
     for backward in (False, True):
         rows = time_in_turns(neurons.implementations(inputs, backward), seconds)
         moved = neurons.bytes_moved(x, backward)
         bound_ms = 1e3 * moved / copy_bandwidth(device, x.numel() * x.element_size())
-        page.add("Forward and backward:\n" if backward else "Forward, no gradient:\n")
+        page.add("Forward and backward:\n" if backward else "Forward without gradient:\n")
         page.table(rows, "plain loop", bound_ms, f"{moved / 1e6:.0f} MB at the copy bandwidth")
         torch.compiler.reset()
         gc.collect()
@@ -92,7 +92,7 @@ def resonance_tables(page: Page, seconds: float) -> None:
     for T, B, S, D in ((10, 8, 128, 128), (10, 1, 1024, 128)):
         inputs = resonance.make_inputs(T, B, S, D)
         page.add(f"### Resonance, q and k [{T}, {B}, {S}, {D}], {resonance.HEADS} heads, top {resonance.TOP_K}\n")
-        page.add(f"Check: {resonance.check(inputs)}.\n\nForward and backward:\n")
+        page.add(f"Correctness check: {resonance.check(inputs)}.\n\nForward and backward:\n")
         moved = resonance.bytes_moved(inputs)
         bound_ms = 1e3 * moved / copy_bandwidth("cpu", inputs["q"].numel() * 4)
         page.table(
@@ -102,7 +102,7 @@ def resonance_tables(page: Page, seconds: float) -> None:
             f"{moved / 1e6:.0f} MB at the copy bandwidth",
         )
         torch.compiler.reset()
-    page.add("Peak memory of forward and backward, MB, by context length S, q and k [4, 1, S, 64]:\n")
+    page.add("Peak memory in forward and backward, MB, by context length S, q and k [4, 1, S, 64]:\n")
     lengths = (512, 1024, 2048, 4096)
     page.add("| S | " + " | ".join(map(str, lengths)) + " |\n|---|" + "---|" * len(lengths))
     for name in ("reference", "nord-snn, `torch`", "**nord-snn**"):
@@ -117,22 +117,22 @@ def resonance_tables(page: Page, seconds: float) -> None:
 def language_model_table(page: Page, seconds: float) -> None:
     """Add the table of one training step."""
     page.add("### Training step of the language model\n")
-    page.add(f"{(language_model.__doc__ or '').strip()} Check: {language_model.check()}.\n")
-    page.add("Each row runs in a process of its own; the processes take turns.\n")
+    page.add(f"{(language_model.__doc__ or '').strip()} Correctness check: {language_model.check()}.\n")
+    page.add("Each implementation runs in its own process; the calls of the processes are interleaved.\n")
     *rows, bound = time_in_processes(language_model.implementations(), seconds)
     page.table(rows, "plain loop", bound.milliseconds, language_model.LOWER_BOUND)
     tokens = language_model.BATCH * language_model.LENGTH
     ours = next(row for row in rows if row.name.startswith("**"))
     page.add(
-        f"Plain loop: {tokens * 1e3 / rows[0].milliseconds:.0f} tokens/s; nord-snn: "
-        f"{tokens * 1e3 / ours.milliseconds:.0f} tokens/s.\n"
+        f"{tokens * 1e3 / rows[0].milliseconds:.0f} tokens/s with the plain loop, "
+        f"{tokens * 1e3 / ours.milliseconds:.0f} with nord-snn.\n"
     )
 
 
 def monitor_table(page: Page, seconds: float) -> None:
     """Add the cost of counting spikes."""
     page.add("### Counting spikes\n")
-    page.add(f"{(monitor.__doc__ or '').strip()} Check: {monitor.check()}.\n")
+    page.add(f"{(monitor.__doc__ or '').strip()} Correctness check: {monitor.check()}.\n")
     page.add("| | ms | times as fast as without |\n|---|---|---|")
     for row in time_in_processes(monitor.implementations(), seconds):
         page.add(f"| {row.name} | {row.milliseconds:.2f} | {row.speedup:.3f} |")
@@ -143,7 +143,7 @@ def stdp_table(page: Page, seconds: float) -> None:
     """Add the time of one update of each learning rule, and its peak memory."""
     pre, post = stdp.make_inputs()
     page.add(f"### STDP, {list(stdp.SHAPE)} -> {stdp.N_OUT}\n")
-    page.add(f"{(stdp.__doc__ or '').strip()} Check: {stdp.check(pre, post)}.\n")
+    page.add(f"{(stdp.__doc__ or '').strip()} Correctness check: {stdp.check(pre, post)}.\n")
     n_rows = stdp.SHAPE[1] * stdp.SHAPE[2]
     page.add(f"SpikingJelly's learner ran on {stdp.ROWS} of the {n_rows:,} rows; its times are scaled to all rows.\n")
     rows = time_in_turns(stdp.implementations(pre, post), seconds)
@@ -156,7 +156,7 @@ def stdp_table(page: Page, seconds: float) -> None:
     *rows, bound = rows
     page.table(rows, "first row", bound.milliseconds, stdp.LOWER_BOUND)
     page.add(
-        "Peak memory, MB, by number of rows, [10, rows, 1, 512] -> 512 (outer products alone would need 1 MB a row):\n"
+        "Peak memory, MB, by number of rows, [10, rows, 1, 512] -> 512 (one outer product per row would take 1 MB a row):\n"
     )
     counts = (64, 256, 1024, 4096)
     page.add("| rows | " + " | ".join(map(str, counts)) + " |\n|---|" + "---|" * len(counts))
@@ -172,10 +172,10 @@ def decoding_table(page: Page) -> None:
     net = decoding.firing_model()
     page.add("### Decoding\n")
     page.add(
-        f"{(decoding.__doc__ or '').strip()} Initial weights, the embedding scaled until the input "
-        "neurons have a rate of 10 %."
+        f"{(decoding.__doc__ or '').strip()} The weights are random; the embedding is scaled until the firing rate of "
+        "the input neurons is 10 %."
     )
-    page.add(f"Check: {decoding.check(net)}.\n")
+    page.add(f"Correctness check: {decoding.check(net)}.\n")
     page.add("| prompt, tokens | cache | ms to the first token | ms a token | tokens/s |\n|---|---|---|---|---|")
     speeds = decoding.measure(net)
     for (length, use_cache), speed in speeds.items():
@@ -185,8 +185,9 @@ def decoding_table(page: Page) -> None:
     config = net.config
     dense = config.num_hidden_layers * config.hidden_size * 4 * (config.t_fast + config.t_slow + 1)
     page.add(
-        f"\nWith the cache a token takes {long / short:.2f} times as long after the longer prompt as after the shorter one. "
-        f"A position needs {decoding.cache_bytes(net):,} bytes of cache; with key spikes as floats it would need {dense:,}.\n"
+        f"\nWith the cache a token takes {long / short:.2f} times as long after the longer prompt as after the shorter. "
+        f"A position takes {decoding.cache_bytes(net):,} bytes of cache over all layers; with key spikes as floats it would "
+        f"take {dense:,}.\n"
     )
 
 
@@ -195,15 +196,11 @@ def gpu_tables(page: Page, seconds: float) -> None:
     page.add("## GPU\n")
     if not torch.cuda.is_available():
         page.add(
-            "**Not measured.** No CUDA GPU was available when this page was written. The tests check the results of the"
+            "**Not measured.** No CUDA GPU was available when this page was written: the Triton and CuPy kernels are\n"
+            "tested for correctness (in Triton's interpreter; the CUDA source is compiled for the GPU and run on the CPU)\n"
+            'but not for speed. The section "Limits" of the README has measurements on one GPU at an earlier commit.\n'
+            "On a machine with a GPU the same command adds the GPU tables here."
         )
-        page.add(
-            "Triton and CuPy kernels (Triton's interpreter, the CUDA source compiled for the GPU and run on the CPU), not"
-        )
-        page.add(
-            "their speed. The limits in the README have measurements of an earlier version on one GPU. On a machine with"
-        )
-        page.add("a GPU this command adds its tables here.")
         return
     for dtype in (torch.bfloat16, torch.float32):
         neuron_tables(page, *GPU_NEURONS, dtype, "cuda", seconds)
@@ -226,14 +223,14 @@ def main() -> None:
     page = Page()
     page.add("# Benchmarks\n")
     page.add(
-        "Written by `python benchmarks/run.py`. The implementations take turns of four calls in one process; times are"
-    )
-    page.add(
-        "medians, ratios are medians over the turns. SpikingJelly's and snnTorch's neurons compute less: no cascade, no"
-    )
-    page.add("refractory period, and `LIFNode` has no synaptic current. Freed memory is kept for the next call")
-    page.add(
-        "(`keep_freed_memory` of `nordlm`), except in the rows of the training step that have PyTorch's defaults.\n"
+        "Written by `python benchmarks/run.py`. Times are milliseconds per call. The implementations of a table run in\n"
+        "one process, in turns of a few calls that are interleaved; times and ratios are medians over the turns. The\n"
+        "plain PyTorch loop is nord-snn's reference: PyTorch operations in a loop over time steps. The lower\n"
+        "bound is the time to read the input and write the output once at the speed of a memory copy (copy bandwidth).\n\n"
+        "SpikingJelly's and snnTorch's neurons compute less: they have no cascade and no refractory period, and `LIFNode`\n"
+        "has no synaptic current. The allocator keeps freed memory for the next call (`keep_freed_memory` of `nordlm`).\n"
+        "In the table of the training step three rows use PyTorch's defaults instead: the plain loop, its compiled\n"
+        "blocks, and the kernels with PyTorch's default settings.\n"
     )
     page.add(machine() + "\n\n## CPU\n")
     if arguments.only in (None, "neurons"):

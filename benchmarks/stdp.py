@@ -1,4 +1,4 @@
-"""One STDP update from recorded spikes of a language model's layer, pre and post [T, batch, tokens, D]."""
+"""One STDP update from recorded spikes of a layer of the language model, pre and post [T, batch, tokens, D]."""
 
 import math
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def make_inputs() -> tuple[Tensor, Tensor]:
 
 
 def spikingjelly(pre: Tensor, post: Tensor, rows_at_once: int) -> Callable[[], Tensor]:
-    """Return an update of SpikingJelly's learner, which has no token dimension: ``rows_at_once`` rows are a batch."""
+    """Return an update of SpikingJelly's learner, which has no token dimension, on batches of ``rows_at_once`` rows."""
     synapse = nn.Linear(pre.shape[-1], post.shape[-1], bias=False)
     learner = STDPLearner("m", synapse, nn.Identity(), TAU, TAU, lambda w: 0.005, lambda w: 0.005)
     rows = [x.flatten(1, 2)[:, :ROWS].split(rows_at_once, dim=1) for x in (pre, post)]
@@ -60,7 +60,7 @@ def ours(kind: type[STDP | TripletSTDP], pre: Tensor, post: Tensor, **outcome: T
 
 
 def implementations(pre: Tensor, post: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """Return SpikingJelly's updates on :data:`ROWS` rows, ours on all rows, and the lower bound, by name."""
+    """Return updates of SpikingJelly on :data:`ROWS` rows, of nord-snn on all rows, and the lower bound, by name."""
     x, y = pre.flatten(0, 2), post.flatten(0, 2)
     return {
         "SpikingJelly `STDPLearner`, row by row": spikingjelly(pre, post, 1),
@@ -81,4 +81,4 @@ def check(pre: Tensor, post: Tensor) -> str:
     error = ((actual - expected).abs().max() / expected.abs().max()).item()
     if error > 1e-5:
         raise SystemExit(f"STDP differs from SpikingJelly's by {error:.1e}")
-    return f"differs from SpikingJelly's by {error:.1e} of the largest change"
+    return f"the update differs from SpikingJelly's by {error:.1e} of the largest change"

@@ -1,6 +1,7 @@
-"""Time functions in turns, so that a temporary slowdown of the machine affects all of them equally.
+"""Time functions in interleaved turns, so that a temporary slowdown of the machine affects all of them equally.
 
-A turn is four calls. The first is not counted, because its caches contain the data of the previous function.
+A turn is four calls of one function; a round has one turn of every function. The first call of a turn is not counted, because
+the processor's caches contain the data of the previous function.
 """
 
 import multiprocessing
@@ -17,7 +18,7 @@ __all__ = ["Row", "copy_bandwidth", "peak_bytes", "time_in_processes", "time_in_
 
 @dataclass
 class Row:
-    """Line of a table: median time, and median over the rounds of the speed-up relative to the first function."""
+    """Line of a table: median time of a call, and median over the rounds of the speed-up relative to the first function."""
 
     name: str
     milliseconds: float
@@ -25,7 +26,7 @@ class Row:
 
 
 def time_in_turns(functions: dict[str, Callable[[], object]], seconds: float) -> list[Row]:
-    """Call the functions in turns for about ``seconds``; speed-ups are relative to the first one."""
+    """Call the functions in interleaved turns for about ``seconds``; speed-ups are relative to the first function."""
     for run in functions.values():  # compile and allocate
         run()
     return _time_rounds({name: lambda run=run: _time_turn(run) for name, run in functions.items()}, seconds)
@@ -103,7 +104,7 @@ def _time_call(run: Callable[[], object]) -> float:
 
 
 def copy_bandwidth(device: str, size: int) -> float:
-    """Return the bytes per second that a copy of ``size`` bytes reads and writes, best of 30: a bound for any kernel."""
+    """Return the bytes per second that a copy of ``size`` bytes reads and writes, the best of 30 copies."""
     source = torch.zeros(size // 4, device=device)
     target = torch.empty_like(source)
     return 2 * size / min(_time_call(lambda: target.copy_(source)) for _ in range(30))

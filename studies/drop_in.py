@@ -1,10 +1,11 @@
-"""Train six small spiking networks with their own neurons and with ours in their place; print accuracies.
+"""Train six small spiking networks with SpikingJelly's ``LIFNode`` and with ``AssociativeLIFNode``; print accuracies.
 
-The data are scikit-learn's digits (1,797 images of 8 x 8) and its breast cancer table (569 rows of 30 numbers), 30 % held out
-by a split for each seed. All neurons of a network are made by ``spiking_neuron()`` without arguments, as in SpikingJelly's
-model zoo. Same seeds, batches, optimizer (Adam, 0.002, cosine) and epochs for every neuron.
+The data are scikit-learn's digits (1,797 images of 8 x 8 pixels) and its breast cancer table (569 rows of 30 numbers). For each
+seed another random 30 % are held out. All neurons of a network are constructed by a function without arguments, as in
+SpikingJelly's models. Seeds, batches, optimizer (Adam, learning rate 0.002 with cosine schedule) and number of epochs are the
+same for every kind of neurons.
 
-    python studies/drop_in.py                        all of it: about ten minutes on one core
+    python studies/drop_in.py                        # all networks: about ten minutes on one core
     python studies/drop_in.py --networks conv --seeds 2
 """
 
@@ -37,7 +38,7 @@ def tokens(features: int, channels: int, make: Make) -> nn.Sequential:
 
 
 class Conv(nn.Module):
-    """Two convolutions with pooling and two linear maps; the rates of the last neurons are the logits."""
+    """Two convolutions with pooling and two linear maps; the firing rates of the last neurons give the logits."""
 
     def __init__(self, make: Make) -> None:
         super().__init__()
@@ -65,7 +66,7 @@ class Perceptron(nn.Module):
 
 
 class Rows(nn.Module):
-    """A row of the image at each time step: the neurons must remember the rows before."""
+    """Two linear maps of one image row at each time step, so that the result depends on the state of the neurons."""
 
     def __init__(self, make: Make) -> None:
         super().__init__()
@@ -78,7 +79,7 @@ class Rows(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two residual blocks that add spikes, as SEW-ResNet does."""
+    """Two residual blocks that add spikes, as in SEW-ResNet."""
 
     def __init__(self, make: Make) -> None:
         super().__init__()
@@ -188,7 +189,7 @@ def accuracy(task: Task, make: Make, seed: int) -> float:
 def main() -> None:
     """Print a table of accuracies: mean and range over the seeds."""
     parser = argparse.ArgumentParser(
-        description="Accuracy of small networks with SpikingJelly's neurons and with ours."
+        description="Accuracy of small networks with SpikingJelly's neurons and with those of nord-snn."
     )
     parser.add_argument("--networks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default: 5)")

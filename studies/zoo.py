@@ -1,9 +1,9 @@
-"""Compare training steps of SpikingJelly's models with ``LIFNode`` and with our neuron: ``python studies/zoo.py``.
+"""Compare the time of training steps of SpikingJelly's models with different neurons: ``python studies/zoo.py``.
 
-Each model runs with SpikingJelly's ``LIFNode``, with ``AssociativeLIFNode`` as it comes, and with
-``AssociativeLIFNode.like`` of the ``LIFNode``. Before a row is timed, the outputs of the first and the last must be the
-same, up to rounding. Then the networks take one training step each in turns. ``--steps`` lets the networks loop over single
-time steps instead of whole sequences.
+Each model runs with SpikingJelly's ``LIFNode``, with ``AssociativeLIFNode`` constructed with the same arguments ("ours"), and
+with ``AssociativeLIFNode.like`` of the ``LIFNode`` ("like"). Before a row is timed, the outputs with ``LIFNode`` and with "like"
+must be equal up to rounding. Then the training steps of the three networks are interleaved. With ``--steps`` the networks run one
+time step per call instead of a whole sequence.
 """
 
 import argparse
@@ -169,7 +169,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("models", nargs="*", default=list(MODELS), help="names of models (default: all)")
-    parser.add_argument("--steps", action="store_true", help="loop over single time steps")
+    parser.add_argument("--steps", action="store_true", help="run one time step per call instead of a whole sequence")
     parser.add_argument("--rounds", type=int, default=9, help="training steps of each network")
     arguments = parser.parse_args()
     print("| model | `LIFNode` ms | ours ms | like ms | ours / `LIFNode` | like / `LIFNode` | difference of outputs |")

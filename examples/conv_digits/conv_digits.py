@@ -1,10 +1,10 @@
 """Replace the neurons of a convolutional SpikingJelly network by ours, and compare them on handwritten digits.
 
-    python examples/conv_digits/conv_digits.py          # scikit-learn's digits, no network needed; under three minutes
+    python examples/conv_digits/conv_digits.py          # scikit-learn's digits, no download; half a minute on two cores
 
-The network has one of four kinds of neurons: SpikingJelly's LIF, ours without the cascade, ours with it, or ours with the
-cascade and a LeakyClamp before each layer of neurons. The table and the plot show accuracy, firing rate and the share of neurons
-that never fire on the test images, over seeds.
+The network has one of four kinds of neurons: SpikingJelly's ``LIFNode``, our ``AssociativeLIFNode`` without cascade, with
+cascade, or with cascade and a ``LeakyClamp`` before each layer of neurons. The table and the plot show the accuracy, the mean
+firing rate and the share of silent neurons (no spike for any test image), over seeds.
 """
 
 import argparse
@@ -36,33 +36,33 @@ Make = Callable[[int], nn.Module]
 
 
 class ChannelsLast(nn.Module):
-    """Apply neurons with one parameter set per channel to images ``[T, N, C, H, W]``."""
+    """Apply modules with one parameter per channel, such as neurons, to images ``[T, N, C, H, W]``."""
 
     def __init__(self, *inner: nn.Module) -> None:
         super().__init__()
         self.inner = nn.Sequential(*inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Move channels last, so that every pixel is a row of neurons."""
+        """Move channels last, so that all pixels of a channel share its parameters."""
         return self.inner(x.movedim(2, -1)).movedim(-1, 2)
 
 
 def lif(n_channels: int) -> nn.Module:
-    """Construct SpikingJelly's neuron."""
+    """Construct a layer of SpikingJelly's neurons."""
     return neuron.LIFNode(surrogate_function=surrogate.ATan(), detach_reset=True, step_mode="m")
 
 
 def ours(n_channels: int, n_clusters: int | None = 4, clamp: bool = False) -> nn.Module:
-    """Construct our neuron."""
+    """Construct a layer of our neurons, with a LeakyClamp before it if ``clamp``."""
     node = AssociativeLIFNode(n_channels, n_clusters, refractory_steps=0, step_mode="m")
     return ChannelsLast(LeakyClamp(n_channels), node) if clamp else ChannelsLast(node)
 
 
 KINDS: dict[str, Make] = {
     "SpikingJelly LIFNode": lif,
-    "AssociativeLIF, no cascade": lambda n: ours(n, None),
-    "AssociativeLIF, cascade": ours,
-    "AssociativeLIF, cascade, LeakyClamp": lambda n: ours(n, clamp=True),
+    "AssociativeLIFNode, no cascade": lambda n: ours(n, None),
+    "AssociativeLIFNode, cascade": ours,
+    "AssociativeLIFNode, cascade, LeakyClamp": lambda n: ours(n, clamp=True),
 }
 
 
@@ -93,11 +93,11 @@ class Net(nn.Module):
 
 
 class Result(NamedTuple):
-    """Accuracy, mean firing rate over the layers, share of neurons that never fire."""
+    """Accuracy, mean of the firing rates of the two layers of neurons, share of silent neurons; all on the test images."""
 
     accuracy: float
     rate: float
-    dead: float
+    silent: float
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -144,11 +144,11 @@ def measure(net: Net, images: Tensor, labels: Tensor) -> Result:
 
 
 def plot(results: dict[str, list[Result]], path: Path) -> None:
-    """Plot mean and range of the three figures."""
+    """Plot mean and range over seeds of accuracy, firing rate and share of silent neurons."""
     mpl.use("Agg")
     figure, axes = plt.subplots(1, 3, figsize=(11, 3), sharey=True, layout="constrained")
     for axis, field, title in zip(
-        axes, Result._fields, ("test accuracy", "firing rate", "neurons that never fire"), strict=True
+        axes, Result._fields, ("test accuracy", "firing rate", "silent neurons"), strict=True
     ):
         values = [[100 * getattr(result, field) for result in of_seeds] for of_seeds in results.values()]
         means = [float(np.mean(seeds)) for seeds in values]
@@ -182,13 +182,11 @@ def main(arguments: list[str] | None = None) -> int:
     results: dict[str, list[Result]] = {name: [] for name in KINDS}
     for name, seed in track(runs, "training", transient=True):
         results[name].append(train(KINDS[name], seed, options.epochs, data))
-    table = Table(
-        "neurons", "accuracy", "lowest to highest", "firing rate", "never fire", title=f"{options.seeds} seeds"
-    )
+    table = Table("neurons", "accuracy", "lowest to highest", "firing rate", "silent", title=f"{options.seeds} seeds")
     for name, of_seeds in results.items():
-        accuracy, rate, dead = (np.mean([getattr(result, field) for result in of_seeds]) for field in Result._fields)
+        accuracy, rate, silent = (np.mean([getattr(result, field) for result in of_seeds]) for field in Result._fields)
         low, high = (f(result.accuracy for result in of_seeds) for f in (min, max))
-        table.add_row(name, f"{accuracy:.1%}", f"{low:.1%} to {high:.1%}", f"{rate:.1%}", f"{dead:.1%}")
+        table.add_row(name, f"{accuracy:.1%}", f"{low:.1%} to {high:.1%}", f"{rate:.1%}", f"{silent:.1%}")
     Console().print(table)
     plot(results, options.out / "conv_digits.png")
     print(f"conv_digits.png is in {options.out}")

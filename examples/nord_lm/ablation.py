@@ -1,4 +1,4 @@
-"""Run ``studies/language_model/ablation.py``, the new path of this command; the old path works for one more release."""
+"""Run ``studies/language_model/ablation.py``, the new path of this command; release 0.2.0 removes the old path."""
 
 import os
 import sys

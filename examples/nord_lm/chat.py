@@ -2,16 +2,16 @@
 
     python examples/nord_lm/chat.py --model runs/tiny-0001/model
 
-The model has no roles: your text and its answers are one continuous text. With ``/stdp on`` it learns from your text by
-reward-modulated STDP (``nordlm/inference/plasticity.py``); the reward is its prediction error on that text. ``/good`` and
-``/bad`` reward or punish its last answer. ``/forget`` reverts all changes. ``/live on`` shows the firing rates during an
-answer.
+The model has no chat template: your lines and the answers of the model are one continuous text. After ``/stdp on`` the model
+learns from each of your lines, before it answers, by reward-modulated STDP: the rewards come from the errors of its prediction
+of the line (``nordlm/inference/plasticity.py``). ``/good`` and ``/bad`` reward and punish the last answer of the model.
+``/forget`` reverts all learned changes. ``/live on`` shows the firing rates during an answer.
 """
 
 import argparse
 import sys
 
-from nordlm.cli import replace_surrogates
+from nordlm.cli import replace_invalid_utf8
 from nordlm.errors import RecipeError
 from nordlm.inference.chat_session import Chat
 from nordlm.inference.loading import open_from_options
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         model, tokenizer = open_from_options(options)
-        plasticity = Plasticity(model, options.synapses, options.rate, options.reward)
+        plasticity = Plasticity(model, options.synapses, options.learning_rate, options.reward)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     chat.say("/help lists the commands, /quit leaves")
     while True:
         try:
-            line = replace_surrogates(input("> "))
+            line = replace_invalid_utf8(input("> "))
             if line.strip() and not chat.handle(line.strip()):
                 return 0
         except KeyboardInterrupt:  # stop only the answer

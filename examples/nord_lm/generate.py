@@ -8,7 +8,7 @@ import argparse
 import sys
 
 import torch
-from nordlm.cli import replace_surrogates
+from nordlm.cli import replace_invalid_utf8
 from nordlm.errors import RecipeError
 from nordlm.inference.loading import open_from_options
 from nordlm.inference.sampling import add_sampling_options, generate_arguments
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     prompt = (
         sys.stdin.buffer.read().decode("utf-8", "replace")
         if options.prompt == "-"
-        else replace_surrogates(options.prompt)
+        else replace_invalid_utf8(options.prompt)
     )
     ids = tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"] or [
         tokenizer.eos_token_id

@@ -2,23 +2,24 @@
 
     python examples/online_learning/online_learning.py                  # trains five models first: ten minutes on two cores
     python examples/online_learning/online_learning.py --text book.txt --models runs/tiny-0001/model ...
-    python examples/online_learning/online_learning.py --search         # compare weights that learn, learning rates, rewards
+    python examples/online_learning/online_learning.py --search         # compare synapses that learn, learning rates, rewards
 
-Every model (one per seed) reads the new text in order, window by window. Each window is predicted before the model learns from
-it, so the loss is always on unseen text. A window gives one reward for each of its tokens and, if ``lm_head`` learns, for each
-token sampled from the prediction; with the reward ``error`` the sign and size are those of the prediction error, with ``loss``
-the difference between a token's loss and its running mean (``nordlm/inference/plasticity.py``). The conditions are:
+Every model (one per seed) reads the new text in order, one sequence of the model's context length at a time. Each sequence is
+predicted before the model learns from it, so the loss is always on unseen text. For ``lm_head`` (the synapses from the readout
+neurons to the vocabulary), every actual token of a sequence has reward +1, and every token sampled from the prediction has
+reward -1. For the synapses inside the feed-forwards, ``--reward error`` is the prediction error projected to each neuron, and
+``--reward loss`` the running mean of the loss minus the loss of a token (``nordlm/inference/plasticity.py``). The conditions are:
 
     on        reward-modulated STDP
     off       control: no learning
-    shuffled  control: the rewards of the window in random order
+    shuffled  control: the rewards of each sequence in random order
     zero      control: every reward is 0
-    tokens    ablation: the spikes are permuted over the tokens of the window
+    tokens    ablation: the spikes are permuted over the tokens of each sequence
     steps     ablation: the time steps of each token's spikes are permuted, which keeps firing rates and removes timing
 
 Then the loss is measured on the part of the new text that follows, and on old text: held-out documents of the training text.
 Differences are paired by seed; intervals are 95 % intervals of Student's t over the seeds. ``--search`` uses text that comes
-after both parts of the new text, so that settings are not evaluated on the text that selected them.
+after both parts of the new text, so that settings are not evaluated on the text on which they were selected.
 """
 
 import argparse
@@ -65,7 +66,7 @@ COLOURS = {
     "steps": "tab:olive",
 }
 LOSSES = {"new, while read": "while_reading", "new, later": "later", "old": "old"}  # title -> field of Outcome
-SEARCHED = (  # weights that learn, learning rate, reward
+SEARCHED = (  # synapses that learn, learning rate, reward
     *((("lm_head",), rate, "error") for rate in (2e-5, 5e-5, 1e-4, 2e-4)),
     *((("blocks.*.ffn.down",), rate, "error") for rate in (0.005, 0.05, 0.2)),
     *((("blocks.*.ffn.down",), rate, "loss") for rate in (0.0005, 0.005, 0.05)),
@@ -80,7 +81,7 @@ class Outcome:
     """Losses of one model under one condition, in nats per token.
 
     Attributes:
-        windows: loss on each window of the new text, before learning from it.
+        windows: loss on each sequence of the new text, before learning from it.
         later: loss on the following part of the new text, after reading.
         old: loss on held-out text of the training corpus, after reading.
     """
@@ -114,7 +115,7 @@ class Learning(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """Token ids: ``new [windows, S]`` for reading, ``later [n]`` and ``old [n]`` for measuring."""
+    """Token ids: ``new [sequences, S]`` for reading, ``later [n]`` and ``old [n]`` for measuring."""
 
     new: Tensor
     later: Tensor
@@ -144,7 +145,7 @@ def read_texts(options: argparse.Namespace, folder: Path, length: int, tokenizer
     new = _tokens(text, tokenizer, needed * (2 if options.search else 1))[needed if options.search else 0 :]
     if len(new) < needed or n_read < length:
         raise DataError(
-            f"the new text has {len(new):,} tokens left, expected {n_read:,} to read (at least one window of {length}) and "
+            f"the new text has {len(new):,} tokens left, expected {n_read:,} to read (at least one sequence of {length}) and "
             f"{n_measured:,} to measure: give more text, or change --read or --measure"
         )
     old = _tokens(_old_text(options.old, folder), tokenizer, n_measured)
@@ -208,9 +209,9 @@ def read_once(
     length = texts.new.shape[1]
     losses = []
     try:
-        for window in texts.new:
-            loss = None if condition == "off" else plasticity.read(window[None].to(model.device), length - 1)
-            losses.append(score(model, window, length, length) / (length - 1) if loss is None else loss)
+        for sequence in texts.new:
+            loss = None if condition == "off" else plasticity.learn_from(sequence[None].to(model.device), length - 1)
+            losses.append(score(model, sequence, length, length) / (length - 1) if loss is None else loss)
         later, old = (score(model, text, length, length) / (len(text) - 1) for text in (texts.later, texts.old))
     finally:
         plasticity.close()
@@ -280,7 +281,7 @@ def report(console: Console, outcomes: dict[str, list[Outcome]]) -> None:
 
 
 def plot(outcomes: dict[str, list[Outcome]], path: Path) -> None:
-    """Plot the loss relative to ``off``: during reading (running mean over windows), and afterwards on later and old text."""
+    """Plot the loss relative to ``off``: during reading (mean over the sequences so far), and afterwards."""
     mpl.use("Agg")
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=(2, 1), layout="constrained")
     off = outcomes["off"]
@@ -292,7 +293,7 @@ def plot(outcomes: dict[str, list[Outcome]], path: Path) -> None:
         left.plot(x, middle, color=COLOURS[name], label=name, linestyle="--" if name == "steps" else "-")
         left.fill_between(x, middle - half, middle + half, color=COLOURS[name], alpha=0.2)
     left.set(
-        xlabel="windows read", ylabel="loss - loss with STDP off, nats per token", title="new text, while it is read"
+        xlabel="sequences read", ylabel="loss - loss with STDP off, nats per token", title="new text, while it is read"
     )
     left.legend()
     others = [name for name in outcomes if name != "off"]
@@ -343,7 +344,7 @@ def _open(options: argparse.Namespace, folder: Path) -> tuple[NordForCausalLM, T
 
 def experiment(options: argparse.Namespace, models: list[Path], console: Console) -> dict[str, list[Outcome]]:
     """Run all conditions on all models; the ablations only if ``lm_head`` alone learns, the default."""
-    learning = Learning(options.synapses, options.rate, options.reward)
+    learning = Learning(options.synapses, options.learning_rate, options.reward)
     ablations = ABLATIONS if options.synapses in (None, ["lm_head"]) else ()
     outcomes: dict[str, list[Outcome]] = {condition: [] for condition in ("on", *CONTROLS, *ablations)}
     for seed, folder in enumerate(track(models, "reading", console=console, transient=True)):
@@ -379,7 +380,7 @@ def search(options: argparse.Namespace, models: list[Path], console: Console) ->
             ]
         )
     columns = [
-        "weights, reward",
+        "synapses, reward",
         "learning rate",
         "new - off",
         "later - off",
@@ -399,7 +400,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--models", type=Path, nargs="+", help="folders of trained models (default: train --seeds models)"
     )
-    parser.add_argument("--runs", type=Path, default=Path("runs/online"), help="folder for the training runs")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/online"), help="folder for the runs that train the models"
+    )
     parser.add_argument("--seeds", type=number(2, kind=int), default=5, help="number of models to train (default: 5)")
     parser.add_argument("--read", type=number(2, kind=int), default=16_384, help="tokens to read (default: 16384)")
     parser.add_argument(

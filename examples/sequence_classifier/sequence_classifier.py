@@ -1,10 +1,10 @@
-"""Classify passages of documentation by package, with softmax attention, with resonance, and without exchange.
+"""Classify passages of documentation by package, with softmax attention, with resonance, and without attention.
 
-    python examples/sequence_classifier/sequence_classifier.py     # uses docstrings of Python, no network; under three minutes
+    python examples/sequence_classifier/sequence_classifier.py     # docstrings of Python, no download; about a minute and a half
 
-The models are ``torch.nn.TransformerEncoder``, the encoder with the ``self_attn`` of every layer replaced by co-firing
-resonance, which weights words by their number of coincident spikes, and the encoder without exchange between words. The data
-are passages of 32 words from the docstrings of Python's standard library; whole modules are held out.
+The models are ``torch.nn.TransformerEncoder``, the same encoder with the ``self_attn`` of every layer replaced by co-firing
+resonance (attention whose scores count coincident spikes), and the same encoder without attention. The data are passages of 32
+words from the docstrings of Python's standard library; whole modules are held out.
 """
 
 import argparse

@@ -1,11 +1,12 @@
 """Replace the attention of SpikingJelly's Spikformer by resonance, and compare both on handwritten digits.
 
-    python examples/spikformer/spikformer_digits.py            # scikit-learn's digits, no network needed; 8 minutes of CPU time
+    python examples/spikformer/spikformer_digits.py            # scikit-learn's digits, no download; 8 minutes of CPU time
     python examples/spikformer/spikformer_digits.py --quick    # one seed, three epochs
 
-One network, three kinds of attention: Spikformer's own; resonance, put into each block in place; and none, a control in which
-only convolutions exchange information between patches. The tables give accuracy, time and firing rates over
-seeds. SpikingJelly 2 is needed: 0.0.0.0.14 has no Spikformer.
+The network has one of three kinds of attention: Spikformer's attention; resonance (``SpikeFedResonance``), which replaces it in
+each block; or none, a control in which only convolutions exchange information between patches. The tables give accuracy, CPU
+time of a training step and firing rates, mean and range over seeds. The example needs SpikingJelly 2: 0.0.0.0.14 has no
+Spikformer.
 """
 
 import argparse

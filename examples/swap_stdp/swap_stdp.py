@@ -1,10 +1,11 @@
-"""Train SpikingJelly and snnTorch networks on digits by unsupervised STDP, with their own rules and with ours.
+"""Train SpikingJelly and snnTorch networks on digits by unsupervised STDP, with the rules of their library and of nord-snn.
 
-    python examples/swap_stdp/swap_stdp.py          # scikit-learn's digits, no network needed; half a minute
+    python examples/swap_stdp/swap_stdp.py          # scikit-learn's digits, no download; half a minute on two cores
 
-64 inputs fire at the brightness of their pixel. 100 neurons compete: the one with the largest current inhibits all others
-(after Diehl and Cook 2015, with fatigue of frequent winners), and STDP moves its weights towards the image. Labels are used
-only after training, to assign a digit to each neuron. The runs of a network differ in one line, which constructs the learner.
+64 inputs fire with a probability equal to the brightness of their pixel. 100 neurons compete: for each image only the one with
+the largest mean current can fire (after Diehl and Cook 2015; a neuron that wins often gets a handicap), and STDP moves its
+weights towards the image. Labels are used only after training, to assign a digit to each neuron. The runs of a network differ in
+one line, which constructs the learner.
 """
 
 import argparse
@@ -114,13 +115,13 @@ class SnnTorchNet(nn.Module):
 LEARNERS: dict[str, dict[str, Callable[[Any], Any] | None]] = {
     "SpikingJelly": {
         "none": None,
-        "its STDPLearner": lambda net: learning.STDPLearner("m", net.fc, net.competition, TAU, TAU, weaken, strengthen),
+        "STDPLearner": lambda net: learning.STDPLearner("m", net.fc, net.competition, TAU, TAU, weaken, strengthen),
         "nord-snn STDP": lambda net: STDP("m", net.fc, net.competition, TAU, TAU, RATE, WEAKER),
         "nord-snn TripletSTDP": lambda net: TripletSTDP("m", net.fc, net.competition, TAU, TAU, **TRIPLETS),
     },
     "snnTorch": {
         "none": None,
-        "its STDPLearner": lambda net: SnnTorchSTDPLearner(net.fc, net.competition, TAU, TAU, weaken, strengthen),
+        "STDPLearner": lambda net: SnnTorchSTDPLearner(net.fc, net.competition, TAU, TAU, weaken, strengthen),
         "nord-snn STDP": lambda net: STDP("s", net.fc, net.competition, TAU, TAU, RATE, WEAKER),
         "nord-snn TripletSTDP": lambda net: TripletSTDP("s", net.fc, net.competition, TAU, TAU, **TRIPLETS),
     },

@@ -1,12 +1,12 @@
-"""Ablation study: change one mechanism at a time in both blocks and in the dense twin, over seeds.
+"""Ablation study: change one mechanism at a time in the published block, the spike-fed block and the dense twin, over seeds.
 
     python studies/language_model/ablation.py                                 # tiny, three seeds, all blocks
     python studies/language_model/ablation.py --blocks spike-fed --only cascade clamp
 
 ``recency`` is the published block with recency (scores fall with distance), so that every model depends on the order of the
 positions. Every run has the config's peak learning rate, even if another rate would be better for the change, and the same
-tokens in the same order. The tables show the held-out loss, and its difference to the unchanged model with the same seed. Runs
-are saved as in ``compare.py``.
+tokens in the same order. The tables show the held-out loss in nats per token, and its difference to the unchanged ("whole")
+model with the same seed. Finished runs are saved, so the same command continues after a stop.
 """
 
 import argparse
@@ -338,7 +338,7 @@ def ablate(trials: Trials, blocks: list[str], mechanisms: list[str], seeds: list
 
 def ablation_table(rows: list[Row], block: str) -> list[list[str]]:
     """Return a table with one line per change."""
-    lines = [["mechanism", "change", "nats per token", "more than whole", "rates of the layers"]]
+    lines = [["mechanism", "change", "nats per token", "more than whole", "firing rates of the layers"]]
     for row in rows:
         if row.block != block:
             continue

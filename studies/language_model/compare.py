@@ -5,14 +5,15 @@
     python studies/language_model/compare.py --models spike-fed dense-twin
 
 All models have the same width, number of blocks, heads, vocabulary and context, the same tokens in the same order, the same
-schedule and the same search for a peak learning rate. With several ``--lrs``, each model is trained with each of them at the
-first seed. While the best rate on the held-out text is the lowest or the highest, half or twice this rate is also tried. All
-runs of the model use the best rate.
+schedule and the same search for a peak learning rate. With several ``--lrs``, each model is trained with each of these learning
+rates at the first seed. While the best learning rate on the held-out text is the lowest or the highest, half or twice this
+learning rate is also tried. All runs of the model use the best one.
 
-``published`` is the published model with these sizes; ``recency`` adds scores that fall with distance. ``spike-fed`` is the
-config; ``spiking-values`` adds spiking values. ``dense-twin`` is the config with smooth activations and one time step, so that
-it differs only in the spikes; ``dense-plain`` is the twin without the norms that only the neurons need. ``gpt2`` has
-feed-forwards of the width that gives the same number of parameters without embedding and head.
+``published`` is the published model with these sizes; ``recency`` is ``published`` with scores that fall with distance.
+``spike-fed`` is the model of the config, whose blocks have spikes as input of every linear map; ``spiking-values`` is
+``spike-fed`` with spikes as values of the resonance. ``dense-twin`` is ``spike-fed`` with GELU instead of neurons and with one
+time step; ``dense-plain`` is the twin without the norms that only the neurons need. ``gpt2`` has feed-forwards of the width that
+gives the same number of parameters without embedding and head.
 
 Every finished run is saved: the same command continues after a stop, and commands for other models can use the same folder at
 the same time.

@@ -1,4 +1,4 @@
-"""Measure repetition and topic coherence of generated text. No sample is selected by hand."""
+"""Measure repetition and topic coherence of generated text, over all generated samples (none is selected by hand)."""
 
 from typing import NamedTuple
 

@@ -3,14 +3,16 @@
     python studies/language_model/scaling.py --data books.txt
     python studies/language_model/scaling.py --sizes 64x2 128x2 256x4 --steps 250 500 --seeds 0
 
-A size is width x blocks, with heads of 32 and a feed-forward of twice the width. Each number of training steps is a complete run
-with its own schedule. For each size and number of steps, the peak learning rate of every model is searched at the first seed, as
-in ``compare.py``. The first search starts with ``--lrs``; later ones start with half, once and twice the best rate of the
-previous size, or else of fewer steps, since short runs and small models often need higher rates. With several ``--lrs``, a
-second search starts with lower rates, because loss vs. learning rate can have two minima (it does for the small GPT-2).
+A size is width x number of blocks; a head has width 32 and the feed-forward twice the width of the model. Each number of training
+steps is a complete run with its own schedule. For each size and number of training steps, the peak learning rate of every model
+is searched at the first seed, as in ``compare.py``. The first search starts with ``--lrs``. Later searches start with half, once
+and twice the best learning rate of the previous size, or else of fewer training steps, because short runs and small models often
+need higher learning rates. With several ``--lrs``, a second search starts with lower learning rates, because the loss as a
+function of the learning rate can have two minima (it has for the small GPT-2).
 
-The curve of a model is ``L(N, D) = E + A / N^a + B / D^b`` (Hoffmann et al. 2022), where N is the number of parameters without
-embedding and head and D the number of training tokens (with repetitions if the text is shorter). It is fitted by least squares
+The curve of a model is ``L(N, D) = E + A / N^a + B / D^b`` (Hoffmann et al. 2022), where L is the held-out loss in
+nats per token, N the number of parameters without embedding and head, and D the number of training tokens (with repetitions if
+the text is shorter). It is fitted by least squares
 with Huber's loss. Intervals are from a bootstrap of the residuals around the fitted curve. The curve describes these runs and
 is not reliable outside their range. Runs are saved as in ``compare.py``; ``runs.jsonl`` includes those of the searches.
 """
@@ -281,7 +283,7 @@ def scaling_table(points: list[Point]) -> list[list[str]]:
     """Return a table with a line per size and number of tokens: losses, paired ratios of bits per byte, firing rates."""
     kinds = unique(point.kind for point in points)
     others = [kind for kind in kinds if kind != "spike-fed"] if "spike-fed" in kinds else []
-    lines = [["size", "parameters", "tokens", *kinds, *(f"spike-fed / {kind}" for kind in others), "rates"]]
+    lines = [["size", "parameters", "tokens", *kinds, *(f"spike-fed / {kind}" for kind in others), "firing rates"]]
     for size, tokens in unique((point.size, point.tokens) for point in points):
         here = [point for point in points if (point.size, point.tokens) == (size, tokens)]
         losses = {kind: [point.loss for point in here if point.kind == kind] for kind in kinds}
@@ -313,14 +315,14 @@ def describe_fits(points: list[Point], curves: dict[str, Curve | None]) -> list[
     for kind, curve in curves.items():
         own = [point for point in points if point.kind == kind]
         trained = {(point.size, point.tokens): f"{point.run['lr']:g}" for point in own}
-        rates = "; ".join(
+        learning_rates = "; ".join(
             f"{size} {', '.join(lr for (at, _), lr in trained.items() if at == size)}"
             for size in unique(size for size, _ in trained)
         )
         ends = intervals(own, curve) if curve else {}
         within = ", ".join(f"{name} {low:.2f} to {high:.2f}" for name, (low, high) in ends.items())
         shown = f"L(N, D) = {curve} (95 %: {within})" if curve else "too few sizes and numbers of tokens for a curve"
-        sentences.append(f"- {kind}: {shown}; peak learning rates: {rates}")
+        sentences.append(f"- {kind}: {shown}; peak learning rates: {learning_rates}")
     return sentences
 
 
@@ -358,7 +360,7 @@ def _run_scaling(options: argparse.Namespace, command: str) -> None:
     sentences = describe_fits(points, curves)
     note = (
         f"Nats per token, mean (range) over seeds {', '.join(map(str, seeds))}; ratios of bits per byte; "
-        f"rates are the lowest and highest of all layers of neurons; diverged: {'; '.join(diverged) or 'none'}. "
+        f"firing rates are the lowest and the highest of all layers of neurons; diverged: {'; '.join(diverged) or 'none'}. "
         "Fitted, with peak learning rates in the order of the numbers of tokens:"
     )
     parts = [markdown_table(scaling_table(points)), note, "\n".join(sentences), f"`{command}`"]

@@ -22,8 +22,8 @@ def test_neurons_of_a_channel_share_their_parameters_at_every_pixel():
     assert torch.equal(again(x[..., 1:2, 2:]), spikes[..., 1:2, 2:])  # a place is a row of its own
 
 
-@pytest.mark.parametrize(("name", "ours", "clamps"), [("SpikingJelly LIFNode", 0, 0), ("AssociativeLIF, cascade", 2, 0),
-                                                      ("AssociativeLIF, cascade, LeakyClamp", 2, 2)])  # fmt: skip
+@pytest.mark.parametrize(("name", "ours", "clamps"), [("SpikingJelly LIFNode", 0, 0), ("AssociativeLIFNode, cascade", 2, 0),
+                                                      ("AssociativeLIFNode, cascade, LeakyClamp", 2, 2)])  # fmt: skip
 def test_each_kind_has_the_neurons_in_its_name(name, ours, clamps):
     modules = list(script.Net(script.KINDS[name]).modules())
     assert sum(isinstance(m, AssociativeLIFNode) for m in modules) == ours
@@ -32,12 +32,12 @@ def test_each_kind_has_the_neurons_in_its_name(name, ours, clamps):
 
 
 def test_the_network_learns_digits():
-    result = script.train(script.KINDS["AssociativeLIF, cascade"], 0, 2, script.digits())
+    result = script.train(script.KINDS["AssociativeLIFNode, cascade"], 0, 2, script.digits())
     assert result.accuracy > 0.8
     assert 0 < result.rate < 1
 
 
-def test_neurons_that_never_fire_are_counted():
+def test_silent_neurons_are_counted():
     net = script.Net(script.lif).eval()
     with torch.no_grad():
         for module in net.modules():
@@ -46,7 +46,7 @@ def test_neurons_that_never_fire_are_counted():
                 module.bias.copy_(torch.where(torch.arange(len(module.bias)) % 4 == 0, 9.0, -9.0))
     images, labels = script.digits()[2:]
     result = script.measure(net, images[:20], labels[:20])
-    assert result.dead == pytest.approx(0.75)
+    assert result.silent == pytest.approx(0.75)
     assert result.rate == pytest.approx(0.25)
 
 

@@ -130,7 +130,7 @@ def test_impossible_options_raise_one_sentence(models, capsys, tmp_path):
         return capsys.readouterr().err
 
     assert "expected 999,999,999 to read" in sentence(*arguments(models, "--read", "999999999"))
-    assert "at least one window of 24" in sentence(*arguments(models, "--read", "20"))
+    assert "at least one sequence of 24" in sentence(*arguments(models, "--read", "20"))
     assert "no synapse that can learn" in sentence(*arguments(models, "--synapses", "blocks.0.ffn.up"))
     assert "expected a folder with config.json, model.safetensors and a tokenizer" in sentence(
         "--models", str(tmp_path / "none"), "--out", str(tmp_path / "out")

@@ -34,9 +34,9 @@ def loss(model, ids):
 
 def test_reading_a_text_repeatedly_lowers_its_loss(model):
     model, ids = model
-    plasticity = Plasticity(model, rate=0.005)
+    plasticity = Plasticity(model, learning_rate=0.005)
     before = loss(model, ids)
-    told = [plasticity.read(ids, ids.shape[1]) for _ in range(20)]
+    told = [plasticity.learn_from(ids, ids.shape[1]) for _ in range(20)]
     assert told[0] == pytest.approx(before, abs=1e-5)
     assert loss(model, ids) < before - 0.2
     assert sum(told[-5:]) < sum(told[:5])
@@ -45,11 +45,11 @@ def test_reading_a_text_repeatedly_lowers_its_loss(model):
 def test_the_mean_change_over_samples_is_a_delta_rule(model, monkeypatch):
     """DW = rate * sum over tokens of outer(one-hot - probabilities, trace); the trace decays one time step before the token."""
     model, ids = model
-    plasticity = Plasticity(model, rate=0.001)
+    plasticity = Plasticity(model, learning_rate=0.001)
     synapse, readings = plasticity.synapses["lm_head"], []
     with monkeypatch.context() as patch:
         patch.setattr(synapse, "learn", lambda reading, control: lambda: readings.append((reading, synapse._spikes)))
-        plasticity.read(ids, ids.shape[1])
+        plasticity.learn_from(ids, ids.shape[1])
     reading, spikes = readings[0]
     assert spikes.any()
     steps = torch.arange(len(spikes), 0, -1)
@@ -67,7 +67,7 @@ def test_the_mean_change_over_samples_is_a_delta_rule(model, monkeypatch):
 def test_a_control_of_spikes_is_only_for_the_head(model):
     model, ids = model
     silent = Plasticity(model, control=Control(spikes=torch.zeros_like))
-    silent.read(ids, ids.shape[1])
+    silent.learn_from(ids, ids.shape[1])
     assert silent.change() == 0
     with pytest.raises(PlasticityError, match="expects lm_head as the only synapse"):
         Plasticity(model, BLOCKS, control=Control(spikes=torch.zeros_like))
@@ -79,8 +79,8 @@ def test_only_selected_synapses_change_and_reverting_is_exact(model, names, rewa
     model, ids = model
     before = weights(model)
     plasticity = Plasticity(model, names, reward=reward)
-    plasticity.read(ids, ids.shape[1])
-    plasticity.read(ids.flip(1), ids.shape[1])
+    plasticity.learn_from(ids, ids.shape[1])
+    plasticity.learn_from(ids.flip(1), ids.shape[1])
     assert changed(model, before) == ({"lm_head.weight"} if names is None else {"blocks.0.ffn.down.weight"})
     assert plasticity.change() > 0
     plasticity.close()
@@ -95,32 +95,32 @@ def test_without_rewards_nothing_changes(model, names):
     model, ids = model
     before = weights(model)
     plasticity = Plasticity(model, names, control=Control(rewards=torch.zeros_like))
-    plasticity.read(ids, ids.shape[1])
+    plasticity.learn_from(ids, ids.shape[1])
     assert not changed(model, before)
 
 
 def test_only_rows_of_actual_and_sampled_tokens_change_and_context_is_not_learned(model):
     model, ids = model
     plasticity = Plasticity(model)
-    plasticity.read(ids, 2)
+    plasticity.learn_from(ids, 2)
     rows = plasticity.synapses["lm_head"].plastic.delta.abs().sum(1).nonzero().flatten().tolist()
     assert 0 < len(rows) <= 4  # two words that came, two that were expected
     assert set(rows) & set(ids[0, -2:].tolist())
     plasticity.forget()
     torch.manual_seed(1)
-    plasticity.read(ids, 2)
+    plasticity.learn_from(ids, 2)
     alone = plasticity.synapses["lm_head"].plastic.delta.clone()
     plasticity.forget()
     torch.manual_seed(1)
-    plasticity.read(ids, 2, approval=-1.0)
+    plasticity.learn_from(ids, 2, reward_factor=-1.0)
     assert torch.allclose(plasticity.synapses["lm_head"].plastic.delta, -alone, atol=1e-7)
 
 
 def test_a_single_token_changes_nothing(model):
     model, ids = model
     plasticity = Plasticity(model)
-    assert plasticity.read(ids[:, :1], 1) is None
-    assert plasticity.read(ids[:, :2], 2) is not None
+    assert plasticity.learn_from(ids[:, :1], 1) is None
+    assert plasticity.learn_from(ids[:, :2], 2) is not None
 
 
 def test_ctrl_c_while_learning_leaves_no_partial_recording(model, monkeypatch):
@@ -133,7 +133,7 @@ def test_ctrl_c_while_learning_leaves_no_partial_recording(model, monkeypatch):
 
     monkeypatch.setattr(rule, "step", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        plasticity.read(ids, 3)
+        plasticity.learn_from(ids, 3)
     assert not rule._pre
     assert plasticity.synapses["lm_head"]._spikes is None
 
@@ -150,7 +150,7 @@ def test_if_one_synapse_fails_no_synapse_changes(model):
 
     plasticity = Plasticity(model, ["*"], reward="loss", control=Control(rewards=break_the_second))
     with pytest.raises(ValueError, match="reward must be finite"):
-        plasticity.read(ids, ids.shape[1])
+        plasticity.learn_from(ids, ids.shape[1])
     assert not changed(model, before)
     assert plasticity.synapses["blocks.0.ffn.down"].source.baseline is None
 
@@ -168,8 +168,8 @@ def test_silent_readout_neurons_warn_once(model):
     model.readout.lif.v_threshold.data.fill_(1e9)
     plasticity = Plasticity(model)
     with pytest.warns(UserWarning, match="the readout neurons did not fire"):
-        plasticity.read(ids, 3)
-    plasticity.read(ids, 3)
+        plasticity.learn_from(ids, 3)
+    plasticity.learn_from(ids, 3)
     assert plasticity.change() == 0
 
 

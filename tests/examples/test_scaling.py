@@ -106,7 +106,7 @@ def test_ratios_are_paired_by_seed():
         for (kind, seed), loss in losses.items()
     ]
     head, line = scaling_table(found)
-    assert head == ["size", "parameters", "tokens", "spike-fed", "gpt2", "spike-fed / gpt2", "rates"]
+    assert head == ["size", "parameters", "tokens", "spike-fed", "gpt2", "spike-fed / gpt2", "firing rates"]
     assert line[:3] == ["64x2", "1,000", "2,000"]
     assert line[3:] == ["3.133 (1.000 to 4.400)", "4.000", "+5.0% (+0.0% to +10.0%)", "4.0% to 10.0%"]
     (gpt2,) = (point for point in found if point.kind == "gpt2" and point.run["seed"] == 0)

@@ -16,7 +16,7 @@ def trained(framework, learner, epochs):
 
 @pytest.mark.parametrize("framework", ["SpikingJelly", "snnTorch"])
 def test_our_rule_learns_digits_as_well_as_the_frameworks_rule(framework):
-    drawn, theirs, ours = (trained(framework, name, 6) for name in ("none", "its STDPLearner", "nord-snn STDP"))
+    drawn, theirs, ours = (trained(framework, name, 6) for name in ("none", "STDPLearner", "nord-snn STDP"))
     assert theirs > drawn + 0.2
     assert ours > drawn + 0.2
 

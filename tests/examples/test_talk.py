@@ -218,8 +218,8 @@ def test_commands_set_the_named_options(talk):
     for line in ("/temp hot", "/tokens 0", "/rep nan", "/stdp maybe", "/dance"):
         assert chat.handle(line)
     out = printed.getvalue()
-    assert "could not convert string to float: 'hot'; it stays at 0.5" in out
-    assert "expected a number from 0.01 to 100, got nan; it stays at 1.3" in out
+    assert "could not convert string to float: 'hot'; the temperature stays at 0.5" in out
+    assert "expected a number from 0.01 to 100, got nan; the repetition penalty stays at 1.3" in out
     assert "unknown command /dance" in out
     assert "expected /stdp on or /stdp off" in out
     assert chat.options.max_new_tokens == 7
@@ -248,7 +248,7 @@ def test_stdp_learns_from_typed_text_and_forget_reverts_it(talk):
     chat.handle("some slow current of time")
     assert torch.equal(chat.model.lm_head.weight, after)
     chat.handle("/stats")
-    assert "STDP off (lm_head), weights changed by" in printed.getvalue()
+    assert "STDP off; plastic: lm_head; learned change so far: " in printed.getvalue()
     chat.handle("/forget")
     assert not changed(chat.model, before)
     assert chat.plasticity.change() == 0
@@ -258,8 +258,8 @@ def test_the_user_can_reward_the_last_answer(talk):
     chat, printed = talk
     chat.handle("/stdp on")
     chat.handle("/good")
-    assert "there is no answer to reward" in printed.getvalue()
-    chat.plasticity = Plasticity(chat.model, rate=0.01)
+    assert "there is no answer to learn from" in printed.getvalue()
+    chat.plasticity = Plasticity(chat.model, learning_rate=0.01)
     chat.handle("the neuron fires")
     answer = chat.text[-chat.answer_length :]
     context = torch.tensor([chat.text])
@@ -277,7 +277,7 @@ def test_the_user_can_reward_the_last_answer(talk):
     for _ in range(6):
         chat.handle("/bad")
     assert liked() < better
-    assert "[loss on its answer" in printed.getvalue()
+    assert "[loss on the model's answer" in printed.getvalue()
 
 
 def test_the_learned_change_can_be_saved_and_loaded(talk, tmp_path):

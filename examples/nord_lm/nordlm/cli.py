@@ -1,11 +1,11 @@
-"""Types for command-line arguments."""
+"""Types and encoding of command-line arguments."""
 
 import argparse
 from typing import Any
 
 __all__ = [
     "number",
-    "replace_surrogates",
+    "replace_invalid_utf8",
     "temperature",
 ]
 
@@ -31,6 +31,9 @@ def temperature(text: str) -> float:
     return value
 
 
-def replace_surrogates(text: str) -> str:
-    """Replace bytes that are not UTF-8. Python decodes them to surrogates, which tokenizers reject."""
+def replace_invalid_utf8(text: str) -> str:
+    """Replace bytes that are not UTF-8 by U+FFFD.
+
+    Python reads such bytes from the command line and from ``input`` as Unicode surrogates, which tokenizers reject.
+    """
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

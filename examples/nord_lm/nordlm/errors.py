@@ -4,7 +4,7 @@ __all__ = ["CheckpointError", "DataError", "ModelError", "PlasticityError", "Rec
 
 
 class RecipeError(Exception):
-    """Base class of all errors whose message the scripts print."""
+    """Base class of the errors that a user can correct. The scripts of this example (the recipe) print the message."""
 
 
 class CheckpointError(RecipeError, RuntimeError):

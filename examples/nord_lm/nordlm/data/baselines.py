@@ -1,4 +1,4 @@
-"""Compute the losses of uniform, unigram and interpolated bigram predictions, in nats per token."""
+"""Compute the losses of predictions from token counts: uniform, unigram and interpolated bigram, in nats per token."""
 
 import math
 
@@ -14,11 +14,12 @@ def uniform_loss(vocab_size: int) -> float:
 
 
 def unigram_loss(train: Tensor, validation: Tensor, vocab_size: int) -> float:
-    """Return the mean of ``-ln p(token)``, with ``p`` from the training counts plus one.
+    """Return the mean of ``-ln p(token)``, with ``p`` from the training counts by add-one (Laplace) smoothing.
 
     Args:
         train: training tokens ``[n]``.
-        validation: sequences ``[m, S]``; the first token of each is not predicted, as for the model.
+        validation: sequences ``[m, S]``. The first token of a sequence is not counted, because the language model does not
+            predict it either.
         vocab_size: V.
     """
     return -_unigram(train, vocab_size).log()[validation[:, 1:].long()].mean().item()
@@ -27,12 +28,13 @@ def unigram_loss(train: Tensor, validation: Tensor, vocab_size: int) -> float:
 def bigram_loss(train: Tensor, validation: Tensor, vocab_size: int) -> float:
     """Return the mean of ``-ln p(token | previous token)``, interpolated with the unigram (Witten and Bell, 1991).
 
+    ``p(b)`` is the unigram probability of :func:`unigram_loss`;
     ``p(b | a) = (count(a, b) + types(a) * p(b)) / (count(a) + types(a))`` where ``types(a)`` is the number of different
     tokens after ``a`` in the training text.
 
     Args:
         train: training tokens ``[n]`` in order.
-        validation: sequences ``[m, S]``.
+        validation: sequences ``[m, S]``. The first token of a sequence is not counted.
         vocab_size: V.
     """
     previous, following = train[:-1].long(), train[1:].long()
@@ -40,13 +42,13 @@ def bigram_loss(train: Tensor, validation: Tensor, vocab_size: int) -> float:
     occurrences = torch.bincount(previous, minlength=vocab_size).double()
     types = torch.bincount(pairs // vocab_size, minlength=vocab_size).double()
     context, target = validation[:, :-1].long().flatten(), validation[:, 1:].long().flatten()
-    queries = context * vocab_size + target
-    position = torch.searchsorted(pairs, queries).clamp(max=len(pairs) - 1)
-    seen = torch.where(pairs[position] == queries, counts[position], 0).double()
+    validation_pairs = context * vocab_size + target
+    position = torch.searchsorted(pairs, validation_pairs).clamp(max=len(pairs) - 1)
+    training_counts = torch.where(pairs[position] == validation_pairs, counts[position], 0).double()
     unigram = _unigram(train, vocab_size)[target]
-    # A context that is not in the training text has only the unigram.
+    # After a context that is not in the training text, this weight makes the probability that of the unigram.
     weight = torch.where(types[context] > 0, types[context], 1.0)
-    probability = (seen + weight * unigram) / (occurrences[context] + weight)
+    probability = (training_counts + weight * unigram) / (occurrences[context] + weight)
     return -probability.log().mean().item()
 
 

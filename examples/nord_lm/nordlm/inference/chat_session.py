@@ -23,16 +23,18 @@ __all__ = [
     "Chat",
 ]
 
-HELP = """/temp X     temperature, 0 for greedy search
-/tokens N   maximum length of an answer
+HELP = """/temp X     sampling temperature, 0 for greedy search
+/tokens N   maximum length of an answer, in tokens
 /rep X      repetition penalty, 1 for none
-/stdp on    learn from your text; /stdp off stops learning and keeps the changes
-/good       reward the last answer; /bad punishes it (with STDP on)
+/stdp on    from now on the model learns from each of your lines, by STDP, before it answers
+/stdp off   stop learning; what the model has learned stays
+/good       reward the last answer: the model learns to prefer it (only with STDP on)
+/bad        punish the last answer: the model learns to avoid it (only with STDP on)
 /forget     revert all learned changes
-/save-plastic FILE   write only the learned changes
-/load-plastic FILE   replace the learned changes by those in a file
-/live on    show the firing rate of every block at each token of an answer; /live off
-/stats      firing rates in the last answer, speed, and the effect of STDP
+/save-plastic FILE   write the learned changes, without the trained weights, to FILE
+/load-plastic FILE   replace the learned changes by the changes in FILE
+/live on    show the firing rate of every part of the model at each token of an answer; /live off hides them
+/stats      firing rates in the last answer, speed, and how much STDP has changed the weights
 /reset      clear the conversation
 /help       list the commands
 /quit       end the chat"""
@@ -56,14 +58,14 @@ class TeeStreamer(BaseStreamer):
 
 
 class Chat:
-    """A chat: text so far, commands and learning.
+    """A chat: the text of user and model so far, the commands, and learning by STDP.
 
     Args:
         model: in eval mode.
         tokenizer: its tokenizer.
         options: sampling options of the command line; commands change them.
         console: output. Default: standard output.
-        plasticity: the plastic synapses. Default: ``Plasticity(model)``.
+        plasticity: the learning of the model, which ``/stdp on`` switches on. Default: ``Plasticity(model)``.
     """
 
     def __init__(
@@ -81,8 +83,8 @@ class Chat:
         self.text: list[int] = []
         self.answer_length = 0  # tokens of the last answer, at the end of the text
         self.live = False
-        self.answer_rates: AnswerRates | None = None  # of the last answer
-        self.rates: dict[str, float] = {}
+        self.answer_rates: AnswerRates | None = None  # by part and token of the last answer
+        self.rates: dict[str, float] = {}  # by layer: means over the last answer and the text before it
         self.tokens_per_second = 0.0
 
     def handle(self, line: str) -> bool:
@@ -121,22 +123,22 @@ class Chat:
         ids = torch.tensor([self.text], device=self.model.device)
         self.answer_rates, self.rates, self.tokens_per_second = None, {}, 0.0
         start = time.monotonic()
-        with SpikeMonitor(self.model) as monitor, self._rate_streamer() as answer_rates:
+        with SpikeMonitor(self.model) as monitor, self._rate_recorder() as recorder:
             ids_out = self.model.generate(
                 ids,
                 max_new_tokens=self.options.max_new_tokens,
                 pad_token_id=self.tokenizer.eos_token_id,
-                streamer=answer_rates if self.live else TeeStreamer(self._text_streamer(), answer_rates),
+                streamer=recorder if self.live else TeeStreamer(self._text_streamer(), recorder),
                 **generate_arguments(
                     self.options.temperature, self.options.top_k, self.options.top_p, self.options.repetition_penalty
                 ),
             )[0].tolist()
         self.tokens_per_second = (len(ids_out) - len(self.text)) / (time.monotonic() - start)
-        self.answer_rates, self.rates = answer_rates, monitor.rates()
+        self.answer_rates, self.rates = recorder, monitor.rates()
         self.answer_length = len(ids_out) - len(self.text)
         self.text = ids_out
 
-    def _rate_streamer(self) -> AnswerRates:
+    def _rate_recorder(self) -> AnswerRates:
         return (
             LiveRates(self.model, self.tokenizer, self.console)
             if self.live
@@ -150,20 +152,23 @@ class Chat:
         """Print a message."""
         self.console.print(escape(message), style=style, highlight=False, soft_wrap=True)
 
-    def _learn(self, n_new: int, approval: float, source: str) -> None:
-        """Learn from the last ``n_new`` tokens of the text."""
+    def _learn(self, n_new: int, reward_factor: float, source: str) -> None:
+        """Learn from the last ``n_new`` tokens of the text; print the loss before and the size of all changes after it."""
         context = torch.tensor([self.text[-self.model.config.max_position_embeddings :]], device=self.model.device)
-        loss = self.plasticity.read(context, min(n_new, context.shape[1]), approval)
+        loss = self.plasticity.learn_from(context, min(n_new, context.shape[1]), reward_factor)
         if loss is not None:
-            self.say(f"[loss on {source} {loss:.2f}, weights changed by {self.plasticity.change():.1e}]", style="dim")
+            self.say(f"[loss on {source} {loss:.2f} nats per token; {self._learned_change()}]", style="dim")
 
-    def _reward_answer(self, approval: float) -> None:
+    def _learned_change(self) -> str:
+        return f"learned change so far: {self.plasticity.change():.1e} of the norm of the trained weights"
+
+    def _reward_answer(self, reward_factor: float) -> None:
         if not self.learning:
             self.say("STDP is off; /stdp on switches it on")
         elif not self.answer_length:
-            self.say("there is no answer to reward")
+            self.say("there is no answer to learn from")
         else:
-            self._learn(self.answer_length, approval, "its answer")
+            self._learn(self.answer_length, reward_factor, "the model's answer")
 
     def _use_file(self, name: str, action: Callable[[Path], None], message: str) -> None:
         if not name:
@@ -180,7 +185,7 @@ class Chat:
         try:
             setattr(self.options, name, parse(text))
         except (ValueError, argparse.ArgumentTypeError) as error:
-            self.say(f"{error}; it stays at {getattr(self.options, name)}")
+            self.say(f"{error}; the {name.replace('_', ' ')} stays at {getattr(self.options, name)}")
             return
         self.say(f"{name.replace('_', ' ')} {getattr(self.options, name)}")
 
@@ -208,19 +213,21 @@ class Chat:
 
     def _stats(self, _: str) -> None:
         for line in (
-            ["firing rates in the last answer:", *self.answer_rates.summary()]
+            [
+                "firing rate of each part of the model, mean over the tokens of the last answer:",
+                *self.answer_rates.summary(),
+            ]
             if self.answer_rates
             else ["there is no answer yet"]
         ):
             self.say(line)
         if self.rates:
-            self.say("mean rates, including the text before the answer:")
+            self.say("firing rate of each layer, mean over the text before the answer and the answer:")
         for name, rate in self.rates.items():
             self.say(f"{name:28} {rate:7.2%}")
         self.say(
-            f"{len(self.text)} tokens of context, {self.tokens_per_second:.1f} tokens/s; STDP "
-            f"{_on_off(self.learning)} ({', '.join(self.plasticity.synapses)}), weights changed by "
-            f"{self.plasticity.change():.2e}"
+            f"{len(self.text)} tokens of context, {self.tokens_per_second:.1f} tokens/s; STDP {_on_off(self.learning)}; "
+            f"plastic: {', '.join(self.plasticity.synapses)}; {self._learned_change()}"
         )
 
 

@@ -3,13 +3,13 @@
 Two kinds of synapses can learn:
 
 ``lm_head``
-    from the readout neurons to the vocabulary. A vocabulary entry spikes one time step after the last time step of the token
-    before it. For every token of the text two entries spike: the actual token, with reward +1, and one sampled from the
-    model's prediction, with reward -1. If both are the same token, the changes cancel, so the reward is the prediction error.
-    With the presynaptic trace p at that time step, the expected change is
-    ``dW = rate * sum over tokens of (one-hot(token) - probabilities) outer p``. This is a delta rule but not the gradient of
-    the loss, because the forward pass multiplies the head with the normalised membranes and rates of the same neurons. All
-    pairs are pre before post, so ``rate`` is ``a_plus`` and only a negative reward weakens a weight.
+    from the readout neurons to the vocabulary. An entry of the vocabulary (an output of the head) has no neuron; the rule
+    defines its spikes. For every token of the text two entries spike, one time step after the last time step of the previous
+    token: the actual token, with reward +1, and one sampled from the model's prediction, with reward -1. If both are the same
+    token, the changes cancel. With the presynaptic trace p at that time step, the expected change follows the prediction error:
+    ``dW = a_plus * sum over tokens of (one-hot(token) - probabilities) outer p``. This is a delta rule but not the gradient of
+    the loss, because the forward pass multiplies the head with the normalised membranes and rates of the same neurons. In all
+    pairs the presynaptic neuron spikes first, so ``a_plus`` is the learning rate, and only a negative reward weakens a weight.
 ``blocks.*.ffn.down``
     from the first to the second layer of neurons of a feed-forward, with the spikes of both. The reward of a token is
     ``"error"``, its prediction error projected to each neuron through the weights of the head and the gains of norm and block
@@ -43,8 +43,8 @@ from nordlm.errors import PlasticityError
 
 __all__ = ["Control", "Plasticity", "PlasticityError", "add_plasticity_options", "synapse_names"]
 
-#: Change per pair of spikes, by synapse, from the search in ``examples/online_learning``.
-RATES = {"lm_head": 5e-5, "ffn.down": 0.05}
+#: Learning rates: change of a weight for each pair of spikes, by synapse, from the search in ``examples/online_learning``.
+LEARNING_RATES = {"lm_head": 5e-5, "ffn.down": 0.05}
 REWARDS = ("error", "loss")
 
 
@@ -58,7 +58,7 @@ class LearningSignals(NamedTuple):
         losses: loss of each token in nats, ``[n]``.
         feedback: prediction error projected through the head to the channels of the residual stream, ``[n, D]``; None if no
             synapse needs it.
-        approval: factor of all rewards: 1, or the user's judgement.
+        reward_factor: factor of all rewards: 1, or -1 for a text that the user wants to be less probable.
     """
 
     positions: slice
@@ -66,7 +66,7 @@ class LearningSignals(NamedTuple):
     probabilities: Tensor
     losses: Tensor
     feedback: Tensor | None
-    approval: float
+    reward_factor: float
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -107,8 +107,8 @@ class HeadSynapse:
 
     needs_feedback = False
 
-    def __init__(self, model: NordForCausalLM, rate: float) -> None:
-        self.rate = rate
+    def __init__(self, model: NordForCausalLM, learning_rate: float) -> None:
+        self.learning_rate = learning_rate
         self.plastic = PlasticPart(model.lm_head)
         self._spikes: Tensor | None = None
         self._recording = self._warned = False
@@ -140,8 +140,10 @@ class HeadSynapse:
         words, index = events.unique(return_inverse=True)
         post = pre.new_zeros(len(pre), len(events), len(words))
         post[-1, torch.arange(len(events)), index] = 1
-        scaled_rewards = signals.approval * control.rewards(rewards)
-        change, _ = reward_modulated_stdp(pre.repeat(1, 2, 1), post, scaled_rewards, a_plus=self.rate, a_minus=0.0)
+        scaled_rewards = signals.reward_factor * control.rewards(rewards)
+        change, _ = reward_modulated_stdp(
+            pre.repeat(1, 2, 1), post, scaled_rewards, a_plus=self.learning_rate, a_minus=0.0
+        )
         return lambda: self.plastic.apply(change, words)
 
     def clear_state(self) -> None:
@@ -159,7 +161,7 @@ class HeadSynapse:
 class FeedForwardSynapse:
     """The second linear map of a feed-forward, between its two layers of neurons."""
 
-    def __init__(self, model: NordForCausalLM, index: int, rate: float, reward: str) -> None:
+    def __init__(self, model: NordForCausalLM, index: int, learning_rate: float, reward: str) -> None:
         self.needs_feedback = reward == "error"
         self.source = LossBelowBaseline(baseline=None)
         self.norm, self.block = model.norm, cast(NordBlock, model.blocks[index])
@@ -167,8 +169,8 @@ class FeedForwardSynapse:
             step_mode="m",
             synapse=self.block.ffn.down,
             sn=self.block.ffn.lif2,
-            a_plus=rate,
-            a_minus=rate,
+            a_plus=learning_rate,
+            a_minus=learning_rate,
             reduction="mean",
             name=f"blocks.{index}.ffn.down",
         )
@@ -191,7 +193,7 @@ class FeedForwardSynapse:
             rewards = signals.feedback * self.norm.weight * gain / gain.abs().mean()
         else:
             rewards = cast(Tensor, self.source.reward(signals.losses))
-        scaled_rewards = (signals.approval * control.rewards(rewards))[None]
+        scaled_rewards = (signals.reward_factor * control.rewards(rewards))[None]
         delta = cast(Tensor, self.rule.step(scaled_rewards, on_grad=False, positions=signals.positions))
 
         def change() -> None:
@@ -211,13 +213,13 @@ class FeedForwardSynapse:
 
 
 class Plasticity:
-    """The plastic synapses of a model, which learn while it reads.
+    """Learning of a model while it reads: the synapses that learn, each with its plastic part (all changes so far).
 
     Args:
         model: in eval mode.
         synapses: names, or patterns such as ``blocks.*.ffn.down``. Default: ``lm_head``; with tied embeddings, which must not
             change, every ``ffn.down``.
-        rate: change per pair of spikes. Default: :data:`RATES`.
+        learning_rate: change of a weight for each pair of spikes. Default: :data:`LEARNING_RATES`.
         reward: reward of the ``ffn.down``, ``"error"`` or ``"loss"``. Default: ``"error"``.
         control: changes to rewards and spikes by an experiment. Default: none.
 
@@ -229,7 +231,7 @@ class Plasticity:
         self,
         model: NordForCausalLM,
         synapses: Sequence[str] | None = None,
-        rate: float | None = None,
+        learning_rate: float | None = None,
         reward: str = "error",
         control: Control = Control(),  # noqa: B008  # immutable
     ) -> None:
@@ -247,20 +249,22 @@ class Plasticity:
         self.synapses: dict[str, PlasticSynapse] = {}
         for name in (name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)):
             if name == "lm_head":
-                self.synapses[name] = HeadSynapse(model, RATES["lm_head"] if rate is None else rate)
+                rate = LEARNING_RATES["lm_head"] if learning_rate is None else learning_rate
+                self.synapses[name] = HeadSynapse(model, rate)
             else:
                 index = int(name.split(".")[1])
-                self.synapses[name] = FeedForwardSynapse(
-                    model, index, RATES["ffn.down"] if rate is None else rate, reward
-                )
+                rate = LEARNING_RATES["ffn.down"] if learning_rate is None else learning_rate
+                self.synapses[name] = FeedForwardSynapse(model, index, rate, reward)
         if control.spikes is not _identity and set(self.synapses) != {"lm_head"}:
             raise PlasticityError("a control of the pre spikes expects lm_head as the only synapse")
 
     @torch.no_grad()
-    def read(self, context: Tensor, n_new: int, approval: float = 1.0) -> float | None:
-        """Learn from the last ``n_new`` tokens of ``context [1, S]``; return their loss before the change, in nats per token.
+    def learn_from(self, context: Tensor, n_new: int, reward_factor: float = 1.0) -> float | None:
+        """Run the model on ``context [1, S]`` and change the weights by STDP for its last ``n_new`` tokens.
 
-        The tokens before them are only context. Return None if there is nothing to predict (a single token without context).
+        The tokens before the last ``n_new`` are only context. ``reward_factor`` multiplies all rewards. Return the mean loss
+        of the ``n_new`` tokens before the change, in nats per token, or None for a single token without context, which has no
+        prediction.
         """
         first = max(context.shape[1] - n_new, 1)  # the first token has no prediction
         targets = context[0, first:]
@@ -275,7 +279,7 @@ class Plasticity:
             feedback = None
             if any(synapse.needs_feedback for synapse in self.synapses.values()):
                 feedback = self.model.lm_head.weight[targets] - probabilities.to(logits) @ self.model.lm_head.weight
-            signals = LearningSignals(slice(first - 1, -1), targets, probabilities, losses, feedback, approval)
+            signals = LearningSignals(slice(first - 1, -1), targets, probabilities, losses, feedback, reward_factor)
             for change in [synapse.learn(signals, self.control) for synapse in self.synapses.values()]:
                 change()
         finally:  # also after Ctrl-C, so that generation is not recorded and no partial record stays
@@ -296,7 +300,7 @@ class Plasticity:
             synapse.close()
 
     def save(self, path: Path) -> None:
-        """Write only the learned change to a small safetensors file."""
+        """Write the learned change, without the trained weights, to a small safetensors file."""
         save_plastic(path, {name: synapse.plastic for name, synapse in self.synapses.items()})
 
     def load(self, path: Path) -> None:
@@ -305,7 +309,7 @@ class Plasticity:
 
     @torch.no_grad()
     def change(self) -> float:
-        """Return the norm of the learned change, relative to the norm of the weights that can learn."""
+        """Return the norm of all learned changes so far, relative to the norm of the trained weights of these synapses."""
         parts = [synapse.plastic for synapse in self.synapses.values()]
         learned = sum(float(delta.square().sum()) for part in parts if (delta := part.delta) is not None)
         return float((learned / sum(float(part.trained.square().sum()) for part in parts)) ** 0.5)
@@ -322,9 +326,17 @@ def synapse_names(model: NordForCausalLM) -> list[str]:
 def add_plasticity_options(parser: argparse.ArgumentParser) -> None:
     """Add the plasticity options of ``chat.py`` and ``examples/online_learning``."""
     parser.add_argument(
-        "--synapses", nargs="+", help="synapses that learn: lm_head, blocks.0.ffn.down, or patterns of names"
+        "--synapses",
+        nargs="+",
+        help="synapses that learn: lm_head, blocks.0.ffn.down, or patterns of names (default: lm_head)",
     )
-    parser.add_argument("--rate", type=number(0, 1), help="change of a weight per pair of spikes")
+    parser.add_argument(
+        "--rate",
+        dest="learning_rate",
+        metavar="RATE",
+        type=number(0, 1),
+        help="learning rate: change of a weight for each pair of spikes (default: 5e-5 for lm_head, 0.05 for ffn.down)",
+    )
     parser.add_argument(
         "--reward", choices=REWARDS, default=REWARDS[0], help="reward of blocks.*.ffn.down (default: error)"
     )
