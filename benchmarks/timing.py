@@ -18,7 +18,7 @@ __all__ = ["Row", "copy_bandwidth", "peak_bytes", "time_in_processes", "time_in_
 
 @dataclass
 class Row:
-    """Line of a table: median time of a call, and median over the rounds of the speed-up relative to the first function."""
+    """Line of a table: median time of a call, and speed-up relative to the first function, of which the median over the rounds is taken."""
 
     name: str
     milliseconds: float
@@ -33,7 +33,10 @@ def time_in_turns(functions: dict[str, Callable[[], object]], seconds: float) ->
 
 
 def time_in_processes(builders: dict[str, Callable[[], Callable[[], object]]], seconds: float) -> list[Row]:
-    """Build and time each function in a process of its own, with separate settings and memory; see :func:`time_in_turns`."""
+    """Build and time each function in a process of its own; see :func:`time_in_turns`.
+
+    So the memory of one function and its global settings of torch have no effect on the others.
+    """
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
 
@@ -58,7 +61,7 @@ def _receive(pipe: Any, name: str) -> Any:
     try:
         return pipe.recv()
     except EOFError:
-        raise SystemExit(f"the process of {name!r} ended before its turn; its output is above") from None
+        raise SystemExit(f"the process of {name!r} ended without a result; its error message is above") from None
 
 
 def _serve(pipe: Any, build: Callable[[], Callable[[], object]], threads: int) -> None:
@@ -111,7 +114,7 @@ def copy_bandwidth(device: str, size: int) -> float:
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Return the peak memory of tensors during ``run`` in bytes, above that at its start."""
+    """Return the peak memory of CPU tensors during ``run`` in bytes, above that at its start."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     allocated = peak = 0
