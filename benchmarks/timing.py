@@ -18,7 +18,7 @@ __all__ = ["Row", "copy_bandwidth", "peak_bytes", "time_in_processes", "time_in_
 
 @dataclass
 class Row:
-    """Line of a table: median time of a call, and speed-up relative to the first function, of which the median over the rounds is taken."""
+    """Line of a table: median time of a call, and the median speed-up over the first function in the same round."""
 
     name: str
     milliseconds: float
