@@ -82,6 +82,7 @@ COMPAT = {  # a file a library
 KERNELS = {
     "tensors.py": {"numpy"},
     "threads.py": {"numba"},
+    "workspace.py": {"numpy"},
     "simd.py": {"llvmlite", "numba"},
     "scores.py": {"numpy"},
     "numba.py": {"numba", "numpy"},

@@ -351,7 +351,14 @@ class AssociativeLIFNode(StatefulNode):
 
         Returns:
             Zeros and ones in the shape and dtype of ``x``.
+
+        Raises:
+            TypeError: ``state`` is given without ``new_states``, or both ``stateless`` and ``new_states``.
         """
+        if new_states is None and state is not None:
+            raise TypeError("state needs new_states, a list to which the state after x is appended")
+        if new_states is not None and stateless:
+            raise TypeError("pass stateless or new_states, not both: without state, new_states starts from rest")
         multi, passed = self.step_mode == "m", new_states is not None
         self.check_input(x, self.step_mode)
         if passed:
@@ -410,6 +417,8 @@ class AssociativeLIFNode(StatefulNode):
             step = x.shape[1:] if self.step_mode == "m" else x.shape
             v = state_tensor(v, x, step, compute_dtype(x), type(self).__name__)
             return AssociativeLIFState(v, cast(Tensor, None), cast(Tensor, None))
+        if i_syn is None or refractory is None:
+            raise ValueError("state.i_syn and state.refractory must be tensors or numbers for these neurons, got None")
         return self.materialize_states((x,), state, self.step_mode)
 
     def _dimension(self, step_ndim: int) -> int:

@@ -137,7 +137,7 @@ class LeakyIntegrator(StatefulModule):
             got = f"dtype {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{type(self).__name__} expects a floating-point tensor of shape {layout}, got {got}")
         step = x.shape[1:] if step_mode == "m" else x.shape
-        if tuple(step[-len(self.shape) :]) != self.shape:
+        if tuple(step[len(step) - len(self.shape) :]) != self.shape:
             raise ValueError(f"{type(self).__name__} expects shape {layout}, got {list(x.shape)}")
         if step_mode == "m" and not len(x):
             raise ValueError(f"{type(self).__name__} expects shape {layout} with at least one time step, got T = 0")

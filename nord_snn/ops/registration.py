@@ -89,7 +89,7 @@ def register_op_without_gradient(name: str, kernel: Kernel) -> Callable[..., Any
     """Register ``nord_snn::name``; return the function to call, as :func:`register_op` does."""
     op = torch.library.custom_op(f"nord_snn::{name}", kernel.run, mutates_args=())
     op.register_fake(kernel.fake)
-    return _use_dispatcher_if_needed(op, kernel.run)
+    return _use_dispatcher_if_needed(op, kernel.direct or kernel.run)
 
 
 def _use_dispatcher_if_needed(op: Callable[..., Any], direct: Callable[..., Any]) -> Callable[..., Any]:

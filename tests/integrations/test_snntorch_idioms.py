@@ -265,3 +265,18 @@ def test_calibration_runs_associative_synaptic_and_raises_for_associative_leaky(
     leaky = AssociativeLeaky(8, init_hidden=True)
     with pytest.raises(ValueError, match="AssociativeLeaky resets its membrane between the time steps"):
         calibrate_thresholds(leaky, x_seq, forward=over_time(leaky))
+
+
+def test_in_half_precision_the_reset_has_the_decay_of_the_op():
+    lif = AssociativeLeaky(4, beta=0.9).to(torch.bfloat16)
+    mem = torch.full((1, 4), 1.5)
+    exact = 1.5 - 1.0 / lif.node.beta_mem_logit.float().sigmoid()
+    assert torch.allclose(lif._reset(mem), exact.expand(1, 4), atol=1e-6)
+
+
+def test_the_first_call_resets_neurons_with_a_negative_threshold_as_snntorch_does():
+    ours, theirs = AssociativeLeaky(beta=0.5, threshold=-0.5), snntorch.Leaky(beta=0.5, threshold=-0.5)
+    spikes, mem = ours(torch.zeros(1, 1))
+    their_spikes, their_mem = theirs(torch.zeros(1, 1), torch.zeros(1, 1))
+    assert torch.equal(mem, their_mem)
+    assert torch.equal(spikes, their_spikes)

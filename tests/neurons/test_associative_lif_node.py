@@ -11,7 +11,7 @@ from torch import nn
 
 import nord_snn
 from nord_snn.neurons import AssociativeCascade, AssociativeLIFNode, fire_from_rest, make_neuron
-from nord_snn.ops import associative_lif
+from nord_snn.ops import AssociativeLIFState, associative_lif
 
 pytestmark = pytest.mark.quick
 
@@ -259,3 +259,15 @@ def test_factories_are_checked():
         make_neuron(lambda n: "LIF", 8)
     with pytest.raises(TypeError, match="ReLU must have store_v_seq"):
         make_neuron(lambda n: nn.ReLU(), 8, store_v_seq=True)
+
+
+@pytest.mark.quick
+def test_a_state_that_would_be_ignored_raises() -> None:
+    node, x = AssociativeLIFNode(4), torch.zeros(2, 4)
+    v, counter = torch.zeros(2, 4), torch.zeros(2, 4, dtype=torch.int32)
+    with pytest.raises(TypeError, match="state needs new_states"):
+        node(x, state=AssociativeLIFState(v, v, counter))
+    with pytest.raises(TypeError, match="stateless or new_states"):
+        node(x, stateless=True, new_states=[])
+    with pytest.raises(ValueError, match=r"state\.i_syn and state\.refractory must be tensors"):
+        node(x, state=AssociativeLIFState(v, None, None), new_states=[])

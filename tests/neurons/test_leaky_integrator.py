@@ -122,3 +122,7 @@ def test_a_reset_leaves_earlier_outputs_and_the_resting_potential_unchanged() ->
     assert torch.equal(out, before)
     module.v.zero_()
     assert module.v_rest.tolist() == [0.25, 0.5, 1.0]
+
+
+def test_a_scalar_shape_integrates_a_batch_of_numbers():
+    assert LeakyIntegrator((), beta_mem=0.5)(torch.ones(3)).tolist() == [0.5] * 3

@@ -5,13 +5,17 @@ import importlib
 import importlib.util
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+
+from nord_snn.ops._numba import workspace
 
 TRITON = "nord_snn.ops.lif.triton"
 CUPY = "nord_snn.ops.lif.cupy"
@@ -21,6 +25,11 @@ CUPY = "nord_snn.ops.lif.cupy"
 def memory_full_of_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill allocated memory with NaN, so that elements that a kernel does not write are detected."""
 
+    def filled_array(out: np.ndarray) -> np.ndarray:
+        if out.dtype == np.uint8:
+            out.fill(0xFF)  # NaN, read as floats
+        return out
+
     def filled(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def allocate_filled(*args: Any, **kwargs: Any) -> torch.Tensor:
             out = allocate(*args, **kwargs)
@@ -28,6 +37,9 @@ def memory_full_of_nan(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return allocate_filled
 
+    numpy_empty = np.empty
+    monkeypatch.setattr(np, "empty", lambda *args, **kwargs: filled_array(numpy_empty(*args, **kwargs)))
+    monkeypatch.setattr(workspace, "_of_thread", threading.local())  # no memory of an earlier call
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
 

@@ -12,14 +12,14 @@ from nord_snn.neurons.activity import has_values
 from nord_snn.neurons.associative_lif import AssociativeLIFNode, LazyAssociativeLIFNode
 from nord_snn.ops import AssociativeLIFState
 
-__all__ = ["STORED", "OneStepNeuron", "StrictNode", "strict_node"]
+__all__ = ["NO_PARTS", "STORED", "OneStepNeuron", "StrictNode", "strict_node"]
 
 #: Attributes of :class:`OneStepNeuron` that a call changes.
 STORED = ("_syn", "_mem", "_refractory", "_fresh", "_call")
 
 _calls = itertools.count(1)
 _CALL = "_nord_snn_call"
-_NO_PARTS: Any = (None, None)
+NO_PARTS: Any = (None, None)
 
 
 class StrictNode(AssociativeLIFNode):
@@ -161,7 +161,7 @@ class OneStepNeuron(nn.Module):
         if mem.shape != x.shape:
             raise ValueError(self._wrong_shape(x, mem))
         if self._membrane_only:
-            return AssociativeLIFState(mem, *_NO_PARTS)
+            return AssociativeLIFState(mem, *NO_PARTS)
         syn, counter = (self._syn, self._refractory) if own else self._other_parts(x, mem, syn)
         if syn.shape != x.shape:
             raise ValueError(self._wrong_shape(x, syn))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nord_snn._compat.snntorch import LeakyWithOwnState
-from nord_snn.integrations.snntorch.base import OneStepNeuron, StrictNode, strict_node
+from nord_snn.integrations.snntorch.base import NO_PARTS, OneStepNeuron, StrictNode, strict_node
 from nord_snn.neurons import AssociativeLIFNode
 from nord_snn.ops import AssociativeLIFState, Dynamics
 from nord_snn.ops.checks import compute_dtype
@@ -150,8 +150,12 @@ class AssociativeLeaky(CalledAsLeaky):
     def _state(self, x: Tensor, mem: Tensor | None, syn: Tensor | None) -> AssociativeLIFState | None:
         """Return the state before the time step, after the reset by its membrane potential; None for rest."""
         state = super()._state(x, mem, syn)
-        if state is None or self._reset_mechanism == "none":
+        if self._reset_mechanism == "none":
             return state
+        if state is None:  # at rest; neurons with a negative threshold are reset there, too
+            rest = torch.zeros_like(x, dtype=compute_dtype(x), requires_grad=False)
+            parts = NO_PARTS if self._membrane_only else (rest, torch.zeros_like(rest, dtype=torch.int32))
+            state = AssociativeLIFState(rest, *parts)
         return state._replace(v=self._reset(state.v.to(x.device, compute_dtype(x))))
 
     def _reset(self, mem: Tensor) -> Tensor:
@@ -159,7 +163,8 @@ class AssociativeLeaky(CalledAsLeaky):
         spiked = mem > self._of_channels(threshold, mem)
         if self._reset_mechanism == "zero":
             return mem.masked_fill(spiked, 0.0)
-        by = (threshold / self.node.beta_mem).to(mem.dtype)  # the membrane decays between the reset and the input
+        # The membrane decays between the reset and the input. The decay is that of the op, which casts before the sigmoid.
+        by = threshold.to(mem.dtype) / self.node.beta_mem_logit.to(mem.dtype).sigmoid()
         return mem - spiked * self._of_channels(by, mem)
 
     def _of_channels(self, parameter: Tensor, mem: Tensor) -> Tensor:

@@ -5,35 +5,42 @@ Fresh memory costs page faults, which take longer than a small kernel.
 
 import threading
 
-import torch
-from torch import Tensor
+import numpy as np
 
 __all__ = ["workspace"]
 
 _LINE = 64  # bytes of a cache line
 _KEPT = 1 << 20  # bytes that a thread keeps at most
 
+
+class _Memory:
+    """Bytes from the start of a cache line on, of NumPy: modes and transforms of torch change what it allocates."""
+
+    def __init__(self, n_bytes: int) -> None:
+        self.n_bytes = n_bytes
+        self._owner = np.empty(n_bytes + _LINE, np.uint8)
+        self.address = _whole_lines(self._owner.ctypes.data)
+
+
 _of_thread = threading.local()
 
 
-def workspace(*n_bytes: int) -> tuple[tuple[int, ...], Tensor]:
-    """Return the addresses of parts of ``n_bytes`` each, every one at the start of a cache line, and the tensor that owns them.
+def workspace(*n_bytes: int) -> tuple[tuple[int, ...], object]:
+    """Return the addresses of parts of ``n_bytes`` each, every one at the start of a cache line, and the owner of the memory.
 
-    The caller must keep a reference to the tensor while a kernel runs. The contents are arbitrary, and the next call of this
+    The caller must keep a reference to the owner while a kernel runs. The contents are arbitrary, and the next call of this
     thread may return the same memory.
     """
     offsets, total = [], 0
     for n in n_bytes:
         offsets.append(total)
         total += _whole_lines(n)
-    total += _LINE  # to start at a line
-    owner = getattr(_of_thread, "owner", None)
-    if owner is None or owner.numel() < total:
-        owner = torch.empty(total, dtype=torch.uint8, device="cpu")
+    memory = getattr(_of_thread, "memory", None)
+    if memory is None or memory.n_bytes < total:
+        memory = _Memory(total)
         if total <= _KEPT:
-            _of_thread.owner = owner
-    first = _whole_lines(owner.data_ptr())
-    return tuple([first + offset for offset in offsets]), owner
+            _of_thread.memory = memory
+    return tuple([memory.address + offset for offset in offsets]), memory
 
 
 def _whole_lines(n_bytes: int) -> int:

@@ -185,5 +185,5 @@ def forward(
             scratch,
             data_pointer(context),
         )
-        del owner
+        del owner  # alive until here
     return context.to(out_dtype)

@@ -889,7 +889,7 @@ def forward(
             scratch,
             scratch_size,
         )
-        del owner
+        del owner  # alive until here
     if arguments.x.dtype is not dtype:
         spikes, v_seq = spikes.to(arguments.x.dtype), None if v_seq is None else v_seq.to(arguments.x.dtype)
     return spikes, v_seq, v_last, i_last, refractory_last
@@ -939,7 +939,7 @@ def backward(
             (*addresses((grad_x, grad_v, grad_i)), sums),
             (*addresses(of_parameters), NUMPY_TYPES[dtype](logits)),
         )
-        del owner
+        del owner  # alive until here
     if arguments.x.dtype is not dtype:
         grad_x = grad_x.to(arguments.x.dtype)
     return grad_x, grad_v, grad_i, *of_parameters

@@ -156,7 +156,7 @@ class _Layout(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The arguments of :func:`associative_lif` that are no tensors; ``keep_v`` is its ``return_v_seq``."""
+    """The arguments of :func:`associative_lif` that are not tensors; ``keep_v`` is its ``return_v_seq``."""
 
     v_reset: float
     refractory_steps: int
@@ -507,10 +507,10 @@ def _coupling(weight: Tensor | None, gain: Tensor | None, n_features: int) -> Te
 
 def _cascade_gradients(
     grad: Tensor, weight: Tensor | None, gain: Tensor | None, n_features: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of weight and gain from that of the coupling; None without a cascade."""
     if weight is None or gain is None:
-        return cast(Tensor, None), cast(Tensor, None)
+        return None, None
     grad = grad / (n_features // gain.shape[0])
     return grad * gain[:, None], (grad * weight).sum(1)
 
@@ -587,15 +587,24 @@ def _backward(
         return grad_x, grad_v, grad_i, *[cast(Tensor, None)] * 5
     threshold_grad, mem_grad, syn_grad, coupling_grad = others
     weight_grad, gain_grad = _cascade_gradients(coupling_grad, weight, gain, threshold.shape[0])
-    return grad_x, grad_v, grad_i, threshold_grad, mem_grad, syn_grad, weight_grad, gain_grad
+    return (
+        grad_x,
+        grad_v,
+        grad_i,
+        threshold_grad,
+        mem_grad,
+        syn_grad,
+        cast(Tensor, weight_grad),
+        cast(Tensor, gain_grad),
+    )
 
 
 @functools.wraps(_backward)
 def _registered_backward(grad_spikes: Tensor, *tensors: Any, **options: Any) -> Any:
     """Run the backward pass with empty tensors in place of None, which a registered op cannot return."""
     grads = _backward(grad_spikes, *tensors, **options)
-    empty = tensors[5].new_empty  # of the threshold, in the dtype of states
-    return tuple([empty(0) if grad is None else grad for grad in grads])
+    _, _, _, _, _, threshold, *_ = tensors
+    return tuple([threshold.new_empty(0) if grad is None else grad for grad in grads])
 
 
 def _backward_fake(
