@@ -15,14 +15,17 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-from nordlm.errors import RecipeError
-from nordlm.files import temporary_path, write_folder
-from nordlm.inference.loading import load_model
-from nordlm.training.model_card import model_card
-from transformers.utils import logging
+from nordlm.script import exit_on_interrupt, run_script
 
-from nord_snn.models.nord.original import PUBLISHED_TOKENIZER, load_original, to_original
+with exit_on_interrupt():
+    import torch
+    from nordlm.errors import RecipeError
+    from nordlm.files import temporary_path, write_folder
+    from nordlm.inference.loading import load_model
+    from nordlm.training.model_card import model_card
+    from transformers.utils import logging
+
+    from nord_snn.models.nord.original import PUBLISHED_TOKENIZER, load_original, to_original
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -80,4 +83,4 @@ def _to_original(options: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

@@ -19,20 +19,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nordlm.analysis.ood_detection import BUILTIN_TEXTS, distinguish, open_others, passage_length
-from nordlm.analysis.perplexity import score
-from nordlm.analysis.report import PAGE, ReportInput, check_folder, uncertainty_sentence, write_report
-from nordlm.cli import number
-from nordlm.data.sources import read_documents
-from nordlm.errors import DataError, ModelError, RecipeError
-from nordlm.inference.loading import newest_model, open_model
-from nordlm.training.checkpoints import read_json, write_json
-from nordlm.training.held_out import STREAMED_WINDOWS, read_text, verified_held_out_text
-from nordlm.training.progress import print_table
-from rich.console import Console
-from transformers.utils import logging
+from nordlm.script import exit_on_interrupt, run_script
 
-from nord_snn.monitor import SpikeMonitor
+with exit_on_interrupt():
+    from nordlm.analysis.ood_detection import BUILTIN_TEXTS, distinguish, open_others, passage_length
+    from nordlm.analysis.perplexity import score
+    from nordlm.analysis.report import PAGE, ReportInput, check_folder, uncertainty_sentence, write_report
+    from nordlm.cli import number
+    from nordlm.data.sources import read_documents
+    from nordlm.errors import DataError, ModelError, RecipeError
+    from nordlm.inference.loading import newest_model, open_model
+    from nordlm.training.checkpoints import read_json, write_json
+    from nordlm.training.held_out import STREAMED_WINDOWS, read_text, verified_held_out_text
+    from nordlm.training.progress import print_table
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from nord_snn.monitor import SpikeMonitor
 
 
 def evaluate_text(options: argparse.Namespace, visible: bool = False) -> dict[str, Any]:
@@ -198,4 +201,4 @@ def _with_interval(value: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -22,6 +22,7 @@ from nord_snn.models.nord import NordForCausalLM
 from nord_snn.monitor import SpikeMonitor
 from nordlm.data.corpus import Corpus, SequenceDataset
 from nordlm.errors import CheckpointError, DataError
+from nordlm.script import INTERRUPTED
 from nordlm.training.processes import on_main_process
 from nordlm.training.results import collect_results, print_summary, write_report_page, write_trained_model
 from nordlm.training.run import (
@@ -51,8 +52,6 @@ __all__ = [
     "take_step",
     "train",
 ]
-
-INTERRUPTED = 130  # exit status after Ctrl-C, the convention of shells
 
 
 @dataclass

@@ -71,11 +71,18 @@ class Log:
 
 
 class StopRequest:
-    """Request a stop after the current step on Ctrl-C or SIGTERM; a second signal ends the program at once."""
+    """Request a stop after the current step on Ctrl-C, SIGTERM or a closed terminal (SIGHUP, unless it is ignored).
+
+    A second Ctrl-C ends the program at once. A second SIGTERM does not, because launchers send one after Ctrl-C, while the
+    checkpoint is being saved.
+    """
 
     def __init__(self) -> None:
         self.requested = False
-        self._previous = {kind: signal.signal(kind, self._request) for kind in (signal.SIGINT, signal.SIGTERM)}
+        kinds = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored under nohup
+            kinds.append(signal.SIGHUP)
+        self._previous = {kind: signal.signal(kind, self._request) for kind in kinds}
 
     def any_process_requested(self, accelerator: Accelerator) -> bool:
         """Return whether any process got a signal, so that all stop at the same step."""
@@ -83,9 +90,10 @@ class StopRequest:
             return self.requested
         return accelerator.reduce(torch.tensor(float(self.requested), device=accelerator.device)).item() > 0
 
-    def _request(self, *_: Any) -> None:
+    def _request(self, kind: int, _: Any) -> None:
         self.requested = True
-        self.restore_handlers()
+        if kind == signal.SIGINT:
+            signal.signal(kind, self._previous[signal.SIGINT])
 
     def restore_handlers(self) -> None:
         """Restore the previous signal handlers."""
