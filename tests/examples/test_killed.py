@@ -21,12 +21,6 @@ from nord_snn.models.nord import NordConfig, NordForCausalLM
 from nord_snn.models.nord.original import to_original
 
 
-@pytest.fixture(scope="module")
-def server():
-    with Server() as running:
-        yield running
-
-
 class Training:
     """A run of a second, its command line and the weights it ends with."""
 

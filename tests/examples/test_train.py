@@ -473,7 +473,7 @@ def test_a_stream_is_resumed_bit_for_bit_also_after_an_interruption(tmp_path, te
     def break_off(encoded, block_size):
         passes.append(0)
         for n, block in enumerate(pack(encoded, block_size)):
-            if len(passes) == 2 and n == 100:  # in the middle of the second epoch
+            if len(passes) == 2 and n == 92:  # in the middle of the second epoch
                 raise DataError("the stream broke off")
             yield block
 

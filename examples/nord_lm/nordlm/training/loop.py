@@ -20,10 +20,10 @@ from transformers import PreTrainedTokenizerBase, get_cosine_with_min_lr_schedul
 
 from nord_snn.models.nord import NordForCausalLM
 from nord_snn.monitor import SpikeMonitor
-from nordlm.data.corpus import Corpus, SequenceDataset
+from nordlm.data.corpus import Corpus, SequenceDataset, StreamedSequences
 from nordlm.errors import CheckpointError, DataError
 from nordlm.script import INTERRUPTED
-from nordlm.training.processes import on_main_process
+from nordlm.training.processes import in_all_processes, on_main_process
 from nordlm.training.results import collect_results, print_summary, write_report_page, write_trained_model
 from nordlm.training.run import (
     Position,
@@ -58,6 +58,8 @@ __all__ = [
 class Prepared:
     """Model, optimizer, schedule and loaders as accelerate has prepared them (device, wrappers for processes)."""
 
+    accelerator: Accelerator
+    sequences: SequenceDataset | StreamedSequences
     model: nn.Module
     optimizer: Any
     scheduler: Any
@@ -140,7 +142,7 @@ def _train_steps(run: Run, prepared: Prepared, position: Position, log: Log, sto
     """Run training steps from ``position`` to the last one or to a requested stop; update ``position`` in place."""
     accelerator, options, progress = run.accelerator, run.settings.training, run.progress
     monitor = SpikeMonitor(accelerator.unwrap_model(prepared.model))
-    batches = endless_batches(prepared.loader, position)
+    batches = endless_batches(prepared, position)
     step_tokens = options.grad_accum * options.batch_size * run.settings.block_size * accelerator.num_processes
     while position.step < options.steps and not stop.any_process_requested(accelerator):
         start, previous = time.monotonic(), replace(position)
@@ -204,7 +206,7 @@ def prepare(accelerator: Accelerator, model: nn.Module, corpus: Corpus, options:
     shuffle = isinstance(corpus.train, SequenceDataset)  # a stream is not shuffled
     loader = DataLoader(corpus.train, options.batch_size, shuffle=shuffle, drop_last=True)
     validation = DataLoader(SequenceDataset(corpus.validation), options.batch_size)
-    return Prepared(*accelerator.prepare(model, optimizer, scheduler, loader, validation))
+    return Prepared(accelerator, corpus.train, *accelerator.prepare(model, optimizer, scheduler, loader, validation))
 
 
 def take_step(
@@ -238,13 +240,20 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def endless_batches(loader: Any, position: Position) -> Iterator[Tensor]:
-    """Yield batches from ``position`` on, epoch after epoch, and update ``position``."""
+def endless_batches(prepared: Prepared, position: Position) -> Iterator[Tensor]:
+    """Yield batches from ``position`` on, epoch after epoch, and update ``position``.
+
+    Raises:
+        DataError: the stream ended with an error; all processes raise it.
+    """
+    loader, sequences = prepared.loader, prepared.sequences
     for epoch in itertools.count(position.epoch):
         loader.set_epoch(epoch)
         for batch in skip_first_batches(loader, position.batches) if position.batches else loader:
             position.batches += 1
             yield batch
+        if isinstance(sequences, StreamedSequences):
+            in_all_processes(prepared.accelerator, sequences.raise_error)
         position.epoch, position.batches = epoch + 1, 0
 
 
