@@ -57,6 +57,9 @@ __all__ = [
     "save",
 ]
 
+#: Variables of the environment that accelerate and torch.distributed read.
+LAUNCHER_VARIABLES = ("ACCELERATE_", "FSDP_", "LOCAL_RANK", "MASTER_", "RANK", "WORLD_SIZE")
+
 
 @dataclass
 class Position:
@@ -127,7 +130,7 @@ def make_accelerator(settings: Settings, out: Path) -> Accelerator:
         )
     except Exception as error:  # whatever the precision, a missing library or a variable of the environment raises
         reason = " ".join(str(error).split())[:300]
-        variables = ", ".join(sorted(name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))))
+        variables = ", ".join(sorted(name for name in os.environ if name.startswith(LAUNCHER_VARIABLES)))
         cause = f"the environment has {variables}" if variables else f"mixed_precision {options.mixed_precision}"
         raise SettingsError(f"accelerate cannot be set up ({reason}): {cause}") from error
 
