@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -231,3 +232,13 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path):
         (tmp_path / f"checkpoint-{step:06d}").mkdir()
     (tmp_path / ".checkpoint-000006.unfinished").mkdir()
     assert latest_checkpoint(tmp_path).name == "checkpoint-000004"
+
+
+@pytest.mark.quick
+def test_a_new_run_deletes_what_was_left_a_day_ago(tmp_path):
+    for name, age in (("recent", 0), ("stale", 100_000)):
+        left = tmp_path / f".run.1.{name}.unfinished"
+        left.mkdir()
+        os.utime(left, (time.time() - age,) * 2)
+    assert files.create_numbered(tmp_path, "run", lambda folder: (folder / "a").write_text("")).name == "run-0001"
+    assert {path.name for path in tmp_path.iterdir()} == {"run-0001", ".run.1.recent.unfinished"}

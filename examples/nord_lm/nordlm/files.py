@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,6 +37,7 @@ __all__ = [
     "write_text",
 ]
 
+DAY = 86_400  # seconds
 UNFINISHED, OLD, REMOVED = ".unfinished", ".old", ".removed"
 NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # the kernel or the file system has none
 
@@ -129,10 +131,16 @@ def remove_folder(folder: Path) -> None:
 def create_numbered(parent: Path, name: str, write: Callable[[Path], None]) -> Path:
     """Create ``parent/name-0001``, or the folder with the next free number, with the content that ``write`` gives it.
 
+    What processes that were killed here more than a day ago left behind is deleted.
+
     Raises:
         CheckpointError: the folder could not be created.
     """
     temporary = parent / f".{name}.{os.getpid()}.{os.urandom(4).hex()}{UNFINISHED}"
+    for left in parent.glob(f".{name}.*{UNFINISHED}"):
+        with suppress(OSError):
+            if left.stat().st_mtime < time.time() - DAY:  # a younger one may be that of a process on another computer
+                _delete(left)
     try:
         temporary.mkdir(parents=True)
         write(temporary)
