@@ -85,12 +85,12 @@ def _reason(error: Exception, parent: Path) -> str:
 
 def move_into_place(temporary: Path, folder: Path) -> None:
     """Move a complete folder to its place; a folder that is already there is deleted."""
+    old = _beside(folder, OLD)
     if not os.path.lexists(folder):
         os.replace(temporary, folder)
     elif _exchange(temporary, folder):
         _delete(temporary)
     else:
-        old = _beside(folder, OLD)
         _delete(old)
         try:
             os.replace(folder, old)
@@ -98,7 +98,7 @@ def move_into_place(temporary: Path, folder: Path) -> None:
         except BaseException:
             recover(folder)
             raise
-        _delete(old)
+    _delete(old)
 
 
 def recover(folder: Path) -> None:
