@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -55,7 +56,11 @@ class Log:
         self._try(lambda: self.accelerator.log(values, step=step))
 
     def close(self) -> None:
-        """Flush and close the log."""
+        """Flush and close the log, and leave the process group."""
+        if self.accelerator.num_processes > 1:
+            # torch joins gloo's threads while it holds the GIL, which they need to release the tensors of the last collectives.
+            self.accelerator.wait_for_everyone()
+            time.sleep(0.2)
         self._try(self.accelerator.end_training)
 
     def _try(self, write: Callable[[], None]) -> None:
