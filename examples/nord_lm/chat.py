@@ -11,12 +11,15 @@ of the line (``nordlm/inference/plasticity.py``). ``/good`` and ``/bad`` reward 
 import argparse
 import sys
 
-from nordlm.cli import replace_invalid_utf8
-from nordlm.errors import RecipeError
-from nordlm.inference.chat_session import Chat
-from nordlm.inference.loading import open_from_options
-from nordlm.inference.plasticity import Plasticity, add_plasticity_options
-from nordlm.inference.sampling import add_sampling_options
+from nordlm.script import exit_on_interrupt, run_script
+
+with exit_on_interrupt():
+    from nordlm.cli import replace_invalid_utf8
+    from nordlm.errors import RecipeError
+    from nordlm.inference.chat_session import Chat
+    from nordlm.inference.loading import open_from_options
+    from nordlm.inference.plasticity import Plasticity, add_plasticity_options
+    from nordlm.inference.sampling import add_sampling_options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,4 +50,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -15,13 +15,17 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-from nordlm.inference.loading import load_model
-from nordlm.training.checkpoints import temporary_path
-from nordlm.training.model_card import model_card
-from transformers.utils import logging
+from nordlm.script import exit_on_interrupt, run_script
 
-from nord_snn.models.nord.original import PUBLISHED_TOKENIZER, load_original, to_original
+with exit_on_interrupt():
+    import torch
+    from nordlm.errors import RecipeError
+    from nordlm.files import temporary_path, write_folder
+    from nordlm.inference.loading import load_model
+    from nordlm.training.model_card import model_card
+    from transformers.utils import logging
+
+    from nord_snn.models.nord.original import PUBLISHED_TOKENIZER, load_original, to_original
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -43,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.disable_progress_bar()  # of transformers
     try:
         print(_to_original(options) if options.to_original else _from_original(options))
-    except ValueError as error:
+    except (ValueError, RecipeError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -51,12 +55,13 @@ def _from_original(options: argparse.Namespace) -> str:
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise ValueError(f"{options.out} exists and is not an empty folder")
     model = load_original(options.source)
-    try:
-        model.save_pretrained(options.out)
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
         card = model_card(model, f"Converted from {options.source.name}, a checkpoint of the published code, with")
-        (options.out / "README.md").write_text(card, encoding="utf-8")
-    except Exception as error:  # a full or read-only disk; the type depends on the writer
-        raise ValueError(f"{options.out} could not be written ({' '.join(str(error).split())[:200]})") from error
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    write_folder(options.out, write)
     return f"{options.out}: {model.num_parameters():,} parameters"
 
 
@@ -78,4 +83,4 @@ def _to_original(options: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

@@ -10,16 +10,19 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-from nordlm.analysis.token_energy import energy_sentence, profile_generated_token
-from nordlm.cli import number
-from nordlm.errors import RecipeError
-from nordlm.inference.loading import load_model
-from nordlm.training.settings import CONFIGS, read_config
-from transformers import set_seed
-from transformers.utils import logging
+from nordlm.script import exit_on_interrupt, run_script
 
-from nord_snn.models.nord import NordForCausalLM
+with exit_on_interrupt():
+    import torch
+    from nordlm.analysis.token_energy import energy_sentence, profile_generated_token
+    from nordlm.cli import number
+    from nordlm.errors import RecipeError
+    from nordlm.inference.loading import load_model
+    from nordlm.training.settings import CONFIGS, read_config
+    from transformers import set_seed
+    from transformers.utils import logging
+
+    from nord_snn.models.nord import NordForCausalLM
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,4 +70,4 @@ def _initial_model(config: str) -> NordForCausalLM:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -13,31 +13,35 @@ takes more time and lowers the loss. ``--ood`` and ``--report``: see ``ood_detec
 
 import argparse
 import math
+import os
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from nordlm.analysis.ood_detection import BUILTIN_TEXTS, distinguish, open_others, passage_length
-from nordlm.analysis.perplexity import score
-from nordlm.analysis.report import PAGE, ReportInput, check_folder, uncertainty_sentence, write_report
-from nordlm.cli import number
-from nordlm.data.sources import read_documents
-from nordlm.errors import DataError, ModelError, RecipeError
-from nordlm.inference.loading import newest_model, open_model
-from nordlm.training.checkpoints import write_json
-from nordlm.training.held_out import STREAMED_WINDOWS, read_text, verified_held_out_text
-from nordlm.training.progress import print_table
-from rich.console import Console
-from transformers.utils import logging
+from nordlm.script import exit_on_interrupt, run_script
 
-from nord_snn.monitor import SpikeMonitor
+with exit_on_interrupt():
+    from nordlm.analysis.ood_detection import BUILTIN_TEXTS, distinguish, open_others, passage_length
+    from nordlm.analysis.perplexity import score
+    from nordlm.analysis.report import PAGE, ReportInput, check_folder, uncertainty_sentence, write_report
+    from nordlm.cli import number
+    from nordlm.data.sources import read_documents
+    from nordlm.errors import DataError, ModelError, RecipeError
+    from nordlm.inference.loading import newest_model, open_model
+    from nordlm.training.checkpoints import read_json, write_json
+    from nordlm.training.held_out import STREAMED_WINDOWS, read_text, verified_held_out_text
+    from nordlm.training.progress import print_table
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from nord_snn.monitor import SpikeMonitor
 
 
 def evaluate_text(options: argparse.Namespace, visible: bool = False) -> dict[str, Any]:
     """Return the results of all evaluations that the command line requests."""
-    if options.json is not None and (options.json.is_dir() or not options.json.parent.is_dir()):
-        raise ModelError(f"--json {options.json}: expected a file in a folder that exists")
+    if options.json is not None:
+        check_results_file(options.json)
     if options.report is not None:
         check_folder(options.report.resolve())
     elif options.passage is not None and options.ood is None:
@@ -67,6 +71,8 @@ def evaluate_text(options: argparse.Namespace, visible: bool = False) -> dict[st
     with SpikeMonitor(model) as monitor:
         nats = score(model, text.tokens, context, stride, options.batch_size, visible=visible)
     loss = nats / n_predicted
+    if not math.isfinite(loss):
+        raise ModelError(f"{folder}: the loss on {documents.name} is {loss}, so the weights are damaged or diverged")
     results = {
         "model": str(folder),
         "text": documents.name,
@@ -91,6 +97,29 @@ def evaluate_text(options: argparse.Namespace, visible: bool = False) -> dict[st
             raise DataError("; ".join(ood["left_out"]))
         results["uncertainty"] = ood | {"sentence": uncertainty_sentence(ood["auroc"])}
     return results
+
+
+def check_results_file(path: Path) -> None:
+    """Check that ``--json`` names a new file or one with earlier results of this script, also through a link.
+
+    Raises:
+        ModelError: the file has other content, is not a regular file, or its folder does not exist.
+    """
+    try:
+        target = path.resolve()
+        if not os.path.lexists(target):
+            if target.parent.is_dir():
+                return
+            raise ModelError(f"--json {path}: expected a file in a folder that exists")
+        if not target.is_file():
+            raise ModelError(f"--json {path}: expected a new or a regular file in a folder that exists")
+        earlier = read_json(target) if target.stat().st_size else {"nats_per_token": None}
+    except OSError as error:  # for example a name that is too long
+        raise ModelError(f"--json {path}: cannot be written ({error.strerror})") from error
+    except RuntimeError:  # links in a circle, or a file that is not JSON
+        earlier = None
+    if not isinstance(earlier, dict) or "nats_per_token" not in earlier:
+        raise ModelError(f"--json {path}: expected a new file, or one with results of evaluate.py, which are replaced")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -131,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         results = evaluate_text(options, console.is_terminal)
         if options.json is not None:
-            write_json(options.json, results)
+            write_json(options.json.resolve(), results)
     except (RecipeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -172,4 +201,4 @@ def _with_interval(value: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -7,12 +7,15 @@ python examples/nord_lm/generate.py --model runs/tiny-0001/model --temperature 0
 import argparse
 import sys
 
-import torch
-from nordlm.cli import replace_invalid_utf8
-from nordlm.errors import RecipeError
-from nordlm.inference.loading import open_from_options
-from nordlm.inference.sampling import add_sampling_options, generate_arguments
-from transformers import TextStreamer
+from nordlm.script import exit_on_interrupt, run_script
+
+with exit_on_interrupt():
+    import torch
+    from nordlm.cli import replace_invalid_utf8
+    from nordlm.errors import RecipeError
+    from nordlm.inference.loading import open_from_options
+    from nordlm.inference.sampling import add_sampling_options, generate_arguments
+    from transformers import TextStreamer
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,4 +59,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -11,8 +11,11 @@ import os
 import sys
 import warnings
 
-from nordlm.errors import RecipeError
-from nordlm.training.settings import parse_arguments, settings_from
+from nordlm.script import INTERRUPTED, exit_on_interrupt, run_script
+
+with exit_on_interrupt():
+    from nordlm.errors import RecipeError
+    from nordlm.training.settings import parse_arguments, settings_from
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,20 +25,25 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator is found.*")
     options = parse_arguments(arguments)
 
-    # Import late, so that --help does not load them.
-    import torch
-    from nordlm.training.loop import INTERRUPTED, train
-    from nordlm.training.runtime import keep_freed_memory
-    from transformers.utils import logging
+    with exit_on_interrupt():  # late, so that --help does not load them
+        import torch
+        from nordlm.training.loop import train
+        from nordlm.training.processes import is_first_process
+        from nordlm.training.runtime import keep_freed_memory
+        from transformers.utils import logging
 
     logging.disable_progress_bar()  # of transformers
     logging.set_verbosity_error()  # it warns about text beyond the context, which this model handles with a sliding window
     if not torch.cuda.is_available():
         keep_freed_memory()
+    settings = None
     try:
-        return train(settings_from(options), options.out, options.resume, options.with_report)
-    except (RecipeError, FloatingPointError, OSError) as error:  # OSError: a full disk
-        print(f"error: {error}", file=sys.stderr)
+        settings = settings_from(options)
+        return train(settings, options.out, options.resume, options.with_report)
+    except (RecipeError, OSError) as error:  # OSError: a full disk
+        in_all_processes = settings is None or getattr(error, "shared", False)
+        if is_first_process() or not in_all_processes:
+            print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before or after the training loop, or a second signal
         print("interrupted; files saved earlier are complete", file=sys.stderr)
@@ -43,4 +51,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main, keep_running=True))

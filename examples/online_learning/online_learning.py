@@ -43,6 +43,7 @@ from nordlm.data.sources import read_documents
 from nordlm.errors import DataError, ModelError
 from nordlm.inference.loading import open_model
 from nordlm.inference.plasticity import Control, Plasticity, PlasticityError, add_plasticity_options
+from nordlm.script import run_script
 from nordlm.training.checkpoints import CheckpointError, write_json
 from nordlm.training.progress import print_table
 from nordlm.training.settings import Settings, SettingsError
@@ -447,4 +448,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main, keep_running=True))

@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, distributed
 
-__all__ = ["mean_over_ranks", "raise_on_all_ranks"]
+__all__ = ["check_same_on_all_ranks", "mean_over_ranks", "raise_on_all_ranks"]
 
 Result = TypeVar("Result")
 
@@ -39,6 +39,22 @@ def raise_on_all_ranks(compute: Callable[[], Result], device: torch.device) -> R
     if failed.item():
         raise RuntimeError("a learning rule failed in another process")
     return result
+
+
+def check_same_on_all_ranks(value: bool, device: torch.device, message: str) -> None:
+    """Raise ValueError in all processes if ``value`` differs between them. All processes must call this.
+
+    Args:
+        value: a value that decides which collectives follow.
+        device: a device that the process group supports.
+        message: message of the error.
+    """
+    if _single_process():
+        return
+    n_true = torch.tensor(float(value), device=device)
+    distributed.all_reduce(n_true)
+    if n_true.item() not in (0, distributed.get_world_size()):
+        raise ValueError(message)
 
 
 def mean_over_ranks(x: Tensor | None, like: Tensor) -> Tensor | None:

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from nord_snn.learning_rules.distributed import mean_over_ranks, raise_on_all_ranks
+from nord_snn.learning_rules.distributed import check_same_on_all_ranks, mean_over_ranks, raise_on_all_ranks
 from nord_snn.learning_rules.learner import SpikeRecord
 from nord_snn.learning_rules.sources import LossBelowBaseline, RewardSource, check_finite
 from nord_snn.learning_rules.stdp import STDP
@@ -167,20 +167,16 @@ class RewardModulatedSTDP(STDP):
             ValueError: both or none of ``loss`` and ``reward`` were passed, the source does not take a loss, the reward or
                 loss is not finite or has the wrong length; see also :meth:`STDP.step`.
         """
-        if (loss is None) == (reward is None):
-            raise ValueError("pass either a loss or a reward to step()")
-        kind, passed = ("reward", reward) if loss is None else ("loss", loss)
-        if kind == "loss" and self.source.takes != kind:
-            raise ValueError(f"the source of this rule, {type(self.source).__name__}, expects a reward, got a loss")
         device = self.synapse.weight.device
-        outcome = raise_on_all_ranks(lambda: check_finite(passed, kind), device)  # type: ignore[arg-type]  # not None
-        if self.source.takes != kind:
-            factor, mean = outcome, None
-        else:
+        outcome, kind = raise_on_all_ranks(lambda: self._check_outcome(loss, reward), device)
+        check_same_on_all_ranks(kind == "loss", device, "all processes must pass a loss, or all a reward")
+        mean = None
+        factor = outcome
+        if self.source.takes == kind:
             own = outcome.mean() if isinstance(outcome, Tensor) else torch.tensor(outcome, dtype=torch.float64)
-            mean = float(mean_over_ranks(own, self.synapse.weight))  # type: ignore[arg-type]  # not None
-            scalar_loss = kind == "loss" and not isinstance(outcome, Tensor)
-            factor = self.source.reward(mean if scalar_loss else outcome)
+            mean = float(mean_over_ranks(own.double(), self.synapse.weight))  # type: ignore[arg-type]  # not None
+            source_input = mean if kind == "loss" and not isinstance(outcome, Tensor) else outcome
+            factor = raise_on_all_ranks(lambda: self.source.reward(source_input), device)
         delta = self._weight_update(partial(self._rewarded_change, reward=factor), scale, positions)
         if delta is None:
             return None
@@ -188,6 +184,18 @@ class RewardModulatedSTDP(STDP):
         if mean is not None:
             self.source.update(mean)
         return self._return_or_accumulate(delta, on_grad)
+
+    def _check_outcome(
+        self, loss: float | Tensor | None, reward: float | Tensor | None
+    ) -> tuple[float | Tensor, Literal["loss", "reward"]]:
+        """Return the loss or the reward, and which of both it is."""
+        if (loss is None) == (reward is None):
+            raise ValueError("pass either a loss or a reward to step()")
+        if loss is None:
+            return check_finite(reward, "reward"), "reward"  # type: ignore[arg-type]  # not None
+        if self.source.takes != "loss":
+            raise ValueError(f"the source of this rule, {type(self.source).__name__}, expects a reward, got a loss")
+        return check_finite(loss, "loss"), "loss"
 
     def extra_repr(self) -> str:
         """Return the constants."""

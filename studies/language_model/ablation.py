@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
+from nordlm.script import run_script
 from nordlm.training.progress import print_table
 from rich.console import Console
 from study_cli import (
@@ -390,4 +391,4 @@ def _run_ablation(options: argparse.Namespace, command: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main, keep_running=True))

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nordlm.cli import number
+from nordlm.script import run_script
 from nordlm.training.progress import print_table
 from nordlm.training.settings import SettingsError
 from rich.console import Console
@@ -248,4 +249,4 @@ def _run_comparison(options: argparse.Namespace, command: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main, keep_running=True))

@@ -33,6 +33,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullLocator
 from nordlm.cli import number
+from nordlm.script import run_script
 from nordlm.training.checkpoints import write_bytes
 from nordlm.training.progress import print_table
 from nordlm.training.settings import Settings
@@ -376,4 +377,4 @@ def _run_scaling(options: argparse.Namespace, command: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main, keep_running=True))

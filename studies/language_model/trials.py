@@ -241,7 +241,7 @@ def train_one(
     torch.set_float32_matmul_precision(options.matmul_precision)
     model = make(settings, text.tokenizer)
     prepared = prepare(accelerator, model, text.corpus, options)
-    batches = endless_batches(prepared.loader, Position())
+    batches = endless_batches(prepared, Position())
     seconds = []
     with learner(model) as after_step:
         for _ in range(options.steps):

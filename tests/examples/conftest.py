@@ -1,10 +1,12 @@
-"""A small run of the language model, trained once for many tests."""
+"""A small run of the language model, trained once for many tests, and a process that starts others quickly."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import train as train_script
 from helpers import make_text, write_config
+from killing import Server
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +18,10 @@ def trained(tmp_path_factory) -> Path:
     arguments = ["--config", str(config), "--data", str(folder / "text.txt"), "--out", str(folder / "runs")]
     assert train_script.main(arguments) == 0
     return folder / "runs" / "test-0001"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """Run scripts in processes that can be killed."""
+    with Server() as running:
+        yield running

@@ -1,6 +1,9 @@
 """Tests of nordlm.data: documents to sequences of tokens; dropped text is always reported."""
 
 import json
+import os
+import tempfile
+from pathlib import Path
 
 import datasets
 import pytest
@@ -100,6 +103,76 @@ def test_a_hub_dataset_is_streamed(monkeypatch, tokenizer):
     streamed = torch.stack(list(corpus.train))
     assert torch.equal(streamed, torch.stack(list(corpus.train)))  # again from the start
     assert torch.equal(streamed.flatten(), corpus.sample[: streamed.numel()].long())
+
+
+def test_everything_in_a_folder_that_is_not_read_is_counted(tmp_path):
+    """What a link to a file names is read; a link to a folder is not followed, so that no text is read twice or for ever."""
+    folder, other = tmp_path / "books", tmp_path / "other"
+    (folder / "deep").mkdir(parents=True)
+    other.mkdir()
+    (other / "b.txt").write_text("behind a link")
+    (folder / "deep" / "a.txt").write_text("read")
+    (folder / "c.txt").symlink_to(other / "b.txt")
+    (folder / "loop").symlink_to(folder)
+    (folder / "more").symlink_to(other)
+    (folder / "gone.txt").symlink_to("nowhere")
+    (folder / "circle.txt").symlink_to("circle.txt")
+    os.mkfifo(folder / "pipe.txt")
+    (folder / "blank.txt").write_text(" \n\t\n" * 3000)
+    (folder / "blank.jsonl").write_text("\n\n")
+    (folder / "d.md").write_text("not read")
+    documents = read_documents(str(folder))
+    assert list(documents.read()) == ["behind a link", "read"]
+    assert sorted(documents.notes()) == [
+        f"left out 1: files that are not .txt, .jsonl or .parquet (first: {folder}/d.md)",
+        f"left out 1: pipes, sockets and devices (first: {folder}/pipe.txt)",
+        f"left out 2: files with blanks only (first: {folder}/blank.jsonl)",
+        f"left out 2: links to folders, which are not followed (first: {folder}/loop)",
+        f"left out 2: links to nothing (first: {folder}/circle.txt)",
+    ]
+
+
+@given(st.lists(st.sampled_from(["text", "blank", "markdown", "folder link", "dead link", "pipe"]), max_size=8))
+def test_every_entry_of_a_folder_is_read_or_counted(kinds):
+    with tempfile.TemporaryDirectory() as name:
+        for number, kind in enumerate(kinds):
+            path = Path(name) / f"{number}.txt"
+            if kind in ("text", "blank"):
+                path.write_text("text" if kind == "text" else " ")
+            elif kind == "markdown":
+                path.with_suffix(".md").write_text("text")
+            elif kind == "pipe":
+                os.mkfifo(path)
+            else:
+                path.symlink_to("/" if kind == "folder link" else "nowhere")
+        if "text" not in kinds:
+            with pytest.raises(DataError):
+                read_documents(name)
+            return
+        documents = read_documents(name)
+        assert len(list(documents.read())) + sum(documents.skipped.values()) == len(kinds)
+
+
+def test_a_folder_that_cannot_be_read_raises(tmp_path, monkeypatch):
+    """Otherwise it would not be known what is left out. The error is raised by hand because root can read every folder."""
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"closed: the folder cannot be read .Permission denied"):
+        read_documents(str(tmp_path))
+
+
+def test_a_pipe_is_no_text(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(DataError, match="expected a regular file, got a pipe or a device"):
+        read_documents(str(tmp_path / "pipe.txt"))
 
 
 @pytest.mark.quick

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import shutil
+from pathlib import Path
 
 import evaluate as evaluate_script
 import pytest
@@ -11,6 +14,7 @@ from helpers import make_text
 from hypothesis import given
 from hypothesis import strategies as st
 from nordlm.analysis.perplexity import score, windows
+from safetensors.torch import load_file, save_file
 
 from nord_snn.models.nord import NordConfig, NordForCausalLM
 
@@ -120,3 +124,51 @@ def test_lm_evaluation_harness_gives_the_same_score(trained, tmp_path, monkeypat
     arguments = ["--model", str(trained / "model"), "--stride", "24", "--json", str(tmp_path / "out.json")]
     assert evaluate_script.main([str(tmp_path / "text.jsonl"), *arguments]) == 0
     assert json.loads((tmp_path / "out.json").read_text())["bits_per_byte"] == pytest.approx(theirs, rel=0.02)
+
+
+def test_json_replaces_nothing_but_earlier_results(trained, tmp_path, capsys):
+    """A link is followed, so that it stays a link; the text, a device, a pipe and a circle of links are refused."""
+    text = tmp_path / "text.txt"
+    text.write_text(make_text(500))
+
+    def evaluate(json_path: object) -> int:
+        return evaluate_script.main([str(text), "--model", str(trained / "model"), "--json", str(json_path)])
+
+    (tmp_path / "link.json").symlink_to("real.json")
+    for _ in range(2):
+        assert evaluate(tmp_path / "link.json") == 0
+    assert (tmp_path / "link.json").is_symlink()
+    assert "nats_per_token" in json.loads((tmp_path / "real.json").read_text())
+    capsys.readouterr()
+
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "circle.json").symlink_to("circle.json")
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "to_text.json").symlink_to(text)
+    os.link(text, tmp_path / "same.json")
+    before = text.read_text()
+    for path in (
+        text,
+        "/dev/null",
+        tmp_path,
+        *(tmp_path / f"{n}.json" for n in ("pipe", "circle", "list", "to_text", "same")),
+    ):
+        assert evaluate(path) == 1
+        assert capsys.readouterr().err.startswith(f"error: --json {path}: expected a new")
+    assert text.read_text() == before
+    assert Path("/dev/null").is_char_device()
+    assert (tmp_path / "list.json").read_text() == "[1]"
+    assert evaluate(tmp_path / ("long" * 80)) == 1
+    assert "File name too long" in capsys.readouterr().err
+
+
+def test_a_model_without_finite_weights_gives_one_sentence(trained, tmp_path, capsys):
+    shutil.copytree(trained / "model", tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["norm.weight"][0] = torch.nan
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "text.txt").write_text(make_text(500))
+    arguments = [str(tmp_path / "text.txt"), "--model", str(tmp_path / "model"), "--json", str(tmp_path / "out.json")]
+    assert evaluate_script.main(arguments) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+    assert not (tmp_path / "out.json").exists()

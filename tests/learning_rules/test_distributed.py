@@ -42,7 +42,39 @@ for outcome in ({"loss": float("nan")}, {"reward": float("nan")}):  # of one pro
         assert said in str(error), error
     else:
         raise SystemExit("went on")
-torch.save({"deltas": deltas, "baseline": rule.baseline, "reward": rule.last_reward}, f"{folder}/{size}-{rank}.pt")
+def refused(message, on_rank_1="failed in another process", **outcome):
+    # A step of this process raises, and the next one has the same result in both.
+    try:
+        rule.step(**outcome)
+    except (ValueError, RuntimeError, TypeError) as error:
+        assert (message if rank == 0 else on_rank_1) in str(error), error
+    else:
+        raise SystemExit(f"went on after {message}")
+    deltas.append(rule.step(loss=torch.tensor([8.0, 7.0]) if rank == 0 else 6.0, on_grad=False))  # of different types
+
+measured = {"baseline": rule.baseline, "reward": rule.last_reward}
+if size > 1:
+    net(x[0, :, rank::size])
+    refused("pass either", **({} if rank == 0 else {"loss": 1.0}))
+    net(x[1, :, rank::size])
+    refused("pass either", **({"loss": 1.0, "reward": 1.0} if rank == 0 else {"loss": 1.0}))
+    net(x[0, :, rank::size])
+    refused("must be a number", **({"loss": "high"} if rank == 0 else {"reward": 1.0}))
+    net(x[1, :, rank::size])
+    message = "all processes must pass a loss, or all a reward"
+    refused(message, message, **({"loss": 1.0} if rank == 0 else {"reward": 1.0}))
+    net(x[2, :, rank::size])
+    reward_of = rule.source.reward
+    rule.source.reward = lambda outcome: 1 / 0 if rank == 0 and outcome == 1.0 else reward_of(outcome)
+    try:
+        rule.step(loss=1.0)
+    except (ZeroDivisionError, RuntimeError) as error:
+        assert rank == 0 or "failed in another process" in str(error), error
+    else:
+        raise SystemExit("went on after an error of the source")
+    rule.source.reward = reward_of
+    deltas.append(rule.step(loss=1.0, on_grad=False))
+torch.save(measured | {"deltas": deltas, "last_baseline": rule.baseline}, f"{folder}/{size}-{rank}.pt")
 if size > 1:
     distributed.barrier()
 os._exit(0)  # taking the group apart may abort a process that has done its work
@@ -59,10 +91,12 @@ def test_all_ranks_apply_the_same_change_as_one_process(tmp_path):
         assert process.returncode == 0, error.decode()
     first, second, alone = (torch.load(tmp_path / f"{name}.pt") for name in ("2-0", "2-1", "1-0"))
     assert first["baseline"] == second["baseline"]
+    assert first["last_baseline"] == second["last_baseline"]
     assert abs(first["baseline"] - alone["baseline"]) < 1e-6
     assert first["reward"] == second["reward"]
     assert abs(first["reward"] - alone["reward"]) < 1e-6  # an update without a recording did not change it
-    for step in range(3):
+    assert len(first["deltas"]) == 8  # after every error of one process the next update is that of both
+    for step in range(8):
         assert torch.equal(first["deltas"][step], second["deltas"][step])
         assert first["deltas"][step].abs().sum() > 0
     for step in range(2):

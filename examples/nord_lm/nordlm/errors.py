@@ -1,10 +1,24 @@
 """Errors in the user's input. The scripts print the message, one sentence, and exit."""
 
-__all__ = ["CheckpointError", "DataError", "ModelError", "PlasticityError", "RecipeError", "SettingsError"]
+__all__ = [
+    "CheckpointError",
+    "DataError",
+    "DivergedError",
+    "ModelError",
+    "PlasticityError",
+    "RecipeError",
+    "SettingsError",
+]
 
 
 class RecipeError(Exception):
-    """Base class of the errors that a user can correct. The scripts of this example (the recipe) print the message."""
+    """Base class of the errors that a user can correct. The scripts of this example (the recipe) print the message.
+
+    Attributes:
+        shared: whether all processes of a run raise this error; then only the first one prints it.
+    """
+
+    shared = False
 
 
 class CheckpointError(RecipeError, RuntimeError):
@@ -13,6 +27,10 @@ class CheckpointError(RecipeError, RuntimeError):
 
 class DataError(RecipeError, ValueError):
     """The text cannot be used; the message says what was expected."""
+
+
+class DivergedError(RecipeError, FloatingPointError):
+    """A loss or a weight is NaN or infinite; the message says at which training step."""
 
 
 class ModelError(RecipeError, ValueError):

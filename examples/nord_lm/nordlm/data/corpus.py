@@ -55,14 +55,28 @@ class SequenceDataset(Dataset[Tensor]):
 
 
 class StreamedSequences(IterableDataset[Tensor]):
-    """Sequences of a stream in order; every iteration restarts the stream."""
+    """Sequences of a stream in order; every iteration restarts the stream.
+
+    An iteration ends at an error of the stream, so that all processes that share it reach the same end; then
+    :meth:`raise_error` raises it.
+    """
 
     def __init__(self, start: Callable[[], Iterator[Tensor]]) -> None:
         self.start = start
+        self._error: DataError | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
         """Yield sequences as int64."""
-        return (sequence.long() for sequence in self.start())
+        self._error = None
+        try:
+            yield from (sequence.long() for sequence in self.start())
+        except DataError as error:
+            self._error = error
+
+    def raise_error(self) -> None:
+        """Raise the error at which the last iteration ended, if there was one."""
+        if self._error is not None:
+            raise self._error
 
 
 @dataclass

@@ -1,11 +1,14 @@
 """Read text from files, from a dataset of the hub, or from CPython's own documentation.
 
-Records that cannot be used are counted and listed in ``Documents.notes``.
+Whatever a folder or file has that cannot be used is counted and listed in ``Documents.notes``: links to folders, which are
+not followed, links to nothing, pipes, files of other kinds, files with blanks only, and records without text. An error is a
+folder that cannot be read, a text file that is empty or cannot be read, and a source without any text.
 """
 
 import ast
 import inspect
 import json
+import os
 import sysconfig
 import tokenize
 from collections import Counter
@@ -103,17 +106,23 @@ def _docstrings(path: Path) -> str:
 
 
 def _local(path: Path) -> Documents:
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    usable = [p for p in files if p.suffix in READERS]
-    if not usable:
-        raise DataError(f"{path}: expected .txt, .jsonl or .parquet {'files in it' if path.is_dir() else ''}".rstrip())
+    """Open a file, or all files of a folder and its subfolders."""
+    if not path.is_dir():
+        usable, left_out = [path], list[tuple[str, Path]]()
+        if path.suffix in READERS and not path.is_file():
+            raise DataError(f"{path}: expected a regular file, got a pipe or a device")
+    else:
+        usable, left_out = _files_of(path)
+    if not usable or usable[0].suffix not in READERS:
+        reasons = "; ".join(sorted({f"{reason}, as {where.name}" for reason, where in left_out}))
+        found = (f"files in it (it has {reasons})" if reasons else "files in it") if path.is_dir() else ""
+        raise DataError(f"{path}: expected .txt, .jsonl or .parquet {found}".rstrip())
     documents = Documents(str(path), read=lambda: iter(()), streamed=_size(usable) > IN_MEMORY_BYTES)
 
     def read() -> Iterator[str]:
         documents.skipped.clear()  # each pass has its own counts
-        for other in files:
-            if other.suffix not in READERS:
-                documents.skip("files that are not .txt, .jsonl or .parquet", str(other))
+        for reason, where in left_out:
+            documents.skip(reason, str(where))
         for file in usable:
             yield from READERS[file.suffix](file, documents)
 
@@ -122,6 +131,42 @@ def _local(path: Path) -> Documents:
         if file.stat().st_size == 0:
             raise DataError(f"{file}: the file is empty; expected text")
     return documents if documents.streamed else _in_memory(documents)
+
+
+def _files_of(folder: Path) -> tuple[list[Path], list[tuple[str, Path]]]:
+    """Return the text files in a folder in a fixed order, and everything else in it with the reason why it is left out.
+
+    Raises:
+        DataError: a subfolder cannot be read, so it is not known what would be left out.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: the folder cannot be read ({error.strerror})") from error
+
+    usable: list[Path] = []
+    left_out: list[tuple[str, Path]] = []
+    for parent, subfolders, names in os.walk(folder, onerror=refuse):
+        links = [name for name in subfolders if Path(parent, name).is_symlink()]
+        for path in (Path(parent, name) for name in names + links):
+            try:
+                reason = _reason_to_leave_out(path)
+            except OSError as error:
+                refuse(error)
+            if reason is None:
+                usable.append(path)
+            else:
+                left_out.append((reason, path))
+    return sorted(usable), sorted(left_out, key=lambda entry: entry[1])
+
+
+def _reason_to_leave_out(path: Path) -> str | None:
+    if path.is_dir():
+        return "links to folders, which are not followed"
+    if path.is_symlink() and not path.exists():
+        return "links to nothing"
+    if not path.is_file():
+        return "pipes, sockets and devices"
+    return None if path.suffix in READERS else "files that are not .txt, .jsonl or .parquet"
 
 
 def _in_memory(documents: Documents) -> Documents:
@@ -150,6 +195,9 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _read_txt(path: Path, documents: Documents) -> Iterator[str]:
+    if not any(line.strip() for line in _lines(path)):  # ends at the first line with text
+        documents.skip("files with blanks only", str(path))
+        return
     section: list[str] = []
     length = 0
     for line in _lines(path):
@@ -165,6 +213,8 @@ def _read_txt(path: Path, documents: Documents) -> Iterator[str]:
 
 
 def _read_jsonl(path: Path, documents: Documents) -> Iterator[str]:
+    if not any(line.strip() for line in _lines(path)):
+        documents.skip("files with blanks only", str(path))
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue

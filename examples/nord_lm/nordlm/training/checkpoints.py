@@ -1,4 +1,4 @@
-"""Run folders and checkpoints, written so that a kill at any moment leaves the last checkpoint complete.
+"""Checkpoints of a run and their digests. ``nordlm/files.py`` writes them so that a kill at any moment leaves the last one whole.
 
 A run folder contains ``settings.yaml``, ``run.json``, ``tokenizer/``, the newest ``checkpoint-*`` folders, ``tensorboard/``
 and, after the last step, ``model/`` and ``results.json``. Reading never executes code: weights are safetensors, the
@@ -7,24 +7,25 @@ rest is JSON or loaded with ``weights_only``.
 
 import hashlib
 import json
-import os
 import re
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from nordlm.errors import CheckpointError
+from nordlm.files import remove_folder, write_bytes, write_folder, write_json, write_text
 
 __all__ = [
     "check_digests",
+    "check_seal",
     "checkpoint_step",
+    "damaged",
+    "differing_files",
     "digests",
     "latest_checkpoint",
-    "new_run_folder",
     "read_json",
     "remove_old_checkpoints",
-    "temporary_path",
+    "seal",
+    "write_bytes",
     "write_folder",
     "write_json",
     "write_text",
@@ -32,70 +33,6 @@ __all__ = [
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 KEPT = 2  # number of newest checkpoints that are not removed
-
-
-def new_run_folder(parent: Path, name: str) -> Path:
-    """Create ``parent/name-0001``, or the folder with the next free number."""
-    for number in range(1, 10_000):
-        folder = parent / f"{name}-{number:04d}"
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise CheckpointError(f"{folder}: cannot be created ({error.strerror})") from error
-        return folder
-    raise CheckpointError(f"{parent}: all numbers for runs named {name} are taken")
-
-
-def temporary_path(folder: Path) -> Path:
-    """Return the path at which a folder or file is written before it is moved into place."""
-    return folder.with_name(f".{folder.name}.unfinished")
-
-
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Call ``write`` on a temporary folder beside ``folder``, then move it into place in one step.
-
-    Raises:
-        CheckpointError: the folder could not be written; an older folder is unchanged.
-    """
-    temporary, old = temporary_path(folder), folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    if folder.exists():  # left by a kill; if folder is missing, old is the only copy
-        shutil.rmtree(old, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        write(temporary)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(temporary, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except Exception as error:  # a full disk is an OSError, RuntimeError or SafetensorError, depending on the writer
-        shutil.rmtree(temporary, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        if shutil.disk_usage(folder.parent).free < 1 << 20:
-            reason = f"the disk is full: {reason}"
-        raise CheckpointError(f"{folder} could not be written ({reason}); earlier files are complete") from error
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_text(path: Path, content: str) -> None:
-    """Write a text file atomically."""
-    write_bytes(path, content.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically. If several processes write the same file, the last one wins."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:
@@ -106,16 +43,37 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path}: not readable ({error})") from error
 
 
-def latest_checkpoint(run: Path) -> Path:
-    """Return the newest checkpoint of a run.
+def latest_checkpoint(run: Path) -> Path | None:
+    """Return the newest checkpoint of a run, or None if it has none yet."""
+    existing = _checkpoints(run)
+    return existing[-1] if existing else None
+
+
+def seal(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a JSON file with a digest of all of it, under ``seal``."""
+    return content | {"seal": _digest(content)}
+
+
+def check_seal(path: Path, content: Any, unsealed: set[str]) -> dict[str, Any]:
+    """Return the content of a sealed JSON file without its seal.
+
+    Args:
+        path: the file, for the message.
+        content: what :func:`read_json` returned.
+        unsealed: keys of a file that was written before files were sealed, which is accepted as it is.
 
     Raises:
-        CheckpointError: the run has no checkpoint.
+        CheckpointError: the content was changed since it was sealed, or has other keys.
     """
-    existing = _checkpoints(run)
-    if not existing:
-        raise CheckpointError(f"{run}: no checkpoint to resume from")
-    return existing[-1]
+    if isinstance(content, dict):
+        rest = {name: value for name, value in content.items() if name != "seal"}
+        if content.keys() == unsealed or content.get("seal") == _digest(rest):
+            return rest
+    raise CheckpointError(f"{path}: not written by train.py, or damaged")
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -127,18 +85,25 @@ def digests(folder: Path) -> dict[str, str]:
     return by_name
 
 
+def differing_files(folder: Path, expected: Any) -> list[str]:
+    """Return the names of files that are missing or differ from their digests."""
+    actual = digests(folder) if folder.is_dir() else {}
+    if not isinstance(expected, dict):
+        return ["all"]
+    return [name for name, digest in expected.items() if actual.get(name) != digest]
+
+
 def check_digests(checkpoint: Path, expected: Any) -> None:
-    """Raise CheckpointError if a file differs from its digest; the message names the previous checkpoint if there is one."""
-    actual = digests(checkpoint)
-    damaged = (
-        [name for name, digest in expected.items() if actual.get(name) != digest]
-        if isinstance(expected, dict)
-        else ["all"]
-    )
-    if damaged:
-        earlier = [c.name for c in _checkpoints(checkpoint.parent) if checkpoint_step(c) < checkpoint_step(checkpoint)]
-        advice = f"; remove the folder to resume from {earlier[-1]}" if earlier else ""
-        raise CheckpointError(f"{checkpoint}: damaged or incomplete ({', '.join(damaged)}){advice}")
+    """Raise CheckpointError if a file differs from its digest."""
+    if differing := differing_files(checkpoint, expected):
+        raise damaged(checkpoint, ", ".join(differing))
+
+
+def damaged(checkpoint: Path, what: str) -> CheckpointError:
+    """Return the error to raise for a damaged checkpoint; the message names the previous checkpoint if there is one."""
+    earlier = [c.name for c in _checkpoints(checkpoint.parent) if checkpoint_step(c) < checkpoint_step(checkpoint)]
+    advice = f"; remove the folder to resume from {earlier[-1]}" if earlier else ""
+    return CheckpointError(f"{checkpoint}: damaged or incomplete ({what}){advice}")
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -149,7 +114,7 @@ def checkpoint_step(checkpoint: Path) -> int:
 def remove_old_checkpoints(run: Path) -> None:
     """Remove all but the newest :data:`KEPT` checkpoints."""
     for old in _checkpoints(run)[:-KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
+        remove_folder(old)
 
 
 def _checkpoints(run: Path) -> list[Path]:

@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,18 @@ from transformers import PreTrainedTokenizerBase, get_cosine_with_min_lr_schedul
 
 from nord_snn.models.nord import NordForCausalLM
 from nord_snn.monitor import SpikeMonitor
-from nordlm.data.corpus import Corpus, SequenceDataset
+from nordlm.data.corpus import Corpus, SequenceDataset, StreamedSequences
 from nordlm.errors import CheckpointError, DataError
+from nordlm.script import INTERRUPTED
+from nordlm.training.processes import in_all_processes, on_main_process
 from nordlm.training.results import collect_results, print_summary, write_report_page, write_trained_model
 from nordlm.training.run import (
     Position,
     Run,
     bits_per_byte,
     create_run_folder,
+    diverged,
+    lock_run,
     make_accelerator,
     prepare_text,
     print_setup,
@@ -48,13 +53,13 @@ __all__ = [
     "train",
 ]
 
-INTERRUPTED = 130  # exit status after Ctrl-C, the convention of shells
-
 
 @dataclass
 class Prepared:
     """Model, optimizer, schedule and loaders as accelerate has prepared them (device, wrappers for processes)."""
 
+    accelerator: Accelerator
+    sequences: SequenceDataset | StreamedSequences
     model: nn.Module
     optimizer: Any
     scheduler: Any
@@ -75,7 +80,10 @@ def train(settings: Settings, out: Path, resume: Path | None, with_report: bool 
     accelerator = make_accelerator(settings, out)
     set_seed(options.seed)
     torch.set_float32_matmul_precision(options.matmul_precision)
-    with Run.progress_for(options, accelerator) as progress:
+    with ExitStack() as stack:
+        progress = stack.enter_context(Run.progress_for(options, accelerator))
+        if resume is not None:
+            lock_run(stack, resume, accelerator, progress)
         tokenizer, corpus = prepare_text(accelerator, settings, resume)
         nord = NordForCausalLM(model_config(settings, tokenizer))
         if options.gradient_checkpointing:
@@ -86,34 +94,46 @@ def train(settings: Settings, out: Path, resume: Path | None, with_report: bool 
         print_setup(progress, settings, nord, tokenizer, corpus)
         prepared = prepare(accelerator, nord, corpus, options)
         folder = resume or create_run_folder(accelerator, settings, tokenizer, corpus, out)
+        if resume is None:
+            lock_run(stack, folder, accelerator, progress)
         run = Run(accelerator, settings, tokenizer, corpus, folder, progress)
         progress.say(f"run {folder}")
-        position = restore(run) if resume else Position()
-        log = Log(accelerator, folder, options, progress)
-        stop = StopRequest()
-        progress.begin(position.step)
-        _train_steps(run, prepared, position, log, stop)
-        save(run, position)
-        if position.step < options.steps:
-            progress.say(f"stopped at step {position.step}; resume with: python {sys.argv[0]} --resume {folder}")
-            log.close()
-            return INTERRUPTED
-        stop.restore_handlers()
-        progress.say("evaluating on the held-out text")
-        with SpikeMonitor(accelerator.unwrap_model(prepared.model)) as monitor:
-            validation_loss = held_out_loss(accelerator, prepared.model, prepared.validation)
-        results = collect_results(run, prepared.model, position, validation_loss, monitor.rates())
+        return _train_run(run, prepared, restore(run) if resume else Position(), with_report)
 
+
+def _train_run(run: Run, prepared: Prepared, position: Position, with_report: bool) -> int:
+    """Train from ``position`` to the end of the run, whose folder is locked; return the exit status."""
+    accelerator, options, progress = run.accelerator, run.settings.training, run.progress
+    log = Log(accelerator, run.folder, options, progress)
+    stop = StopRequest()
+    progress.begin(position.step)
+    saved = position.step if position.step else None
+    _train_steps(run, prepared, position, log, stop)
+    if position.step != saved:
+        save(run, position, prepared.model)
+    if position.step < options.steps:
+        progress.say(f"stopped at step {position.step}; resume with: python {sys.argv[0]} --resume {run.folder}")
+        log.close()
+        return INTERRUPTED
+    stop.restore_handlers()
+    progress.say("evaluating on the held-out text")
+    with SpikeMonitor(accelerator.unwrap_model(prepared.model)) as monitor:
+        validation_loss = held_out_loss(accelerator, prepared.model, prepared.validation)
+    if not math.isfinite(validation_loss):
+        raise diverged(f"the loss on the held-out text is {validation_loss} after step {position.step}")
+    results = collect_results(run, prepared.model, position, validation_loss, monitor.rates())
+    progress.stop()
     weights = accelerator.get_state_dict(prepared.model)  # a collective call when parameters are sharded
-    try:
-        if accelerator.is_main_process:
-            write_trained_model(run, accelerator.unwrap_model(prepared.model), weights, results)
-            final_model = NordForCausalLM.from_pretrained(folder / "model").to(accelerator.device).eval()
-            print_summary(run, final_model, results)
-    finally:
-        accelerator.wait_for_everyone()  # a process that exits early would break the process group
+
+    def finish() -> NordForCausalLM:
+        write_trained_model(run, accelerator.unwrap_model(prepared.model), weights, results)
+        final_model = NordForCausalLM.from_pretrained(run.folder / "model").to(accelerator.device).eval()
+        print_summary(run, final_model, results)
+        return final_model
+
+    final_model = on_main_process(accelerator, finish)
     log.close()
-    if with_report and accelerator.is_main_process:  # takes seconds; the other processes need not wait
+    if with_report and final_model is not None:  # takes seconds; the other processes need not wait
         write_report_page(run, final_model)
     return 0
 
@@ -122,14 +142,14 @@ def _train_steps(run: Run, prepared: Prepared, position: Position, log: Log, sto
     """Run training steps from ``position`` to the last one or to a requested stop; update ``position`` in place."""
     accelerator, options, progress = run.accelerator, run.settings.training, run.progress
     monitor = SpikeMonitor(accelerator.unwrap_model(prepared.model))
-    batches = endless_batches(prepared.loader, position)
+    batches = endless_batches(prepared, position)
     step_tokens = options.grad_accum * options.batch_size * run.settings.block_size * accelerator.num_processes
     while position.step < options.steps and not stop.any_process_requested(accelerator):
         start, previous = time.monotonic(), replace(position)
         try:
             mean_loss, grad_norm = take_step(accelerator, prepared, batches, options)
         except DataError:  # a broken stream or a record without text: save the steps before it
-            save(run, previous)
+            save(run, previous, prepared.model)
             raise
         seconds = time.monotonic() - start
         position.step, position.tokens = position.step + 1, position.tokens + step_tokens
@@ -143,17 +163,19 @@ def _train_steps(run: Run, prepared: Prepared, position: Position, log: Log, sto
             log(position.step, **{f"rate/{name}": rate for name, rate in rates.items()})
             monitor.clear()
         if not math.isfinite(mean_loss):
-            raise FloatingPointError(f"the loss became {mean_loss} at step {position.step}: lower --lr and start again")
+            raise diverged(f"the loss became {mean_loss} at step {position.step}")
         if position.step % options.eval_every == 0 and not last:
             monitor.pause()
             held_out = held_out_loss(accelerator, prepared.model, prepared.validation, options.eval_blocks)
             monitor.resume()
+            if not math.isfinite(held_out):
+                raise diverged(f"the loss on the held-out text became {held_out} at step {position.step}")
             per_byte = bits_per_byte(held_out, run.corpus)
             progress.say(f"step {position.step}: held-out loss {held_out:.4f}, {per_byte:.3f} bits per byte")
             log(position.step, held_out_loss=held_out, bits_per_byte=per_byte)
         if position.step % options.save_every == 0 and not last:
             try:
-                save(run, position)
+                save(run, position, prepared.model)
             except CheckpointError as error:  # the disk may have space at the next checkpoint
                 progress.say(f"warning: {error}; training continues")
     monitor.close()
@@ -184,7 +206,7 @@ def prepare(accelerator: Accelerator, model: nn.Module, corpus: Corpus, options:
     shuffle = isinstance(corpus.train, SequenceDataset)  # a stream is not shuffled
     loader = DataLoader(corpus.train, options.batch_size, shuffle=shuffle, drop_last=True)
     validation = DataLoader(SequenceDataset(corpus.validation), options.batch_size)
-    return Prepared(*accelerator.prepare(model, optimizer, scheduler, loader, validation))
+    return Prepared(accelerator, corpus.train, *accelerator.prepare(model, optimizer, scheduler, loader, validation))
 
 
 def take_step(
@@ -218,13 +240,20 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def endless_batches(loader: Any, position: Position) -> Iterator[Tensor]:
-    """Yield batches from ``position`` on, epoch after epoch, and update ``position``."""
+def endless_batches(prepared: Prepared, position: Position) -> Iterator[Tensor]:
+    """Yield batches from ``position`` on, epoch after epoch, and update ``position``.
+
+    Raises:
+        DataError: the stream ended with an error; all processes raise it.
+    """
+    loader, sequences = prepared.loader, prepared.sequences
     for epoch in itertools.count(position.epoch):
         loader.set_epoch(epoch)
         for batch in skip_first_batches(loader, position.batches) if position.batches else loader:
             position.batches += 1
             yield batch
+        if isinstance(sequences, StreamedSequences):
+            in_all_processes(prepared.accelerator, sequences.raise_error)
         position.epoch, position.batches = epoch + 1, 0
 
 

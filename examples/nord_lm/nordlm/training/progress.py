@@ -44,6 +44,10 @@ class TrainingProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Stop the panel."""
+        self.stop()
+
+    def stop(self) -> None:
         """Stop the panel; its last state stays on the terminal."""
         if self._live:
             self._live.stop()

@@ -69,11 +69,15 @@ def print_summary(run: Run, model: NordForCausalLM, results: dict[str, Any]) -> 
     """Print a generated sample and a table of the results and the baselines."""
     progress, tokenizer, corpus = run.progress, run.tokenizer, run.corpus
     prompt = corpus.validation[:1, :SAMPLE_PROMPT_TOKENS].to(model.device)
-    ids = model.generate(
-        prompt, do_sample=True, top_p=0.9, max_new_tokens=SAMPLE_TOKENS, pad_token_id=tokenizer.eos_token_id
-    )
     progress.say(f"\nheld-out text: {tokenizer.decode(prompt[0])}")
-    progress.say(f"continuation by the model: {tokenizer.decode(ids[0, prompt.shape[1] :])}\n")
+    try:
+        ids = model.generate(
+            prompt, do_sample=True, top_p=0.9, max_new_tokens=SAMPLE_TOKENS, pad_token_id=tokenizer.eos_token_id
+        )
+    except (ValueError, RuntimeError) as error:  # logits so large that their probabilities are not finite
+        progress.say(f"note: the model cannot continue it ({' '.join(str(error).split())[:200]})\n")
+    else:
+        progress.say(f"continuation by the model: {tokenizer.decode(ids[0, prompt.shape[1] :])}\n")
 
     names = {"uniform": "uniform", "unigram": "unigram", "bigram, interpolated": "bigram", "this model": "validation"}
     losses = {title: results[f"{name}_loss"] for title, name in names.items()}

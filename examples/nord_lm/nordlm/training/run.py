@@ -1,9 +1,13 @@
 """Set up, save and restore a training run."""
 
 import math
-from dataclasses import asdict, dataclass
+import os
+import shutil
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list
 from transformers import PreTrainedTokenizerBase
@@ -19,21 +23,23 @@ from nordlm.data.corpus import (
     split,
     train_tokenizer,
 )
-from nordlm.data.sources import read_documents
-from nordlm.errors import CheckpointError, DataError, SettingsError
+from nordlm.data.sources import Documents, read_documents
+from nordlm.errors import CheckpointError, DataError, DivergedError, SettingsError
+from nordlm.files import clean_up, create_numbered, locked, move_into_place, temporary_path, write_error, write_json
 from nordlm.training.checkpoints import (
     check_digests,
+    check_seal,
     checkpoint_step,
+    damaged,
+    differing_files,
     digests,
     latest_checkpoint,
-    new_run_folder,
     read_json,
     remove_old_checkpoints,
-    temporary_path,
-    write_folder,
-    write_json,
+    seal,
 )
 from nordlm.training.model_card import parameter_counts
+from nordlm.training.processes import in_all_processes, on_main_process
 from nordlm.training.progress import TrainingProgress
 from nordlm.training.settings import Settings, TrainingSettings, read_run
 
@@ -42,12 +48,17 @@ __all__ = [
     "Run",
     "bits_per_byte",
     "create_run_folder",
+    "diverged",
+    "lock_run",
     "make_accelerator",
     "prepare_text",
     "print_setup",
     "restore",
     "save",
 ]
+
+#: Variables of the environment that accelerate and torch.distributed read.
+LAUNCHER_VARIABLES = ("ACCELERATE_", "FSDP_", "LOCAL_RANK", "MASTER_", "RANK", "WORLD_SIZE")
 
 
 @dataclass
@@ -96,8 +107,17 @@ class Run:
 
 
 def make_accelerator(settings: Settings, out: Path) -> Accelerator:
-    """Set up device, precision, accumulation and logging."""
+    """Set up device, precision, accumulation and logging.
+
+    Raises:
+        SettingsError: the device does not support the precision, or a variable of accelerate requests what is not installed.
+    """
     options = settings.training
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() != "no":
+        raise SettingsError(
+            f"ACCELERATE_DYNAMO_BACKEND={backend}: expected no, since --compile is the setting that compiles; unset it"
+        )
     try:
         return Accelerator(
             mixed_precision=options.mixed_precision,
@@ -108,8 +128,11 @@ def make_accelerator(settings: Settings, out: Path) -> Accelerator:
             log_with="tensorboard",
             project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out)),
         )
-    except ValueError as error:  # the device does not support this precision
-        raise SettingsError(f"mixed_precision {options.mixed_precision}: {error}") from error
+    except Exception as error:  # whatever the precision, a missing library or a variable of the environment raises
+        reason = " ".join(str(error).split())[:300]
+        variables = ", ".join(sorted(name for name in os.environ if name.startswith(LAUNCHER_VARIABLES)))
+        cause = f"the environment has {variables}" if variables else f"mixed_precision {options.mixed_precision}"
+        raise SettingsError(f"accelerate cannot be set up ({reason}): {cause}") from error
 
 
 def prepare_text(
@@ -117,42 +140,80 @@ def prepare_text(
 ) -> tuple[PreTrainedTokenizerBase, Corpus]:
     """Load or train the tokenizer and load the corpus, without writing anything."""
     options, vocab_size = settings.training, settings.model_config().vocab_size
-    documents = read_documents(options.data)
-    validation = None if options.validation_data is None else read_documents(options.validation_data)
-    if resume is not None:
-        tokenizer = load_tokenizer(str(resume / "tokenizer"), vocab_size)
-    elif options.tokenizer is not None:
-        tokenizer = load_tokenizer(options.tokenizer, vocab_size)
-    else:
-        tokenizers = [None]
-        if accelerator.is_main_process:
+
+    def read() -> tuple[Documents, Documents | None, PreTrainedTokenizerBase | None]:
+        documents = read_documents(options.data)
+        validation = None if options.validation_data is None else read_documents(options.validation_data)
+        tokenizer = None
+        if resume is not None:
+            check_tokenizer(resume)
+            tokenizer = load_tokenizer(str(resume / "tokenizer"), vocab_size)
+        elif options.tokenizer is not None:
+            tokenizer = load_tokenizer(options.tokenizer, vocab_size)
+        elif accelerator.is_main_process:
             texts, _ = split(documents, 0.0 if validation else options.held_out)
-            tokenizers = [train_tokenizer(texts(), vocab_size)]
-        tokenizer = broadcast_object_list(tokenizers)[0]
-    corpus = load_corpus(documents, tokenizer, settings.block_size, options.held_out, validation)
-    n_sequences = len(corpus.sample) // settings.block_size
-    batch = options.batch_size * accelerator.num_processes
-    if n_sequences < batch and len(corpus.sample) < BASELINE_TOKENS:
-        raise DataError(
-            f"{corpus.name} has {n_sequences} sequences, less than one batch of {batch}: "
-            "give more text, a smaller --batch-size or a smaller --block-size"
-        )
-    return tokenizer, corpus
+            tokenizer = train_tokenizer(texts(), vocab_size)
+        return documents, validation, tokenizer
+
+    documents, validation, tokenizer = in_all_processes(accelerator, read)
+    if resume is None and options.tokenizer is None:
+        tokenizer = broadcast_object_list([tokenizer])[0]
+
+    def load() -> Corpus:
+        corpus = load_corpus(documents, tokenizer, settings.block_size, options.held_out, validation)
+        n_sequences = len(corpus.sample) // settings.block_size
+        batch = options.batch_size * accelerator.num_processes
+        if n_sequences < batch and len(corpus.sample) < BASELINE_TOKENS:
+            raise DataError(
+                f"{corpus.name} has {n_sequences} sequences, less than one batch of {batch}: "
+                "give more text, a smaller --batch-size or a smaller --block-size"
+            )
+        return corpus
+
+    return tokenizer, in_all_processes(accelerator, load)
+
+
+def check_tokenizer(run: Path) -> None:
+    """Raise CheckpointError if a file of the run's tokenizer has changed since the run started."""
+    expected = read_run(run).get("tokenizer")  # missing in runs that were started before it was stored
+    if expected is not None and (changed := differing_files(run / "tokenizer", expected)):
+        raise CheckpointError(f"{run / 'tokenizer'}: changed since the run started, or damaged ({', '.join(changed)})")
 
 
 def create_run_folder(
     accelerator: Accelerator, settings: Settings, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, out: Path
 ) -> Path:
     """Create the folder of a new run on the main process and return its path on every process."""
-    folders: list[Path | None] = [None]
-    if accelerator.is_main_process:
-        folder = new_run_folder(out, settings.name)
+
+    def write(folder: Path) -> None:
         settings.write(folder / "settings.yaml")
-        write_folder(folder / "tokenizer", lambda temporary: tokenizer.save_pretrained(temporary))
-        metadata = {"text": corpus.name, "fingerprint": corpus.fingerprint, "settings": settings.digest()}
-        write_json(folder / "run.json", metadata)
-        folders = [folder]
-    return broadcast_object_list(folders)[0]
+        tokenizer.save_pretrained(folder / "tokenizer")
+        metadata = {
+            "text": corpus.name,
+            "fingerprint": corpus.fingerprint,
+            "settings": settings.digest(),
+            "tokenizer": digests(folder / "tokenizer"),
+            "processes": accelerator.num_processes,
+        }
+        write_json(folder / "run.json", seal(metadata))
+
+    folder = on_main_process(accelerator, lambda: create_numbered(out, settings.name, write))
+    return broadcast_object_list([folder])[0]
+
+
+def lock_run(stack: ExitStack, run: Path, accelerator: Accelerator, progress: TrainingProgress) -> None:
+    """Lock a run until ``stack`` is closed, and delete what killed processes left in its folder.
+
+    Raises:
+        CheckpointError: another process trains this run.
+    """
+
+    def lock() -> None:
+        refusal = f"{run}: another process is training this run; wait for its end, or stop it"
+        stack.enter_context(locked(run / "run.json", refusal, lambda sentence: progress.say(f"warning: {sentence}")))
+        clean_up(run)
+
+    on_main_process(accelerator, lock)
 
 
 def print_setup(
@@ -181,41 +242,109 @@ def bits_per_byte(loss: float, corpus: Corpus) -> float:
     return loss / corpus.bytes_per_token / math.log(2)
 
 
-def save(run: Run, position: Position) -> None:
-    """Write a checkpoint and remove old ones. All processes write; the main process moves the folder into place."""
+def diverged(what: str) -> DivergedError:
+    """Return the error to raise in all processes if training diverged."""
+    error = DivergedError(
+        f"{what}; nothing more is saved, earlier checkpoints are whole: start again with a lower --lr"
+    )
+    error.shared = True
+    return error
+
+
+def save(run: Run, position: Position, model: torch.nn.Module) -> None:
+    """Write a checkpoint and remove old ones. All processes write; the main process moves the folder into place.
+
+    Raises:
+        CheckpointError: the checkpoint could not be written; earlier ones are unchanged.
+        DivergedError: a weight is NaN or infinite; nothing is written.
+    """
     accelerator = run.accelerator
-
-    def write(folder: Path) -> None:
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(folder))
-        accelerator.wait_for_everyone()
-        write_json(folder / "position.json", asdict(position) | {"digests": digests(folder)})
-
     folder = run.folder / f"checkpoint-{position.step:06d}"
-    if accelerator.is_main_process:
-        write_folder(folder, write)
-        remove_old_checkpoints(run.folder)
-    else:
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(temporary_path(folder)))
-        accelerator.wait_for_everyone()
+    temporary = temporary_path(folder)
+
+    def check() -> None:
+        if names := [name for name, p in model.named_parameters() if not p.isfinite().all()]:
+            raise diverged(
+                f"{len(names)} parameters became NaN or infinite by step {position.step} (first: {names[0]})"
+            )
+
+    def begin() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+
+    def finish() -> None:
+        content = asdict(position) | {"processes": accelerator.num_processes, "digests": digests(temporary)}
+        write_json(temporary / "position.json", seal(content))
+        move_into_place(temporary, folder)
+
+    in_all_processes(accelerator, check)
+    try:
+        on_main_process(accelerator, begin)
+        in_all_processes(accelerator, lambda: accelerator.save_state(str(temporary)))
+        on_main_process(accelerator, finish)
+    except Exception as error:  # a full disk is an OSError, RuntimeError or SafetensorError, depending on the writer
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+        failure = write_error(folder, error)
+        failure.shared = accelerator.num_processes > 1
+        raise failure from error
+    on_main_process(accelerator, lambda: remove_old_checkpoints(run.folder))
 
 
 def restore(run: Run) -> Position:
-    """Load the newest checkpoint, after a check that it is complete and fits this text and model."""
-    if read_run(run.folder)["fingerprint"] != run.corpus.fingerprint:
+    """Load the newest checkpoint, after a check that it is complete and fits this text and model.
+
+    A run that was stopped before its first checkpoint begins at its first step.
+    """
+    checkpoint, position = in_all_processes(run.accelerator, lambda: _open_checkpoint(run))
+
+    def load() -> None:
+        try:
+            run.accelerator.load_state(str(checkpoint))
+            reset_accumulation(run.accelerator)
+        except Exception as error:  # each part raises its own exception if it does not fit
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"{checkpoint}: does not fit this model ({reason})") from error
+
+    if checkpoint is None:
+        run.progress.say(f"{run.folder} has no checkpoint yet: training begins at its first step")
+    else:
+        in_all_processes(run.accelerator, load)
+        run.progress.say(f"resuming from {checkpoint}")
+    return position
+
+
+def _open_checkpoint(run: Run) -> tuple[Path | None, Position]:
+    """Return the newest checkpoint, or None, and its position."""
+    about = read_run(run.folder)
+    if about["fingerprint"] != run.corpus.fingerprint:
         raise CheckpointError(f"{run.folder}: the text ({run.corpus.name}) has changed since the run started")
     checkpoint = latest_checkpoint(run.folder)
-    saved = read_json(checkpoint / "position.json")
-    if not isinstance(saved, dict) or saved.get("step") != checkpoint_step(checkpoint):
-        raise CheckpointError(f"{checkpoint / 'position.json'}: not written by train.py, or damaged")
+    if checkpoint is None:
+        if (run.folder / "model").exists():
+            raise CheckpointError(f"{run.folder}: no checkpoint to resume from, though the run has a model")
+        _check_processes(run, about.get("processes"))
+        return None, Position()
+    names = {field.name for field in fields(Position)}
+    path = checkpoint / "position.json"
+    saved = check_seal(path, read_json(path), unsealed=names | {"digests"})
     check_digests(checkpoint, saved.pop("digests", None))
-    try:
-        run.accelerator.load_state(str(checkpoint))
-        reset_accumulation(run.accelerator)
-        position = Position(**saved)
-    except Exception as error:  # each part raises its own exception if it does not fit
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{checkpoint}: does not fit this model ({reason})") from error
-    run.progress.say(f"resuming from {checkpoint}")
-    return position
+    _check_processes(run, saved.pop("processes", len(list(checkpoint.glob("random_states_*.pkl")))))
+    counts = [value for name, value in saved.items() if name != "seconds"]
+    seconds = saved.get("seconds", math.nan)
+    if saved.keys() != names or not all(type(value) is int and value >= 0 for value in counts):
+        raise damaged(checkpoint, path.name)
+    if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
+        raise damaged(checkpoint, path.name)
+    if saved["step"] != checkpoint_step(checkpoint):
+        raise damaged(checkpoint, path.name)
+    return checkpoint, Position(**saved)
+
+
+def _check_processes(run: Run, processes: int | None) -> None:
+    """Raise SettingsError if the run was trained by another number of processes, which split the text in another way."""
+    if processes not in (None, run.accelerator.num_processes):
+        raise SettingsError(
+            f"--resume {run.folder}: the run was trained by {processes} processes and cannot be resumed by "
+            f"{run.accelerator.num_processes}; give accelerate launch --num_processes {processes}"
+        )

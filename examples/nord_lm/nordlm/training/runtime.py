@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -55,7 +56,11 @@ class Log:
         self._try(lambda: self.accelerator.log(values, step=step))
 
     def close(self) -> None:
-        """Flush and close the log."""
+        """Flush and close the log, and leave the process group."""
+        if self.accelerator.num_processes > 1:
+            # torch joins gloo's threads while it holds the GIL, which they need to release the tensors of the last collectives.
+            self.accelerator.wait_for_everyone()
+            time.sleep(0.2)
         self._try(self.accelerator.end_training)
 
     def _try(self, write: Callable[[], None]) -> None:
@@ -71,11 +76,18 @@ class Log:
 
 
 class StopRequest:
-    """Request a stop after the current step on Ctrl-C or SIGTERM; a second signal ends the program at once."""
+    """Request a stop after the current step on Ctrl-C, SIGTERM or a closed terminal (SIGHUP, unless it is ignored).
+
+    A second Ctrl-C ends the program at once. A second SIGTERM does not, because launchers send one after Ctrl-C, while the
+    checkpoint is being saved.
+    """
 
     def __init__(self) -> None:
         self.requested = False
-        self._previous = {kind: signal.signal(kind, self._request) for kind in (signal.SIGINT, signal.SIGTERM)}
+        kinds = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored under nohup
+            kinds.append(signal.SIGHUP)
+        self._previous = {kind: signal.signal(kind, self._request) for kind in kinds}
 
     def any_process_requested(self, accelerator: Accelerator) -> bool:
         """Return whether any process got a signal, so that all stop at the same step."""
@@ -83,9 +95,10 @@ class StopRequest:
             return self.requested
         return accelerator.reduce(torch.tensor(float(self.requested), device=accelerator.device)).item() > 0
 
-    def _request(self, *_: Any) -> None:
+    def _request(self, kind: int, _: Any) -> None:
         self.requested = True
-        self.restore_handlers()
+        if kind == signal.SIGINT:
+            signal.signal(kind, self._previous[signal.SIGINT])
 
     def restore_handlers(self) -> None:
         """Restore the previous signal handlers."""

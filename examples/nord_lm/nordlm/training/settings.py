@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 
 from nordlm.errors import SettingsError
-from nordlm.training.checkpoints import CheckpointError, read_json, write_text
+from nordlm.training.checkpoints import check_seal, read_json, write_text
 
 if TYPE_CHECKING:
     from nord_snn.models.nord import NordConfig
@@ -269,12 +269,13 @@ def _config_path(name: str) -> Path:
     return Path(name)
 
 
-def read_run(run: Path) -> dict[str, str]:
-    """Read ``run.json``: name and fingerprint of the text, and digest of the settings."""
-    content = read_json(run / "run.json")
-    if not isinstance(content, dict) or not {"text", "fingerprint", "settings"} <= content.keys():
-        raise CheckpointError(f"{run / 'run.json'}: not written by train.py, or damaged")
-    return content
+def read_run(run: Path) -> dict[str, Any]:
+    """Read ``run.json``: name and fingerprint of the text, digests of settings and tokenizer, number of processes.
+
+    Files of earlier releases have no tokenizer and no number of processes.
+    """
+    path = run / "run.json"
+    return check_seal(path, read_json(path), unsealed={"text", "fingerprint", "settings"})
 
 
 def _resumed(options: argparse.Namespace) -> Settings:

@@ -1,0 +1,113 @@
+"""Run a script whose output can go away and that can be interrupted at any moment.
+
+Output goes away if the reader of a pipe ends (``| head -1``, or ``| tee log`` at Ctrl-C), the disk behind it is full, or the
+terminal is closed. A script then ends with a non-zero exit status; training continues without it. This module loads no large
+library, so that Ctrl-C is handled while those are loaded.
+"""
+
+import io
+import os
+import select
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+__all__ = ["INTERRUPTED", "exit_on_interrupt", "run_script"]
+
+INTERRUPTED = 128 + signal.SIGINT  # exit status after Ctrl-C, the convention of shells
+READER_LEFT = 128 + signal.SIGPIPE
+
+
+@contextmanager
+def exit_on_interrupt() -> Iterator[None]:
+    """Exit at once on Ctrl-C inside the block, in which libraries are imported: there is nothing to save yet."""
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or previous is not signal.default_int_handler:
+        yield  # ignored (as in a background job), or handled by the caller
+        return
+    signal.signal(signal.SIGINT, _exit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _exit(*_: Any) -> None:
+    with suppress(OSError):
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"interrupted\n")
+    os._exit(INTERRUPTED)
+
+
+def run_script(main: Callable[[], int | None], keep_running: bool = False) -> int:
+    """Run a script and return its exit status.
+
+    Args:
+        main: the script; returns its exit status, or None for 0.
+        keep_running: whether the script continues if standard output goes away. Default: it exits, with 141 if the reader of a
+            pipe has left and 1 otherwise.
+    """
+    output = _Output(keep_running)
+    try:
+        status = main() or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = INTERRUPTED
+    finally:
+        if sys.stdout is not None:
+            sys.stdout.flush()  # while an error still counts
+    return output.status or status
+
+
+class _Output:
+    """Standard output and standard error that go to the null device after their first error."""
+
+    def __init__(self, keep_running: bool) -> None:
+        self.keep_running, self.status = keep_running, 0
+        for name, lose in (("stdout", self._lose_output), ("stderr", lambda error: None)):
+            stream = getattr(sys, name)
+            if stream is None:  # closed by the caller
+                continue
+            buffer = io.BufferedWriter(_GuardedFile(stream.fileno(), lose))
+            guarded = io.TextIOWrapper(
+                buffer, stream.encoding, stream.errors, "\n", stream.line_buffering, stream.write_through
+            )
+            setattr(sys, name, guarded)
+
+    def _lose_output(self, error: OSError) -> None:
+        if self.keep_running:
+            print(f"warning: standard output is gone ({error.strerror}); the script continues", file=sys.stderr)
+            return
+        self.status = READER_LEFT if isinstance(error, BrokenPipeError) else 1
+        if not isinstance(error, BrokenPipeError):  # whose reader has seen enough
+            print(f"error: standard output cannot be written ({error.strerror})", file=sys.stderr)
+        if threading.current_thread() is threading.main_thread():
+            raise SystemExit(self.status)
+
+
+class _GuardedFile(io.FileIO):
+    """An open file descriptor for writing that becomes the null device at the first error.
+
+    Args:
+        descriptor: the file descriptor.
+        lose: receives the error.
+    """
+
+    def __init__(self, descriptor: int, lose: Callable[[OSError], None]) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self._lose = lose
+
+    def write(self, data: Any) -> int:
+        """Write the data, or discard it after an error."""
+        try:
+            while (written := super().write(data)) is None:
+                select.select([], [self], [])  # a full pipe in non-blocking mode
+        except OSError as error:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.fileno())
+            os.close(null)
+            self._lose(error)
+            return len(data)
+        return written

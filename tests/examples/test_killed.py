@@ -1,0 +1,244 @@
+"""Tests of kills at every rename of train, save, resume, report and conversion: the old or the new is there, and it goes on."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import make_text, write_config
+from killing import KILLED, Server
+from nordlm import files
+from nordlm.training.checkpoints import check_digests, latest_checkpoint, read_json
+from safetensors.torch import load_file
+
+from nord_snn.models.nord import NordConfig, NordForCausalLM
+from nord_snn.models.nord.original import to_original
+
+
+class Training:
+    """A run of a second, its command line and the weights it ends with."""
+
+    def __init__(self, server: Server, folder: Path) -> None:
+        self.server, self.folder = server, folder
+        (folder / "text.txt").write_text(make_text())
+        self.config = write_config(folder, steps=6, save_every=2, grad_accum=1, eval_every=4)
+        assert self.start("whole")[0] == 0, self.log.read_text()
+        self.expected = load_file(folder / "whole" / "test-0001" / "model" / "model.safetensors")
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log"
+
+    def start(self, out: str, **kill) -> tuple[int, int]:
+        """Start a new run in a folder of its own."""
+        where = ["--config", self.config, "--data", self.folder / "text.txt", "--out", self.folder / out, "--no-report"]
+        return self.server.run("train", *where, log=self.log, **kill)
+
+    def resume(self, run: Path, **kill) -> tuple[int, int]:
+        """Resume a run."""
+        return self.server.run("train", "--resume", run, "--no-report", log=self.log, **kill)
+
+    def check_end(self, run: Path) -> None:
+        """Check that a run ended with the expected weights, and that nothing unfinished is left in its folder."""
+        weights = load_file(run / "model" / "model.safetensors")
+        assert all(torch.equal(weights[name], value) for name, value in self.expected.items())
+        assert read_json(run / "results.json")["steps"] == 6
+        assert not [path for path in run.rglob(".*") if path.name != ".gitattributes"]
+        for checkpoint in run.glob("checkpoint-*"):
+            check_digests(checkpoint, read_json(checkpoint / "position.json")["digests"])
+
+
+@pytest.fixture(scope="module")
+def training(server, tmp_path_factory):
+    return Training(server, tmp_path_factory.mktemp("killed"))
+
+
+def finish_killed_run(training: Training, out: str) -> None:
+    """Go on with a killed run until its end."""
+    runs = sorted((training.folder / out).glob("test-*"))
+    if runs:
+        assert training.resume(runs[0])[0] == 0, training.log.read_text()
+    else:  # killed before there was a run: the same command
+        assert training.start(out)[0] == 0, training.log.read_text()
+        runs = sorted((training.folder / out).glob("test-*"))
+    training.check_end(runs[0])
+
+
+def some(points: int, number: int | None) -> list[int]:
+    """Return evenly spaced points, or all if the number is None."""
+    if number is None:
+        return list(range(points))
+    return sorted({round(k * (points - 1) / (number - 1)) for k in range(number)})
+
+
+ALL = pytest.param(None, marks=pytest.mark.slow, id="all")
+SLOW = [pytest.param(None, exchange, marks=pytest.mark.slow, id=f"all-{exchange}") for exchange in (True, False)]
+
+
+@pytest.mark.parametrize(("number", "exchange"), [(2, True), (2, False), *SLOW])
+def test_a_run_killed_at_a_rename_ends_with_the_same_weights(training, number, exchange):
+    status, points = training.start(f"count-{exchange}-{number}", exchange=exchange)
+    assert status == 0
+    assert points >= 18  # run folder, four checkpoints, model, results
+    for point in some(points, number):
+        out = f"train-{exchange}-{number}-{point}"
+        assert training.start(out, point=point, exchange=exchange)[0] == KILLED
+        finish_killed_run(training, out)
+
+
+@pytest.mark.parametrize(("number", "exchange"), [(2, True), *SLOW])
+def test_a_resumed_run_killed_again_ends_with_the_same_weights(training, number, exchange):
+    """The run has no checkpoint yet, or one at which it was killed while it wrote the next."""
+    for point_before in (6, 9) if number is None else (9,):
+        part = training.folder / f"before-{exchange}-{number}-{point_before}"
+        assert training.start(part.name, point=point_before, exchange=exchange)[0] == KILLED
+        copy = training.folder / f"copy-{part.name}"
+        shutil.copytree(part, copy)
+        status, points = training.resume(copy / "test-0001", exchange=exchange)
+        assert status == 0, training.log.read_text()
+        for point in some(points, number):
+            again = training.folder / f"again-{part.name}-{point}"
+            shutil.copytree(part, again)
+            assert training.resume(again / "test-0001", point=point, exchange=exchange)[0] == KILLED
+            finish_killed_run(training, again.name)
+
+
+@pytest.mark.slow
+def test_fifty_kills_at_random_moments_lose_nothing(training):
+    generator = random.Random(0)
+    for kill in range(50):
+        out = f"random-{kill}"
+        training.start(out, seconds=generator.uniform(0, 3))
+        runs = sorted((training.folder / out).glob("test-*"))
+        if runs and not (runs[0] / "results.json").exists():
+            training.resume(runs[0], seconds=generator.uniform(0, 3))
+        finish_killed_run(training, out)
+
+
+@pytest.mark.parametrize("number", [2, ALL])
+def test_a_conversion_killed_at_a_rename_goes_on(server, tmp_path, number):
+    torch.save(to_original(small_published_model(), "tokenizer"), tmp_path / "published.pt")
+    source, log = tmp_path / "published.pt", tmp_path / "log"
+    status, points = server.run("convert_original", source, tmp_path / "whole", log=log)
+    assert status == 0, log.read_text()
+    for point in some(points, number):
+        out = tmp_path / f"out-{point}"
+        assert server.run("convert_original", source, out, log=log, point=point)[0] == KILLED
+        if not out.exists():
+            assert server.run("convert_original", source, out, log=log)[0] == 0, log.read_text()
+        assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+        back = tmp_path / f"back-{point}.pt"
+        assert server.run("convert_original", "--to-original", out, back, log=log, point=point % 2)[0] == KILLED
+        if not back.exists():
+            assert server.run("convert_original", "--to-original", out, back, log=log)[0] == 0, log.read_text()
+        assert torch.load(back, weights_only=True).keys() == torch.load(source, weights_only=True).keys()
+
+
+def small_published_model() -> NordForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    return NordForCausalLM(NordConfig(vocab_size=300, n_clusters=4, max_position_embeddings=24, **sizes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_second_report_killed_at_a_rename_goes_on(training, tmp_path, exchange):
+    model, text = training.folder / "whole" / "test-0001" / "model", training.folder / "text.txt"
+    report = tmp_path / "report"
+    command = ["evaluate", text, "--model", model, "--max-tokens", 2000, "--report", report]
+    assert training.server.run(*command, log=training.log)[0] == 0, training.log.read_text()
+    names = {path.name for path in report.iterdir()}
+    status, points = training.server.run(*command, log=training.log, exchange=exchange)
+    assert status == 0
+    for point in range(points):
+        assert training.server.run(*command, log=training.log, point=point, exchange=exchange)[0] == KILLED
+        if exchange:
+            assert {path.name for path in report.iterdir()} == names
+        assert training.server.run(*command, log=training.log, exchange=exchange)[0] == 0, training.log.read_text()
+        assert {path.name for path in report.iterdir()} == names
+        assert [path.name for path in tmp_path.iterdir()] == ["report"]
+
+
+REPLACE = """
+import sys
+from pathlib import Path
+from killing import kill_at
+from nordlm import files
+folder, point, exchange = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True"
+count = kill_at(point, exchange)
+files.write_folder(folder / "x", lambda new: (new / "content").write_text("new"))
+files.write_json(folder / "y.json", {"content": "new"})
+files.remove_folder(folder / "z")
+print(count())
+"""
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_kill_at_any_rename_leaves_the_old_or_the_new(tmp_path, exchange):
+    """Only between the two renames of a system without exchange is there neither; cleaning up restores the old folder."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    for point in range(100):
+        folder = tmp_path / str(point)
+        folder.mkdir()
+        for name in ("x", "z"):
+            files.write_folder(folder / name, lambda new: (new / "content").write_text("old"))
+        files.write_json(folder / "y.json", {"content": "old"})
+        command = [sys.executable, "-c", REPLACE, str(folder), str(point), str(exchange)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr
+        if exchange:
+            assert (folder / "x" / "content").exists()
+        files.clean_up(folder)
+        assert (folder / "x" / "content").read_text() in ("old", "new")
+        assert json.loads((folder / "y.json").read_text())["content"] in ("old", "new")
+        assert not (folder / "z").exists() or (folder / "z" / "content").read_text() == "old"
+        assert {path.name for path in folder.iterdir()} <= {"x", "y.json", "z"}
+        if done.returncode == 0:
+            break
+    assert point == (6 if exchange else 8)
+
+
+def test_a_file_system_without_exchange_is_handled(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    for content in ("old", "new"):
+        files.write_folder(tmp_path / "x", lambda new, content=content: (new / "content").write_text(content))
+    assert (tmp_path / "x" / "content").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+    replace = os.replace
+
+    def refuse(source, target):
+        if Path(target) == tmp_path / "x" and Path(source).name.endswith(".unfinished"):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(files.CheckpointError, match="No space left on device"):
+        files.write_folder(tmp_path / "x", lambda new: (new / "content").write_text("newer"))
+    assert (tmp_path / "x" / "content").read_text() == "new"
+
+
+def test_the_newest_whole_checkpoint_is_found(tmp_path):
+    assert latest_checkpoint(tmp_path) is None
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step:06d}").mkdir()
+    (tmp_path / ".checkpoint-000006.unfinished").mkdir()
+    assert latest_checkpoint(tmp_path).name == "checkpoint-000004"
+
+
+@pytest.mark.quick
+def test_a_new_run_deletes_what_was_left_a_day_ago(tmp_path):
+    for name, age in (("recent", 0), ("stale", 100_000)):
+        left = tmp_path / f".run.1.{name}.unfinished"
+        left.mkdir()
+        os.utime(left, (time.time() - age,) * 2)
+    assert files.create_numbered(tmp_path, "run", lambda folder: (folder / "a").write_text("")).name == "run-0001"
+    assert {path.name for path in tmp_path.iterdir()} == {"run-0001", ".run.1.recent.unfinished"}

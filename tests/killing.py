@@ -1,0 +1,252 @@
+"""Run scripts of the language model in forked processes, one or two at once, that are killed at a rename or after a time.
+
+``python killing.py`` imports the scripts once and then reads requests, one JSON object a line, so that a run takes a second.
+"""
+
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+SCRIPTS = Path(__file__).parents[1] / "examples" / "nord_lm"
+KILLED = -signal.SIGKILL
+
+
+class Server:
+    """A process that forks one process for each run; use it as a context manager."""
+
+    def __enter__(self) -> Self:
+        path = os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parents[1]), *sys.path])
+        environment = os.environ | {"PYTHONPATH": path, "NORD_SNN_BACKEND": "torch", "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+    def run(
+        self,
+        script: str,
+        *arguments: object,
+        log: Path,
+        point: int | None = None,
+        seconds: float | None = None,
+        exchange: bool = True,
+        processes: int = 1,
+        fault: str | None = None,
+        lost: str | None = None,
+    ) -> tuple[int, int]:
+        """Run a script; return its exit status, negative for a signal, and twice the number of renames.
+
+        The exit status is the one of all processes; AssertionError if it differs between them.
+
+        Args:
+            script: name of the script.
+            arguments: its command line.
+            log: file for its output.
+            point: kill the process at this point: even numbers are before a rename, odd ones after it.
+            seconds: kill the process after this time.
+            exchange: whether folders can change places in one system call.
+            processes: number of processes that train together.
+            lost: ``"disk"``: standard output is a full disk; ``"pipe"``: a pipe whose reader has left. ``log`` has the errors.
+            fault: name of a function of this module that is called first, with the number of the process, or ``NAME=VALUE`` of
+                a variable of the environment.
+        """
+        request = {
+            "script": script,
+            "arguments": [str(argument) for argument in arguments],
+            "log": str(log),
+            "point": point,
+            "seconds": seconds,
+            "exchange": exchange,
+            "processes": processes,
+            "fault": fault,
+            "lost": lost,
+        }
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        statuses, points = json.loads(self._process.stdout.readline())
+        assert len(set(statuses)) == 1, statuses
+        return statuses[0], points
+
+
+def kill_at(point: int | None, exchange: bool) -> Callable[[], int]:
+    """Kill this process at a rename; return a function that returns the number of points so far."""
+    from nordlm import files
+
+    points = 0
+
+    def reached() -> None:
+        nonlocal points
+        if points == point:
+            os.kill(os.getpid(), signal.SIGKILL)
+        points += 1
+
+    def between(rename: Callable[..., Any]) -> Callable[..., Any]:
+        def hooked(*paths: Any) -> Any:
+            reached()
+            result = rename(*paths)
+            reached()
+            return result
+
+        return hooked
+
+    os.rename, os.replace = between(os.rename), between(os.replace)
+    files._exchange = between(files._exchange) if exchange else lambda *_: False
+    return lambda: points
+
+
+def full_disk_in_process_1(rank: int) -> None:
+    """Make the first checkpoint of the second process fail."""
+    from accelerate import Accelerator
+
+    save_state, calls = Accelerator.save_state, []
+
+    def full(self: Accelerator, folder: str, **more: Any) -> None:
+        calls.append(folder)
+        save_state(self, folder, **more)
+        if rank == 1 and len(calls) == 1:
+            raise OSError(28, "No space left on device")
+
+    Accelerator.save_state = full
+
+
+def nan_weight(rank: int) -> None:
+    """Make a weight NaN after the fourth training step."""
+    import torch
+    from nordlm.training import loop
+
+    take_step, calls = loop.take_step, []
+
+    def diverge(accelerator: Any, prepared: Any, *rest: Any) -> Any:
+        calls.append(0)
+        outcome = take_step(accelerator, prepared, *rest)
+        if len(calls) == 4:
+            torch.nn.init.constant_(accelerator.unwrap_model(prepared.model).norm.weight, torch.nan)
+        return outcome
+
+    loop.take_step = diverge
+
+
+def infinite_held_out_loss(rank: int) -> None:
+    """Make the final evaluation overflow."""
+    from nordlm.training import loop
+
+    loop.held_out_loss = lambda *_: float("inf")
+
+
+def stream(rank: int) -> None:
+    """Stream all text."""
+    from nordlm.data import sources
+
+    sources.IN_MEMORY_BYTES = 0
+
+
+def broken_stream(rank: int) -> None:
+    """Stream all text, with an error after 40 sequences of training."""
+    from nordlm.data import corpus
+    from nordlm.errors import DataError
+
+    stream(rank)
+    pack = corpus.pack
+
+    def break_off(encoded: Any, block_size: int) -> Any:
+        for n, block in enumerate(pack(encoded, block_size)):
+            if n == 40:
+                raise DataError("the stream broke off")
+            yield block
+
+    corpus.pack = break_off
+
+
+def _serve() -> None:
+    for name in (
+        "train",
+        "evaluate",
+        "generate",
+        "energy",
+        "convert_original",
+        "nordlm.training.loop",
+        "nordlm.analysis.report",
+    ):
+        importlib.import_module(name)
+    for line in sys.stdin:
+        request = json.loads(line)
+        receive, send = os.pipe()
+        Path(request["log"]).write_text("")
+        children, port = [], _free_port()
+        for rank in range(request["processes"]):
+            children.append(os.fork())
+            if not children[-1]:
+                _run(request, rank, port, send)
+        os.close(send)
+        if request["seconds"] is not None:
+            time.sleep(request["seconds"])
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+        with os.fdopen(receive) as file:
+            points = int(file.read() or 0)
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(json.dumps([statuses, points]), flush=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def _pipe_without_reader() -> int:
+    receive, send = os.pipe()
+    os.close(receive)
+    return send
+
+
+def _run(request: dict[str, Any], rank: int, port: int, send: int) -> None:
+    output = os.open(request["log"], os.O_WRONLY | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(output, descriptor)
+    if request["lost"] is not None:
+        os.dup2(os.open("/dev/full", os.O_WRONLY) if request["lost"] == "disk" else _pipe_without_reader(), 1)
+    if request["processes"] > 1:
+        size = {"WORLD_SIZE": request["processes"], "LOCAL_WORLD_SIZE": request["processes"]}
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+        os.environ |= {k: str(v) for k, v in ({"RANK": rank, "LOCAL_RANK": rank} | size | address).items()}
+    from nordlm.script import run_script
+
+    sys.argv = [request["script"], *request["arguments"]]
+    name, is_variable, value = (request["fault"] or "").partition("=")
+    if is_variable:
+        os.environ[name] = value
+    elif name:
+        globals()[name](rank)
+    count = kill_at(request["point"], request["exchange"])
+    status: int | str | None = 70
+    try:
+        main = importlib.import_module(request["script"]).main
+        status = run_script(lambda: main(request["arguments"]), keep_running=request["script"] == "train")
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        if rank == 0:
+            os.write(send, str(count()).encode())
+        os._exit(status or 0)
+
+
+if __name__ == "__main__":
+    _serve()
