@@ -26,6 +26,7 @@ __all__ = [
     "encode",
     "load_corpus",
     "load_tokenizer",
+    "open_tokenizer",
     "split",
     "train_tokenizer",
 ]
@@ -186,15 +187,30 @@ def load_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerBase:
     Raises:
         DataError: the tokenizer cannot be loaded, has no end-of-text token, or has more tokens than the model.
     """
+    tokenizer = open_tokenizer(name)
+    check_vocabulary(tokenizer, vocab_size)
+    return tokenizer
+
+
+def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder or the hub. Python code of its own is never run.
+
+    By default transformers asks on the terminal whether to run the code, and takes any text on standard input as the answer.
+
+    Raises:
+        DataError: the tokenizer cannot be loaded, or needs code of its own.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # no network, no such name, no permission, a broken file
+        if "trust_remote_code" in str(error):
+            raise DataError(
+                f"tokenizer {name!r} needs Python code of its own, which is never run: expected one that transformers has"
+            ) from error
         raise DataError(
             f"tokenizer {name!r} cannot be loaded ({type(error).__name__}: {first_line(error)}): "
             "expected a folder or the name of one on the hub"
         ) from error
-    check_vocabulary(tokenizer, vocab_size)
-    return tokenizer
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:

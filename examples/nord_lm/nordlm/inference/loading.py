@@ -4,12 +4,12 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
 from nord_snn.models.nord import NordForCausalLM
-from nordlm.data.corpus import check_vocabulary
-from nordlm.errors import ModelError
+from nordlm.data.corpus import check_vocabulary, open_tokenizer
+from nordlm.errors import DataError, ModelError
 
 __all__ = [
     "load_model",
@@ -41,7 +41,7 @@ def load_model(folder: Path) -> NordForCausalLM:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: expected a folder with config.json, model.safetensors and a tokenizer")
     try:
-        model, loading = NordForCausalLM.from_pretrained(folder, output_loading_info=True)
+        model, loading = NordForCausalLM.from_pretrained(folder, output_loading_info=True, trust_remote_code=False)
     except Exception as error:  # a wrong or truncated file can raise any exception
         raise ModelError(f"{folder}: the model cannot be loaded ({' '.join(str(error).split())[:300]})") from error
     if wrong := {kind: sorted(map(str, names)) for kind, names in loading.items() if names}:
@@ -61,11 +61,9 @@ def open_model(folder: Path) -> tuple[NordForCausalLM, PreTrainedTokenizerBase]:
     """
     model = load_model(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:
-        raise ModelError(
-            f"{folder}: no usable tokenizer beside the model ({' '.join(str(error).split())[:300]})"
-        ) from error
+        tokenizer = open_tokenizer(str(folder))
+    except DataError as error:
+        raise ModelError(f"{folder}: no usable tokenizer beside the model ({error})") from error
     check_vocabulary(tokenizer, model.config.vocab_size)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval(), tokenizer

@@ -108,7 +108,9 @@ def train(settings: Settings, out: Path, resume: Path | None, with_report: bool 
     try:
         if accelerator.is_main_process:
             write_trained_model(run, accelerator.unwrap_model(prepared.model), weights, results)
-            final_model = NordForCausalLM.from_pretrained(folder / "model").to(accelerator.device).eval()
+            final_model = (
+                NordForCausalLM.from_pretrained(folder / "model", trust_remote_code=False).to(accelerator.device).eval()
+            )
             print_summary(run, final_model, results)
     finally:
         accelerator.wait_for_everyone()  # a process that exits early would break the process group
