@@ -28,6 +28,7 @@ from nord_snn._compat.transformers import (
 )
 from nord_snn.layers import MembraneReadout, MultiScaleTemporalEncoder, NordBlock, SequenceCache, SpikeFedBlock
 from nord_snn.models.nord.configuration_nord import NordConfig
+from nord_snn.models.nord.size import check_memory_of_device
 from nord_snn.neurons import AssociativeLIFNode, DenseActivation, NeuronFactory, fire_from_rest, make_neuron
 
 __all__ = ["NordForCausalLM"]
@@ -54,11 +55,28 @@ NOT_OFFERED = {
 }
 
 
+#: Keywords of ``forward``, for a misspelt one.
+KEYWORDS = (
+    "input_ids",
+    "attention_mask",
+    "past_key_values",
+    "labels",
+    "use_cache",
+    "logits_to_keep",
+    "cache",
+    "inputs_embeds",
+    "num_items_in_batch",
+)
+
+
 class NordForCausalLM(CausalLM):
     """The Nord language model with its head, as a causal language model of transformers.
 
     Args:
         config: a :class:`NordConfig`.
+
+    Raises:
+        ValueError: the weights do not fit into the main memory.
 
     Example::
 
@@ -74,6 +92,7 @@ class NordForCausalLM(CausalLM):
     tied_weights: ClassVar[dict[str, str]] = {"lm_head.weight": "embed_tokens.weight"}
 
     def __init__(self, config: NordConfig) -> None:
+        check_memory_of_device(config)
         # transformers would take the top_k of the resonance as the default top_k of sampling in generate().
         top_k = config.__dict__.pop("top_k")
         try:
@@ -159,7 +178,7 @@ class NordForCausalLM(CausalLM):
             ValueError: the rank is wrong, the input is too long, padding is between tokens, or a keyword is not supported.
             RuntimeError: a gradient is required with a cache; call the model under ``torch.no_grad()``.
         """
-        refuse_unknown_keywords(type(self).__name__, others, NOT_OFFERED)
+        refuse_unknown_keywords(type(self).__name__, others, NOT_OFFERED, KEYWORDS)
         cache = cache_from(cache, past_key_values)
         embedded = self._embed(input_ids, inputs_embeds)
         if cache is not None:
