@@ -163,6 +163,7 @@ class CausalLM(PreTrainedModel, GenerationMixin):
     """
 
     tied_weights: ClassVar[dict[str, str]] = {}
+    generation_config: Any
     #: Makes ``Trainer`` pass ``num_items_in_batch``; otherwise it checks the signature for ``**kwargs``.
     accepts_loss_kwargs = True
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from contextlib import suppress
 
 import pytest
 import torch
@@ -85,8 +86,8 @@ WRONG = {
     "refractory_steps": 2**31,
     "cascade_radius": 10**30,
     "t_slow": 10**30,
-    "t_fast": True,
     "num_hidden_layers": 100_000,
+    "t_fast": 100_000_000,
     "n_clusters": -4,
     "backend": "nonsense",
     "dtype": "nonsense",
@@ -130,13 +131,12 @@ ANY_VALUE = st.one_of(
 @given(name=st.sampled_from(FIELDS), value=ANY_VALUE)
 @settings(max_examples=300, deadline=None)
 def test_any_value_is_accepted_or_refused_before_a_model_is_built(name, value):
-    try:
-        NordConfig(**{**SMALL, name: value})
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        assert str(error)
+    with suppress(ValueError, TypeError, StrictDataclassError):
+        config = NordConfig(**{**SMALL, name: value})
+        assert NordConfig(**config.to_dict()).to_dict() == config.to_dict()
 
 
-HUGE = {"vocab_size": 2**31 - 1, "hidden_size": 2**31 - 2**10, "t_fast": 2**31 - 1, "intermediate_size": 2**31 - 2**10}
+HUGE = {"vocab_size": 2**31 - 1, "hidden_size": 2**31 - 2**10, "intermediate_size": 2**31 - 2**10}
 
 
 @pytest.mark.parametrize("name", HUGE)

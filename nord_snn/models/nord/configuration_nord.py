@@ -1,7 +1,6 @@
 """NordConfig: sizes, constants and variant of a Nord language model."""
 
 import difflib
-import math
 from dataclasses import fields
 from typing import Any
 
@@ -26,8 +25,9 @@ POSITIVE = (
     "t_fast",
     "top_k",
 )
-#: Building a block takes milliseconds, whatever its size.
-MAX_LAYERS = 1000
+#: Building a block takes milliseconds, whatever its size, and a time step takes as long as another.
+MOST = {"num_hidden_layers": 1000, "t_fast": 65_536, "t_slow": 65_536}
+LARGEST = torch.finfo(torch.float32).max
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
@@ -134,15 +134,16 @@ class NordConfig(PreTrainedConfig):
         for field in POSITIVE:
             if not 1 <= getattr(self, field) < 2**31:
                 raise ValueError(f"{field} must be at least 1 and less than 2^31, got {getattr(self, field)}")
-        if self.num_hidden_layers > MAX_LAYERS:
-            raise ValueError(f"num_hidden_layers must be at most {MAX_LAYERS}, got {self.num_hidden_layers}")
+        for field, most in MOST.items():
+            if getattr(self, field) > most:
+                raise ValueError(f"{field} must be at most {most}, got {getattr(self, field)}")
         for field in ("t_slow", "cascade_radius", "refractory_steps"):
             if not 0 <= getattr(self, field) < 2**31:
                 raise ValueError(f"{field} must be at least 0 and less than 2^31, got {getattr(self, field)}")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{field.name} must be finite, got {value}")
+        for field in NordConfig.__annotations__:
+            value = getattr(self, field)
+            if isinstance(value, float) and not abs(value) <= LARGEST:
+                raise ValueError(f"{field} must be finite, in float32, got {value}")
         if self.layer_norm_eps < 0:
             raise ValueError(f"layer_norm_eps must be at least 0, got {self.layer_norm_eps}")
         for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -207,7 +208,7 @@ class NordConfig(PreTrainedConfig):
         kinds = {"return_dict": bool, "transformers_version": str, "problem_type": str, "tokenizer_class": str}
         for name, kind in kinds.items():
             if not isinstance(values.get(name), kind | None):
-                raise ValueError(f"{name} must be a {kind.__name__} or None, got {values[name]!r}")
+                raise TypeError(f"{name} must be a {kind.__name__} or None, got {values[name]!r}")
         for name in ("dtype", "torch_dtype"):
             value = values.get(name)
             known = value in DTYPES if isinstance(value, str) else value in (None, *(getattr(torch, d) for d in DTYPES))

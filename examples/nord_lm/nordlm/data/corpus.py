@@ -7,6 +7,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -14,8 +15,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from nordlm.cli import shorten
 from nordlm.data.sources import Documents, first_line
 from nordlm.errors import DataError
+from nordlm.reading import check_files, exists
 
 __all__ = [
     "BASELINE_TOKENS",
@@ -200,15 +203,18 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         DataError: the tokenizer cannot be loaded, or needs code of its own.
     """
+    if exists(name):
+        check_files(Path(name), DataError)
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # no network, no such name, no permission, a broken file
         if "trust_remote_code" in str(error):
             raise DataError(
-                f"tokenizer {name!r} needs Python code of its own, which is never run: expected one that transformers has"
+                f"tokenizer {shorten(name)!r} needs Python code of its own, which is never run: expected one that "
+                "transformers has"
             ) from error
         raise DataError(
-            f"tokenizer {name!r} cannot be loaded ({type(error).__name__}: {first_line(error)}): "
+            f"tokenizer {shorten(name)!r} cannot be loaded ({type(error).__name__}: {shorten(first_line(error))}): "
             "expected a folder or the name of one on the hub"
         ) from error
 

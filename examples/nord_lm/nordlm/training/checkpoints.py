@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nordlm import reading
 from nordlm.errors import CheckpointError
 
 __all__ = [
@@ -100,10 +101,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def read_json(path: Path) -> Any:
     """Read JSON; raise CheckpointError if it is not valid."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable ({error})") from error
+    return reading.read_json(path, CheckpointError)
 
 
 def latest_checkpoint(run: Path) -> Path:

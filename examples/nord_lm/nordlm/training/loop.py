@@ -21,6 +21,7 @@ from nord_snn.models.nord import NordForCausalLM
 from nord_snn.monitor import SpikeMonitor
 from nordlm.data.corpus import Corpus, SequenceDataset
 from nordlm.errors import CheckpointError, DataError
+from nordlm.training.building import new_model
 from nordlm.training.results import collect_results, print_summary, write_report_page, write_trained_model
 from nordlm.training.run import (
     Position,
@@ -77,7 +78,7 @@ def train(settings: Settings, out: Path, resume: Path | None, with_report: bool 
     torch.set_float32_matmul_precision(options.matmul_precision)
     with Run.progress_for(options, accelerator) as progress:
         tokenizer, corpus = prepare_text(accelerator, settings, resume)
-        nord = NordForCausalLM(model_config(settings, tokenizer))
+        nord = new_model(model_config(settings, tokenizer))
         if options.gradient_checkpointing:
             nord.activation_checkpointing_enable()
         if options.compile:

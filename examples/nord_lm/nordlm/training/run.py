@@ -21,6 +21,7 @@ from nordlm.data.corpus import (
 )
 from nordlm.data.sources import read_documents
 from nordlm.errors import CheckpointError, DataError, SettingsError
+from nordlm.training.building import check_settings
 from nordlm.training.checkpoints import (
     check_digests,
     checkpoint_step,
@@ -117,6 +118,7 @@ def prepare_text(
 ) -> tuple[PreTrainedTokenizerBase, Corpus]:
     """Load or train the tokenizer and load the corpus, without writing anything."""
     options, vocab_size = settings.training, settings.model_config().vocab_size
+    check_settings(settings, accelerator.device.type)
     documents = read_documents(options.data)
     validation = None if options.validation_data is None else read_documents(options.validation_data)
     if resume is not None:
