@@ -1,5 +1,7 @@
 """An extension of NIR: neurons with a refractory period."""
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,12 +59,53 @@ def with_refractory_time(node: Any, refractory_time: Any) -> Any:
     return EXTENSION[type(node).__name__](**fields, refractory_time=refractory_time)
 
 
+#: Data of an HDF5 file that is compressed by gzip is at most this many times larger than the file.
+MOST_COMPRESSED = 1100
+MAX_DEPTH = 32
+MAX_OBJECTS = 200_000
+
+
 def read(path: str | Path) -> nir.NIRNode:
-    """Return the graph in a file, as ``nir.read`` does, which refuses the nodes of the extension."""
-    with h5py.File(path, "r") as file:
-        found = nir.serialization.hdf2dict(file["node"])
-    _to_standard(found)
-    return _to_extension(nir.dict2NIRNode(found))
+    """Return the graph in a file, as ``nir.read`` does, which refuses the nodes of the extension.
+
+    Nothing outside the file is read: links to other files and data in other files are refused.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or is not a file with a graph.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{os.fspath(path)}: expected a file with a NIR graph, got no such file")
+    try:
+        with h5py.File(path, "r") as file:
+            limit = MOST_COMPRESSED * os.path.getsize(path)
+            for count, _ in enumerate(_sizes(file["node"], limit, MAX_DEPTH)):
+                if count == MAX_OBJECTS:
+                    raise ValueError(f"it has more than {MAX_OBJECTS:,} arrays")
+            found = nir.serialization.hdf2dict(file["node"])
+        _to_standard(found)
+        return _to_extension(nir.dict2NIRNode(found))
+    except Exception as error:  # h5py, numpy and nir raise many types for a damaged file
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{os.fspath(path)}: not a readable file with a NIR graph ({reason})") from error
+
+
+def _sizes(group: h5py.Group, limit: int, depth: int) -> Iterator[int]:
+    """Yield the bytes of each array in a group, after a check that it is in the file; reading it could take for ever."""
+    if depth == 0:
+        raise ValueError(f"its groups nest deeper than {MAX_DEPTH} levels")
+    for name in group:
+        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+            raise ValueError(f"{name} is a link")
+        item = group[name]
+        if isinstance(item, h5py.Group):
+            yield from _sizes(item, limit, depth - 1)
+        elif not isinstance(item, h5py.Dataset) or item.external or item.is_virtual:
+            raise ValueError(f"the data of {name} is not in the file")
+        elif item.size is not None and item.size * item.dtype.itemsize > limit:
+            raise ValueError(f"{name} has {item.size:,} entries, more than a file of this length can have")
+        else:
+            yield item.nbytes
 
 
 def _to_standard(node: dict[str, Any]) -> None:

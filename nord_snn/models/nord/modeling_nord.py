@@ -27,6 +27,7 @@ from nord_snn._compat.transformers import (
     register_causal_lm,
 )
 from nord_snn.layers import MembraneReadout, MultiScaleTemporalEncoder, NordBlock, SequenceCache, SpikeFedBlock
+from nord_snn.models.nord.checksums import check_checksums, write_checksums
 from nord_snn.models.nord.configuration_nord import NordConfig
 from nord_snn.models.nord.size import check_memory_of_device
 from nord_snn.neurons import AssociativeLIFNode, DenseActivation, NeuronFactory, fire_from_rest, make_neuron
@@ -208,7 +209,10 @@ class NordForCausalLM(CausalLM):
         return causal_lm_output(loss, logits, cache if use_cache else None)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Save configuration, weights, and two short files that import this class for ``trust_remote_code=True``."""
+        """Save configuration, weights, their checksums, and two short files that import this class.
+
+        These are for ``trust_remote_code=True``.
+        """
         if kwargs.get("is_main_process", True):
             folder = Path(save_directory)
             folder.mkdir(parents=True, exist_ok=True)
@@ -220,6 +224,24 @@ class NordForCausalLM(CausalLM):
             super().save_pretrained(save_directory, **kwargs)
         finally:
             del self.config.auto_map
+        if kwargs.get("is_main_process", True):
+            write_checksums(Path(save_directory))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a model as every model of transformers, and compare the files of a local folder with their checksums.
+
+        Raises:
+            ValueError: a file was damaged or changed after the model was saved.
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
+        reported = isinstance(loaded, tuple) and any(
+            loaded[1].values()
+        )  # keys that are missing, with output_loading_info
+        if pretrained_model_name_or_path is not None and folder.is_dir() and not reported:
+            check_checksums(folder)  # at the end, because a file that does not fit has a better message
+        return loaded
 
     def check_assisted_length(self, length: int) -> None:
         """Raise a ValueError if the window would slide: assisted decoding tries several tokens at once, then inexactly."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from nord_snn.models.nord.checksums import check_checksums, write_checksums
 from nordlm.cli import shorten
 from nordlm.data.sources import Documents, first_line
 from nordlm.errors import DataError
@@ -22,6 +23,7 @@ from nordlm.reading import check_files, exists
 
 __all__ = [
     "BASELINE_TOKENS",
+    "TOKENIZER_FILES",
     "Corpus",
     "SequenceDataset",
     "StreamedSequences",
@@ -30,9 +32,21 @@ __all__ = [
     "load_corpus",
     "load_tokenizer",
     "open_tokenizer",
+    "save_tokenizer",
     "split",
     "train_tokenizer",
 ]
+
+#: Files of a tokenizer that have checksums.
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+)
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -206,7 +220,7 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if exists(name):
         check_files(Path(name), DataError)
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # no network, no such name, no permission, a broken file
         if "trust_remote_code" in str(error):
             raise DataError(
@@ -217,6 +231,18 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
             f"tokenizer {shorten(name)!r} cannot be loaded ({type(error).__name__}: {shorten(first_line(error))}): "
             "expected a folder or the name of one on the hub"
         ) from error
+    if exists(name):
+        try:
+            check_checksums(Path(name), TOKENIZER_FILES)
+        except ValueError as error:
+            raise DataError(str(error)) from error
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer, and the checksums of its files."""
+    tokenizer.save_pretrained(folder)
+    write_checksums(folder, TOKENIZER_FILES)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:

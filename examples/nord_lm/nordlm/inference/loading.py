@@ -20,7 +20,6 @@ __all__ = [
     "open_model",
 ]
 
-
 def newest_model(runs: Path = Path("runs")) -> Path:
     """Return the model folder of the run that finished last."""
     finished = [

@@ -16,6 +16,7 @@ from nordlm.data.corpus import (
     SequenceDataset,
     load_corpus,
     load_tokenizer,
+    save_tokenizer,
     split,
     train_tokenizer,
 )
@@ -150,7 +151,7 @@ def create_run_folder(
     if accelerator.is_main_process:
         folder = new_run_folder(out, settings.name)
         settings.write(folder / "settings.yaml")
-        write_folder(folder / "tokenizer", lambda temporary: tokenizer.save_pretrained(temporary))
+        write_folder(folder / "tokenizer", lambda temporary: save_tokenizer(tokenizer, temporary))
         metadata = {"text": corpus.name, "fingerprint": corpus.fingerprint, "settings": settings.digest()}
         write_json(folder / "run.json", metadata)
         folders = [folder]

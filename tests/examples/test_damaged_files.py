@@ -1,0 +1,268 @@
+"""Files with flipped bits and cut ends: each is refused with one sentence, or the result is that of the whole file."""
+
+import json
+import random
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import convert_original
+import nir
+import pytest
+import torch
+import train as train_script
+from helpers import DATA, fire_easily
+from nordlm.data.corpus import open_tokenizer
+from nordlm.errors import RecipeError
+from nordlm.inference.loading import load_model, open_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from nord_snn.integrations.nir import export_to_nir, import_from_nir
+from nord_snn.layers import SpikingFeedForward
+from nord_snn.learning_rules import PlasticPart, load_plastic, save_plastic
+from nord_snn.models.nord import load_original
+from nord_snn.neurons import AssociativeLIFNode
+
+SENTENCES = ["the neuron fires and rests", "Grüße 你好 <|endoftext|>", " a  b\n\tc"]
+SECONDS = 20
+
+
+class Subject(NamedTuple):
+    """What is damaged, and how it is used.
+
+    Attributes:
+        folder: folder of all its files.
+        use: returns everything that a user gets from the folder, to be compared.
+        errors: errors whose message is one sentence.
+        unread: endings of files that are not read, or cannot be compared.
+    """
+
+    folder: Path
+    use: Callable[[Path], Any]
+    errors: tuple[type[Exception], ...]
+    unread: tuple[str, ...] = ()
+
+
+@torch.no_grad()
+def logits_of(model: Any) -> list[torch.Tensor]:
+    """Return the logits of two texts, and a greedy continuation."""
+    ids = torch.arange(2 * 12).view(2, 12) % model.config.vocab_size
+    return [
+        model(input_ids=ids).logits,
+        model.generate(ids[:1], max_new_tokens=4, do_sample=False, pad_token_id=0),
+    ]
+
+
+def tokens_of(tokenizer: Any) -> list[Any]:
+    """Return ids and decoded texts."""
+    ids = [tokenizer(sentence, add_special_tokens=False)["input_ids"] for sentence in SENTENCES]
+    return [ids, [tokenizer.decode(row) for row in ids], tokenizer.eos_token_id, len(tokenizer)]
+
+
+def model_folder(trained: Path, folder: Path) -> Subject:
+    """Return the folder of a finished model."""
+    shutil.copytree(trained / "model", folder)
+
+    def use(path: Path) -> list[Any]:
+        model, tokenizer = open_model(path)
+        return [*logits_of(model), *tokens_of(tokenizer)]
+
+    return Subject(folder, use, (RecipeError,))
+
+
+def converted_folder(trained: Path, folder: Path) -> Subject:
+    """Return a converted published checkpoint."""
+    convert_original.main([str(DATA / "tiny_checkpoint.pt"), str(folder)])
+    return Subject(folder, lambda path: logits_of(load_model(path)), (RecipeError,))
+
+
+def converted_folder_with_auto_classes(trained: Path, folder: Path) -> Subject:
+    """Return a converted published checkpoint, loaded by transformers alone."""
+    convert_original.main([str(DATA / "tiny_checkpoint.pt"), str(folder)])
+
+    def use(path: Path) -> list[torch.Tensor]:
+        return logits_of(AutoModelForCausalLM.from_pretrained(path))
+
+    # Whatever transformers raises for a damaged file; it never is another result.
+    return Subject(folder, use, (Exception,))
+
+
+def published_checkpoint(trained: Path, folder: Path) -> Subject:
+    """Return a published checkpoint."""
+    folder.mkdir()
+    shutil.copy(DATA / "tiny_checkpoint.pt", folder / "published.pt")
+    return Subject(folder, lambda path: logits_of(load_original(path / "published.pt")), (ValueError,))
+
+
+def plastic_file(trained: Path, folder: Path) -> Subject:
+    """Return a file of learned changes."""
+    folder.mkdir()
+    torch.manual_seed(0)
+    synapse = nn.Linear(6, 20)
+    part = PlasticPart(synapse)
+    part.apply(torch.randn(3, 6), torch.tensor([1, 4, 17]))
+    save_plastic(folder / "mine.safetensors", {"fc": part})
+    part.revert()
+
+    def use(path: Path) -> torch.Tensor:
+        try:
+            load_plastic(path / "mine.safetensors", {"fc": part})
+            return synapse.weight.detach().clone()
+        finally:
+            part.revert()
+
+    return Subject(folder, use, (ValueError, OSError))
+
+
+def tokenizer_folder(trained: Path, folder: Path) -> Subject:
+    """Return the tokenizer of a run."""
+    shutil.copytree(trained / "tokenizer", folder)
+    return Subject(folder, lambda path: tokens_of(open_tokenizer(str(path))), (RecipeError,))
+
+
+def nir_file(trained: Path, folder: Path) -> Subject:
+    """Return an exported network."""
+    folder.mkdir()
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(5, 8), AssociativeLIFNode(8, n_clusters=4, step_mode="m"), SpikingFeedForward(8, 16), nn.Linear(8, 3)
+    )
+    fire_easily(net)
+    x_seq = 2 * torch.rand(6, 2, 5, generator=torch.Generator().manual_seed(1))
+    nir.write(folder / "net.nir", export_to_nir(net, x_seq, extension=True))
+
+    def use(path: Path) -> torch.Tensor:
+        with torch.no_grad():
+            return import_from_nir(path / "net.nir")(x_seq)
+
+    return Subject(folder, use, (ValueError, OSError, TypeError))
+
+
+def run_folder(trained: Path, folder: Path) -> Subject:
+    """Return the folder of a run, which is resumed."""
+    shutil.copytree(trained, folder)
+
+    def use(path: Path) -> list[Any]:
+        status = train_script.main(["--resume", str(path), "--no-report"])
+        if status == 1:
+            raise RecipeError("said on standard error")
+        results = json.loads((path / "results.json").read_text())
+        kept = ("validation_loss", "unigram_loss", "firing_rates", "steps", "parameters", "tokens")
+        return [load_file(path / "model" / "model.safetensors"), *(results[name] for name in kept)]
+
+    return Subject(folder, use, (RecipeError,), unread=("position.json", "run.json", "README.md"))
+
+
+SUBJECTS = {
+    make.__name__: make
+    for make in (
+        model_folder,
+        converted_folder,
+        converted_folder_with_auto_classes,
+        published_checkpoint,
+        plastic_file,
+        tokenizer_folder,
+        nir_file,
+        run_folder,
+    )
+}
+
+
+@contextmanager
+def time_limit() -> Iterator[None]:
+    """Raise an error that nothing catches after 20 seconds."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt(f"it took more than {SECONDS} seconds")
+
+    former = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, former)
+
+
+def damage(file: Path, generator: random.Random) -> str:
+    """Flip one to three bits of a file, or cut its end off; return what was done."""
+    content = bytearray(file.read_bytes())
+    if generator.random() < 0.25:
+        length = generator.randrange(len(content))
+        file.write_bytes(content[:length])
+        return f"{file.name} cut to {length} of {len(content)} bytes"
+    places = [generator.randrange(8 * len(content)) for _ in range(generator.choice((1, 1, 1, 2, 3)))]
+    for place in places:
+        content[place // 8] ^= 1 << place % 8
+    file.write_bytes(content)
+    return f"{file.name} with bits {places} flipped"
+
+
+def same(one: Any, other: Any) -> bool:
+    """Return whether two results are equal, bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
+    return one == other
+
+
+def fuzz(subject: Subject, copy: Path, n_cases: int, seed: int) -> tuple[int, int]:
+    """Damage and use copies of a subject; return how many were refused and how many gave the same result."""
+    shutil.copytree(subject.folder, copy)
+    expected = subject.use(copy)
+    refused = harmless = 0
+    for case in range(n_cases):
+        shutil.rmtree(copy)
+        shutil.copytree(subject.folder, copy)
+        generator = random.Random(f"{seed} {case}")
+        files = sorted(path for path in copy.rglob("*") if path.is_file() and path.stat().st_size)
+        what = damage(generator.choice([file for file in files if not file.name.endswith(subject.unread)]), generator)
+        try:
+            with time_limit():
+                result = subject.use(copy)
+        except subject.errors as error:
+            assert str(error), what
+            refused += 1
+        else:
+            assert same(result, expected), f"another result in silence: {what} (case {case})"
+            harmless += 1
+    return refused, harmless
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_damaged_files_are_refused_or_harmless(name, trained, tmp_path, capsys):
+    subject = SUBJECTS[name](trained, tmp_path / "whole")
+    refused, _ = fuzz(subject, tmp_path / "copy", 6 if name == "run_folder" else 24, seed=0)
+    assert refused
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_a_thousand_damaged_files_are_refused_or_harmless(name, trained, tmp_path, capsys):
+    """One bit or a few in a thousand copies: 125 of each kind."""
+    subject = SUBJECTS[name](trained, tmp_path / "whole")
+    refused, harmless = fuzz(subject, tmp_path / "copy", 125, seed=1)
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    with capsys.disabled():
+        print(f"\n{name}: {refused} refused, {harmless} harmless")
+
+
+def test_a_change_on_purpose_is_refused_with_the_way_out(trained, tmp_path):
+    shutil.copytree(trained / "model", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["norm.weight"] += 1
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match=r"damaged, or was changed after .* remove checksums.json"):
+        load_model(tmp_path / "model")
+    (tmp_path / "model" / "checksums.json").unlink()
+    assert torch.equal(load_model(tmp_path / "model").norm.weight, weights["norm.weight"])
