@@ -49,13 +49,11 @@ class Subject(NamedTuple):
 
 
 @torch.no_grad()
-def logits_of(model: Any) -> list[torch.Tensor]:
-    """Return the logits of two texts, and a greedy continuation."""
+def logits_of(model: Any) -> list[Any]:
+    """Return the logits of two texts, and what decides how generation ends."""
     ids = torch.arange(2 * 12).view(2, 12) % model.config.vocab_size
-    return [
-        model(input_ids=ids).logits,
-        model.generate(ids[:1], max_new_tokens=4, do_sample=False, pad_token_id=0),
-    ]
+    generation = model.generation_config
+    return [model(input_ids=ids).logits, generation.eos_token_id, generation.bos_token_id, generation.temperature]
 
 
 def tokens_of(tokenizer: Any) -> list[Any]:
@@ -228,8 +226,7 @@ def fuzz(subject: Subject, copy: Path, n_cases: int, seed: int) -> tuple[int, in
         try:
             with time_limit():
                 result = subject.use(copy)
-        except subject.errors as error:
-            assert str(error), what
+        except subject.errors:
             refused += 1
         else:
             assert same(result, expected), f"another result in silence: {what} (case {case})"
@@ -240,7 +237,8 @@ def fuzz(subject: Subject, copy: Path, n_cases: int, seed: int) -> tuple[int, in
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_damaged_files_are_refused_or_harmless(name, trained, tmp_path, capsys):
     subject = SUBJECTS[name](trained, tmp_path / "whole")
-    refused, _ = fuzz(subject, tmp_path / "copy", 6 if name == "run_folder" else 24, seed=0)
+    n_cases = {"run_folder": 5, "nir_file": 5, "converted_folder_with_auto_classes": 5, "converted_folder": 8}
+    refused, _ = fuzz(subject, tmp_path / "copy", n_cases.get(name, 20), seed=0)
     assert refused
     assert "Traceback" not in capsys.readouterr().err
 

@@ -1,6 +1,9 @@
 """An extension of NIR: neurons with a refractory period."""
 
+import math
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +64,15 @@ def with_refractory_time(node: Any, refractory_time: Any) -> Any:
 
 #: Data of an HDF5 file that is compressed by gzip is at most this many times larger than the file.
 MOST_COMPRESSED = 1100
+MIN_CHUNK = 16  # bytes of a file for a chunk and its entry in the index, at least
 MAX_DEPTH = 32
+SECONDS, BYTES_PER_SECOND = 10, 5_000_000  # for reading a file, at least
+READ_ALL = """
+import sys, h5py
+def read(item):
+    [read(item[name]) for name in item] if isinstance(item, h5py.Group) else item[()]
+read(h5py.File(sys.argv[1], "r"))
+"""
 MAX_OBJECTS = 200_000
 
 
@@ -76,10 +87,10 @@ def read(path: str | Path) -> nir.NIRNode:
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{os.fspath(path)}: expected a file with a NIR graph, got no such file")
+    _try_to_read(path)
     try:
         with h5py.File(path, "r") as file:
-            limit = MOST_COMPRESSED * os.path.getsize(path)
-            for count, _ in enumerate(_sizes(file["node"], limit, MAX_DEPTH)):
+            for count, _ in enumerate(_sizes(file["node"], os.path.getsize(path), MAX_DEPTH)):
                 if count == MAX_OBJECTS:
                     raise ValueError(f"it has more than {MAX_OBJECTS:,} arrays")
             found = nir.serialization.hdf2dict(file["node"])
@@ -90,22 +101,60 @@ def read(path: str | Path) -> nir.NIRNode:
         raise ValueError(f"{os.fspath(path)}: not a readable file with a NIR graph ({reason})") from error
 
 
-def _sizes(group: h5py.Group, limit: int, depth: int) -> Iterator[int]:
-    """Yield the bytes of each array in a group, after a check that it is in the file; reading it could take for ever."""
+def _try_to_read(path: str | Path) -> None:
+    """Read a file in another process first: in a damaged one, HDF5 can follow its lists of strings in a circle for ever.
+
+    Raises:
+        ValueError: the process did not end in time, or HDF5 crashed.
+    """
+    seconds = SECONDS + os.path.getsize(path) / BYTES_PER_SECOND
+    try:
+        result = subprocess.run(
+            [sys.executable, "-I", "-c", READ_ALL, os.fspath(path)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired as error:
+        message = f"{os.fspath(path)}: damaged, reading it did not end within {seconds:.0f} s"
+        raise ValueError(message) from error
+    except OSError:  # no process can be started here
+        return
+    if result.returncode < 0:
+        raise ValueError(f"{os.fspath(path)}: damaged, HDF5 ended with signal {-result.returncode} while reading it")
+
+
+def _sizes(group: h5py.Group, size: int, depth: int) -> Iterator[int]:
+    """Yield the bytes of each array in a group, after a check that it is in the file; reading it could take for ever.
+
+    Args:
+        group: the group.
+        size: bytes of the file.
+        depth: levels of groups that may follow.
+    """
     if depth == 0:
         raise ValueError(f"its groups nest deeper than {MAX_DEPTH} levels")
     for name in group:
         if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-            raise ValueError(f"{name} is a link")
+            raise ValueError(f"{name} is a link")  # noqa: TRY004
         item = group[name]
         if isinstance(item, h5py.Group):
-            yield from _sizes(item, limit, depth - 1)
+            yield from _sizes(item, size, depth - 1)
         elif not isinstance(item, h5py.Dataset) or item.external or item.is_virtual:
             raise ValueError(f"the data of {name} is not in the file")
-        elif item.size is not None and item.size * item.dtype.itemsize > limit:
+        elif item.size is not None and (
+            MIN_CHUNK * _n_chunks(item) > size or item.nbytes > (MOST_COMPRESSED if item.chunks else 1) * size
+        ):
             raise ValueError(f"{name} has {item.size:,} entries, more than a file of this length can have")
         else:
             yield item.nbytes
+
+
+def _n_chunks(item: h5py.Dataset) -> int:
+    """Return the number of chunks of an array; those that are missing are filled one by one."""
+    chunks = item.chunks or item.shape
+    return math.prod(-(-length // max(1, chunk)) for length, chunk in zip(item.shape, chunks, strict=True))
 
 
 def _to_standard(node: dict[str, Any]) -> None:
