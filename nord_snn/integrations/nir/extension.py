@@ -13,6 +13,8 @@ import h5py
 import nir
 import numpy as np
 
+from nord_snn.integrations.nir.digest import DIGEST, digest_of
+
 __all__ = ["EXTENSION", "RefractoryCubaLIF", "RefractoryIF", "RefractoryLIF", "read", "with_refractory_time"]
 
 
@@ -94,6 +96,11 @@ def read(path: str | Path) -> nir.NIRNode:
                 if count == MAX_OBJECTS:
                     raise ValueError(f"it has more than {MAX_OBJECTS:,} arrays")
             found = nir.serialization.hdf2dict(file["node"])
+        expected = found.get("metadata", {}).get(DIGEST)
+        if expected is not None and expected != digest_of(found):
+            raise ValueError(
+                f"it is damaged, or was changed after the export: if that was on purpose, delete graph.metadata[{DIGEST!r}]"
+            )
         _to_standard(found)
         return _to_extension(nir.dict2NIRNode(found))
     except Exception as error:  # h5py, numpy and nir raise many types for a damaged file
