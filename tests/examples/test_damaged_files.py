@@ -1,15 +1,18 @@
 """Files with flipped bits and cut ends: each is refused with one sentence, or the result is that of the whole file."""
 
 import json
+import os
 import random
 import shutil
 import signal
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import convert_original
+import h5py
 import nir
 import pytest
 import torch
@@ -18,11 +21,12 @@ from helpers import DATA, fire_easily
 from nordlm.data.corpus import open_tokenizer
 from nordlm.errors import RecipeError
 from nordlm.inference.loading import load_model, open_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from nord_snn.integrations.nir import export_to_nir, import_from_nir
+from nord_snn.integrations.nir import export_to_nir, extension, import_from_nir
 from nord_snn.layers import SpikingFeedForward
 from nord_snn.learning_rules import PlasticPart, load_plastic, save_plastic
 from nord_snn.models.nord import load_original
@@ -264,3 +268,140 @@ def test_a_change_on_purpose_is_refused_with_the_way_out(trained, tmp_path):
         load_model(tmp_path / "model")
     (tmp_path / "model" / "checksums.json").unlink()
     assert torch.equal(load_model(tmp_path / "model").norm.weight, weights["norm.weight"])
+
+
+# --- what has no checksum, or can be checked besides
+
+
+def published(tmp_path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """Return a published checkpoint after a change to its content."""
+    content = torch.load(DATA / "tiny_checkpoint.pt", weights_only=True)
+    change(content)
+    torch.save(content, tmp_path / "changed.pt")
+    return tmp_path / "changed.pt"
+
+
+def set_weight(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    """Return a change that sets a tensor of a checkpoint."""
+    return lambda content: content["model_state_dict"].update({name: value})
+
+
+BAD_CHECKPOINTS = {
+    "NaN": (lambda c: c["model_state_dict"]["encoder.temporal_proj.weight"].fill_(float("nan")), "that are NaN"),
+    "infinite": (
+        lambda c: c["model_state_dict"]["lm_head.weight"][0].fill_(float("inf")),
+        "of .* that are NaN or infinite",
+    ),
+    "integers": (lambda c: c["model_state_dict"].update({"lm_head.weight": torch.ones(96, 32).long()}), "torch.int64"),
+    "two names": (
+        lambda c: c["model_state_dict"].update({"norm.weight": c["model_state_dict"]["readout_norm.weight"].clone()}),
+        "two names of the same parameter",
+    ),
+    "no tensor": (set_weight("lm_head.weight", [1.0]), "must be the name of a dense tensor, got list"),
+    "sparse": (set_weight("lm_head.weight", torch.ones(96, 32).to_sparse()), "dense tensor"),
+    "a number as a name": (lambda c: c["model_state_dict"].update({5: torch.ones(1)}), "must be the name of"),
+    "a vast vocabulary": (
+        lambda c: c["config"].update(vocab_size=2**31 - 1),
+        "does not fit into the memory|size mismatch",
+    ),
+    "a fraction": (lambda c: c["config"].update(n_layers=1.5), "num_hidden_layers"),
+    "a list for the configuration": (lambda c: c.update(config=[1]), "to be dictionaries"),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", BAD_CHECKPOINTS)
+def test_a_published_checkpoint_that_cannot_be_right_raises(name, tmp_path):
+    change, message = BAD_CHECKPOINTS[name]
+    with pytest.raises(ValueError, match=message), time_limit():
+        load_original(published(tmp_path, change))
+
+
+@pytest.mark.quick
+def test_a_published_checkpoint_is_compared_with_the_checksums_in_it(tmp_path):
+    content = bytearray((DATA / "tiny_checkpoint.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "flipped.pt").write_bytes(content)
+    assert torch.load(tmp_path / "flipped.pt", weights_only=True)  # in silence
+    with pytest.raises(ValueError, match="differs from its checksum"):
+        load_original(tmp_path / "flipped.pt")
+    with zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"0" * 10_000)
+    with pytest.raises(ValueError, match="damaged"):
+        load_original(tmp_path / "packed.pt")
+
+
+@pytest.mark.quick
+def test_files_of_an_earlier_release_have_no_digest_and_are_read(tmp_path):
+    torch.manual_seed(0)
+    part = PlasticPart(nn.Linear(4, 3))
+    part.apply(torch.rand(3, 4))
+    save_plastic(tmp_path / "new.safetensors", {"fc": part})
+    with safe_open(tmp_path / "new.safetensors", "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(tmp_path / "new.safetensors")
+    learned = part.weight.detach().clone()
+    earlier = {"format": "nord_snn plastic 1", "trained": metadata["trained"]}
+    save_file(tensors, tmp_path / "old.safetensors", earlier)
+    part.revert()
+    load_plastic(tmp_path / "old.safetensors", {"fc": part})
+    assert torch.equal(part.weight, learned)
+    tensors["fc/delta"][0, 0] *= 1 + 2**-20
+    save_file(tensors, tmp_path / "damaged.safetensors", metadata)
+    part.revert()
+    with pytest.raises(ValueError, match="the changes are damaged"):
+        load_plastic(tmp_path / "damaged.safetensors", {"fc": part})
+    assert part.delta is None
+
+
+@pytest.mark.quick
+def test_a_pipe_in_place_of_a_file_does_not_wait(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    part = PlasticPart(nn.Linear(4, 3))
+    part.apply(torch.ones(3, 4))
+    with time_limit():
+        with pytest.raises(ValueError, match="expected a new file or a file of plastic weights"):
+            save_plastic(tmp_path / "pipe", {"fc": part})
+        for read in (lambda path: load_plastic(path, {"fc": part}), import_from_nir):
+            with pytest.raises(FileNotFoundError, match="no such file"):
+                read(tmp_path / "pipe")
+        with pytest.raises(ValueError, match="no such file"):
+            load_original(tmp_path / "pipe")
+
+
+@pytest.mark.quick
+def test_a_nir_file_reads_nothing_from_other_files(tmp_path):
+    subject = nir_file(tmp_path, tmp_path / "whole")
+    path = subject.folder / "net.nir"
+    shutil.copy(path, tmp_path / "other.nir")
+    with h5py.File(path, "r+") as file:
+        del file["node/nodes/_0"]
+        file["node/nodes/_0"] = h5py.ExternalLink(str(tmp_path / "other.nir"), "node/nodes/_0")
+    with pytest.raises(ValueError, match="_0 is a link"):
+        import_from_nir(path)
+    shutil.copy(tmp_path / "other.nir", path)
+    (tmp_path / "secret").write_bytes(b"12345678" * 5)
+    with h5py.File(path, "r+") as file:
+        group = file["node/nodes/_0"]
+        del group["weight"]
+        group.create_dataset("weight", (8, 5), "u1", external=[(str(tmp_path / "secret"), 0, 40)])
+    with pytest.raises(ValueError, match="the data of weight is not in the file"):
+        import_from_nir(path)
+
+
+@pytest.mark.quick
+def test_a_number_in_a_nir_file_is_covered_by_the_digest(tmp_path):
+    subject = nir_file(tmp_path, tmp_path / "whole")
+    with h5py.File(subject.folder / "net.nir", "r+") as file:
+        file["node/metadata/dt"][()] = 2e-4
+    with pytest.raises(ValueError, match="damaged, or was changed after the export"):
+        import_from_nir(subject.folder / "net.nir")
+
+
+def test_a_nir_file_that_hdf5_reads_for_ever_is_refused(tmp_path, monkeypatch):
+    """A list of strings that leads in a circle: the process that tries to read it is ended."""
+    monkeypatch.setattr(extension, "READ_ALL", "while True: pass")
+    monkeypatch.setattr(extension, "SECONDS", 0.5)
+    subject = nir_file(tmp_path, tmp_path / "whole")
+    with pytest.raises(ValueError, match="reading it did not end within"):
+        import_from_nir(subject.folder / "net.nir")

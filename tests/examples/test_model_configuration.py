@@ -196,4 +196,5 @@ def test_a_tokenizer_is_loaded_beside_the_model(saved, trained):
     """Its loader passes its own keywords to the configuration."""
     for file in (trained / "tokenizer").iterdir():
         (saved / file.name).write_bytes(file.read_bytes())
-    assert AutoTokenizer.from_pretrained(saved, padding_side="left").padding_side == "left"
+    keywords = {"padding_side": "left", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "use_fast": True}
+    assert AutoTokenizer.from_pretrained(saved, **keywords).padding_side == "left"

@@ -173,7 +173,8 @@ class NordConfig(PreTrainedConfig):
         """
         own = [field.name for field in fields(cls)]
         for name in kwargs.keys() - own:
-            if close := difflib.get_close_matches(name, own, 1, cutoff=0.85):
+            close = difflib.get_close_matches(name, own, 1, cutoff=0.85)
+            if close and close[0] != f"{name}_id":  # eos_token is a keyword of a tokenizer
                 raise TypeError(f"{cls.__name__} has no field {name!r}: did you mean {close[0]}?")
         return super().from_dict(config_dict, **kwargs)
 

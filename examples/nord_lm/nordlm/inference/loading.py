@@ -20,6 +20,7 @@ __all__ = [
     "open_model",
 ]
 
+
 def newest_model(runs: Path = Path("runs")) -> Path:
     """Return the model folder of the run that finished last."""
     finished = [
