@@ -5,6 +5,7 @@ someone who changes a file on purpose, who can change ``checksums.json``, too.
 """
 
 import json
+import warnings
 import zlib
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,6 +15,8 @@ __all__ = ["FILE", "MODEL_FILES", "check_checksums", "write_checksums"]
 FILE = "checksums.json"
 #: Files that ``from_pretrained`` of a model reads.
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.bin")
+#: Files that users change by hand: a change is a warning.
+EDITABLE = {"generation_config.json"}
 FORMAT = "crc32"
 BLOCK = 1 << 20
 MAX_BYTES = 1 << 20  # of checksums.json
@@ -37,7 +40,7 @@ def check_checksums(folder: Path, patterns: tuple[str, ...] = MODEL_FILES) -> No
         patterns: compare files whose names match one of these only.
 
     Raises:
-        ValueError: a file or ``checksums.json`` itself has changed.
+        ValueError: a file or ``checksums.json`` itself has changed. For ``generation_config.json`` it is a warning.
     """
     path = folder / FILE
     if not path.is_file():
@@ -52,10 +55,13 @@ def check_checksums(folder: Path, patterns: tuple[str, ...] = MODEL_FILES) -> No
         raise ValueError(f"{path} is damaged: remove it to load the folder without a comparison")
     for file in _matching(folder, patterns):
         if file.name in files and files[file.name] != _checksum(file):
-            raise ValueError(
+            message = (
                 f"{file} is damaged, or was changed after the model was saved: if that was on purpose, save the model again "
                 f"with save_pretrained, or remove {FILE}"
             )
+            if file.name not in EDITABLE:
+                raise ValueError(message)
+            warnings.warn(message, stacklevel=3)
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
