@@ -308,6 +308,10 @@ BAD_CHECKPOINTS = {
         "does not fit into the memory|size mismatch",
     ),
     "a fraction": (lambda c: c["config"].update(n_layers=1.5), "num_hidden_layers"),
+    "a tensor in the configuration": (
+        lambda c: c["config"].update(n_layers=torch.ones(1)),
+        "must be a number, got Tensor",
+    ),
     "a list for the configuration": (lambda c: c.update(config=[1]), "to be dictionaries"),
 }
 

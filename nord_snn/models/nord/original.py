@@ -103,7 +103,10 @@ def config_from_original(published: dict[str, Any]) -> NordConfig:
     )
     if missing:
         raise ValueError(f"the configuration in the checkpoint must have {', '.join(missing)}")
-    return NordConfig(**{ours: published[theirs] for theirs, ours in CONFIG_FIELDS.items() if theirs in published})
+    fields = {ours: published[theirs] for theirs, ours in CONFIG_FIELDS.items() if theirs in published}
+    if wrong := [name for name, value in fields.items() if not isinstance(value, int | float | None)]:
+        raise ValueError(f"{wrong[0]} must be a number, got {type(fields[wrong[0]]).__name__}")
+    return NordConfig(**fields)
 
 
 def our_name(published: str) -> str:
