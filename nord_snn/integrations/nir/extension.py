@@ -68,7 +68,7 @@ def with_refractory_time(node: Any, refractory_time: Any) -> Any:
 MOST_COMPRESSED = 1100
 MIN_CHUNK = 16  # bytes of a file for a chunk and its entry in the index, at least
 MAX_DEPTH = 32
-SECONDS, BYTES_PER_SECOND = 10, 5_000_000  # for reading a file, at least
+SECONDS, BYTES_PER_SECOND = 15, 5_000_000  # for reading a file, at least
 READ_ALL = """
 import sys, h5py
 def read(item):
