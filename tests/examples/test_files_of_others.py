@@ -360,6 +360,29 @@ def test_a_configuration_that_is_no_dictionary_ends_in_one_sentence(trained, tmp
             load_model(tmp_path / "model")
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"num_beams": "x"},
+        {"num_beams": 10**9},
+        {"eos_token_id": "x"},
+        {"forced_eos_token_id": 10**9},
+        {"no_repeat_ngram_size": "x"},
+        {"max_time": "x"},
+        {"exponential_decay_length_penalty": [1]},
+        {"min_p": "x"},
+        {"force_words_ids": [[1]]},
+        {"assistant_early_exit": 1},
+        [],
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*is damaged, or was changed")
+def test_wrong_values_for_generation_end_in_one_sentence(content, trained, tmp_path, capsys):
+    shutil.copytree(trained / "model", tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(content))
+    assert sentence(generate.main, ["--model", tmp_path / "model", "--max-new-tokens", "3", "x"], capsys)
+
+
 # --- names in the model card
 
 

@@ -55,6 +55,8 @@ def load_model(folder: Path) -> NordForCausalLM:
         raise ModelError(
             f"{folder}: the weights do not fit the configuration ({kind.replace('_', ' ')}: {', '.join(names[:3])})"
         )
+    if (beams := model.generation_config.num_beams) not in (None, 1):
+        raise ModelError(f"{folder / 'generation_config.json'}: num_beams must be 1 for these scripts, got {beams!r}")
     model.config.return_dict = True  # the scripts read logits by name
     return model
 

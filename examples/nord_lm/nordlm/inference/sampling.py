@@ -6,9 +6,14 @@ from typing import Any
 from nordlm.cli import file_name, number, temperature
 
 __all__ = [
+    "GENERATION_ERRORS",
     "add_sampling_options",
     "generate_arguments",
 ]
+
+
+#: Errors of ``generate`` for weights with NaN, and for values of a ``generation_config.json`` that have another type.
+GENERATION_ERRORS = (ValueError, RuntimeError, TypeError, LookupError, AttributeError, OverflowError)
 
 
 def generate_arguments(temperature: float, top_k: int, top_p: float, repetition_penalty: float) -> dict[str, Any]:
