@@ -189,7 +189,7 @@ def test_the_sdist_has_every_page_and_whatever_tests_read():
     whole = {name for line in lines if line[0] == "graft" for name in line[1:]}
     single = {"README.md", "pyproject.toml"} | {name for line in lines if line[0] == "include" for name in line[1:]}
     assert {"benchmarks", "docs", "examples", "nord_snn", "studies", "tests"} <= whole  # packages alone have no pages
-    assert {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "constraints.txt"} <= single
+    assert {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "SECURITY.md", "constraints.txt"} <= single
 
 
 OP_FILES = {"__init__.py", "reference.py", "op.py", "cost.py"}

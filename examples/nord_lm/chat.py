@@ -19,7 +19,7 @@ with exit_on_interrupt():
     from nordlm.inference.chat_session import Chat
     from nordlm.inference.loading import open_from_options
     from nordlm.inference.plasticity import Plasticity, add_plasticity_options
-    from nordlm.inference.sampling import add_sampling_options
+    from nordlm.inference.sampling import GENERATION_ERRORS, add_sampling_options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
             print()
         except EOFError:
             return 0
-        except (ValueError, RuntimeError) as error:  # for example weights with NaN
+        except GENERATION_ERRORS as error:  # for example weights with NaN
             chat.say(f"error: {' '.join(str(error).split())[:300]}")
 
 

@@ -19,6 +19,7 @@ from nordlm.script import exit_on_interrupt, run_script
 
 with exit_on_interrupt():
     import torch
+    from nordlm.cli import file_name
     from nordlm.errors import RecipeError
     from nordlm.files import temporary_path, write_folder
     from nordlm.inference.loading import load_model
@@ -31,8 +32,10 @@ with exit_on_interrupt():
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("source", type=Path, help="published .pt file; with --to-original, a model's folder")
-    parser.add_argument("out", type=Path, help="new or empty folder to write to; with --to-original, a new .pt file")
+    parser.add_argument("source", type=file_name, help="published .pt file; with --to-original, a model's folder")
+    parser.add_argument(
+        "out", type=file_name, help="new or empty folder to write to; with --to-original, a new .pt file"
+    )
     parser.add_argument(
         "--to-original", action="store_true", help="convert a model's folder to a .pt file in the published format"
     )
@@ -69,7 +72,7 @@ def _to_original(options: argparse.Namespace) -> str:
     if not options.out.parent.is_dir() or os.path.lexists(options.out):
         raise ValueError(f"{options.out}: expected a new file in a folder that exists")
     model = load_model(options.source)
-    default = str(options.source.resolve()) if (options.source / "tokenizer.json").is_file() else PUBLISHED_TOKENIZER
+    default = _default_tokenizer(options.source)
     checkpoint, temporary = to_original(model, options.tokenizer or default), temporary_path(options.out)
     try:
         torch.save(checkpoint, temporary)
@@ -80,6 +83,10 @@ def _to_original(options: argparse.Namespace) -> str:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
     return f"{options.out}: {model.num_parameters():,} parameters, tokenizer {options.tokenizer or default}"
+
+
+def _default_tokenizer(folder: Path) -> str:
+    return str(folder.resolve()) if (folder / "tokenizer.json").is_file() else PUBLISHED_TOKENIZER
 
 
 if __name__ == "__main__":

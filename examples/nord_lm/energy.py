@@ -8,16 +8,16 @@ All positions before the token are in a cache. With ``--config`` the model has i
 
 import argparse
 import sys
-from pathlib import Path
 
 from nordlm.script import exit_on_interrupt, run_script
 
 with exit_on_interrupt():
     import torch
     from nordlm.analysis.token_energy import energy_sentence, profile_generated_token
-    from nordlm.cli import number
+    from nordlm.cli import file_name, number
     from nordlm.errors import RecipeError
     from nordlm.inference.loading import load_model
+    from nordlm.training.building import check_backend, new_model
     from nordlm.training.settings import CONFIGS, read_config
     from transformers import set_seed
     from transformers.utils import logging
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="config of a model with initial weights: "
         + ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml"))),
     )
-    source.add_argument("--model", type=Path, help="folder with a trained model")
+    source.add_argument("--model", type=file_name, help="folder with a trained model")
     parser.add_argument(
         "--context",
         type=number(2, kind=int),
@@ -47,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.disable_progress_bar()
     try:
         model = load_model(options.model) if options.model else _initial_model(options.config)
-    except RecipeError as error:
+        check_backend(model.config, "cpu")
+    except (RecipeError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     longest = model.config.max_position_embeddings
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _initial_model(config: str) -> NordForCausalLM:
     set_seed(0)
-    return NordForCausalLM(read_config(config).model_config())
+    return new_model(read_config(config).model_config())
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ with exit_on_interrupt():
     from nordlm.analysis.ood_detection import BUILTIN_TEXTS, distinguish, open_others, passage_length
     from nordlm.analysis.perplexity import score
     from nordlm.analysis.report import PAGE, ReportInput, check_folder, uncertainty_sentence, write_report
-    from nordlm.cli import number
+    from nordlm.cli import file_name, number
     from nordlm.data.sources import read_documents
     from nordlm.errors import DataError, ModelError, RecipeError
     from nordlm.inference.loading import newest_model, open_model
@@ -130,7 +130,9 @@ def main(arguments: list[str] | None = None) -> int:
         "held-out text of the model's run, or the documentation inside CPython)",
     )  # fmt: skip
     parser.add_argument(
-        "--model", type=Path, help="folder with model and tokenizer (default: from the newest finished run in runs/)"
+        "--model",
+        type=file_name,
+        help="folder with model and tokenizer (default: from the newest finished run in runs/)",
     )
     parser.add_argument("--context", type=number(1, kind=int), help="tokens in a window (default: the model's context)")
     parser.add_argument(
@@ -142,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--max-tokens", type=number(1, kind=int), help="stop after the document that reaches this number of tokens"
     )
     parser.add_argument("--batch-size", type=number(1, kind=int), default=8, help="windows in a batch")
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--json", type=file_name, help="also write the results to this file")
     parser.add_argument(
         "--ood", nargs="*", metavar="TEXT", help="AUROC of firing rates, entropy and loss for separating the text from these: "
         f"files, folders, datasets, or {', '.join(BUILTIN_TEXTS)} (without an argument: these three)",
@@ -151,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--passage", type=number(2, kind=int), help="tokens in a passage for --ood and --report (default: 32)"
     )
     parser.add_argument(
-        "--report", type=Path, metavar="DIR", help="write a report with plots of all results to this folder"
+        "--report", type=file_name, metavar="DIR", help="write a report with plots of all results to this folder"
     )
     options = parser.parse_args(arguments)
     logging.disable_progress_bar()

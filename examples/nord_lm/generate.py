@@ -14,7 +14,7 @@ with exit_on_interrupt():
     from nordlm.cli import replace_invalid_utf8
     from nordlm.errors import RecipeError
     from nordlm.inference.loading import open_from_options
-    from nordlm.inference.sampling import add_sampling_options, generate_arguments
+    from nordlm.inference.sampling import GENERATION_ERRORS, add_sampling_options, generate_arguments
     from transformers import TextStreamer
 
 
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print()
         return 130
-    except (ValueError, RuntimeError) as error:  # for example weights with NaN
+    except GENERATION_ERRORS as error:  # for example weights with NaN
         print(f"error: {' '.join(str(error).split())[:300]}", file=sys.stderr)
         return 1
     return 0

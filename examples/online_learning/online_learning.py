@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from nordlm.analysis.perplexity import score
-from nordlm.cli import number
+from nordlm.cli import file_name, number
 from nordlm.data.corpus import encode, split
 from nordlm.data.sources import read_documents
 from nordlm.errors import DataError, ModelError
@@ -396,13 +396,15 @@ def search(options: argparse.Namespace, models: list[Path], console: Console) ->
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--text", type=Path, help="the new text (default: source code of Python's standard library)")
-    parser.add_argument("--old", type=Path, help="old text (default: the held-out text of the run of each model)")
     parser.add_argument(
-        "--models", type=Path, nargs="+", help="folders of trained models (default: train --seeds models)"
+        "--text", type=file_name, help="the new text (default: source code of Python's standard library)"
+    )
+    parser.add_argument("--old", type=file_name, help="old text (default: the held-out text of the run of each model)")
+    parser.add_argument(
+        "--models", type=file_name, nargs="+", help="folders of trained models (default: train --seeds models)"
     )
     parser.add_argument(
-        "--runs", type=Path, default=Path("runs/online"), help="folder for the runs that train the models"
+        "--runs", type=file_name, default=Path("runs/online"), help="folder for the runs that train the models"
     )
     parser.add_argument("--seeds", type=number(2, kind=int), default=5, help="number of models to train (default: 5)")
     parser.add_argument("--read", type=number(2, kind=int), default=16_384, help="tokens to read (default: 16384)")
@@ -412,7 +414,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default=12_288,
         help="tokens of the later and of the old text on which the loss is measured (default: 12288)",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/online"), help="folder for results.json and the plot")
+    parser.add_argument(
+        "--out", type=file_name, default=Path("runs/online"), help="folder for results.json and the plot"
+    )
     parser.add_argument("--search", action="store_true", help="compare settings and print a table")
     add_plasticity_options(parser)
     return parser.parse_args(arguments)

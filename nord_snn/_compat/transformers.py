@@ -4,16 +4,20 @@
 model accepts both names here, and returns the cache under the name that the installed release uses.
 """
 
+import dataclasses
+import difflib
 import inspect
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 __all__ = [
     "CACHE",
@@ -22,6 +26,10 @@ __all__ = [
     "cache_of",
     "causal_lm_output",
     "check_growing_cache",
+    "config_fields",
+    "config_keywords",
+    "generation_defaults",
+    "nearest",
     "refuse_unknown_keywords",
     "register_causal_lm",
 ]
@@ -79,13 +87,48 @@ def check_growing_cache(cache: Any, window: int) -> None:
             )
 
 
-def refuse_unknown_keywords(owner: str, keywords: dict[str, Any], not_offered: dict[str, str]) -> None:
+@cache
+def config_keywords() -> frozenset[str]:
+    """Return the keywords that ``PreTrainedConfig`` takes beside its fields: its properties, and entries of ``config.json``.
+
+    Properties such as ``_attn_implementation`` are keywords without the underscore.
+    """
+    properties = {
+        name.removeprefix("_")
+        for name in dir(PreTrainedConfig)
+        if isinstance(member := inspect.getattr_static(PreTrainedConfig, name), property) and member.fset is not None
+    }
+    entries = {"_name_or_path", "_commit_hash", "auto_map", "model_type", "quantization_config", "tokenizer_class"}
+    return frozenset(properties | entries) - {"rope_scaling"}  # there is no rotary position encoding
+
+
+@cache
+def config_fields() -> frozenset[str]:
+    """Return the fields that every configuration of transformers has."""
+    return frozenset(field.name for field in dataclasses.fields(PreTrainedConfig))
+
+
+def generation_defaults() -> dict[str, Any]:
+    """Return the default of every parameter of ``generate``, which ``PreTrainedConfig`` drops where a config has it."""
+    return GenerationConfig._get_default_generation_params()
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a question with the name that is most like ``name``, or nothing."""
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f": did you mean {close[0]}?" if close else ""
+
+
+def refuse_unknown_keywords(
+    owner: str, keywords: dict[str, Any], not_offered: dict[str, str], known: Iterable[str] = ()
+) -> None:
     """Raise an error for every keyword, except those of ``not_offered`` that are None or False.
 
     Args:
         owner: name of the model or function, for the message.
         keywords: the additional keyword arguments that were passed.
         not_offered: keywords of other transformers models, each with the reason why this model does not support it.
+        known: keywords that exist, for the message.
 
     Raises:
         ValueError: a keyword of ``not_offered`` is neither None nor False.
@@ -93,7 +136,7 @@ def refuse_unknown_keywords(owner: str, keywords: dict[str, Any], not_offered: d
     """
     for name, value in keywords.items():
         if name not in not_offered:
-            raise TypeError(f"{owner} got an unknown keyword {name!r}")
+            raise TypeError(f"{owner} got an unknown keyword {name!r}{nearest(name, known)}")
         if value is not None and value is not False:
             raise ValueError(f"{owner} does not support {name}: {not_offered[name]}")
 
@@ -101,6 +144,15 @@ def refuse_unknown_keywords(owner: str, keywords: dict[str, Any], not_offered: d
 def register_causal_lm(model_type: str, name: str) -> None:
     """Register a class as a causal language model: ``Trainer`` shifts labels for registered names."""
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] = name
+
+
+def _has_generation_config(path: Any, options: dict[str, Any]) -> bool:
+    """Return whether a folder or a repository, which was loaded just now, has a ``generation_config.json``."""
+    where = {name: options[name] for name in ("cache_dir", "revision", "subfolder") if options.get(name) is not None}
+    try:
+        return cached_file(path, GENERATION_CONFIG_NAME, **where, local_files_only=True) is not None
+    except OSError:
+        return False
 
 
 class CausalLM(PreTrainedModel, GenerationMixin):
@@ -111,6 +163,7 @@ class CausalLM(PreTrainedModel, GenerationMixin):
     """
 
     tied_weights: ClassVar[dict[str, str]] = {}
+    generation_config: Any
     #: Makes ``Trainer`` pass ``num_items_in_batch``; otherwise it checks the signature for ``**kwargs``.
     accepts_loss_kwargs = True
 
@@ -129,6 +182,22 @@ class CausalLM(PreTrainedModel, GenerationMixin):
 
     def check_assisted_length(self, length: int) -> None:
         """Raise an error if assisted decoding up to this length, prompt included, is not possible."""
+
+    def adjust_generation_fn(
+        self, generation_config: Any, from_auto_class: Any, from_pipeline: Any, path: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Load ``generation_config.json``, without the fields of the model that are named like a parameter of ``generate``.
+
+        ``from_pretrained`` passes its keywords both to the configuration and to the generation config. Without
+        ``generation_config.json`` transformers takes all of ``config.json`` for one; here that of the configuration stays.
+        """
+        fields = {field.name for field in dataclasses.fields(self.config)}
+        shared = (generation_defaults().keys() & fields) - {"use_cache"}  # which means the same in both
+        initial = self.generation_config
+        options = {name: value for name, value in kwargs.items() if name not in shared}
+        super().adjust_generation_fn(generation_config, from_auto_class, from_pipeline, path, *args, **options)
+        if generation_config is None and path is not None and not _has_generation_config(path, options):
+            self.generation_config = initial
 
     def recompute(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Call ``function`` under gradient checkpointing, as ``gradient_checkpointing_enable`` has configured it."""

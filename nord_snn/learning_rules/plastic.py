@@ -20,7 +20,9 @@ from nord_snn.ops.checks import check_bounds
 
 __all__ = ["PlasticPart", "load_plastic", "save_plastic"]
 
-FORMAT = "nord_snn plastic 1"
+FORMAT = "nord_snn plastic 2"
+#: Files of an earlier release, without a digest of the changes.
+EARLIER_FORMAT = "nord_snn plastic 1"
 
 
 class PlasticPart:
@@ -202,7 +204,8 @@ def save_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart
         tensors[f"{name}/rows"], tensors[f"{name}/delta"] = changed, delta[changed]
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        save_file(tensors, unfinished, metadata={"format": FORMAT, "trained": json.dumps(digests)})
+        metadata = {"format": FORMAT, "trained": json.dumps(digests), "changes": _digest_of_all(tensors)}
+        save_file(tensors, unfinished, metadata=metadata)
         os.replace(unfinished, path)
     except SafetensorError as error:
         raise OSError(f"{path} could not be written ({error})") from error
@@ -229,13 +232,14 @@ def load_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart
         with safe_open(os.fspath(path), "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-        if metadata.get("format") != FORMAT:
+        if metadata.get("format") not in (FORMAT, EARLIER_FORMAT):
             raise ValueError("unknown format")
+        undamaged = metadata["format"] == EARLIER_FORMAT or metadata["changes"] == _digest_of_all(tensors)
         digests = dict(json.loads(metadata["trained"]))
         if not digests:
             raise ValueError("no weight changes")
         saved = {name: (tensors[f"{name}/rows"], tensors[f"{name}/delta"]) for name in digests}
-    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+    except (SafetensorError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{os.fspath(path)}: not a file of plastic weights ({error})") from error
     parts = {name: _plastic_part(source) for name, source in learned.items()}
     deltas = {}
@@ -251,8 +255,10 @@ def load_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart
             deltas[name] = torch.zeros(weight.shape, dtype=torch.float64).index_copy(0, rows, delta)
             if not (weight.cpu() + deltas[name]).to(weight.dtype).isfinite().all():
                 raise ValueError(f"{os.fspath(path)}: the changes of {name} must be finite and keep the weights finite")
-        except (IndexError, RuntimeError) as error:
+        except (IndexError, RuntimeError, TypeError) as error:
             raise ValueError(f"{os.fspath(path)}: not a file of plastic weights ({name} has another shape)") from error
+    if not undamaged:
+        raise ValueError(f"{os.fspath(path)}: the changes are damaged")
     for name, part in parts.items():
         if name in deltas:
             part.replace(deltas[name])
@@ -261,15 +267,24 @@ def load_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart
 
 
 def _is_plastic(path: Path) -> bool:
+    if not path.is_file():  # opening a pipe would wait
+        return False
     try:
         with safe_open(os.fspath(path), "pt") as file:
-            return (file.metadata() or {}).get("format") == FORMAT
+            return (file.metadata() or {}).get("format") in (FORMAT, EARLIER_FORMAT)
     except (SafetensorError, OSError):
         return False
 
 
 def _plastic_part(source: PlasticPart | HasPlasticPart) -> PlasticPart:
     return source if isinstance(source, PlasticPart) else source.plastic
+
+
+def _digest_of_all(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        digest.update(f"{name} {_digest(tensors[name])}\n".encode())
+    return digest.hexdigest()
 
 
 def _digest(weight: Tensor) -> str:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nordlm.cli import number
+from nordlm.cli import file_name, number
 from nordlm.errors import DataError
 from nordlm.training.checkpoints import CheckpointError, write_text
 from nordlm.training.runtime import keep_freed_memory
@@ -57,7 +57,9 @@ def common_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument("--data", help="text file, folder or dataset name (default: the config's)")
     parser.add_argument("--validation-data", help="separate text to validate on (default: part of the data)")
     parser.add_argument("--seeds", nargs="+", type=number(0, 2**32 - 1, int), default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=Path(out), help=f"folder for the runs and tables (default: {out})")
+    parser.add_argument(
+        "--out", type=file_name, default=Path(out), help=f"folder for the runs and tables (default: {out})"
+    )
 
 
 def steps_argument(parser: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from nordlm.training.building import new_model
 from nordlm.training.loop import model_config
 from nordlm.training.model_card import parameter_counts
 from nordlm.training.settings import Settings, SettingsError
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from nord_snn.layers import SpikeFedResonance
-from nord_snn.models.nord import NordForCausalLM
 
 __all__ = [
     "MODEL_MAKERS",
@@ -48,7 +48,7 @@ DENSE = {"dense": True, "t_fast": 1, "t_slow": 0}
 
 def nord(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Construct the model of the config."""
-    return NordForCausalLM(model_config(settings, tokenizer))
+    return new_model(model_config(settings, tokenizer))
 
 
 def variant(**changes: Any) -> Maker:
@@ -95,7 +95,7 @@ def gpt2(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMo
     """
     config = model_config(settings, tokenizer)
     with torch.device("meta"):
-        target = parameter_counts(NordForCausalLM(config))[1]
+        target = parameter_counts(new_model(config))[1]
 
     def gpt2_config(n_inner: int) -> GPT2Config:
         return GPT2Config(

@@ -1,22 +1,30 @@
 """Types and encoding of command-line arguments."""
 
 import argparse
+import errno
+import os
+import sys
+from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "file_name",
     "number",
     "replace_invalid_utf8",
+    "shorten",
     "temperature",
 ]
 
 
-def number(low: float, high: float = float("inf"), kind: type = float) -> Any:
-    """Return an argparse type: a number in ``[low, high]``."""
+def number(low: float, high: float | None = None, kind: type = float) -> Any:
+    """Return an argparse type: a number in ``[low, high]``, by default up to the largest int32 or float."""
+    limit = high if high is not None else (2**31 - 1 if kind is int else sys.float_info.max)
 
     def parse(text: str) -> Any:
         value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, got {text}")
+        if not low <= value <= limit:
+            at_least = f"of at least {low}" if high is None and value < low else f"from {low} to {limit}"
+            raise argparse.ArgumentTypeError(f"expected a number {at_least}, got {shorten(text)}")
         return value
 
     parse.__name__ = kind.__name__
@@ -29,6 +37,28 @@ def temperature(text: str) -> float:
     if value != 0 and not 1e-3 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected 0, or a number of at least 0.001, got {text}")
     return value
+
+
+def file_name(text: str) -> Path:
+    """Parse the name of a file or folder, which need not exist."""
+    try:
+        os.stat(text or ".")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError("expected a name without NUL bytes") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise argparse.ArgumentTypeError(
+                f"expected a shorter name than the {len(text)} characters given"
+            ) from error
+        if error.errno == errno.ELOOP:
+            raise argparse.ArgumentTypeError(f"{text} is a link that leads to itself") from error
+    return Path(text)
+
+
+def shorten(text: str, limit: int = 300) -> str:
+    """Return a text in one line of at most ``limit`` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def replace_invalid_utf8(text: str) -> str:

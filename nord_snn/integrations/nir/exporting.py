@@ -10,6 +10,7 @@ import torch
 from spikingjelly.activation_based import base, layer
 from torch import Tensor, nn
 
+from nord_snn.integrations.nir.digest import DIGEST, digest_of
 from nord_snn.integrations.nir.exporter import Exporter, ToNIR
 from nord_snn.integrations.nir.simulator import simulate
 from nord_snn.integrations.nir.tracing import trace
@@ -90,7 +91,8 @@ def export_to_nir(
         more: further modules: class -> function that turns an instance into a ``nir.NIRNode``.
 
     Returns:
-        The graph; ``nir.write`` writes it to a file. Its metadata have ``dt`` and ``deviation``, which is :func:`deviation` on
+        The graph; ``nir.write`` writes it to a file. Its metadata have ``digest``, by which :func:`import_from_nir` finds a
+        damaged file, ``dt`` and ``deviation``, which is :func:`deviation` on
         ``x_seq`` with the resets in the metadata of the neurons.
 
     Raises:
@@ -129,6 +131,7 @@ def export_to_nir(
             f"the graph must give the outputs of the network, but differs by {measured:.2f} (sum |a - b| / sum |a| on x_seq): "
             "the forward does more than its modules, such as a hook or two calls that share state"
         )
+    graph.metadata[DIGEST] = digest_of(graph.to_dict())
     return graph
 
 

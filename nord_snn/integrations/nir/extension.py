@@ -1,5 +1,10 @@
 """An extension of NIR: neurons with a refractory period."""
 
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,6 +12,8 @@ from typing import Any
 import h5py
 import nir
 import numpy as np
+
+from nord_snn.integrations.nir.digest import DIGEST, digest_of
 
 __all__ = ["EXTENSION", "RefractoryCubaLIF", "RefractoryIF", "RefractoryLIF", "read", "with_refractory_time"]
 
@@ -57,12 +64,104 @@ def with_refractory_time(node: Any, refractory_time: Any) -> Any:
     return EXTENSION[type(node).__name__](**fields, refractory_time=refractory_time)
 
 
+#: Data of an HDF5 file that is compressed by gzip is at most this many times larger than the file.
+MOST_COMPRESSED = 1100
+MIN_CHUNK = 16  # bytes of a file for a chunk and its entry in the index, at least
+MAX_DEPTH = 32
+SECONDS, BYTES_PER_SECOND = 15, 5_000_000  # for reading a file, at least
+READ_ALL = """
+import sys, h5py
+def read(item):
+    [read(item[name]) for name in item] if isinstance(item, h5py.Group) else item[()]
+read(h5py.File(sys.argv[1], "r"))
+"""
+MAX_OBJECTS = 200_000
+
+
 def read(path: str | Path) -> nir.NIRNode:
-    """Return the graph in a file, as ``nir.read`` does, which refuses the nodes of the extension."""
-    with h5py.File(path, "r") as file:
-        found = nir.serialization.hdf2dict(file["node"])
-    _to_standard(found)
-    return _to_extension(nir.dict2NIRNode(found))
+    """Return the graph in a file, as ``nir.read`` does, which refuses the nodes of the extension.
+
+    Nothing outside the file is read: links to other files and data in other files are refused.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or is not a file with a graph.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{os.fspath(path)}: expected a file with a NIR graph, got no such file")
+    _try_to_read(path)
+    try:
+        with h5py.File(path, "r") as file:
+            for count, _ in enumerate(_sizes(file["node"], os.path.getsize(path), MAX_DEPTH)):
+                if count == MAX_OBJECTS:
+                    raise ValueError(f"it has more than {MAX_OBJECTS:,} arrays")
+            found = nir.serialization.hdf2dict(file["node"])
+        expected = found.get("metadata", {}).get(DIGEST)
+        if expected is not None and expected != digest_of(found):
+            raise ValueError(
+                f"it is damaged, or was changed after the export: if that was on purpose, delete graph.metadata[{DIGEST!r}]"
+            )
+        _to_standard(found)
+        return _to_extension(nir.dict2NIRNode(found))
+    except Exception as error:  # h5py, numpy and nir raise many types for a damaged file
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{os.fspath(path)}: not a readable file with a NIR graph ({reason})") from error
+
+
+def _try_to_read(path: str | Path) -> None:
+    """Read a file in another process first: in a damaged one, HDF5 can follow its lists of strings in a circle for ever.
+
+    Raises:
+        ValueError: the process did not end in time, or HDF5 crashed.
+    """
+    seconds = SECONDS + os.path.getsize(path) / BYTES_PER_SECOND
+    try:
+        result = subprocess.run(
+            [sys.executable, "-I", "-c", READ_ALL, os.fspath(path)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired as error:
+        message = f"{os.fspath(path)}: damaged, reading it did not end within {seconds:.0f} s"
+        raise ValueError(message) from error
+    except OSError:  # no process can be started here
+        return
+    if result.returncode < 0:
+        raise ValueError(f"{os.fspath(path)}: damaged, HDF5 ended with signal {-result.returncode} while reading it")
+
+
+def _sizes(group: h5py.Group, size: int, depth: int) -> Iterator[int]:
+    """Yield the bytes of each array in a group, after a check that it is in the file; reading it could take for ever.
+
+    Args:
+        group: the group.
+        size: bytes of the file.
+        depth: levels of groups that may follow.
+    """
+    if depth == 0:
+        raise ValueError(f"its groups nest deeper than {MAX_DEPTH} levels")
+    for name in group:
+        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+            raise ValueError(f"{name} is a link")  # noqa: TRY004
+        item = group[name]
+        if isinstance(item, h5py.Group):
+            yield from _sizes(item, size, depth - 1)
+        elif not isinstance(item, h5py.Dataset) or item.external or item.is_virtual:
+            raise ValueError(f"the data of {name} is not in the file")
+        elif item.size is not None and (
+            MIN_CHUNK * _n_chunks(item) > size or item.nbytes > (MOST_COMPRESSED if item.chunks else 1) * size
+        ):
+            raise ValueError(f"{name} has {item.size:,} entries, more than a file of this length can have")
+        else:
+            yield item.nbytes
+
+
+def _n_chunks(item: h5py.Dataset) -> int:
+    """Return the number of chunks of an array; those that are missing are filled one by one."""
+    chunks = item.chunks or item.shape
+    return math.prod(-(-length // max(1, chunk)) for length, chunk in zip(item.shape, chunks, strict=True))
 
 
 def _to_standard(node: dict[str, Any]) -> None:

@@ -1,10 +1,14 @@
 """NordConfig: sizes, constants and variant of a Nord language model."""
 
+import difflib
+from dataclasses import fields
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from nord_snn._compat.transformers import config_fields, config_keywords, generation_defaults, nearest
 from nord_snn.ops.cascade import check_clusters
 from nord_snn.ops.checks import check_heads
 from nord_snn.ops.dispatch import BACKENDS
@@ -21,6 +25,10 @@ POSITIVE = (
     "t_fast",
     "top_k",
 )
+#: Building a block takes milliseconds, whatever its size, and a time step takes as long as another.
+MOST = {"num_hidden_layers": 1000, "t_fast": 65_536, "t_slow": 65_536}
+LARGEST = torch.finfo(torch.float32).max
+DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
 @strict
@@ -54,6 +62,7 @@ class NordConfig(PreTrainedConfig):
         backend: backend of the neurons, see ``nord_snn.ops.associative_lif``.
 
     Raises:
+        TypeError: a name is unknown.
         ValueError: a value is out of its range, or widths, heads and clusters do not fit together.
     """
 
@@ -101,7 +110,9 @@ class NordConfig(PreTrainedConfig):
         return self.max_position_embeddings
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Check all values before a model is built."""
+        """Check all names and values before a model is built."""
+        self._check_keywords(kwargs)
+        self._check_common_fields(kwargs)
         super().__post_init__(**kwargs)
         for field in ("output_hidden_states", "output_attentions"):
             if getattr(self, field, False):
@@ -123,9 +134,23 @@ class NordConfig(PreTrainedConfig):
         for field in POSITIVE:
             if not 1 <= getattr(self, field) < 2**31:
                 raise ValueError(f"{field} must be at least 1 and less than 2^31, got {getattr(self, field)}")
+        for field, most in MOST.items():
+            if getattr(self, field) > most:
+                raise ValueError(f"{field} must be at most {most}, got {getattr(self, field)}")
         for field in ("t_slow", "cascade_radius", "refractory_steps"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"{field} must be at least 0, got {getattr(self, field)}")
+            if not 0 <= getattr(self, field) < 2**31:
+                raise ValueError(f"{field} must be at least 0 and less than 2^31, got {getattr(self, field)}")
+        for field in NordConfig.__annotations__:
+            value = getattr(self, field)
+            if isinstance(value, float) and not abs(value) <= LARGEST:
+                raise ValueError(f"{field} must be finite, in float32, got {value}")
+        if self.layer_norm_eps < 0:
+            raise ValueError(f"layer_norm_eps must be at least 0, got {self.layer_norm_eps}")
+        for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = getattr(self, field)
+            for token in ids if isinstance(ids, list) else [ids]:
+                if token is not None and not 0 <= token < self.vocab_size:
+                    raise ValueError(f"{field} must be less than vocab_size = {self.vocab_size}, got {token}")
         for field in ("beta_mem", "beta_syn"):
             if not 0 < getattr(self, field) < 1:
                 raise ValueError(f"{field} must lie in (0, 1), got {getattr(self, field)}")
@@ -136,3 +161,72 @@ class NordConfig(PreTrainedConfig):
         if self.n_clusters is not None:
             check_clusters(self.hidden_size, self.n_clusters)
             check_clusters(self.intermediate_size, self.n_clusters)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return the configuration of a dictionary; keywords override its entries.
+
+        Other keywords are those of another loader, such as ``padding_side``, except a misspelt field.
+
+        Raises:
+            TypeError: an entry is unknown, or a keyword is almost the name of a field.
+        """
+        own = [field.name for field in fields(cls)]
+        for name in kwargs.keys() - own:
+            close = difflib.get_close_matches(name, own, 1, cutoff=0.85)
+            if close and close[0] != f"{name}_id":  # eos_token is a keyword of a tokenizer
+                raise TypeError(f"{cls.__name__} has no field {name!r}: did you mean {close[0]}?")
+        return super().from_dict(config_dict, **kwargs)
+
+    def _check_keywords(self, kwargs: dict[str, Any]) -> None:
+        """Check the keywords that are no fields; transformers would store any."""
+        own, of_generation = {field.name for field in fields(self)}, generation_defaults()
+        for name, value in kwargs.items():
+            if name in of_generation:
+                if value is not None and value != of_generation[name]:
+                    raise TypeError(
+                        f"{name} is a parameter of generate(), got {value!r} in the configuration of the model"
+                    )
+            elif name not in config_keywords():
+                raise TypeError(f"{type(self).__name__} has no field {name!r}{nearest(name, own)}")
+
+    def _check_common_fields(self, kwargs: dict[str, Any]) -> None:
+        """Check what every configuration of transformers has, which this model mostly cannot use."""
+        expected: dict[str, tuple[Any, ...]] = {
+            "is_encoder_decoder": (False,),
+            "chunk_size_feed_forward": (0,),
+            "model_type": (None, self.model_type),
+            "attn_implementation": (None, "eager"),
+            "experts_implementation": (None, "eager"),
+            "per_layer_config": (None,),
+            "allow_global_per_layer_attribute_access": (None, False),
+            "serialize_explicit_per_layer_config": (None, False),
+        }
+        values = {name: getattr(self, name) for name in config_fields()} | kwargs
+        for name, allowed in expected.items():
+            if not any(values.get(name) is value or values.get(name) == value for value in allowed):
+                raise ValueError(f"{name} must be {allowed[-1]!r} for this model, got {values[name]!r}")
+        kinds = {"return_dict": bool, "transformers_version": str, "problem_type": str, "tokenizer_class": str}
+        for name, kind in kinds.items():
+            if not isinstance(values.get(name), kind | None):
+                raise TypeError(f"{name} must be a {kind.__name__} or None, got {values[name]!r}")
+        for name in ("dtype", "torch_dtype"):
+            value = values.get(name)
+            known = value in DTYPES if isinstance(value, str) else value in (None, *(getattr(torch, d) for d in DTYPES))
+            if not known:
+                raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {value!r}")
+        for name in ("id2label", "label2id", "quantization_config", "auto_map"):
+            if (
+                values.get(name) is not None
+                and not isinstance(values[name], dict)
+                and not hasattr(values[name], "to_dict")
+            ):
+                raise ValueError(f"{name} must be a dictionary, got {values[name]!r}")
+        if not all(str(key).isdecimal() for key in values["id2label"] or {}):
+            raise ValueError(f"the keys of id2label must be numbers, got {list(values['id2label'])}")
+        names = values["architectures"]
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"architectures must be a list of names, got {names!r}")
+        n_labels = values.get("num_labels")
+        if n_labels is not None and (type(n_labels) is not int or not 0 <= n_labels < 2**16):
+            raise ValueError(f"num_labels must be from 0 to {2**16 - 1}, got {n_labels!r}")

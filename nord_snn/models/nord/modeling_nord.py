@@ -27,7 +27,9 @@ from nord_snn._compat.transformers import (
     register_causal_lm,
 )
 from nord_snn.layers import MembraneReadout, MultiScaleTemporalEncoder, NordBlock, SequenceCache, SpikeFedBlock
+from nord_snn.models.nord.checksums import check_checksums, write_checksums
 from nord_snn.models.nord.configuration_nord import NordConfig
+from nord_snn.models.nord.size import check_memory_of_device
 from nord_snn.neurons import AssociativeLIFNode, DenseActivation, NeuronFactory, fire_from_rest, make_neuron
 
 __all__ = ["NordForCausalLM"]
@@ -54,11 +56,28 @@ NOT_OFFERED = {
 }
 
 
+#: Keywords of ``forward``, for a misspelt one.
+KEYWORDS = (
+    "input_ids",
+    "attention_mask",
+    "past_key_values",
+    "labels",
+    "use_cache",
+    "logits_to_keep",
+    "cache",
+    "inputs_embeds",
+    "num_items_in_batch",
+)
+
+
 class NordForCausalLM(CausalLM):
     """The Nord language model with its head, as a causal language model of transformers.
 
     Args:
         config: a :class:`NordConfig`.
+
+    Raises:
+        ValueError: the weights do not fit into the main memory.
 
     Example::
 
@@ -74,6 +93,7 @@ class NordForCausalLM(CausalLM):
     tied_weights: ClassVar[dict[str, str]] = {"lm_head.weight": "embed_tokens.weight"}
 
     def __init__(self, config: NordConfig) -> None:
+        check_memory_of_device(config)
         # transformers would take the top_k of the resonance as the default top_k of sampling in generate().
         top_k = config.__dict__.pop("top_k")
         try:
@@ -159,7 +179,7 @@ class NordForCausalLM(CausalLM):
             ValueError: the rank is wrong, the input is too long, padding is between tokens, or a keyword is not supported.
             RuntimeError: a gradient is required with a cache; call the model under ``torch.no_grad()``.
         """
-        refuse_unknown_keywords(type(self).__name__, others, NOT_OFFERED)
+        refuse_unknown_keywords(type(self).__name__, others, NOT_OFFERED, KEYWORDS)
         cache = cache_from(cache, past_key_values)
         embedded = self._embed(input_ids, inputs_embeds)
         if cache is not None:
@@ -189,7 +209,10 @@ class NordForCausalLM(CausalLM):
         return causal_lm_output(loss, logits, cache if use_cache else None)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Save configuration, weights, and two short files that import this class for ``trust_remote_code=True``."""
+        """Save configuration, weights, their checksums, and two short files that import this class.
+
+        These are for ``trust_remote_code=True``.
+        """
         if kwargs.get("is_main_process", True):
             folder = Path(save_directory)
             folder.mkdir(parents=True, exist_ok=True)
@@ -201,6 +224,24 @@ class NordForCausalLM(CausalLM):
             super().save_pretrained(save_directory, **kwargs)
         finally:
             del self.config.auto_map
+        if kwargs.get("is_main_process", True):
+            write_checksums(Path(save_directory))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a model as every model of transformers, and compare the files of a local folder with their checksums.
+
+        Raises:
+            ValueError: a file was damaged or changed after the model was saved.
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
+        reported = isinstance(loaded, tuple) and any(
+            loaded[1].values()
+        )  # keys that are missing, with output_loading_info
+        if pretrained_model_name_or_path is not None and folder.is_dir() and not reported:
+            check_checksums(folder)  # at the end, because a file that does not fit has a better message
+        return loaded
 
     def check_assisted_length(self, length: int) -> None:
         """Raise a ValueError if the window would slide: assisted decoding tries several tokens at once, then inexactly."""

@@ -6,6 +6,7 @@ published code of Nord.
 
 import pickle
 import re
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ __all__ = [
     "weights_from_original",
 ]
 
+ZIP_START = b"PK\x03\x04"
 #: Published field of a configuration -> field of :class:`NordConfig`.
 CONFIG_FIELDS = {
     "vocab_size": "vocab_size",
@@ -101,7 +103,10 @@ def config_from_original(published: dict[str, Any]) -> NordConfig:
     )
     if missing:
         raise ValueError(f"the configuration in the checkpoint must have {', '.join(missing)}")
-    return NordConfig(**{ours: published[theirs] for theirs, ours in CONFIG_FIELDS.items() if theirs in published})
+    fields = {ours: published[theirs] for theirs, ours in CONFIG_FIELDS.items() if theirs in published}
+    if wrong := [name for name, value in fields.items() if not isinstance(value, int | float | None)]:
+        raise ValueError(f"{wrong[0]} must be a number, got {type(fields[wrong[0]]).__name__}")
+    return NordConfig(**fields)
 
 
 def our_name(published: str) -> str:
@@ -122,15 +127,29 @@ def _rename(name: str, pairs: Iterable[tuple[str, str]]) -> str:
 
 def weights_from_original(published: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return our state dict for a published one: other names, scalars of shape [1], no buffers."""
-    weights = {}
+    weights: dict[str, Tensor] = {}
+    names: dict[str, str] = {}
     for name, tensor in published.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+            raise ValueError(f"{name!r} must be the name of a dense tensor, got {type(tensor).__name__}")
         if STORED_STATE.search(name):
             continue
         if name.endswith(".cluster_ids"):
             _check_clusters(name, tensor, published)
             continue
-        weights[our_name(name)] = tensor.reshape(1) if tensor.ndim == 0 else tensor
+        ours = our_name(name)
+        if ours in names:
+            raise ValueError(f"{names[ours]} and {name} are two names of the same parameter, {ours}")
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(f"{name} must have finite floating-point numbers only, got {_describe(tensor)}")
+        names[ours], weights[ours] = name, tensor.reshape(1) if tensor.ndim == 0 else tensor
     return weights
+
+
+def _describe(tensor: Tensor) -> str:
+    if not tensor.is_floating_point():
+        return f"numbers of type {tensor.dtype}"
+    return f"{int((~tensor.isfinite()).sum())} of {tensor.numel()} that are NaN or infinite"
 
 
 def to_original(model: NordForCausalLM, tokenizer_id: str = PUBLISHED_TOKENIZER) -> dict[str, Any]:
@@ -173,7 +192,10 @@ def to_original(model: NordForCausalLM, tokenizer_id: str = PUBLISHED_TOKENIZER)
 
 
 def _check_clusters(name: str, ids: Tensor, published: dict[str, Tensor]) -> None:
-    n_clusters = published[name.replace("cluster_ids", "cluster_gain")].shape[0]
+    gain = published.get(name.replace("cluster_ids", "cluster_gain"))
+    if not isinstance(gain, Tensor) or gain.ndim != 1 or ids.ndim != 1:
+        raise ValueError(f"{name} must be a vector beside a vector of gains")
+    n_clusters = gain.shape[0]
     if not torch.equal(ids.long(), torch.arange(ids.shape[0]) % n_clusters):
         raise ValueError(
             f"{name} must be the neuron's index modulo {n_clusters}, the only layout that the cascade supports"
@@ -183,6 +205,7 @@ def _check_clusters(name: str, ids: Tensor, published: dict[str, Tensor]) -> Non
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: expected a published checkpoint such as nord_final.pt, got no such file")
+    _check_archive(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
@@ -191,4 +214,26 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(checkpoint, dict) or not {"config", "model_state_dict"} <= checkpoint.keys():
         raise ValueError(f"{path}: expected a dictionary with 'config' and 'model_state_dict'")
+    if not all(isinstance(checkpoint[name], dict) for name in ("config", "model_state_dict")):
+        raise ValueError(f"{path}: expected 'config' and 'model_state_dict' to be dictionaries")
     return checkpoint
+
+
+def _check_archive(path: Path) -> None:
+    """Compare the records of a checkpoint with their checksums, which ``torch.load`` does not.
+
+    ``torch.save`` has written zip archives since PyTorch 1.6. Earlier files have no checksums.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != ZIP_START:
+            return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise ValueError("its records are longer than the file")
+            damaged = packed[0] if packed else archive.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path}: damaged ({' '.join(str(error).split())[:200]})") from error
+    if damaged is not None:
+        raise ValueError(f"{path}: damaged, {damaged} differs from its checksum")

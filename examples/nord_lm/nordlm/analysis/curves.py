@@ -1,22 +1,34 @@
 """Read the curves of a training run from its TensorBoard log."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nordlm.analysis.token_activity import zone
+from nordlm.reading import check_regular
 from nordlm.training.checkpoints import CheckpointError, read_json
 
-__all__ = ["read_results", "training_curves"]
+__all__ = ["RUN_RESULTS", "read_results", "training_curves"]
+
+#: Results of a run that a report shows, all numbers.
+RUN_RESULTS = ("steps", "tokens", "seed", "validation_loss", "bits_per_byte", "unigram_loss", "bigram_loss")
 
 SMOOTH = 0.02  # width of the running mean, as a fraction of the curve
 
 
 def training_curves(run: Path) -> tuple[dict[str, dict[int, float]], dict[str, dict[int, float]]] | None:
-    """Return losses and rates of the model's parts, by training step; None if there is no log."""
+    """Return losses and rates of the model's parts, by training step; None if there is no log.
+
+    Raises:
+        CheckpointError: the folder of the log has a pipe or a device.
+    """
     if not (run / "tensorboard").is_dir():
         return None
+    for file in (run / "tensorboard").rglob("*"):
+        if not file.is_dir():
+            check_regular(file, CheckpointError)  # the reader would wait for a pipe
     log = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     log.Reload()  # in a damaged file, reads the events before the damage
     names = log.Tags()["scalars"]
@@ -43,7 +55,13 @@ def read_results(run: Path | None) -> dict[str, Any]:
         results = read_json(run / "results.json")
     except CheckpointError:
         return {}
-    return results if isinstance(results, dict) else {}
+    if not isinstance(results, dict) or not all(map(_is_number, (results.get(name, 0) for name in RUN_RESULTS))):
+        return {}
+    return results
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _scalars(log: EventAccumulator, name: str) -> dict[int, float]:

@@ -19,7 +19,7 @@ from nord_snn.models.nord import NordForCausalLM
 from nord_snn.monitor import CONVENTIONS, EnergyProfile, LayerActivity, RowRates, SpikeMonitor
 from nord_snn.neurons import AssociativeLIFNode
 from nordlm.analysis import plots
-from nordlm.analysis.curves import read_results, training_curves
+from nordlm.analysis.curves import RUN_RESULTS, read_results, training_curves
 from nordlm.analysis.heat_map import heat_map
 from nordlm.analysis.ood_detection import BUILTIN_TEXTS, distinguish, open_others
 from nordlm.analysis.token_activity import TOKEN_KINDS, kinds_of, rates_by_kind
@@ -35,7 +35,6 @@ PAGE, DATA = "index.html", "report.json"
 PICTURES = ("rates", "steps", "neurons", "raster", "kinds", "energy", "auroc", "training")
 MAX_SEQUENCES = 64  # sequences of the known text on which rates are measured
 RASTER_TOKENS = 12
-RUN_RESULTS = ("steps", "tokens", "seed", "validation_loss", "bits_per_byte", "unigram_loss", "bigram_loss")
 
 
 class ReportInput(NamedTuple):

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -14,11 +15,15 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from nord_snn.models.nord.checksums import check_checksums, write_checksums
+from nordlm.cli import shorten
 from nordlm.data.sources import Documents, first_line
 from nordlm.errors import DataError
+from nordlm.reading import check_files, exists
 
 __all__ = [
     "BASELINE_TOKENS",
+    "TOKENIZER_FILES",
     "Corpus",
     "SequenceDataset",
     "StreamedSequences",
@@ -26,9 +31,22 @@ __all__ = [
     "encode",
     "load_corpus",
     "load_tokenizer",
+    "open_tokenizer",
+    "save_tokenizer",
     "split",
     "train_tokenizer",
 ]
+
+#: Files of a tokenizer that have checksums.
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+)
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -200,15 +218,45 @@ def load_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerBase:
     Raises:
         DataError: the tokenizer cannot be loaded, has no end-of-text token, or has more tokens than the model.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # no network, no such name, no permission, a broken file
-        raise DataError(
-            f"tokenizer {name!r} cannot be loaded ({type(error).__name__}: {first_line(error)}): "
-            "expected a folder or the name of one on the hub"
-        ) from error
+    tokenizer = open_tokenizer(name)
     check_vocabulary(tokenizer, vocab_size)
     return tokenizer
+
+
+def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder or the hub. Python code of its own is never run.
+
+    By default transformers asks on the terminal whether to run the code, and takes any text on standard input as the answer.
+
+    Raises:
+        DataError: the tokenizer cannot be loaded, or needs code of its own.
+    """
+    if exists(name):
+        check_files(Path(name), DataError)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # no network, no such name, no permission, a broken file
+        if "trust_remote_code" in str(error):
+            raise DataError(
+                f"tokenizer {shorten(name)!r} needs Python code of its own, which is never run: expected one that "
+                "transformers has"
+            ) from error
+        raise DataError(
+            f"tokenizer {shorten(name)!r} cannot be loaded ({type(error).__name__}: {shorten(first_line(error))}): "
+            "expected a folder or the name of one on the hub"
+        ) from error
+    if exists(name):
+        try:
+            check_checksums(Path(name), TOKENIZER_FILES)
+        except ValueError as error:
+            raise DataError(str(error)) from error
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer, and the checksums of its files."""
+    tokenizer.save_pretrained(folder)
+    write_checksums(folder, TOKENIZER_FILES)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:

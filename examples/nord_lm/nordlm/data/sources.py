@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nordlm.cli import shorten
 from nordlm.errors import DataError
+from nordlm.reading import exists
 
 __all__ = [
     "Documents",
@@ -69,10 +71,12 @@ def read_documents(source: str | None = None) -> Documents:
     if not source:
         raise DataError("the name of the text is empty; expected a file, a folder or a dataset owner/name")
     path = Path(source)
-    if path.exists():
+    if exists(path):
         return _local(path)
     if path.suffix in READERS or path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
-        raise DataError(f"{source}: no such file or folder; expected .txt, .jsonl or .parquet, or a dataset owner/name")
+        raise DataError(
+            f"{shorten(source)}: no such file or folder; expected .txt, .jsonl or .parquet, or a dataset owner/name"
+        )
     return _from_hub(source)
 
 

@@ -4,12 +4,14 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
 from nord_snn.models.nord import NordForCausalLM
-from nordlm.data.corpus import check_vocabulary
-from nordlm.errors import ModelError
+from nordlm.data.corpus import check_vocabulary, open_tokenizer
+from nordlm.errors import DataError, ModelError
+from nordlm.reading import check_files, exists, read_json
+from nordlm.training.building import check_backend
 
 __all__ = [
     "load_model",
@@ -24,6 +26,7 @@ def newest_model(runs: Path = Path("runs")) -> Path:
     finished = [
         path for path in runs.glob("*/results.json") if (path.parent / "model").is_dir()
     ]  # a study has no model folder
+    finished = [path for path in finished if path.is_file()]  # and no link to nothing
     finished.sort(key=lambda path: path.stat().st_mtime)
     if not finished:
         raise ModelError(
@@ -38,10 +41,13 @@ def load_model(folder: Path) -> NordForCausalLM:
     Raises:
         ModelError: a file is missing, or the weights do not fit the configuration.
     """
-    if not (folder / "config.json").is_file():
+    if not exists(folder / "config.json"):
         raise ModelError(f"{folder}: expected a folder with config.json, model.safetensors and a tokenizer")
+    check_files(folder, ModelError)
+    if not isinstance(read_json(folder / "config.json", ModelError), dict):
+        raise ModelError(f"{folder / 'config.json'}: expected the configuration of a model")
     try:
-        model, loading = NordForCausalLM.from_pretrained(folder, output_loading_info=True)
+        model, loading = NordForCausalLM.from_pretrained(folder, output_loading_info=True, trust_remote_code=False)
     except Exception as error:  # a wrong or truncated file can raise any exception
         raise ModelError(f"{folder}: the model cannot be loaded ({' '.join(str(error).split())[:300]})") from error
     if wrong := {kind: sorted(map(str, names)) for kind, names in loading.items() if names}:
@@ -49,6 +55,9 @@ def load_model(folder: Path) -> NordForCausalLM:
         raise ModelError(
             f"{folder}: the weights do not fit the configuration ({kind.replace('_', ' ')}: {', '.join(names[:3])})"
         )
+    if (beams := model.generation_config.num_beams) not in (None, 1):
+        raise ModelError(f"{folder / 'generation_config.json'}: num_beams must be 1 for these scripts, got {beams!r}")
+    model.config.return_dict = True  # the scripts read logits by name
     return model
 
 
@@ -56,18 +65,20 @@ def open_model(folder: Path) -> tuple[NordForCausalLM, PreTrainedTokenizerBase]:
     """Load model and tokenizer from a folder that ``train.py`` wrote, on the GPU if there is one.
 
     Raises:
-        ModelError: a file is missing, or the weights do not fit the configuration.
+        ModelError: a file is missing, the weights do not fit the configuration, or its backend cannot run here.
         DataError: the tokenizer does not fit the model.
     """
     model = load_model(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:
-        raise ModelError(
-            f"{folder}: no usable tokenizer beside the model ({' '.join(str(error).split())[:300]})"
-        ) from error
+        tokenizer = open_tokenizer(str(folder))
+    except DataError as error:
+        raise ModelError(f"{folder}: no usable tokenizer beside the model ({error})") from error
     check_vocabulary(tokenizer, model.config.vocab_size)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        check_backend(model.config, device)
+    except RuntimeError as error:
+        raise ModelError(f"{folder}: {error}") from error
     return model.to(device).eval(), tokenizer
 
 

@@ -1,15 +1,19 @@
 """Sampling options, for the command line and for ``generate``."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from nordlm.cli import number, temperature
+from nordlm.cli import file_name, number, temperature
 
 __all__ = [
+    "GENERATION_ERRORS",
     "add_sampling_options",
     "generate_arguments",
 ]
+
+
+#: Errors of ``generate`` for weights with NaN, and for values of a ``generation_config.json`` that have another type.
+GENERATION_ERRORS = (ValueError, RuntimeError, TypeError, LookupError, AttributeError, OverflowError)
 
 
 def generate_arguments(temperature: float, top_k: int, top_p: float, repetition_penalty: float) -> dict[str, Any]:
@@ -28,7 +32,9 @@ def generate_arguments(temperature: float, top_k: int, top_p: float, repetition_
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that ``generate.py`` and ``chat.py`` share."""
     parser.add_argument(
-        "--model", type=Path, help="folder with model and tokenizer (default: from the newest finished run in runs/)"
+        "--model",
+        type=file_name,
+        help="folder with model and tokenizer (default: from the newest finished run in runs/)",
     )
     parser.add_argument("--max-new-tokens", type=number(1, kind=int), default=100)
     parser.add_argument("--temperature", type=temperature, default=0.8, help="0 is greedy search")

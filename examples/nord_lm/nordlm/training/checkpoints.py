@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from nordlm import reading
 from nordlm.errors import CheckpointError
 from nordlm.files import remove_folder, write_bytes, write_folder, write_json, write_text
 
@@ -37,10 +38,7 @@ KEPT = 2  # number of newest checkpoints that are not removed
 
 def read_json(path: Path) -> Any:
     """Read JSON; raise CheckpointError if it is not valid."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable ({error})") from error
+    return reading.read_json(path, CheckpointError)
 
 
 def latest_checkpoint(run: Path) -> Path | None:

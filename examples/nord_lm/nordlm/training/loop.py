@@ -23,6 +23,7 @@ from nord_snn.monitor import SpikeMonitor
 from nordlm.data.corpus import Corpus, SequenceDataset, StreamedSequences
 from nordlm.errors import CheckpointError, DataError
 from nordlm.script import INTERRUPTED
+from nordlm.training.building import new_model
 from nordlm.training.processes import in_all_processes, on_main_process
 from nordlm.training.results import collect_results, print_summary, write_report_page, write_trained_model
 from nordlm.training.run import (
@@ -85,7 +86,7 @@ def train(settings: Settings, out: Path, resume: Path | None, with_report: bool 
         if resume is not None:
             lock_run(stack, resume, accelerator, progress)
         tokenizer, corpus = prepare_text(accelerator, settings, resume)
-        nord = NordForCausalLM(model_config(settings, tokenizer))
+        nord = new_model(model_config(settings, tokenizer))
         if options.gradient_checkpointing:
             nord.activation_checkpointing_enable()
         if options.compile:
@@ -127,7 +128,8 @@ def _train_run(run: Run, prepared: Prepared, position: Position, with_report: bo
 
     def finish() -> NordForCausalLM:
         write_trained_model(run, accelerator.unwrap_model(prepared.model), weights, results)
-        final_model = NordForCausalLM.from_pretrained(run.folder / "model").to(accelerator.device).eval()
+        final_model = NordForCausalLM.from_pretrained(run.folder / "model", trust_remote_code=False)
+        final_model = final_model.to(accelerator.device).eval()
         print_summary(run, final_model, results)
         return final_model
 

@@ -1,6 +1,8 @@
 """Write the model card, ``README.md`` of a model's folder."""
 
+import html
 import json
+import re
 from typing import Any
 
 import yaml
@@ -50,7 +52,7 @@ def model_card(
     total, without = parameter_counts(model)
     facts = {"parameters": f"{total:,}", "without embedding and head": f"{without:,}"} | _facts(results)
     parts = [
-        f"---\n{data.to_yaml()}\n---\n\n# A Nord spiking language model\n\n{origin} nord-snn {__version__}.",
+        f"---\n{data.to_yaml()}\n---\n\n# A Nord spiking language model\n\n{escape(origin)} nord-snn {__version__}.",
         _markdown_table(("", ""), facts),
         USE,
     ]
@@ -62,10 +64,10 @@ def model_card(
         )
     published = NordConfig().to_dict()
     differing = {name: value for name, value in model.config.to_dict().items() if published.get(name) != value}
-    configuration = json.dumps(differing, indent=2, default=str)
-    parts.append(f"## Configuration\n\nFields that differ from `NordConfig()`:\n\n```json\n{configuration}\n```")
+    configuration = _code_block("json", json.dumps(differing, indent=2, default=str))
+    parts.append(f"## Configuration\n\nFields that differ from `NordConfig()`:\n\n{configuration}")
     if training is not None:
-        parts.append(f"## Training\n\n```yaml\n{yaml.safe_dump(training, sort_keys=False).rstrip()}\n```")
+        parts.append(f"## Training\n\n{_code_block('yaml', yaml.safe_dump(training, sort_keys=False).rstrip())}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -73,7 +75,7 @@ def _facts(results: dict[str, Any] | None) -> dict[str, str]:
     if results is None:
         return {}
     return {
-        "text": results["text"],
+        "text": escape(results["text"]),
         "training tokens": f"{results['tokens']:,}",
         "held-out loss, nats per token": f"{results['validation_loss']:.4f}",
         "held-out bits per byte": f"{results['bits_per_byte']:.4f}",
@@ -82,6 +84,19 @@ def _facts(results: dict[str, Any] | None) -> dict[str, str]:
     }
 
 
+def escape(text: str) -> str:
+    """Return a name in one line, as Markdown that shows it as it is: no markup, no HTML, no end of a table cell."""
+    line = html.escape(" ".join(text.split()), quote=False).replace("://", "&#58;//")
+    printable = "".join(character if character.isprintable() else "\ufffd" for character in line)
+    return re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", printable)
+
+
+def _code_block(language: str, code: str) -> str:
+    """Return a fenced block of code, whose fence is longer than any run of backticks in the code."""
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", code)), 0)
+    return f"{fence}{language}\n{code}\n{fence}"
+
+
 def _markdown_table(columns: tuple[str, str], rows: dict[str, str]) -> str:
     head = f"| {columns[0]} | {columns[1]} |\n|---|---|\n"
-    return head + "\n".join(f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows.items())
+    return head + "\n".join(f"| {name} | {value} |" for name, value in rows.items())

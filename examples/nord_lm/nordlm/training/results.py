@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from nord_snn.models.nord import NordForCausalLM
+from nord_snn.models.nord.checksums import MODEL_FILES, write_checksums
 from nordlm.data.baselines import bigram_loss, uniform_loss, unigram_loss
-from nordlm.data.corpus import StreamedSequences
+from nordlm.data.corpus import TOKENIZER_FILES, StreamedSequences
 from nordlm.training.checkpoints import write_folder, write_json
 from nordlm.training.held_out import STREAMED_WINDOWS, held_out_text, read_text
 from nordlm.training.model_card import model_card
@@ -60,6 +61,7 @@ def write_trained_model(run: Run, model: NordForCausalLM, weights: dict[str, Ten
         run.tokenizer.save_pretrained(folder)
         text = model_card(model, "Trained with", results, asdict(run.settings.training))
         (folder / "README.md").write_text(text, encoding="utf-8")
+        write_checksums(folder, (*MODEL_FILES, *TOKENIZER_FILES))
 
     write_folder(run.folder / "model", write)
     write_json(run.folder / "results.json", results)

@@ -20,12 +20,14 @@ from nordlm.data.corpus import (
     SequenceDataset,
     load_corpus,
     load_tokenizer,
+    save_tokenizer,
     split,
     train_tokenizer,
 )
 from nordlm.data.sources import Documents, read_documents
 from nordlm.errors import CheckpointError, DataError, DivergedError, SettingsError
 from nordlm.files import clean_up, create_numbered, locked, move_into_place, temporary_path, write_error, write_json
+from nordlm.training.building import check_settings
 from nordlm.training.checkpoints import (
     check_digests,
     check_seal,
@@ -142,6 +144,7 @@ def prepare_text(
     options, vocab_size = settings.training, settings.model_config().vocab_size
 
     def read() -> tuple[Documents, Documents | None, PreTrainedTokenizerBase | None]:
+        check_settings(settings, accelerator.device.type)
         documents = read_documents(options.data)
         validation = None if options.validation_data is None else read_documents(options.validation_data)
         tokenizer = None
@@ -187,7 +190,7 @@ def create_run_folder(
 
     def write(folder: Path) -> None:
         settings.write(folder / "settings.yaml")
-        tokenizer.save_pretrained(folder / "tokenizer")
+        save_tokenizer(tokenizer, folder / "tokenizer")
         metadata = {
             "text": corpus.name,
             "fingerprint": corpus.fingerprint,

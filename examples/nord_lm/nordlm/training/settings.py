@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 
+from nordlm.cli import file_name, shorten
 from nordlm.errors import SettingsError
+from nordlm.reading import exists, read_yaml
 from nordlm.training.checkpoints import check_seal, read_json, write_text
 
 if TYPE_CHECKING:
@@ -87,8 +89,8 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "grad_accum", "eval_every", "eval_blocks", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if not 1 <= getattr(self, name) < 2**31:
+                raise SettingsError(f"{name} must be at least 1 and less than 2^31, got {getattr(self, name)}")
         if self.block_size is not None and self.block_size < 2:
             raise SettingsError(f"block_size must be at least 2, got {self.block_size}")
         for name in ("lr", "max_grad_norm"):
@@ -96,7 +98,7 @@ class TrainingSettings:
                 raise SettingsError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("weight_decay", "warmup_steps", "seed"):
             if not 0 <= getattr(self, name) < 2**32:
-                raise SettingsError(f"{name} must be at least 0, got {getattr(self, name)}")
+                raise SettingsError(f"{name} must be at least 0 and less than 2^32, got {getattr(self, name)}")
         for name in ("held_out", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise SettingsError(f"{name} must be at least 0 and less than 1, got {getattr(self, name)}")
@@ -123,12 +125,7 @@ class Settings:
         Raises:
             SettingsError: the file is missing, is not such a YAML file, or has an unknown field.
         """
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise SettingsError(f"{path}: cannot be read ({error.strerror})") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise SettingsError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
+        content = read_yaml(path, SettingsError)
         if not isinstance(content, dict) or not set(content) <= {"name", "model", "training"}:
             raise SettingsError(f"{path}: expected the sections model and training")
         name = content.get("name", path.stem)
@@ -136,9 +133,13 @@ class Settings:
             raise SettingsError(f"{path}: name must be made of letters, digits, '-', '_' and '.', got {name!r}")
         model, training = content.get("model") or {}, content.get("training") or {}
         _check_names(path, "training", training, {f.name for f in dataclasses.fields(TrainingSettings)})
-        _check_names(path, "model", model, set(_config_class()().to_dict()))
-        _check_types(path, training)
-        return cls(name, model, TrainingSettings(**training))
+        _check_names(path, "model", model, set(_config_class().__annotations__))
+        for field_name, value in model.items():
+            if not isinstance(value, int | float | str | list | None):  # for example a date, which JSON does not have
+                raise SettingsError(
+                    f"{path}: model.{field_name} must be a number or a name, got {shorten(repr(value))}"
+                )
+        return cls(name, model, TrainingSettings(**_typed(path, training)))
 
     def write(self, path: Path) -> None:
         """Write the YAML that :meth:`read` reads."""
@@ -153,8 +154,8 @@ class Settings:
         """
         try:
             return _config_class()(**{**self.model, **changes})
-        except (StrictDataclassError, ValueError, TypeError) as error:
-            raise SettingsError(f"model: {' '.join(str(error).split())}") from error
+        except (StrictDataclassError, ValueError, TypeError, OverflowError) as error:
+            raise SettingsError(f"model: {shorten(str(error))}") from error
 
     def digest(self) -> str:
         """Return a hash of all settings."""
@@ -177,13 +178,20 @@ def _check_names(path: Path, section: str, content: Any, known: set[str]) -> Non
         raise SettingsError(f"{path}: {section} has no field {', '.join(unknown)}")
 
 
-def _check_types(path: Path, training: dict[str, Any]) -> None:
+def _typed(path: Path, training: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of the section after a check of their types, with integers as floats where a float is expected."""
+    values: dict[str, Any] = {}
     for f in dataclasses.fields(TrainingSettings):
         value = training.get(f.name, f.default)
         kind = _kind(f)
         fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
         if not fits and not (value is None and f.default is None):
-            raise SettingsError(f"{path}: training.{f.name} must be {kind.__name__}, got {value!r}")
+            raise SettingsError(f"{path}: training.{f.name} must be {kind.__name__}, got {shorten(repr(value))}")
+        try:
+            values |= {f.name: kind(value) if kind is float else value} if f.name in training else {}
+        except OverflowError as error:
+            raise SettingsError(f"{path}: training.{f.name} is too large for a float") from error
+    return values
 
 
 def _kind(setting: "dataclasses.Field[Any]") -> type:
@@ -202,9 +210,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
     parser.add_argument("--config", help=f"{names}, or a YAML file (default: tiny)")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs"), help="parent of the numbered folder of the run (default: runs)"
+        "--out", type=file_name, default=Path("runs"), help="parent of the numbered folder of the run (default: runs)"
     )
-    parser.add_argument("--resume", type=Path, default=None, metavar="RUN", help="resume the run in this folder")
+    parser.add_argument("--resume", type=file_name, default=None, metavar="RUN", help="resume the run in this folder")
     parser.add_argument(
         "--no-resonance",
         action="store_true",
@@ -230,7 +238,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def absolute_paths(training: dict[str, Any]) -> dict[str, Any]:
     """Return settings that name an existing file or folder, as absolute paths, so that a run resumes from any directory."""
     paths = {name: training.get(name) for name in ("data", "validation_data", "tokenizer")}
-    return {name: str(Path(value).resolve()) for name, value in paths.items() if value and Path(value).exists()}
+    return {name: str(Path(value).resolve()) for name, value in paths.items() if value and exists(value)}
 
 
 def settings_from(options: argparse.Namespace) -> Settings:
@@ -260,12 +268,12 @@ def read_config(name: str) -> Settings:
 
 
 def _config_path(name: str) -> Path:
-    path = CONFIGS / f"{name}.yaml"
-    if path.exists():
-        return path
-    if not Path(name).is_file():
+    builtin = CONFIGS / f"{name}.yaml"
+    if exists(builtin):
+        return builtin
+    if not exists(name):
         known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
-        raise SettingsError(f"--config {name}: expected one of {known}, or a file")
+        raise SettingsError(f"--config {shorten(name)}: expected one of {known}, or a file")
     return Path(name)
 
 

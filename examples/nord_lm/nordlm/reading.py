@@ -1,0 +1,144 @@
+"""Read small text, JSON and YAML files from strangers: regular files only, within limits of size, nesting and length.
+
+A pipe or device in place of a file would wait for ever, a few lines of YAML with anchors can stand for more values than fit into
+memory, and a parser runs out of stack where brackets nest without end.
+"""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nordlm.errors import RecipeError
+
+__all__ = ["check_files", "check_regular", "exists", "read_json", "read_text", "read_yaml"]
+
+MAX_BYTES = 64 << 20  # of a text or JSON file: runs of a study have results of megabytes
+MAX_YAML_BYTES = 1 << 17
+MAX_DEPTH = 50
+MAX_VALUES = 10_000  # of a YAML file, counting what stands behind an alias every time it is named
+
+
+def exists(name: str | Path) -> bool:
+    """Return whether a file or folder exists; False for a name that no file can have."""
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):  # too long, or with a NUL byte
+        return False
+
+
+def check_regular(path: Path, error: type[RecipeError]) -> None:
+    """Raise ``error`` unless ``path`` is a regular file, or a link to one."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as reason:
+        raise error(f"{str(path)[:300]}: cannot be read ({_reason(reason)})") from reason
+    if not stat.S_ISREG(mode):
+        raise error(f"{path}: expected a regular file, got a {_kind(mode)}")
+
+
+def check_files(folder: Path, error: type[RecipeError]) -> None:
+    """Raise ``error`` unless ``folder`` is a folder of files that a library can open: a pipe would block it."""
+    if not folder.is_dir():
+        raise error(f"{folder}: expected a folder")
+    for file in sorted(folder.iterdir()):
+        if not file.is_dir():
+            check_regular(file, error)
+
+
+def read_text(path: Path, error: type[RecipeError], max_bytes: int = MAX_BYTES) -> str:
+    """Return the text of a UTF-8 file; raise ``error`` if it is no regular file, too large or not text."""
+    check_regular(path, error)
+    try:
+        # Without O_NONBLOCK, opening a pipe waits: one can have taken the place of the file that was checked.
+        file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        with os.fdopen(file, "rb") as opened:
+            content = opened.read(max_bytes + 1)
+    except OSError as reason:
+        raise error(f"{path}: cannot be read ({_reason(reason)})") from reason
+    if len(content) > max_bytes:
+        raise error(f"{path}: expected at most {max_bytes:,} bytes")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as reason:
+        raise error(f"{path}: not UTF-8 text ({reason.reason})") from reason
+
+
+def read_json(path: Path, error: type[RecipeError]) -> Any:
+    """Return the content of a JSON file; raise ``error`` if it is not valid, or nests too deep."""
+    text = read_text(path, error)
+    try:
+        content = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as reason:
+        raise error(f"{path}: not readable ({_reason(reason)})") from reason
+    if _depth_exceeds(content, MAX_DEPTH):
+        raise error(f"{path}: nests deeper than {MAX_DEPTH} levels")
+    return content
+
+
+def read_yaml(path: Path, error: type[RecipeError]) -> Any:
+    """Return the content of a YAML file; raise ``error`` if it is not valid, nests too deep or has too many values."""
+    text = read_text(path, error, MAX_YAML_BYTES)
+    try:
+        _check_yaml(text)
+        return yaml.safe_load(text)
+    except Exception as reason:  # a date, number or tag that is not one raises whatever its constructor raises
+        raise error(f"{path}: not YAML ({_reason(reason)})") from reason
+
+
+def _check_yaml(text: str) -> None:
+    """Raise a ValueError if YAML exceeds the limits, without building any value."""
+    sizes: dict[str, int] = {}  # number of values behind an anchor
+    opened: list[tuple[str | None, int]] = []  # anchor of a collection, and the number of values before it
+    n_values = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            opened.append((event.anchor, n_values))
+            n_values += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = opened.pop()
+            if anchor is not None:
+                sizes[anchor] = n_values - before
+        elif isinstance(event, yaml.ScalarEvent):
+            n_values += 1
+            if event.anchor is not None:
+                sizes[event.anchor] = 1
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:
+                raise ValueError(f"the alias {event.anchor} stands inside its own anchor, or before it")
+            n_values += sizes[event.anchor]
+        if n_values > MAX_VALUES:
+            raise ValueError(f"more than {MAX_VALUES:,} values, with those behind aliases")
+        if len(opened) > MAX_DEPTH:
+            raise ValueError(f"nests deeper than {MAX_DEPTH} levels")
+
+
+def _depth_exceeds(content: Any, limit: int) -> bool:
+    level = [content]
+    for _ in range(limit + 1):
+        level = [
+            inner
+            for value in level
+            if isinstance(value, dict | list)
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+    return kinds.get(stat.S_IFMT(mode), "device")
+
+
+def _reason(error: BaseException) -> str:
+    """Return an error in one short line."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,67 @@
+"""Estimate the memory of a model before it is built."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from nord_snn.models.nord.configuration_nord import NordConfig
+
+__all__ = ["check_memory"]
+
+BYTES = 4  # of a float32
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def check_memory(config: NordConfig, copies: int = 1, tokens: int = 1) -> None:
+    """Raise an error if a model, or its largest activation, needs more memory than the machine has.
+
+    Args:
+        config: configuration of the model.
+        copies: numbers stored for each weight: 4 while training with AdamW (weight, gradient, two moments). Default: 1.
+        tokens: token positions in one call. Default: 1.
+
+    Raises:
+        ValueError: it does not fit; the message has the size.
+    """
+    weights = BYTES * copies * _n_weights(config)
+    activation = BYTES * tokens * (config.t_fast + config.t_slow) * max(config.hidden_size, config.intermediate_size)
+    memory = _memory()
+    if weights + activation > memory:
+        raise ValueError(
+            f"the model does not fit into the memory of {_size(memory)}: its weights need {_size(weights)} (vocab_size "
+            f"{config.vocab_size}, hidden_size {config.hidden_size}, intermediate_size {config.intermediate_size}, "
+            f"num_hidden_layers {config.num_hidden_layers}) and one layer of neurons {_size(activation)} (t_fast "
+            f"{config.t_fast}, t_slow {config.t_slow}, {tokens} token{'s' if tokens > 1 else ''})"
+        )
+
+
+def check_memory_of_device(config: NordConfig) -> None:
+    """Run :func:`check_memory` if modules are being built in the main memory."""
+    if torch.get_default_device().type == "cpu":
+        check_memory(config)
+
+
+def _n_weights(config: NordConfig) -> int:
+    """Return the number of matrix entries, almost all weights."""
+    width, wide = config.hidden_size, config.intermediate_size
+    ends = config.vocab_size * width * (1 if config.tie_word_embeddings else 2)
+    encoder = width * (width + config.t_fast + config.t_slow)
+    block = 4 * width * width * config.resonance + 2 * width * wide + 4 * (config.n_clusters or 0) ** 2
+    return ends + encoder + config.num_hidden_layers * block
+
+
+def _memory() -> int:
+    """Return the bytes of main memory that this process may use."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return 2**63
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = CGROUP_LIMIT.read_text(encoding="ascii").strip()
+    except OSError:  # not Linux, or no control groups
+        return total
+    return min(total, int(limit)) if limit.isdecimal() else total
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:,.1f} GB"
