@@ -89,16 +89,20 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "grad_accum", "eval_every", "eval_blocks", "save_every", "log_every"):
-            if not 1 <= getattr(self, name) < 2**31:
-                raise SettingsError(f"{name} must be at least 1 and less than 2^31, got {getattr(self, name)}")
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if getattr(self, name) >= 2**31:
+                raise SettingsError(f"{name} must be less than 2^31, got {getattr(self, name)}")
         if self.block_size is not None and self.block_size < 2:
             raise SettingsError(f"block_size must be at least 2, got {self.block_size}")
         for name in ("lr", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise SettingsError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("weight_decay", "warmup_steps", "seed"):
-            if not 0 <= getattr(self, name) < 2**32:
-                raise SettingsError(f"{name} must be at least 0 and less than 2^32, got {getattr(self, name)}")
+            if not getattr(self, name) >= 0:
+                raise SettingsError(f"{name} must be at least 0, got {getattr(self, name)}")
+            if getattr(self, name) >= 2**32:
+                raise SettingsError(f"{name} must be less than 2^32, got {getattr(self, name)}")
         for name in ("held_out", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise SettingsError(f"{name} must be at least 0 and less than 1, got {getattr(self, name)}")
