@@ -218,7 +218,10 @@ def _accepts(name: str, load: Callable[[], ModuleType], call: CallSignature) -> 
 @functools.cache
 def _numba_available() -> Support:
     """Return whether Numba is installed and can be imported."""
-    return _import_support("numba", "Numba", "pip install 'nord-snn[cpu]'")
+    support = _import_support("numba", "Numba", "pip install 'nord-snn[cpu]'")
+    if support.runs and importlib.import_module("numba").config.DISABLE_JIT:
+        return Support(False, "NUMBA_DISABLE_JIT switches Numba's compiler off")
+    return support
 
 
 @functools.cache

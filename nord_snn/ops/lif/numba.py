@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import prange
 from torch import Tensor
 
-from nord_snn.ops._numba.compiling import kernel, parallel_kernel
+from nord_snn.ops._numba.compiling import chunks_of, kernel, parallel_kernel
 from nord_snn.ops._numba.simd import (
     WIDTH,
     advance,
@@ -715,10 +714,10 @@ def _add_chunks(sizes, shared, like, results):
 
 
 @parallel_kernel
-def _forward(sizes, inputs, outputs, keep_v, constants, modes, scratch, scratch_size):
+def _forward(share, sizes, inputs, outputs, keep_v, constants, modes, scratch, scratch_size):
     """Run chunks of blocks in parallel; the tuples are those of the classes above."""
     chunks, blocks = sizes[0], sizes[1]
-    for c in prange(chunks):
+    for c in chunks_of(share, chunks):
         numbers = _with_decays(_Constants(*constants), _Sizes(*sizes), _Inputs(*inputs))
         _forward_rows(
             c * blocks // chunks, (c + 1) * blocks // chunks, _Sizes(*sizes), _Inputs(*inputs), _Outputs(*outputs),
@@ -728,6 +727,7 @@ def _forward(sizes, inputs, outputs, keep_v, constants, modes, scratch, scratch_
 
 @parallel_kernel
 def _backward(
+    share,
     sizes,
     grads,
     inputs,
@@ -745,7 +745,7 @@ def _backward(
     chunks, blocks, _, tiles, T, _, D, _, n_decays, clusters, width, record_of_tile = sizes
     record_size, masks_size = T * tiles * record_of_tile, T * tiles * _MASKS
     shared_bytes = 8 * (D + 2 * n_decays + clusters * width)
-    for c in prange(chunks):
+    for c in chunks_of(share, chunks):
         grad_x, grad_v, grad_i, shared = of_inputs
         numbers = _with_decays(_Constants(*constants), _Sizes(*sizes), _Inputs(*inputs))
         like = numbers.v_reset
@@ -757,7 +757,7 @@ def _backward(
             advance(as_pointer(scratch, like), c * scratch_size),
             _Gradients(grad_x, grad_v, grad_i, shared + c * shared_bytes),
         )  # fmt: skip
-    if of_parameters[0] != 0:
+    if share[2] == 1 and of_parameters[0] != 0:
         sums = as_pointer(of_inputs[3], np.float64(0))
         _add_chunks(_Sizes(*sizes), sums, constants[2], _ParameterGradients(*of_parameters))
 
