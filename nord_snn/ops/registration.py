@@ -7,9 +7,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nord_snn._compat.torch import dispatch_mode_is_active, transform_is_active
+from nord_snn._compat.torch import dispatch_mode_is_active, kernels_are_opaque
 
 __all__ = ["Kernel", "register_op", "register_op_without_gradient"]
+
+
+_OPAQUE = (
+    "{}: torch.func, forward-mode derivatives, torch.jit.trace and ONNX export by tracing cannot look into a kernel: pass "
+    "backend='torch'"
+)
 
 
 class Kernel(NamedTuple):
@@ -73,6 +79,8 @@ def register_op(
     function: Any = type(f"nord_snn_{name}", (torch.autograd.Function,), methods)  # name shown by profilers
 
     def direct(*tensors: Any, **options: Any) -> Any:
+        if kernels_are_opaque():
+            raise RuntimeError(_OPAQUE.format(name))
         if _has_no_derivative(tensors):  # ``apply`` costs more than a small kernel
             return forward.run(*tensors, **options)
         return function.apply(*tensors, options)
@@ -84,7 +92,13 @@ def register_op_without_gradient(name: str, kernel: Kernel) -> Callable[..., Any
     """Register ``nord_snn::name``; return the function to call, as :func:`register_op` does."""
     op = torch.library.custom_op(f"nord_snn::{name}", kernel.run, mutates_args=())
     op.register_fake(kernel.fake)
-    return _use_dispatcher_if_needed(op, kernel.run)
+
+    def direct(*tensors: Any, **options: Any) -> Any:
+        if kernels_are_opaque():
+            raise RuntimeError(_OPAQUE.format(name))
+        return kernel.run(*tensors, **options)
+
+    return _use_dispatcher_if_needed(op, direct)
 
 
 def _use_dispatcher_if_needed(op: Callable[..., Any], direct: Callable[..., Any]) -> Callable[..., Any]:
@@ -97,9 +111,7 @@ def _use_dispatcher_if_needed(op: Callable[..., Any], direct: Callable[..., Any]
 
 
 def _has_no_derivative(tensors: Iterable[Any]) -> bool:
-    """Return whether autograd has nothing to record, and no other derivative or ``vmap`` is active."""
-    if transform_is_active():
-        return False
+    """Return whether autograd has nothing to record."""
     return not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
 
 
