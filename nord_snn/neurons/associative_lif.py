@@ -24,10 +24,21 @@ from nord_snn.ops.lif.op import associative_lif_backend, associative_lif_of_rank
 from nord_snn.ops.lif.reference import PUBLISHED, map_state
 from nord_snn.ops.surrogate import SurrogateLike, resolve_surrogate
 
-__all__ = ["AssociativeLIFNode"]
+__all__ = ["AssociativeLIFNode", "Membranes"]
 
 #: Parameters that a node learns, besides those of the cascade.
 LEARNABLE = ("threshold", "beta_mem", "beta_syn")
+
+
+
+class Membranes:
+    """Receive the membrane potentials of one call, ``[T, N, *, D]`` in ``v_seq``: nothing is written to the module."""
+
+    __slots__ = ("v_seq",)
+
+    def __init__(self) -> None:
+        self.v_seq: Tensor | None = None
+
 
 _States = tuple[object, ...]
 _Tensors = tuple[Tensor, ...]
@@ -324,12 +335,13 @@ class AssociativeLIFNode(StatefulNode):
         x = x.movedim(self._dimension(self._step_ndim(x)), -1)
         return associative_lif_backend(x, self.backend, surrogate, clusters, self.dynamics, n_decays)
 
-    def forward(self, x: Tensor, *, stateless: bool = False) -> Tensor:
+    def forward(self, x: Tensor, *, stateless: bool = False, membranes: Membranes | None = None) -> Tensor:
         """Return the spikes for input current ``x``.
 
         Args:
             x: ``[N, *, D]`` in step mode ``"s"``, ``[T, N, *, D]`` in ``"m"``; D stands at ``channel_dim``.
             stateless: start from rest and leave the stored state unchanged, as layers over whole sequences do.
+            membranes: receives the membrane potentials of this call, in place of ``v_seq``.
 
         Returns:
             Zeros and ones in the shape and dtype of ``x``.
@@ -338,12 +350,16 @@ class AssociativeLIFNode(StatefulNode):
         self.check_input(x, self.step_mode)
         initial = None if stateless else self._stored_state(x)
         membrane_only = self.is_membrane_only and (initial is None or initial.i_syn is None)
-        spikes, v_seq, state = self._run(x, initial, self.store_v_seq, membrane_only, single_step=not multi)
+        spikes, v_seq, state = self._run(
+            x, initial, self.store_v_seq or membranes is not None, membrane_only, single_step=not multi
+        )
         if not stateless:
             self.set_memories({"v": state.v} if membrane_only else state._asdict())
         if not torch.compiler.is_compiling() and self.first_batches.batches_left and self.training:
             self._count(spikes, stateless)
-        if v_seq is not None:
+        if membranes is not None:
+            membranes.v_seq = v_seq
+        elif v_seq is not None:
             self._keep_v_seq(v_seq if multi else v_seq.unsqueeze(0), is_continued=not (multi or stateless))
         return spikes
 
