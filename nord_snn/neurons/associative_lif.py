@@ -348,6 +348,8 @@ class AssociativeLIFNode(StatefulNode):
         """
         multi = self.step_mode == "m"
         self.check_input(x, self.step_mode)
+        if not stateless and not torch.compiler.is_compiling():
+            self.check_not_recomputed()
         initial = None if stateless else self._stored_state(x)
         membrane_only = self.is_membrane_only and (initial is None or initial.i_syn is None)
         spikes, v_seq, state = self._run(
@@ -504,6 +506,7 @@ class AssociativeLIFNode(StatefulNode):
         dtype = compute_dtype(x)  # cast before the sigmoid: in bfloat16, 1 - beta_mem would be 2 % off
         surrogate, alpha = known_surrogate(self.surrogate_function, self.alpha)
         beta_mem, beta_syn = self.beta_mem_logit, self.beta_syn_logit
+        weight, gain = (None, None) if self.cascade is None else self.cascade(None, dtype)
         return associative_lif_of_rank(
             x,
             states,
@@ -512,8 +515,8 @@ class AssociativeLIFNode(StatefulNode):
             threshold=self.firing_threshold(),
             beta_mem=None if beta_mem is None else beta_mem.to(dtype).sigmoid(),
             beta_syn=0.0 if beta_syn is None else beta_syn.to(dtype).sigmoid(),
-            cascade_weight=None if self.cascade is None else self.cascade.weight.to(dtype).sigmoid(),
-            cascade_gain=None if self.cascade is None else self.cascade.gain,
+            cascade_weight=weight,
+            cascade_gain=gain,
             v_reset=0.0 if self.v_reset is None else self.v_reset,
             refractory_steps=self.refractory_steps,
             surrogate=surrogate,

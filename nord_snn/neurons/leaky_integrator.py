@@ -111,6 +111,8 @@ class LeakyIntegrator(StatefulModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the membrane potentials for input current ``x``, in its shape and dtype."""
+        if not torch.compiler.is_compiling():
+            self.check_not_recomputed()
         potentials = []
         for step in x if self.step_mode == "m" else (x,):
             self.v, self.i_syn = self._step(step, self.v, self.i_syn)
