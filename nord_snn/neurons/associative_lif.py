@@ -17,7 +17,7 @@ from nord_snn.neurons.like import arguments_like
 from nord_snn.neurons.presets import OF_PRESET, known_surrogate, resolve_constants
 from nord_snn.ops import AssociativeLIFState, BackendChoice, Dynamics, OpCost
 from nord_snn.ops.cascade import check_clusters
-from nord_snn.ops.checks import check_features, compute_dtype
+from nord_snn.ops.checks import check_features, check_refractory_steps, compute_dtype
 from nord_snn.ops.dispatch import BACKENDS
 from nord_snn.ops.lif.cost import associative_update_cost, lif_update_cost
 from nord_snn.ops.lif.op import associative_lif_backend, associative_lif_of_rank
@@ -222,8 +222,7 @@ class AssociativeLIFNode(StatefulNode):
             constants["v_reset"], constants["refractory_steps"], constants["n_clusters"]
         )  # fmt: skip
         resolve_surrogate(surrogate, alpha)
-        if refractory_steps < 0:
-            raise ValueError(f"refractory_steps must be 0 or more, got {refractory_steps}")
+        check_refractory_steps(refractory_steps)
         if v_reset is None and (refractory_steps == 0 and not dynamics.hard_reset):
             pass
         elif not isinstance(v_reset, int | float) or math.isnan(v_reset):

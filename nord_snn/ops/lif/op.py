@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nord_snn.ops.cascade import check_cascade
-from nord_snn.ops.checks import check_channels, check_features, compute_dtype, without_autocast
+from nord_snn.ops.checks import check_channels, check_features, check_refractory_steps, compute_dtype, without_autocast
 from nord_snn.ops.costs import register_cost
 from nord_snn.ops.dispatch import BackendChoice, CallSignature, backend_selector, choose_backend, register_backends
 from nord_snn.ops.lif.cost import associative_lif_cost
@@ -362,8 +362,7 @@ def _check(
         check_channels(x_seq, n_features, "associative_lif")
     else:
         check_features(x_seq, n_features, "associative_lif", "[T, N, D]")
-    if refractory_steps < 0:
-        raise ValueError(f"refractory_steps must be 0 or more, got {refractory_steps}")
+    check_refractory_steps(refractory_steps)
     if (cascade_weight is None) != (cascade_gain is None):
         raise ValueError("pass both cascade_weight and cascade_gain, or neither for no cascade")
     if cascade_weight is not None and cascade_gain is not None:
