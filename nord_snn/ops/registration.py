@@ -41,6 +41,7 @@ def register_op(
     gradients: Callable[..., Any],
     second_derivative: str,
     differentiable: Callable[..., Any] | None = None,
+    check: Callable[..., None] | None = None,
 ) -> Callable[..., Any]:
     """Register ``nord_snn::name`` and ``nord_snn::name_backward``; return the function to call.
 
@@ -56,8 +57,11 @@ def register_op(
         second_derivative: end of the error message, which names the alternative that has a second derivative.
         differentiable: ``(tensors, options)`` -> the first output, in plain PyTorch. Where a graph of the backward pass is
             created, the gradients are computed by it, and have derivatives. Default: None, a second derivative raises.
+        check: function of the arguments of the forward pass that raises unless a kernel can take them. The registered op calls
+            it: anyone may call ``torch.ops.nord_snn.name``, past the checks of the public function. Default: None, no check.
     """
-    op = torch.library.custom_op(f"nord_snn::{name}", forward.run, mutates_args=())
+    run = forward.run if check is None else _checked(forward.run, check)
+    op = torch.library.custom_op(f"nord_snn::{name}", run, mutates_args=())
     op.register_fake(forward.fake)
     backward_op = torch.library.custom_op(f"nord_snn::{name}_backward", backward.run, mutates_args=())
     backward_op.register_fake(backward.fake)
@@ -105,6 +109,15 @@ def register_op_without_gradient(name: str, kernel: Kernel) -> Callable[..., Any
         return kernel.run(*tensors, **options)
 
     return _use_dispatcher_if_needed(op, direct)
+
+
+def _checked(run: Callable[..., Any], check: Callable[..., None]) -> Callable[..., Any]:
+    @functools.wraps(run)
+    def checked(*tensors: Any, **options: Any) -> Any:
+        check(*tensors, **options)
+        return run(*tensors, **options)
+
+    return checked
 
 
 def _use_dispatcher_if_needed(op: Callable[..., Any], direct: Callable[..., Any]) -> Callable[..., Any]:

@@ -69,3 +69,31 @@ def test_freed_storage_is_one_sentence(view):
     with pytest.raises(ValueError, match="storage was freed"):
         resonance(q, q, freed(*((3, 4, 8) if view(q).shape == q.shape else (4, 4, 8))), n_heads=2, top_k=2,
                   temperature=1.0, backend="numba")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"v": torch.zeros(3, 8)},
+        {"v": torch.zeros(3, 8), "i_syn": torch.zeros(3, 8)},
+        {"v": torch.zeros(1, 8), "i_syn": torch.zeros(3, 8), "refractory": torch.zeros(3, 8, dtype=torch.int32)},
+        {"threshold": torch.ones(2)},
+        {"beta_mem": torch.ones(5)},
+        {"weight": torch.ones(4, 4)},
+        {"weight": torch.ones(3, 3), "gain": torch.ones(3)},
+        {"shape": [50, 3, 8]},
+    ],
+    ids=str,
+)
+def test_the_registered_op_checks_what_its_kernel_takes(changes, monkeypatch):
+    pytest.importorskip("numba")
+    calls = []
+    monkeypatch.setattr("nord_snn.ops.lif.op._run", lambda *tensors, **options: calls.append((tensors, options)))
+    with pytest.raises(TypeError):  # nothing is returned
+        run(X.float(), "numba")
+    (tensors, options), *_ = calls
+    names = ("x", "v", "i_syn", "refractory", "threshold", "beta_mem", "beta_syn", "weight", "gain")
+    changed = [changes.get(name, tensor) for name, tensor in zip(names, tensors, strict=True)]
+    torch.ops.nord_snn.associative_lif(*tensors, **options)
+    with pytest.raises(ValueError, match=r"must|pass both"):
+        torch.ops.nord_snn.associative_lif(*changed, **options | {k: v for k, v in changes.items() if k in options})
