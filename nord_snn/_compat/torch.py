@@ -69,7 +69,7 @@ def transform_is_active() -> bool:
 
 
 def kernels_are_opaque() -> bool:
-    """Return whether something looks into operations that cannot look into a kernel: a transform, or the tracer of TorchScript."""
+    """Return whether a transform or the tracer of TorchScript is active: neither can look into a kernel."""
     return transform_is_active() or torch._C._get_tracing_state() is not None
 
 

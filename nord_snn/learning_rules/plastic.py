@@ -164,7 +164,9 @@ def _different_rows(rows: Tensor, weight: Tensor) -> Tensor:
     if rows.ndim != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
         raise ValueError(f"rows must be integers [K], got {list(rows.shape)} of {rows.dtype}")
     if len(rows) and not bool(((rows >= -n) & (rows < n)).all()):
-        raise ValueError(f"rows must be indices of the {n} rows of the weight, got {int(rows.min())} to {int(rows.max())}")
+        raise ValueError(
+            f"rows must be indices of the {n} rows of the weight, got {int(rows.min())} to {int(rows.max())}"
+        )
     rows = rows.long() % n
     if len(rows.unique()) != len(rows):
         raise ValueError("rows must be different: of two changes of one row, only one would remain")

@@ -30,7 +30,6 @@ __all__ = ["AssociativeLIFNode", "Membranes"]
 LEARNABLE = ("threshold", "beta_mem", "beta_syn")
 
 
-
 class Membranes:
     """Receive the membrane potentials of one call, ``[T, N, *, D]`` in ``v_seq``: nothing is written to the module."""
 

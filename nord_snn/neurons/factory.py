@@ -87,7 +87,8 @@ def fire_from_rest(neuron: nn.Module, x_seq: Tensor) -> Tensor:
 
 def fire_with_membranes(neuron: nn.Module, x_seq: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return the spikes as :func:`fire_from_rest`, and the membrane potentials, None where the module stored none."""
-    if isinstance(neuron, AssociativeLIFNode) and neuron.step_mode == "m":
+    ours = isinstance(neuron, AssociativeLIFNode) and type(neuron).forward is AssociativeLIFNode.forward
+    if ours and neuron.step_mode == "m":
         membranes = Membranes()
         return neuron(x_seq, stateless=True, membranes=membranes), membranes.v_seq
     neurons: Any = neuron

@@ -67,7 +67,9 @@ def register_op(
     backward_op.register_fake(backward.fake)
     positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
     n_tensors = sum(p.kind == positional for p in inspect.signature(forward.run).parameters.values())
-    gradients = _explain_freed_graph(_with_second_derivative(gradients, name, second_derivative, differentiable, n_tensors))
+    gradients = _explain_freed_graph(
+        _with_second_derivative(gradients, name, second_derivative, differentiable, n_tensors)
+    )
 
     def setup_context(ctx: Any, inputs: Any, keyword_only_inputs: dict[str, Any], output: Any) -> None:
         save(ctx, inputs, keyword_only_inputs, output)
@@ -187,7 +189,7 @@ def _gradients_with_graph(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of the n tensors of a call, themselves with derivatives."""
     # Views: a tensor may depend on another, through which no gradient of this op flows.
-    tensors = [x if x is None else x.view_as(x) for x in ctx.saved_tensors[:n]]
+    tensors: list[Any] = [x if x is None else x.view_as(x) for x in ctx.saved_tensors[:n]]
     needed = [x for x, need in zip(tensors, ctx.needs_input_grad[:n], strict=True) if need]
     output = differentiable(tensors, ctx.options)
     found = iter(torch.autograd.grad(output, needed, grad, create_graph=True, allow_unused=True))

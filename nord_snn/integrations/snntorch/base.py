@@ -35,7 +35,7 @@ class StrictNode(AssociativeLIFNode):
         """Return the next number above the threshold, with the gradient of the threshold."""
         return firing_above(self.v_threshold)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         x: Tensor,
         *,

@@ -91,9 +91,9 @@ def _run_in_parallel(function: Callable[..., Any], n: int, arguments: tuple[Any,
             done.get()
         except BaseException as raised:  # Ctrl-C
             error = raised
-    for raised in (error, *results):
-        if raised is not None:
-            raise raised
+    for failure in (error, *results):
+        if failure is not None:
+            raise failure
 
 
 class _Workers:

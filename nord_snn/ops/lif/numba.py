@@ -734,8 +734,7 @@ def _backward(
     constants,
     modes,
     surrogate,
-    record,
-    refractory_masks,
+    recorded,
     scratch,
     scratch_size,
     of_inputs,
@@ -743,6 +742,7 @@ def _backward(
 ):
     """Run chunks of blocks in parallel; the tuples are those of the classes above."""
     chunks, blocks, _, tiles, T, _, D, _, n_decays, clusters, width, record_of_tile = sizes
+    record, refractory_masks = recorded
     record_size, masks_size = T * tiles * record_of_tile, T * tiles * _MASKS
     shared_bytes = 8 * (D + 2 * n_decays + clusters * width)
     for c in chunks_of(share, chunks):
@@ -897,8 +897,7 @@ def backward(
             _constants(arguments.v_reset, arguments.refractory_steps, arguments.dynamics, dtype),
             _modes(arguments.dynamics, n_decays > 1),
             (SURROGATE_IDS[surrogate], NUMPY_TYPES[dtype](alpha)),
-            written.data_ptr(),
-            written.data_ptr() + record_bytes,
+            (written.data_ptr(), written.data_ptr() + record_bytes),
             zeroed.data_ptr() + shared_bytes,
             scratch_size,
             (*addresses((grad_x, grad_v, grad_i)), zeroed.data_ptr()),

@@ -596,7 +596,9 @@ def _check_registered(
     """Raise a ValueError unless the arguments of the registered op fit each other."""
     wanted = (v is not None, v is not None and not membrane_only, v is not None and not membrane_only)
     if wanted != tuple(part is not None for part in (v, i_syn, refractory)):
-        raise ValueError("v, i_syn and refractory must all be given or all None; with membrane_only the last two are None")
+        raise ValueError(
+            "v, i_syn and refractory must all be given or all None; with membrane_only the last two are None"
+        )
     if len(shape) not in (3, 4) or math.prod(shape) != x.numel() or math.prod(shape[1:]) != math.prod(step):
         raise ValueError(f"shape must be [T, N, D] or [T, N, D, M] of x {list(x.shape)}, and step that of a time step")
     D = shape[2]
@@ -604,7 +606,9 @@ def _check_registered(
     fits = threshold.shape == (D,) and all(beta.shape in ((1,), (D,)) for beta in decays)
     fits = fits and all(beta.shape == decays[0].shape for beta in decays)
     if not fits or not all(part is None or list(part.shape) == list(step) for part in (v, i_syn, refractory)):
-        raise ValueError(f"threshold must be [D] = [{D}], decays both [1] or [D], and each part of the state {list(step)}")
+        raise ValueError(
+            f"threshold must be [D] = [{D}], decays both [1] or [D], and each part of the state {list(step)}"
+        )
     if (weight is None) != (gain is None):
         raise ValueError("pass both weight and gain of the cascade, or neither")
     if weight is not None and gain is not None:

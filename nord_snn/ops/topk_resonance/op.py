@@ -213,7 +213,14 @@ def _differentiable(tensors: Sequence[Any], options: dict[str, Any]) -> Tensor:
     dtype = compute_dtype(v)
     with without_autocast(v):
         return reference(
-            q.to(dtype), k.to(dtype), v.to(dtype), options["n_heads"], options["top_k"], temperature, recency, options["causal"]
+            q.to(dtype),
+            k.to(dtype),
+            v.to(dtype),
+            options["n_heads"],
+            options["top_k"],
+            temperature,
+            recency,
+            options["causal"],
         ).to(v.dtype)
 
 
