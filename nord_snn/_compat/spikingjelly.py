@@ -7,7 +7,7 @@ from spikingjelly.activation_based import base, functional
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
 
-from nord_snn._compat.torch import StatePrecisionMixin, detached_state
+from nord_snn._compat.torch import StatePrecisionMixin, detached_state, in_backward
 
 __all__ = ["StatefulModule", "StatefulNode", "clear_module_cache", "is_release_2", "reset_value"]
 
@@ -47,6 +47,27 @@ class _DirectState(StatePrecisionMixin):
     def set_memories(self, values: dict[str, Any]) -> None:
         """Set memories by name; setting attributes does it one at a time."""
         self._memories.update(values)
+
+    def reset(self) -> None:
+        """Set the state to rest."""
+        super().reset()  # type: ignore[misc]
+        self.__dict__["_reset_in"] = in_backward()
+
+    def check_not_recomputed(self) -> None:
+        """Raise where gradient checkpointing calls the module again: its state is no longer that of the first call.
+
+        A function that resets the module itself, as its first step, can be checkpointed.
+
+        Raises:
+            RuntimeError: the module is called in a backward pass, in which it was not reset.
+        """
+        backward = in_backward()
+        if backward is not None and self.__dict__.get("_reset_in") != backward:
+            raise RuntimeError(
+                f"gradient checkpointing called {type(self).__name__} again in the backward pass, where its state is no longer "
+                "that of the first call, so the gradient would be wrong: checkpoint a function that begins with reset(), or a "
+                "layer that starts from rest (stateless=True), or do not checkpoint it"
+            )
 
     def get_state(self) -> dict[str, Any]:
         """Return the state by name, and the stored membrane potentials."""

@@ -20,8 +20,10 @@ __all__ = [
     "constant_when_compiled",
     "detached_state",
     "dispatch_mode_is_active",
+    "in_backward",
     "initialize_lazy_module",
     "is_view",
+    "kernels_are_opaque",
     "move_state",
     "observe_forward",
     "operators_by_private_name",
@@ -64,6 +66,17 @@ def dispatch_mode_is_active() -> bool:
 def transform_is_active() -> bool:
     """Return whether ``vmap``, ``torch.func`` or forward-mode differentiation is active. There is no public function for it."""
     return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+
+
+def kernels_are_opaque() -> bool:
+    """Return whether a transform or the tracer of TorchScript is active: neither can look into a kernel."""
+    return transform_is_active() or torch._C._get_tracing_state() is not None
+
+
+def in_backward() -> int | None:
+    """Return the number of the backward pass in which this thread is, None outside. There is no public function for it."""
+    number = torch._C._current_graph_task_id()
+    return None if number == -1 else number
 
 
 def without_dispatch_modes() -> AbstractContextManager[Any]:

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nord_snn.neurons import NeuronFactory, fire_from_rest, make_neuron
+from nord_snn.neurons import NeuronFactory, make_neuron
+from nord_snn.neurons.factory import fire_with_membranes
 from nord_snn.ops.checks import check_features, compute_dtype, without_autocast
 
 __all__ = ["MembraneReadout"]
@@ -58,14 +59,12 @@ class MembraneReadout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the readout ``[N, *, D]`` of the current ``x [T, N, *, D]``."""
         check_features(x, self.n_features, type(self).__name__, "[T, N, *, D]")
-        spikes = fire_from_rest(self.lif, x)
-        v_seq = self.lif.v_seq
-        if v_seq is None:
+        spikes, v_seq = fire_with_membranes(self.lif, x)
+        if v_seq is None or (x.requires_grad and spikes.requires_grad and not v_seq.requires_grad):
             raise RuntimeError(
                 "the neurons of MembraneReadout stored no membranes: gradient checkpointing of the neurons alone (memopt) "
                 "loses them; checkpoint the whole MembraneReadout, or nothing of it"
             )
-        self.lif.v_seq = None  # else the graph of the last batch stays in memory
         decay = self.decay_logit.to(compute_dtype(x)).sigmoid()
         steps_left = torch.arange(x.shape[0] - 1, -1, -1, device=x.device)
         weights = (1 - decay) * decay**steps_left  # of the recursion above

@@ -84,9 +84,12 @@ class PlasticPart:
             rows: indices of the rows to change, without duplicates; ``delta`` then has only these rows. None: all rows.
 
         Raises:
-            ValueError: the shape differs, or the sum would not be finite; the weight is unchanged.
+            ValueError: the shape differs, ``rows`` are not different indices, or the sum would not be finite; the weight is
+                unchanged.
         """
         weight = self.weight
+        if rows is not None:
+            rows = _different_rows(rows, weight)
         shape = list(weight.shape) if rows is None else [len(rows), *weight.shape[1:]]
         if not isinstance(delta, Tensor) or list(delta.shape) != shape or not delta.is_floating_point():
             got = f"{list(delta.shape)} of {delta.dtype}" if isinstance(delta, Tensor) else type(delta).__name__
@@ -154,6 +157,22 @@ class PlasticPart:
             return new
         lower, upper = self.bounds
         return torch.minimum(torch.maximum(new, old.clamp(max=lower)), old.clamp(min=upper))
+
+
+def _different_rows(rows: Tensor, weight: Tensor) -> Tensor:
+    """Return the indices of different rows of ``weight``, counted from 0."""
+    n = len(weight)
+    rows = torch.as_tensor(rows, device=weight.device)
+    if rows.ndim != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
+        raise ValueError(f"rows must be integers [K], got {list(rows.shape)} of {rows.dtype}")
+    if len(rows) and not bool(((rows >= -n) & (rows < n)).all()):
+        raise ValueError(
+            f"rows must be indices of the {n} rows of the weight, got {int(rows.min())} to {int(rows.max())}"
+        )
+    rows = rows.long() % n
+    if len(rows.unique()) != len(rows):
+        raise ValueError("rows must be different: of two changes of one row, only one would remain")
+    return rows
 
 
 def _run_uninterrupted(*writes: Callable[[], object]) -> None:

@@ -19,17 +19,27 @@ from nord_snn.neurons.state import state_tensor
 from nord_snn.neurons.strict import firing_above
 from nord_snn.ops import AssociativeLIFState, BackendChoice, Dynamics, OpCost
 from nord_snn.ops.cascade import check_clusters
-from nord_snn.ops.checks import check_features, compute_dtype
+from nord_snn.ops.checks import check_features, check_refractory_steps, compute_dtype
 from nord_snn.ops.dispatch import BACKENDS
 from nord_snn.ops.lif.cost import associative_update_cost, lif_update_cost
 from nord_snn.ops.lif.op import Options, associative_lif_backend, associative_lif_of_rank
 from nord_snn.ops.lif.reference import PUBLISHED, map_state
 from nord_snn.ops.surrogate import SurrogateLike, resolve_surrogate
 
-__all__ = ["AssociativeLIFNode"]
+__all__ = ["AssociativeLIFNode", "Membranes"]
 
 #: Parameters that a node learns, besides those of the cascade.
 LEARNABLE = ("threshold", "beta_mem", "beta_syn")
+
+
+class Membranes:
+    """Receive the membrane potentials of one call, ``[T, N, *, D]`` in ``v_seq``: nothing is written to the module."""
+
+    __slots__ = ("v_seq",)
+
+    def __init__(self) -> None:
+        self.v_seq: Tensor | None = None
+
 
 _States = tuple[object, ...]
 _Tensors = tuple[Tensor, ...]
@@ -218,8 +228,7 @@ class AssociativeLIFNode(StatefulNode):
             constants["v_reset"], constants["refractory_steps"], constants["n_clusters"]
         )  # fmt: skip
         resolve_surrogate(surrogate, alpha)
-        if refractory_steps < 0:
-            raise ValueError(f"refractory_steps must be 0 or more, got {refractory_steps}")
+        check_refractory_steps(refractory_steps)
         if v_reset is None and (refractory_steps == 0 and not dynamics.hard_reset):
             pass
         elif not isinstance(v_reset, int | float) or math.isnan(v_reset):
@@ -338,6 +347,7 @@ class AssociativeLIFNode(StatefulNode):
         stateless: bool = False,
         state: AssociativeLIFState | None = None,
         new_states: list[AssociativeLIFState] | None = None,
+        membranes: Membranes | None = None,
     ) -> Tensor:
         """Return the spikes for input current ``x``.
 
@@ -348,6 +358,7 @@ class AssociativeLIFNode(StatefulNode):
                 state, the other two parts may be None.
             new_states: a list to which the state after ``x`` is appended; the stored state is neither read nor changed. The
                 caller marks the start of each sequence with :meth:`start_sequence`.
+            membranes: receives the membrane potentials of this call, in place of ``v_seq``.
 
         Returns:
             Zeros and ones in the shape and dtype of ``x``.
@@ -361,19 +372,24 @@ class AssociativeLIFNode(StatefulNode):
             raise TypeError("pass stateless or new_states, not both: without state, new_states starts from rest")
         multi, passed = self.step_mode == "m", new_states is not None
         self.check_input(x, self.step_mode)
+        if not (stateless or passed) and not torch.compiler.is_compiling():
+            self.check_not_recomputed()
         if passed:
             initial = None if state is None else self._state_tensors(x, state)
         else:
             initial = None if stateless else self._stored_state(x)
         membrane_only = self.is_membrane_only and (not passed if initial is None else initial.i_syn is None)
-        spikes, v_seq, last = self._run(x, initial, self.store_v_seq, membrane_only, single_step=not multi)
+        keep_v = self.store_v_seq or membranes is not None
+        spikes, v_seq, last = self._run(x, initial, keep_v, membrane_only, single_step=not multi)
         if new_states is not None:
             new_states.append(last)
         elif not stateless:
             self.set_memories({"v": last.v} if membrane_only else last._asdict())
         if not torch.compiler.is_compiling() and self.first_batches.batches_left and self.training:
             self._count(spikes, stateless)
-        if v_seq is not None:
+        if membranes is not None:
+            membranes.v_seq = v_seq
+        elif v_seq is not None:
             self._keep_v_seq(v_seq if multi else v_seq.unsqueeze(0), is_continued=passed or not (multi or stateless))
         return spikes
 
@@ -525,9 +541,9 @@ class AssociativeLIFNode(StatefulNode):
         v_reset = 0.0 if self.v_reset is None else self.v_reset
         options = Options(v_reset, self.refractory_steps, surrogate, alpha, self.dynamics, membrane_only, return_v_seq)
         threshold = firing_above(self.v_threshold, compute_dtype(x)) if self.strict else self.v_threshold
-        beta_syn, cascade, weight, gain = self.beta_syn_logit, self.cascade, None, None
-        if cascade is not None:  # cast before the sigmoid: float16 and bfloat16 would round it
-            weight, gain = cascade.weight.to(compute_dtype(x)).sigmoid(), cascade.gain
+        beta_syn, weight, gain = self.beta_syn_logit, None, None
+        if self.cascade is not None:
+            weight, gain = self.cascade(None, compute_dtype(x))
         return associative_lif_of_rank(
             self._input_current(x, dim), states, dim, single_step, options, self.backend, threshold, self.beta_mem_logit,
             0.0 if beta_syn is None else beta_syn, weight, gain, logits=True,

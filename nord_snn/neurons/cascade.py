@@ -59,8 +59,14 @@ class AssociativeCascade(nn.Module):
         self.weight.copy_(ring_weight(self.n_clusters, self.radius))
         nn.init.constant_(self.gain, self._initial_gain)
 
-    def forward(self, spikes: Tensor) -> Tensor:
-        """Return the current that ``spikes [*, D]`` cause."""
+    def forward(self, spikes: Tensor | None, dtype: torch.dtype | None = None) -> Any:
+        """Return the current that ``spikes [*, D]`` cause; for None, weight and gain as the op takes them.
+
+        Neurons call the cascade for its parameters instead of reading them, so that hooks of a call, such as those that load
+        offloaded parameters, work. The weight is cast to ``dtype`` before the sigmoid: half precision would round it.
+        """
+        if spikes is None:
+            return self.weight.to(dtype).sigmoid(), self.gain
         check_features(spikes, self.n_features, type(self).__name__, "[*, D]")
         return associative_cascade(spikes, self.weight.sigmoid(), self.gain)
 

@@ -19,17 +19,21 @@ A module may define two optional attributes:
     them as products.
 """
 
+import os
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
+import torch
 from spikingjelly.activation_based import base, functional
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
 
 from nord_snn._compat.spikingjelly import reset_value
-from nord_snn.neurons.associative_lif import AssociativeLIFNode
+from nord_snn.neurons.associative_lif import AssociativeLIFNode, Membranes
 
-__all__ = ["NeuronFactory", "fire_from_rest", "make_neuron", "multi_step_mode"]
+__all__ = ["NeuronFactory", "fire_from_rest", "fire_with_membranes", "make_neuron", "multi_step_mode"]
 
 NeuronFactory = Callable[[int], nn.Module]
 
@@ -71,9 +75,46 @@ def fire_from_rest(neuron: nn.Module, x_seq: Tensor) -> Tensor:
 
     The module runs through ``__call__``, so that hooks and monitors work. The stored state of the module and its children is
     restored afterwards. Modules that are neither nord-snn's nor SpikingJelly's are called as they are.
+
+    It may be called from several threads. Neurons other than ``AssociativeLIFNode`` in step mode ``"m"`` work with attributes
+    of their own, so they run in one thread at a time, and under torch.compile they must be called from one thread.
     """
-    with multi_step_mode(neuron):
+    if isinstance(neuron, AssociativeLIFNode) and neuron.step_mode == "m":
+        return neuron(x_seq, stateless=True)
+    with _one_at_a_time(), multi_step_mode(neuron):
         return _from_rest(neuron, x_seq)
+
+
+def fire_with_membranes(neuron: nn.Module, x_seq: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the spikes as :func:`fire_from_rest`, and the membrane potentials, None where the module stored none."""
+    ours = isinstance(neuron, AssociativeLIFNode) and type(neuron).forward is AssociativeLIFNode.forward
+    if ours and neuron.step_mode == "m":
+        membranes = Membranes()
+        return neuron(x_seq, stateless=True, membranes=membranes), membranes.v_seq
+    neurons: Any = neuron
+    with _one_at_a_time(), multi_step_mode(neuron):
+        spikes = _from_rest(neuron, x_seq)
+        v_seq = neurons.v_seq
+        neurons.v_seq = None  # else the graph of the last batch stays in memory
+    return spikes, v_seq
+
+
+_lock = threading.RLock()
+
+
+def _new_lock() -> None:
+    """Replace the lock in a forked process: another thread of the parent may have had it."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)
+
+
+def _one_at_a_time() -> AbstractContextManager[Any]:
+    """Return a context for one thread at a time; compiled code cannot have one."""
+    return nullcontext() if torch.compiler.is_compiling() else _lock
 
 
 @contextmanager

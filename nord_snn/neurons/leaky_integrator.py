@@ -150,6 +150,8 @@ class LeakyIntegrator(StatefulModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the membrane potentials for input current ``x``, in its shape and dtype."""
+        if not torch.compiler.is_compiling():
+            self.check_not_recomputed()
         run = self.multi_step_functional_forward if self.step_mode == "m" else self.single_step_functional_forward
         (potentials,), (v, i_syn) = run((x,), self.get_memories("v", "i_syn"))
         self.set_memories({"v": v, "i_syn": i_syn})

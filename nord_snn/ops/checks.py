@@ -1,6 +1,7 @@
 """Argument checks that ops and layers share, so that the same mistake always gives the same message."""
 
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ __all__ = [
     "check_features",
     "check_heads",
     "check_numbers",
+    "check_refractory_steps",
     "check_scalar",
     "check_time_constants",
     "compute_dtype",
@@ -94,6 +96,12 @@ def check_numbers(**constants: float) -> None:
     for name, value in constants.items():
         if not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def check_refractory_steps(steps: int) -> None:
+    """Raise a ValueError unless a refractory period is a whole number that float32 counts exactly, up to 2^24."""
+    if not isinstance(steps, Integral) or isinstance(steps, bool) or not 0 <= steps <= 2**24:
+        raise ValueError(f"refractory_steps must be 0 or more, a whole number up to 2^24, got {steps!r}")
 
 
 def check_bounds(bounds: tuple[float, float]) -> None:

@@ -8,6 +8,9 @@ error with the reason.
 The environment variable ``NORD_SNN_BACKEND`` replaces ``"auto"``; it is read whenever a backend is chosen.
 ``NORD_SNN_BACKEND=torch`` runs everything in plain PyTorch. Code compiled by torch.compile keeps the backend that was
 chosen during tracing.
+
+Transforms of torch.func, forward-mode derivatives and the tracer of TorchScript, which exports to ONNX, cannot look into a
+kernel: ``"auto"`` takes ``"torch"`` there.
 """
 
 import functools
@@ -21,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nord_snn._compat.torch import constant_when_compiled
+from nord_snn._compat.torch import constant_when_compiled, kernels_are_opaque
 
 __all__ = [
     "BACKENDS",
@@ -145,6 +148,8 @@ def backend_selector(op: str, implementations: Mapping[str, Backend]) -> Callabl
 
     @constant_when_compiled
     def select(requested: str, *call: Any) -> str:
+        if requested == "auto" and kernels_are_opaque() and _default_backend() == "auto":
+            return "torch"
         key = (op, requested, _default_backend(), has_triton and _triton_interprets(), call)
         if key not in _choice_cache:
             _choice_cache[key] = choose_backend(op, implementations, requested, CallSignature(*call)).name
@@ -218,7 +223,10 @@ def _accepts(name: str, load: Callable[[], ModuleType], call: CallSignature) -> 
 @functools.cache
 def _numba_available() -> Support:
     """Return whether Numba is installed and can be imported."""
-    return _import_support("numba", "Numba", "pip install 'nord-snn[cpu]'")
+    support = _import_support("numba", "Numba", "pip install 'nord-snn[cpu]'")
+    if support.runs and importlib.import_module("numba").config.DISABLE_JIT:
+        return Support(False, "NUMBA_DISABLE_JIT switches Numba's compiler off")
+    return support
 
 
 @functools.cache

@@ -1,15 +1,22 @@
 """Register kernels as ``torch.library`` ops, for torch.compile, dispatch modes and tensor subclasses."""
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nord_snn._compat.torch import dispatch_mode_is_active, transform_is_active
+from nord_snn._compat.torch import dispatch_mode_is_active, kernels_are_opaque
 
 __all__ = ["Kernel", "register_op", "register_op_without_gradient"]
+
+
+_OPAQUE = (
+    "{}: torch.func, forward-mode derivatives, torch.jit.trace and ONNX export by tracing cannot look into a kernel: pass "
+    "backend='torch'"
+)
 
 
 class Kernel(NamedTuple):
@@ -36,6 +43,8 @@ def register_op(
     save: Callable[..., None],
     gradients: Callable[..., Any],
     second_derivative: str,
+    differentiable: Callable[..., Any] | None = None,
+    check: Callable[..., None] | None = None,
 ) -> Callable[..., Any]:
     """Register ``nord_snn::name`` and ``nord_snn::name_backward``; return the function to call.
 
@@ -49,12 +58,21 @@ def register_op(
         save: ``(ctx, tensors, options, output)``; saves in ``ctx`` what ``gradients`` needs.
         gradients: ``(ctx, *grads, run)``; calls the backward pass ``run`` and returns the gradients of all tensors.
         second_derivative: end of the error message, which names the alternative that has a second derivative.
+        differentiable: ``(tensors, options)`` -> the first output, in plain PyTorch. Where a graph of the backward pass is
+            created, the gradients are computed by it, and have derivatives. Default: None, a second derivative raises.
+        check: function of the arguments of the forward pass that raises unless a kernel can take them. The registered op calls
+            it: anyone may call ``torch.ops.nord_snn.name``, past the checks of the public function. Default: None, no check.
     """
-    op = torch.library.custom_op(f"nord_snn::{name}", forward.run, mutates_args=())
+    run = forward.run if check is None else _checked(forward.run, check)
+    op = torch.library.custom_op(f"nord_snn::{name}", run, mutates_args=())
     op.register_fake(forward.fake)
     backward_op = torch.library.custom_op(f"nord_snn::{name}_backward", backward.run, mutates_args=())
     backward_op.register_fake(backward.fake)
-    gradients = _explain_freed_graph(_refuse_second_derivative(gradients, name, second_derivative))
+    positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    n_tensors = sum(p.kind == positional for p in inspect.signature(forward.run).parameters.values())
+    gradients = _explain_freed_graph(
+        _with_second_derivative(gradients, name, second_derivative, differentiable, n_tensors)
+    )
 
     def setup_context(ctx: Any, inputs: Any, keyword_only_inputs: dict[str, Any], output: Any) -> None:
         save(ctx, inputs, keyword_only_inputs, output)
@@ -78,6 +96,8 @@ def register_op(
     function: Any = type(f"nord_snn_{name}", (torch.autograd.Function,), methods)  # name shown by profilers
 
     def direct(*tensors: Any, **options: Any) -> Any:
+        if kernels_are_opaque():
+            raise RuntimeError(_OPAQUE.format(name))
         if _has_no_derivative(tensors):  # ``apply`` costs more than a small kernel
             return forward_direct(*tensors, **options)
         return function.apply(*tensors, options)
@@ -89,7 +109,22 @@ def register_op_without_gradient(name: str, kernel: Kernel) -> Callable[..., Any
     """Register ``nord_snn::name``; return the function to call, as :func:`register_op` does."""
     op = torch.library.custom_op(f"nord_snn::{name}", kernel.run, mutates_args=())
     op.register_fake(kernel.fake)
-    return _use_dispatcher_if_needed(op, kernel.direct or kernel.run)
+
+    def direct(*tensors: Any, **options: Any) -> Any:
+        if kernels_are_opaque():
+            raise RuntimeError(_OPAQUE.format(name))
+        return (kernel.direct or kernel.run)(*tensors, **options)
+
+    return _use_dispatcher_if_needed(op, direct)
+
+
+def _checked(run: Callable[..., Any], check: Callable[..., None]) -> Callable[..., Any]:
+    @functools.wraps(run)
+    def checked(*tensors: Any, **options: Any) -> Any:
+        check(*tensors, **options)
+        return run(*tensors, **options)
+
+    return checked
 
 
 def _use_dispatcher_if_needed(op: Callable[..., Any], direct: Callable[..., Any]) -> Callable[..., Any]:
@@ -102,9 +137,7 @@ def _use_dispatcher_if_needed(op: Callable[..., Any], direct: Callable[..., Any]
 
 
 def _has_no_derivative(tensors: Iterable[Any]) -> bool:
-    """Return whether autograd has nothing to record, and no other derivative or ``vmap`` is active."""
-    if transform_is_active():
-        return False
+    """Return whether autograd has nothing to record."""
     return not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
 
 
@@ -135,14 +168,18 @@ def _explain_freed_graph(gradients: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _refuse_second_derivative(gradients: Callable[..., Any], name: str, remedy: str) -> Callable[..., Any]:
-    """Make a second derivative raise an error: autograd would treat the output of a kernel as a constant."""
+def _with_second_derivative(
+    gradients: Callable[..., Any], name: str, remedy: str, differentiable: Callable[..., Any] | None, n_tensors: int
+) -> Callable[..., Any]:
+    """Compute a second derivative, or make it raise: autograd would treat the output of a kernel as a constant."""
     message = f"the kernels of {name} have no second derivative: {remedy}"
 
     @functools.wraps(gradients)
     def wrapped(ctx: Any, *grads: Any, run: Any) -> Any:
         if not torch.is_grad_enabled():
             return gradients(ctx, *grads, run=run)
+        if differentiable is not None and grads[0] is not None:
+            return _gradients_with_graph(differentiable, n_tensors, ctx, grads[0])
         unpacked_ctx = _Unpacked(ctx)
         with torch.no_grad():
             results = gradients(unpacked_ctx, *grads, run=run)
@@ -150,6 +187,18 @@ def _refuse_second_derivative(gradients: Callable[..., Any], name: str, remedy: 
         return tuple(None if x is None else _Refusal.apply(message, x, *sources) for x in results)
 
     return wrapped
+
+
+def _gradients_with_graph(
+    differentiable: Callable[..., Any], n: int, ctx: Any, grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the n tensors of a call, themselves with derivatives."""
+    # Views: a tensor may depend on another, through which no gradient of this op flows.
+    tensors: list[Any] = [x if x is None else x.view_as(x) for x in ctx.saved_tensors[:n]]
+    needed = [x for x, need in zip(tensors, ctx.needs_input_grad[:n], strict=True) if need]
+    output = differentiable(tensors, ctx.options)
+    found = iter(torch.autograd.grad(output, needed, grad, create_graph=True, allow_unused=True))
+    return tuple(next(found) if need else None for need in ctx.needs_input_grad[:n])
 
 
 class _Unpacked:

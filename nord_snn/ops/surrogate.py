@@ -52,16 +52,27 @@ SurrogateLike = str | Callable[[Tensor], Tensor]
 
 
 class _Spike(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, derivative: Callable[[Tensor, float], Tensor], alpha: float) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.derivative, ctx.alpha = derivative, alpha
+    def forward(x: Tensor, derivative: Callable[[Tensor, float], Tensor], alpha: float) -> Tensor:
         return (x >= 0).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.derivative, ctx.alpha = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         return grad_outputs[0] * ctx.derivative(x, ctx.alpha), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return tangents[0] * ctx.derivative(x, ctx.alpha)
 
 
 def spike(x: Tensor, surrogate: SurrogateLike = "nord_atan", alpha: float = 4.0) -> Tensor:

@@ -468,7 +468,7 @@ def second_derivative(op: str, backend: str, device: str) -> None:
         penalty = sum(x.square().sum() for x in first if x.requires_grad)
         return torch.autograd.grad(penalty, leaves, materialize_grads=True, allow_unused=True)
 
-    if (op, backend) in PLAIN:
+    if (op, backend) in PLAIN or op in ("resonance", "leaky_clamp"):
         for mine, theirs in zip(twice(lambda given: case.call(given, backend)), twice(case.reference), strict=True):
             assert relative_error(mine, theirs) < 1e-4
         return

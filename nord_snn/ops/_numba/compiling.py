@@ -7,8 +7,9 @@ from typing import Any
 
 from nord_snn._compat import numba as compat
 from nord_snn._compat.numba import cached_njit
+from nord_snn.ops._numba.threads import run_shares
 
-__all__ = ["kernel", "parallel_kernel"]
+__all__ = ["chunks_of", "kernel", "parallel_kernel"]
 
 
 def _digest() -> str:
@@ -26,5 +27,14 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 
 def parallel_kernel(function: Callable[..., Any]) -> Any:
-    """Compile a function whose ``prange`` loops use several threads."""
-    return cached_njit(function, _STAMP, nogil=True, error_model="numpy", parallel=True)
+    """Compile a function of a share of the work and arguments; return a function of the arguments that runs it on threads.
+
+    See :func:`nord_snn.ops._numba.threads.run_shares`; :func:`chunks_of` returns the chunks of a share.
+    """
+    return run_shares(kernel(function))
+
+
+@kernel
+def chunks_of(share, chunks):
+    """Return the range of the chunks that belong to a share."""
+    return range(share[0] * chunks // share[1], min(share[0] + 1, share[1]) * chunks // share[1])

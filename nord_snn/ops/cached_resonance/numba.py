@@ -4,10 +4,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import prange
 from torch import Tensor
 
-from nord_snn.ops._numba.compiling import kernel, parallel_kernel
+from nord_snn.ops._numba.compiling import chunks_of, kernel, parallel_kernel
 from nord_snn.ops._numba.scores import pack, penalize, select_best, softmax, weighted_values
 from nord_snn.ops._numba.simd import (
     WIDTH,
@@ -133,10 +132,10 @@ def _scratch_of_chunk(c, sizes, scratch, like):
 
 
 @parallel_kernel
-def _forward(sizes, inputs, temperature, int_max, scratch, context):
+def _forward(share, sizes, inputs, temperature, int_max, scratch, context):
     """Run chunks of heads in parallel; sizes, inputs and scratch are the tuples of the classes above."""
     chunks, heads = sizes[0], sizes[2] * sizes[6]
-    for c in prange(chunks):
+    for c in chunks_of(share, chunks):
         sizes_ = _Sizes(*sizes)
         _forward_heads(
             c * heads // chunks, (c + 1) * heads // chunks, sizes_, _Inputs(*inputs), temperature, int_max,

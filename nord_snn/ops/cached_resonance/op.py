@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nord_snn._compat.torch import kernels_are_opaque
 from nord_snn.ops.cached_resonance.cost import resonance_cached_cost
 from nord_snn.ops.cached_resonance.packing import BITS, STEP, WORD, check_spikes
 from nord_snn.ops.checks import check_heads, check_scalar, compute_dtype, without_autocast
@@ -89,7 +90,8 @@ def resonance_cached(
         temperature = temperature.to(dtype).view(())
     else:
         temperature = torch.full((), temperature, dtype=dtype, device=values.device)
-    return _run(q, keys, values, top_k, temperature, recency, lengths, window, name)
+    run = _forward if name == "torch" and kernels_are_opaque() else _run
+    return run(q, keys, values, top_k, temperature, recency, lengths, window, name)
 
 
 def _forward(

@@ -3,10 +3,9 @@
 from typing import Any, NamedTuple
 
 import torch
-from numba import prange
 from torch import Tensor
 
-from nord_snn.ops._numba.compiling import kernel, parallel_kernel
+from nord_snn.ops._numba.compiling import chunks_of, kernel, parallel_kernel
 from nord_snn.ops._numba.simd import (
     WIDTH,
     advance,
@@ -97,17 +96,17 @@ def _backward_rows(first, last, D, grad, inputs, grad_x, grad_branch, sums, has_
 
 
 @parallel_kernel
-def _forward(like, chunks, N, D, inputs, y):
+def _forward(share, like, chunks, N, D, inputs, y):
     has_branch = inputs[1] != 0
-    for c in prange(chunks):
+    for c in chunks_of(share, chunks):
         first, last = c * N // chunks, (c + 1) * N // chunks
         _forward_rows(first, last, D, _pointers(inputs, like), as_pointer(y, like), has_branch)
 
 
 @parallel_kernel
-def _backward(like, chunks, N, D, grad, inputs, grad_x, grad_branch, sums):
+def _backward(share, like, chunks, N, D, grad, inputs, grad_x, grad_branch, sums):
     has_branch, chunk_size = inputs[1] != 0, 3 * -(-D // WIDTH) * WIDTH
-    for c in prange(chunks):
+    for c in chunks_of(share, chunks):
         _backward_rows(
             c * N // chunks, (c + 1) * N // chunks, D, as_pointer(grad, like), _pointers(inputs, like),
             as_pointer(grad_x, like), as_pointer(grad_branch, like), advance(as_pointer(sums, like), c * chunk_size),

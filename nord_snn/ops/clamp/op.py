@@ -40,8 +40,8 @@ def leaky_clamp(
         gain: ``[D]``; required with ``branch``, None without.
         leak: slope for negative z, ``[D]``.
         floor: lower bound for negative z, ``[D]``.
-        backend: ``"auto"``, ``"torch"`` or ``"numba"``; see :mod:`nord_snn.ops.dispatch`. The kernel has
-            a first derivative only; a second derivative needs ``"torch"`` and raises an error elsewhere.
+        backend: ``"auto"``, ``"torch"`` or ``"numba"``; see :mod:`nord_snn.ops.dispatch`. Second
+            derivatives are computed in plain PyTorch on every backend.
 
     Returns:
         ``[*, D]``.
@@ -126,6 +126,13 @@ def _gradients(ctx: Any, grad: Tensor, run: Any) -> tuple[Tensor | None, ...]:
     return x, *residual_grads, leak, floor
 
 
+def _differentiable(tensors: Sequence[Any], options: dict[str, Any]) -> Tensor:
+    x, branch, gain, leak, floor = tensors
+    dtype = compute_dtype(x)
+    branch = None if branch is None else branch.to(dtype)
+    return reference(x.to(dtype), branch, gain, leak, floor).to(x.dtype)
+
+
 _run = register_op(
     "leaky_clamp",
     Kernel(_forward, _forward_fake),
@@ -133,5 +140,6 @@ _run = register_op(
     _save,
     _gradients,
     second_derivative="backend='torch' has one",
+    differentiable=_differentiable,
 )
 register_cost("leaky_clamp", leaky_clamp_cost)

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import prange
 from torch import Tensor
 
-from nord_snn.ops._numba.compiling import kernel, parallel_kernel
+from nord_snn.ops._numba.compiling import chunks_of, kernel, parallel_kernel
 from nord_snn.ops._numba.simd import (
     WIDTH,
     advance,
@@ -739,10 +738,10 @@ def _add_chunks(sizes, shared, inputs, results):
 
 
 @parallel_kernel
-def _forward(sizes, inputs, outputs, keep_v, constants, modes, scratch, scratch_size):
+def _forward(share, sizes, inputs, outputs, keep_v, constants, modes, scratch, scratch_size):
     """Run chunks of blocks in parallel; the tuples are those of the classes above."""
     chunks, blocks = sizes[0], sizes[1]
-    for c in prange(chunks):
+    for c in chunks_of(share, chunks):
         numbers = _with_decays(_Constants(*constants), _Sizes(*sizes), _Inputs(*inputs))
         scratch_of_chunk = advance(as_pointer(scratch, numbers.v_reset), c * scratch_size)
         _clear(scratch_of_chunk, scratch_size)
@@ -754,14 +753,14 @@ def _forward(sizes, inputs, outputs, keep_v, constants, modes, scratch, scratch_
 
 @parallel_kernel
 def _backward(
+    share,
     sizes,
     grads,
     inputs,
     constants,
     modes,
     surrogate,
-    record,
-    refractory_masks,
+    recorded,
     scratch,
     scratch_size,
     of_inputs,
@@ -769,9 +768,10 @@ def _backward(
 ):
     """Run chunks of blocks in parallel; the tuples are those of the classes above."""
     chunks, blocks, _, tiles, T, _, D, _, n_decays, clusters, width, record_of_tile = sizes
+    record, refractory_masks = recorded
     record_size, masks_size = T * tiles * record_of_tile, T * tiles * _MASKS
     shared_size = D + 2 * n_decays + clusters * width
-    for c in prange(chunks):
+    for c in chunks_of(share, chunks):
         grad_x, grad_v, grad_i, shared = of_inputs
         numbers = _with_decays(_Constants(*constants), _Sizes(*sizes), _Inputs(*inputs))
         like = numbers.v_reset
@@ -788,7 +788,7 @@ def _backward(
             scratch_of_chunk,
             _Gradients(grad_x, grad_v, grad_i, shared + 8 * c * shared_size),
         )  # fmt: skip
-    if of_parameters[0] != 0:
+    if share[2] == 1 and of_parameters[0] != 0:
         sums = as_pointer(of_inputs[3], np.float64(0))
         _add_chunks(_Sizes(*sizes), sums, _Inputs(*inputs), _ParameterGradients(*of_parameters))
 
@@ -932,8 +932,7 @@ def backward(
             _constants(arguments.v_reset, arguments.refractory_steps, arguments.dynamics, dtype),
             _modes(arguments.dynamics, n_decays > 1),
             (SURROGATE_IDS[surrogate], NUMPY_TYPES[dtype](alpha)),
-            record,
-            masks,
+            (record, masks),
             scratch,
             scratch_size,
             (*addresses((grad_x, grad_v, grad_i)), sums),

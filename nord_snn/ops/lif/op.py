@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nord_snn.ops.cascade import check_cascade
-from nord_snn.ops.checks import check_channels, check_features, compute_dtype, without_autocast
+from nord_snn.ops.checks import check_channels, check_features, check_refractory_steps, compute_dtype, without_autocast
 from nord_snn.ops.costs import register_cost
 from nord_snn.ops.dispatch import BackendChoice, CallSignature, backend_selector, choose_backend, register_backends
 from nord_snn.ops.lif.cost import associative_lif_cost
@@ -376,8 +376,7 @@ def _check(
         check_channels(x_seq, n_features, "associative_lif")
     else:
         check_features(x_seq, n_features, "associative_lif", "[T, N, D]")
-    if refractory_steps < 0:
-        raise ValueError(f"refractory_steps must be 0 or more, got {refractory_steps}")
+    check_refractory_steps(refractory_steps)
     if (cascade_weight is None) != (cascade_gain is None):
         raise ValueError("pass both cascade_weight and cascade_gain, or neither for no cascade")
     if cascade_weight is not None and cascade_gain is not None:
@@ -632,6 +631,44 @@ def _backward_fake(
     return x.new_empty(x.shape), grad_v, grad_i, of_threshold, of_mem, of_syn, of_weight, of_gain
 
 
+def _check_registered(
+    x: Tensor,
+    v: Tensor | None,
+    i_syn: Tensor | None,
+    refractory: Tensor | None,
+    threshold: Tensor,
+    beta_mem: Tensor | None,
+    beta_syn: Tensor | None,
+    weight: Tensor | None,
+    gain: Tensor | None,
+    *,
+    membrane_only: bool,
+    shape: Sequence[int],
+    step: Sequence[int],
+    **options: Any,
+) -> None:
+    """Raise a ValueError unless the arguments of the registered op fit each other."""
+    wanted = (v is not None, v is not None and not membrane_only, v is not None and not membrane_only)
+    if wanted != tuple(part is not None for part in (v, i_syn, refractory)):
+        raise ValueError(
+            "v, i_syn and refractory must all be given or all None; with membrane_only the last two are None"
+        )
+    if len(shape) not in (3, 4) or math.prod(shape) != x.numel() or math.prod(shape[1:]) != math.prod(step):
+        raise ValueError(f"shape must be [T, N, D] or [T, N, D, M] of x {list(x.shape)}, and step that of a time step")
+    D = shape[2]
+    decays = [beta for beta in (beta_mem, beta_syn) if beta is not None]
+    fits = threshold.shape == (D,) and all(beta.shape in ((1,), (D,)) for beta in decays)
+    fits = fits and all(beta.shape == decays[0].shape for beta in decays)
+    if not fits or not all(part is None or list(part.shape) == list(step) for part in (v, i_syn, refractory)):
+        raise ValueError(
+            f"threshold must be [D] = [{D}], decays both [1] or [D], and each part of the state {list(step)}"
+        )
+    if (weight is None) != (gain is None):
+        raise ValueError("pass both weight and gain of the cascade, or neither")
+    if weight is not None and gain is not None:
+        check_cascade(D, weight, gain)
+
+
 def _save(ctx: Any, tensors: Sequence[Tensor | None], options: dict[str, Any], output: Any) -> None:
     ctx.save_for_backward(*tensors)
     ctx.options = options
@@ -679,5 +716,6 @@ _run = register_op(
     _save,
     _gradients,
     second_derivative="backend='torch' has one",
+    check=_check_registered,
 )
 register_cost("associative_lif", associative_lif_cost)

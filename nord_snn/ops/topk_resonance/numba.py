@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import prange
 from torch import Tensor
 
-from nord_snn.ops._numba.compiling import kernel, parallel_kernel
+from nord_snn.ops._numba.compiling import chunks_of, kernel, parallel_kernel
 from nord_snn.ops._numba.scores import pack, penalize, select_best, softmax, weighted_values
 from nord_snn.ops._numba.simd import (
     WIDTH,
@@ -419,10 +418,10 @@ def _lists_of_chunk(c, size, saved, lists, like):
 
 
 @parallel_kernel
-def _forward(sizes, inputs, constants, scratch, lists, save_lists, context):
+def _forward(share, sizes, inputs, constants, scratch, lists, save_lists, context):
     """Run chunks of heads in parallel; the first five are the tuples of the classes above."""
     chunks, heads = sizes[0], sizes[2] * sizes[6]
-    for c in prange(chunks):
+    for c in chunks_of(share, chunks):
         sizes_, constants_ = _Sizes(*sizes), _Constants(*constants)
         like = constants_.temperature
         _forward_heads(
@@ -433,10 +432,12 @@ def _forward(sizes, inputs, constants, scratch, lists, save_lists, context):
 
 
 @parallel_kernel
-def _backward(sizes, grad, inputs, constants, scratch, lists, has_saved_lists, groups, results, needs_spike_grad):
+def _backward(
+    share, sizes, grad, inputs, constants, scratch, lists, has_saved_lists, groups, results, needs_spike_grad
+):
     """Run chunks of heads in parallel; arguments as in ``_forward``."""
     chunks, heads = sizes[0], sizes[2] * sizes[6]
-    for c in prange(chunks):
+    for c in chunks_of(share, chunks):
         sizes_, constants_ = _Sizes(*sizes), _Constants(*constants)
         like = constants_.temperature
         _backward_heads(

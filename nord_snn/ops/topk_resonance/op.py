@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nord_snn._compat.torch import kernels_are_opaque
 from nord_snn.ops.checks import check_heads, check_scalar, compute_dtype, without_autocast
 from nord_snn.ops.costs import register_cost
 from nord_snn.ops.dispatch import CallSignature, backend_selector, register_backends
 from nord_snn.ops.registration import Kernel, register_op
 from nord_snn.ops.topk_resonance.cost import resonance_cost
+from nord_snn.ops.topk_resonance.reference import reference
 from nord_snn.ops.topk_resonance.support import Arguments
 
 __all__ = ["IMPLEMENTATIONS", "resonance"]
@@ -43,8 +45,8 @@ def resonance(
     fewest coincidences are best. Sums are float32 (float64 for float64 values), also under autocast, so counts are
     exact; the context is rounded once to the dtype of ``v``.
 
-    Peak memory grows linearly with S, forward and backward. There is a first derivative only: a second derivative
-    raises an error; ``reference.py`` of this folder has one.
+    Peak memory grows linearly with S, forward and backward. Second derivatives are computed with
+    memory quadratic in S, in plain PyTorch on every backend.
 
     Args:
         q: query spikes ``[T, B, S, D]``, floating (with gradient) or bool.
@@ -85,6 +87,8 @@ def resonance(
     inputs = (q, k, v, temperature, recency)
     save_weights = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     name = _choose(backend, CallSignature(v.device.type, v.dtype, v.shape[-1]))
+    if name == "torch" and kernels_are_opaque():  # blocks write in place
+        return _differentiable(inputs, {"n_heads": n_heads, "top_k": top_k, "causal": causal})
     context, *_ = _run(*inputs, n_heads=n_heads, top_k=top_k, causal=causal, save_weights=save_weights, backend=name)
     return context
 
@@ -204,6 +208,22 @@ def _gradients(ctx: Any, grad: Tensor | None, *_: None, run: Any) -> tuple[Tenso
     return tuple(gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
 
 
+def _differentiable(tensors: Sequence[Any], options: dict[str, Any]) -> Tensor:
+    q, k, v, temperature, recency = tensors
+    dtype = compute_dtype(v)
+    with without_autocast(v):
+        return reference(
+            q.to(dtype),
+            k.to(dtype),
+            v.to(dtype),
+            options["n_heads"],
+            options["top_k"],
+            temperature,
+            recency,
+            options["causal"],
+        ).to(v.dtype)
+
+
 _run = register_op(
     "resonance",
     Kernel(_forward, _forward_fake),
@@ -211,5 +231,6 @@ _run = register_op(
     _save,
     _gradients,
     second_derivative="nord_snn/ops/topk_resonance/reference.py has one",
+    differentiable=_differentiable,
 )
 register_cost("resonance", resonance_cost)

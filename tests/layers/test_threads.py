@@ -1,0 +1,47 @@
+"""Layers are called from several threads: no result belongs to another call."""
+
+import threading
+
+import pytest
+import torch
+from spikingjelly.activation_based.neuron import LIFNode
+
+from nord_snn.layers import CoFiringResonance, MembraneReadout, NordBlock, SpikeFedResonance, SpikingFeedForward
+from nord_snn.neurons import AssociativeLIFNode, DenseActivation
+
+NEURONS = {
+    "ours": lambda n: AssociativeLIFNode(n, n_clusters=4),
+    "SpikingJelly": lambda n: LIFNode(),
+    "dense": DenseActivation,
+}
+LAYERS = {
+    "readout": (MembraneReadout, (8,)),
+    "feed forward": (SpikingFeedForward, (8, 16)),
+    "resonance": (CoFiringResonance, (8, 2)),
+    "spike-fed": (SpikeFedResonance, (8, 2)),
+    "block": (NordBlock, (8, 2, 16)),
+}
+
+
+@pytest.mark.parametrize("calls", [25, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("neuron", NEURONS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_four_threads_get_the_results_of_one(layer, neuron, calls):
+    kind, sizes = LAYERS[layer]
+    net = kind(*sizes, neuron=NEURONS[neuron]).eval().requires_grad_(False)
+    inputs = [2 * torch.randn(4, 2, 3, 8) for _ in range(4)]
+    expected = [net(x) for x in inputs]
+    wrong = []
+
+    def run(x, right):
+        try:
+            wrong.extend(1 for _ in range(calls) if not torch.equal(net(x), right))
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=run, args=pair) for pair in zip(inputs, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

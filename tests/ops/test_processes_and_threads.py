@@ -1,0 +1,107 @@
+"""Kernels run in forked processes, in several Python threads, and beside other libraries' Numba loops."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from nord_snn.neurons import AssociativeLIFNode
+
+pytest.importorskip("numba")
+
+_FORKS = """
+import multiprocessing, torch
+from torch.utils.data import DataLoader
+from nord_snn.neurons import AssociativeLIFNode
+torch.set_num_threads({threads})
+node = AssociativeLIFNode(512, step_mode="m", backend="numba").requires_grad_(False)
+x = torch.randn(10, 64, 512, generator=torch.Generator().manual_seed(0))
+expected = node(x, stateless=True)
+def run(i):
+    torch.set_num_threads(1)
+    return bool((node(x, stateless=True) == expected).all())
+class Data:
+    def __len__(self):
+        return 4
+    def __getitem__(self, i):
+        return torch.tensor(run(i))
+assert all(batch.all() for batch in DataLoader(Data(), batch_size=2, num_workers=2))
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    assert all(pool.map(run, range(4)))
+"""
+
+_BESIDE_NUMBA = """
+import threading, numba, numpy, torch
+from nord_snn.neurons import AssociativeLIFNode
+@numba.njit(parallel=True, nogil=True)
+def loop(a):
+    for i in numba.prange(len(a)):
+        a[i] += 1
+torch.set_num_threads(2)
+node = AssociativeLIFNode(512, step_mode="m", backend="numba").requires_grad_(False)
+x = torch.randn(10, 64, 512)
+expected, done, wrong = node(x, stateless=True), threading.Event(), []
+def ours():
+    while not done.is_set():
+        if not torch.equal(node(x, stateless=True), expected):
+            wrong.append(1)
+threads = [threading.Thread(target=ours) for _ in range(3)]
+[thread.start() for thread in threads]
+for _ in range(50):
+    loop(numpy.zeros(10_000))
+done.set()
+[thread.join() for thread in threads]
+assert not wrong
+"""
+
+
+def _run(code: str, **environment: str) -> None:
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=240, env=os.environ | environment)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_forked_workers_run_kernels_after_a_call_in_the_parent(threads: int) -> None:
+    """A DataLoader's workers and a forked pool run the node that the parent has run."""
+    _run(_FORKS.format(threads=threads), NUMBA_NUM_THREADS="2")
+
+
+@pytest.mark.parametrize("layer", ["workqueue"])
+def test_kernels_run_beside_parallel_loops_of_numba(layer: str) -> None:
+    """Three threads run kernels while another one runs Numba's loops on a layer for one thread at a time."""
+    _run(_BESIDE_NUMBA, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2")
+
+
+def test_kernels_need_no_threading_layer() -> None:
+    """Kernels run where Numba finds no threading layer, and the choice falls on plain PyTorch without its compiler."""
+    code = (
+        "import torch; from nord_snn.neurons import AssociativeLIFNode as N;"
+        "n = N(64, step_mode='m'); x = torch.ones(2, 3, 64); print(n.which_backend(x).name); n(x)"
+    )
+    _run(code, NUMBA_THREADING_LAYER="tbb", NUMBA_NUM_THREADS="2")
+    _run(code, NUMBA_DISABLE_JIT="1")
+
+
+@pytest.mark.parametrize("calls", [100, pytest.param(3000, marks=pytest.mark.slow)])
+def test_four_threads_get_the_results_of_one(calls: int) -> None:
+    """Four threads run one node, each on its own input: no result is another's."""
+    node = AssociativeLIFNode(64, n_clusters=8, step_mode="m").requires_grad_(False)
+    inputs = [torch.randn(6, 4, 64) for _ in range(4)]
+    expected = [node(x, stateless=True) for x in inputs]
+    wrong: list[object] = []
+
+    def run(x: torch.Tensor, right: torch.Tensor) -> None:
+        try:
+            wrong.extend(1 for _ in range(calls) if not torch.equal(node(x, stateless=True), right))
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=run, args=pair) for pair in zip(inputs, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
