@@ -19,7 +19,6 @@ from nordlm.training.checkpoints import CheckpointError, read_json, write_json
 from nordlm.training.held_out import held_out_text, read_text
 from nordlm.training.loop import (
     Position,
-    bits_per_byte,
     endless_batches,
     held_out_loss,
     make_accelerator,
@@ -258,7 +257,7 @@ def train_one(
     return {
         "diverged": False,
         "loss": held_out,
-        "bits_per_byte": bits_per_byte(held_out, text.corpus),
+        "bits_per_byte": text.corpus.bits_per_byte(held_out),
         "tokens_per_second": options.grad_accum * options.batch_size * settings.block_size / statistics.median(seconds),
         "seconds": sum(seconds),
     } | evaluate_model(model.eval(), text, options.seed)

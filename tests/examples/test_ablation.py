@@ -9,7 +9,7 @@ import torch
 from ablation import ABLATIONS, FULL_MODEL, Ablation, Row, ablated_maker
 from accelerate.state import AcceleratorState
 from helpers import fire_easily, make_text, write_config
-from nordlm.data.corpus import train_tokenizer
+from nordlm.data.tokenizer import train_tokenizer
 from nordlm.training.settings import read_config
 from study_cli import markdown_table, spread
 

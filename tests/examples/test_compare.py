@@ -14,7 +14,7 @@ import trials
 from accelerate.state import AcceleratorState
 from compare import Comparison, best_lr, comparison_table, gaps, rate_tables, search_lr
 from helpers import WORDS, make_text, two_processes, write_config
-from nordlm.data.corpus import train_tokenizer
+from nordlm.data.tokenizer import train_tokenizer
 from nordlm.errors import DataError
 from nordlm.training.model_card import parameter_counts
 from nordlm.training.settings import read_config

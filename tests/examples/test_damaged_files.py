@@ -19,7 +19,7 @@ import pytest
 import torch
 import train as train_script
 from helpers import DATA, fire_easily
-from nordlm.data.corpus import open_tokenizer
+from nordlm.data.tokenizer import open_tokenizer
 from nordlm.errors import RecipeError
 from nordlm.inference.loading import load_model, open_model
 from safetensors import safe_open
@@ -158,7 +158,7 @@ def run_folder(trained: Path, folder: Path) -> Subject:
         kept = ("validation_loss", "unigram_loss", "firing_rates", "steps", "parameters", "tokens")
         return [load_file(path / "model" / "model.safetensors"), *(results[name] for name in kept)]
 
-    return Subject(folder, use, (RecipeError,), unread=("position.json", "run.json", "README.md"))
+    return Subject(folder, use, (RecipeError,), unread=("README.md",))
 
 
 SUBJECTS = {

@@ -14,17 +14,9 @@ from hypothesis import strategies as st
 from nordlm.data import corpus as corpus_module
 from nordlm.data import sources
 from nordlm.data.baselines import bigram_loss, uniform_loss, unigram_loss
-from nordlm.data.corpus import (
-    SequenceDataset,
-    StreamedSequences,
-    encode,
-    load_corpus,
-    load_tokenizer,
-    pack,
-    split,
-    train_tokenizer,
-)
+from nordlm.data.corpus import SequenceDataset, StreamedSequences, encode, load_corpus, pack, split
 from nordlm.data.sources import Documents, python_documentation, read_documents
+from nordlm.data.tokenizer import load_tokenizer, train_tokenizer
 from nordlm.errors import DataError
 
 TEXTS = [f"document {i} says {i * i} and rests" for i in range(60)]

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 from helpers import make_text
-from nordlm.data.corpus import train_tokenizer
+from nordlm.data.tokenizer import train_tokenizer
 from transformers import DynamicCache, EncoderDecoderCache, LlamaForCausalLM, pipeline
 from transformers.utils import TransformersKwargs
 

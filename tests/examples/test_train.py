@@ -24,7 +24,7 @@ from helpers import make_text, write_config
 from nordlm import files
 from nordlm.data import corpus as corpus_module
 from nordlm.data import sources
-from nordlm.data.corpus import train_tokenizer
+from nordlm.data.tokenizer import train_tokenizer
 from nordlm.errors import DataError
 from nordlm.training import checkpoints, loop
 from nordlm.training.checkpoints import CheckpointError, latest_checkpoint, write_folder, write_json

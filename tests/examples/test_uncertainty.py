@@ -29,7 +29,7 @@ from nordlm.analysis.token_activity import (
     zone,
     zone_means,
 )
-from nordlm.data.corpus import train_tokenizer
+from nordlm.data.tokenizer import train_tokenizer
 from nordlm.errors import DataError
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F

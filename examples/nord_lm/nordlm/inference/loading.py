@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
 from nord_snn.models.nord import NordForCausalLM
-from nordlm.data.corpus import check_vocabulary, open_tokenizer
+from nordlm.data.tokenizer import check_vocabulary, open_tokenizer
 from nordlm.errors import DataError, ModelError
 from nordlm.reading import check_files, exists, read_json
 from nordlm.training.building import check_backend

@@ -29,7 +29,6 @@ from nordlm.training.results import collect_results, print_summary, write_report
 from nordlm.training.run import (
     Position,
     Run,
-    bits_per_byte,
     create_run_folder,
     diverged,
     lock_run,
@@ -172,7 +171,7 @@ def _train_steps(run: Run, prepared: Prepared, position: Position, log: Log, sto
             monitor.resume()
             if not math.isfinite(held_out):
                 raise diverged(f"the loss on the held-out text became {held_out} at step {position.step}")
-            per_byte = bits_per_byte(held_out, run.corpus)
+            per_byte = run.corpus.bits_per_byte(held_out)
             progress.say(f"step {position.step}: held-out loss {held_out:.4f}, {per_byte:.3f} bits per byte")
             log(position.step, held_out_loss=held_out, bits_per_byte=per_byte)
         if position.step % options.save_every == 0 and not last:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from nord_snn.models.nord import NordForCausalLM
 from nord_snn.models.nord.checksums import MODEL_FILES, write_checksums
 from nordlm.data.baselines import bigram_loss, uniform_loss, unigram_loss
-from nordlm.data.corpus import TOKENIZER_FILES, StreamedSequences
+from nordlm.data.corpus import StreamedSequences
+from nordlm.data.tokenizer import TOKENIZER_FILES
 from nordlm.training.checkpoints import write_folder, write_json
 from nordlm.training.held_out import STREAMED_WINDOWS, held_out_text, read_text
 from nordlm.training.model_card import model_card
 from nordlm.training.progress import duration, print_table
-from nordlm.training.run import Position, Run, bits_per_byte
+from nordlm.training.run import Position, Run
 
 __all__ = ["collect_results", "print_summary", "write_report_page", "write_trained_model"]
 
@@ -34,7 +35,7 @@ def collect_results(
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes, on macOS bytes
     return {
         "validation_loss": validation_loss,
-        "bits_per_byte": bits_per_byte(validation_loss, corpus),
+        "bits_per_byte": corpus.bits_per_byte(validation_loss),
         "uniform_loss": uniform_loss(vocab_size),
         "unigram_loss": unigram_loss(corpus.sample, corpus.validation, vocab_size),
         "bigram_loss": bigram_loss(corpus.sample, corpus.validation, vocab_size),
@@ -84,7 +85,7 @@ def print_summary(run: Run, model: NordForCausalLM, results: dict[str, Any]) -> 
     names = {"uniform": "uniform", "unigram": "unigram", "bigram, interpolated": "bigram", "this model": "validation"}
     losses = {title: results[f"{name}_loss"] for title, name in names.items()}
     rows = [
-        [title, f"{loss:.4f}", f"{bits_per_byte(loss, corpus):.3f}", f"{loss / results['unigram_loss'] - 1:+.1%}"]
+        [title, f"{loss:.4f}", f"{corpus.bits_per_byte(loss):.3f}", f"{loss / results['unigram_loss'] - 1:+.1%}"]
         for title, loss in losses.items()
     ]
     columns = ["held-out text", "nats per token", "bits per byte", "relative to unigram"]

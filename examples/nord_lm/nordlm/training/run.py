@@ -14,17 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from nord_snn._compat.accelerate import reset_accumulation
 from nord_snn.models.nord import NordForCausalLM
-from nordlm.data.corpus import (
-    BASELINE_TOKENS,
-    Corpus,
-    SequenceDataset,
-    load_corpus,
-    load_tokenizer,
-    save_tokenizer,
-    split,
-    train_tokenizer,
-)
+from nordlm.data.corpus import BASELINE_TOKENS, Corpus, SequenceDataset, load_corpus, split
 from nordlm.data.sources import Documents, read_documents
+from nordlm.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from nordlm.errors import CheckpointError, DataError, DivergedError, SettingsError
 from nordlm.files import clean_up, create_numbered, locked, move_into_place, temporary_path, write_error, write_json
 from nordlm.training.building import check_settings
@@ -48,7 +40,6 @@ from nordlm.training.settings import Settings, TrainingSettings, read_run
 __all__ = [
     "Position",
     "Run",
-    "bits_per_byte",
     "create_run_folder",
     "diverged",
     "lock_run",
@@ -238,11 +229,6 @@ def print_setup(
     )
     total, without = parameter_counts(model)
     progress.say(f"model of {total:,} parameters, {without:,} without embedding and head")
-
-
-def bits_per_byte(loss: float, corpus: Corpus) -> float:
-    """Convert nats per token to bits per byte of the held-out text."""
-    return loss / corpus.bytes_per_token / math.log(2)
 
 
 def diverged(what: str) -> DivergedError:
