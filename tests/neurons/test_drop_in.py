@@ -191,6 +191,10 @@ def test_the_arguments_of_spikingjelly():
         ({"refractory_steps": 2}, TypeError, "v_reset must be a number"),
         ({"learnable": ("tau",)}, ValueError, r"learnable must be names of .*got \['tau'\]"),
         ({"n_clusters": "all"}, TypeError, "n_clusters must be a number, 'auto' or None, got 'all'"),
+        ({"n_clusters": True}, TypeError, "n_clusters must be a number, 'auto' or None, got True"),
+        ({"n_clusters": 0}, ValueError, "n_clusters must be 1 or more, 'auto' or None, got 0"),
+        ({"n_clusters": -1, "n_features": 4}, ValueError, "n_clusters must be 1 or more, 'auto' or None, got -1"),
+        ({"learnable": "threshold"}, TypeError, r"learnable must be a collection of names, such as \['threshold'\]"),
         ({"v_thresh": 1.0}, TypeError, "unexpected keyword argument"),
         (
             {"n_features": 3, "threshold": torch.ones(2)},
