@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from textwrap import wrap
 
-__all__ = ["Replacement", "ReplacementReport", "aligned"]
+__all__ = ["Replacement", "ReplacementReport", "aligned", "wrapped"]
 
 _WIDTH = 80  # of a terminal, and of a file
 
@@ -60,7 +60,7 @@ class ReplacementReport:
         parts = [aligned(("name", "was", "is", "width", "channel_dim"), rows)] if rows else []
         lines = [f"note on {row.name} ({row.was}): {row.note}" for row in self.replaced if row.note]
         lines += [f"skipped {row.name or 'the network'} ({row.was}): {row.skipped}" for row in self.skipped]
-        parts += ["\n".join(wrap(line, _WIDTH, subsequent_indent="  ")) for line in lines]
+        parts += [wrapped(line) for line in lines]
         return "\n".join(parts)
 
 
@@ -77,3 +77,8 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         ).rstrip()
         for line in lines
     )
+
+
+def wrapped(line: str) -> str:
+    """Return the line in at most 80 columns, all but the first one indented."""
+    return "\n".join(wrap(line, _WIDTH, subsequent_indent="  "))

@@ -85,8 +85,8 @@ class AssociativeLIFNode(StatefulNode):
         strict: whether neurons fire above the threshold only, not at it. False; subclasses change it.
 
     Raises:
-        TypeError: ``v_reset`` is not a number where one is needed, ``n_clusters`` or ``learnable`` has another type, or an argument
-            is given under two names.
+        TypeError: ``v_reset`` is not a number where one is needed, ``n_clusters`` or ``learnable`` has another type, or an
+            argument is given under two names.
         ValueError: D is not a multiple of C, a decay is not in its range, an input has the wrong rank or width, or its batch
             shape differs from that of the stored state.
 
