@@ -106,16 +106,16 @@ def replace_neurons(
     """
     if like and neuron is not AssociativeLIFNode:
         raise ValueError("like=True makes AssociativeLIFNodes: leave neuron= out")
-    _check_selection(only)
-    overrides = dict(overrides or {})
+    overrides = {} if overrides is None else overrides
+    _check_types(only, overrides)
     given = set(constants).union(*overrides.values())
     if like and (more := sorted(given - _WITH_LIKE)):
         raise ValueError(
             f"like=True takes {', '.join(sorted(_WITH_LIKE))}, the rest is that of the neuron: leave {more} out"
         )
-    for options in (constants, *overrides.values()):
-        if like and not isinstance(options.get("learnable", False), bool):
-            raise TypeError(f"with like=True, learnable must be True or False, got {options['learnable']!r}")
+    for given_options in (constants, *overrides.values()):
+        if like and not isinstance(given_options.get("learnable", False), bool):
+            raise TypeError(f"with like=True, learnable must be True or False, got {given_options['learnable']!r}")
     found = _find(net, only)
     if not found:
         kinds = sorted({type(module).__name__ for module in net.modules()})
@@ -169,14 +169,17 @@ def _equal(a: Any, b: Any) -> bool:
     return a is b or bool(a == b)
 
 
-def _check_selection(only: Selection | None) -> None:
+def _check_types(only: Any, overrides: Any) -> None:
     classes = isinstance(only, type) or (isinstance(only, tuple) and all(isinstance(kind, type) for kind in only))
-    if only is not None and not (
-        classes or isinstance(only, str) or (callable(only) and not isinstance(only, nn.Module))
-    ):
+    function = callable(only) and not isinstance(only, nn.Module)
+    if not (only is None or classes or isinstance(only, str) or function):
         raise TypeError(
             "only must be a class or a tuple of classes, a name or the start of one, or a function of name and module, got "
             f"{only!r}"
+        )
+    if not isinstance(overrides, Mapping) or not all(isinstance(own, Mapping) for own in overrides.values()):
+        raise TypeError(
+            f"overrides must be a dict of names and arguments, such as {{'lif1': {{'threshold': 0.7}}}}, got {overrides!r}"
         )
 
 
@@ -261,7 +264,7 @@ def _make(
         options = {key: value for key, value in constants.items() if key != "channel_dim"} | {
             "channel_dim": channel_dim
         }
-        made = None
+        made: nn.Module | None = None
         if not reason and like:
             made, reason = _make_like(one, width, options)
         elif not reason:

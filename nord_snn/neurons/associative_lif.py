@@ -186,7 +186,7 @@ class AssociativeLIFNode(StatefulNode):
             backend: see the class.
 
         Raises:
-            TypeError: the class is unknown, or an option cannot be matched.
+            TypeError: the class is unknown, an option or constant cannot be matched, or ``learnable`` is not a bool.
 
         Example:
             >>> from spikingjelly.activation_based.neuron import LIFNode
@@ -195,6 +195,8 @@ class AssociativeLIFNode(StatefulNode):
             >>> torch.equal(AssociativeLIFNode.like(theirs)(x), theirs(x))
             True
         """
+        if not isinstance(learnable, bool):
+            raise TypeError(f"learnable of like() must be True or False, got {learnable!r}")
         arguments = arguments_like(node)
         names = LEARNABLE if learnable else arguments.pop("learnable")
         neurons = cls(n_features, channel_dim=channel_dim, backend=backend, **arguments | {"learnable": names})

@@ -40,6 +40,8 @@ def only_first(width, **options):
         ({"only": ["1"]}, TypeError, "only must be a class or a tuple of classes, a name or the start of one, or a"),
         ({"only": ("1", "3")}, TypeError, "function of name and module, got ('1', '3')"),
         ({"only": nn.ReLU()}, TypeError, "function of name and module, got ReLU()"),
+        ({"overrides": {"3": 5}}, TypeError, "overrides must be a dict of names and arguments, such as {'lif1': {'threshold'"),
+        ({"overrides": ["3"]}, TypeError, "{'lif1': {'threshold': 0.7}}, got ['3']"),
         ({"n_clusters": True}, TypeError, "n_clusters must be a number, 'auto' or None, got True"),
         ({"learnable": "threshold"}, TypeError, "learnable must be a collection of names, such as ['threshold']"),
         ({"learnable": "threshold", "like": True}, TypeError, "with like=True, learnable must be True or False, got 'thr"),

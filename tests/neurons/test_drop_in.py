@@ -452,3 +452,8 @@ def test_like_names_a_decay_of_plif_that_is_rounded_to_one():
     theirs.w.data.fill_(-60.0)
     with pytest.raises(TypeError, match=r"1 - sigmoid\(w\) in \(0, 1\), got 1"):
         AssociativeLIFNode.like(theirs)
+
+
+def test_learnable_of_like_is_true_or_false():
+    with pytest.raises(TypeError, match=r"learnable of like\(\) must be True or False, got 'threshold'"):
+        AssociativeLIFNode.like(neuron.LIFNode(), learnable="threshold")
