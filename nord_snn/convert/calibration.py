@@ -1,15 +1,17 @@
 """Set thresholds so that every layer of neurons fires at a given rate."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nord_snn.convert.replacing import unchanged
-from nord_snn.convert.report import aligned
+from nord_snn.convert.report import aligned, wrapped
 from nord_snn.neurons import AssociativeLIFNode
 from nord_snn.ops import AssociativeLIFState
 
@@ -26,22 +28,27 @@ class Calibration:
         name: name of the node.
         before: mean firing rate before, with all layers before it calibrated.
         after: mean firing rate after.
-        scale: factor of its thresholds.
+        scale: factor of its thresholds; 1 where they are kept.
+        note: why the rate cannot be reached, or empty.
     """
 
     name: str
     before: float
     after: float
     scale: float
+    note: str = ""
 
 
 class CalibrationReport(list[Calibration]):
     """What :func:`calibrate_thresholds` did, a list; ``str`` gives a table."""
 
     def __str__(self) -> str:
-        """Return the table, with rates in percent of the time steps."""
+        """Return the table, with rates in percent of the time steps, and notes below it in at most 80 columns."""
         rows = [(one.name, f"{100 * one.before:.2f} %", f"{100 * one.after:.2f} %", f"{one.scale:.4g}") for one in self]
-        return aligned(("name", "rate before", "rate after", "thresholds times"), rows)
+        notes = [f"note on {one.name or 'the node'}: {one.note}" for one in self if one.note]
+        return "\n".join(
+            [aligned(("name", "rate before", "rate after", "thresholds times"), rows), *map(wrapped, notes)]
+        )
 
 
 @torch.no_grad()
@@ -62,13 +69,18 @@ def calibrate_thresholds(
     arrives. In a network that loops over time, or uses a node in several places, a node is called many times: each further run
     records the sequences of one layer and calibrates it at the end, so there are as many runs as layers. Each call that starts
     from rest starts a sequence, and the rate is that of all sequences together.
-    A layer whose rate cannot be reached, such as one without input, keeps its thresholds.
+
+    A layer that cannot reach the rate at thresholds a millionth to a million times as high keeps its thresholds: one without
+    input, or one that fires at its highest rate already. A warning names these layers and their highest rates, and the report
+    has notes. A layer whose rate jumps over ``rate`` as its thresholds change gets the nearer one of the two rates that is
+    above 0. If an error is raised, all thresholds are as before.
 
     Args:
         net: a network with our nodes.
         example: positional arguments of the network: a batch of real data.
         rate: firing rate to reach, in (0, 1).
-        tolerance: relative deviation from ``rate`` at which thresholds are left as they are. Default: 0.1.
+        tolerance: relative deviation from ``rate`` at which thresholds are left as they are. A layer whose highest rate is lower
+            than ``rate`` by less gets the highest thresholds at which it fires within it. Default: 0.1.
         forward: what to call with the example: a function that runs ``net`` over one whole sequence, where the loop over time
             is outside of the network. Default: None, the network.
 
@@ -76,8 +88,13 @@ def calibrate_thresholds(
         A list with one entry per node, in the order in which they run; ``print`` it for a table.
 
     Raises:
-        ValueError: ``rate`` is not in (0, 1), the network has none of our nodes, the example reaches none of them, a node that
-            runs single time steps received one only, or an ``AssociativeLeaky`` resets its membrane outside of the node.
+        TypeError: ``rate`` or ``tolerance`` is not a number.
+        ValueError: ``rate`` is not in (0, 1), ``tolerance`` is negative, the network has none of our nodes, the example reaches
+            none of them, a node gets an input or has thresholds with NaN or infinity, a node that runs single time steps
+            received one only, or an ``AssociativeLeaky`` resets its membrane outside of the node.
+
+    Warns:
+        UserWarning: a layer cannot reach the rate.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(8, 64), AssociativeLIFNode(64, preset="lif", step_mode="m"))
@@ -92,8 +109,7 @@ def calibrate_thresholds(
         >>> 0.05 < layer.after < 0.15
         True
     """
-    if not 0 < rate < 1:
-        raise ValueError(f"rate must lie in (0, 1), got {rate}")
+    _check_numbers(rate, tolerance)
     nodes = {name: module for name, module in net.named_modules() if isinstance(module, AssociativeLIFNode)}
     if not nodes:
         raise ValueError(
@@ -115,14 +131,41 @@ def calibrate_thresholds(
                 f"{name or 'the node'} runs single time steps and received one: pass forward=, a function that runs the network "
                 "over a whole sequence, or call functional.set_step_mode(net, 'm') if the network takes sequences"
             )
-    if all(n_calls == 1 for n_calls in calls.values()):
-        done: dict[str, Calibration] = {}
-        with _hooked(net, nodes, _calibrator(rate, tolerance, done)):
-            run(*example)
-        return CalibrationReport(done.values())
-    return CalibrationReport(
-        _calibrate_recorded(net, nodes, name, lambda: run(*example), rate, tolerance) for name in calls
-    )
+    with _restored_on_error([nodes[name].v_threshold for name in calls]):
+        if all(n_calls == 1 for n_calls in calls.values()):
+            done: dict[str, Calibration] = {}
+            with _hooked(net, nodes, _calibrator(rate, tolerance, done)):
+                run(*example)
+            report = CalibrationReport(done.values())
+        else:
+            report = CalibrationReport(
+                _calibrate_recorded(net, nodes, name, lambda: run(*example), rate, tolerance) for name in calls
+            )
+    if notes := [f"{one.name or 'the node'}: {one.note}" for one in report if one.note]:
+        warnings.warn(f"rate={rate} cannot be reached by {'; '.join(notes)}", stacklevel=3)
+    return report
+
+
+def _check_numbers(rate: float, tolerance: float) -> None:
+    if not isinstance(rate, Real):
+        raise TypeError(f"rate must be a number in (0, 1), got {rate!r}")
+    if not 0 < rate < 1:
+        raise ValueError(f"rate must lie in (0, 1), got {rate}")
+    if not isinstance(tolerance, Real):
+        raise TypeError(f"tolerance must be a number, 0 or more, got {tolerance!r}")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must be 0 or more, got {tolerance}")
+
+
+@contextmanager
+def _restored_on_error(thresholds: list[Tensor]) -> Iterator[None]:
+    before = [threshold.detach().clone() for threshold in thresholds]
+    try:
+        yield
+    except BaseException:
+        for threshold, value in zip(thresholds, before, strict=True):
+            threshold.copy_(value)
+        raise
 
 
 _Hook = Callable[[str, AssociativeLIFNode, Tensor, Mapping[str, Any]], None]
@@ -241,6 +284,7 @@ def _calibrate_recorded(
 def _calibrate(
     name: str, node: AssociativeLIFNode, sequences: list[Tensor], rate: float, tolerance: float
 ) -> Calibration:
+    _check_finite(name, node, sequences)
     original = node.v_threshold.detach().clone()
     size = sum(x_seq.numel() for x_seq in sequences)
 
@@ -250,28 +294,54 @@ def _calibrate(
         return spikes / size if size else float("nan")
 
     before = rate_at(1.0)
-    scale = 1.0 if abs(before - rate) <= tolerance * rate else _search(rate_at, rate)
+    if not size or abs(before - rate) <= tolerance * rate:
+        return Calibration(name, before, before, 1.0)
+    scale, limit = _search(rate_at, rate)
+    if scale is None and (1 - tolerance) * rate <= limit < rate:
+        scale, limit = _search(rate_at, (1 - tolerance) * rate)
+    if scale is None:
+        node.v_threshold.copy_(original)
+        note = f"its rate is at {'most' if limit < rate else 'least'} {100 * limit:.2f} %, so its thresholds are kept"
+        return Calibration(name, before, before, 1.0, note)
     after = rate_at(scale)
-    if not abs(after - rate) < abs(before - rate):  # also where a rate is NaN, of an empty input
+    if abs(after - rate) >= abs(before - rate):
         scale, after = 1.0, rate_at(1.0)
     return Calibration(name, before, after, scale)
 
 
-def _search(rate_at: Callable[[float], float], rate: float) -> float:
-    """Return the scale at which the rate, which falls with the thresholds, is nearest."""
+def _check_finite(name: str, node: AssociativeLIFNode, sequences: list[Tensor]) -> None:
+    if not all(bool(x_seq.isfinite().all()) for x_seq in sequences):
+        raise ValueError(
+            f"the input of {name or 'the node'} has NaN or infinity: check the example, and the weights of the layers before it"
+        )
+    if not bool(node.v_threshold.isfinite().all()):
+        raise ValueError(f"the thresholds of {name or 'the node'} must be finite numbers, got NaN or infinity")
+
+
+def _search(rate_at: Callable[[float], float], rate: float) -> tuple[float | None, float]:
+    """Return the scale at which the rate, which falls with the thresholds, is nearest, and the rate there.
+
+    If all rates are lower, or all are higher, the scale is None and the rate the one that comes nearest.
+    """
     low = high = 1.0
+    below = above = rate_at(1.0)
     for _ in range(_STEPS):
-        if rate_at(high) <= rate:
+        if below <= rate:
             break
         high *= 2
+        below = rate_at(high)
     for _ in range(_STEPS):
-        if rate_at(low) >= rate:
+        if above >= rate:
             break
         low /= 2
+        above = rate_at(low)
+    if below > rate or above < rate:
+        return None, below if below > rate else above
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        if rate_at(middle) > rate:
-            low = middle
+        found = rate_at(middle)
+        if found >= rate:
+            low, above = middle, found
         else:
-            high = middle
-    return (low + high) / 2
+            high, below = middle, found
+    return (high, below) if below and rate - below < above - rate else (low, above)

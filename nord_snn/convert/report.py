@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from textwrap import wrap
 
-__all__ = ["Replacement", "ReplacementReport", "aligned"]
+__all__ = ["Replacement", "ReplacementReport", "aligned", "wrapped"]
 
 _WIDTH = 80  # of a terminal, and of a file
 
@@ -20,6 +20,7 @@ class Replacement:
         width: number of its neurons, D.
         channel_dim: their dimension in a time step.
         skipped: why it was left as it is, or empty.
+        note: what to check, or empty.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Replacement:
     width: int | None = None
     channel_dim: int | None = None
     skipped: str = ""
+    note: str = ""
 
 
 @dataclass
@@ -53,15 +55,12 @@ class ReplacementReport:
         return len(self.rows)
 
     def __str__(self) -> str:
-        """Return the table of what was replaced, and below it what was skipped and why; no reason is wider than 80 columns."""
+        """Return the table of what was replaced, and below it notes, and what was skipped and why, in at most 80 columns."""
         rows = [(row.name, row.was, row.now, str(row.width), str(row.channel_dim)) for row in self.replaced]
         parts = [aligned(("name", "was", "is", "width", "channel_dim"), rows)] if rows else []
-        parts += [
-            "\n".join(
-                wrap(f"skipped {row.name or 'the network'} ({row.was}): {row.skipped}", _WIDTH, subsequent_indent="  ")
-            )
-            for row in self.skipped
-        ]
+        lines = [f"note on {row.name} ({row.was}): {row.note}" for row in self.replaced if row.note]
+        lines += [f"skipped {row.name or 'the network'} ({row.was}): {row.skipped}" for row in self.skipped]
+        parts += [wrapped(line) for line in lines]
         return "\n".join(parts)
 
 
@@ -78,3 +77,8 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         ).rstrip()
         for line in lines
     )
+
+
+def wrapped(line: str) -> str:
+    """Return the line in at most 80 columns, all but the first one indented."""
+    return "\n".join(wrap(line, _WIDTH, subsequent_indent="  "))

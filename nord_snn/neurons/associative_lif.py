@@ -95,7 +95,8 @@ class AssociativeLIFNode(StatefulNode):
         strict: whether neurons fire above the threshold only, not at it. False; subclasses change it.
 
     Raises:
-        TypeError: ``v_reset`` is not a number where one is needed, or an argument is given under two names.
+        TypeError: ``v_reset`` is not a number where one is needed, ``n_clusters`` or ``learnable`` has another type, or an
+            argument is given under two names.
         ValueError: D is not a multiple of C, a decay is not in its range, an input has the wrong rank or width, or its batch
             shape differs from that of the stored state.
 
@@ -195,7 +196,7 @@ class AssociativeLIFNode(StatefulNode):
             backend: see the class.
 
         Raises:
-            TypeError: the class is unknown, or an option cannot be matched.
+            TypeError: the class is unknown, an option or constant cannot be matched, or ``learnable`` is not a bool.
 
         Example:
             >>> from spikingjelly.activation_based.neuron import LIFNode
@@ -204,6 +205,8 @@ class AssociativeLIFNode(StatefulNode):
             >>> torch.equal(AssociativeLIFNode.like(theirs)(x), theirs(x))
             True
         """
+        if not isinstance(learnable, bool):
+            raise TypeError(f"learnable of like() must be True or False, got {learnable!r}")
         arguments = arguments_like(node)
         names = LEARNABLE if learnable else arguments.pop("learnable")
         neurons = cls(n_features, channel_dim=channel_dim, backend=backend, **arguments | {"learnable": names})
@@ -266,6 +269,10 @@ class AssociativeLIFNode(StatefulNode):
             "beta_mem_logit": None if dynamics.tau else _logit(constants["beta_mem"], "beta_mem"),
             "beta_syn_logit": _synaptic_logit(constants["beta_syn"]),
         }
+        if isinstance(constants["learnable"], str):
+            raise TypeError(
+                f"learnable must be a collection of names, such as ['threshold'], got {constants['learnable']!r}"
+            )
         unknown = set(constants["learnable"]) - set(LEARNABLE)
         if unknown:
             raise ValueError(f"learnable must be names of {list(LEARNABLE)}, got {sorted(unknown)}")
@@ -482,6 +489,11 @@ class AssociativeLIFNode(StatefulNode):
                 "channels: pass channel_dim=1 if these are its neurons, as behind a convolution, or channel_dim=-1 for the last "
                 "dimension"
             )
+        if len(step) >= 3 and step[-1] != n_features and x.is_floating_point():
+            raise ValueError(
+                f"{type(self).__name__} expects shape {layout} with D = {n_features}, got {list(x.shape)}: neurons in dimension "
+                "1 of a time step, such as the channels of a convolution, need channel_dim=1"
+            )
         check_features(x, n_features, type(self).__name__, layout)
 
     def single_step_functional_forward(
@@ -632,8 +644,10 @@ def _make_cascade(
         if n_features is None:
             return LazyAssociativeCascade(radius, gain)
         n_clusters = largest_clusters(n_features)
-    if not isinstance(n_clusters, int):
+    if not isinstance(n_clusters, int) or isinstance(n_clusters, bool):
         raise TypeError(f"n_clusters must be a number, 'auto' or None, got {n_clusters!r}")
+    if n_clusters < 1:
+        raise ValueError(f"n_clusters must be 1 or more, 'auto' or None, got {n_clusters}")
     return AssociativeCascade(n_clusters if n_features is None else n_features, n_clusters, radius=radius, gain=gain)
 
 

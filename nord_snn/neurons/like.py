@@ -63,6 +63,8 @@ def _plif(node: Any) -> dict[str, Any]:
     arguments, dynamics = _spikingjelly(node)
     charge = "average" if node.decay_input else "sum"
     decay = 1 - node.w.detach().double().sigmoid()
+    if not 0 < decay < 1:
+        raise TypeError(f"like() needs a membrane decay 1 - sigmoid(w) in (0, 1), got {float(decay):.3g}")
     return arguments | {
         "dynamics": Dynamics(charge, **dynamics), "beta_mem": float(decay), "learnable": _learned(beta_mem=node.w)
     }  # fmt: skip
@@ -77,14 +79,15 @@ def _snntorch(node: Any, resets_after_charge: bool, beta: Tensor) -> dict[str, A
         raise TypeError("like() cannot match graded_spikes_factor: its outputs are not zeros and ones")
     arguments: dict[str, Any] = {
         "threshold": _number(threshold),
-        "beta_mem": _number(beta),
         "surrogate": node.spike_grad,
         "step_mode": "s",
         "learnable": _learned(threshold=threshold, beta_mem=beta),
     }
     if node.state_quant:
         raise TypeError("like() cannot match state_quant: the membrane is not rounded here")
-    dynamics: dict[str, Any] = {"detach_reset": True}
+    decay, dynamics = _membrane_decay(beta)
+    arguments |= decay
+    dynamics["detach_reset"] = True
     if node.reset_mechanism == "none":
         dynamics["reset_scale"] = 0.0
     elif node.reset_mechanism == "subtract":
@@ -97,7 +100,37 @@ def _snntorch(node: Any, resets_after_charge: bool, beta: Tensor) -> dict[str, A
     else:
         arguments |= {"hard_reset": True, "v_reset": 0.0}
         dynamics["hard_reset"] = True
-    return arguments | {"dynamics": Dynamics("sum", **dynamics)}
+    return arguments | {"dynamics": Dynamics(**dynamics)}
+
+
+def _membrane_decay(beta: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the arguments and the fields of the dynamics for a membrane decay, which snnTorch clips to [0, 1].
+
+    Decays are stored as logits, so those of 0 and 1 are the constants ``tau = 1`` and ``tau = inf``.
+    """
+    decay = beta.detach().clamp(0, 1)
+    if bool(((decay > 0) & (decay < 1)).all()):
+        return {"beta_mem": _number(decay)}, {"charge": "sum"}
+    if _learned(beta=beta) or decay.numel() != 1 or bool(decay.isnan()):
+        raise TypeError(
+            f"like() needs a membrane decay in (0, 1) where it is learned or differs between neurons, got {_range(beta)}"
+        )
+    return {}, {"charge": "leak", "tau": math.inf if decay else 1.0}
+
+
+def _synaptic_decay(alpha: Tensor) -> Any:
+    """Return ``beta_syn``; 0 is constant, other decays are stored as logits."""
+    is_constant = alpha.numel() == 1 and not _learned(alpha=alpha)
+    if not bool((((alpha > 0) & (alpha < 1)) | ((alpha <= 0) & is_constant)).all()):
+        raise TypeError(
+            "like() needs a synaptic decay alpha below 1, and above 0 where it is learned or differs between neurons, got "
+            f"{_range(alpha)}"
+        )
+    return _number(alpha.detach().clamp(min=0))
+
+
+def _range(x: Tensor) -> str:
+    return f"{x.item():.3g}" if x.numel() == 1 else f"values from {x.min():.3g} to {x.max():.3g}"
 
 
 def _late_reset_scale(node: Any, beta: Tensor) -> float:
@@ -111,7 +144,7 @@ def _late_reset_scale(node: Any, beta: Tensor) -> float:
         raise TypeError("like() cannot match a learnable beta with reset_mechanism='subtract'")
     if beta.numel() != 1 or not float(beta) > 0:
         raise TypeError("like() cannot match reset_mechanism='subtract' unless beta is one number above 0")
-    return 1 / float(beta)
+    return 1 / min(float(beta), 1.0)
 
 
 def _leaky(node: Any) -> dict[str, Any]:
@@ -120,8 +153,10 @@ def _leaky(node: Any) -> dict[str, Any]:
 
 def _lapicque(node: Any) -> dict[str, Any]:
     """Scale the membrane by C / time_step, so that the input enters it unscaled."""
-    scale = float(node.time_step / node.C)
-    arguments = _snntorch(node, resets_after_charge=True, beta=1 - node.time_step / (node.R * node.C))
+    scale, beta = float(node.time_step / node.C), 1 - node.time_step / (node.R * node.C)
+    if not 0 <= beta <= 1:
+        raise TypeError(f"like() needs a membrane decay 1 - time_step / (R * C) in [0, 1], got {float(beta):.3g}")
+    arguments = _snntorch(node, resets_after_charge=True, beta=beta)
     return arguments | {
         "threshold": _number(node.threshold / scale),
         "surrogate": functools.partial(_scaled, node.spike_grad, scale),
@@ -136,7 +171,7 @@ def _scaled(surrogate: Callable[[Tensor], Tensor], scale: float, x: Tensor) -> T
 def _synaptic(node: Any) -> dict[str, Any]:
     learned = _learned(threshold=node.threshold, beta_mem=node.beta, beta_syn=node.alpha)
     return _snntorch(node, resets_after_charge=True, beta=node.beta) | {
-        "beta_syn": _number(node.alpha),
+        "beta_syn": _synaptic_decay(node.alpha),
         "learnable": learned,
     }
 

@@ -158,7 +158,8 @@ def test_calibration_finds_the_width_and_leaves_what_cannot_fire():
     first, _ = calibrate_thresholds(net, X)
     assert abs(first.after - 0.1) < 0.03
     silent = nn.Sequential(AssociativeLIFNode(4, preset="lif", step_mode="m"))
-    [entry] = calibrate_thresholds(silent, torch.zeros(3, 2, 4))
+    with pytest.warns(UserWarning, match=r"rate=0\.1 cannot be reached by 0: its rate is at most 0\.00 %"):
+        [entry] = calibrate_thresholds(silent, torch.zeros(3, 2, 4))
     assert (entry.before, entry.after, entry.scale) == (0, 0, 1)
     assert silent[0].v_threshold.tolist() == [0.5] * 4
 
@@ -169,6 +170,7 @@ def test_calibration_finds_the_width_and_leaves_what_cannot_fire():
         (nn.Linear(4, 4), {}, "needs a network with AssociativeLIFNode"),
         (nn.Sequential(AssociativeLIFNode(4, None)), {}, "0 runs single time steps and received one: pass forward="),
         (AssociativeLIFNode(4, None, step_mode="m"), {"rate": 0.0}, r"rate must lie in \(0, 1\), got 0.0"),
+        (AssociativeLIFNode(4, None, step_mode="m"), {"tolerance": -1}, "tolerance must be 0 or more, got -1"),
     ],
 )
 def test_calibration_names_what_it_needs(net, options, message):

@@ -227,6 +227,23 @@ def test_selections_overrides_and_what_is_skipped():
 def test_what_like_cannot_match_is_skipped_with_its_reason():
     [first, _] = replace_neurons(dense(reset_delay=False), X, like=True)
     assert "cannot match reset_delay=False" in first.skipped
+    net = dense()
+    net.lif2 = snn.Synaptic(alpha=1.0, beta=0.9, init_hidden=True)
+    call = lambda x: net.lif2(net.fc2(net.lif1(net.fc1(x))[0]))  # noqa: E731
+    report = replace_neurons(net, X, like=True, forward=call)
+    assert [(row.name, row.skipped[:35]) for row in report] == [
+        ("lif1", ""), ("lif2", "like() needs a synaptic decay alpha")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("beta", [1.0, 1.2])
+def test_like_matches_neurons_without_leak(beta):
+    net = dense()
+    net.lif1 = snn.Leaky(beta=beta)
+    expected, _ = net(X)
+    assert not replace_neurons(net, X, like=True).skipped
+    assert torch.equal(net(X)[0], expected)
+    assert 0.01 < expected.mean() < 0.99
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.3])

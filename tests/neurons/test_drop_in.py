@@ -191,6 +191,10 @@ def test_the_arguments_of_spikingjelly():
         ({"refractory_steps": 2}, TypeError, "v_reset must be a number"),
         ({"learnable": ("tau",)}, ValueError, r"learnable must be names of .*got \['tau'\]"),
         ({"n_clusters": "all"}, TypeError, "n_clusters must be a number, 'auto' or None, got 'all'"),
+        ({"n_clusters": True}, TypeError, "n_clusters must be a number, 'auto' or None, got True"),
+        ({"n_clusters": 0}, ValueError, "n_clusters must be 1 or more, 'auto' or None, got 0"),
+        ({"n_clusters": -1, "n_features": 4}, ValueError, "n_clusters must be 1 or more, 'auto' or None, got -1"),
+        ({"learnable": "threshold"}, TypeError, r"learnable must be a collection of names, such as \['threshold'\]"),
         ({"v_thresh": 1.0}, TypeError, "unexpected keyword argument"),
         (
             {"n_features": 3, "threshold": torch.ones(2)},
@@ -409,3 +413,47 @@ def test_spikes_and_gradients_have_the_strides_of_the_input(shape):
         assert spikes.stride() == x.stride()
         (gradient,) = torch.autograd.grad(spikes, x, torch.rand(shape).as_strided(x.shape, x.stride()))
         assert gradient.stride() == x.stride()
+
+
+@pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
+@pytest.mark.parametrize("beta", [0.0, 1.0, 1.2])  # snnTorch clips a decay to [0, 1]
+@pytest.mark.parametrize("kind", ["Leaky", "Synaptic"])
+def test_like_gives_the_spikes_of_snntorch_without_leak_and_without_memory(kind, beta, reset):
+    snntorch = pytest.importorskip("snntorch")
+    if (beta, reset) == (0.0, "subtract"):
+        return
+    torch.manual_seed(0)
+    theirs = getattr(snntorch, kind)(beta=beta, reset_mechanism=reset, **({"alpha": 0.7} if kind == "Synaptic" else {}))
+    ours, x = AssociativeLIFNode.like(theirs), 0.8 * torch.randn(40, 4, 16)
+    expected = snntorch_runs(theirs, x)
+    assert torch.equal(torch.stack([ours(step) for step in x]), expected)
+    assert 0.02 < expected.mean() < 0.9
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "sentence"),
+    [
+        ("Leaky", {"beta": 1.0, "learn_beta": True, "reset_mechanism": "zero"}, "a membrane decay in (0, 1) where it is learned"),
+        ("Leaky", {"beta": torch.tensor([0.5, 1.5]), "reset_mechanism": "zero"}, "between neurons, got values from 0.5 to 1.5"),
+        ("Leaky", {"beta": float("nan"), "reset_mechanism": "zero"}, "a membrane decay in (0, 1)"),
+        ("Synaptic", {"beta": 0.5, "alpha": 1.0}, "a synaptic decay alpha below 1, and above 0 where it is learned"),
+        ("Synaptic", {"beta": 0.5, "alpha": 0.0, "learn_alpha": True}, "a synaptic decay alpha below 1, and above 0"),
+        ("Lapicque", {"R": 1.0, "C": 1.0, "time_step": 3.0}, "a membrane decay 1 - time_step / (R * C) in [0, 1], got -2"),
+    ],
+)  # fmt: skip
+def test_like_names_the_constant_of_snntorch_that_it_cannot_match(kind, options, sentence):
+    snntorch = pytest.importorskip("snntorch")
+    with pytest.raises(TypeError, match=re.escape(sentence)):
+        AssociativeLIFNode.like(getattr(snntorch, kind)(**options))
+
+
+def test_like_names_a_decay_of_plif_that_is_rounded_to_one():
+    theirs = neuron.ParametricLIFNode()
+    theirs.w.data.fill_(-60.0)
+    with pytest.raises(TypeError, match=r"1 - sigmoid\(w\) in \(0, 1\), got 1"):
+        AssociativeLIFNode.like(theirs)
+
+
+def test_learnable_of_like_is_true_or_false():
+    with pytest.raises(TypeError, match=r"learnable of like\(\) must be True or False, got 'threshold'"):
+        AssociativeLIFNode.like(neuron.LIFNode(), learnable="threshold")
