@@ -69,10 +69,18 @@ class _Spike(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         return grad_outputs[0] * ctx.derivative(x, ctx.alpha), None, None
 
+
+class _SpikeWithTangent(_Spike):
+    """A spike that also has a forward-mode derivative; torch.compile cannot trace one."""
+
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         (x,) = ctx.saved_tensors
         return tangents[0] * ctx.derivative(x, ctx.alpha)
+
+
+def _spike_function() -> type[_Spike]:
+    return _Spike if torch.compiler.is_compiling() else _SpikeWithTangent
 
 
 def spike(x: Tensor, surrogate: SurrogateLike = "nord_atan", alpha: float = 4.0) -> Tensor:
@@ -104,4 +112,4 @@ def resolve_surrogate(surrogate: SurrogateLike, alpha: float) -> Callable[[Tenso
     if surrogate not in SURROGATES:
         raise ValueError(f"unknown surrogate {surrogate!r}: expected one of {sorted(SURROGATES)} or a callable")
     derivative = SURROGATES[surrogate].derivative
-    return lambda x: _Spike.apply(x, derivative, alpha)
+    return lambda x: _spike_function().apply(x, derivative, alpha)

@@ -151,15 +151,19 @@ def test_json_replaces_nothing_but_earlier_results(trained, tmp_path, capsys):
         text,
         "/dev/null",
         tmp_path,
-        *(tmp_path / f"{n}.json" for n in ("pipe", "circle", "list", "to_text", "same")),
+        *(tmp_path / f"{n}.json" for n in ("pipe", "list", "to_text", "same")),
     ):
         assert evaluate(path) == 1
         assert capsys.readouterr().err.startswith(f"error: --json {path}: expected a new")
+    with pytest.raises(SystemExit, match="2"):
+        evaluate(tmp_path / "circle.json")
+    assert "is a link that leads to itself" in capsys.readouterr().err
     assert text.read_text() == before
     assert Path("/dev/null").is_char_device()
     assert (tmp_path / "list.json").read_text() == "[1]"
-    assert evaluate(tmp_path / ("long" * 80)) == 1
-    assert "File name too long" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        evaluate(tmp_path / ("long" * 80))
+    assert "expected a shorter name" in capsys.readouterr().err
 
 
 def test_a_model_without_finite_weights_gives_one_sentence(trained, tmp_path, capsys):

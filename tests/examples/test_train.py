@@ -337,7 +337,7 @@ def test_resuming_a_run_without_checkpoints_raises(tmp_path, text, capsys):
     [
         (["--config", "huge"], "expected one of base, nord-144m, small, tiny, tiny-published, or a file"),
         (["--block-size", "100"], "block_size 100 is longer than the model's max_position_embeddings of 24"),
-        (["--steps", "0"], "steps must be at least 1 and less than"),
+        (["--steps", "0"], "steps must be at least 1, got 0"),
         (["--lr", "-1"], "lr must be positive, got -1.0"),
         (["--lr", "nan"], "lr must be positive, got nan"),
         (["--beta2", "1"], "beta2 must be at least 0 and less than 1"),
