@@ -11,7 +11,7 @@ __all__ = ["check", "implementations"]
 
 
 def monitored() -> Callable[[], object]:
-    """Return a training step of ``train.py`` with a monitor."""
+    """Return a training step of ``examples/nord_lm/train.py`` with a monitor."""
     keep_freed_memory()
     net = make_model()
     monitor = SpikeMonitor(net)

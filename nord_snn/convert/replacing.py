@@ -38,7 +38,7 @@ class _Found:
     protocol: Protocol
     shapes: set[tuple[int, ...]] = field(default_factory=set)
     channels: set[int] = field(default_factory=set)
-    before: tuple[str, int] | None = None  # class and channels of the layer that ran last, where its channels are known
+    before: tuple[str, int] | None = None  # class and channels of the last layer before it, except poolings
 
     @property
     def steps(self) -> set[tuple[int, ...]]:
@@ -64,22 +64,24 @@ def replace_neurons(
     ``init_hidden``, a module with the same call takes the place of the neuron, and its attribute ``node`` is ours. In Norse the
     state is an :class:`~nord_snn.ops.AssociativeLIFState`, and None at first. ``snntorch.utils.reset`` works on the new neurons.
 
-    ``net(*example)`` runs once, without gradient and from rest, to find the width of every neuron and the dimension of its
-    channels: dimension 1 behind a convolution, batch norm or pooling, the last one behind a linear map or layer norm. Where
-    neither is behind it, dimension 1 if a time step has four dimensions or more, else the last one; the report has a note
-    where the last one may be wrong. Names of all other parameters stay. Make optimizers afterwards.
+    ``net(*example)`` runs once, without gradient and from rest, to find the width of every neuron module and the dimension of
+    its channels in a time step: dimension 1 if its input is the output of a convolution, batch norm or pooling, the last one
+    if it is that of a linear map or layer norm. After other layers it is dimension 1 if a time step has four dimensions or
+    more, else the last one; the report has a note where the last one may be wrong. Names of all other parameters stay. Make
+    optimizers afterwards.
 
-    A neuron that the network has under several names stays one, and is replaced under all of them if one of them is selected.
+    A module that the network has under several names stays one, and is replaced under all of them if one of them is selected.
     If an error is raised, nothing is replaced.
 
     Args:
         net: a network with neurons of SpikingJelly (``activation_based`` or ``clock_driven``), snnTorch (``Leaky``,
-            ``Lapicque``, ``Synaptic``) or Norse (``LIF``, ``LIFCell``, ``LIFBoxCell``, ``IAF``, ``IAFCell``). Others are skipped.
+            ``Lapicque``, ``Synaptic``) or Norse (``LIF``, ``LIFCell``, ``LIFBoxCell``, ``IAF``, ``IAFCell``). Other neurons
+            of snnTorch and Norse are reported as skipped, modules of other libraries are left alone.
         example: positional arguments of the network, with the shapes that it will get; the batch size may differ.
-        only: which neurons: a class or a tuple of them, a name or the start of one (``"layer1"``), or a function of name and
+        only: which neurons: a class or a tuple of them, the name of a neuron or of a module that contains it (``"layer1"``), or a function of name and
             module. Default: None, all of these libraries.
-        like: give the same spikes as the neuron that is replaced, see :meth:`AssociativeLIFNode.like`. Default: False. The
-            membrane potentials that a network of snnTorch receives are those after the reset.
+        like: give the same spikes as the neuron that is replaced, see :meth:`AssociativeLIFNode.like`. Default: False. With or
+            without it, a network of snnTorch receives membrane potentials after the reset; snnTorch's are those before.
         overrides: further arguments for single neurons, by any of their names. With ``like``, only ``channel_dim``,
             ``learnable`` (True or False), ``backend`` and ``store_v_seq``, which stores the membrane potentials of a sequence
             in ``v_seq`` of the node.
@@ -174,8 +176,8 @@ def _check_types(only: Any, overrides: Any) -> None:
     function = callable(only) and not isinstance(only, nn.Module)
     if not (only is None or classes or isinstance(only, str) or function):
         raise TypeError(
-            "only must be a class or a tuple of classes, a name or the start of one, or a function of name and module, got "
-            f"{only!r}"
+            "only must be a class or a tuple of classes, the name of a neuron or of a module that contains it, or a function of "
+            f"name and module, got {only!r}"
         )
     if not isinstance(overrides, Mapping) or not all(isinstance(own, Mapping) for own in overrides.values()):
         raise TypeError(
@@ -306,7 +308,7 @@ def _make_like(one: _Found, width: int | None, options: dict[str, Any]) -> tuple
     later = {key: options.pop(key) for key in ("backend", "store_v_seq") if key in options}
     try:
         made = one.protocol.like(one.module, width, **options)
-    except (TypeError, ValueError) as error:  # of the constants: the options are checked
+    except (TypeError, ValueError) as error:  # about the constants of the neuron that is replaced
         return None, str(error)
     for key, value in later.items():
         setattr(made, key, value)
@@ -341,7 +343,7 @@ def _reason(one: _Found) -> str:
 
 
 def _channel_dim(one: _Found, step: tuple[int, ...]) -> int:
-    """Return the dimension of the neurons: what the layer behind them says, else a guess from the number of dimensions."""
+    """Return the dimension of the neurons: what the layer before them says, else a guess from the number of dimensions."""
     said = one.channels - {0}
     if len(step) == 2 or len(said) != 1:
         return 1 if len(step) >= 4 else -1

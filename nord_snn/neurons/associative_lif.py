@@ -62,25 +62,26 @@ class AssociativeLIFNode(StatefulNode):
         n_features: D, the number of neurons. None: found at the first call.
         n_clusters: C of the cascade, a divisor of D; "auto" for the largest divisor up to 64. None switches the cascade off.
             With a cascade the default of ``beta_syn`` is 0.5 in every preset.
-        preset: constants that are not given, by name, see :data:`nord_snn.neurons.PRESETS`. Default: None, "nord" (the
-            published neuron) if ``n_features`` is given and no argument under SpikingJelly's name, else "lif".
+        preset: name of the set of values for arguments that are not given, see :data:`nord_snn.neurons.PRESETS`. Default:
+            None, "nord" (the neuron of the Nord language model) if ``n_features`` is given and no argument under SpikingJelly's name, else "lif".
         channel_dim: dimension of the neurons in one time step: 1 for images ``[N, C, H, W]``. Default: None, the last
             one; for a width that is found at the first call, 1 if a time step has four dimensions or more.
         cascade_radius: initial range of the cascade, in neighbouring clusters on each side.
         cascade_gain: initial gain of the cascade.
         threshold: initial threshold, a number or a tensor ``[D]``. Learned for every neuron.
         beta_mem: initial membrane decay, in (0, 1): a number, or a tensor ``[D]`` of a decay for every neuron.
-        beta_syn: initial synaptic decay, in [0, 1), in the same way; 0 is constant: no synaptic current.
+        beta_syn: initial synaptic decay, in [0, 1), in the same way. At 0 it is not learned, and the input acts in its own time step only.
         own_decays: learn a decay for every neuron. Default: False, one decay for all unless a tensor is given.
         learnable: which of "threshold", "beta_mem" and "beta_syn" are learned. Default: all.
-        v_reset: membrane potential while refractory; None where there is no refractory period.
+        v_reset: membrane potential while refractory, and after a hard reset. It may be None without either.
         refractory_steps: refractory period after a spike, in time steps.
         surrogate: a name from :data:`nord_snn.ops.SURROGATES` or a SpikingJelly surrogate module.
         alpha: sharpness of a named surrogate.
         hard_reset: set the membrane to ``v_reset`` after a spike instead of subtracting the threshold. Default: False.
         detach_reset: compute no gradient of the reset by the spike. Default: False.
         dynamics: equations of membrane and reset, see :class:`nord_snn.ops.Dynamics`, instead of ``hard_reset``,
-            ``detach_reset`` and ``decay_input``. Default: None, those above.
+            ``detach_reset`` and ``decay_input``. Default: None, those that
+            these three arguments select.
         step_mode: ``"s"`` for one time step ``[N, *, D]`` per call, ``"m"`` for sequences ``[T, N, *, D]``.
         backend: see :func:`nord_snn.ops.associative_lif`.
         store_v_seq: store membrane potentials in ``v_seq``, ``[T, N, *, D]``: of the last call in step mode ``"m"``, of all
@@ -192,7 +193,7 @@ class AssociativeLIFNode(StatefulNode):
             node: a neuron of SpikingJelly or snnTorch. It is read, not changed; its state is not copied.
             n_features: D. Default: None, found at the first call.
             channel_dim: see the class.
-            learnable: learn the thresholds. Default: False, only what ``node`` learns.
+            learnable: learn thresholds, and decays where they are parameters. Default: False, only what ``node`` learns.
             backend: see the class.
 
         Raises:
