@@ -78,8 +78,8 @@ def replace_neurons(
             ``Lapicque``, ``Synaptic``) or Norse (``LIF``, ``LIFCell``, ``LIFBoxCell``, ``IAF``, ``IAFCell``). Other neurons
             of snnTorch and Norse are reported as skipped, modules of other libraries are left alone.
         example: positional arguments of the network, with the shapes that it will get; the batch size may differ.
-        only: which neurons: a class or a tuple of them, the name of a neuron or of a module that contains it (``"layer1"``), or a function of name and
-            module. Default: None, all of these libraries.
+        only: which neurons: a class or a tuple of them, the name of a neuron or of a module that contains it (``"layer1"``), or
+            a function of name and module. Default: None, all of these libraries.
         like: give the same spikes as the neuron that is replaced, see :meth:`AssociativeLIFNode.like`. Default: False. With or
             without it, a network of snnTorch receives membrane potentials after the reset; snnTorch's are those before.
         overrides: further arguments for single neurons, by any of their names. With ``like``, only ``channel_dim``,

@@ -63,14 +63,16 @@ class AssociativeLIFNode(StatefulNode):
         n_clusters: C of the cascade, a divisor of D; "auto" for the largest divisor up to 64. None switches the cascade off.
             With a cascade the default of ``beta_syn`` is 0.5 in every preset.
         preset: name of the set of values for arguments that are not given, see :data:`nord_snn.neurons.PRESETS`. Default:
-            None, "nord" (the neuron of the Nord language model) if ``n_features`` is given and no argument under SpikingJelly's name, else "lif".
+            None, "nord" (the neuron of the Nord language model) if ``n_features`` is given and no argument under
+            SpikingJelly's name, else "lif".
         channel_dim: dimension of the neurons in one time step: 1 for images ``[N, C, H, W]``. Default: None, the last
             one; for a width that is found at the first call, 1 if a time step has four dimensions or more.
         cascade_radius: initial range of the cascade, in neighbouring clusters on each side.
         cascade_gain: initial gain of the cascade.
         threshold: initial threshold, a number or a tensor ``[D]``. Learned for every neuron.
         beta_mem: initial membrane decay, in (0, 1): a number, or a tensor ``[D]`` of a decay for every neuron.
-        beta_syn: initial synaptic decay, in [0, 1), in the same way. At 0 it is not learned, and the input acts in its own time step only.
+        beta_syn: initial synaptic decay, in [0, 1), in the same way. At 0 it is not learned, and the input acts in its own
+            time step only.
         own_decays: learn a decay for every neuron. Default: False, one decay for all unless a tensor is given.
         learnable: which of "threshold", "beta_mem" and "beta_syn" are learned. Default: all.
         v_reset: membrane potential while refractory, and after a hard reset. It may be None without either.

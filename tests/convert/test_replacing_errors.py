@@ -37,7 +37,7 @@ def only_first(width, **options):
         ({"overrides": {"3": {"channel_dim": 0}}}, ValueError, "a time step [3, 10] without that of the batch, got 0"),
         ({"overrides": {"3": {"backend": "gpu"}}, "like": True}, ValueError, "3 (LIFNode), no neuron is replaced: backend"),
         ({"neuron": only_first}, ValueError, "3 (LIFNode), no neuron is replaced: there are 12 neurons here"),
-        ({"only": ["1"]}, TypeError, "only must be a class or a tuple of classes, the name of a neuron or of a module that contains it, or a"),
+        ({"only": ["1"]}, TypeError, "only must be a class or a tuple of classes, the name of a neuron or"),
         ({"only": ("1", "3")}, TypeError, "function of name and module, got ('1', '3')"),
         ({"only": nn.ReLU()}, TypeError, "function of name and module, got ReLU()"),
         ({"overrides": {"3": 5}}, TypeError, "overrides must be a dict of names and arguments, such as {'lif1': {'threshold'"),
