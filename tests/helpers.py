@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from spikingjelly.activation_based import functional
-from torch import distributed
+from torch import Tensor, distributed
 
 SPIKINGJELLY_2 = hasattr(functional, "invalidate_reset_cache")
 needs_spikingjelly_2 = pytest.mark.skipif(not SPIKINGJELLY_2, reason="what SpikingJelly has only since release 2")
@@ -150,3 +150,22 @@ def two_processes(script: str, folder: Path) -> None:
     for process in started:
         _, error = process.communicate(timeout=120)
         assert process.returncode == 0, error.decode()
+
+
+def wrong_in_threads(function: Callable[[Tensor], Tensor], inputs: list[Tensor], calls: int) -> list[object]:
+    """Call a function in a thread for every input, often; return the errors, and 1 for every other result than alone."""
+    expected = [function(x) for x in inputs]
+    wrong: list[object] = []
+
+    def run(x: Tensor, right: Tensor) -> None:
+        try:
+            wrong.extend(1 for _ in range(calls) if not torch.equal(function(x), right))
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=run, args=pair) for pair in zip(inputs, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return wrong

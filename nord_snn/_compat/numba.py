@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import njit
+from numba import njit, types
 from numba.core import cgutils
+from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
-__all__ = ["cached_njit", "call_intrinsic", "data_pointer", "pointer_type", "stack_slot"]
+__all__ = ["cached_njit", "call_in_team", "call_intrinsic", "data_pointer", "pointer_type", "stack_slot"]
 
 
 def cached_njit(function: Callable[..., Any], stamp: str, **options: Any) -> Any:
@@ -28,6 +29,57 @@ def cached_njit(function: Callable[..., Any], stamp: str, **options: Any) -> Any
         file = dispatcher._cache._cache_file
         file._source_stamp = (file._source_stamp, stamp)
     return dispatcher
+
+
+@intrinsic
+def call_in_team(typing_context, kernel, openmp, n, arguments):  # type: ignore[no-untyped-def]
+    """Call ``kernel((k, size, 0), *arguments)`` in every thread k of an OpenMP team of at most ``n`` threads.
+
+    ``openmp`` are the addresses of ``GOMP_parallel``, ``omp_get_thread_num`` and ``omp_get_num_threads``; the manual of libgomp
+    has their signatures. The kernel must not raise: an error in a thread is not reported.
+    """
+    parameters = (types.UniTuple(types.intp, 3), *arguments.types)
+    kernel.get_call_type(typing_context, parameters, {})  # compiles it
+    compiled = kernel.dispatcher.overloads[parameters]
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        _, functions, n_threads, packed = values
+        context.active_code_library.add_linking_library(compiled.library)
+        memory = cgutils.alloca_once_value(builder, cgutils.make_anonymous_struct(builder, [packed, functions]))
+        entry = _team_entry(context, builder.module, compiled, memory.type)
+        in_parallel = _function_at(
+            builder, builder.extract_value(functions, 0), _VOID, [entry.type, _ADDRESS, _C_INT, _C_INT]
+        )
+        builder.call(
+            in_parallel, [entry, builder.bitcast(memory, _ADDRESS), builder.trunc(n_threads, _C_INT), _C_INT(0)]
+        )
+        return context.get_dummy_value()
+
+    return types.void(kernel, openmp, n, arguments), generate
+
+
+_VOID, _C_INT, _ADDRESS = ir.VoidType(), ir.IntType(32), ir.IntType(8).as_pointer()
+
+
+def _team_entry(context: Any, module: ir.Module, compiled: Any, memory_type: ir.Type) -> ir.Function:
+    """Add the C function that every thread of a team calls with the address of the arguments and of OpenMP's functions."""
+    entry = ir.Function(module, ir.FunctionType(_VOID, [_ADDRESS]), module.get_unique_name("run_in_team"))
+    entry.linkage = "internal"
+    builder = ir.IRBuilder(entry.append_basic_block())
+    packed, functions = cgutils.unpack_tuple(builder, builder.load(builder.bitcast(entry.args[0], memory_type)))
+    k, size = (builder.call(_function_at(builder, builder.extract_value(functions, i), _C_INT, []), []) for i in (1, 2))
+    share_type, *_ = compiled.signature.args
+    share = context.make_tuple(
+        builder, share_type, [*(builder.sext(i, ir.IntType(64)) for i in (k, size)), ir.IntType(64)(0)]
+    )
+    arguments = [share, *cgutils.unpack_tuple(builder, packed)]
+    context.call_internal_no_propagate(builder, compiled.fndesc, compiled.signature, arguments)
+    builder.ret_void()
+    return entry
+
+
+def _function_at(builder: Any, address: Any, result: ir.Type, parameters: list[ir.Type]) -> Any:
+    return builder.inttoptr(address, pointer_type(ir.FunctionType(result, parameters)))
 
 
 def call_intrinsic(builder: Any, name: str, result: ir.Type, operands: list[Any]) -> Any:

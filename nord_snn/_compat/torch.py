@@ -1,7 +1,9 @@
 """Private names of PyTorch. Written for 2.6 and newer, tested with 2.11."""
 
+import ctypes
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import MethodType
 from typing import Any, Protocol, TypeVar
 
@@ -26,6 +28,7 @@ __all__ = [
     "kernels_are_opaque",
     "move_state",
     "observe_forward",
+    "openmp_functions",
     "operators_by_private_name",
     "padding_on_both_sides",
     "stop_observing_forward",
@@ -71,6 +74,16 @@ def transform_is_active() -> bool:
 def kernels_are_opaque() -> bool:
     """Return whether a transform or the tracer of TorchScript is active: neither can look into a kernel."""
     return transform_is_active() or torch._C._get_tracing_state() is not None
+
+
+def openmp_functions(*names: str) -> tuple[int, ...] | None:
+    """Return the addresses of functions of the OpenMP library that torch has loaded, None if torch has another or none."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        loaded = ctypes.CDLL(str(library))  # looks into the libraries that it depends on, too
+        return tuple([ctypes.cast(getattr(loaded, name), ctypes.c_void_p).value or 0 for name in names])
+    except (OSError, AttributeError):
+        return None
 
 
 def in_backward() -> int | None:

@@ -42,7 +42,6 @@ def register_op(
     backward: Kernel,
     save: Callable[..., None],
     gradients: Callable[..., Any],
-    second_derivative: str,
     differentiable: Callable[..., Any] | None = None,
     check: Callable[..., None] | None = None,
 ) -> Callable[..., Any]:
@@ -57,7 +56,6 @@ def register_op(
         backward: backward pass.
         save: ``(ctx, tensors, options, output)``; saves in ``ctx`` what ``gradients`` needs.
         gradients: ``(ctx, *grads, run)``; calls the backward pass ``run`` and returns the gradients of all tensors.
-        second_derivative: end of the error message, which names the alternative that has a second derivative.
         differentiable: ``(tensors, options)`` -> the first output, in plain PyTorch. Where a graph of the backward pass is
             created, the gradients are computed by it, and have derivatives. Default: None, a second derivative raises.
         check: function of the arguments of the forward pass that raises unless a kernel can take them. The registered op calls
@@ -70,9 +68,7 @@ def register_op(
     backward_op.register_fake(backward.fake)
     positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
     n_tensors = sum(p.kind == positional for p in inspect.signature(forward.run).parameters.values())
-    gradients = _explain_freed_graph(
-        _with_second_derivative(gradients, name, second_derivative, differentiable, n_tensors)
-    )
+    gradients = _explain_freed_graph(_with_second_derivative(gradients, name, differentiable, n_tensors))
 
     def setup_context(ctx: Any, inputs: Any, keyword_only_inputs: dict[str, Any], output: Any) -> None:
         save(ctx, inputs, keyword_only_inputs, output)
@@ -169,10 +165,10 @@ def _explain_freed_graph(gradients: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_second_derivative(
-    gradients: Callable[..., Any], name: str, remedy: str, differentiable: Callable[..., Any] | None, n_tensors: int
+    gradients: Callable[..., Any], name: str, differentiable: Callable[..., Any] | None, n_tensors: int
 ) -> Callable[..., Any]:
     """Compute a second derivative, or make it raise: autograd would treat the output of a kernel as a constant."""
-    message = f"the kernels of {name} have no second derivative: {remedy}"
+    message = f"the kernels of {name} have no second derivative: backend='torch' has one"
 
     @functools.wraps(gradients)
     def wrapped(ctx: Any, *grads: Any, run: Any) -> Any:

@@ -1,9 +1,8 @@
 """Layers are called from several threads: no result belongs to another call."""
 
-import threading
-
 import pytest
 import torch
+from helpers import wrong_in_threads
 from spikingjelly.activation_based.neuron import LIFNode
 
 from nord_snn.layers import CoFiringResonance, MembraneReadout, NordBlock, SpikeFedResonance, SpikingFeedForward
@@ -29,19 +28,4 @@ LAYERS = {
 def test_four_threads_get_the_results_of_one(layer, neuron, calls):
     kind, sizes = LAYERS[layer]
     net = kind(*sizes, neuron=NEURONS[neuron]).eval().requires_grad_(False)
-    inputs = [2 * torch.randn(4, 2, 3, 8) for _ in range(4)]
-    expected = [net(x) for x in inputs]
-    wrong = []
-
-    def run(x, right):
-        try:
-            wrong.extend(1 for _ in range(calls) if not torch.equal(net(x), right))
-        except Exception as error:
-            wrong.append(error)
-
-    threads = [threading.Thread(target=run, args=pair) for pair in zip(inputs, expected, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    assert not wrong_in_threads(net, [2 * torch.randn(4, 2, 3, 8) for _ in range(4)], calls)

@@ -3,14 +3,15 @@
 import os
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
+from helpers import wrong_in_threads
 
 from nord_snn.neurons import AssociativeLIFNode
 
-pytest.importorskip("numba")
+numba = pytest.importorskip("numba")
+from nord_snn.ops._numba.threads import n_threads  # noqa: E402
 
 _FORKS = """
 import multiprocessing, torch
@@ -31,6 +32,23 @@ class Data:
 assert all(batch.all() for batch in DataLoader(Data(), batch_size=2, num_workers=2))
 with multiprocessing.get_context("fork").Pool(2) as pool:
     assert all(pool.map(run, range(4)))
+"""
+
+_TWO_THREADS = """
+import os, torch
+from nord_snn.ops import associative_lif
+torch.set_num_threads(2)
+x, threshold, decay = torch.randn(4, 64, 2048), torch.full((2048,), 0.25), torch.tensor([0.9])
+def run(backend="numba"):
+    return associative_lif(x, threshold=threshold, beta_mem=decay, beta_syn=decay, backend=backend)[0].numpy()
+expected = run("torch")
+assert (run() == expected).all() and 0 < expected.mean() < 1
+"""
+
+_IN_A_FORKED_PROCESS = """
+if (child := os.fork()) == 0:
+    os._exit(0 if (run() == expected).all() else 3)
+assert os.waitpid(child, 0)[1] == 0
 """
 
 _BESIDE_NUMBA = """
@@ -69,6 +87,17 @@ def test_forked_workers_run_kernels_after_a_call_in_the_parent(threads: int) -> 
     _run(_FORKS.format(threads=threads), NUMBA_NUM_THREADS="2")
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
+def test_a_forked_process_runs_kernels_on_several_threads() -> None:
+    """A forked process has no OpenMP team, so worker threads of its own run the kernel."""
+    _run(_TWO_THREADS + _IN_A_FORKED_PROCESS, NUMBA_NUM_THREADS="2")
+
+
+def test_a_team_may_be_smaller_than_asked_for() -> None:
+    """Under a limit of the process OpenMP gives fewer threads than torch has: all shares are computed."""
+    _run(_TWO_THREADS, OMP_THREAD_LIMIT="1", NUMBA_NUM_THREADS="2")
+
+
 @pytest.mark.parametrize("layer", ["workqueue"])
 def test_kernels_run_beside_parallel_loops_of_numba(layer: str) -> None:
     """Three threads run kernels while another one runs Numba's loops on a layer for one thread at a time."""
@@ -89,19 +118,11 @@ def test_kernels_need_no_threading_layer() -> None:
 def test_four_threads_get_the_results_of_one(calls: int) -> None:
     """Four threads run one node, each on its own input: no result is another's."""
     node = AssociativeLIFNode(64, n_clusters=8, step_mode="m").requires_grad_(False)
-    inputs = [torch.randn(6, 4, 64) for _ in range(4)]
-    expected = [node(x, stateless=True) for x in inputs]
-    wrong: list[object] = []
+    assert not wrong_in_threads(lambda x: node(x, stateless=True), [torch.randn(6, 4, 64) for _ in range(4)], calls)
 
-    def run(x: torch.Tensor, right: torch.Tensor) -> None:
-        try:
-            wrong.extend(1 for _ in range(calls) if not torch.equal(node(x, stateless=True), right))
-        except Exception as error:
-            wrong.append(error)
 
-    threads = [threading.Thread(target=run, args=pair) for pair in zip(inputs, expected, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+def test_small_work_stays_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel has the threads of torch, at most those of Numba, and one for every 65,536 elements."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", 4)
+    assert [n_threads(n) for n in (0, 65_535, 65_536, 10**9, None)] == [1, 1, 2, 4, 4]

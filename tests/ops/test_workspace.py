@@ -17,7 +17,7 @@ MEGABYTE = 1 << 20
 
 def test_parts_start_at_cache_lines_and_do_not_overlap() -> None:
     sizes = (1, 64, 0, 65, 300)
-    addresses, _ = workspace(*sizes)
+    addresses = workspace(*sizes).parts
     assert all(address % 64 == 0 for address in addresses)
     for size, address, following in zip(sizes, addresses, addresses[1:], strict=False):
         assert address + size <= following
@@ -35,8 +35,8 @@ def test_a_thread_uses_its_memory_again_unless_it_is_large() -> None:
 
 
 def test_threads_have_different_memory() -> None:
-    owners = [workspace(100)[1]]
-    thread = threading.Thread(target=lambda: owners.append(workspace(100)[1]))
+    owners = [workspace(100).memory]
+    thread = threading.Thread(target=lambda: owners.append(workspace(100).memory))
     thread.start()
     thread.join()
     assert owners[0] is not owners[1]

@@ -3,10 +3,11 @@
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from nord_snn._compat import numba as compat
-from nord_snn._compat.numba import cached_njit
+from nord_snn._compat.numba import cached_njit, call_in_team
 from nord_snn.ops._numba.threads import run_shares
 
 __all__ = ["chunks_of", "kernel", "parallel_kernel"]
@@ -27,11 +28,31 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 
 def parallel_kernel(function: Callable[..., Any]) -> Any:
-    """Compile a function of a share of the work and arguments; return a function of the arguments that runs it on threads.
+    """Compile a function of a share of the work and arguments; return one of a number of threads and the arguments.
 
     See :func:`nord_snn.ops._numba.threads.run_shares`; :func:`chunks_of` returns the chunks of a share.
     """
-    return run_shares(kernel(function))
+    compiled = kernel(function)
+    return run_shares(compiled, kernel(_team_function(function, compiled)))
+
+
+def _team_function(function: Callable[..., Any], compiled: Any) -> Callable[..., Any]:
+    """Return the Python code that runs a compiled kernel in a team.
+
+    The kernel is a global name of the code, not one of a closure, which Numba would compile in every process. File and name are
+    the kernel's: they decide where Numba caches the code on disk.
+    """
+    code = _run_in_team.__code__.replace(
+        co_filename=function.__code__.co_filename, co_firstlineno=function.__code__.co_firstlineno
+    )
+    in_team = FunctionType(code, {"COMPILED": compiled, "call_in_team": call_in_team})
+    in_team.__module__, in_team.__qualname__ = function.__module__, f"{function.__qualname__}_in_team"
+    return in_team
+
+
+def _run_in_team(openmp, n, arguments):
+    call_in_team(COMPILED, openmp, n, arguments)  # noqa: F821
+    COMPILED((n, n, 1), *arguments)  # noqa: F821
 
 
 @kernel

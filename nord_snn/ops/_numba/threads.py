@@ -1,74 +1,54 @@
 """Run CPU kernels on as many threads as torch uses.
 
-Numba's own parallel loops need a threading layer, and none fits every process: GNU OpenMP ends a forked process that runs a
-loop, the work queue aborts where two threads run loops at the same time, TBB may not be installed. So a kernel is compiled for
-one thread and called for a share of the work, here and by worker threads, without the GIL. Workers of the parent do not exist in
-a forked process, which starts its own. Callers in several threads share the workers; none waits for another.
+A kernel is compiled for one thread and called for a share of the work, in all threads of the OpenMP team of torch: threads of
+another pool, also those of Numba's parallel loops, would compete for the cores with torch's, which spin after an operation.
+OpenMP does not work in a forked process. There, and where torch is built without OpenMP, worker threads of Python run the shares,
+without the GIL. A forked process starts its own. Callers in several threads share the workers; none waits for another.
 """
 
+import multiprocessing
 import os
 import threading
 from collections import deque
 from collections.abc import Callable
 from operator import length_hint
 from queue import SimpleQueue
-from types import TracebackType
 from typing import Any
 
 import numba
 import torch
 
-__all__ = ["as_many_threads_as_torch", "run_shares"]
+from nord_snn._compat.torch import openmp_functions
+
+__all__ = ["n_threads", "run_shares"]
 
 #: Elements worth a thread of their own. With fewer, waiting for another thread takes longer than the work.
 _GRAIN = 65536
 
-_of_thread = threading.local()
+
+def n_threads(n_elements: int | None = None) -> int:
+    """Return the number of threads for a kernel: as many as torch has, but at most one for every 65,536 elements, if given."""
+    n = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    return n if n_elements is None else min(n, 1 + n_elements // _GRAIN)
 
 
-class _AsManyThreadsAsTorch:
-    """Context of a kernel; a class, since entering a generator takes longer than a small kernel."""
-
-    def __init__(self, n_elements: int | None) -> None:
-        self._most = None if n_elements is None else 1 + n_elements // _GRAIN
-
-    def __enter__(self) -> int:
-        n = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-        if self._most is not None:
-            n = min(n, self._most)
-        _of_thread.shares = n
-        return n
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        _of_thread.shares = 1
-
-
-def as_many_threads_as_torch(n_elements: int | None = None) -> _AsManyThreadsAsTorch:
-    """Run the parallel kernels of a ``with`` block on as many threads as torch has; yield the number.
-
-    Small work gets fewer threads: one more for every 65,536 of ``n_elements``, if that is given.
-    """
-    return _AsManyThreadsAsTorch(n_elements)
-
-
-def run_shares(function: Callable[..., Any]) -> Callable[..., None]:
-    """Return a function that calls ``function(share, *arguments)`` for every share of the work, in parallel.
+def run_shares(function: Callable[..., Any], in_team: Callable[..., Any]) -> Callable[..., None]:
+    """Return a function of a number of threads and arguments that calls ``function(share, *arguments)`` on them.
 
     ``share`` is ``(k, n, finishes)``: share k of n. The last of all calls has ``finishes = 1`` and, unless it is the only one, no
-    work but that which needs the results of all shares.
+    work but that which needs the results of all shares. ``in_team(openmp, n, arguments)`` does the same with OpenMP.
     """
 
-    def run(*arguments: Any) -> None:
-        n = getattr(_of_thread, "shares", 1)
-        if n > 1:
-            n = _workers.start(n - 1) + 1
-        if n == 1:
+    def run(threads: int, *arguments: Any) -> None:
+        if threads == 1:
             function((0, 1, 1), *arguments)
-            return
-        _run_in_parallel(function, n, arguments)
-        function((n, n, 1), *arguments)
+        elif _openmp is not None:
+            in_team(_openmp, threads, arguments)
+        elif (n := _workers.start(threads - 1) + 1) == 1:
+            function((0, 1, 1), *arguments)
+        else:
+            _run_in_parallel(function, n, arguments)
+            function((n, n, 1), *arguments)
 
     return run
 
@@ -80,9 +60,8 @@ def _run_in_parallel(function: Callable[..., Any], n: int, arguments: tuple[Any,
     tasks = iter([(function, ((k, n, 0), *arguments), results, done) for k in range(1, n)])
     error: BaseException | None = None
     try:
-        deque(
-            map(_workers.tasks.put, tasks), maxlen=0
-        )  # no bytecode, so no Ctrl-C, between taking a task and handing it on
+        # In one call of C, so that no Ctrl-C comes between taking a task and handing it on.
+        deque(map(_workers.tasks.put, tasks), maxlen=0)
         function((0, n, 0), *arguments)
     except BaseException as raised:
         error = raised
@@ -130,6 +109,16 @@ def _work(tasks: "SimpleQueue[Any]") -> None:
 
 
 _workers = _Workers()
+_openmp = openmp_functions("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
+
+def _after_fork() -> None:
+    global _openmp
+    _openmp = None
+    _workers.__init__()  # type: ignore[misc]
+
+
+if multiprocessing.parent_process() is not None:  # perhaps forked before this module was imported
+    _openmp = None
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-    os.register_at_fork(after_in_child=lambda: _workers.__init__())  # type: ignore[misc]
+    os.register_at_fork(after_in_child=_after_fork)

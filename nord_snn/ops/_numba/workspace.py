@@ -4,10 +4,11 @@ Fresh memory costs page faults, which take longer than a small kernel.
 """
 
 import threading
+from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["workspace"]
+__all__ = ["Workspace", "workspace"]
 
 _LINE = 64  # bytes of a cache line
 _KEPT = 1 << 20  # bytes that a thread keeps at most
@@ -25,11 +26,17 @@ class _Memory:
 _of_thread = threading.local()
 
 
-def workspace(*n_bytes: int) -> tuple[tuple[int, ...], object]:
-    """Return the addresses of parts of ``n_bytes`` each, every one at the start of a cache line, and the owner of the memory.
+class Workspace(NamedTuple):
+    """Addresses of parts of a memory, and the memory, which must be referenced while a kernel runs."""
 
-    The caller must keep a reference to the owner while a kernel runs. The contents are arbitrary, and the next call of this
-    thread may return the same memory.
+    parts: tuple[int, ...]
+    memory: _Memory
+
+
+def workspace(*n_bytes: int) -> Workspace:
+    """Return memory in parts of ``n_bytes`` each, every one from the start of a cache line on.
+
+    The contents are arbitrary, and the next call of this thread may return the same memory.
     """
     offsets, total = [], 0
     for n in n_bytes:
@@ -40,7 +47,7 @@ def workspace(*n_bytes: int) -> tuple[tuple[int, ...], object]:
         memory = _Memory(total)
         if total <= _KEPT:
             _of_thread.memory = memory
-    return tuple([memory.address + offset for offset in offsets]), memory
+    return Workspace(tuple([memory.address + offset for offset in offsets]), memory)
 
 
 def _whole_lines(n_bytes: int) -> int:

@@ -15,7 +15,7 @@ from nord_snn.ops._numba.simd import (
     count_bits,
 )
 from nord_snn.ops._numba.tensors import NUMPY_TYPES, addresses, as_contiguous, data_pointer
-from nord_snn.ops._numba.threads import as_many_threads_as_torch
+from nord_snn.ops._numba.threads import n_threads
 from nord_snn.ops._numba.workspace import workspace
 from nord_snn.ops.checks import compute_dtype
 
@@ -166,23 +166,23 @@ def forward(
         None if recency is None else as_contiguous(recency, dtype),
         None if lengths is None else as_contiguous((n_all - lengths).clamp(min=0), torch.int64),
     )
-    with as_many_threads_as_torch() as threads:
-        chunks = max(1, min(B * H, 2 * threads))
-        sizes = _Sizes(chunks, T, B, S, D, n_all, H, v_head_dim, top_k, min(window, n_all), n_bytes // 8)
-        scratch, owner = workspace(
-            8 * chunks * S * sizes.words,
-            8 * chunks * n_all,
-            dtype.itemsize * chunks * (n_all + WIDTH),
-            4 * chunks * (top_k + 1),
-            dtype.itemsize * chunks * (top_k + 1),
-        )
-        _forward(
-            tuple(sizes),
-            addresses(inputs),
-            NUMPY_TYPES[dtype](float(temperature)),
-            np.int64(torch.iinfo(_INTEGERS[dtype]).max),
-            scratch,
-            data_pointer(context),
-        )
-        del owner  # alive until here
+    threads = n_threads()
+    chunks = max(1, min(B * H, 2 * threads))
+    sizes = _Sizes(chunks, T, B, S, D, n_all, H, v_head_dim, top_k, min(window, n_all), n_bytes // 8)
+    scratch = workspace(
+        8 * chunks * S * sizes.words,
+        8 * chunks * n_all,
+        dtype.itemsize * chunks * (n_all + WIDTH),
+        4 * chunks * (top_k + 1),
+        dtype.itemsize * chunks * (top_k + 1),
+    )
+    _forward(
+        threads,
+        tuple(sizes),
+        addresses(inputs),
+        NUMPY_TYPES[dtype](float(temperature)),
+        np.int64(torch.iinfo(_INTEGERS[dtype]).max),
+        scratch.parts,
+        data_pointer(context),
+    )
     return context.to(out_dtype)

@@ -19,7 +19,7 @@ from nord_snn.ops._numba.simd import (
     where,
 )
 from nord_snn.ops._numba.tensors import NUMPY_TYPES, addresses, as_contiguous, data_pointer
-from nord_snn.ops._numba.threads import as_many_threads_as_torch
+from nord_snn.ops._numba.threads import n_threads
 from nord_snn.ops.checks import compute_dtype
 
 __all__ = ["backward", "forward"]
@@ -123,8 +123,8 @@ def forward(x: Tensor, branch: Tensor | None, gain: Tensor | None, leak: Tensor,
     dtype, D = compute_dtype(x), x.shape[-1]
     y = torch.empty(x.shape, dtype=dtype, device="cpu")
     inputs = _contiguous(x, branch, gain, leak, floor, dtype=dtype)
-    with as_many_threads_as_torch(x.numel()) as threads:
-        _forward(NUMPY_TYPES[dtype](0), 2 * threads, x.numel() // D, D, addresses(inputs), data_pointer(y))
+    threads = n_threads(x.numel())
+    _forward(threads, NUMPY_TYPES[dtype](0), 2 * threads, x.numel() // D, D, addresses(inputs), data_pointer(y))
     return y.to(x.dtype)
 
 
@@ -136,12 +136,12 @@ def backward(
     grad_x = torch.empty(x.shape, dtype=dtype, device="cpu")
     grad_branch = torch.empty(0 if branch is None else x.shape, dtype=dtype, device="cpu")
     grad, inputs = as_contiguous(grad, dtype), _contiguous(x, branch, gain, leak, floor, dtype=dtype)
-    with as_many_threads_as_torch(x.numel()) as threads:
-        sums = torch.zeros(2 * threads, 3, -(-D // WIDTH) * WIDTH, dtype=dtype, device="cpu")
-        _backward(
-            NUMPY_TYPES[dtype](0), 2 * threads, x.numel() // D, D, data_pointer(grad), addresses(inputs),
-            *addresses((grad_x, grad_branch, sums)),
-        )  # fmt: skip
+    threads = n_threads(x.numel())
+    sums = torch.zeros(2 * threads, 3, -(-D // WIDTH) * WIDTH, dtype=dtype, device="cpu")
+    _backward(
+        threads, NUMPY_TYPES[dtype](0), 2 * threads, x.numel() // D, D, data_pointer(grad), addresses(inputs),
+        *addresses((grad_x, grad_branch, sums)),
+    )  # fmt: skip
     grad_leak, grad_floor, grad_gain = (sums[:, kind, :D].sum(0) for kind in range(3))
     if branch is None:
         return grad_x.to(x.dtype), grad_branch, torch.empty(0, dtype=dtype, device="cpu"), grad_leak, grad_floor

@@ -139,7 +139,6 @@ _run = register_op(
     Kernel(_backward, _backward_fake),
     _save,
     _gradients,
-    second_derivative="backend='torch' has one",
     differentiable=_differentiable,
 )
 register_cost("leaky_clamp", leaky_clamp_cost)

@@ -31,7 +31,7 @@ from nord_snn.ops._numba.simd import (
     where,
 )
 from nord_snn.ops._numba.tensors import NUMPY_TYPES, addresses, as_contiguous
-from nord_snn.ops._numba.threads import as_many_threads_as_torch
+from nord_snn.ops._numba.threads import n_threads
 from nord_snn.ops._numba.workspace import workspace
 from nord_snn.ops.checks import compute_dtype
 from nord_snn.ops.dispatch import CallSignature, Support
@@ -873,23 +873,23 @@ def forward(
     v_last = torch.empty_like(x) if x.shape == arguments.step else x.new_empty(arguments.step)
     i_last = None if membrane_only else torch.empty_like(v_last)
     refractory_last = None if membrane_only else torch.empty_like(v_last, dtype=torch.int32)
-    with as_many_threads_as_torch(x.numel()) as threads:
-        sizes = _sizes_of(arguments, threads)
-        tiles, width = sizes.tiles, sizes.width
-        # Allocated here: memory allocated in the threads causes page faults in every call.
-        scratch_size = tiles * _STATE + 2 * (tiles * _TILE + WIDTH) + (sizes.block_length // sizes.D + 1) * width
-        (scratch,), owner = workspace(sizes.chunks * dtype.itemsize * scratch_size)
-        _forward(
-            tuple(sizes),
-            addresses(inputs),
-            addresses((spikes, v_seq, v_last, i_last, refractory_last)),
-            keep_v,
-            _constants(arguments.v_reset, arguments.refractory_steps, arguments.dynamics, dtype),
-            _modes(arguments.dynamics, sizes.n_decays > 1),
-            scratch,
-            scratch_size,
-        )
-        del owner  # alive until here
+    threads = n_threads(x.numel())
+    sizes = _sizes_of(arguments, threads)
+    tiles, width = sizes.tiles, sizes.width
+    # Allocated here: memory allocated in the threads causes page faults in every call.
+    scratch_size = tiles * _STATE + 2 * (tiles * _TILE + WIDTH) + (sizes.block_length // sizes.D + 1) * width
+    scratch = workspace(sizes.chunks * dtype.itemsize * scratch_size)
+    _forward(
+        threads,
+        tuple(sizes),
+        addresses(inputs),
+        addresses((spikes, v_seq, v_last, i_last, refractory_last)),
+        keep_v,
+        _constants(arguments.v_reset, arguments.refractory_steps, arguments.dynamics, dtype),
+        _modes(arguments.dynamics, sizes.n_decays > 1),
+        scratch.parts[0],
+        scratch_size,
+    )
     if arguments.x.dtype is not dtype:
         spikes, v_seq = spikes.to(arguments.x.dtype), None if v_seq is None else v_seq.to(arguments.x.dtype)
     return spikes, v_seq, v_last, i_last, refractory_last
@@ -914,31 +914,32 @@ def backward(
     x, v, i_syn, _, threshold, beta_mem, beta_syn, *_ = inputs
     grad_x, grad_v, grad_i = _empty_like(x, v, i_syn)
     of_parameters = _empty_like(threshold, beta_mem, beta_syn, arguments.coupling) if parameters else [None] * 4
-    with as_many_threads_as_torch(x.numel()) as threads:
-        sizes = _sizes_of(arguments, threads)
-        chunks, _, block_length, tiles, T, _, D, _, n_decays, C, width, record_of_tile = sizes
-        scratch_size = tiles * _STATE + 4 * (tiles * _TILE + WIDTH) + 2 * WIDTH
-        scratch_size += (2 * T * (block_length // D) + C + 1) * width
-        (sums, scratch, record, masks), owner = workspace(
-            8 * chunks * (D + 2 * n_decays + C * width),  # sums in float64
-            chunks * dtype.itemsize * scratch_size,
-            chunks * T * tiles * record_of_tile * dtype.itemsize,
-            chunks * T * tiles * _MASKS * 2,
-        )
-        _backward(
-            tuple(sizes),
-            addresses(grad_outputs),
-            addresses(inputs),
-            _constants(arguments.v_reset, arguments.refractory_steps, arguments.dynamics, dtype),
-            _modes(arguments.dynamics, n_decays > 1),
-            (SURROGATE_IDS[surrogate], NUMPY_TYPES[dtype](alpha)),
-            (record, masks),
-            scratch,
-            scratch_size,
-            (*addresses((grad_x, grad_v, grad_i)), sums),
-            (*addresses(of_parameters), NUMPY_TYPES[dtype](logits)),
-        )
-        del owner  # alive until here
+    threads = n_threads(x.numel())
+    sizes = _sizes_of(arguments, threads)
+    chunks, _, block_length, tiles, T, _, D, _, n_decays, C, width, record_of_tile = sizes
+    scratch_size = tiles * _STATE + 4 * (tiles * _TILE + WIDTH) + 2 * WIDTH
+    scratch_size += (2 * T * (block_length // D) + C + 1) * width
+    memory = workspace(
+        8 * chunks * (D + 2 * n_decays + C * width),  # sums in float64
+        chunks * dtype.itemsize * scratch_size,
+        chunks * T * tiles * record_of_tile * dtype.itemsize,
+        chunks * T * tiles * _MASKS * 2,
+    )
+    sums, scratch, record, masks = memory.parts
+    _backward(
+        threads,
+        tuple(sizes),
+        addresses(grad_outputs),
+        addresses(inputs),
+        _constants(arguments.v_reset, arguments.refractory_steps, arguments.dynamics, dtype),
+        _modes(arguments.dynamics, n_decays > 1),
+        (SURROGATE_IDS[surrogate], NUMPY_TYPES[dtype](alpha)),
+        (record, masks),
+        scratch,
+        scratch_size,
+        (*addresses((grad_x, grad_v, grad_i)), sums),
+        (*addresses(of_parameters), NUMPY_TYPES[dtype](logits)),
+    )
     if arguments.x.dtype is not dtype:
         grad_x = grad_x.to(arguments.x.dtype)
     return grad_x, grad_v, grad_i, *of_parameters

@@ -715,7 +715,6 @@ _run = register_op(
     Kernel(_registered_backward, _backward_fake, direct=_backward),
     _save,
     _gradients,
-    second_derivative="backend='torch' has one",
     check=_check_registered,
 )
 register_cost("associative_lif", associative_lif_cost)

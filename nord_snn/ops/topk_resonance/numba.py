@@ -29,7 +29,7 @@ from nord_snn.ops._numba.simd import (
     reduce_sum,
 )
 from nord_snn.ops._numba.tensors import NUMPY_TYPES, addresses, as_contiguous, data_pointer
-from nord_snn.ops._numba.threads import as_many_threads_as_torch
+from nord_snn.ops._numba.threads import n_threads
 from nord_snn.ops.checks import compute_dtype
 from nord_snn.ops.topk_resonance.support import Arguments
 
@@ -526,18 +526,19 @@ def forward(arguments: Arguments, save_weights: bool) -> tuple[Tensor, Tensor, T
     if not context.numel():
         return context.to(v.dtype), selected, nothing, weights
     inputs = _input_tensors(arguments, dtype)
-    with as_many_threads_as_torch() as threads:
-        sizes = _sizes(arguments, threads)
-        scratch, lists = _scratch_tensors(sizes, dtype), _list_tensors((selected, weights), sizes, 1)
-        _forward(
-            tuple(sizes),
-            addresses(inputs),
-            _constants(arguments, dtype),
-            addresses(scratch),
-            addresses(lists),
-            len(selected) > 0,
-            data_pointer(context),
-        )
+    threads = n_threads()
+    sizes = _sizes(arguments, threads)
+    scratch, lists = _scratch_tensors(sizes, dtype), _list_tensors((selected, weights), sizes, 1)
+    _forward(
+        threads,
+        tuple(sizes),
+        addresses(inputs),
+        _constants(arguments, dtype),
+        addresses(scratch),
+        addresses(lists),
+        len(selected) > 0,
+        data_pointer(context),
+    )
     return context.to(v.dtype), selected, nothing, weights
 
 
@@ -554,22 +555,23 @@ def backward(
     by_head = torch.zeros(2, v.shape[0] * n_heads, dtype=torch.float64, device="cpu")
     if v.numel():
         grad, inputs = as_contiguous(grad, dtype), _input_tensors(arguments, dtype)
-        with as_many_threads_as_torch() as threads:
-            sizes = _sizes(arguments, threads)
-            lists = _list_tensors((selected, weights), sizes, _BLOCK)
-            scratch, groups = _scratch_tensors(sizes, dtype), _group_tensors(sizes, dtype)
-            _backward(
-                tuple(sizes),
-                data_pointer(grad),
-                addresses(inputs),
-                _constants(arguments, dtype),
-                addresses(scratch),
-                addresses(lists),
-                len(selected) > 0,
-                addresses(groups),
-                addresses((grad_q, grad_k, grad_v, by_head[0], by_head[1])),
-                needs_spike_grad,
-            )
+        threads = n_threads()
+        sizes = _sizes(arguments, threads)
+        lists = _list_tensors((selected, weights), sizes, _BLOCK)
+        scratch, groups = _scratch_tensors(sizes, dtype), _group_tensors(sizes, dtype)
+        _backward(
+            threads,
+            tuple(sizes),
+            data_pointer(grad),
+            addresses(inputs),
+            _constants(arguments, dtype),
+            addresses(scratch),
+            addresses(lists),
+            len(selected) > 0,
+            addresses(groups),
+            addresses((grad_q, grad_k, grad_v, by_head[0], by_head[1])),
+            needs_spike_grad,
+        )
     grad_temperature, grad_recency = by_head[0].sum().to(dtype), by_head[1].view(-1, n_heads).sum(0).to(dtype)
     return (
         grad_q.to(q.dtype) if needs_spike_grad else q.new_empty(0),

@@ -230,7 +230,6 @@ _run = register_op(
     Kernel(_backward, _backward_fake),
     _save,
     _gradients,
-    second_derivative="nord_snn/ops/topk_resonance/reference.py has one",
     differentiable=_differentiable,
 )
 register_cost("resonance", resonance_cost)
