@@ -9,6 +9,9 @@ from typing import Any
 # Before any library reads them: no test may need a network, nor wait for one that is not there.
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # two processes share the cores: waiting threads must not occupy one
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 
