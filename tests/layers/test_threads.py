@@ -22,10 +22,19 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("calls", [25, pytest.param(3000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("neuron", NEURONS)
 @pytest.mark.parametrize("layer", LAYERS)
-def test_four_threads_get_the_results_of_one(layer, neuron, calls):
+def test_four_threads_get_the_results_of_one(layer, neuron):
+    _call_in_four_threads(layer, neuron, 25)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", ["readout", "spike-fed"])
+def test_four_threads_get_the_results_of_one_3000_times(layer):
+    _call_in_four_threads(layer, "ours", 3000)
+
+
+def _call_in_four_threads(layer, neuron, calls):
     kind, sizes = LAYERS[layer]
     net = kind(*sizes, neuron=NEURONS[neuron]).eval().requires_grad_(False)
     assert not wrong_in_threads(net, [2 * torch.randn(4, 2, 3, 8) for _ in range(4)], calls)
