@@ -141,6 +141,33 @@ def test_a_conversion_killed_at_a_rename_goes_on(server, tmp_path, number):
         assert torch.load(back, weights_only=True).keys() == torch.load(source, weights_only=True).keys()
 
 
+@pytest.mark.slow
+def test_fifty_kills_of_conversions_and_reports_at_random_moments_go_on(training, tmp_path):
+    """The same command ends as without a kill, and nothing unfinished stays."""
+    torch.save(to_original(small_published_model(), "tokenizer"), tmp_path / "published.pt")
+    server, log, generator = training.server, training.log, random.Random(0)
+    model, text = training.folder / "whole" / "test-0001" / "model", training.folder / "text.txt"
+    folder, back, report = tmp_path / "folder", tmp_path / "back.pt", tmp_path / "report"
+    commands = [
+        (folder, ["convert_original", tmp_path / "published.pt", folder]),
+        (back, ["convert_original", "--to-original", folder, back]),
+        (report, ["evaluate", text, "--model", model, "--max-tokens", 2000, "--report", report]),
+    ]
+    killed = 0
+    for number in range(54):
+        out, command = commands[number % 3]
+        status, _ = server.run(*command, log=log, seconds=generator.uniform(0, 1.5))
+        killed += status == KILLED
+        if out is report or not out.exists():
+            assert server.run(*command, log=log)[0] == 0, log.read_text()
+        assert out.exists()
+        if out is back:  # the conversions refuse to replace a result
+            shutil.rmtree(folder)
+            back.unlink()
+    assert killed >= 20
+    assert {path.name for path in tmp_path.iterdir()} <= {"published.pt", "folder", "back.pt", "report"}
+
+
 def small_published_model() -> NordForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
