@@ -140,6 +140,21 @@ def nan_weight(rank: int) -> None:
     loop.take_step = diverge
 
 
+def error_in_process_1(rank: int) -> None:
+    """Raise an error in the fourth training step of the second process."""
+    from nordlm.training import loop
+
+    take_step, calls = loop.take_step, []
+
+    def fail(*arguments: Any) -> Any:
+        calls.append(0)
+        if rank == 1 and len(calls) == 4:
+            raise RuntimeError("out of memory in this process alone")
+        return take_step(*arguments)
+
+    loop.take_step = fail
+
+
 def infinite_held_out_loss(rank: int) -> None:
     """Make the final evaluation overflow."""
     from nordlm.training import loop

@@ -157,6 +157,15 @@ def test_an_error_under_two_processes_is_printed_once(server, folder):
     assert "cannot be created" in refusal(start(server, folder, "text.txt", processes=2))
 
 
+def test_an_error_in_a_training_step_of_one_process_ends_both(server, folder):
+    output = start(server, folder, "one", processes=2, fault="error_in_process_1")
+    assert not output.startswith("0 "), output
+    assert "out of memory in this process alone" in output
+    run = folder / "one" / "test-0001"
+    assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-000002"}
+    assert resume(server, run, processes=2).startswith("0 ")
+
+
 # --- one process group for each run
 
 
