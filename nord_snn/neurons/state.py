@@ -1,4 +1,4 @@
-"""Stored states as tensors for an input."""
+"""Convert stored states to tensors that fit an input."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ def state_tensor(state: Any, x: Tensor, step: torch.Size, dtype: torch.dtype, ow
 
     Args:
         state: a number or a tensor.
-        x: the input, whose device the result has.
-        step: shape of one time step of the input.
+        x: the input; the result is on its device.
+        step: shape of one time step of the input, and of the result.
         dtype: dtype of the result.
-        owner: name of the module, for messages.
+        owner: name of the module, for error messages.
 
     Raises:
         ValueError: the state has another shape, or no data.

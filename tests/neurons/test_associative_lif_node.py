@@ -105,7 +105,7 @@ def test_bad_constructor_arguments_raise():
     with pytest.raises(ValueError, match="radius must not be negative"):
         AssociativeLIFNode(8, n_clusters=4, cascade_radius=-1)
     for v_reset in (None, float("nan"), torch.zeros(())):  # None is SpikingJelly's word for subtracting
-        with pytest.raises(TypeError, match=r"v_reset must be a number.*subtracts the threshold"):
+        with pytest.raises(TypeError, match=r"v_reset must be a number.*None only with refractory_steps=0"):
             AssociativeLIFNode(8, n_clusters=None, v_reset=v_reset)
 
 
