@@ -1,8 +1,8 @@
 """Private names of Numba and llvmlite for the kernels and their SIMD types. Tested with Numba 0.68.
 
-Numba's documented extension interface (``numba.extending``) offers neither pointers to array data, calls of LLVM intrinsics
-and stack slots, nor control over what invalidates a cache. ``numba.core`` and ``numba.np`` offer all of them, but may change
-in any release.
+Numba's documented extension interface (``numba.extending``) lacks pointers to array data, calls of LLVM intrinsics, stack
+slots, and control over what invalidates a cache. ``numba.core`` and ``numba.np`` have all of these, but may change in any
+release.
 """
 
 from collections.abc import Callable

@@ -28,7 +28,7 @@ class SequenceCache:
         window: number of positions that a query attends to, its own included; needs ``update``. Default: None, all.
 
     Raises:
-        ValueError: ``window`` is given without ``update``, or is less than 1.
+        ValueError: ``window`` is passed without ``update``, or is less than 1.
 
     Source: the caches of the transformers library.
 

@@ -81,7 +81,7 @@ class AssociativeLIFNode(StatefulNode):
         surrogate: a name from :data:`nord_snn.ops.SURROGATES` or a SpikingJelly surrogate module.
         alpha: sharpness of a named surrogate.
         hard_reset: set the membrane potential to ``v_reset`` after a spike instead of subtracting the threshold. Default: False.
-        detach_reset: detach the spike in the reset, so that the reset has no gradient by the spike. Default: False.
+        detach_reset: detach the spike in the reset, so that no gradient flows through the reset. Default: False.
         dynamics: equations of membrane potential and reset, see :class:`nord_snn.ops.Dynamics`, instead of ``hard_reset``,
             ``detach_reset`` and ``decay_input``. Default: None, the equations that these three arguments select.
         step_mode: ``"s"`` for one time step ``[N, *, D]`` per call, ``"m"`` for sequences ``[T, N, *, D]``. Default: ``"s"``.
@@ -446,8 +446,8 @@ class AssociativeLIFNode(StatefulNode):
         """Return a state as tensors for this input; if the membrane potential is the whole state, the others are None."""
         v, i_syn, refractory = state
         if self.is_membrane_only and not (isinstance(i_syn, Tensor) or isinstance(refractory, Tensor)):
-            step = x.shape[1:] if self.step_mode == "m" else x.shape
-            v = state_tensor(v, x, step, compute_dtype(x), type(self).__name__)
+            step_shape = x.shape[1:] if self.step_mode == "m" else x.shape
+            v = state_tensor(v, x, step_shape, compute_dtype(x), type(self).__name__)
             return AssociativeLIFState(v, cast(Tensor, None), cast(Tensor, None))
         if i_syn is None or refractory is None:
             raise ValueError(
@@ -494,14 +494,14 @@ class AssociativeLIFNode(StatefulNode):
 
     def _check_last(self, x: Tensor, n_features: int, layout: str, multi: bool) -> None:
         """Check an input with neurons in its last dimension; recommend ``channel_dim`` if they seem to be in dimension 1."""
-        step = tuple(x.shape[1:] if multi else x.shape) if isinstance(x, Tensor) else ()
-        if self.channel_dim is None and len(step) >= 4 and step[1] == n_features:
+        step_shape = tuple(x.shape[1:] if multi else x.shape) if isinstance(x, Tensor) else ()
+        if self.channel_dim is None and len(step_shape) >= 4 and step_shape[1] == n_features:
             raise ValueError(
-                f"{type(self).__name__}({n_features}) got a time step {list(step)} whose dimension 1 has {n_features} "
+                f"{type(self).__name__}({n_features}) got a time step {list(step_shape)} whose dimension 1 has {n_features} "
                 "channels: pass channel_dim=1 if these are its neurons, as after a convolution, or channel_dim=-1 for the last "
                 "dimension"
             )
-        if len(step) >= 3 and step[-1] != n_features and x.is_floating_point():
+        if len(step_shape) >= 3 and step_shape[-1] != n_features and x.is_floating_point():
             raise ValueError(
                 f"{type(self).__name__} expects shape {layout} with D = {n_features}, got {list(x.shape)}: neurons in dimension "
                 "1 of a time step, such as the channels of a convolution, need channel_dim=1"
@@ -525,11 +525,11 @@ class AssociativeLIFNode(StatefulNode):
     def materialize_states(self, inputs: _Tensors, states: _States, step_mode: str) -> AssociativeLIFState:
         """Turn states at rest (numbers) into tensors for this input; raise if state tensors have another batch shape."""
         x = inputs[0]
-        step = x.shape[1:] if step_mode == "m" else x.shape
+        step_shape = x.shape[1:] if step_mode == "m" else x.shape
         dtypes = compute_dtype(x), compute_dtype(x), torch.int32
         return AssociativeLIFState(
             *(
-                state_tensor(state, x, step, dtype, type(self).__name__)
+                state_tensor(state, x, step_shape, dtype, type(self).__name__)
                 for state, dtype in zip(states, dtypes, strict=True)
             )
         )

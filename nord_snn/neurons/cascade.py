@@ -64,8 +64,7 @@ class AssociativeCascade(nn.Module):
         """Return the current ``[*, D]`` that ``spikes [*, D]`` cause, or, without spikes, ``(sigmoid(weight), gain)``.
 
         Neurons call the cascade for its parameters instead of reading its attributes, so that forward hooks work, such as those
-        that load offloaded parameters. ``dtype``, that of the sigmoid without spikes, is float32 or float64, because half
-        precision would round it.
+        that load offloaded parameters. Then the weight is cast to ``dtype`` before the sigmoid: half precision would round it.
         """
         if spikes is None:
             return self.weight.to(dtype).sigmoid(), self.gain
@@ -78,7 +77,7 @@ class AssociativeCascade(nn.Module):
 
 
 class LazyAssociativeCascade(LazyModuleMixin, AssociativeCascade):
-    """An :class:`AssociativeCascade` that takes its width from the first call, and has the most clusters that divide it."""
+    """An :class:`AssociativeCascade` of the width of the first input, with its largest divisor up to 64 as C."""
 
     cls_to_become = AssociativeCascade
     weight: Any

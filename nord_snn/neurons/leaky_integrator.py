@@ -127,11 +127,11 @@ class LeakyIntegrator(StatefulModule):
     def materialize_states(self, inputs: _Tensors, states: _States, step_mode: str) -> _Tensors:
         """Turn states into tensors for this input; raise if state tensors have another batch shape."""
         x, (v, i_syn) = inputs[0], states
-        step, dtype, owner = x.shape[1:] if step_mode == "m" else x.shape, compute_dtype(x), type(self).__name__
-        rest = self.v_rest.to(dtype).expand(step)
+        step_shape, dtype, owner = x.shape[1:] if step_mode == "m" else x.shape, compute_dtype(x), type(self).__name__
+        rest = self.v_rest.to(dtype).expand(step_shape)
         return (
-            rest if v is None else state_tensor(v, x, step, dtype, owner),
-            state_tensor(i_syn, x, step, dtype, owner),
+            rest if v is None else state_tensor(v, x, step_shape, dtype, owner),
+            state_tensor(i_syn, x, step_shape, dtype, owner),
         )
 
     def _check_input(self, x: Tensor, step_mode: str) -> None:
@@ -139,8 +139,8 @@ class LeakyIntegrator(StatefulModule):
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = f"dtype {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{type(self).__name__} expects a floating-point tensor of shape {layout}, got {got}")
-        step = x.shape[1:] if step_mode == "m" else x.shape
-        if tuple(step[len(step) - len(self.shape) :]) != self.shape:
+        step_shape = x.shape[1:] if step_mode == "m" else x.shape
+        if tuple(step_shape[len(step_shape) - len(self.shape) :]) != self.shape:
             raise ValueError(f"{type(self).__name__} expects shape {layout}, got {list(x.shape)}")
         if step_mode == "m" and not len(x):
             raise ValueError(f"{type(self).__name__} expects shape {layout} with at least one time step, got T = 0")

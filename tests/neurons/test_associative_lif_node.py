@@ -98,7 +98,7 @@ def test_bad_constructor_arguments_raise():
         AssociativeLIFNode(8, n_clusters=None, surrogate="tanh")
     with pytest.raises(ValueError, match="beta_mem must lie in"):
         AssociativeLIFNode(8, n_clusters=None, beta_mem=1.5)
-    with pytest.raises(ValueError, match="refractory_steps must be 0 or more"):
+    with pytest.raises(ValueError, match="refractory_steps must be a whole number"):
         AssociativeLIFNode(8, n_clusters=None, refractory_steps=-1)
     with pytest.raises(ValueError, match="backend must be 'auto' or one of"):
         AssociativeLIFNode(8, n_clusters=None, backend="cuda")

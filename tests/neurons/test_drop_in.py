@@ -330,7 +330,7 @@ def test_like_names_what_it_cannot_match():
         pass
 
     for node in (Own(), nn.ReLU(), neuron.GatedLIFNode(T=4) if hasattr(neuron, "GatedLIFNode") else nn.ReLU()):
-        with pytest.raises(TypeError, match=r"like\(\) knows spikingjelly's IFNode, .*got "):
+        with pytest.raises(TypeError, match=r"like\(\) supports spikingjelly's IFNode, .*got "):
             AssociativeLIFNode.like(node)
 
 
