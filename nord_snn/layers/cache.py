@@ -25,7 +25,7 @@ class SequenceCache:
         update: function that stores the keys and values of the new positions and returns those of all positions, as the
             ``update`` of a cache of transformers does. Key spikes are bits ``[B, H, S, bytes]``, values
             ``[B, H, S, V/H]``: sequences, heads, positions, width. Default: None, there are no earlier positions.
-        window: number of positions that a query attends to, its own included; needs ``update``. Default: None, all.
+        window: largest number of positions that a query attends to, its own included; needs ``update``. Default: None, all.
 
     Raises:
         ValueError: ``window`` is passed without ``update``, or is less than 1.
