@@ -1,8 +1,8 @@
-"""nord-snn: the five mechanisms of the Nord spiking language model as parts for any spiking network.
+"""nord-snn: neurons, layers and learning rules of the Nord spiking language model, for any spiking network.
 
-Import neurons and layers from here. Everything else is one level down: :mod:`nord_snn.learning_rules`,
-:mod:`nord_snn.monitor`, :mod:`nord_snn.convert`, :mod:`nord_snn.integrations`, :mod:`nord_snn.models`, and the pure functions
-in :mod:`nord_snn.ops`. :func:`replace_neurons` and :func:`calibrate_thresholds` are here, too.
+Import neurons, layers, :func:`replace_neurons`, :func:`calibrate_thresholds` and :func:`reset` from here. Submodules have the
+rest: :mod:`nord_snn.learning_rules`, :mod:`nord_snn.monitor`, :mod:`nord_snn.convert`, :mod:`nord_snn.integrations`,
+:mod:`nord_snn.models`, and pure functions on tensors in :mod:`nord_snn.ops`.
 """
 
 from nord_snn._version import __version__

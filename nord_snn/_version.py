@@ -1,3 +1,3 @@
-"""The version number: the package, its wheel and the files that it writes read it from here."""
+"""The version number of the package, of its wheel and of the files that it writes."""
 
 __version__ = "0.1.0"

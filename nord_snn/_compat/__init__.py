@@ -1,5 +1,5 @@
 """Private and version-dependent names of other libraries, one file per library, each use with its reason.
 
-No other file uses private names of other libraries; ``tests/test_compat.py`` checks that. So a new release of a library can
-break the files of this folder only.
+No file outside this folder uses them, which ``tests/test_compat.py`` checks. So a new release of a library can break only
+files of this folder.
 """

@@ -8,10 +8,10 @@ __all__ = ["reset_accumulation", "set_log_folder"]
 
 
 def reset_accumulation(accelerator: Accelerator) -> None:
-    """Count micro-batches from zero again: a checkpoint may have been saved during an accumulation."""
+    """Set the count of micro-batches to 0: a checkpoint stores the count, but not the gradients accumulated so far."""
     accelerator.step = 0
 
 
 def set_log_folder(accelerator: Accelerator, folder: Path) -> None:
-    """Set the folder of trackers that are started later; the accelerator is created before the folder is known."""
+    """Set the log folder of trackers that start later: the accelerator is created before the folder is known."""
     accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(folder)

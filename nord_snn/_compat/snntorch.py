@@ -11,11 +11,11 @@ __all__ = ["LeakyWithOwnState", "SynapticWithOwnState"]
 
 
 class _OwnState(StatePrecisionMixin, nn.Module):
-    """Mixin for classes that snnTorch treats as its own; the subclass defines decays, threshold and states.
+    """Mixin for neurons that snnTorch treats as its own; the subclass defines decays, threshold and states.
 
     The constructors of snnTorch's classes would register buffers under the names of the subclass's properties, so
-    they are not called. The constructor sets the attributes that ``snntorch.utils.reset`` and the base class read.
-    States are non-persistent buffers.
+    they are not called. Instead, this constructor sets the attributes that ``snntorch.utils.reset`` and the base class
+    read. States are non-persistent buffers.
 
     Args:
         init_hidden: store the states in the module.

@@ -11,7 +11,7 @@ from nord_snn._compat.torch import StatePrecisionMixin, detached_state, in_backw
 
 __all__ = ["StatefulModule", "StatefulNode", "clear_module_cache", "is_release_2", "reset_value"]
 
-#: Release 2 caches the modules that ``reset_net`` found, and has functional forwards; 0.0.0.0.14 has neither.
+#: Release 2 caches the modules that ``reset_net`` resets, and its nodes have ``functional_forward``; 0.0.0.0.14 has neither.
 is_release_2 = hasattr(functional, "invalidate_reset_cache")
 
 
@@ -29,10 +29,10 @@ def clear_module_cache(net: nn.Module) -> None:
 
 
 class _DirectState(StatePrecisionMixin):
-    """Mixin for memory modules whose state keeps its precision in ``to`` and ``half``, and whose copies have a detached state.
+    """Mixin for a ``MemoryModule`` whose state stays float32 in ``half()``, and whose copies have a detached state.
 
-    SpikingJelly casts its state to half precision with the network, detaches it in place, which fails for views, and copies
-    its autograd graph. ``set_state`` writes all values directly: ``__setattr__`` sets one at a time.
+    SpikingJelly casts the state to half precision with the network, copies it with its autograd graph, and detaches it in
+    place, which fails for views.
     """
 
     _memories: dict[str, Any]
@@ -40,29 +40,29 @@ class _DirectState(StatePrecisionMixin):
     v_seq: Tensor | None
 
     def get_memories(self, *names: str) -> tuple[Any, ...]:
-        """Return memories by name; reading an attribute searches parameters and buffers first."""
+        """Return memories by name: faster than attributes, which torch searches among parameters and buffers first."""
         memories = self._memories
         return tuple([memories[name] for name in names])
 
     def set_memories(self, values: dict[str, Any]) -> None:
-        """Set memories by name; setting attributes does it one at a time."""
+        """Set memories by name: one update of a dict instead of one ``__setattr__`` per memory."""
         self._memories.update(values)
 
     def reset(self) -> None:
         """Set the state to rest."""
         super().reset()  # type: ignore[misc]
-        self.__dict__["_reset_in"] = in_backward()
+        self.__dict__["_backward_of_reset"] = in_backward()
 
     def check_not_recomputed(self) -> None:
-        """Raise where gradient checkpointing calls the module again: its state is no longer that of the first call.
+        """Raise if gradient checkpointing calls the module again: its state is no longer that of the first call.
 
-        A function that resets the module itself, as its first step, can be checkpointed.
+        A function that begins with ``reset()`` can be checkpointed.
 
         Raises:
             RuntimeError: the module is called in a backward pass, in which it was not reset.
         """
         backward = in_backward()
-        if backward is not None and self.__dict__.get("_reset_in") != backward:
+        if backward is not None and self.__dict__.get("_backward_of_reset") != backward:
             raise RuntimeError(
                 f"gradient checkpointing called {type(self).__name__} again in the backward pass, where its state is no longer "
                 "that of the first call, so the gradient would be wrong: checkpoint a function that begins with reset(), or a "
@@ -71,7 +71,9 @@ class _DirectState(StatePrecisionMixin):
 
     def get_state(self) -> dict[str, Any]:
         """Return the state by name, and the stored membrane potentials."""
-        stored = {"v_seq": self.v_seq} if "v_seq" in self.__dict__ else {}  # in named_memories() of 0.0.0.0.14
+        stored = (
+            {"v_seq": self.v_seq} if "v_seq" in self.__dict__ else {}
+        )  # a memory in 0.0.0.0.14, an attribute in 2.0
         return dict(self.named_memories()) | stored
 
     def set_state(self, state: dict[str, Any]) -> None:

@@ -6,10 +6,10 @@ __all__ = ["raise_write_errors_only"]
 
 
 def raise_write_errors_only(writer: Any) -> None:
-    """Make a ``SummaryWriter`` report disk errors by raising them, without the traceback that its thread prints.
+    """Stop the thread of a ``SummaryWriter`` from printing a traceback of disk errors; the writer still raises them.
 
-    The thread stores the error, and the next call of the writer raises it. This changes the exception hook of that thread only;
-    ``threading.excepthook`` belongs to the application.
+    The thread stores the error, and the writer's next call raises it. The exception hook of this thread is replaced;
+    ``threading.excepthook`` is left to the application.
     """
     worker = writer.file_writer.event_writer._async_writer._worker
     report = worker._invoke_excepthook

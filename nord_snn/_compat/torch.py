@@ -72,22 +72,22 @@ def transform_is_active() -> bool:
 
 
 def kernels_are_opaque() -> bool:
-    """Return whether a transform or the tracer of TorchScript is active: neither can look into a kernel."""
+    """Return whether the tracer of TorchScript or a transform (see above) is active: neither can trace a kernel."""
     return transform_is_active() or torch._C._get_tracing_state() is not None
 
 
 def openmp_functions(*names: str) -> tuple[int, ...] | None:
-    """Return the addresses of functions of the OpenMP library that torch has loaded, None if torch has another or none."""
+    """Return the addresses of functions in the OpenMP library that torch has loaded; None if that library lacks one."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
-        loaded = ctypes.CDLL(str(library))  # looks into the libraries that it depends on, too
+        loaded = ctypes.CDLL(str(library))  # its attributes include functions of the libraries that it depends on
         return tuple([ctypes.cast(getattr(loaded, name), ctypes.c_void_p).value or 0 for name in names])
     except (OSError, AttributeError):
         return None
 
 
 def in_backward() -> int | None:
-    """Return the number of the backward pass in which this thread is, None outside. There is no public function for it."""
+    """Return the number of the backward pass that this thread runs, or None. There is no public function for it."""
     number = torch._C._current_graph_task_id()
     return None if number == -1 else number
 
@@ -103,7 +103,7 @@ def version_counter(x: Tensor) -> int:
 
 
 def assert_in_graph(condition: Tensor, message: str) -> None:
-    """Raise a RuntimeError if ``condition`` is False when compiled code runs, without a graph break."""
+    """Check in compiled code, without a graph break, that ``condition`` is True; raise a RuntimeError otherwise."""
     torch._assert_async(condition, message)
 
 
@@ -120,7 +120,7 @@ def is_view(x: Tensor) -> bool:
 def padding_on_both_sides(conv: nn.Conv1d | nn.Conv2d) -> tuple[tuple[int, int], ...]:
     """Return the padding ``(before, after)`` of each spatial dimension.
 
-    The public ``conv.padding`` is the string ``"same"`` for such padding, whose two sides may differ.
+    The two may differ with ``padding="same"``, for which the public ``conv.padding`` is only this string.
     """
     sides = conv._reversed_padding_repeated_twice
     return tuple((int(sides[i]), int(sides[i + 1])) for i in range(len(sides) - 2, -1, -2))
@@ -137,12 +137,12 @@ def operators_by_private_name(*names: str) -> set[Any]:
 def move_state(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     """Move a state to the device and dtype to which ``fn`` moves a module's tensors, but never to a narrower dtype.
 
-    The values of ``fn(value)`` are ignored, because ``to_empty`` returns uninitialised memory.
+    Only device and dtype of ``fn(value)`` are used: in ``to_empty`` its values are uninitialised memory.
     """
     if not isinstance(value, Tensor):
         return value
     target = fn(value)
-    if value.is_meta:  # has no data to move
+    if value.is_meta:  # a meta tensor has no data to move
         return value
     narrower = target.is_floating_point() and target.dtype.itemsize < value.dtype.itemsize
     return value.to(target.device, value.dtype if narrower else target.dtype)
@@ -157,7 +157,7 @@ class StatePrecisionMixin:
     """Mixin for modules whose state moves with them but stays float32 in a half-precision network.
 
     ``to``, ``half`` and ``cuda`` all call ``Module._apply``, for which torch has no public hook. List the mixin before the
-    module class; :meth:`get_state` and :meth:`set_state` define the state.
+    module class in the bases; :meth:`get_state` and :meth:`set_state` define the state.
     """
 
     def get_state(self) -> dict[str, Any]:
@@ -189,6 +189,7 @@ class ForwardObserver(Protocol):
         """Receive the module and the output of its forward."""
 
 
+#: Attributes of an observed module: its observers, and the ``forward`` that other code had set on it, or None.
 _OBSERVERS, _INNER = "_nord_snn_observers", "_nord_snn_forward"
 
 
@@ -207,10 +208,10 @@ def observe_forward(module: nn.Module, observer: ForwardObserver) -> None:
 
     TorchDynamo ignores forward hooks that are registered after compilation, but it has a guard that a traced module has no
     instance attribute ``forward``. So this function sets one: code that contains this module is compiled again, once. All other
-    compiled code stays valid. The earlier code of this module also stays valid, and runs again without observers.
+    compiled code stays valid. The earlier code with this module is kept, and runs again once it has no observers.
     """
     if not _is_observed(module):
-        setattr(module, _INNER, module.__dict__.get("forward"))  # a patch by other code, or None
+        setattr(module, _INNER, module.__dict__.get("forward"))
         setattr(module, _OBSERVERS, _Observers())
         module.forward = MethodType(forward, module)  # a copied module gets its own method
         module._replicate_for_data_parallel = MethodType(_replicate_for_data_parallel, module)  # type: ignore[method-assign]
@@ -252,16 +253,16 @@ def _clear_attributes(module: nn.Module) -> None:
 
 
 def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
-    """Return a replica for ``DataParallel`` without observers; it would have the ``forward`` that is bound to the original."""
+    """Return a replica for ``DataParallel`` without observers: their ``forward`` is bound to the original module."""
     replica = type(self)._replicate_for_data_parallel(self)
     _restore(replica)
     return replica
 
 
 def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run the forward of ``self`` between its observers.
+    """Run the forward of ``self``, with its observers before and after.
 
-    Methods are pickled by name, so it must be called ``forward``: a pickled observed module then has the forward of its class.
+    Methods are pickled by name: because this one is called ``forward``, an unpickled module has the forward of its class.
     """
     for observer in self._nord_snn_observers:
         observer.before(self)

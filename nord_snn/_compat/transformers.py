@@ -34,7 +34,7 @@ __all__ = [
     "register_causal_lm",
 ]
 
-#: Name of the cache in the installed release.
+#: Keyword of the cache in the installed release.
 CACHE = (
     "cache"
     if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -64,7 +64,7 @@ def causal_lm_output(loss: Tensor | None, logits: Tensor, cache: Cache | None) -
 
 
 def cache_of(output: CausalLMOutputWithPast) -> Cache | None:
-    """Return the cache of an output, in either release."""
+    """Return the cache of an output, under the name of the installed release."""
     return output.get(CACHE)
 
 
@@ -72,7 +72,7 @@ def check_growing_cache(cache: Any, window: int) -> None:
     """Check that a cache stores keys and values unchanged, for as many positions as the model's window.
 
     Raises:
-        ValueError: the cache is of another kind, or was created for another window.
+        ValueError: the cache changes keys and values, for example by quantisation, or has another window.
     """
     layers = cache.layers if isinstance(cache, DynamicCache) else [cache]
     for layer in layers:
@@ -99,7 +99,7 @@ def config_keywords() -> frozenset[str]:
         if isinstance(member := inspect.getattr_static(PreTrainedConfig, name), property) and member.fset is not None
     }
     entries = {"_name_or_path", "_commit_hash", "auto_map", "model_type", "quantization_config", "tokenizer_class"}
-    return frozenset(properties | entries) - {"rope_scaling"}  # there is no rotary position encoding
+    return frozenset(properties | entries) - {"rope_scaling"}  # our models have no rotary position encoding
 
 
 @cache
@@ -109,12 +109,12 @@ def config_fields() -> frozenset[str]:
 
 
 def generation_defaults() -> dict[str, Any]:
-    """Return the default of every parameter of ``generate``, which ``PreTrainedConfig`` drops where a config has it."""
+    """Return the defaults of ``generate``'s parameters; ``PreTrainedConfig`` discards keywords with these names."""
     return GenerationConfig._get_default_generation_params()
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a question with the name that is most like ``name``, or nothing."""
+    """Return ``": did you mean X?"`` with X the known name most like ``name``, or an empty string if none is like it."""
     close = difflib.get_close_matches(name, list(known), 1)
     return f": did you mean {close[0]}?" if close else ""
 
@@ -147,10 +147,10 @@ def register_causal_lm(model_type: str, name: str) -> None:
 
 
 def _has_generation_config(path: Any, options: dict[str, Any]) -> bool:
-    """Return whether a folder or a repository, which was loaded just now, has a ``generation_config.json``."""
-    where = {name: options[name] for name in ("cache_dir", "revision", "subfolder") if options.get(name) is not None}
+    """Return whether a folder, or a repository that was downloaded before, has a ``generation_config.json``."""
+    location = {name: options[name] for name in ("cache_dir", "revision", "subfolder") if options.get(name) is not None}
     try:
-        return cached_file(path, GENERATION_CONFIG_NAME, **where, local_files_only=True) is not None
+        return cached_file(path, GENERATION_CONFIG_NAME, **location, local_files_only=True) is not None
     except OSError:
         return False
 
@@ -159,7 +159,7 @@ class CausalLM(PreTrainedModel, GenerationMixin):
     """Base class of causal language models, with public names for the private names that transformers reads.
 
     Class attributes:
-        tied_weights: parameters that are shared if the configuration ties word embeddings, ``{name: name of the other}``.
+        tied_weights: ``{name: name of the parameter that it shares}``, if the configuration ties word embeddings.
     """
 
     tied_weights: ClassVar[dict[str, str]] = {}
@@ -168,7 +168,7 @@ class CausalLM(PreTrainedModel, GenerationMixin):
     accepts_loss_kwargs = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Set the attribute of the class from which transformers reads tied weights."""
+        """Set the class attribute from which transformers reads tied weights."""
         super().__init_subclass__(**kwargs)
         cls._tied_weights_keys = cls.tied_weights
 
@@ -186,13 +186,14 @@ class CausalLM(PreTrainedModel, GenerationMixin):
     def adjust_generation_fn(
         self, generation_config: Any, from_auto_class: Any, from_pipeline: Any, path: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """Load ``generation_config.json``, without the fields of the model that are named like a parameter of ``generate``.
+        """Load ``generation_config.json``, without keywords of ``from_pretrained`` that are fields of the model.
 
-        ``from_pretrained`` passes its keywords both to the configuration and to the generation config. Without
-        ``generation_config.json`` transformers takes all of ``config.json`` for one; here that of the configuration stays.
+        ``from_pretrained`` passes its keywords to the configuration and to the generation config, and some fields of the model
+        have the name of a parameter of ``generate``. Without ``generation_config.json`` transformers would read all of
+        ``config.json`` as generation config; here the generation config of the new model is kept.
         """
         fields = {field.name for field in dataclasses.fields(self.config)}
-        shared = (generation_defaults().keys() & fields) - {"use_cache"}  # which means the same in both
+        shared = (generation_defaults().keys() & fields) - {"use_cache"}  # has the same meaning in both
         initial = self.generation_config
         options = {name: value for name, value in kwargs.items() if name not in shared}
         super().adjust_generation_fn(generation_config, from_auto_class, from_pipeline, path, *args, **options)
@@ -200,12 +201,12 @@ class CausalLM(PreTrainedModel, GenerationMixin):
             self.generation_config = initial
 
     def recompute(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Call ``function`` under gradient checkpointing, as ``gradient_checkpointing_enable`` has configured it."""
+        """Call ``function`` under gradient checkpointing, with the settings of ``gradient_checkpointing_enable``."""
         return self._gradient_checkpointing_func(function, x)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Parameters that were loaded from a checkpoint keep their values.
+        # Restores parameters that were loaded from a checkpoint.
         loaded = {
             parameter: parameter.clone()
             for parameter in module.parameters(recurse=False)

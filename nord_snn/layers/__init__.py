@@ -1,4 +1,4 @@
-"""Layers: the mechanisms as modules over sequences ``[T, N, *, D]``. Layers with neurons take a ``neuron`` factory."""
+"""Layers over sequences ``[T, N, *, D]``: T time steps, N rows, D neurons. Layers with neurons take a ``neuron`` factory."""
 
 from nord_snn.layers.block import NordBlock
 from nord_snn.layers.cache import SequenceCache

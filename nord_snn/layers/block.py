@@ -1,4 +1,4 @@
-"""NordBlock: resonance between positions, then a spiking feed-forward, then a clamp."""
+"""NordBlock: resonance between positions, then a spiking feed-forward layer, then LeakyClamp."""
 
 from typing import Any
 
@@ -28,22 +28,20 @@ class NordBlock(nn.Module):
 
     Args:
         n_features: D.
-        n_heads: heads of the resonance.
-        hidden_features: hidden width of the feed-forward.
-        top_k: keys selected per query.
-        recency: see :class:`CoFiringResonance`.
-        residual_scale: initial g1 and g2; the language model uses ``0.1 / n_layers``.
+        n_heads: number of heads of the resonance, a divisor of D.
+        hidden_features: hidden width of the feed-forward layer.
+        top_k: number of keys that each query selects.
+        recency: lower the scores with distance, see :class:`CoFiringResonance`.
+        residual_scale: initial g1 and g2; the language model has 0.1 divided by the number of blocks.
         resonance: False omits the resonance and its norm: a control in which positions do not interact.
-        clamp_floor: initial floor of the clamp.
+        clamp_floor: initial lower bound of :class:`LeakyClamp`.
         norm_eps: epsilon of both layer norms.
-        neuron: factory of all neurons, see :mod:`nord_snn.neurons.factory`; None for
-            ``AssociativeLIFNode`` with its 64 clusters.
+        neuron: factory of all neurons, see :mod:`nord_snn.neurons.factory`; None for ``AssociativeLIFNode``.
 
-    Shapes: ``[T, B, S, D]`` -> ``[T, B, S, D]``; every call starts from rest.
+    Shapes: ``[T, B, S, D]`` -> ``[T, B, S, D]``: time steps, sequences, positions, features. Every call starts from rest.
 
     Raises:
-        ValueError: H does not divide D, the input has another rank or width, or 64 does not divide a width and no ``neuron``
-            is given.
+        ValueError: ``n_heads`` does not divide D, or the input has another rank or width.
 
     Source: the Nord spiking language model.
 
@@ -105,6 +103,6 @@ class NordBlock(nn.Module):
         check_features(x, self.n_features, type(self).__name__, "[T, B, S, D]")
         cache = cache_argument(cache, deprecated)
         if self.resonance is not None:
-            context = self.resonance(self.norm1(x), False, cache=cache)
-            x = x + self.resonance_gain * context  # the same at every time step
+            context = self.resonance(self.norm1(x), expand=False, cache=cache)
+            x = x + self.resonance_gain * context  # adds one context to all time steps
         return self.clamp(x, self.ffn(self.norm2(x)), self.ffn_gain)

@@ -1,4 +1,4 @@
-"""SequenceCache: padding and earlier positions of a batch of sequences, for the layers in which positions meet."""
+"""SequenceCache: padding and earlier positions of a batch of sequences, for layers in which positions interact."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -9,9 +9,10 @@ from torch import Tensor
 
 __all__ = ["SequenceCache", "UpdateCache", "cache_argument"]
 
-#: Takes keys and values of the new positions, stores them, and returns those of all positions.
+#: A function that stores the keys and values of new positions, and returns the keys and values of all positions.
 UpdateCache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-_OLD = {"lengths": "lengths", "remember": "update", "window": "window"}
+#: Deprecated keyword of a layer -> field of :class:`SequenceCache`.
+_FIELD_OF_KEYWORD = {"lengths": "lengths", "remember": "update", "window": "window"}
 
 
 @dataclass(frozen=True)
@@ -19,17 +20,17 @@ class SequenceCache:
     """Describe padding and earlier positions of a batch of sequences.
 
     Args:
-        lengths: number of tokens of each sequence, counted from the last position, integers ``[B]``; positions before
-            them are padding and no query sees them. Default: None, all positions are tokens.
-        update: stores keys and values of the new positions and returns those of all positions, as the ``update`` of a
-            cache of transformers does. Key spikes are bits ``[B, H, S, bytes]``, values ``[B, H, S, V/H]``. Default:
-            None, the positions of this call are all there are.
-        window: number of positions that a query sees, itself included; needs ``update``. Default: None, all.
+        lengths: number of tokens of each sequence, integers ``[B]``. The tokens are the last positions; the positions before
+            them are padding, to which no query attends. Default: None, no padding.
+        update: function that stores the keys and values of the new positions and returns those of all positions, as the
+            ``update`` of a cache of transformers does. Key spikes are bits ``[B, H, S, bytes]``, values
+            ``[B, H, S, V/H]``: sequences, heads, positions, width. Default: None, there are no earlier positions.
+        window: largest number of positions that a query attends to, its own included; needs ``update``. Default: None, all.
 
     Raises:
-        ValueError: ``window`` is given without ``update``, or is less than 1.
+        ValueError: ``window`` is passed without ``update``, or is less than 1.
 
-    Source: keys and values stored as in transformers' decoders.
+    Source: the caches of the transformers library.
 
     Example:
         >>> import torch
@@ -45,27 +46,31 @@ class SequenceCache:
 
     def __post_init__(self) -> None:
         if self.window is not None and self.update is None:
-            raise ValueError("window needs update: without earlier positions every position is seen")
+            raise ValueError(
+                "window needs update: without it there are no earlier positions that a window could exclude"
+            )
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1, got {self.window}")
 
 
 def cache_argument(cache: SequenceCache | None, deprecated: Mapping[str, Any]) -> SequenceCache:
-    """Return the cache of a call, made from the keywords that it replaces where a caller still passes these.
+    """Return the cache of a call, built from deprecated keywords if there are any; it is empty if nothing was passed.
 
     Raises:
-        TypeError: another keyword, or a cache and an old keyword.
+        TypeError: a keyword is unknown, or there is a cache and a deprecated keyword.
     """
     if deprecated:
-        unknown = sorted(deprecated.keys() - _OLD.keys())
+        unknown = sorted(deprecated.keys() - _FIELD_OF_KEYWORD.keys())
         if unknown:
             raise TypeError(f"unexpected keyword {unknown[0]!r}: expected cache=SequenceCache(lengths, update, window)")
         if cache is not None:
-            raise TypeError(f"{sorted(deprecated)[0]} is part of cache: pass cache alone")
+            raise TypeError(
+                f"{sorted(deprecated)[0]} is deprecated and part of cache: pass cache=SequenceCache(...) alone"
+            )
         warnings.warn(
             "lengths, remember and window are deprecated: pass cache=SequenceCache(lengths, update, window)",
             FutureWarning,
             stacklevel=3,
         )
-        return SequenceCache(**{_OLD[name]: value for name, value in deprecated.items()})
+        return SequenceCache(**{_FIELD_OF_KEYWORD[name]: value for name, value in deprecated.items()})
     return SequenceCache() if cache is None else cache

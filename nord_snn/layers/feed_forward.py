@@ -11,22 +11,21 @@ __all__ = ["SpikingFeedForward"]
 class SpikingFeedForward(nn.Module):
     """Run two linear maps without biases, each followed by neurons: ``lif2(down(lif1(up(x))))``.
 
-    ``down`` has spikes at its input and at its output, so STDP can train it.
+    STDP can train ``down``: its inputs are spikes, and ``lif2`` turns its outputs into spikes.
 
     Args:
         n_features: D.
         hidden_features: width between the two maps.
-        neuron: factory of both layers of neurons, see :mod:`nord_snn.neurons.factory`; None for
-            ``AssociativeLIFNode`` with its 64 clusters.
+        neuron: factory of both layers of neurons, see :mod:`nord_snn.neurons.factory`; None for ``AssociativeLIFNode``.
 
     Attributes:
         hidden_neuron: the neurons between the two maps, ``lif1`` in the state dict.
         output_neuron: the neurons of the output, ``lif2`` in the state dict.
 
-    Shapes: ``[T, N, *, D]`` -> spikes ``[T, N, *, D]``; every call starts from rest.
+    Shapes: ``[T, N, *, D]`` -> spikes ``[T, N, *, D]``: time steps, rows, any dimensions, features. Every call starts from rest.
 
     Raises:
-        ValueError: the input has another rank or width, or 64 does not divide a width and no ``neuron`` is given.
+        ValueError: the input has another rank or width.
 
     Source: the Nord spiking language model.
 

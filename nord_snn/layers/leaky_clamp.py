@@ -14,21 +14,20 @@ __all__ = ["LeakyClamp"]
 class LeakyClamp(nn.Module):
     """Return ``x`` where ``x >= 0``, else ``max(leak * x, floor)``, with ``floor`` and ``leak`` learnable per channel.
 
-    ReLU sets negative values and their gradient to zero. Then a membrane below its threshold equals one at rest; here the
-    two stay different.
+    ReLU discards how far below zero its input was; this clamp keeps negative values, scaled by ``leak``, down to ``floor``.
 
     Args:
         n_features: D, the number of channels.
         floor: initial lower bound.
-        leak: initial slope of the negative side, in (0, 1); stored as a logit.
-        backend: see :func:`nord_snn.ops.leaky_clamp`.
+        leak: initial slope for negative ``x``, in (0, 1); stored as a logit.
+        backend: ``"auto"``, ``"torch"`` or ``"numba"``, see :func:`nord_snn.ops.leaky_clamp`.
 
     Shapes: ``[*, D]`` -> ``[*, D]``.
 
     Raises:
         ValueError: ``leak`` is not in (0, 1), or the input's last dimension is not D.
 
-    Source: the Nord spiking language model; the slope after leaky and parametric ReLU (Maas et al. 2013, He et al. 2015).
+    Source: the Nord spiking language model; the slope as in leaky and parametric ReLU (Maas et al. 2013, He et al. 2015).
 
     Example:
         >>> clamp = LeakyClamp(1)
@@ -57,11 +56,11 @@ class LeakyClamp(nn.Module):
 
     @property
     def leak(self) -> Tensor:
-        """Return the slope of the negative side, ``[D]``."""
+        """Return the slope for negative inputs, ``[D]``."""
         return self.leak_logit.sigmoid()
 
     def forward(self, x: Tensor, branch: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
-        """Clamp ``x [*, D]``, or ``x + gain * branch`` with ``branch [*, D]`` and ``gain [D]`` in the same pass."""
+        """Clamp ``x [*, D]``, or ``x + gain * branch`` with ``branch [*, D]`` and ``gain [D]``, in one pass over memory."""
         check_features(x, self.n_features, type(self).__name__, "[*, D]")
         return leaky_clamp(x, branch, gain, leak=self.leak, floor=self.floor, backend=self.backend)
 

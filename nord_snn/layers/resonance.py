@@ -18,12 +18,12 @@ from nord_snn.ops.checks import check_features, check_heads
 
 __all__ = ["CoFiringResonance", "ResonanceBase"]
 
-#: A layer warns if queries or keys fire below this rate in its first batches in training mode.
+#: A layer warns if queries or keys fire at a rate below ``SILENT`` over its first ``BATCHES`` calls in training mode.
 BATCHES, SILENT = 10, 1e-3
 
 
 class ResonanceBase(nn.Module):
-    """Base class of the resonance layers: projections, query and key neurons, and the resonance of their spikes.
+    """Base class of the resonance layers: linear maps, query and key neurons, and the resonance of their spikes.
 
     The arguments are those of :class:`CoFiringResonance`.
 
@@ -64,7 +64,7 @@ class ResonanceBase(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Reset temperature and slopes to their initial values, but not projections and neurons."""
+        """Reset temperature and recency to their initial values, but not linear maps and neurons."""
         nn.init.constant_(self.temperature, (self.n_features / self.n_heads) ** -0.5)
         if self.recency_log is not None:
             self.recency_log.copy_(-(1 + 2 * torch.arange(self.n_heads)) * math.log(2.0))
@@ -81,18 +81,18 @@ class ResonanceBase(nn.Module):
 
     @property
     def recency(self) -> Tensor | None:
-        """Return the positive slope per head ``[H]``, or None."""
+        """Return the penalty of scores per position of distance, for each head ``[H]``, or None."""
         return None if self.recency_log is None else self.recency_log.exp()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: SequenceCache, visible: Tensor | None = None) -> Tensor:
         """Return the context ``[B, S, V]`` of query and key spikes ``[T, B, S, D]`` and values ``[B, S, V]``.
 
-        With ``visible``, booleans that broadcast to ``[B, H, S, S]``, a query sees only these keys; see
+        With ``visible``, booleans that broadcast to ``[B, H, S, S]``, a query attends only to keys where it is True; see
         :func:`nord_snn.layers.masking.masked_resonance`.
 
         Raises:
-            ValueError: the layer is not causal and there is padding or there are earlier positions, there are earlier
-                positions and q or k are not zeros and ones, or there is both a mask and a cache.
+            ValueError: there is padding or there are earlier positions and the layer is not causal; there are earlier
+                positions and q or k are not zeros and ones; or there is both a mask and a cache.
         """
         if self.training and not torch.compiler.is_compiling() and self._first_batches.batches_left:
             self._first_batches.add(q, k)
@@ -111,22 +111,24 @@ class ResonanceBase(nn.Module):
                 recency=self.recency,
                 causal=self.causal,
             )
-        return self._attend_new(q, k, v, cache.lengths) if cache.update is None else self._attend_cached(q, k, v, cache)
+        if cache.update is None:
+            return self._attend_uncached(q, k, v, cache.lengths)
+        return self._attend_cached(q, k, v, cache)
 
     def _warn_if_silent(self, rates: tuple[float, ...] | None) -> None:
-        """Warn if queries or keys hardly fired in the first batches; None is not known yet."""
+        """Warn if queries or keys hardly fired in the first batches; ``rates`` is None until these have run."""
         if rates is not None and min(rates) < SILENT:
             warnings.warn(
-                f"{type(self).__name__} is dead: in its first {BATCHES} training batches queries fired at {rates[0]:.2%} and "
-                f"keys at {rates[1]:.2%}, so its scores hardly depend on the input: {self.remedy}",
+                f"{type(self).__name__} is silent: in its first {BATCHES} training batches the firing rate of queries was "
+                f"{rates[0]:.2%} and that of keys {rates[1]:.2%}, so its scores hardly depend on the input: {self.remedy}",
                 NeuronActivityWarning,
                 stacklevel=3,
             )
 
-    def _attend_new(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
-        if lengths is not None:  # move padding behind the tokens, where causal queries do not reach
+    def _attend_uncached(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
+        if lengths is not None:  # move padding behind the tokens: causal queries do not attend to later positions
             if not self.causal:
-                raise ValueError("padding needs a causal resonance, in which no query sees the positions after it")
+                raise ValueError("padding needs a causal resonance, in which no query attends to later positions")
             S = v.shape[1]
             row = torch.arange(len(v), device=v.device)[:, None]
             position = torch.arange(S, device=v.device)
@@ -161,7 +163,7 @@ class ResonanceBase(nn.Module):
         keys, values = cache.update(new_keys, v.unflatten(-1, (self.n_heads, -1)).transpose(1, 2))
         S = v.shape[1]
         if keys.shape[2] == S and (cache.window is None or cache.window >= S):  # there are no earlier positions
-            return self._attend_new(q, k, v, cache.lengths)
+            return self._attend_uncached(q, k, v, cache.lengths)
         return resonance_cached(
             q,
             keys,
@@ -189,36 +191,37 @@ class CoFiringResonance(ResonanceBase):
 
         q, k = lif_q(W_q x), lif_k(W_k x)                                          spikes
         v = W_v mean_t(x)
-        score[a, b] = temperature * number of (time step, neuron) pairs of a head that fire in both q[a] and k[b]
-        context[a] = softmax over the top_k best keys b of score[a, b], times v[b]
+        count[a, b] = number of (time step, neuron) pairs of a head that fire in both q[a] and k[b]
+        score[a, b] = temperature * count[a, b] - recency * |a - b|
+        context[a] = sum over the top_k keys b with the best scores of softmax_b(score[a, b]) * v[b]
         output = W_o context
 
     The temperature is learnable. :func:`nord_snn.ops.resonance` has all details, such as ties.
 
-    The input should be currents or features of about unit size, such as the output of a norm. On an input of spikes the query
-    and key neurons hardly fire: :class:`SpikeFedResonance` is the layer for a spiking transformer.
+    The input should have a standard deviation of about 1, such as the output of a norm. On an input of spikes the query and
+    key neurons hardly fire: use :class:`SpikeFedResonance` in a spiking transformer.
 
     Args:
         n_features: D.
-        n_heads: H; D must be a multiple of it.
-        top_k: keys selected per query.
-        recency: give every head a learnable positive slope that lowers the score with distance, starting at
+        n_heads: H, the number of heads, a divisor of D.
+        top_k: number of keys that each query selects.
+        recency: subtract a learnable positive penalty per position of distance from the scores of each head, initially
             ``2^-(1 + 2h)`` for head h. Without it the order of the positions before a query has no effect.
-        causal: whether a query sees only its own and earlier positions.
-        neuron: factory of the query and key neurons, see :mod:`nord_snn.neurons.factory`; None for
-            ``AssociativeLIFNode`` with its 64 clusters.
-        backend: backend of the op, see :func:`nord_snn.ops.resonance`; the neurons have their own.
+        causal: whether a query attends only to its own and earlier positions.
+        neuron: factory of the query and key neurons, see :mod:`nord_snn.neurons.factory`; None for ``AssociativeLIFNode``.
+        backend: backend of the resonance, see :func:`nord_snn.ops.resonance`; the neurons have their own ``backend``.
 
-    Shapes: ``[T, B, S, D]`` -> ``[T, B, S, D]``. The output is the same at all time steps, an expanded view.
+    Shapes: ``[T, B, S, D]`` -> ``[T, B, S, D]``: time steps, sequences, positions, features. The output is the same at all time
+    steps, an expanded view. Every call starts from rest.
 
     Raises:
-        ValueError: H does not divide D, the input has another rank or width, or 64 does not divide a width and no ``neuron``
-            is given.
+        ValueError: H does not divide D, or the input has another rank or width.
 
     Warns:
-        NeuronActivityWarning: queries or keys fire at less than 0.1 % over the first ten calls in training mode, once.
+        NeuronActivityWarning: the firing rate of queries or keys is below 0.1 % over the first ten calls in training mode;
+            each layer warns once at most.
 
-    Source: the Nord spiking language model; recency after ALiBi (Press et al. 2022).
+    Source: the Nord spiking language model; recency as in ALiBi (Press et al. 2022), but learnable.
 
     Example:
         >>> layer = CoFiringResonance(64, n_heads=4)
@@ -249,14 +252,14 @@ class CoFiringResonance(ResonanceBase):
         """Return the context of ``x [T, B, S, D]``.
 
         Args:
-            x: the input, of the new positions alone if ``cache`` has earlier ones.
+            x: the input; with earlier positions in ``cache``, only that of the new positions.
             expand: False returns the context without the time dimension, ``[B, S, D]``.
             cache: padding and earlier positions. With earlier positions there is no gradient, and q and k must be spikes.
-            deprecated: ``lengths``, ``remember`` (now ``update``) and ``window``: the fields of the cache, deprecated.
+            deprecated: ``lengths``, ``remember`` (now ``update``) and ``window``: pass them as fields of ``cache``.
 
         Raises:
-            ValueError: x has another rank or width; the layer is not causal and there is padding or there are earlier
-                positions; or there are earlier positions and q or k are not zeros and ones.
+            ValueError: x has another rank or width; there is padding or there are earlier positions and the layer is not
+                causal; or there are earlier positions and q or k are not zeros and ones.
         """
         check_features(x, self.n_features, type(self).__name__, "[T, B, S, D]")
         cache = cache_argument(cache, deprecated)

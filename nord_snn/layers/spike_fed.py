@@ -1,4 +1,4 @@
-"""SpikeFedBlock: a block in which the input of every linear map is spikes."""
+"""SpikeFedBlock: a block whose linear maps receive spikes only."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ from nord_snn.ops.checks import check_features
 __all__ = ["SpikeFedBlock", "SpikeFedResonance"]
 
 
-class _StrongNorm(nn.LayerNorm):
-    """Normalise as a layer norm does, with an initial scale of 2."""
+class _LayerNormOfScale2(nn.LayerNorm):
+    """Apply a layer norm whose weight starts at 2."""
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -30,35 +30,33 @@ class SpikeFedBlock(nn.Module):
         x = x + g2 * down(lif_h(norm_h(up(lif2(norm2(x))))))
 
     x is a current, a real number at each time step, and is not clamped. g1 and g2 are learnable per channel. A norm before
-    every layer of neurons gives them currents of the same size at any width and depth. The scale of the hidden neurons'
-    norm starts at 2: with 1, training silences most of these neurons.
+    every layer of neurons gives them currents of the same standard deviation at any width and depth. The weight of ``norm_h``
+    starts at 2: starting at 1, training silences most hidden neurons.
 
     Args:
         n_features: D.
-        n_heads: number of heads of the resonance.
-        hidden_features: hidden width of the feed-forward.
-        top_k: keys selected per query.
-        recency: see :class:`CoFiringResonance`.
+        n_heads: number of heads of the resonance, a divisor of D.
+        hidden_features: hidden width of the feed-forward layer.
+        top_k: number of keys that each query selects.
+        recency: lower the scores with distance, see :class:`CoFiringResonance`.
         residual_scale: initial g1 and g2.
         resonance: False omits the resonance, its norm and its neurons: a control in which positions do not interact.
         norm_eps: epsilon of all layer norms.
-        neuron: factory of all neurons, see :mod:`nord_snn.neurons.factory`; None for
-            ``AssociativeLIFNode`` with its 64 clusters.
-        spiking_values: see :class:`SpikeFedResonance`.
+        neuron: factory of all neurons, see :mod:`nord_snn.neurons.factory`; None for ``AssociativeLIFNode``.
+        spiking_values: whether the values of the resonance are spikes.
 
     Attributes:
         attention_neuron: the neurons before the resonance or None, ``lif1`` in the state dict.
-        ffn_neuron: the neurons before the feed-forward, ``lif2`` in the state dict.
-        hidden_neuron: the hidden neurons of the feed-forward, ``lif_h`` in the state dict.
+        ffn_neuron: the neurons before the feed-forward layer, ``lif2`` in the state dict.
+        hidden_neuron: the hidden neurons of the feed-forward layer, ``lif_h`` in the state dict.
 
-    Shapes: ``[T, B, S, D]`` -> ``[T, B, S, D]``; every call starts from rest.
+    Shapes: ``[T, B, S, D]`` -> ``[T, B, S, D]``: time steps, sequences, positions, features. Every call starts from rest.
 
     Raises:
-        ValueError: H does not divide D, the input has another rank or width, or 64 does not divide a width and no ``neuron``
-            is given.
+        ValueError: ``n_heads`` does not divide D, or the input has another rank or width.
 
-    Source: this library, from the parts of the Nord block. A residual stream of currents and spikes before every linear map
-    are from spike-driven transformers (Yao et al. 2023), a norm before every neuron from Spikformer (Zhou et al. 2023).
+    Source: this library, from the parts of :class:`NordBlock`. Spike-driven transformers (Yao et al. 2023) have a residual
+    stream of currents and spikes before every linear map; Spikformer (Zhou et al. 2023) has a norm before every neuron.
 
     Example:
         >>> block = SpikeFedBlock(64, n_heads=4, hidden_features=128)
@@ -99,7 +97,7 @@ class SpikeFedBlock(nn.Module):
         self.norm2 = nn.LayerNorm(n_features, eps=norm_eps)
         self.lif2 = make_neuron(neuron, n_features)
         self.up = nn.Linear(n_features, hidden_features, bias=False)
-        self.norm_h = _StrongNorm(hidden_features, eps=norm_eps)
+        self.norm_h = _LayerNormOfScale2(hidden_features, eps=norm_eps)
         self.lif_h = make_neuron(neuron, hidden_features)
         self.down = nn.Linear(hidden_features, n_features, bias=False)
         self.ffn_gain = nn.Parameter(torch.empty(n_features))
@@ -112,12 +110,12 @@ class SpikeFedBlock(nn.Module):
 
     @property
     def ffn_neuron(self) -> nn.Module:
-        """Return the neurons before the feed-forward."""
+        """Return the neurons before the feed-forward layer."""
         return self.lif2
 
     @property
     def hidden_neuron(self) -> nn.Module:
-        """Return the hidden neurons of the feed-forward."""
+        """Return the hidden neurons of the feed-forward layer."""
         return self.lif_h
 
     def reset_parameters(self) -> None:

@@ -1,4 +1,4 @@
-"""SpikeFedResonance: the resonance for networks of spikes, with a norm before every layer of neurons."""
+"""SpikeFedResonance: the resonance for an input of spikes, with a norm before every layer of neurons."""
 
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,7 @@ __all__ = ["SpikeFedResonance"]
 
 
 class _BatchNormLast(nn.Module):
-    """Apply a batch norm to the last dimension: a child, so that ``SyncBatchNorm.convert_sync_batchnorm`` finds it."""
+    """Apply a batch norm to the last dimension. It is a submodule, so ``SyncBatchNorm.convert_sync_batchnorm`` finds it."""
 
     def __init__(self, n_features: int, eps: float) -> None:
         super().__init__()
@@ -32,55 +32,54 @@ _NORMS = {"layer": nn.LayerNorm, "batch": _BatchNormLast}
 
 
 class SpikeFedResonance(ResonanceBase):
-    """Apply resonance so that the input of every linear map is spikes: the resonance for a spiking transformer.
+    """Attend as :class:`CoFiringResonance` does, with linear maps that receive spikes only, as in a spiking transformer.
 
-    For input spikes s::
+    For input spikes s, with the second form of v for ``spiking_values`` and of out for ``spikes_out``::
 
         q, k = lif_q(norm_q(W_q s)), lif_k(norm_k(W_k s));  v[t] = W_v s[t], or lif_v(norm_v(W_v s))[t]
-        c[t] = softmax over the selected keys of (temperature * coincidences - recency * distance) @ v[t]
+        c[t] = softmax(temperature * coincidences - recency * distance) @ v[t]             over the selected keys
         out  = W_o lif_o(norm_o(c)), or lif_out(norm_out(W_o lif_o(norm_o(c))))
 
     The weights of the softmax are the same at all time steps, so they are computed once. Each time step has its own values,
-    where :class:`CoFiringResonance` takes their mean. If the values spike, mixing positions needs additions only.
+    whereas :class:`CoFiringResonance` averages the values over time. If the values are spikes, mixing needs additions only.
 
     The norms scale the currents: a sum over few spikes is small, and a mean over many keys is smaller, so without norms the
     neurons would be nearly silent before training.
 
     Args:
         n_features: D.
-        n_heads: H; D must be a multiple of it.
-        top_k: keys selected per query. Of equal scores that of the highest position is selected, so in images it should be at
-            least the number of positions.
-        recency: see :class:`CoFiringResonance`.
-        causal: whether a query sees only its own and earlier positions; False for images.
-        neuron: factory of all neurons, see :mod:`nord_snn.neurons.factory`; None for ``AssociativeLIFNode`` with its 64
-            clusters.
-        backend: backend of the op, see :func:`nord_snn.ops.resonance`. Calls with a mask run in plain PyTorch.
+        n_heads: H, the number of heads, a divisor of D.
+        top_k: number of keys that each query selects. Among equal scores the highest position is selected, so for images
+            ``top_k`` should be at least the number of positions.
+        recency: lower the scores with distance, see :class:`CoFiringResonance`.
+        causal: whether a query attends only to its own and earlier positions; False for images.
+        neuron: factory of all neurons, see :mod:`nord_snn.neurons.factory`; None for ``AssociativeLIFNode``.
+        backend: backend of the resonance, see :func:`nord_snn.ops.resonance`. Calls with a mask run in plain PyTorch.
         norm_eps: epsilon of the norms.
         spiking_values: whether values are spikes.
-        spikes_out: whether the output is spikes, of a norm and neurons after W_o.
-        norm: ``"layer"``, or ``"batch"`` as in Spikformer. In training a batch norm mixes all positions of a batch, padding
-            and later positions included.
+        spikes_out: whether the output is spikes, from a norm and neurons after W_o.
+        norm: ``"layer"``, or ``"batch"`` as in Spikformer. In training, the statistics of a batch norm are over all positions,
+            padding and later positions included.
         channels_first: whether input and output are ``[T, N, C, L]``, as in the attention of SpikingJelly's Spikformer.
 
     Attributes:
-        query_neuron, key_neuron: ``lif_q`` and ``lif_k`` in the state dict.
+        query_neuron, key_neuron: the query and key neurons, ``lif_q`` and ``lif_k`` in the state dict.
         value_neuron: the neurons of spiking values or None, ``lif_v`` in the state dict.
         output_neuron: the neurons before W_o, ``lif_o`` in the state dict.
         final_neuron: the neurons after W_o or None, ``lif_out`` in the state dict.
 
-    Shapes: spikes ``[T, B, S, D]`` -> currents or spikes ``[T, B, S, D]``; with ``channels_first`` spikes ``[T, N, C, L]``
-    -> ``[T, N, C, L]``, where N is B, C is D and L is S. Every call starts from rest.
+    Shapes: spikes ``[T, B, S, D]`` (time steps, sequences, positions, features) -> currents or spikes ``[T, B, S, D]``; with
+    ``channels_first`` ``[T, N, C, L]`` -> ``[T, N, C, L]``, where N is B, C is D and L is S. Every call starts from rest.
 
     Raises:
-        ValueError: H does not divide D, the input has another rank or width, 64 does not divide a width and no ``neuron`` is
-            given, or ``norm`` is unknown.
+        ValueError: H does not divide D, the input has another rank or width, or ``norm`` is unknown.
 
     Warns:
-        NeuronActivityWarning: queries or keys fire at less than 0.1 % over the first ten calls in training mode, once.
+        NeuronActivityWarning: the firing rate of queries or keys is below 0.1 % over the first ten calls in training mode;
+            each layer warns once at most.
 
-    Source: the resonance of the Nord spiking language model; spikes at the input of all its linear maps: this library; batch
-    norm, channels first and spikes after W_o as in Spikformer (Zhou et al. 2023).
+    Source: the resonance of the Nord spiking language model. Linear maps that receive spikes only are from this library; batch
+    norm, channels first and spikes after W_o are as in Spikformer (Zhou et al. 2023).
 
     Example:
         >>> import torch
@@ -89,7 +88,7 @@ class SpikeFedResonance(ResonanceBase):
         >>> layer(spikes).shape
         torch.Size([10, 2, 7, 64])
 
-        In the place of Spikformer's attention:
+        In place of Spikformer's attention:
 
         >>> from spikingjelly.activation_based.neuron import LIFNode
         >>> layer = SpikeFedResonance(64, 4, causal=False, neuron=lambda n: LIFNode(), spikes_out=True, norm="batch",
@@ -165,22 +164,24 @@ class SpikeFedResonance(ResonanceBase):
     ) -> Tensor:
         """Return currents, or spikes, for ``spikes [T, B, S, D]`` or, with ``channels_first``, ``[T, N, C, L]``.
 
-        The cache stores key spikes as bits and the values of all time steps, ``[B, H, S, T * D/H]``, as bits if they spike.
+        The cache stores key spikes as bits, and the values of all time steps, ``[B, H, S, T * D/H]``, as bits if they are
+        spikes.
 
         Args:
-            spikes: the input, of the new positions alone if ``cache`` has earlier ones.
-            mask: booleans ``[S, S]``, True where query a may see key b. Default: None, all keys.
-            key_mask: booleans ``[B, S]``, True where any query may see key b, False for padding. Default: None, all keys.
+            spikes: the input; with earlier positions in ``cache``, only that of the new positions.
+            mask: booleans ``[S, S]``, True where query a may attend to key b. Default: None, all keys.
+            key_mask: booleans ``[B, S]``, True for keys to which queries may attend, False for padding. Default: None, all
+                keys.
             cache: padding and earlier positions, see :class:`CoFiringResonance`.
-            deprecated: see :class:`CoFiringResonance`.
+            deprecated: deprecated fields of ``cache``, see :class:`CoFiringResonance`.
 
-        A query that sees no key has the context zero. With ``causal`` a key must be visible and not later. Calls with a mask
-        run in plain PyTorch, on every backend, with memory quadratic in S.
+        With ``causal``, later keys are masked as well. The context of a query without a key is zero. Calls with a mask run in
+        plain PyTorch with any ``backend``, with memory quadratic in S.
 
         Raises:
             TypeError: a mask is not boolean.
-            ValueError: the input or a mask has another shape, there is both a mask and a cache, or see
-                :class:`CoFiringResonance`.
+            ValueError: the input or a mask has another shape; there is both a mask and a cache; or the layer cannot take this
+                cache, see :class:`CoFiringResonance`.
         """
         if self.channels_first:
             check_channels(spikes, self.n_features, type(self).__name__, "[T, N, C, L]")

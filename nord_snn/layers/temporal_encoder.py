@@ -9,20 +9,21 @@ __all__ = ["MultiScaleTemporalEncoder"]
 
 
 class MultiScaleTemporalEncoder(nn.Module):
-    """Return input current over time: fast time steps of strong current, then slow time steps of weak current.
+    """Return input current over time: time steps of the fast path with strong current, then of the slow path with weak.
 
-    With ``p = projection(x)``, time step k of a path is ``sigmoid(basis[k]) * p * scale``, so each time step has its own
-    learnable gate per feature. The fast path causes the first spikes; the slow path adds current to decaying membranes.
+    With ``p = projection(x)``, a linear map, the current at time step k of a path is ``sigmoid(basis[k]) * p * scale``. Each
+    path has its own basis (a gate per time step and feature) and scale, both learnable. The fast path causes the first spikes;
+    the slow path adds current while membrane potentials decay.
 
     Args:
         in_features: width of the input, D_in.
         out_features: D, the number of neurons that receive the current; None for D_in.
-        t_fast: number of fast time steps, which come first.
-        t_slow: number of slow time steps; 0 for none.
+        t_fast: number of time steps of the fast path.
+        t_slow: number of time steps of the slow path; 0 for none.
         fast_scale: initial scale of the fast path.
         slow_scale: initial scale of the slow path.
 
-    Shapes: features ``[*, D_in]`` -> current ``[t_fast + t_slow, *, D]``. Embed token ids first.
+    Shapes: features ``[*, D_in]`` -> current ``[t_fast + t_slow, *, D]``; token ids need an embedding first.
 
     Raises:
         ValueError: ``t_fast`` is less than 1, ``t_slow`` is negative, or the input's last dimension is not D_in.

@@ -1,4 +1,4 @@
-"""Neurons: SpikingJelly nodes around the ops."""
+"""Neurons: SpikingJelly nodes that run the ops of :mod:`nord_snn.ops`."""
 
 import warnings
 from typing import Any

@@ -28,12 +28,12 @@ from nord_snn.ops.surrogate import SurrogateLike, resolve_surrogate
 
 __all__ = ["AssociativeLIFNode", "Membranes"]
 
-#: Parameters that a node learns, besides those of the cascade.
+#: Parameters that can be learnable; those of the cascade always are.
 LEARNABLE = ("threshold", "beta_mem", "beta_syn")
 
 
 class Membranes:
-    """Receive the membrane potentials of one call, ``[T, N, *, D]`` in ``v_seq``: nothing is written to the module."""
+    """Receive the membrane potentials of one call in ``v_seq``, ``[T, N, *, D]``; the call does not change the module's."""
 
     __slots__ = ("v_seq",)
 
@@ -52,50 +52,51 @@ class AssociativeLIFNode(StatefulNode):
     logits, so that they stay in (0, 1)) and the cascade's weight and gain are learnable.
 
     It is a SpikingJelly node: ``step_mode``, ``functional.reset_net``, ``set_step_mode``, ``detach_net`` and monitors work on
-    it; its state is ``v``, ``i_syn`` and ``refractory``. Networks that make their neurons as
-    ``spiking_neuron(**kwargs)`` take it: without a width it finds its width at the first call, as ``nn.LazyLinear`` does, and
-    it takes SpikingJelly's names of arguments. It differs from SpikingJelly's nodes in two ways. Without a hard reset the
+    it; its state is ``v``, ``i_syn`` and ``refractory``. It fits networks that make their neurons as
+    ``spiking_neuron(**kwargs)``: without a width it takes the width of its first input, as ``nn.LazyLinear`` does, and it
+    accepts SpikingJelly's argument names. It differs from SpikingJelly's nodes in two ways. Without a hard reset the
     resting potential is 0; the membrane potential is ``v_reset`` only while a neuron is refractory. If the batch shape changes
     while state is stored, the node raises an error; SpikingJelly's nodes reset silently.
 
+    The default of an argument without "Default" below depends on ``preset``; :data:`nord_snn.neurons.PRESETS` has the values.
+
     Args:
-        n_features: D, the number of neurons. None: found at the first call.
-        n_clusters: C of the cascade, a divisor of D; "auto" for the largest divisor up to 64. None switches the cascade off.
-            With a cascade the default of ``beta_syn`` is 0.5 in every preset.
-        preset: name of the set of values for arguments that are not given, see :data:`nord_snn.neurons.PRESETS`. Default:
-            None, "nord" (the neuron of the Nord language model) if ``n_features`` is given and no argument under
-            SpikingJelly's name, else "lif".
+        n_features: D, the number of neurons. Default: None, the width of the first input.
+        n_clusters: number of clusters C of the cascade, a divisor of D; "auto" for the largest divisor up to 64. None switches
+            the cascade off. With a cascade the default of ``beta_syn`` is 0.5 in every preset.
+        preset: name of a preset, a set of default values. Default: None, "nord" (the neuron of the Nord language model) if
+            ``n_features`` is passed and no argument under SpikingJelly's name, else "lif".
         channel_dim: dimension of the neurons in one time step: 1 for images ``[N, C, H, W]``. Default: None, the last
-            one; for a width that is found at the first call, 1 if a time step has four dimensions or more.
-        cascade_radius: initial range of the cascade, in neighbouring clusters on each side.
+            one; without ``n_features``, 1 if a time step of the first input has four dimensions or more.
+        cascade_radius: number of neighbouring clusters on each side with an initial cascade weight above 0.
         cascade_gain: initial gain of the cascade.
-        threshold: initial threshold, a number or a tensor ``[D]``. Learned for every neuron.
-        beta_mem: initial membrane decay, in (0, 1): a number, or a tensor ``[D]`` of a decay for every neuron.
-        beta_syn: initial synaptic decay, in [0, 1), in the same way. At 0 it is not learned, and the input acts in its own
-            time step only.
-        own_decays: learn a decay for every neuron. Default: False, one decay for all unless a tensor is given.
+        threshold: initial threshold, a number or a tensor ``[D]``. Each neuron learns its own.
+        beta_mem: initial membrane decay in (0, 1), a number, or a tensor ``[D]`` with one decay per neuron.
+        beta_syn: initial synaptic decay in [0, 1), a number, or a tensor ``[D]`` with one decay per neuron. At 0 it is not
+            learned, and input acts only in its own time step.
+        own_decays: learn one decay per neuron. Default: False, one decay for all neurons unless a tensor is passed.
         learnable: which of "threshold", "beta_mem" and "beta_syn" are learned. Default: all.
-        v_reset: membrane potential while refractory, and after a hard reset. It may be None without either.
+        v_reset: membrane potential while refractory, and after a hard reset. It may be None if there is neither.
         refractory_steps: refractory period after a spike, in time steps.
         surrogate: a name from :data:`nord_snn.ops.SURROGATES` or a SpikingJelly surrogate module.
         alpha: sharpness of a named surrogate.
-        hard_reset: set the membrane to ``v_reset`` after a spike instead of subtracting the threshold. Default: False.
-        detach_reset: compute no gradient of the reset by the spike. Default: False.
-        dynamics: equations of membrane and reset, see :class:`nord_snn.ops.Dynamics`, instead of ``hard_reset``,
-            ``detach_reset`` and ``decay_input``. Default: None, those that
-            these three arguments select.
-        step_mode: ``"s"`` for one time step ``[N, *, D]`` per call, ``"m"`` for sequences ``[T, N, *, D]``.
-        backend: see :func:`nord_snn.ops.associative_lif`.
-        store_v_seq: store membrane potentials in ``v_seq``, ``[T, N, *, D]``: of the last call in step mode ``"m"``, of all
-            calls since the last reset in ``"s"``, and since the start of the sequence where the caller passes states.
-        tau: SpikingJelly's name of ``beta_mem = 1 - 1 / tau``.
-        v_threshold: SpikingJelly's name of ``threshold``.
-        surrogate_function: SpikingJelly's name of ``surrogate``.
-        decay_input: SpikingJelly's: False adds the whole current to the membrane, True ``(1 - beta_mem)`` of it. Default:
-            None, as True.
+        hard_reset: set the membrane potential to ``v_reset`` after a spike instead of subtracting the threshold. Default: False.
+        detach_reset: detach the spike in the reset, so that no gradient flows through the reset. Default: False.
+        dynamics: equations of membrane potential and reset, see :class:`nord_snn.ops.Dynamics`, instead of ``hard_reset``,
+            ``detach_reset`` and ``decay_input``. Default: None, the equations that these three arguments select.
+        step_mode: ``"s"`` for one time step ``[N, *, D]`` per call, ``"m"`` for sequences ``[T, N, *, D]``. Default: ``"s"``.
+        backend: see :func:`nord_snn.ops.associative_lif`. Default: ``"auto"``.
+        store_v_seq: store membrane potentials in ``v_seq``, ``[T, N, *, D]``: of the last call in step mode ``"m"``; of all
+            calls since the last reset in ``"s"``; of all calls since :meth:`start_sequence` if the caller passes states.
+            Default: False.
+        tau: SpikingJelly's membrane time constant, in time steps: ``beta_mem = 1 - 1 / tau``. Default: None.
+        v_threshold: SpikingJelly's name of ``threshold``. Default: None.
+        surrogate_function: SpikingJelly's name of ``surrogate``. Default: None.
+        decay_input: as in SpikingJelly: False adds the whole current to the membrane potential, True ``(1 - beta_mem)`` of it.
+            Default: None, as True.
 
     Attributes:
-        strict: whether neurons fire above the threshold only, not at it. False; subclasses change it.
+        strict: class attribute, whether neurons fire only above the threshold, and not at it: False, True in some subclasses.
 
     Raises:
         TypeError: ``v_reset`` is not a number where one is needed, ``n_clusters`` or ``learnable`` has another type, or an
@@ -111,7 +112,7 @@ class AssociativeLIFNode(StatefulNode):
         >>> spikes.shape, spikes.unique().tolist()
         (torch.Size([10, 4, 512]), [0.0, 1.0])
 
-        In a network for images, behind a convolution:
+        In a network for images, after a convolution:
 
         >>> from spikingjelly.activation_based import surrogate
         >>> node = AssociativeLIFNode(tau=2.0, surrogate_function=surrogate.ATan(), detach_reset=True, step_mode="m")
@@ -122,7 +123,7 @@ class AssociativeLIFNode(StatefulNode):
     strict = False
 
     def __new__(cls, n_features: int | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Make a lazy node where the width is not given."""
+        """Make a lazy node if the width is not given."""
         lazy = n_features is None and cls is AssociativeLIFNode
         return super().__new__(LazyAssociativeLIFNode if lazy else cls)
 
@@ -159,15 +160,16 @@ class AssociativeLIFNode(StatefulNode):
         surrogate_function: SurrogateLike | None = None,
         decay_input: bool | None = None,
     ) -> None:
-        given = {
+        arguments = {
             "n_clusters": n_clusters, "cascade_radius": cascade_radius, "cascade_gain": cascade_gain,
             "threshold": threshold, "beta_mem": beta_mem, "beta_syn": beta_syn, "v_reset": v_reset,
             "refractory_steps": refractory_steps, "surrogate": surrogate, "alpha": alpha, "hard_reset": hard_reset,
         }  # fmt: skip
-        theirs = {
+        spikingjelly_arguments = {
             "tau": tau, "v_threshold": v_threshold, "surrogate_function": surrogate_function, "decay_input": decay_input,
         }  # fmt: skip
-        constants = resolve_constants(preset, n_features is not None, given, theirs) | {"learnable": learnable}
+        constants = resolve_constants(preset, n_features is not None, arguments, spikingjelly_arguments)
+        constants["learnable"] = learnable
         if dynamics is None:
             charge = "sum" if decay_input is False else "average"
             dynamics = Dynamics(charge, hard_reset=hard_reset, detach_reset=detach_reset)
@@ -188,15 +190,16 @@ class AssociativeLIFNode(StatefulNode):
     ) -> "AssociativeLIFNode":
         """Return neurons that give the same spikes as ``node``.
 
-        They equal SpikingJelly's ``IFNode`` and ``LIFNode`` to the bit with a soft reset, its ``ParametricLIFNode`` and nodes
-        with a hard reset to rounding, and snnTorch's ``Leaky`` and ``Synaptic`` to rounding.
+        The arithmetic of SpikingJelly's ``IFNode`` and ``LIFNode`` with a soft reset is matched bit for bit. That of its
+        ``ParametricLIFNode``, of nodes with a hard reset, and of snnTorch's ``Leaky`` and ``Synaptic`` is matched up to
+        rounding, which can change a spike where the membrane potential is within rounding of the threshold.
 
         Args:
-            node: a neuron of SpikingJelly or snnTorch. It is read, not changed; its state is not copied.
-            n_features: D. Default: None, found at the first call.
-            channel_dim: see the class.
+            node: a neuron of SpikingJelly or snnTorch, which is not changed; its state is not copied.
+            n_features: D. Default: None, the width of the first input.
+            channel_dim: dimension of the neurons, as in the class.
             learnable: learn thresholds, and decays where they are parameters. Default: False, only what ``node`` learns.
-            backend: see the class.
+            backend: as in the class.
 
         Raises:
             TypeError: the class is unknown, an option or constant cannot be matched, or ``learnable`` is not a bool.
@@ -240,7 +243,7 @@ class AssociativeLIFNode(StatefulNode):
         elif not isinstance(v_reset, int | float) or math.isnan(v_reset):
             raise TypeError(
                 f"v_reset must be a number, the membrane potential while refractory or after a hard reset, got {v_reset!r}: "
-                "without hard_reset every spike subtracts the threshold, and refractory_steps=0 switches v_reset off"
+                "v_reset may be None only with refractory_steps=0 and without hard_reset"
             )
         if dynamics.hard_reset:
             dynamics = dynamics._replace(v_rest=float(v_reset))
@@ -288,7 +291,7 @@ class AssociativeLIFNode(StatefulNode):
                 raise ValueError(f"{name} must be a number or a tensor [D] = [{n_features}], got {list(value.shape)}")
         if n_clusters is not None and self._initial["beta_syn_logit"] is None:
             raise ValueError(
-                "a cascade adds to the synaptic current, which beta_syn=0 forgets: pass n_clusters=None, or beta_syn > 0"
+                "a cascade adds to the synaptic current, which beta_syn=0 discards: pass n_clusters=None, or beta_syn > 0"
             )
         self.cascade = _make_cascade(n_features, n_clusters, constants["cascade_radius"], constants["cascade_gain"])
         self.reset_parameters()
@@ -342,7 +345,7 @@ class AssociativeLIFNode(StatefulNode):
         self._backend = value
 
     def which_backend(self, x: Tensor) -> BackendChoice:
-        """Return the backend that would run on input ``x``, and for each other backend why it would not."""
+        """Return the backend that would run on input ``x``, and for each other backend the reason why it would not run."""
         clusters = None if self.cascade is None else self.cascade.n_clusters
         surrogate, _ = known_surrogate(self.surrogate_function, self.alpha)
         decays = [logit for logit in (self.beta_mem_logit, self.beta_syn_logit) if logit is not None]
@@ -362,56 +365,59 @@ class AssociativeLIFNode(StatefulNode):
         """Return the spikes for input current ``x``.
 
         Args:
-            x: ``[N, *, D]`` in step mode ``"s"``, ``[T, N, *, D]`` in ``"m"``; D stands at ``channel_dim``.
-            stateless: start from rest and leave the stored state unchanged, as layers over whole sequences do.
-            state: with ``new_states``, the state to start from, None for rest. Where the membrane potential is the whole
-                state, the other two parts may be None.
+            x: ``[N, *, D]`` in step mode ``"s"``, ``[T, N, *, D]`` in ``"m"``, with D at ``channel_dim``.
+            stateless: start from rest and leave the stored state unchanged, as layers over whole sequences do. Default: False.
+            state: with ``new_states``, the initial state. Default: None, rest. If the membrane potential is the whole state,
+                ``i_syn`` and ``refractory`` may be None.
             new_states: a list to which the state after ``x`` is appended; the stored state is neither read nor changed. The
-                caller marks the start of each sequence with :meth:`start_sequence`.
-            membranes: receives the membrane potentials of this call, in place of ``v_seq``.
+                caller marks the start of each sequence with :meth:`start_sequence`. Default: None, use the stored state.
+            membranes: receives the membrane potentials of this call, in place of ``v_seq``. Default: None.
 
         Returns:
             Zeros and ones in the shape and dtype of ``x``.
 
         Raises:
-            TypeError: ``state`` is given without ``new_states``, or both ``stateless`` and ``new_states``.
+            TypeError: ``state`` is passed without ``new_states``, or both ``stateless`` and ``new_states`` are passed.
         """
         if new_states is None and state is not None:
             raise TypeError("state needs new_states, a list to which the state after x is appended")
         if new_states is not None and stateless:
             raise TypeError("pass stateless or new_states, not both: without state, new_states starts from rest")
-        multi, passed = self.step_mode == "m", new_states is not None
+        multi, states_are_passed = self.step_mode == "m", new_states is not None
         self.check_input(x, self.step_mode)
-        if not (stateless or passed) and not torch.compiler.is_compiling():
+        if not (stateless or states_are_passed) and not torch.compiler.is_compiling():
             self.check_not_recomputed()
-        if passed:
+        if states_are_passed:
             initial = None if state is None else self._state_tensors(x, state)
         else:
             initial = None if stateless else self._stored_state(x)
-        membrane_only = self.is_membrane_only and (not passed if initial is None else initial.i_syn is None)
-        keep_v = self.store_v_seq or membranes is not None
-        spikes, v_seq, last = self._run(x, initial, keep_v, membrane_only, single_step=not multi)
+        no_currents = not states_are_passed if initial is None else initial.i_syn is None
+        membrane_only = self.is_membrane_only and no_currents
+        return_v_seq = self.store_v_seq or membranes is not None
+        spikes, v_seq, final = self._run(x, initial, return_v_seq, membrane_only, single_step=not multi)
         if new_states is not None:
-            new_states.append(last)
+            new_states.append(final)
         elif not stateless:
-            self.set_memories({"v": last.v} if membrane_only else last._asdict())
+            self.set_memories({"v": final.v} if membrane_only else final._asdict())
         if not torch.compiler.is_compiling() and self.first_batches.batches_left and self.training:
-            self._count(spikes, stateless)
+            self._count(spikes, is_whole_batch=stateless)
         if membranes is not None:
             membranes.v_seq = v_seq
         elif v_seq is not None:
-            self._keep_v_seq(v_seq if multi else v_seq.unsqueeze(0), is_continued=passed or not (multi or stateless))
+            self._write_v_seq(
+                v_seq if multi else v_seq.unsqueeze(0), append=states_are_passed or not (multi or stateless)
+            )
         return spikes
 
-    def _keep_v_seq(self, v_seq: Tensor, is_continued: bool) -> None:
-        earlier = self.v_seq if is_continued else None
+    def _write_v_seq(self, v_seq: Tensor, append: bool) -> None:
+        earlier = self.v_seq if append else None
         self.v_seq = v_seq if earlier is None else torch.cat((earlier, v_seq))
 
-    def _count(self, spikes: Tensor, is_batch: bool) -> None:
-        """Count the spikes of a first training batch, for a warning; a call without state is a whole batch."""
+    def _count(self, spikes: Tensor, is_whole_batch: bool) -> None:
+        """Count spikes in the first training batches, for :class:`NeuronActivityWarning`."""
         if torch.is_grad_enabled() and self.emits_binary_spikes:
             self.first_batches.add(spikes)
-            if is_batch:
+            if is_whole_batch:
                 self._end_batch()
 
     def _end_batch(self) -> None:
@@ -423,7 +429,7 @@ class AssociativeLIFNode(StatefulNode):
         self._end_batch()
 
     def start_sequence(self) -> None:
-        """Clear the stored membrane potentials and end a training batch, where the caller passes states."""
+        """Clear the stored membrane potentials and end a training batch: for callers that pass states."""
         self.v_seq = None
         if not torch.compiler.is_compiling():
             self._end_batch()
@@ -437,18 +443,21 @@ class AssociativeLIFNode(StatefulNode):
         return self._state_tensors(x, stored)
 
     def _state_tensors(self, x: Tensor, state: _States) -> AssociativeLIFState:
-        """Return a state as tensors for this input, the membrane potential alone where it is the whole state."""
+        """Return a state as tensors for this input; if the membrane potential is the whole state, the others are None."""
         v, i_syn, refractory = state
         if self.is_membrane_only and not (isinstance(i_syn, Tensor) or isinstance(refractory, Tensor)):
-            step = x.shape[1:] if self.step_mode == "m" else x.shape
-            v = state_tensor(v, x, step, compute_dtype(x), type(self).__name__)
+            step_shape = x.shape[1:] if self.step_mode == "m" else x.shape
+            v = state_tensor(v, x, step_shape, compute_dtype(x), type(self).__name__)
             return AssociativeLIFState(v, cast(Tensor, None), cast(Tensor, None))
         if i_syn is None or refractory is None:
-            raise ValueError("state.i_syn and state.refractory must be tensors or numbers for these neurons, got None")
+            raise ValueError(
+                "state.i_syn and state.refractory must be tensors or numbers, because these neurons have a "
+                "synaptic current, a refractory period or a cascade; got None"
+            )
         return self.materialize_states((x,), state, self.step_mode)
 
     def _dimension(self, step_ndim: int) -> int:
-        """Return the dimension of the neurons, counted from the end, where a time step has ``step_ndim`` dimensions."""
+        """Return the dimension of the neurons in a time step of ``step_ndim`` dimensions, as a negative number."""
         if self.channel_dim is None:
             return -1
         return self.channel_dim if self.channel_dim < 0 else self.channel_dim - step_ndim
@@ -462,7 +471,7 @@ class AssociativeLIFNode(StatefulNode):
 
         Raises:
             TypeError: it is not a floating tensor.
-            ValueError: its rank or width is wrong, or it may have channels where the last dimension is taken for neurons.
+            ValueError: its rank or width is wrong, or neurons are expected in its last dimension but seem to be in dimension 1.
         """
         multi = step_mode == "m"
         n_features = self.n_features
@@ -484,15 +493,15 @@ class AssociativeLIFNode(StatefulNode):
             check_features(x.movedim(dim, -1), n_features, type(self).__name__, layout)
 
     def _check_last(self, x: Tensor, n_features: int, layout: str, multi: bool) -> None:
-        """Check an input with the neurons in its last dimension; name ``channel_dim`` where they may be channels."""
-        step = tuple(x.shape[1:] if multi else x.shape) if isinstance(x, Tensor) else ()
-        if self.channel_dim is None and len(step) >= 4 and step[1] == n_features:
+        """Check an input with neurons in its last dimension; recommend ``channel_dim`` if they seem to be in dimension 1."""
+        step_shape = tuple(x.shape[1:] if multi else x.shape) if isinstance(x, Tensor) else ()
+        if self.channel_dim is None and len(step_shape) >= 4 and step_shape[1] == n_features:
             raise ValueError(
-                f"{type(self).__name__}({n_features}) got a time step {list(step)} whose dimension 1 has {n_features} "
-                "channels: pass channel_dim=1 if these are its neurons, as behind a convolution, or channel_dim=-1 for the last "
+                f"{type(self).__name__}({n_features}) got a time step {list(step_shape)} whose dimension 1 has {n_features} "
+                "channels: pass channel_dim=1 if these are its neurons, as after a convolution, or channel_dim=-1 for the last "
                 "dimension"
             )
-        if len(step) >= 3 and step[-1] != n_features and x.is_floating_point():
+        if len(step_shape) >= 3 and step_shape[-1] != n_features and x.is_floating_point():
             raise ValueError(
                 f"{type(self).__name__} expects shape {layout} with D = {n_features}, got {list(x.shape)}: neurons in dimension "
                 "1 of a time step, such as the channels of a convolution, need channel_dim=1"
@@ -516,11 +525,11 @@ class AssociativeLIFNode(StatefulNode):
     def materialize_states(self, inputs: _Tensors, states: _States, step_mode: str) -> AssociativeLIFState:
         """Turn states at rest (numbers) into tensors for this input; raise if state tensors have another batch shape."""
         x = inputs[0]
-        step = x.shape[1:] if step_mode == "m" else x.shape
+        step_shape = x.shape[1:] if step_mode == "m" else x.shape
         dtypes = compute_dtype(x), compute_dtype(x), torch.int32
         return AssociativeLIFState(
             *(
-                state_tensor(state, x, step, dtype, type(self).__name__)
+                state_tensor(state, x, step_shape, dtype, type(self).__name__)
                 for state, dtype in zip(states, dtypes, strict=True)
             )
         )
@@ -539,8 +548,8 @@ class AssociativeLIFNode(StatefulNode):
         if dim != -1 and not x.is_contiguous() and x.movedim(dim, -1).is_contiguous():  # channels_last
             moved = None if states is None else map_state(lambda part: part.movedim(dim, -1), states)
             spikes, v_seq, state = self._run_op(x.movedim(dim, -1), moved, return_v_seq, membrane_only, -1, single_step)
-            back = [None if part is None else part.movedim(-1, dim) for part in (spikes, v_seq, *state)]
-            return cast(Tensor, back[0]), back[1], AssociativeLIFState(*cast(list[Tensor], back[2:]))
+            results = [None if part is None else part.movedim(-1, dim) for part in (spikes, v_seq, *state)]
+            return cast(Tensor, results[0]), results[1], AssociativeLIFState(*cast(list[Tensor], results[2:]))
         return self._run_op(x, states, return_v_seq, membrane_only, dim, single_step)
 
     def _run_op(
@@ -565,7 +574,7 @@ class AssociativeLIFNode(StatefulNode):
         )  # fmt: skip
 
     def _input_current(self, x: Tensor, dim: int) -> Tensor:
-        """Return the current of the input ``x`` with neurons at ``dim``; a subclass may add to it."""
+        """Return the input current, ``x``, which has the neurons in dimension ``dim``; a subclass may add to it."""
         return x
 
     def update_cost(self, spikes: Tensor) -> OpCost:
@@ -576,7 +585,7 @@ class AssociativeLIFNode(StatefulNode):
         return associative_update_cost(spikes, None if self.cascade is None else self.cascade.n_clusters)
 
     def extra_repr(self) -> str:
-        """Return the sizes and the constants that are not learnable."""
+        """Return the width and the constants that are not learnable."""
         changed = [
             f"{name}={value!r}"
             for name, value, default in zip(Dynamics._fields, self.dynamics, PUBLISHED, strict=True)
@@ -594,16 +603,16 @@ class AssociativeLIFNode(StatefulNode):
 
 
 class LazyAssociativeLIFNode(LazyModuleMixin, AssociativeLIFNode):
-    """An :class:`AssociativeLIFNode` whose width is found at the first call; it then becomes one.
+    """A node that takes its width from the first input, and then becomes an :class:`AssociativeLIFNode`.
 
-    As in ``nn.LazyLinear``, its parameters are ``UninitializedParameter`` until then; optimizers may hold them, and its state
-    dict may be saved and loaded before and after.
+    As in ``nn.LazyLinear``, its parameters are ``UninitializedParameter`` until the first call. They can be passed to an
+    optimizer, and the state dict can be saved and loaded, before and after that call.
     """
 
     cls_to_become = AssociativeLIFNode
 
     def initialize_parameters(self, x: Tensor, **_: Any) -> None:
-        """Take width and, if it is not given, ``channel_dim`` from the first input."""
+        """Take the width, and ``channel_dim`` if that is None, from the first input."""
         ndim = self._step_ndim(x)
         if ndim < 2:
             raise ValueError(
@@ -616,14 +625,14 @@ class LazyAssociativeLIFNode(LazyModuleMixin, AssociativeLIFNode):
         if loaded and len(self.v_threshold) != width:
             raise ValueError(
                 f"the loaded parameters are those of {len(self.v_threshold)} neurons, the first input has {width}: "
-                f"{list(x.shape)} with channel_dim={self.channel_dim}"
+                f"shape {list(x.shape)}, channel_dim={self.channel_dim}"
             )
         self.n_features = width
         for name, value in self._initial.items():
             parameter = getattr(self, name)
             if is_lazy(parameter):
                 if isinstance(value, Tensor) and value.shape not in ((width,), (1,)):
-                    raise ValueError(f"{name} was given for {len(value)} neurons, the first input has {width}")
+                    raise ValueError(f"{name} has values for {len(value)} neurons, the first input has {width} neurons")
                 parameter.materialize((width,), device=x.device)
         if not loaded:
             self.reset_parameters()

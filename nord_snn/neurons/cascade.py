@@ -14,20 +14,21 @@ __all__ = ["AssociativeCascade", "LazyAssociativeCascade", "largest_clusters"]
 
 
 def largest_clusters(n_features: int, most: int = 64) -> int:
-    """Return the largest number of clusters up to ``most`` that divides the number of neurons."""
+    """Return the largest number of clusters, at most ``most``, that divides the number of neurons ``n_features``."""
     return max(c for c in range(1, min(most, n_features) + 1) if n_features % c == 0)
 
 
 class AssociativeCascade(nn.Module):
-    r"""Raise the synaptic current of clusters associated with those that fire.
+    r"""Return the synaptic current that firing clusters of neurons send to all clusters.
 
-    ``current[d] = gain[c] * sum_k sigmoid(weight[c, k]) * f[k]`` with ``c = d mod C`` and ``f[k]`` the fraction of cluster
-    ``k`` that fires. ``weight [C, C]`` starts as a ring (nearest clusters strongest), ``gain [C]`` at 0.8; both are learnable.
+    Neuron d is in cluster ``c = d mod C`` and receives ``gain[c] * sum_k sigmoid(weight[c, k]) * f[k]``, with ``f[k]`` the
+    fraction of the neurons of cluster k that fire. ``weight [C, C]`` is initially largest between neighbours on a ring of
+    clusters, see :func:`nord_snn.ops.cascade.ring_weight`. ``weight`` and ``gain [C]`` are learnable.
 
     Args:
-        n_features: D, a multiple of C.
-        n_clusters: C.
-        radius: range of the ring, in neighbouring clusters on each side.
+        n_features: D, the number of neurons, a multiple of C.
+        n_clusters: C, the number of clusters.
+        radius: number of neighbours on each side with an initial weight above 0.
         gain: initial gain of every cluster.
 
     Shapes: spikes ``[*, D]`` -> current ``[*, D]``.
@@ -55,15 +56,15 @@ class AssociativeCascade(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set the weight to the ring, and the initial gain."""
+        """Set weight and gain to their initial values."""
         self.weight.copy_(ring_weight(self.n_clusters, self.radius))
         nn.init.constant_(self.gain, self._initial_gain)
 
     def forward(self, spikes: Tensor | None, dtype: torch.dtype | None = None) -> Any:
-        """Return the current that ``spikes [*, D]`` cause; for None, weight and gain as the op takes them.
+        """Return the current ``[*, D]`` that ``spikes [*, D]`` cause, or, without spikes, ``(sigmoid(weight), gain)``.
 
-        Neurons call the cascade for its parameters instead of reading them, so that hooks of a call, such as those that load
-        offloaded parameters, work. The weight is cast to ``dtype`` before the sigmoid: half precision would round it.
+        Neurons call the cascade for its parameters instead of reading its attributes, so that forward hooks work, such as those
+        that load offloaded parameters. Then the weight is cast to ``dtype`` before the sigmoid: half precision would round it.
         """
         if spikes is None:
             return self.weight.to(dtype).sigmoid(), self.gain
@@ -76,7 +77,7 @@ class AssociativeCascade(nn.Module):
 
 
 class LazyAssociativeCascade(LazyModuleMixin, AssociativeCascade):
-    """An :class:`AssociativeCascade` whose number of clusters follows from the width, which is found at the first call."""
+    """An :class:`AssociativeCascade` of the width of the first input, with its largest divisor up to 64 as C."""
 
     cls_to_become = AssociativeCascade
     weight: Any
@@ -88,12 +89,12 @@ class LazyAssociativeCascade(LazyModuleMixin, AssociativeCascade):
         self.weight, self.gain = UninitializedParameter(), UninitializedParameter()
 
     def reset_parameters(self) -> None:
-        """Set the ring and the initial gain, if the width is known."""
+        """Set weight and gain to their initial values, if the width is known."""
         if not self.has_uninitialized_params() and self.n_clusters:
             super().reset_parameters()
 
     def initialize_parameters(self, n_features: int) -> None:
-        """Make the parameters for this width, or check those that were loaded."""
+        """Create the parameters for this width, or check those that were loaded from a state dict."""
         loaded = not is_lazy(self.gain)
         self.n_features = n_features
         self.n_clusters = len(self.gain) if loaded else largest_clusters(n_features)

@@ -1,4 +1,4 @@
-"""DenseActivation: GELU in place of the neurons, for the dense twin of a network."""
+"""DenseActivation: GELU in place of neurons, for a dense twin (a copy of a spiking network without spikes)."""
 
 from torch import Tensor, nn
 
@@ -8,17 +8,17 @@ __all__ = ["DenseActivation"]
 class DenseActivation(nn.Module):
     """Apply GELU through the interface of a layer of neurons, for a dense twin that differs by its activation only.
 
-    ``y[t] = gelu(x[t])``; it has no state and no parameters. Use it with T = 1: a real-valued activation needs no time steps.
+    ``y[t] = gelu(x[t])``, without state and parameters. Use it with T = 1: a real-valued activation needs no time steps.
 
     Args:
-        n_features: width; not used, but layers pass it to every neuron factory.
+        n_features: width, which layers pass to every neuron factory; it is stored, but has no effect.
 
     Attributes:
         store_v_seq: whether to store the input as ``v_seq``, for layers that read membrane potentials.
 
     Shapes: ``[T, N, *, D]`` -> ``[T, N, *, D]``.
 
-    Source: GELU after Hendrycks and Gimpel 2016.
+    Source: GELU is from Hendrycks and Gimpel 2016.
 
     Example:
         >>> import torch

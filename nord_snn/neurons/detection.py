@@ -1,7 +1,7 @@
-"""Recognise neurons, and read the optional attributes of :mod:`nord_snn.neurons.factory`.
+"""Recognise neurons, and read their optional attributes, which :mod:`nord_snn.neurons.factory` describes.
 
-Neurons of nord-snn and SpikingJelly are recognised by class; those of snnTorch and Norse by the names of their modules and base
-classes, because these libraries may not be installed.
+Neurons of nord-snn and SpikingJelly are recognised by class, neurons of snnTorch and Norse by the names of their modules and
+base classes, because these libraries may not be installed.
 """
 
 from collections.abc import Callable
@@ -27,19 +27,20 @@ __all__ = [
 
 
 def _classes(*names: str) -> tuple[type, ...]:
-    """Return the classes of SpikingJelly's neurons with these names; 0.0.0.0.14 lacks some."""
+    """Return the classes of SpikingJelly's neurons with these names, of which release 0.0.0.0.14 lacks some."""
     return tuple(getattr(spikingjelly_neurons, name) for name in names if hasattr(spikingjelly_neurons, name))
 
 
-#: Runs sequences, and has no ``step_mode``.
+#: The parallel spiking neuron (Fang et al. 2023), which always runs whole sequences and has no ``step_mode``.
 _PSN = _classes("PSN")
 
+#: All parallel spiking neurons.
 _PARALLEL = (*_PSN, *_classes("MaskedPSN", "SlidingPSN"))
 
 #: SpikingJelly's neurons that are not derived from ``BaseNode``.
-_OTHERS = (*_PARALLEL, *_classes("GatedLIFNode", "SimpleBaseNode"))
+_NOT_BASE_NODES = (*_PARALLEL, *_classes("GatedLIFNode", "SimpleBaseNode"))
 
-#: Norse's base classes of neurons that take sequences ``[T, N, *]``, and of those that take single time steps.
+#: Norse's base classes of neurons that take sequences ``[T, N, *]``, and of neurons that take single time steps.
 _NORSE_SEQUENCES = {"SNN", "SNNRecurrent"}
 _NORSE_STEPS = {"SNNCell", "SNNRecurrentCell", "CobaLIFCell", "LIFCorrelation"}
 
@@ -59,7 +60,7 @@ def is_norse(module: nn.Module) -> bool:
 
 
 def is_snntorch(module: nn.Module) -> bool:
-    """Return whether ``module`` is a snnTorch neuron or of a derived class."""
+    """Return whether the class of ``module`` is a snnTorch neuron or derived from one."""
     libraries = (kind.__module__.partition(".")[0] for kind in type(module).__mro__)
     return "snntorch" in libraries and hasattr(module, "reset_mem")
 
@@ -70,21 +71,24 @@ def runs_snntorch(module: nn.Module) -> bool:
 
 
 def is_neuron(module: nn.Module) -> bool:
-    """Return whether ``module`` is a neuron; False for those of ours with snnTorch's signatures, whose inner node counts."""
+    """Return whether ``module`` is a neuron.
+
+    False for nord-snn's neurons with snnTorch's signatures: they contain an ``AssociativeLIFNode``, which is the neuron.
+    """
     if is_snntorch(module):
         return not any(isinstance(inner, BaseNode) for inner in module.modules())
-    return isinstance(module, (BaseNode, *_OTHERS)) or is_norse(module)
+    return isinstance(module, (BaseNode, *_NOT_BASE_NODES)) or is_norse(module)
 
 
 def runs_sequences(module: nn.Module, default: str = "s") -> bool:
-    """Return whether neurons take whole sequences ``[T, N, *]``; ``default`` is the step mode of modules that have none."""
+    """Return whether ``module`` takes whole sequences ``[T, N, *]``; ``default`` replaces a missing ``step_mode``."""
     if _norse_names(module):
         return bool(_norse_names(module) & _NORSE_SEQUENCES)
     return runs_snntorch(module) or isinstance(module, _PSN) or getattr(module, "step_mode", default) == "m"
 
 
 def emits_binary_spikes(module: nn.Module) -> bool:
-    """Return ``module.emits_binary_spikes``; False if a subclass overrides ``forward`` without setting it again."""
+    """Return ``module.emits_binary_spikes``, False if missing or if a subclass overrides ``forward`` without defining it."""
     for kind in type(module).__mro__:
         if "emits_binary_spikes" in kind.__dict__:
             return bool(module.emits_binary_spikes)
@@ -94,19 +98,19 @@ def emits_binary_spikes(module: nn.Module) -> bool:
 
 
 def states_its_cost(neuron: nn.Module) -> bool:
-    """Return whether the cost of the updates of ``neuron`` is known with all its products, and not that of LIF neurons."""
+    """Return whether :func:`cost_of_updates` knows the cost of ``neuron``, including products, and does not assume a LIF."""
     return hasattr(neuron, "update_cost") or isinstance(neuron, _PARALLEL)
 
 
 def cost_of_updates(neuron: nn.Module, spikes: Tensor) -> OpCost:
     """Return the cost of the updates that computed ``spikes``: from ``neuron.update_cost``, else the cost of LIF neurons.
 
-    SpikingJelly's parallel spiking neurons count as the weighted sums of inputs that they are.
+    Each output of SpikingJelly's parallel spiking neurons costs a weighted sum of inputs.
     """
     update_cost: Callable[[Tensor], OpCost] | None = getattr(neuron, "update_cost", None)
     if update_cost is not None:
         return update_cost(spikes)
     if isinstance(neuron, _PARALLEL):
-        order: Any = getattr(neuron, "k", None) or neuron.T  # PSN's sums are over all T time steps
-        return parallel_update_cost(spikes, int(order))
+        n_inputs: Any = getattr(neuron, "k", None) or neuron.T  # PSN's sums are over all T time steps
+        return parallel_update_cost(spikes, int(n_inputs))
     return lif_update_cost(spikes)

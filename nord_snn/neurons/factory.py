@@ -9,14 +9,14 @@ each call from rest. snnTorch's neurons take single time steps and return tuples
 A module may define two optional attributes:
 
 ``emits_binary_spikes``
-    Class attribute or property. True: ``forward`` returns exactly zeros and ones. Layers that store spikes as bits then do
-    not check the values, which would wait for the GPU. It is ignored in a subclass that overrides ``forward`` without
-    defining it again.
+    Class attribute or property. True: ``forward`` returns exactly zeros and ones. Layers that store spikes as bits then skip
+    the check of the values, which would synchronise with the GPU. A subclass that overrides ``forward`` must define the
+    attribute again; otherwise it counts as False.
 ``update_cost(spikes) -> OpCost``
     Method. Returns the cost of the updates that computed ``spikes``: multiplications, additions and bytes of state, see
-    :class:`nord_snn.ops.OpCost`, with all products inside the module. :func:`nord_snn.monitor.profile_energy` calls it for
-    every neuron of SpikingJelly, snnTorch and Norse. Neurons without this method count as LIF neurons, and products inside
-    them as products.
+    :class:`nord_snn.ops.OpCost`, including those of matrix products inside the module.
+    :func:`nord_snn.monitor.profile_energy` calls it for every neuron of SpikingJelly, snnTorch and Norse. The updates of a
+    neuron without this method cost as much as those of a LIF neuron, and products inside it are counted separately.
 """
 
 import os
@@ -39,12 +39,12 @@ NeuronFactory = Callable[[int], nn.Module]
 
 
 def make_neuron(neuron: NeuronFactory | None, n_features: int, *, store_v_seq: bool = False) -> nn.Module:
-    """Make the neurons of a layer, in step mode ``"m"``.
+    """Make the neurons of a layer, in step mode ``"m"`` (whole sequences).
 
     Args:
         neuron: the factory; None for ``AssociativeLIFNode`` with its defaults.
         n_features: D, the number of neurons.
-        store_v_seq: whether the layer reads their membrane potentials.
+        store_v_seq: whether the neurons store their membrane potentials, which the layer reads. Default: False.
 
     Raises:
         TypeError: the factory is a class of SpikingJelly, which takes no ``n_features``; it did not return a module; or the
@@ -76,8 +76,8 @@ def fire_from_rest(neuron: nn.Module, x_seq: Tensor) -> Tensor:
     The module runs through ``__call__``, so that hooks and monitors work. The stored state of the module and its children is
     restored afterwards. Modules that are neither nord-snn's nor SpikingJelly's are called as they are.
 
-    It may be called from several threads. Neurons other than ``AssociativeLIFNode`` in step mode ``"m"`` work with attributes
-    of their own, so they run in one thread at a time, and under torch.compile they must be called from one thread.
+    It may be called from several threads. A call of other neurons than ``AssociativeLIFNode`` in step mode ``"m"`` changes
+    their attributes, so only one thread at a time runs such neurons; under torch.compile call them from one thread only.
     """
     if isinstance(neuron, AssociativeLIFNode) and neuron.step_mode == "m":
         return neuron(x_seq, stateless=True)
@@ -86,7 +86,7 @@ def fire_from_rest(neuron: nn.Module, x_seq: Tensor) -> Tensor:
 
 
 def fire_with_membranes(neuron: nn.Module, x_seq: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the spikes as :func:`fire_from_rest`, and the membrane potentials, None where the module stored none."""
+    """Return spikes as :func:`fire_from_rest` does, and membrane potentials, or None if the module stored none."""
     ours = isinstance(neuron, AssociativeLIFNode) and type(neuron).forward is AssociativeLIFNode.forward
     if ours and neuron.step_mode == "m":
         membranes = Membranes()
@@ -95,7 +95,7 @@ def fire_with_membranes(neuron: nn.Module, x_seq: Tensor) -> tuple[Tensor, Tenso
     with _one_at_a_time(), multi_step_mode(neuron):
         spikes = _from_rest(neuron, x_seq)
         v_seq = neurons.v_seq
-        neurons.v_seq = None  # else the graph of the last batch stays in memory
+        neurons.v_seq = None  # otherwise the autograd graph of the last batch would stay in memory
     return spikes, v_seq
 
 
@@ -103,7 +103,7 @@ _lock = threading.RLock()
 
 
 def _new_lock() -> None:
-    """Replace the lock in a forked process: another thread of the parent may have had it."""
+    """Replace the lock in a forked process: another thread of the parent process may have acquired it."""
     global _lock
     _lock = threading.RLock()
 
@@ -113,15 +113,15 @@ if hasattr(os, "register_at_fork"):
 
 
 def _one_at_a_time() -> AbstractContextManager[Any]:
-    """Return a context for one thread at a time; compiled code cannot have one."""
+    """Return a context that one thread at a time can enter; under torch.compile, which cannot trace locks, any number can."""
     return nullcontext() if torch.compiler.is_compiling() else _lock
 
 
 @contextmanager
 def multi_step_mode(neuron: nn.Module) -> Iterator[None]:
-    """Set step mode ``"m"`` temporarily.
+    """Set step mode ``"m"`` in a ``with`` block.
 
-    ``set_step_mode(net, "s")`` also sets the neurons inside layers, although layers always run whole sequences.
+    SpikingJelly's ``set_step_mode(net, "s")`` also changes the neurons inside layers, but layers always run whole sequences.
     """
     modes = [(module, module.step_mode) for module in neuron.modules() if hasattr(module, "step_mode")]
     if all(mode == "m" for _, mode in modes):
@@ -143,7 +143,7 @@ def _from_rest(neuron: nn.Module, x_seq: Tensor) -> Tensor:
         (module, name, value)
         for module in stateful
         for name, value in module.named_memories()
-        if name != "v_seq"  # a memory in SpikingJelly 0.0.0.0.14, not restored, since the caller reads it after the run
+        if name != "v_seq"  # a memory in SpikingJelly 0.0.0.0.14; it is not restored, because the caller reads it
     ]
     for module, name, _ in saved:
         setattr(module, name, reset_value(module, name))

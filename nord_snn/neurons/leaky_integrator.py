@@ -1,4 +1,4 @@
-"""Leaky integrators: the membrane of a neuron that does not fire."""
+"""LeakyIntegrator: the membrane potential of a neuron that does not fire."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,20 +24,22 @@ class LeakyIntegrator(StatefulModule):
         i[t] = beta_syn * i[t-1] + x[t]
         v[t] = beta_mem * v[t-1] + (1 - beta_mem) * v_rest + gain * i[t]
 
-    from ``v = v_rest`` and ``i = 0``. It is a SpikingJelly memory module: ``step_mode``, ``functional.reset_net`` and
-    ``set_step_mode`` work on it. Its state is ``v`` and ``i_syn``: numbers, which are those of all neurons, or tensors of the
-    shape of one time step. At rest ``v`` is ``v_rest``.
+    from ``v = v_rest`` and ``i = 0``. It is a ``MemoryModule`` of SpikingJelly: ``step_mode``, ``functional.reset_net`` and
+    ``set_step_mode`` work on it. Its state, ``v`` and ``i_syn``, are tensors in the shape of one time step, or numbers that
+    apply to all neurons. At rest ``v`` is ``v_rest``.
 
-    The four constants are numbers, or tensors that broadcast to ``shape``. They are buffers, which are not trained.
+    ``beta_mem``, ``gain``, ``v_rest`` and ``beta_syn`` are numbers, or tensors that broadcast to ``shape``. They are buffers, so
+    they are not trained.
 
     Args:
         shape: shape of one sample at one time step, without the batch: D, or a sequence such as ``[C, H, W]``.
-        beta_mem: membrane decay in (0, 1]; 1 integrates without a leak.
+        beta_mem: membrane decay in (0, 1]; 1 integrates without a leak. Default: 0.9.
         gain: factor of the current. Default: None, ``1 - beta_mem``, which makes ``v - v_rest`` an exponential moving average
             of the current.
-        v_rest: resting potential.
-        beta_syn: synaptic decay in [0, 1). At 0 the input is the current: there is no synaptic filter.
-        step_mode: ``"s"`` for one time step ``[N, *shape]`` per call, ``"m"`` for sequences ``[T, N, *shape]``.
+        v_rest: resting potential. Default: 0.
+        beta_syn: synaptic decay in [0, 1). Default: 0, the synaptic current is the input.
+        step_mode: ``"s"`` for one time step ``[N, *shape]`` per call, ``"m"`` for sequences ``[T, N, *shape]``. Default:
+            ``"s"``.
 
     Raises:
         ValueError: a decay is not in its range, a constant does not broadcast to ``shape``, an input does not end with
@@ -68,17 +70,18 @@ class LeakyIntegrator(StatefulModule):
     ) -> None:
         super().__init__()
         self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        mem, syn = torch.as_tensor(beta_mem), torch.as_tensor(beta_syn)
-        if not bool(((mem > 0) & (mem <= 1)).all()):
+        membrane_decay, synaptic_decay = torch.as_tensor(beta_mem), torch.as_tensor(beta_syn)
+        if not bool(((membrane_decay > 0) & (membrane_decay <= 1)).all()):
             raise ValueError(f"beta_mem must lie in (0, 1], got {beta_mem}")
-        if not bool(((syn >= 0) & (syn < 1)).all()):
+        if not bool(((synaptic_decay >= 0) & (synaptic_decay < 1)).all()):
             raise ValueError(f"beta_syn must lie in [0, 1), got {beta_syn}")
-        constants = {"beta_mem": mem, "gain": 1 - mem if gain is None else gain, "v_rest": v_rest, "beta_syn": syn}
+        gain = 1 - membrane_decay if gain is None else gain
+        constants = {"beta_mem": membrane_decay, "gain": gain, "v_rest": v_rest, "beta_syn": synaptic_decay}
         for name, value in constants.items():
             self.register_buffer(name, self._constant(name, value))
         self.v: float | Tensor
         self.i_syn: float | Tensor
-        # None is rest, where v reads the buffer v_rest: a copy would not be loaded or moved with it.
+        # None stands for rest: v then returns the buffer v_rest, also after that is loaded or moved.
         self.register_memory("v", None)
         self.register_memory("i_syn", 0.0)
         self.step_mode = step_mode
@@ -124,11 +127,11 @@ class LeakyIntegrator(StatefulModule):
     def materialize_states(self, inputs: _Tensors, states: _States, step_mode: str) -> _Tensors:
         """Turn states into tensors for this input; raise if state tensors have another batch shape."""
         x, (v, i_syn) = inputs[0], states
-        step, dtype, owner = x.shape[1:] if step_mode == "m" else x.shape, compute_dtype(x), type(self).__name__
-        rest = self.v_rest.to(dtype).expand(step)
+        step_shape, dtype, owner = x.shape[1:] if step_mode == "m" else x.shape, compute_dtype(x), type(self).__name__
+        rest = self.v_rest.to(dtype).expand(step_shape)
         return (
-            rest if v is None else state_tensor(v, x, step, dtype, owner),
-            state_tensor(i_syn, x, step, dtype, owner),
+            rest if v is None else state_tensor(v, x, step_shape, dtype, owner),
+            state_tensor(i_syn, x, step_shape, dtype, owner),
         )
 
     def _check_input(self, x: Tensor, step_mode: str) -> None:
@@ -136,8 +139,8 @@ class LeakyIntegrator(StatefulModule):
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = f"dtype {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{type(self).__name__} expects a floating-point tensor of shape {layout}, got {got}")
-        step = x.shape[1:] if step_mode == "m" else x.shape
-        if tuple(step[len(step) - len(self.shape) :]) != self.shape:
+        step_shape = x.shape[1:] if step_mode == "m" else x.shape
+        if tuple(step_shape[len(step_shape) - len(self.shape) :]) != self.shape:
             raise ValueError(f"{type(self).__name__} expects shape {layout}, got {list(x.shape)}")
         if step_mode == "m" and not len(x):
             raise ValueError(f"{type(self).__name__} expects shape {layout} with at least one time step, got T = 0")

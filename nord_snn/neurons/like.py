@@ -1,4 +1,4 @@
-"""The constants of neurons of SpikingJelly and snnTorch, as arguments of :class:`nord_snn.neurons.AssociativeLIFNode`."""
+"""Translate neurons of SpikingJelly and snnTorch to arguments of :class:`nord_snn.neurons.AssociativeLIFNode`."""
 
 import functools
 import math
@@ -13,24 +13,25 @@ __all__ = ["arguments_like"]
 
 
 def arguments_like(node: nn.Module) -> dict[str, Any]:
-    """Return the arguments that give the same spikes as ``node``.
+    """Return the arguments with which ``AssociativeLIFNode`` gives the same spikes as ``node``.
 
     Raises:
-        TypeError: the class of ``node`` is unknown, or an option of it cannot be matched; the message says which.
+        TypeError: the class of ``node`` is unknown, or one of its options cannot be matched; the message names it.
     """
     library, kind = type(node).__module__.partition(".")[0], type(node).__name__
     translate = _KNOWN.get((library, kind))
     if translate is None:
         known = ", ".join(f"{library}'s {kind}" for library, kind in _KNOWN)
-        raise TypeError(f"like() knows {known}, got {type(node).__module__}.{kind}")
+        raise TypeError(f"like() supports {known}, got {type(node).__module__}.{kind}")
     return _COMMON | translate(node)
 
 
+#: Arguments for every class; the translation of a class replaces some.
 _COMMON: dict[str, Any] = {"preset": "lif", "n_clusters": None, "beta_syn": 0.0, "learnable": ()}
 
 
 def _spikingjelly(node: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the arguments, and the fields of the dynamics, that all nodes of SpikingJelly have."""
+    """Return the arguments and the fields of :class:`Dynamics` that are common to all nodes of SpikingJelly."""
     if isinstance(node.v_threshold, Tensor):
         raise TypeError("like() needs a threshold that is a number, got a tensor")
     arguments = {
@@ -71,7 +72,10 @@ def _plif(node: Any) -> dict[str, Any]:
 
 
 def _snntorch(node: Any, resets_after_charge: bool, beta: Tensor) -> dict[str, Any]:
-    """Return the arguments for ``mem = beta * mem + input`` with snnTorch's reset, which comes one time step late by default."""
+    """Return the arguments for ``mem = beta * mem + input`` with snnTorch's reset, by default one time step after the spike.
+
+    With ``resets_after_charge``, a reset to zero then discards the input of its time step, too.
+    """
     threshold = node.threshold
     if node.inhibition:
         raise TypeError("like() cannot match inhibition=True, in which neurons of a layer silence each other")
@@ -84,7 +88,7 @@ def _snntorch(node: Any, resets_after_charge: bool, beta: Tensor) -> dict[str, A
         "learnable": _learned(threshold=threshold, beta_mem=beta),
     }
     if node.state_quant:
-        raise TypeError("like() cannot match state_quant: the membrane is not rounded here")
+        raise TypeError("like() cannot match state_quant: AssociativeLIFNode does not quantise its membrane potential")
     decay, dynamics = _membrane_decay(beta)
     arguments |= decay
     dynamics["detach_reset"] = True
@@ -96,7 +100,7 @@ def _snntorch(node: Any, resets_after_charge: bool, beta: Tensor) -> dict[str, A
         arguments |= {
             "refractory_steps": 1,
             "v_reset": 0.0,
-        }  # the membrane is 0 at the next time step, whatever comes in
+        }  # the membrane potential is 0 at the next time step, whatever the input
     else:
         arguments |= {"hard_reset": True, "v_reset": 0.0}
         dynamics["hard_reset"] = True
@@ -104,9 +108,9 @@ def _snntorch(node: Any, resets_after_charge: bool, beta: Tensor) -> dict[str, A
 
 
 def _membrane_decay(beta: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the arguments and the fields of the dynamics for a membrane decay, which snnTorch clips to [0, 1].
+    """Return the arguments and the fields of :class:`Dynamics` for a membrane decay, which snnTorch clips to [0, 1].
 
-    Decays are stored as logits, so those of 0 and 1 are the constants ``tau = 1`` and ``tau = inf``.
+    A decay of 0 or 1 has no finite logit, so it is passed as the constant ``tau = 1`` or ``tau = inf``.
     """
     decay = beta.detach().clamp(0, 1)
     if bool(((decay > 0) & (decay < 1)).all()):
@@ -119,7 +123,7 @@ def _membrane_decay(beta: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _synaptic_decay(alpha: Tensor) -> Any:
-    """Return ``beta_syn``; 0 is constant, other decays are stored as logits."""
+    """Return ``beta_syn``; it may be 0 only if it is one number that is not learned, because 0 has no finite logit."""
     is_constant = alpha.numel() == 1 and not _learned(alpha=alpha)
     if not bool((((alpha > 0) & (alpha < 1)) | ((alpha <= 0) & is_constant)).all()):
         raise TypeError(
@@ -134,11 +138,11 @@ def _range(x: Tensor) -> str:
 
 
 def _late_reset_scale(node: Any, beta: Tensor) -> float:
-    """Return 1 / beta: the threshold is subtracted at the next time step, when the membrane has decayed."""
+    """Return the ``reset_scale`` 1 / beta: snnTorch subtracts the threshold one time step later, after the decay."""
     if not getattr(node, "reset_delay", True):  # Lapicque has no such option
         raise TypeError(
-            "like() cannot match reset_delay=False with reset_mechanism='subtract': a membrane that is above the threshold after "
-            "its reset is reset at other time steps; with 'zero' it can"
+            "like() cannot match reset_delay=False with reset_mechanism='subtract': a membrane potential that is above the "
+            "threshold after its reset is reset at other time steps; reset_mechanism='zero' can be matched"
         )
     if isinstance(beta, nn.Parameter) and beta.requires_grad:
         raise TypeError("like() cannot match a learnable beta with reset_mechanism='subtract'")
@@ -152,7 +156,7 @@ def _leaky(node: Any) -> dict[str, Any]:
 
 
 def _lapicque(node: Any) -> dict[str, Any]:
-    """Scale the membrane by C / time_step, so that the input enters it unscaled."""
+    """Return arguments for the membrane potential times ``C / time_step``, to which the input is added unscaled."""
     scale, beta = float(node.time_step / node.C), 1 - node.time_step / (node.R * node.C)
     if not 0 <= beta <= 1:
         raise TypeError(f"like() needs a membrane decay 1 - time_step / (R * C) in [0, 1], got {float(beta):.3g}")
@@ -177,7 +181,7 @@ def _synaptic(node: Any) -> dict[str, Any]:
 
 
 def _learned(**parameters: Tensor) -> tuple[str, ...]:
-    """Return the names of the parameters that are learned."""
+    """Return the names of the tensors that are parameters with a gradient."""
     return tuple(name for name, x in parameters.items() if isinstance(x, nn.Parameter) and x.requires_grad)
 
 

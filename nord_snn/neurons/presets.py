@@ -1,4 +1,4 @@
-"""Presets: named sets of constants of :class:`nord_snn.neurons.AssociativeLIFNode`, also under SpikingJelly's names."""
+"""Presets: named sets of constants of :class:`nord_snn.neurons.AssociativeLIFNode`, and SpikingJelly's argument names."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ __all__ = ["OF_PRESET", "PRESETS", "known_surrogate", "resolve_constants"]
 
 
 class _OfPreset:
-    """Default of an argument whose value the preset has; None means something else."""
+    """Type of :data:`OF_PRESET`, the default of arguments that take the preset's value; None is a value of its own."""
 
     def __repr__(self) -> str:
         return "<of the preset>"
@@ -30,12 +30,12 @@ _LIF = {
     "alpha": 2.0,
 }
 
-#: Constants by name of the preset. "nord": the published neuron. "lif": SpikingJelly's ``LIFNode`` with half of its threshold
-#: and a soft reset; no synaptic current, refractory period or cascade. "images": "lif" with a synaptic current
-#: and a cascade whose gain starts at 0.
+#: Constants by name of the preset. "nord": the neuron of the published Nord language model. "lif": SpikingJelly's ``LIFNode``
+#: with half of its threshold and a soft reset; no synaptic current, refractory period or cascade. "images": "lif" with a
+#: synaptic current and a cascade whose gain starts at 0.
 PRESETS: dict[str, dict[str, Any]] = {
     "nord": {
-        "n_clusters": "auto",  # 64 where they divide the width
+        "n_clusters": "auto",  # the largest divisor of the width up to 64
         "cascade_radius": 3,
         "cascade_gain": 0.8,
         "threshold": 0.25,
@@ -50,55 +50,55 @@ PRESETS: dict[str, dict[str, Any]] = {
     "images": _LIF | {"n_clusters": "auto", "beta_syn": 0.5},
 }
 
-#: SpikingJelly's name of an argument -> ours.
-_SAME = {"v_threshold": "threshold", "surrogate_function": "surrogate"}
+#: SpikingJelly's name of an argument -> nord-snn's name.
+_OUR_NAME = {"v_threshold": "threshold", "surrogate_function": "surrogate"}
 
 
 def resolve_constants(
-    preset: str | None, has_width: bool, given: Mapping[str, Any], theirs: Mapping[str, Any]
+    preset: str | None, has_width: bool, arguments: Mapping[str, Any], spikingjelly_arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return all constants: those of the preset, replaced by those that are given.
+    """Return all constants: those of the preset, replaced by the arguments that were passed.
 
     With a cascade the synaptic decay of "lif" is that of "nord", because a cascade adds to the synaptic current.
 
     Args:
-        preset: a name from :data:`PRESETS`, or None: "nord" if the width is given and no name of SpikingJelly's, else "lif".
-        has_width: whether the width is given.
-        given: arguments under our names; :data:`OF_PRESET` if not given.
-        theirs: ``tau, v_threshold, surrogate_function, decay_input`` as SpikingJelly has them; None if not given.
+        preset: a name from :data:`PRESETS`. None: "nord" with a width and without SpikingJelly's arguments, else "lif".
+        has_width: whether the width was passed.
+        arguments: arguments under nord-snn's names; :data:`OF_PRESET` if not passed.
+        spikingjelly_arguments: ``tau, v_threshold, surrogate_function, decay_input``; None if not passed.
 
     Raises:
-        TypeError: an argument is given under both names.
-        ValueError: the preset is unknown, ``tau`` is less than 1, or ``v_reset`` asks for a hard reset.
+        TypeError: an argument was passed under both names.
+        ValueError: the preset is unknown, ``tau`` is less than 1, or ``v_reset`` would have no effect.
     """
-    theirs = {name: value for name, value in theirs.items() if value is not None}
+    theirs = {name: value for name, value in spikingjelly_arguments.items() if value is not None}
     if preset is None:
         preset = "nord" if has_width and not theirs else "lif"
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}: expected one of {sorted(PRESETS)}")
-    given = {name: value for name, value in given.items() if value is not OF_PRESET}
-    for name, own in (*_SAME.items(), ("tau", "beta_mem")):
-        if name in theirs and own in given:
-            raise TypeError(f"{name} and {own} are the same constant: give one of them")
-    translated = {_SAME[name]: value for name, value in theirs.items() if name in _SAME}
+    ours = {name: value for name, value in arguments.items() if value is not OF_PRESET}
+    for their_name, our_name in (*_OUR_NAME.items(), ("tau", "beta_mem")):
+        if their_name in theirs and our_name in ours:
+            raise TypeError(f"{their_name} and {our_name} are the same constant: pass one of them")
+    translated = {_OUR_NAME[name]: value for name, value in theirs.items() if name in _OUR_NAME}
     if "tau" in theirs:
         if not theirs["tau"] >= 1:
             raise ValueError(f"tau must be at least 1 time step, got {theirs['tau']}")
         translated["beta_mem"] = 1 - 1 / theirs["tau"]
-    constants = PRESETS[preset] | translated | given
-    if constants["n_clusters"] is not None and "beta_syn" not in given and constants["beta_syn"] == 0:
-        constants["beta_syn"] = PRESETS["nord"]["beta_syn"]  # a cascade adds to the synaptic current
-    v_reset, unused = given.get("v_reset"), constants["refractory_steps"] == 0 and not given.get("hard_reset")
-    if preset != "nord" and v_reset is not None and unused:
+    constants = PRESETS[preset] | translated | ours
+    if constants["n_clusters"] is not None and "beta_syn" not in ours and constants["beta_syn"] == 0:
+        constants["beta_syn"] = PRESETS["nord"]["beta_syn"]
+    v_reset, is_unused = ours.get("v_reset"), constants["refractory_steps"] == 0 and not ours.get("hard_reset")
+    if preset != "nord" and v_reset is not None and is_unused:
         raise ValueError(
-            f"v_reset={v_reset} would have no effect without a refractory period: pass hard_reset=True if a spike shall set "
-            "the membrane to it, as in SpikingJelly's nodes, or v_reset=None"
+            f"v_reset={v_reset} would have no effect without a refractory period: pass hard_reset=True if a spike should set "
+            "the membrane potential to this value, as in SpikingJelly's nodes, or v_reset=None"
         )
     return constants
 
 
 def known_surrogate(surrogate: Any, alpha: float) -> tuple[Any, float]:
-    """Return name and sharpness of a SpikingJelly surrogate that is in our table, which all backends have; else as given."""
+    """Return ``surrogate`` and ``alpha``; SpikingJelly's ``ATan`` and ``Sigmoid`` by name, which all backends support."""
     if not isinstance(surrogate, nn.Module) or not type(surrogate).__module__.startswith("spikingjelly."):
         return surrogate, alpha
     name = {"ATan": "atan", "Sigmoid": "sigmoid"}.get(type(surrogate).__name__)

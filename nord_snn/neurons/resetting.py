@@ -13,7 +13,7 @@ def reset(net: nn.Module) -> None:
     """Reset every stateful module in ``net`` (nord-snn's, SpikingJelly's and snnTorch's) to rest.
 
     Args:
-        net: any module; its submodules are searched too.
+        net: any module; its submodules are reset, too.
 
     Example:
         >>> import nord_snn, torch
@@ -26,7 +26,7 @@ def reset(net: nn.Module) -> None:
     clear_module_cache(net)
     snntorch_neurons = [module for module in net.modules() if is_snntorch(module)]
     for module in snntorch_neurons:
-        module.__dict__.pop("reset", None)  # snnTorch stores a tensor under this name, SpikingJelly would call it
+        module.__dict__.pop("reset", None)  # snnTorch stores a tensor under this name, which SpikingJelly would call
     functional.reset_net(net)
     for module in snntorch_neurons:
         module.reset_mem()  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""The threshold of neurons that fire only above it, as those of snnTorch and of NIR."""
+"""The threshold of neurons that fire only above their threshold, as in snnTorch and NIR."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,9 @@ __all__ = ["firing_above"]
 
 
 def firing_above(threshold: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the next number of ``dtype`` above the threshold, at which our neurons fire, with the gradient of the threshold.
+    """Return the next number of ``dtype`` above the threshold, with the gradient of the threshold.
+
+    Our neurons fire at ``v >= threshold``; with this threshold they fire at ``v > threshold``.
 
     Args:
         threshold: ``[D]``.

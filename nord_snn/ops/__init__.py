@@ -1,4 +1,4 @@
-"""Pure functions on tensors: the state is an argument and a result, and nothing is stored between calls."""
+"""Ops, pure functions on tensors: the state is an argument and a result, and nothing is stored between calls."""
 
 from torch import Tensor
 
@@ -58,7 +58,7 @@ def which_backend(
         x: an input of the op (for the resonances, the values). Only its device, dtype and last dimension are used.
         backend: as passed to the op.
         surrogate: as passed to :func:`associative_lif`; ignored by other ops.
-        n_clusters: number of clusters C of its cascade, or None for no cascade.
+        n_clusters: number of clusters of the cascade of :func:`associative_lif`, None for no cascade; ignored by other ops.
         op: name of the op: ``"associative_lif"``, ``"resonance"``, ``"resonance_cached"``, ``"leaky_clamp"``,
             ``"stdp"``.
 

@@ -19,7 +19,7 @@ def check_cascade(n_features: int, weight: Tensor, gain: Tensor) -> None:
     """Raise a ValueError unless the shapes are ``weight [C, C]`` and ``gain [C]``, and C divides ``n_features``."""
     if gain.ndim != 1 or weight.shape != (gain.shape[0], gain.shape[0]):
         raise ValueError(
-            f"cascade weight must be [C, C] and gain [C] with one C, got {list(weight.shape)} and {list(gain.shape)}"
+            f"cascade weight must be [C, C] and gain [C] with the same C, got {list(weight.shape)} and {list(gain.shape)}"
         )
     check_clusters(n_features, gain.shape[0])
 
@@ -67,9 +67,9 @@ def associative_cascade(spikes: Tensor, weight: Tensor, gain: Tensor) -> Tensor:
         ``[*, D]``, to be added to the synaptic current of the next time step.
 
     Raises:
-        ValueError: D is not a multiple of C, or ``weight`` and ``gain`` disagree.
+        ValueError: D is not a multiple of C, or the shapes of ``weight`` and ``gain`` have different C.
 
-    Source: the Nord spiking language model's associative cascade.
+    Source: the associative cascade of the Nord spiking language model.
 
     Example:
         >>> spikes = torch.tensor([0.0, 1.0, 0.0, 1.0])     # D = 4 in C = 2 clusters: all of cluster 1 fires

@@ -48,7 +48,9 @@ def check_features(x: Tensor, n_features: int, caller: str, layout: str = "[T, N
 
 
 def check_channels(x: Tensor, n_features: int, caller: str, layout: str = "[T, N, D, M]") -> None:
-    """Raise unless ``x`` is a floating tensor of this layout with ``n_features`` in dimension 2 and T >= 1.
+    """Raise unless ``x`` is a floating tensor of the layout's rank, with ``n_features`` as dimension 2 and T >= 1.
+
+    The arguments are those of :func:`check_features`.
 
     Raises:
         TypeError: ``x`` is not a tensor, or not a floating one.
@@ -79,7 +81,7 @@ def check_scalar(value: float | Tensor, name: str) -> None:
 
 
 def check_time_constants(**time_constants: float) -> None:
-    """Raise unless all of them are positive numbers.
+    """Raise unless all time constants are positive numbers.
 
     Raises:
         TypeError: one is not a number.
@@ -92,16 +94,16 @@ def check_time_constants(**time_constants: float) -> None:
 
 
 def check_numbers(**constants: float) -> None:
-    """Raise a TypeError unless all are numbers: functions of the weight, as in other libraries, are not accepted."""
+    """Raise a TypeError unless all constants are numbers. SpikingJelly also accepts functions of the weight."""
     for name, value in constants.items():
         if not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
 def check_refractory_steps(steps: int) -> None:
-    """Raise a ValueError unless a refractory period is a whole number that float32 counts exactly, up to 2^24."""
+    """Raise a ValueError unless ``steps`` is a whole number from 0 to 2^24, up to which float32 has all whole numbers."""
     if not isinstance(steps, Integral) or isinstance(steps, bool) or not 0 <= steps <= 2**24:
-        raise ValueError(f"refractory_steps must be 0 or more, a whole number up to 2^24, got {steps!r}")
+        raise ValueError(f"refractory_steps must be a whole number from 0 to 2^24, got {steps!r}")
 
 
 def check_bounds(bounds: tuple[float, float]) -> None:
@@ -123,7 +125,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Return a context that disables autocast for the device of ``x``; a no-op if autocast is off."""
+    """Return a context that disables autocast on the device of ``x``."""
     device = x.device.type
     enabled = device != "meta" and torch.is_autocast_enabled(device)  # torch does not support the query for meta
     return torch.autocast(device, enabled=False) if enabled else nullcontext()

@@ -24,23 +24,25 @@ __all__ = [
 
 
 class ProductCount(NamedTuple):
-    """Counts of one product in one call.
+    """Operations and bytes of one product of tensors (linear map, convolution or attention) in one call.
 
     Attributes:
         kind: see :class:`nord_snn.monitor.ProductCost`.
-        dense: multiply-accumulates of the dense product, without skipping zeros.
-        macs: multiply-accumulates, if no factor is exactly zeros and ones.
-        acs: accumulates, if a factor is exactly zeros and ones.
-        activation_bytes: inputs and outputs; spikes are one bit each.
-        dense_activation_bytes: inputs and outputs, all of them as numbers.
-        weight_bytes: weights with an active input, each read once.
-        dense_weight_bytes: all weights, each read once.
-        time_steps: number of time steps that the product covers; None if it is that of the running module's input.
-        sop_macs: multiply-accumulates under the published convention of synaptic operations; None if they are ``macs``.
-        sops: synaptic operations under that convention; None if they are ``acs``.
-        effective_macs: NeuroBench's: inputs and weights that are not zero, where an input is not 0, 1 or -1.
-        effective_acs: NeuroBench's: inputs and weights that are not zero, where all inputs are 0, 1 or -1.
-        unpadded: ``dense`` without the zeros around the input of a convolution; 0 if the product has no weight.
+        dense: multiply-accumulates if zeros are multiplied, too.
+        macs: multiply-accumulates; 0 if one factor contains only zeros and ones.
+        acs: accumulates (additions); 0 unless one factor contains only zeros and ones.
+        activation_bytes: bytes of inputs and outputs, with spikes stored as one bit each.
+        dense_activation_bytes: bytes of inputs and outputs, with spikes stored as numbers.
+        weight_bytes: bytes of the weights whose input is not zero, each read once.
+        dense_weight_bytes: bytes of all weights, each read once.
+        time_steps: number of time steps that the product covers; None for those of the running module's input.
+        sop_macs: multiply-accumulates as publications since Spikformer (Zhou et al. 2023) count them; None for ``macs``.
+        sops: synaptic operations as these publications count them; None for ``acs``.
+        effective_macs: multiply-accumulates as NeuroBench (Yik et al. 2025) counts them: of inputs and weights that are not
+            zero, if an input is not 0, 1 or -1.
+        effective_acs: accumulates as NeuroBench counts them: of inputs and weights that are not zero, if all inputs are 0, 1
+            or -1.
+        unpadded: ``dense`` without the zeros that pad the input of a convolution; 0 if the product has no weight.
     """
 
     kind: str
@@ -63,13 +65,13 @@ class OpCost(NamedTuple):
     """Operations and bytes of one call of an op, or of the updates of a layer of neurons.
 
     Attributes:
-        products: its products.
-        elementwise: outputs of pointwise operations in each time step.
-        elementwise_once: outputs of pointwise operations that are computed once for all time steps.
-        multiplications: multiplications in neurons' updates.
-        additions: additions in neurons' updates.
-        state_bytes: state of neurons, read and written in each time step.
-        neuron_outputs: outputs of neurons, over all time steps.
+        products: the products of tensors.
+        elementwise: number of outputs of elementwise operations, over all time steps.
+        elementwise_once: number of outputs of elementwise operations that are computed once for all time steps.
+        multiplications: multiplications in updates of neurons or traces.
+        additions: additions in these updates.
+        state_bytes: bytes of state that these updates read and write, over all time steps.
+        neuron_outputs: number of outputs of neurons, over all time steps.
     """
 
     products: tuple[ProductCount, ...] = ()
@@ -81,7 +83,7 @@ class OpCost(NamedTuple):
     neuron_outputs: int = 0
 
 
-#: Name of an op, as ``"nord_snn::resonance"`` -> function that takes the op's arguments, and its output as ``out``.
+#: Name of an op, such as ``"nord_snn::resonance"`` -> function of the op's arguments, and of its output as ``out``.
 COSTS: dict[str, Callable[..., OpCost]] = {}
 
 
@@ -106,10 +108,10 @@ def is_whole(x: Tensor) -> bool:
 
 
 def tensor_bytes(x: Tensor) -> int:
-    """Return the bytes of a tensor as numbers."""
+    """Return the bytes of the elements of a tensor."""
     return x.numel() * x.element_size()
 
 
 def spike_bytes(x: Tensor) -> int:
-    """Return the bytes of a tensor; if all its values are 0 or 1, one bit each."""
+    """Return the bytes of the elements of a tensor, at one bit each if all are 0 or 1."""
     return ceil(x.numel() / 8) if is_binary(x) else tensor_bytes(x)

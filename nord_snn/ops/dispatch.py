@@ -2,15 +2,15 @@
 
 Every op has the backend ``"torch"``, plain PyTorch: the reference of the op or, for resonance and STDP, a version that
 computes it in blocks. An op may also have fused kernels. ``"auto"`` takes the fastest backend that can run the call,
-and logs once why the others cannot (logger ``nord_snn``, level INFO). A backend requested by name runs, or raises an
-error with the reason.
+and logs once why the other backends were not chosen (logger ``nord_snn``, level INFO). A backend requested by name runs,
+or raises an error with the reason.
 
 The environment variable ``NORD_SNN_BACKEND`` replaces ``"auto"``; it is read whenever a backend is chosen.
 ``NORD_SNN_BACKEND=torch`` runs everything in plain PyTorch. Code compiled by torch.compile keeps the backend that was
 chosen during tracing.
 
-Transforms of torch.func, forward-mode derivatives and the tracer of TorchScript, which exports to ONNX, cannot look into a
-kernel: ``"auto"`` takes ``"torch"`` there.
+Transforms of torch.func, forward-mode derivatives and the tracer of TorchScript, which exports to ONNX, cannot trace a
+kernel: with them ``"auto"`` takes ``"torch"``.
 """
 
 import functools
@@ -49,7 +49,12 @@ _choice_cache: dict[tuple[Any, ...], str] = {}
 
 
 class Support(NamedTuple):
-    """Whether a backend can run, and its version, or the reason why it cannot."""
+    """Answer whether a backend can run.
+
+    Attributes:
+        runs: whether it can.
+        reason: if it cannot, why; otherwise its version or another remark.
+    """
 
     runs: bool
     reason: str
@@ -58,7 +63,7 @@ class Support(NamedTuple):
 class CallSignature(NamedTuple):
     """The properties of a call that the choice of a backend depends on.
 
-    All are plain values, so that the choice is a constant under torch.compile.
+    None of them is a tensor, so the choice is a constant under torch.compile.
 
     Attributes:
         device: device type, such as ``"cuda"``.
@@ -78,10 +83,10 @@ class Backend(NamedTuple):
     """One implementation of an op.
 
     Attributes:
-        device: device type for which ``"auto"`` considers it, or ``"any"``.
-        available: returns whether it can run on this machine.
-        accepts: returns whether it can run a given call.
-        kernel: imports and returns the module of the implementation.
+        device: device type of the tensors for which ``"auto"`` may choose the backend, or ``"any"``.
+        available: function that returns whether the backend can run on this machine.
+        accepts: function that returns whether the backend can run a call.
+        kernel: function that imports and returns the module of the implementation.
     """
 
     device: str
@@ -91,7 +96,7 @@ class Backend(NamedTuple):
 
 
 class BackendChoice(NamedTuple):
-    """The chosen backend, and for each other backend the reason why it was not chosen."""
+    """The ``name`` of the chosen backend, and for each of the ``others`` the reason why it was not chosen."""
 
     name: str
     others: dict[str, str]
@@ -113,8 +118,8 @@ def choose_backend(
         call: the properties of the call that the backends check.
 
     Raises:
-        ValueError: the name is unknown.
-        RuntimeError: the requested backend cannot run this call; the message says why and what to do.
+        ValueError: the requested name is unknown.
+        RuntimeError: the requested backend cannot run this call; the message has the reason and a remedy.
     """
     default = _default_backend()
     if requested == "auto" and default != "auto":
@@ -212,7 +217,7 @@ def _accepts(name: str, load: Callable[[], ModuleType], call: CallSignature) -> 
     if device == "cuda" and call.dtype == torch.float64:
         return Support(False, "it computes in float32, got float64")
     if call.n_features == 0:
-        return Support(False, "there is nothing to compute")
+        return Support(False, "it needs at least one neuron, got D = 0")
     try:
         kernel = load()
     except Exception as error:  # for example Numba without a writable cache folder, see NUMBA_CACHE_DIR
@@ -231,7 +236,7 @@ def _numba_available() -> Support:
 
 @functools.cache
 def _triton_available() -> Support:
-    """Return whether Triton is installed and there is a GPU (or, for tests, its interpreter is switched on)."""
+    """Return whether Triton is installed and there is a GPU or, for tests, Triton's interpreter is switched on."""
     gpu = Support(True, "") if _triton_interprets() else _gpu_support()
     return _import_support("triton", "Triton", "it comes with PyTorch's CUDA builds for Linux") if gpu.runs else gpu
 
@@ -254,7 +259,7 @@ def _import_support(module: str, title: str, hint: str) -> Support:
         return Support(False, f"{title} is not installed: {hint}")
     try:
         version = getattr(importlib.import_module(module), "__version__", "")
-    except Exception as error:  # a broken installation must not break the others
+    except Exception as error:  # a broken installation of one library must leave other backends usable
         return Support(False, f"{title} is installed but does not import ({type(error).__name__}: {error}): {hint}")
     return Support(True, f"{title} {version}")
 

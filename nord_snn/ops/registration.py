@@ -14,7 +14,7 @@ __all__ = ["Kernel", "register_op", "register_op_without_gradient"]
 
 
 _OPAQUE = (
-    "{}: torch.func, forward-mode derivatives, torch.jit.trace and ONNX export by tracing cannot look into a kernel: pass "
+    "{}: torch.func, forward-mode derivatives, torch.jit.trace and ONNX export by tracing cannot trace a kernel: pass "
     "backend='torch'"
 )
 
@@ -26,9 +26,9 @@ class Kernel(NamedTuple):
         run: function that computes the pass. It needs annotations, because ``torch.library`` infers the schema from its
             signature. The tensors of a forward pass are positional, its options keyword-only. No output may share
             memory with another output or with an input.
-        fake: function of the same signature that returns empty tensors of the right shapes and dtypes.
-        direct: function that computes the pass where the dispatcher is not needed; it may return None for outputs that
-            nobody reads. Default: None, ``run``.
+        fake: function with the signature of ``run`` that returns empty tensors in the shapes and dtypes of the outputs.
+        direct: function that computes the pass if torch's dispatcher is not needed; it may return None for outputs that
+            are not used. Default: None, ``run``.
     """
 
     run: Callable[..., Any]
@@ -47,19 +47,21 @@ def register_op(
 ) -> Callable[..., Any]:
     """Register ``nord_snn::name`` and ``nord_snn::name_backward``; return the function to call.
 
-    Under torch.compile, a dispatch mode or a tensor subclass that function calls the registered op. Otherwise it runs
-    the kernel directly, because the dispatcher costs more than a small kernel.
+    Under torch.compile, in a dispatch mode or with a tensor subclass, that function calls the registered op. Otherwise it
+    runs the kernel directly, because the dispatcher takes more time than a small kernel.
 
     Args:
-        name: name of the op.
+        name: name of the op, without the namespace.
         forward: forward pass.
         backward: backward pass.
-        save: ``(ctx, tensors, options, output)``; saves in ``ctx`` what ``gradients`` needs.
-        gradients: ``(ctx, *grads, run)``; calls the backward pass ``run`` and returns the gradients of all tensors.
-        differentiable: ``(tensors, options)`` -> the first output, in plain PyTorch. Where a graph of the backward pass is
-            created, the gradients are computed by it, and have derivatives. Default: None, a second derivative raises.
-        check: function of the arguments of the forward pass that raises unless a kernel can take them. The registered op calls
-            it: anyone may call ``torch.ops.nord_snn.name``, past the checks of the public function. Default: None, no check.
+        save: function ``(ctx, tensors, options, output)`` that saves in ``ctx`` what ``gradients`` needs.
+        gradients: function ``(ctx, *grads, run)`` that calls the backward pass ``run`` and returns the gradients of all
+            tensors.
+        differentiable: function ``(tensors, options)`` that returns the first output, computed in plain PyTorch. With
+            ``create_graph=True`` autograd differentiates this function, so that a second derivative exists. Default: None, a
+            second derivative raises an error.
+        check: function of the arguments of the forward pass that raises unless a kernel can take them. The registered op
+            calls it, because ``torch.ops.nord_snn.name`` bypasses the checks of the public function. Default: None, no check.
     """
     run = forward.run if check is None else _checked(forward.run, check)
     op = torch.library.custom_op(f"nord_snn::{name}", run, mutates_args=())
@@ -76,7 +78,7 @@ def register_op(
     op.register_autograd(functools.partial(gradients, run=backward_op), setup_context=setup_context)
 
     # One forward with ``ctx``: with a separate ``setup_context``, autograd.Function inspects signatures in every call.
-    # ``apply`` takes no keywords, so the options travel in a dict.
+    # ``apply`` takes no keywords, so the options are passed as a dict.
     forward_direct, backward_direct = forward.direct or forward.run, backward.direct or backward.run
 
     def forward_with_context(ctx: Any, *arguments: Any) -> Any:
@@ -94,7 +96,7 @@ def register_op(
     def direct(*tensors: Any, **options: Any) -> Any:
         if kernels_are_opaque():
             raise RuntimeError(_OPAQUE.format(name))
-        if _has_no_derivative(tensors):  # ``apply`` costs more than a small kernel
+        if _has_no_derivative(tensors):  # ``apply`` takes more time than a small kernel
             return forward_direct(*tensors, **options)
         return function.apply(*tensors, options)
 
@@ -133,7 +135,7 @@ def _use_dispatcher_if_needed(op: Callable[..., Any], direct: Callable[..., Any]
 
 
 def _has_no_derivative(tensors: Iterable[Any]) -> bool:
-    """Return whether autograd has nothing to record."""
+    """Return whether autograd has nothing to record: gradients are disabled, or no tensor requires one."""
     return not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
 
 
@@ -146,7 +148,7 @@ def _any_subclass(arguments: Iterable[Any]) -> bool:
 
 
 def _explain_freed_graph(gradients: Callable[..., Any]) -> Callable[..., Any]:
-    """Replace torch's error about a freed graph by one that explains carried-over states."""
+    """Replace torch's error about a freed graph by one that names the usual cause, a state of an earlier call."""
 
     @functools.wraps(gradients)
     def wrapped(ctx: Any, *grads: Any, run: Any) -> Any:
@@ -156,8 +158,8 @@ def _explain_freed_graph(gradients: Callable[..., Any]) -> Callable[..., Any]:
             if "a second time" not in str(error):
                 raise
             raise RuntimeError(
-                "backward reached a graph that an earlier backward has freed, most likely through a state that was carried "
-                "over: detach states (functional.detach_net) or reset them (functional.reset_net) between the two backward "
+                "backward reached a graph that an earlier backward has freed, most likely through a state of an earlier "
+                "call: detach states (functional.detach_net) or reset them (functional.reset_net) between the two backward "
                 "passes, or keep the graph with retain_graph=True"
             ) from None
 
@@ -167,7 +169,7 @@ def _explain_freed_graph(gradients: Callable[..., Any]) -> Callable[..., Any]:
 def _with_second_derivative(
     gradients: Callable[..., Any], name: str, differentiable: Callable[..., Any] | None, n_tensors: int
 ) -> Callable[..., Any]:
-    """Compute a second derivative, or make it raise: autograd would treat the output of a kernel as a constant."""
+    """Compute a second derivative by ``differentiable``, or raise: autograd would treat a kernel's output as a constant."""
     message = f"the kernels of {name} have no second derivative: backend='torch' has one"
 
     @functools.wraps(gradients)
@@ -188,17 +190,17 @@ def _with_second_derivative(
 def _gradients_with_graph(
     differentiable: Callable[..., Any], n: int, ctx: Any, grad: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the n tensors of a call, themselves with derivatives."""
-    # Views: a tensor may depend on another, through which no gradient of this op flows.
+    """Return the gradients of the n tensors of a call; the gradients have derivatives themselves."""
+    # Views are new nodes of the graph: if one tensor depends on another, the gradient of the other excludes that path.
     tensors: list[Any] = [x if x is None else x.view_as(x) for x in ctx.saved_tensors[:n]]
     needed = [x for x, need in zip(tensors, ctx.needs_input_grad[:n], strict=True) if need]
     output = differentiable(tensors, ctx.options)
-    found = iter(torch.autograd.grad(output, needed, grad, create_graph=True, allow_unused=True))
-    return tuple(next(found) if need else None for need in ctx.needs_input_grad[:n])
+    gradients = iter(torch.autograd.grad(output, needed, grad, create_graph=True, allow_unused=True))
+    return tuple(next(gradients) if need else None for need in ctx.needs_input_grad[:n])
 
 
 class _Unpacked:
-    """An autograd context that unpacks its saved tensors only once, because activation checkpointing allows only one."""
+    """An autograd context that unpacks its saved tensors once, because activation checkpointing forbids a second time."""
 
     def __init__(self, ctx: Any) -> None:
         self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
@@ -208,7 +210,7 @@ class _Unpacked:
 
 
 class _Refusal(torch.autograd.Function):
-    """Return the first tensor unchanged; raise an error in the backward pass to any of the tensors."""
+    """Return the tensor ``x`` unchanged; raise an error when a backward pass reaches ``x`` or one of ``sources``."""
 
     @staticmethod
     def forward(ctx: Any, message: str, x: Tensor, *sources: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ __all__ = ["keep_old_path"]
 
 _MESSAGE = (
     "the code in this model folder is from an earlier nord-snn: load it without trust_remote_code after "
-    "`import nord_snn.models.nord`, and save it again. With transformers 5.24 and later its generate() ignores its cache"
+    "`import nord_snn.models.nord`, and save it again. With transformers 5.24 and later, generate() of that code ignores its "
+    "cache"
 )
 
 

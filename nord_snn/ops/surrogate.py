@@ -1,9 +1,9 @@
 """Surrogate derivatives of the spike: the table that the kernels of all backends (Numba, Triton, CuPy) implement.
 
-A spike is the step function ``s = 1 where x >= 0 else 0`` of ``x = u - threshold``, with u the membrane potential. Its
-true derivative is zero almost everywhere, so the backward pass uses the derivative of a smooth function, the
-*primitive*, instead (Neftci, Mostafa and Zenke 2019). Only the derivative enters a network; the primitive is there so
-that tests can compare gradients with finite differences. Its scale and offset have no effect.
+A spike is the step function ``s = 1 where x >= 0 else 0`` of ``x = u - threshold``, with u the membrane potential. The
+derivative of a step is zero almost everywhere, so the backward pass uses the derivative of a smooth function, the
+*primitive*, instead (Neftci, Mostafa and Zenke 2019). Networks use only the derivative; tests compare it with finite
+differences of the primitive.
 """
 
 import math
@@ -46,7 +46,7 @@ SURROGATES: dict[str, Surrogate] = {
     ),
 }
 
-#: A name in :data:`SURROGATES`, or a spike function of ``u - threshold`` with a backward pass of its own, such as a surrogate
+#: A name in :data:`SURROGATES`, or a function from ``u - threshold`` to spikes with its own backward pass, such as a surrogate
 #: module of SpikingJelly.
 SurrogateLike = str | Callable[[Tensor], Tensor]
 
@@ -71,7 +71,7 @@ class _Spike(torch.autograd.Function):
 
 
 class _SpikeWithTangent(_Spike):
-    """A spike that also has a forward-mode derivative; torch.compile cannot trace one."""
+    """A spike that also has a forward-mode derivative, which torch.compile cannot trace."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:

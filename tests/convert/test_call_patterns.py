@@ -275,5 +275,5 @@ def test_tables_fit_into_eighty_columns():
         "name  was      is                  width  channel_dim",
         "1     LIFNode  AssociativeLIFNode      8           -1",
     ]
-    assert "skipped 4 (QIFNode): like() knows" in report
+    assert "skipped 4 (QIFNode): like() supports" in report
     assert calibrated.splitlines()[0] == "name  rate before  rate after  thresholds times"

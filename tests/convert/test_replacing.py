@@ -114,7 +114,7 @@ def test_what_is_skipped_says_why():
     report = replace_neurons(Unused(), X, like=True)
     reasons = {row.name: row.skipped for row in report.skipped}
     assert reasons["unused"] == "the example input did not reach it"
-    assert reasons["psn"].startswith("like() knows")
+    assert reasons["psn"].startswith("like() supports")
     assert len(report.replaced) == 2
 
 

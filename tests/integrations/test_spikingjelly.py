@@ -140,7 +140,7 @@ def test_counters_and_memory_optimisation_run_over_every_part(make, shape):
 def test_membrane_potentials_lost_by_checkpointing_raise():
     readout = MembraneReadout(16, neuron=node)
     readout.lif = memopt.checkpoint_module(readout.lif)
-    with pytest.raises(RuntimeError, match=r"stored no membranes.*checkpoint the whole MembraneReadout"):
+    with pytest.raises(RuntimeError, match=r"stored no membrane potentials.*checkpoint the whole MembraneReadout"):
         readout(X)
 
 

@@ -1,4 +1,4 @@
-"""The resonance in a spiking transformer: it fires on spikes, takes channels first and masks, and warns where it is dead."""
+"""The resonance in a spiking transformer: it fires on spikes, takes channels first and masks, and warns where it is silent."""
 
 import warnings
 
@@ -223,7 +223,7 @@ def test_a_dead_layer_warns_once_and_names_the_remedy(module):
         calls(layer, 9)
     remedy = "use SpikeFedResonance" if module is CoFiringResonance else "raise the weights of norm_q and norm_k"
     with pytest.warns(
-        NeuronActivityWarning, match=rf"{module.__name__} is dead: .* queries fired at 0.00%.*{remedy}"
+        NeuronActivityWarning, match=rf"{module.__name__} is silent: .* queries was 0.00%.*{remedy}"
     ) as record:
         calls(layer, 30)
     assert len(record) == 1
@@ -235,7 +235,7 @@ def test_one_silent_side_is_enough_and_a_firing_layer_does_not_warn():
         calls(attention(64, 4, neuron=lambda n: LIFNode()), 12)
     layer = attention(64, 4)
     layer.lif_k.v_threshold = 50.0
-    with pytest.warns(NeuronActivityWarning, match=r"keys at 0.00%"):
+    with pytest.warns(NeuronActivityWarning, match=r"that of keys 0.00%"):
         calls(layer)
 
 

@@ -96,7 +96,7 @@ def test_before_the_first_call_parameters_are_uninitialized():
 
 
 def test_a_given_threshold_must_have_the_width_of_the_input():
-    with pytest.raises(ValueError, match="was given for 5 neurons, the first input has 6"):
+    with pytest.raises(ValueError, match="has values for 5 neurons, the first input has 6"):
         lazy(threshold=torch.rand(5))(IMAGES)
     node = lazy(threshold=torch.arange(1.0, 7.0))
     node(IMAGES)
@@ -330,7 +330,7 @@ def test_like_names_what_it_cannot_match():
         pass
 
     for node in (Own(), nn.ReLU(), neuron.GatedLIFNode(T=4) if hasattr(neuron, "GatedLIFNode") else nn.ReLU()):
-        with pytest.raises(TypeError, match=r"like\(\) knows spikingjelly's IFNode, .*got "):
+        with pytest.raises(TypeError, match=r"like\(\) supports spikingjelly's IFNode, .*got "):
             AssociativeLIFNode.like(node)
 
 
@@ -346,7 +346,7 @@ def test_like_needs_a_threshold_that_is_a_number():
     [
         ({"inhibition": True}, "inhibition=True, in which neurons of a layer silence each other"),
         ({"graded_spikes_factor": 2.0}, "graded_spikes_factor: its outputs are not zeros and ones"),
-        ({"state_quant": lambda x: x}, "state_quant: the membrane is not rounded here"),
+        ({"state_quant": lambda x: x}, "state_quant: AssociativeLIFNode does not quantise its membrane potential"),
         ({"learn_beta": True, "reset_mechanism": "subtract"}, "a learnable beta with reset_mechanism='subtract'"),
         ({"beta": torch.tensor([0.5, 0.9])}, "reset_mechanism='subtract' unless beta is one number above 0"),
     ],

@@ -316,7 +316,7 @@ GOOD = {"threshold": torch.ones(6), "beta_mem": 0.9, "beta_syn": 0.5}
         (torch.zeros(2, 3, 6), {"threshold": torch.ones(1, 6)}, r"threshold of shape \[D\]"),
         (torch.zeros(2, 3, 6), {"beta_mem": 1.0}, r"beta_mem must lie in \(0, 1\), got 1.0"),
         (torch.zeros(2, 3, 6), {"beta_syn": torch.ones(2)}, "beta_syn must have one element"),
-        (torch.zeros(2, 3, 6), {"refractory_steps": -1}, "refractory_steps must be 0 or more"),
+        (torch.zeros(2, 3, 6), {"refractory_steps": -1}, "refractory_steps must be a whole number"),
         (torch.zeros(2, 3, 6), {"cascade_gain": torch.ones(3)}, "pass both cascade_weight and cascade_gain"),
         (
             torch.zeros(2, 3, 6),
@@ -326,7 +326,7 @@ GOOD = {"threshold": torch.ones(6), "beta_mem": 0.9, "beta_syn": 0.5}
         (
             torch.zeros(2, 3, 6),
             {"cascade_gain": torch.ones(3), "cascade_weight": torch.ones(2, 2)},
-            r"cascade weight must be \[C, C\] and gain \[C\] with one C",
+            r"cascade weight must be \[C, C\] and gain \[C\] with the same C",
         ),
         (
             torch.zeros(2, 3, 6),

@@ -129,7 +129,7 @@ def test_without_synaptic_decay_the_current_is_the_input():
     [
         ({"dynamics": Dynamics("sums")}, "unknown charge 'sums': expected one of"),
         ({"dynamics": Dynamics("relax", tau=0.5), "beta_mem": None}, "'relax' needs tau >= 1 time steps, got 0.5"),
-        ({"dynamics": Dynamics("leak", tau=2.0)}, "'leak' has tau instead of beta_mem: leave beta_mem out"),
+        ({"dynamics": Dynamics("leak", tau=2.0)}, "'leak' has tau instead of beta_mem: do not pass beta_mem"),
         ({"beta_mem": None}, "'average' needs beta_mem"),
         ({"beta_mem": 1.0}, r"beta_mem must lie in \(0, 1\), got 1.0"),
         ({"beta_syn": 1.0}, r"beta_syn must lie in \[0, 1\), got 1.0"),

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.quick
             (("published_dynamics", False),),
             (False, "it supports the dynamics of the published neuron only, got others"),
         ),
-        ((("n_decays", 8),), (False, "it supports one decay shared by all neurons, got one for each")),
+        ((("n_decays", 8),), (False, "it supports one decay shared by all neurons, got one decay per neuron")),
     ],
 )
 def test_the_reason_names_what_the_kernel_does_not_have(options, expected):

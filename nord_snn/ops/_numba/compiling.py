@@ -1,4 +1,4 @@
-"""Compile kernels with a cache on disk that is invalidated when their file or this folder changes."""
+"""Compile kernels with a cache on disk that is invalidated when the kernel's file or this folder changes."""
 
 import hashlib
 from collections.abc import Callable
@@ -28,19 +28,19 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 
 def parallel_kernel(function: Callable[..., Any]) -> Any:
-    """Compile a function of a share of the work and arguments; return one of a number of threads and the arguments.
+    """Compile ``function(share, *arguments)``; return a function ``(threads, *arguments)`` that runs it in these threads.
 
-    See :func:`nord_snn.ops._numba.threads.run_shares`; :func:`chunks_of` returns the chunks of a share.
+    :func:`nord_snn.ops._numba.threads.run_shares` describes a share; :func:`chunks_of` returns its chunks.
     """
     compiled = kernel(function)
     return run_shares(compiled, kernel(_team_function(function, compiled)))
 
 
 def _team_function(function: Callable[..., Any], compiled: Any) -> Callable[..., Any]:
-    """Return the Python code that runs a compiled kernel in a team.
+    """Return the Python code that runs a compiled kernel in an OpenMP team.
 
-    The kernel is a global name of the code, not one of a closure, which Numba would compile in every process. File and name are
-    the kernel's: they decide where Numba caches the code on disk.
+    The code refers to the kernel by a global name, because Numba would compile a closure in every process. It has the file and
+    the name of the kernel, which decide where Numba caches it on disk.
     """
     code = _run_in_team.__code__.replace(
         co_filename=function.__code__.co_filename, co_firstlineno=function.__code__.co_firstlineno
@@ -57,5 +57,5 @@ def _run_in_team(openmp, n, arguments):
 
 @kernel
 def chunks_of(share, chunks):
-    """Return the range of the chunks that belong to a share."""
+    """Return the range of the chunks that belong to a share of ``chunks`` chunks."""
     return range(share[0] * chunks // share[1], min(share[0] + 1, share[1]) * chunks // share[1])

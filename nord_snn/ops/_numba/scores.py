@@ -1,4 +1,4 @@
-"""Code shared by resonance and cached resonance: pack spikes, compute scores, select keys, average values."""
+"""Kernels that resonance and cached resonance share: pack spikes, compute scores, select keys, average values."""
 
 import numpy as np
 
@@ -27,7 +27,10 @@ _PREFETCH_POSITIONS = 8
 
 @kernel
 def pack(x, shape, b, h, width, bits, across, along):
-    """Pack the spikes of a head: word w of position s at ``bits[w * across + s * along]``; return if all are 0 or 1."""
+    """Pack the spikes of head h of sequence b of ``x [T, B, S, D]``, ``width`` neurons; return whether all are 0 or 1.
+
+    Word w of position s is ``bits[w * across + s * along]``; ``shape`` is ``(T, B, S, D)``.
+    """
     T, B, S, D = shape
     zero, one = broadcast(x, 0), broadcast(x, 1)
     non_binary = 0
@@ -52,17 +55,21 @@ def pack(x, shape, b, h, width, bits, across, along):
 
 @kernel
 def penalize(scores, i, keys, temperature, slope):
-    """Turn counts into scores in place, bit for bit those of the reference."""
-    per_count, per_step, zero = broadcast(scores, temperature), broadcast(scores, slope), broadcast(scores, 0)
+    """Convert the counts of query i and the first ``keys`` keys to scores, in place, bit for bit as the reference does."""
+    per_count, per_position, zero = broadcast(scores, temperature), broadcast(scores, slope), broadcast(scores, 0)
     for j in range(0, keys, WIDTH):
         distance = broadcast(scores, i - j) - iota(scores)
-        penalty = per_step * maximum(distance, zero - distance)
+        penalty = per_position * maximum(distance, zero - distance)
         store(scores, j, load(scores, j) * per_count - penalty)
 
 
 @kernel
 def select_best(scores, keys, top_k, int_max, order, selected):
-    """Write the positions of the ``top_k`` best of ``keys`` scores, ascending, ties by recency; return their number."""
+    """Write the positions of the ``top_k`` best of ``keys`` scores to ``selected``, in ascending order; return their number.
+
+    Of equal scores the highest positions are selected. ``order`` is scratch memory for ``keys`` integers; ``int_max`` is the
+    largest integer with the size of a score.
+    """
     if keys <= top_k:
         for j in range(keys):
             selected[j] = j
@@ -103,7 +110,7 @@ def select_best(scores, keys, top_k, int_max, order, selected):
 
 @kernel
 def softmax(scores, selected, n, weights):
-    """Write the softmax over the selected scores."""
+    """Write the softmax of the n selected scores to ``weights``."""
     best = scores[selected[0]]
     for m in range(1, n):
         best = max(best, scores[selected[m]])
@@ -119,7 +126,7 @@ def softmax(scores, selected, n, weights):
 
 @kernel
 def weighted_sum(rows, at, stride, count, selected, weights, n):
-    """Return the weighted sum of the selected rows, WIDTH columns; four accumulators hide the latency of the FMA."""
+    """Return the weighted sum of n selected rows, WIDTH columns; four accumulators hide the latency of ``fused``."""
     a, b, c, d = broadcast(rows, 0), broadcast(rows, 0), broadcast(rows, 0), broadcast(rows, 0)
     n_unrolled = n - n % 4
     for m in range(0, n_unrolled, 4):
@@ -134,7 +141,7 @@ def weighted_sum(rows, at, stride, count, selected, weights, n):
 
 @kernel
 def weighted_values(v, at, n_features, width, selected, weights, n, context, to):
-    """Write the weighted sum of the selected values of one head."""
+    """Write the weighted sum of n selected values of one head to ``context[to:]``."""
     for c in range(0, width, WIDTH):
         value = weighted_sum(v, at + c, n_features, width - c, selected, weights, n)
         masked_store(context, to + c, width - c, value)

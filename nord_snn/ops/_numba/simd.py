@@ -1,9 +1,9 @@
 """Explicit SIMD in Numba kernels: vectors of sixteen numbers in registers, and raw pointers.
 
-Numba leaves vectorisation to LLVM, which gives up if arrays might overlap or a loop is short. Passing an array to
-another compiled function increments and decrements its reference count with atomic instructions, for which all threads
-contend: in a function called for every row they take longer than the arithmetic of the row. :func:`pointer`,
-:func:`load` and :func:`store` avoid both.
+Numba leaves vectorisation to LLVM, which does not vectorise a loop that is short or whose arrays might overlap. Passing an
+array to another compiled function increments and decrements its reference count with atomic instructions, for which all
+threads contend: in a function called for every row these take longer than the arithmetic of the row. Explicit vectors and
+:func:`pointer` avoid both.
 
 Nothing is checked: indices must be in bounds, and the array must outlive its pointer. Arithmetic is as written, without
 fused multiply-adds, except in :func:`fused`.
@@ -41,7 +41,7 @@ __all__ = [
     "where",
 ]
 
-#: Lanes of a vector: one cache line of float32. If registers are shorter, LLVM uses several.
+#: Number of lanes (numbers in a vector): one cache line of float32. If registers are shorter, LLVM uses several for a vector.
 WIDTH = 16
 
 _I32 = ir.IntType(32)
@@ -119,8 +119,8 @@ def prefetch(typing, source, index):
     """Prefetch the cache line of ``source[index]``."""
 
     def generate(context, builder, signature, arguments):
-        where = builder.bitcast(builder.gep(arguments[0], arguments[1:]), pointer_type(ir.IntType(8)))
-        call_intrinsic(builder, "llvm.prefetch.p0", ir.VoidType(), [where, _I32(0), _I32(3), _I32(1)])
+        address = builder.bitcast(builder.gep(arguments[0], arguments[1:]), pointer_type(ir.IntType(8)))
+        call_intrinsic(builder, "llvm.prefetch.p0", ir.VoidType(), [address, _I32(0), _I32(3), _I32(1)])
         return context.get_dummy_value()
 
     return types.void(source, types.intp), generate
@@ -139,8 +139,8 @@ def load(typing, source, index):
     """Return ``source[index : index + WIDTH]``."""
 
     def generate(context, builder, signature, arguments):
-        where, _, align = _vector_pointer(context, builder, source.dtype, *arguments)
-        return builder.load(where, align=align)
+        address, _, align = _vector_pointer(context, builder, source.dtype, *arguments)
+        return builder.load(address, align=align)
 
     return Lanes(source.dtype)(source, types.intp), generate
 
@@ -150,15 +150,17 @@ def masked_load(typing, source, index, count):
     """Return ``source[index : index + WIDTH]``, but read only the first ``count`` lanes; the others are 0."""
 
     def generate(context, builder, signature, arguments):
-        where, vector, align = _vector_pointer(context, builder, source.dtype, *arguments[:2])
+        address, vector, align = _vector_pointer(context, builder, source.dtype, *arguments[:2])
         count = arguments[2]
         loaded = stack_slot(builder, vector)
         with builder.if_else(builder.icmp_signed(">=", count, count.type(WIDTH)), likely=True) as (whole, part):
             with whole:
-                builder.store(builder.load(where, align=align), loaded)
+                builder.store(builder.load(address, align=align), loaded)
             with part:
                 zeros = ir.Constant(vector, [0.0] * WIDTH)
-                masked = _masked(builder, "load", vector, vector, where, _I32(align), _lane_mask(builder, count), zeros)
+                masked = _masked(
+                    builder, "load", vector, vector, address, _I32(align), _lane_mask(builder, count), zeros
+                )
                 builder.store(masked, loaded)
         return builder.load(loaded)
 
@@ -170,8 +172,8 @@ def store(typing, target, index, lanes):
     """Set ``target[index : index + WIDTH] = lanes``."""
 
     def generate(context, builder, signature, arguments):
-        where, _, align = _vector_pointer(context, builder, target.dtype, *arguments[:2])
-        builder.store(arguments[2], where, align=align)
+        address, _, align = _vector_pointer(context, builder, target.dtype, *arguments[:2])
+        builder.store(arguments[2], address, align=align)
         return context.get_dummy_value()
 
     return types.void(target, types.intp, lanes), generate
@@ -182,13 +184,15 @@ def masked_store(typing, target, index, count, lanes):
     """Set ``target[index : index + WIDTH] = lanes``, but write only the first ``count`` lanes."""
 
     def generate(context, builder, signature, arguments):
-        where, vector, align = _vector_pointer(context, builder, target.dtype, *arguments[:2])
+        address, vector, align = _vector_pointer(context, builder, target.dtype, *arguments[:2])
         count, value = arguments[2:]
         with builder.if_else(builder.icmp_signed(">=", count, count.type(WIDTH)), likely=True) as (whole, part):
             with whole:
-                builder.store(value, where, align=align)
+                builder.store(value, address, align=align)
             with part:
-                _masked(builder, "store", vector, ir.VoidType(), value, where, _I32(align), _lane_mask(builder, count))
+                _masked(
+                    builder, "store", vector, ir.VoidType(), value, address, _I32(align), _lane_mask(builder, count)
+                )
         return context.get_dummy_value()
 
     return types.void(target, types.intp, types.intp, lanes), generate
@@ -235,15 +239,15 @@ def ge_mask(typing, a, b):
 
 
 @intrinsic
-def where(typing, bits, yes, no):
-    """Return ``yes`` in the lanes whose bit is set, else ``no``."""
+def where(typing, bits, if_set, otherwise):
+    """Return ``if_set`` in the lanes whose bit is set, ``otherwise`` in the other lanes."""
 
     def generate(context, builder, signature, arguments):
-        bits, yes, no = arguments
-        lanes = builder.bitcast(bits, ir.VectorType(ir.IntType(1), WIDTH))
-        return builder.select(lanes, yes, no)
+        bits, if_set, otherwise = arguments
+        mask = builder.bitcast(bits, ir.VectorType(ir.IntType(1), WIDTH))
+        return builder.select(mask, if_set, otherwise)
 
-    return yes(types.uint16, yes, no), generate
+    return if_set(types.uint16, if_set, otherwise), generate
 
 
 @intrinsic
@@ -302,12 +306,12 @@ def count_bits(typing, integer):
 @intrinsic
 def as_integers(typing, source):
     """Return ``source`` as a pointer to integers of the same size."""
-    kind = types.CPointer({32: types.int32, 64: types.int64}[source.dtype.bitwidth])
+    integers = types.CPointer({32: types.int32, 64: types.int64}[source.dtype.bitwidth])
 
     def generate(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], context.get_value_type(kind))
+        return builder.bitcast(arguments[0], context.get_value_type(integers))
 
-    return kind(source), generate
+    return integers(source), generate
 
 
 def _vectorize_operator(symbol: Callable[..., Any], instruction: str) -> None:

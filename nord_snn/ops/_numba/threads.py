@@ -1,9 +1,10 @@
 """Run CPU kernels on as many threads as torch uses.
 
-A kernel is compiled for one thread and called for a share of the work, in all threads of the OpenMP team of torch: threads of
-another pool, also those of Numba's parallel loops, would compete for the cores with torch's, which spin after an operation.
-OpenMP does not work in a forked process. There, and where torch is built without OpenMP, worker threads of Python run the shares,
-without the GIL. A forked process starts its own. Callers in several threads share the workers; none waits for another.
+A kernel is compiled for one thread and called for a share of the work, in all threads of torch's OpenMP team. Other threads,
+such as those of Numba's parallel loops, would compete for the cores with torch's threads, which spin after an operation.
+OpenMP does not work in a forked process. There, and if torch is built without OpenMP, worker threads of Python run the shares,
+without the GIL. A forked process starts its own workers. Callers in several threads use the same workers, without waiting for
+each other.
 """
 
 import multiprocessing
@@ -22,21 +23,22 @@ from nord_snn._compat.torch import openmp_functions
 
 __all__ = ["n_threads", "run_shares"]
 
-#: Elements worth a thread of their own. With fewer, waiting for another thread takes longer than the work.
+#: Number of elements per additional thread. With fewer, waiting for that thread takes longer than the work.
 _GRAIN = 65536
 
 
 def n_threads(n_elements: int | None = None) -> int:
-    """Return the number of threads for a kernel: as many as torch has, but at most one for every 65,536 elements, if given."""
+    """Return the number of threads for a kernel: that of torch, and at most ``1 + n_elements // 65536`` if that is passed."""
     n = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     return n if n_elements is None else min(n, 1 + n_elements // _GRAIN)
 
 
 def run_shares(function: Callable[..., Any], in_team: Callable[..., Any]) -> Callable[..., None]:
-    """Return a function of a number of threads and arguments that calls ``function(share, *arguments)`` on them.
+    """Return a function ``(threads, *arguments)`` that calls ``function(share, *arguments)`` for each share of the work.
 
-    ``share`` is ``(k, n, finishes)``: share k of n. The last of all calls has ``finishes = 1`` and, unless it is the only one, no
-    work but that which needs the results of all shares. ``in_team(openmp, n, arguments)`` does the same with OpenMP.
+    ``share`` is ``(k, n, finishes)``, share k of n. The last call has ``finishes = 1``, and computes what needs the results of
+    all shares. With several threads the last call is ``(n, n, 1)``, which has no other work. ``in_team(openmp, n, arguments)``
+    makes the same calls with OpenMP.
     """
 
     def run(threads: int, *arguments: Any) -> None:
@@ -54,13 +56,13 @@ def run_shares(function: Callable[..., Any], in_team: Callable[..., Any]) -> Cal
 
 
 def _run_in_parallel(function: Callable[..., Any], n: int, arguments: tuple[Any, ...]) -> None:
-    """Run n shares and return when all have ended: arguments are addresses, whose owners an exception would free."""
+    """Run n shares; return or raise only when all have ended, because the caller then frees the memory of their arguments."""
     done: SimpleQueue[None] = SimpleQueue()
     results: list[BaseException | None] = []
     tasks = iter([(function, ((k, n, 0), *arguments), results, done) for k in range(1, n)])
     error: BaseException | None = None
     try:
-        # In one call of C, so that no Ctrl-C comes between taking a task and handing it on.
+        # One call of C, so that Ctrl-C cannot interrupt between taking a task from the iterator and putting it into the queue.
         deque(map(_workers.tasks.put, tasks), maxlen=0)
         function((0, n, 0), *arguments)
     except BaseException as raised:
@@ -76,7 +78,7 @@ def _run_in_parallel(function: Callable[..., Any], n: int, arguments: tuple[Any,
 
 
 class _Workers:
-    """Threads that run shares of kernels."""
+    """Run shares of kernels in threads."""
 
     def __init__(self) -> None:
         self.tasks: SimpleQueue[Any] = SimpleQueue()
@@ -84,7 +86,7 @@ class _Workers:
         self._starting = threading.Lock()
 
     def start(self, n: int) -> int:
-        """Start threads until there are ``n``; return how many of them there are."""
+        """Start threads until there are ``n``; return the number of threads, at most ``n``: the system may refuse some."""
         if self._n < n:
             with self._starting:
                 try:

@@ -1,6 +1,6 @@
-"""Memory that a thread's kernels use again in every call.
+"""Scratch memory for kernels, which each thread keeps between calls.
 
-Fresh memory costs page faults, which take longer than a small kernel.
+New memory causes page faults, which take longer than a small kernel.
 """
 
 import threading
@@ -15,7 +15,7 @@ _KEPT = 1 << 20  # bytes that a thread keeps at most
 
 
 class _Memory:
-    """Bytes from the start of a cache line on, of NumPy: modes and transforms of torch change what it allocates."""
+    """Bytes that begin at a cache line. NumPy allocates them: modes and transforms of torch change what torch allocates."""
 
     def __init__(self, n_bytes: int) -> None:
         self.n_bytes = n_bytes
@@ -27,16 +27,16 @@ _of_thread = threading.local()
 
 
 class Workspace(NamedTuple):
-    """Addresses of parts of a memory, and the memory, which must be referenced while a kernel runs."""
+    """Addresses of the parts of a memory, and the memory, to which the caller must keep a reference while a kernel runs."""
 
     parts: tuple[int, ...]
     memory: _Memory
 
 
 def workspace(*n_bytes: int) -> Workspace:
-    """Return memory in parts of ``n_bytes`` each, every one from the start of a cache line on.
+    """Return memory with a part for each number of bytes; every part begins at a cache line.
 
-    The contents are arbitrary, and the next call of this thread may return the same memory.
+    The contents are arbitrary, and the next call in this thread may return the same memory.
     """
     offsets, total = [], 0
     for n in n_bytes:

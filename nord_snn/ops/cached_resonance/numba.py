@@ -28,17 +28,17 @@ class _Sizes(NamedTuple):
     """Sizes of a call.
 
     Attributes:
-        chunks: parts of the work, two per thread.
-        T: time steps.
-        B: sequences.
-        S: new positions.
-        D: neurons of a position.
-        n_all: positions, new and earlier.
-        n_heads: heads.
-        v_head_dim: values of a head.
-        top_k: keys selected per query, at most ``n_all``.
-        window: keys that a query attends to, at most ``n_all``.
-        words: 64-bit words that the spikes of a head and position take.
+        chunks: number of parts of the work, at most two per thread.
+        T: number of time steps.
+        B: number of sequences.
+        S: number of new positions.
+        D: number of neurons at a position.
+        n_all: number of positions, new and earlier.
+        n_heads: number of heads.
+        v_head_dim: width of the values of a head.
+        top_k: number of keys that each query selects, at most ``n_all``.
+        window: number of positions that a query can attend to, at most ``n_all``.
+        words: number of 64-bit words for the spikes of a head at a position.
     """
 
     chunks: int
@@ -55,7 +55,7 @@ class _Sizes(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """Addresses of the inputs, 0 for None; ``starts`` is the first token of each sequence, None for position 0."""
+    """Addresses of the inputs, 0 for None; ``starts`` has the position of each sequence's first token, None for 0."""
 
     q: int
     keys: int
@@ -71,8 +71,8 @@ class _Scratch(NamedTuple):
         bits: packed spikes of all queries of a head.
         counts: coincidences with each key.
         scores: score of each key.
-        selected: selected keys.
-        weights: their weights.
+        selected: indices of the selected keys.
+        weights: attention weights of the selected keys.
     """
 
     bits: Any
@@ -84,7 +84,7 @@ class _Scratch(NamedTuple):
 
 @kernel
 def _forward_heads(first, last, sizes, inputs, temperature, int_max, scratch, context):
-    """Compute heads ``first`` to ``last`` for the last S of ``n_all`` positions; keys before ``starts`` are masked."""
+    """Compute the heads ``first`` to ``last - 1`` of ``B * H`` for the new positions; keys before ``starts`` are masked."""
     _, T, B, S, D, n_all, n_heads, v_head_dim, top_k, window, words = sizes
     bits, counts, scores, selected, weights = scratch
     q, keys = as_pointer(inputs.q, temperature), as_pointer(inputs.keys, np.int64(0))
@@ -133,13 +133,13 @@ def _scratch_of_chunk(c, sizes, scratch, like):
 
 @parallel_kernel
 def _forward(share, sizes, inputs, temperature, int_max, scratch, context):
-    """Run chunks of heads in parallel; sizes, inputs and scratch are the tuples of the classes above."""
+    """Run the chunks of a share; ``sizes``, ``inputs`` and ``scratch`` have the fields of the classes above."""
     chunks, heads = sizes[0], sizes[2] * sizes[6]
     for c in chunks_of(share, chunks):
-        sizes_ = _Sizes(*sizes)
+        named_sizes = _Sizes(*sizes)
         _forward_heads(
-            c * heads // chunks, (c + 1) * heads // chunks, sizes_, _Inputs(*inputs), temperature, int_max,
-            _scratch_of_chunk(c, sizes_, scratch, temperature), as_pointer(context, temperature),
+            c * heads // chunks, (c + 1) * heads // chunks, named_sizes, _Inputs(*inputs), temperature, int_max,
+            _scratch_of_chunk(c, named_sizes, scratch, temperature), as_pointer(context, temperature),
         )  # fmt: skip
 
 
@@ -153,7 +153,7 @@ def forward(
     lengths: Tensor | None,
     window: int,
 ) -> Tensor:
-    """Return the context of the last positions from packed keys; the arguments are those of ``resonance_cached``."""
+    """Return the context of the new positions from packed keys; the arguments are those of ``resonance_cached``."""
     dtype, out_dtype = compute_dtype(values), values.dtype
     T, B, S, D = q.shape
     H, n_all, n_bytes = keys.shape[1:]

@@ -1,7 +1,7 @@
 """Resonance of new positions with cached keys, which are stored as bits.
 
 Cached keys never change, so for a sequence that grows token by token only the new positions are computed. Spikes are
-packed eight per byte: for T = 10 steps and 64 neurons per head, 80 bytes instead of 2,560.
+packed eight per byte: for T = 10 time steps and 64 neurons, the key of a head takes 80 bytes instead of 2,560 in float32.
 """
 
 from typing import Any
@@ -41,18 +41,18 @@ def resonance_cached(
     Counts, scores and selected keys are the same as without a cache, ties included. There is no gradient.
 
     Args:
-        q: query spikes ``[T, B, S, D]`` of the last S positions, zeros and ones.
+        q: query spikes ``[T, B, S, D]`` of the last S positions, zeros and ones; T time steps, B sequences.
         keys: key spikes of all ``S_all >= S`` positions, ``[B, H, S_all, bytes]`` from :func:`pack_spikes`; or, for a
             network without spikes, floating ``[B, H, S_all, T * D/H]``, which always run on the backend ``"torch"``.
         values: ``[B, H, S_all, V/H]``, V any multiple of H.
-        top_k: keys selected per query, at least 1.
-        temperature: a float, or a tensor of one element.
+        top_k: number of keys that each query selects, at least 1.
+        temperature: factor of the coincidence counts, a float, or a tensor of one element.
         recency: penalty per position of distance, for each head ``[H]``, or None.
-        lengths: number of tokens of each sequence, counted from the last position, integers ``[B]``; earlier positions
-            are padding and are masked. None for no padding.
-        window: number of positions that a query can attend to: itself and the ``window - 1`` before it. None for all.
+        lengths: number of tokens of each sequence, integers ``[B]``. The tokens are the last positions; the positions before
+            them are padding and are masked. None for no padding.
+        window: number of positions that a query can attend to: its own and the ``window - 1`` before it. None for all.
         backend: ``"auto"``, ``"torch"`` or ``"numba"``; see :mod:`nord_snn.ops.dispatch`.
-        trusted: skip the check that q contains only zeros and ones.
+        trusted: skip the check that q contains only zeros and ones. Default: False.
 
     Returns:
         ``[B, S, V]`` in the dtype of ``values``; 0 where a query is padding.

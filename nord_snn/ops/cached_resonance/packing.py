@@ -7,8 +7,8 @@ from nord_snn.ops.checks import check_heads
 
 __all__ = ["BITS", "STEP", "WORD", "check_spikes", "pack_spikes", "unpack_spikes"]
 
-BITS, WORD = 8, 64
-STEP = 16  # the neurons of a time step are padded to whole vectors of the kernels
+BITS, WORD = 8, 64  # bits of a byte and of a machine word
+STEP = 16  # the neurons of a head at a time step are padded to a multiple of it, whole vectors of the kernels
 
 
 def pack_spikes(k: Tensor, n_heads: int, *, trusted: bool = False) -> Tensor:
@@ -16,15 +16,15 @@ def pack_spikes(k: Tensor, n_heads: int, *, trusted: bool = False) -> Tensor:
 
     Args:
         k: ``[T, B, S, D]`` of zeros and ones.
-        n_heads: H; D must be a multiple of it.
-        trusted: skip the check that k contains only zeros and ones, which would synchronise with the GPU.
+        n_heads: number of heads H, a divisor of D.
+        trusted: skip the check that k contains only zeros and ones, which would synchronise with the GPU. Default: False.
 
     Returns:
-        uint8 ``[B, H, S, bytes]``: neuron n of a head at step t is bit ``16 * ceil(D/H / 16) * t + n``, the lowest bit
-        of a byte first; padded with zeros to a multiple of 64 bits.
+        uint8 ``[B, H, S, bytes]``: neuron n of a head at time step t is bit ``16 * ceil(D/H / 16) * t + n``, the lowest
+        bit of a byte first; padded with zeros to a multiple of 64 bits.
 
     Raises:
-        ValueError: wrong rank, D is not a multiple of H, or a value is neither 0 nor 1.
+        ValueError: the rank is wrong, D is not a multiple of H, or a value is neither 0 nor 1.
 
     Example:
         >>> pack_spikes(torch.ones(1, 1, 1, 4), n_heads=2)[0, :, 0].tolist()
@@ -43,7 +43,7 @@ def pack_spikes(k: Tensor, n_heads: int, *, trusted: bool = False) -> Tensor:
 
 
 def unpack_spikes(keys: Tensor, n_steps: int, width: int) -> Tensor:
-    """Return the spikes that :func:`pack_spikes` packed, bool ``[B, H, S, T * D/H]``; ``width`` is D/H."""
+    """Return the spikes that :func:`pack_spikes` packed, bool ``[B, H, S, T * D/H]``; ``n_steps`` is T, ``width`` D/H."""
     bit_index = torch.arange(BITS, dtype=torch.uint8, device=keys.device)
     bits = ((keys.unsqueeze(-1) >> bit_index) & 1).bool().flatten(-2)
     padded = width + -width % STEP

@@ -1,4 +1,4 @@
-"""The leaky clamp on the CPU: forward and backward take one pass over memory each, instead of a dozen with autograd."""
+"""The leaky clamp on the CPU: forward and backward pass read and write memory once each, autograd a dozen times."""
 
 from typing import Any, NamedTuple
 
@@ -61,10 +61,10 @@ def _forward_rows(first, last, D, inputs, y, has_branch):
 
 @kernel
 def _backward_rows(first, last, D, grad, inputs, grad_x, grad_branch, sums, has_branch):
-    """Add the gradients of rows ``first`` to ``last``; a tie of ``leak * z`` and ``floor`` splits the gradient equally.
+    """Compute the gradients of the rows ``first`` to ``last - 1``.
 
-    ``torch.maximum`` splits it in the same way. ``sums [3, D rounded up to whole vectors]`` accumulates the gradients
-    of leak, floor and gain.
+    If ``leak * z`` equals ``floor``, each gets half of the gradient, as in ``torch.maximum``. The gradients of leak, floor
+    and gain are added to ``sums [3, D rounded up to whole vectors]``.
     """
     x, branch, gain, leak, floor = inputs
     zero, one, half = broadcast(x, 0), broadcast(x, 1), broadcast(x, 0.5)

@@ -31,8 +31,8 @@ def leaky_clamp(
     """Return ``z`` where ``z >= 0``, else ``max(leak * z, floor)``, per channel.
 
     ``z = x + gain * branch``, or ``z = x`` without a branch. The residual sum is part of the op, so that sum and clamp
-    take one pass over memory. Arithmetic is float32 (float64 for float64 input), also under autocast; the result has
-    the dtype of ``x``.
+    together read and write memory once. Arithmetic is float32 (float64 for float64 input), also under autocast; the
+    result has the dtype of ``x``.
 
     Args:
         x: ``[*, D]``.
@@ -51,7 +51,7 @@ def leaky_clamp(
         ValueError: a shape is wrong, or only one of branch and gain is passed.
         RuntimeError: the requested backend cannot run.
 
-    Source: the Nord spiking language model; the slope after leaky and parametric ReLU (Maas et al. 2013, He et al.
+    Source: the Nord spiking language model; the slope as in leaky and parametric ReLU (Maas et al. 2013, He et al.
     2015).
 
     Example:

@@ -1,4 +1,4 @@
-"""Operations and bytes of neurons: the associative LIF, and a plain LIF, which is also the estimate for all other neurons."""
+"""Operations and bytes of neurons: associative LIF, parallel, and plain LIF, also an estimate for all other neurons."""
 
 from typing import Any
 
@@ -12,14 +12,14 @@ __all__ = ["associative_lif_cost", "associative_update_cost", "lif_update_cost",
 def associative_update_cost(spikes: Tensor, n_clusters: int | None) -> OpCost:
     """Return the cost of the updates of associative LIF neurons and their cascade.
 
-    One neuron in one time step takes (multiplications, additions): current (1, 1), membrane (2, 1), comparison (0, 1),
-    reset (0, 1), refractory counter (0, 1). Its state is v, i_syn and the refractory counter, 4 bytes each, read and
-    written. One row of a cascade takes the spike counts of clusters, their matrix product, and the current added to every
-    neuron.
+    One neuron in one time step takes (multiplications, additions): synaptic current (1, 1), membrane potential (2, 1),
+    comparison with the threshold (0, 1), reset (0, 1), refractory counter (0, 1). Its state is v, i_syn and the refractory
+    counter, 4 bytes each, read and written. The cascade of one row in one time step takes the spike counts of the clusters,
+    a matrix product, and one addition of current per neuron.
 
     Args:
         spikes: output of the neurons, ``[*, D]``.
-        n_clusters: C of the cascade, or None for no cascade.
+        n_clusters: number of clusters C of the cascade, or None for no cascade.
     """
     updates, rows = spikes.numel(), spikes.numel() // max(spikes.shape[-1], 1)
     multiplications, additions = 3 * updates, 5 * updates
@@ -34,8 +34,8 @@ def associative_update_cost(spikes: Tensor, n_clusters: int | None) -> OpCost:
 def lif_update_cost(spikes: Tensor) -> OpCost:
     """Return the cost of the updates of LIF neurons.
 
-    One neuron in one time step takes (multiplications, additions): membrane (2, 1), comparison (0, 1), reset (0, 1). Its
-    state is v, 4 bytes, read and written.
+    One neuron in one time step takes (multiplications, additions): membrane potential (2, 1), comparison with the threshold
+    (0, 1), reset (0, 1). Its state is v, 4 bytes, read and written.
 
     Args:
         spikes: output of the neurons, in any shape.
@@ -45,14 +45,14 @@ def lif_update_cost(spikes: Tensor) -> OpCost:
 
 
 def parallel_update_cost(spikes: Tensor, order: int) -> OpCost:
-    """Return the cost of parallel spiking neurons: each spike compares a weighted sum of ``order`` inputs with a threshold.
+    """Return the cost of parallel spiking neurons, which compare a weighted sum of ``order`` inputs with a threshold.
 
-    One neuron in one time step takes (multiplications, additions): weighted sum (order, order - 1), threshold (0, 1). It
-    has no membrane; its inputs are read again, 4 bytes each.
+    One neuron in one time step takes (multiplications, additions): weighted sum (order, order - 1), comparison with the
+    threshold (0, 1). It has no state; each time step reads ``order`` inputs, 4 bytes each.
 
     Args:
         spikes: output of the neurons, in any shape.
-        order: number of time steps whose inputs enter a sum.
+        order: number of time steps in a weighted sum.
 
     Source: Fang et al. 2023, "Parallel spiking neurons with high efficiency and ability to learn long-term dependencies".
     """

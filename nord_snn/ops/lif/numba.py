@@ -1,8 +1,8 @@
-"""The associative LIF neuron on the CPU: Numba kernels that pass over memory once, with rows in parallel.
+"""The associative LIF neuron on the CPU: Numba kernels that read inputs and write outputs once, with rows in parallel.
 
-A block of rows is computed for all time steps while its state stays in the cache. The backward pass recomputes the
-block forward and then goes through the steps in reverse. The README of this folder explains the explicit vectors and
-pointers.
+A block of rows is computed for all time steps while its state stays in the cache. The backward pass computes the block
+forward again and then processes the time steps in reverse. The README of this folder explains why vectors and pointers
+are explicit.
 """
 
 import functools
@@ -51,12 +51,12 @@ def accepts(call: CallSignature) -> Support:
 
 _TILE = 512  # neurons per tile: their state fits into the first-level cache
 _ROW = _TILE + 16  # not a power of two: rows at multiples of a power of two share few sets of the cache
-# Offsets in the scratch of a tile: state carried between time steps, parameters, gradients.
+# Offsets in the scratch memory of a tile: state between time steps, parameters, gradients.
 _V, _CURRENT, _REFRACTORY, _THRESHOLD, _MEM, _SYN, _GRAD_V, _GRAD_THRESHOLD, _GRAD_MEM, _GRAD_SYN = range(
     0, 10 * _ROW, _ROW
 )
 _STATE = 10 * _ROW
-# Offsets of the values that the forward sweep saves for the backward sweep; the last one for a hard reset only.
+# Offsets of the values that the forward sweep saves for the backward sweep, ``_MEMBRANE`` for a hard reset only.
 _DISTANCE_OR_SLOPE, _V_MINUS_CURRENT, _CURRENT_BEFORE, _MEMBRANE = range(0, 4 * _ROW, _ROW)
 _MASKS = _TILE // WIDTH  # bit masks of refractory neurons saved per tile and time step, one bit per neuron
 _BLOCKS_PER_SUM = 16  # blocks whose coupling gradients are summed in the kernel's dtype, before the float64 sum
@@ -66,18 +66,18 @@ class _Sizes(NamedTuple):
     """Sizes of a call.
 
     Attributes:
-        chunks: parts of the work, two per thread.
-        blocks: blocks of neurons.
-        block_length: neurons per block: with a cascade whole rows, as many as fill a tile, else a tile.
+        chunks: number of parts of the work, at most two per thread.
+        blocks: number of blocks of neurons.
+        block_length: neurons per block: with a cascade whole rows, at least one and as many as fit into a tile, else a tile.
         tiles: tiles per block.
-        T: time steps.
-        N: neurons of all rows, N * D * M.
-        D: neurons with parameters of their own in a row.
-        places: neurons M that share these parameters.
-        n_decays: D if every neuron has decays of its own, else 1.
-        clusters: clusters C, 0 without a cascade.
+        T: number of time steps.
+        N: number of neurons in all rows, the product N * D * M of the shape ``[T, N, D, M]``.
+        D: number of neurons or channels with their own parameters in a row.
+        places: number M of positions that share these parameters.
+        n_decays: D if every neuron has its own decays, else 1.
+        clusters: number of clusters C, 0 without a cascade.
         width: C rounded up to whole vectors.
-        record: values saved per tile and time step.
+        record: number of values saved per tile and time step.
     """
 
     chunks: int
@@ -101,9 +101,9 @@ class _Modes(NamedTuple):
         relaxes: whether the charge is "relax".
         leaks: whether the charge is "leak".
         averages: whether the charge is "average".
-        own_decays: whether every neuron has decays of its own.
-        hard_reset: whether a spike sets the membrane to rest.
-        detach_reset: whether the reset has no gradient by the spike.
+        own_decays: whether every neuron has its own decays.
+        hard_reset: whether a spike sets the membrane potential to the resting potential.
+        detach_reset: whether the spike is detached in the reset.
     """
 
     relaxes: int
@@ -127,7 +127,7 @@ class _Constants(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """Addresses of the inputs, 0 for None; both couplings are ``[C, width]``. A decay without address is 0."""
+    """Addresses of the inputs, 0 for None (a decay of 0); ``coupling`` and its transpose ``coupling_t`` are ``[C, width]``."""
 
     x: int
     v: int
@@ -141,7 +141,7 @@ class _Inputs(NamedTuple):
 
 
 class _Outputs(NamedTuple):
-    """Addresses of the outputs, 0 for those that are not wanted; spikes and v_last always are."""
+    """Addresses of the outputs, 0 for outputs that are not needed; ``spikes`` and ``v_last`` are always needed."""
 
     spikes: int
     v_seq: int
@@ -160,7 +160,7 @@ class _OutputGradients(NamedTuple):
 
 
 class _Gradients(NamedTuple):
-    """Addresses of the gradients of x and of the initial state, and of the sums ``shared`` of a chunk."""
+    """Addresses of the gradients of x and of the initial state; ``shared`` has the gradients of parameters in a chunk."""
 
     x: int
     v: int
@@ -169,9 +169,9 @@ class _Gradients(NamedTuple):
 
 
 class _ParameterGradients(NamedTuple):
-    """Addresses of the gradients of the parameters, 0 for those that are not wanted; the coupling is ``[C, C]``.
+    """Addresses of the gradients of the parameters, 0 for gradients that are not needed; the coupling's is ``[C, C]``.
 
-    ``one`` is 1 in the kernel's dtype if the gradients of the decays' logits are wanted, else 0.
+    ``one`` is 1 in the kernel's dtype if the decays' gradients are those of their logits, else 0.
     """
 
     threshold: int
@@ -186,8 +186,8 @@ class _Block(NamedTuple):
 
     Attributes:
         state: state of each tile between time steps.
-        cascade_in: current that the cascade adds in the next time step.
-        step_spikes: spikes of the current time step.
+        cascade_in: current that the cascade adds at the next time step.
+        step_spikes: spikes of this time step.
         record: values of every time step that the backward sweep needs.
         refractory_masks: bit masks of refractory neurons of every time step.
     """
@@ -203,13 +203,13 @@ class _Tile(NamedTuple):
     """One tile at one time step.
 
     Attributes:
-        at: its first neuron in x and in the outputs.
-        next_step: distance to the same neuron at the time step that comes next, for prefetching.
+        at: index of its first neuron in x and in the outputs.
+        next_step: distance to the same neuron at the time step that is processed next, for prefetching.
         n: number of neurons.
-        first: its first neuron in the block.
-        state: its state in ``_Block.state``.
-        record: its values in ``_Block.record``.
-        masks: the time step's masks in ``_Block.refractory_masks``.
+        first: index of its first neuron in the block.
+        state: index of its state in ``_Block.state``.
+        record: index of its values in ``_Block.record``.
+        masks: index of the time step's masks in ``_Block.refractory_masks``.
     """
 
     at: int
@@ -223,7 +223,7 @@ class _Tile(NamedTuple):
 
 @kernel
 def _with_decays(constants, sizes, inputs):
-    """Return the constants with both decays, unless every neuron has its own."""
+    """Return the constants with both decays; without them if every neuron has its own."""
     like = constants.v_reset
     beta_mem, beta_syn = constants.beta_mem, constants.beta_syn
     if sizes.n_decays == 1:
@@ -254,12 +254,12 @@ def _load_or_zero(has_source, source, at, n, target, offset):
 
 @kernel
 def _step(x, spikes, v_seq, keep_v, save, tile, block, constants, modes):
-    """Compute one time step of one tile, see ``reference.py``.
+    """Compute one time step of one tile, see ``reference.py``, and prefetch the next time step.
 
-    With ``save``, write what the backward sweep needs instead of the outputs. Prefetch the next time step: the stride
-    is too large for the hardware prefetcher.
+    With ``save``, write the values that the backward sweep needs instead of the outputs. The stride between time steps is
+    too large for the hardware prefetcher.
     """
-    at, next_step, n, lo, s, q, masks = tile
+    at, next_step, n, offset, state_at, record_at, masks = tile
     state, cascade_in, step_spikes, record, refractory_masks = block
     one, zero, reset, refractory_period = (
         broadcast(x, 1),
@@ -276,10 +276,10 @@ def _step(x, spikes, v_seq, keep_v, save, tile, block, constants, modes):
     for d in range(0, n, WIDTH):
         prefetch(x, at + next_step + d)
         if modes.own_decays:
-            mem_decay, syn_decay = load(state, s + _MEM + d), load(state, s + _SYN + d)
-        before = load(state, s + _CURRENT + d) + load(cascade_in, lo + d)
+            mem_decay, syn_decay = load(state, state_at + _MEM + d), load(state, state_at + _SYN + d)
+        before = load(state, state_at + _CURRENT + d) + load(cascade_in, offset + d)
         current = syn_decay * before + masked_load(x, at + d, n - d)
-        v = load(state, s + _V + d)
+        v = load(state, state_at + _V + d)
         if modes.relaxes:
             charged = v + (current - (v - rest)) / tau
         elif modes.leaks:
@@ -288,9 +288,9 @@ def _step(x, spikes, v_seq, keep_v, save, tile, block, constants, modes):
             charged = mem_decay * v + (one - mem_decay) * (current + rest)
         else:
             charged = mem_decay * v + (one - mem_decay) * rest + current
-        refractory = load(state, s + _REFRACTORY + d)
+        refractory = load(state, state_at + _REFRACTORY + d)
         is_refractory = ge_mask(refractory, one)
-        threshold = load(state, s + _THRESHOLD + d)
+        threshold = load(state, state_at + _THRESHOLD + d)
         u = where(is_refractory, reset, charged)
         distance = u - threshold
         fires = ge_mask(distance, zero)
@@ -299,17 +299,17 @@ def _step(x, spikes, v_seq, keep_v, save, tile, block, constants, modes):
             after = where(fires, rest, u)
         else:
             after = u - spike * (threshold * reset_scale)
-        store(state, s + _V + d, after)
-        store(state, s + _CURRENT + d, current)
-        store(state, s + _REFRACTORY + d, where(fires, refractory_period, maximum(refractory - one, zero)))
-        store(step_spikes, lo + d, spike)
+        store(state, state_at + _V + d, after)
+        store(state, state_at + _CURRENT + d, current)
+        store(state, state_at + _REFRACTORY + d, where(fires, refractory_period, maximum(refractory - one, zero)))
+        store(step_spikes, offset + d, spike)
         if save:
-            store(record, q + _DISTANCE_OR_SLOPE + d, distance)
-            store(record, q + _V_MINUS_CURRENT + d, v - rest - current if modes.averages else v - rest)
-            store(record, q + _CURRENT_BEFORE + d, before)
+            store(record, record_at + _DISTANCE_OR_SLOPE + d, distance)
+            store(record, record_at + _V_MINUS_CURRENT + d, v - rest - current if modes.averages else v - rest)
+            store(record, record_at + _CURRENT_BEFORE + d, before)
             if modes.hard_reset:
-                store(record, q + _MEMBRANE + d, u)
-            refractory_masks[masks + (lo + d) // WIDTH] = is_refractory
+                store(record, record_at + _MEMBRANE + d, u)
+            refractory_masks[masks + (offset + d) // WIDTH] = is_refractory
         else:
             prefetch(spikes, at + next_step + d)
             masked_store(spikes, at + d, n - d, spike)
@@ -322,8 +322,8 @@ def _step_back(
     grad_spikes, has_grad_v_seq, grad_v_seq, grad_x, grad_cascade, grad_current, beta_sums, tile, block, constants,
     modes,
 ):  # fmt: skip
-    """Backward of ``_step``; ``grad_cascade`` is the gradient of the spikes through the cascade."""
-    at, next_step, n, lo, s, q, masks = tile
+    """Compute the backward pass of ``_step``; ``grad_cascade`` is the gradient of the spikes through the cascade."""
+    at, next_step, n, offset, state_at, record_at, masks = tile
     state, _, _, record, refractory_masks = block
     one, zero, rest = broadcast(record, 1), broadcast(record, 0), broadcast(record, constants.v_rest)
     mem_decay, syn_decay = broadcast(record, constants.beta_mem), broadcast(record, constants.beta_syn)
@@ -337,69 +337,74 @@ def _step_back(
         prefetch(grad_spikes, at + next_step + d)
         prefetch(grad_x, at + next_step + d)
         if modes.own_decays:
-            mem_decay, syn_decay = load(state, s + _MEM + d), load(state, s + _SYN + d)
+            mem_decay, syn_decay = load(state, state_at + _MEM + d), load(state, state_at + _SYN + d)
             if not (modes.relaxes or modes.leaks):
                 v_weight, current_weight = mem_decay, one - mem_decay if modes.averages else one
-        grad_v = load(state, s + _GRAD_V + d)
+        grad_v = load(state, state_at + _GRAD_V + d)
         if has_grad_v_seq:
             grad_v = grad_v + masked_load(grad_v_seq, at + d, n - d)
-        grad_spike = masked_load(grad_spikes, at + d, n - d) + load(grad_cascade, lo + d)
-        threshold, through_u = load(state, s + _THRESHOLD + d), grad_v
+        grad_spike = masked_load(grad_spikes, at + d, n - d) + load(grad_cascade, offset + d)
+        threshold, through_u = load(state, state_at + _THRESHOLD + d), grad_v
         if modes.hard_reset:
-            u = load(record, q + _MEMBRANE + d)
+            u = load(record, record_at + _MEMBRANE + d)
             through_u = where(ge_mask(u - threshold, zero), zero, grad_v)
             if not modes.detach_reset:
                 grad_spike = grad_spike + (rest - u) * grad_v
         elif not modes.detach_reset:
             grad_spike = grad_spike - threshold * reset_scale * grad_v
-        grad_distance = grad_spike * load(record, q + _DISTANCE_OR_SLOPE + d)
-        grad_u = where(refractory_masks[masks + (lo + d) // WIDTH], zero, through_u + grad_distance)
-        grad_i = load(grad_current, lo + d) + current_weight * grad_u
-        by_mem, by_syn = grad_u * load(record, q + _V_MINUS_CURRENT + d), grad_i * load(record, q + _CURRENT_BEFORE + d)
+        grad_distance = grad_spike * load(record, record_at + _DISTANCE_OR_SLOPE + d)
+        grad_u = where(refractory_masks[masks + (offset + d) // WIDTH], zero, through_u + grad_distance)
+        grad_i = load(grad_current, offset + d) + current_weight * grad_u
+        by_mem, by_syn = (
+            grad_u * load(record, record_at + _V_MINUS_CURRENT + d),
+            grad_i * load(record, record_at + _CURRENT_BEFORE + d),
+        )
         if modes.own_decays:
-            store(state, s + _GRAD_MEM + d, load(state, s + _GRAD_MEM + d) + by_mem)
-            store(state, s + _GRAD_SYN + d, load(state, s + _GRAD_SYN + d) + by_syn)
+            store(state, state_at + _GRAD_MEM + d, load(state, state_at + _GRAD_MEM + d) + by_mem)
+            store(state, state_at + _GRAD_SYN + d, load(state, state_at + _GRAD_SYN + d) + by_syn)
         else:
             grad_beta_mem, grad_beta_syn = grad_beta_mem + by_mem, grad_beta_syn + by_syn
-        store(state, s + _GRAD_THRESHOLD + d, load(state, s + _GRAD_THRESHOLD + d) - grad_distance)
-        store(state, s + _GRAD_V + d, v_weight * grad_u)
-        store(grad_current, lo + d, syn_decay * grad_i)
+        store(state, state_at + _GRAD_THRESHOLD + d, load(state, state_at + _GRAD_THRESHOLD + d) - grad_distance)
+        store(state, state_at + _GRAD_V + d, v_weight * grad_u)
+        store(grad_current, offset + d, syn_decay * grad_i)
         masked_store(grad_x, at + d, n - d, grad_i)
     store(beta_sums, 0, grad_beta_mem)
     store(beta_sums, WIDTH, grad_beta_syn)
 
 
 @kernel
-def _surrogate_derivative(surrogate, alpha, record, q, n):
+def _surrogate_derivative(surrogate, alpha, record, record_at, n):
     """Replace membrane potential minus threshold by the surrogate derivative, in place."""
     one, zero = broadcast(record, 1), broadcast(record, 0)
     if surrogate == 0:
         scale, peak = broadcast(record, alpha), broadcast(record, alpha / (2 * np.pi))
         for d in range(0, n, WIDTH):
-            z = scale * load(record, q + d)
-            store(record, q + d, peak / (one + z * z))
+            z = scale * load(record, record_at + d)
+            store(record, record_at + d, peak / (one + z * z))
     elif surrogate == 1:
         scale, peak = broadcast(record, alpha * np.pi / 2), broadcast(record, alpha / 2)
         for d in range(0, n, WIDTH):
-            z = scale * load(record, q + d)
-            store(record, q + d, peak / (one + z * z))
+            z = scale * load(record, record_at + d)
+            store(record, record_at + d, peak / (one + z * z))
     elif surrogate == 2:
         for d in range(-(-n // WIDTH) * WIDTH):  # up to the end of the last vector, whose padding must be finite
-            record[q + d] = np.exp(-abs(alpha * record[q + d]))  # even function: use the side that cannot overflow
+            record[record_at + d] = np.exp(
+                -abs(alpha * record[record_at + d])
+            )  # even function: use the side that cannot overflow
         for d in range(0, n, WIDTH):
-            z = load(record, q + d)
-            store(record, q + d, broadcast(record, alpha) * z / ((one + z) * (one + z)))
+            z = load(record, record_at + d)
+            store(record, record_at + d, broadcast(record, alpha) * z / ((one + z) * (one + z)))
     else:
         scale = broadcast(record, alpha)
         for d in range(0, n, WIDTH):
-            distance = load(record, q + d)
+            distance = load(record, record_at + d)
             z = one + scale * maximum(distance, zero - distance)
-            store(record, q + d, one / (z * z))
+            store(record, record_at + d, one / (z * z))
 
 
 @kernel
 def _product(sums, at, matrix, c, clusters, width):
-    """Return ``sums[at:] @ matrix[:, c:]``, WIDTH columns; four accumulators hide the latency of the FMA."""
+    """Return ``sums[at:] @ matrix[:, c:]``, WIDTH columns; four accumulators hide the latency of ``fused``."""
     first, second, third, fourth = broadcast(sums, 0), broadcast(sums, 0), broadcast(sums, 0), broadcast(sums, 0)
     n_unrolled = clusters - clusters % 4
     for k in range(0, n_unrolled, 4):
@@ -414,7 +419,9 @@ def _product(sums, at, matrix, c, clusters, width):
 
 @kernel
 def _couple(source, rows, members, clusters, matrix, width, sums, at, current, target):
-    """For each row, sum over the members of each cluster, multiply by ``matrix``, copy the result to all members.
+    """Sum ``source`` over the members of each cluster, multiply by ``matrix``, copy the result to all members in ``target``.
+
+    ``sums`` keeps the sums of each row; ``current`` is scratch memory for the product of one row.
 
     ``matrix [clusters, width]`` and ``sums [rows, width]`` are padded to whole vectors. Lanes written past the clusters
     of a member are overwritten by the next member; those of the last member are cleared.
@@ -470,15 +477,15 @@ def _load_state(start, length, tiles, inputs, like, block):
     v, i_syn = as_pointer(inputs.v, like), as_pointer(inputs.i_syn, like)
     refractory = as_pointer(inputs.refractory, np.int32(0))
     for tile in range(tiles):
-        lo, s = tile * _TILE, tile * _STATE
-        n = min(_TILE, length - lo)
-        _load_or_zero(inputs.v != 0, v, start + lo, n, state, s + _V)
-        _load_or_zero(inputs.i_syn != 0, i_syn, start + lo, n, state, s + _CURRENT)
+        offset, state_at = tile * _TILE, tile * _STATE
+        n = min(_TILE, length - offset)
+        _load_or_zero(inputs.v != 0, v, start + offset, n, state, state_at + _V)
+        _load_or_zero(inputs.i_syn != 0, i_syn, start + offset, n, state, state_at + _CURRENT)
         if inputs.refractory != 0:
             for d in range(n):
-                state[s + _REFRACTORY + d] = refractory[start + lo + d]
+                state[state_at + _REFRACTORY + d] = refractory[start + offset + d]
         for d in range(n if inputs.refractory != 0 else 0, -(-n // WIDTH) * WIDTH):
-            state[s + _REFRACTORY + d] = 0
+            state[state_at + _REFRACTORY + d] = 0
     for d in range(0, tiles * _TILE + WIDTH, WIDTH):
         store(cascade_in, d, broadcast(cascade_in, 0))
 
@@ -527,36 +534,36 @@ def _add_gradient(state, row, sizes, start, n, target):
 
 @kernel
 def _load_parameters(start, length, sizes, inputs, like, state):
-    """Load thresholds, and decays where every neuron has its own, of a block of neurons."""
+    """Load the thresholds of a block of neurons, and their decays if every neuron has its own."""
     for tile in range(sizes.tiles):
-        at, s, n = start + tile * _TILE, tile * _STATE, min(_TILE, length - tile * _TILE)
-        _load_parameter(as_pointer(inputs.threshold, like), sizes, at, n, state, s + _THRESHOLD)
+        at, state_at, n = start + tile * _TILE, tile * _STATE, min(_TILE, length - tile * _TILE)
+        _load_parameter(as_pointer(inputs.threshold, like), sizes, at, n, state, state_at + _THRESHOLD)
         if sizes.n_decays > 1 and inputs.beta_mem != 0:
-            _load_parameter(as_pointer(inputs.beta_mem, like), sizes, at, n, state, s + _MEM)
+            _load_parameter(as_pointer(inputs.beta_mem, like), sizes, at, n, state, state_at + _MEM)
         if sizes.n_decays > 1 and inputs.beta_syn != 0:
-            _load_parameter(as_pointer(inputs.beta_syn, like), sizes, at, n, state, s + _SYN)
+            _load_parameter(as_pointer(inputs.beta_syn, like), sizes, at, n, state, state_at + _SYN)
 
 
 @kernel
 def _add_gradients(start, length, sizes, state, grad_threshold, grad_betas):
-    """Add the gradients of thresholds and of neurons' own decays of a block of neurons; clear them."""
+    """Add the gradients of a block's thresholds, and of its decays if every neuron has its own; clear them."""
     for tile in range(sizes.tiles):
-        at, s, n = start + tile * _TILE, tile * _STATE, min(_TILE, length - tile * _TILE)
-        _add_gradient(state, s + _GRAD_THRESHOLD, sizes, at, n, grad_threshold)
+        at, state_at, n = start + tile * _TILE, tile * _STATE, min(_TILE, length - tile * _TILE)
+        _add_gradient(state, state_at + _GRAD_THRESHOLD, sizes, at, n, grad_threshold)
         if sizes.n_decays > 1:
-            _add_gradient(state, s + _GRAD_MEM, sizes, at, n, grad_betas)
-            _add_gradient(state, s + _GRAD_SYN, sizes, at, n, advance(grad_betas, sizes.n_decays))
+            _add_gradient(state, state_at + _GRAD_MEM, sizes, at, n, grad_betas)
+            _add_gradient(state, state_at + _GRAD_SYN, sizes, at, n, advance(grad_betas, sizes.n_decays))
 
 
 @kernel
 def _has_same_parameters(sizes):
-    """Return whether the neurons of all blocks have the parameters of those of the first one."""
+    """Return whether all blocks have the parameters of the first block, neuron by neuron."""
     return sizes.block_length % (sizes.D * sizes.places) == 0
 
 
 @kernel
 def _forward_rows(first, last, sizes, inputs, outputs, keep_v, constants, modes, scratch):
-    """Compute blocks ``first`` to ``last``."""
+    """Run the forward pass of the blocks ``first`` to ``last - 1``."""
     block_length, tiles, T, N, D, clusters, width = (
         sizes.block_length, sizes.tiles, sizes.T, sizes.N, sizes.D, sizes.clusters, sizes.width
     )  # fmt: skip
@@ -583,24 +590,24 @@ def _forward_rows(first, last, sizes, inputs, outputs, keep_v, constants, modes,
             # To the next time step, or to the first one of the next block.
             next_step = N if t < T - 1 else block_length - (T - 1) * N
             for tile in range(tiles):
-                lo = tile * _TILE
-                n = min(_TILE, length - lo)
-                place = _Tile(t * N + start + lo, next_step, n, lo, tile * _STATE, 0, 0)
+                offset = tile * _TILE
+                n = min(_TILE, length - offset)
+                place = _Tile(t * N + start + offset, next_step, n, offset, tile * _STATE, 0, 0)
                 _step(x, spikes, v_seq, keep_v, False, place, scratch_of_block, constants, modes)
             if clusters:
                 _couple(step_spikes, length // D, members, clusters, coupling_t, width, sums, 0, current, cascade_in)
         for tile in range(tiles):
-            lo, s = tile * _TILE, tile * _STATE
-            n = min(_TILE, length - lo)
+            offset, state_at = tile * _TILE, tile * _STATE
+            n = min(_TILE, length - offset)
             for d in range(0, n, WIDTH):
-                masked_store(v_last, start + lo + d, n - d, load(state, s + _V + d))
+                masked_store(v_last, start + offset + d, n - d, load(state, state_at + _V + d))
             if outputs.i_last != 0:
                 for d in range(0, n, WIDTH):
-                    current_last = load(state, s + _CURRENT + d) + load(cascade_in, lo + d)
-                    masked_store(i_last, start + lo + d, n - d, current_last)
+                    current_last = load(state, state_at + _CURRENT + d) + load(cascade_in, offset + d)
+                    masked_store(i_last, start + offset + d, n - d, current_last)
             if outputs.refractory_last != 0:
                 for d in range(n):
-                    refractory_last[start + lo + d] = state[s + _REFRACTORY + d]
+                    refractory_last[start + offset + d] = state[state_at + _REFRACTORY + d]
 
 
 class _Surrogate(NamedTuple):
@@ -612,11 +619,12 @@ class _Surrogate(NamedTuple):
 
 @kernel
 def _backward_rows(first, last, sizes, grads, inputs, constants, modes, surrogate, record, masks, scratch, results):
-    """Compute blocks ``first`` to ``last``; add the gradients of parameters to ``results.shared``.
+    """Run the backward pass of the blocks ``first`` to ``last - 1``; add the gradients of parameters to ``results.shared``.
 
     ``shared`` has the gradients of the thresholds, of both decays, and of the coupling, in float64, because these sums
-    are long and may nearly cancel. Gradients of single decays are added to it per block, of the coupling per few blocks,
-    of thresholds and neurons' own decays per block, or per chunk if the parameters of all blocks are the same.
+    are long and may nearly cancel. Gradients of decays that all neurons share are added to it after each block, those of
+    the coupling after several blocks, and those of thresholds and neurons' own decays after each block, or at the end if
+    the parameters of all blocks are the same.
     """
     block_length, tiles, T, N, D, clusters, width = (
         sizes.block_length, sizes.tiles, sizes.T, sizes.N, sizes.D, sizes.clusters, sizes.width
@@ -650,18 +658,20 @@ def _backward_rows(first, last, sizes, grads, inputs, constants, modes, surrogat
             _load_parameters(start, block_length, sizes, inputs, like, state)
         _load_state(start, length, tiles, inputs, like, scratch_of_block)
         for tile in range(tiles):
-            lo = tile * _TILE
-            n = min(_TILE, length - lo)
-            _load_or_zero(grads.v_last != 0, grad_v_last, start + lo, n, state, tile * _STATE + _GRAD_V)
-            _load_or_zero(grads.i_last != 0, grad_i_last, start + lo, n, grad_current, lo)
+            offset = tile * _TILE
+            n = min(_TILE, length - offset)
+            _load_or_zero(grads.v_last != 0, grad_v_last, start + offset, n, state, tile * _STATE + _GRAD_V)
+            _load_or_zero(grads.i_last != 0, grad_i_last, start + offset, n, grad_current, offset)
         for t in range(T):
             next_step = N if t < T - 1 else block_length - (T - 1) * N
             for tile in range(tiles):
-                lo, q = tile * _TILE, (t * tiles + tile) * sizes.record
-                n = min(_TILE, length - lo)
-                place = _Tile(t * N + start + lo, next_step, n, lo, tile * _STATE, q, t * tiles * _MASKS)
+                offset, record_at = tile * _TILE, (t * tiles + tile) * sizes.record
+                n = min(_TILE, length - offset)
+                place = _Tile(
+                    t * N + start + offset, next_step, n, offset, tile * _STATE, record_at, t * tiles * _MASKS
+                )
                 _step(x, x, x, False, True, place, scratch_of_block, constants, modes)
-                _surrogate_derivative(surrogate.number, surrogate.alpha, record, q + _DISTANCE_OR_SLOPE, n)
+                _surrogate_derivative(surrogate.number, surrogate.alpha, record, record_at + _DISTANCE_OR_SLOPE, n)
             if clusters:
                 _couple(
                     step_spikes, count, members, clusters, coupling_t, width, sums, t * count * width,
@@ -674,21 +684,23 @@ def _backward_rows(first, last, sizes, grads, inputs, constants, modes, surrogat
                     current, grad_cascade,
                 )  # fmt: skip
             for tile in range(tiles):
-                lo, q = tile * _TILE, (t * tiles + tile) * sizes.record
-                n = min(_TILE, length - lo)
-                place = _Tile(t * N + start + lo, -N if t else 0, n, lo, tile * _STATE, q, t * tiles * _MASKS)
+                offset, record_at = tile * _TILE, (t * tiles + tile) * sizes.record
+                n = min(_TILE, length - offset)
+                place = _Tile(
+                    t * N + start + offset, -N if t else 0, n, offset, tile * _STATE, record_at, t * tiles * _MASKS
+                )
                 _step_back(
                     grad_spikes, grads.v_seq != 0, grad_v_seq, grad_x, grad_cascade, grad_current, beta_sums, place,
                     scratch_of_block, constants, modes,
                 )  # fmt: skip
         for tile in range(tiles if inputs.v != 0 else 0):
-            lo, s = tile * _TILE, tile * _STATE
-            n = min(_TILE, length - lo)
+            offset, state_at = tile * _TILE, tile * _STATE
+            n = min(_TILE, length - offset)
             for d in range(n):
-                grad_v[start + lo + d] = state[s + _GRAD_V + d]
+                grad_v[start + offset + d] = state[state_at + _GRAD_V + d]
             if inputs.i_syn != 0:
                 for d in range(n):
-                    grad_i[start + lo + d] = grad_current[lo + d]
+                    grad_i[start + offset + d] = grad_current[offset + d]
         if sizes.n_decays == 1:
             for kind in range(2):
                 grad_betas[kind] += reduce_sum(load(beta_sums, kind * WIDTH))
@@ -707,7 +719,7 @@ def _backward_rows(first, last, sizes, grads, inputs, constants, modes, surrogat
 
 @kernel
 def _write_decay_gradient(sums, n, beta, one, target):
-    """Write the gradient of a decay, or of its logit if ``one`` is 1: by the derivative of the sigmoid."""
+    """Write the gradient of a decay, or, if ``one`` is 1, times the derivative of the sigmoid, that of its logit."""
     for k in range(n):
         target[k] = sums[k]
         if one != 0:
@@ -716,7 +728,7 @@ def _write_decay_gradient(sums, n, beta, one, target):
 
 @kernel
 def _add_chunks(sizes, shared, inputs, results):
-    """Write the sums of the chunks ``shared`` to the gradients of the parameters."""
+    """Add the gradients ``shared`` of all chunks, and write the sums to the gradients of the parameters."""
     D, n, clusters, width = sizes.D, sizes.n_decays, sizes.clusters, sizes.width
     length = D + 2 * n + clusters * width
     for c in range(1, sizes.chunks):
@@ -739,7 +751,7 @@ def _add_chunks(sizes, shared, inputs, results):
 
 @parallel_kernel
 def _forward(share, sizes, inputs, outputs, keep_v, constants, modes, scratch, scratch_size):
-    """Run chunks of blocks in parallel; the tuples are those of the classes above."""
+    """Run the forward pass of the chunks of a share; tuples have the fields of the classes above."""
     chunks, blocks = sizes[0], sizes[1]
     for c in chunks_of(share, chunks):
         numbers = _with_decays(_Constants(*constants), _Sizes(*sizes), _Inputs(*inputs))
@@ -766,7 +778,7 @@ def _backward(
     of_inputs,
     of_parameters,
 ):
-    """Run chunks of blocks in parallel; the tuples are those of the classes above."""
+    """Run the backward pass of the chunks of a share; tuples have the fields of the classes above."""
     chunks, blocks, _, tiles, T, _, D, _, n_decays, clusters, width, record_of_tile = sizes
     record, refractory_masks = recorded
     record_size, masks_size = T * tiles * record_of_tile, T * tiles * _MASKS
@@ -822,7 +834,7 @@ def _sizes_of(arguments: Arguments, threads: int) -> _Sizes:
 
 
 def _n_decays(arguments: Arguments) -> int:
-    """Return the number of decays of a kind; both betas have the same, or are None."""
+    """Return the number of elements of ``beta_mem`` and of ``beta_syn``, 1 if both are None."""
     beta = arguments.beta_syn if arguments.beta_mem is None else arguments.beta_mem
     return 1 if beta is None else beta.shape[0]
 
@@ -905,8 +917,8 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, v, i_syn, threshold, both betas and coupling, None for inputs that are None.
 
-    Without ``parameters`` those from the threshold on are None. With ``logits``, the gradients of the betas' logits are
-    returned instead of theirs.
+    Without ``parameters`` all but the first three are None. With ``logits``, the gradients of the betas are those of their
+    logits.
     """
     dtype = compute_dtype(arguments.x)
     inputs, grad_outputs = _input_tensors(arguments, dtype), _contiguous(*grads, dtype=dtype)

@@ -33,12 +33,16 @@ def associative_lif_backend(
     n_decays: int = 1,
     channels_first: bool = False,
 ) -> BackendChoice:
-    """Return the backend that :func:`associative_lif` would choose for ``x_seq``, and why it would not choose the others."""
-    call = _call(x_seq, x_seq.shape[2 if channels_first else -1], surrogate, n_clusters, dynamics, n_decays)
-    return choose_backend("associative_lif", IMPLEMENTATIONS, backend, call)
+    """Return the backend that :func:`associative_lif` would choose for ``x_seq``, and why it would not choose the others.
+
+    ``n_decays`` is D if every neuron has its own decays, else 1; other arguments as in :func:`associative_lif`.
+    """
+    n_features = x_seq.shape[2 if channels_first else -1]
+    signature = _signature(x_seq, n_features, surrogate, n_clusters, dynamics, n_decays)
+    return choose_backend("associative_lif", IMPLEMENTATIONS, backend, signature)
 
 
-def _call(
+def _signature(
     x: Tensor,
     n_features: int,
     surrogate: SurrogateLike,
@@ -83,37 +87,38 @@ def associative_lif(
         u[t]  = v_reset                                           where refractory > 0 (no gradient)
                 beta_mem * v[t-1] + (1 - beta_mem) * i[t]         elsewhere
         s[t]  = 1 where u[t] >= threshold else 0
-        i[t] += cascade(s[t])                                     used from step t + 1 on
+        i[t] += cascade(s[t])                                     acts from time step t + 1 on
         v[t]  = u[t] - s[t] * stop_gradient(threshold)            soft reset
         refractory = refractory_steps where s[t] else max(refractory - 1, 0)
 
     States and arithmetic are float32 (float64 for float64 input), also under autocast. Outputs have the dtype of
     ``x_seq``. For float16 and bfloat16 input, spikes and states are exactly those of the same values in float32;
     only ``v_seq`` is rounded, once. Rows are independent. A neuron whose threshold is at or below
-    ``v_reset`` fires while refractory. :class:`nord_snn.ops.Dynamics` has other equations of ``u`` and of the reset.
+    ``v_reset`` fires while refractory. :func:`nord_snn.ops.associative_cascade` has the equation of the cascade,
+    :class:`nord_snn.ops.Dynamics` has other equations of ``u`` and of the reset.
 
     Args:
         x_seq: input current ``[T, N, D]``, T >= 1; N may be 0. With ``channels_first``: ``[T, N, D, M]``.
         state: initial state, each part ``[N, D]`` or ``[N, D, M]``; None for rest.
         threshold: ``[D]``.
-        beta_mem: membrane decay in (0, 1), a float, or a tensor of one element or ``[D]``. With the charge "sum" it may be
-            0 or 1. The values of a tensor are not checked, because that would synchronise with the GPU. None if the
-            dynamics have ``tau``.
-        beta_syn: synaptic decay in [0, 1), a float, or a tensor of one element or ``[D]``, which is not checked either. At 0
-            the synaptic current is the input, and there must be no cascade, whose current it would forget.
+        beta_mem: membrane decay in (0, 1), a float, or a tensor of one element or ``[D]``. It may be 0 or 1 if
+            ``dynamics.charge`` is "sum". The values of a tensor are not checked, because that would synchronise with the GPU.
+            None if ``dynamics`` has ``tau``.
+        beta_syn: synaptic decay in [0, 1), a float, or a tensor of one element or ``[D]``, whose values are not checked. At 0
+            the synaptic current is the input, and there must be no cascade, whose current would be discarded.
         cascade_weight: ``[C, C]``, after the sigmoid, or None for no cascade.
         cascade_gain: ``[C]``, or None for no cascade.
         v_reset: membrane potential while refractory.
         refractory_steps: number of refractory time steps after a spike; 0 for none.
-        surrogate: name from :data:`nord_snn.ops.surrogate.SURROGATES` or a callable of ``u - threshold``.
+        surrogate: name from :data:`nord_snn.ops.SURROGATES` or a callable of ``u - threshold``.
         alpha: sharpness of a named surrogate.
-        dynamics: equations of membrane and reset. Default: those above.
-        channels_first: take ``[T, N, D, M]``: each neuron parameter belongs to a channel of M places, such as the pixels of
-            an image. Outputs have the layout of the input. Default: False.
+        dynamics: equations of membrane potential and reset. Default: those above.
+        channels_first: take ``[T, N, D, M]``, in which M positions of a channel, such as the pixels of an image, share the
+            parameters of one neuron. Outputs have the layout of the input. Default: False.
         membrane_only: the membrane potential is the whole state; ``i_syn`` and ``refractory`` are None in ``state`` and in
-            the last state. For neurons without synaptic current (``beta_syn=0``), refractory period and cascade: less
-            memory, and less time in loops of single time steps. Default: False.
-        return_v_seq: also return the membrane potentials after reset.
+            the last state. Only for neurons without synaptic current (``beta_syn=0``), refractory period and cascade. It
+            saves memory, and time in loops of single time steps. Default: False.
+        return_v_seq: also return the membrane potentials after reset. Default: False.
         backend: ``"auto"``, ``"torch"``, ``"numba"``, ``"triton"`` or ``"cupy"``; see :mod:`nord_snn.ops.dispatch`. The
             kernels have a first derivative only; a second derivative needs ``"torch"`` and raises an error elsewhere.
 
@@ -132,7 +137,7 @@ def associative_lif(
         >>> import torch
         >>> x = torch.tensor([9.0, 0.0, 0.0, 0.0, 0.0]).reshape(5, 1, 1)
         >>> spikes, _, state = associative_lif(x, threshold=torch.tensor([0.25]), beta_mem=0.9, beta_syn=0.5)
-        >>> spikes.flatten()                                # fires; refractory for two steps; then below threshold
+        >>> spikes.flatten()                          # fires, is refractory for two time steps, stays below threshold
         tensor([1., 0., 0., 0., 0.])
     """
     _check(x_seq, state, threshold, cascade_weight, cascade_gain, refractory_steps, channels_first, membrane_only)
@@ -147,12 +152,12 @@ class _Layout(NamedTuple):
     """Shapes of a call.
 
     Attributes:
-        shape: ``[T, N, D]`` or ``[T, N, D, M]``, as which the input is taken.
-        step: shape of the state. It is that of the whole input if this is one time step.
+        shape: shape ``[T, N, D]`` or ``[T, N, D, M]`` to which the input is reshaped.
+        step_shape: shape of the state: that of the whole input if the input is a single time step.
     """
 
     shape: tuple[int, ...]
-    step: tuple[int, ...]
+    step_shape: tuple[int, ...]
 
 
 class Options(NamedTuple):
@@ -179,27 +184,27 @@ def associative_lif_of_rank(
 ) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
     """Run :func:`associative_lif` on an input of any rank.
 
-    Views of inputs and outputs would take longer than the kernel where these are small.
+    For small inputs, creating views of inputs and outputs would take longer than the kernel.
 
     Args:
-        x: sequence ``[T, N, *, D, *]``, or a time step without T, with at least one batch dimension.
-        state: initial state in the shape of a time step, or None for rest.
-        dim: dimension of the neurons, counted from the end.
+        x: sequence ``[T, N, *, D, *]``, or a time step without T, with at least one batch dimension. It is not checked.
+        state: initial state in the shape of a time step, or None for rest. It is not checked.
+        dim: dimension of the neurons, a negative number.
         single_step: whether ``x`` is a time step.
-        options: constants; they are checked, ``x`` and ``state`` are not.
+        options: constants.
         backend: that of :func:`associative_lif`.
         parameters: threshold, both betas, and weight and gain of the cascade, as :func:`associative_lif` takes them.
-        logits: betas are logits, as tensors, or None or 0. Their sigmoid and its gradient are computed in the op, which
-            takes less time where the input is small.
+        logits: whether betas that are tensors are logits; others are None or 0. The op computes the sigmoid and its gradient,
+            which takes less time than autograd if the input is small.
 
     Returns:
         Spikes and membrane potentials in the shape of ``x``, and the last state in that of a time step.
     """
-    step = tuple(x.shape) if single_step else tuple(x.shape[1:])
-    shape: tuple[int, ...] = (1 if single_step else x.shape[0], math.prod(step[:dim]), step[dim])
+    step_shape = tuple(x.shape) if single_step else tuple(x.shape[1:])
+    shape: tuple[int, ...] = (1 if single_step else x.shape[0], math.prod(step_shape[:dim]), step_shape[dim])
     if dim != -1:
-        shape = (*shape, math.prod(step[dim + 1 :]))
-    return _associative_lif(x, state, _Layout(shape, step), options, backend, *parameters, logits=logits)
+        shape = (*shape, math.prod(step_shape[dim + 1 :]))
+    return _associative_lif(x, state, _Layout(shape, step_shape), options, backend, *parameters, logits=logits)
 
 
 def _associative_lif(
@@ -221,31 +226,31 @@ def _associative_lif(
     n_clusters = None if cascade_gain is None else cascade_gain.shape[0]
     dtype = compute_dtype(x)
     with without_autocast(x):
-        mem = None if beta_mem is None else _beta_tensor(beta_mem, x, "beta_mem", threshold, closed=True)
-        syn = _beta_tensor(beta_syn, x, "beta_syn", threshold)
-        if mem is not None and syn is not None and mem.shape != syn.shape:
-            mem, syn = mem.expand(threshold.shape), syn.expand(threshold.shape)
-        n_decays = max(1 if mem is None else mem.shape[0], 1 if syn is None else syn.shape[0])
-        call = _call(x, layout.shape[2], options.surrogate, n_clusters, options.dynamics, n_decays)
-        name = _choose(backend, call)
+        mem_decay = None if beta_mem is None else _beta_tensor(beta_mem, x, "beta_mem", threshold, closed=True)
+        syn_decay = _beta_tensor(beta_syn, x, "beta_syn", threshold)
+        if mem_decay is not None and syn_decay is not None and mem_decay.shape != syn_decay.shape:
+            mem_decay, syn_decay = mem_decay.expand(threshold.shape), syn_decay.expand(threshold.shape)
+        n_decays = max([1, *(decay.shape[0] for decay in (mem_decay, syn_decay) if decay is not None)])
+        signature = _signature(x, layout.shape[2], options.surrogate, n_clusters, options.dynamics, n_decays)
+        name = _choose(backend, signature)
         if state is None:
             if options.dynamics.v_rest != 0:
-                state = _resting_state(x, layout.step, dtype, options.dynamics.v_rest)
+                state = _resting_state(x, layout.step_shape, dtype, options.dynamics.v_rest)
         else:
             state = _cast_state(dtype, state)
         tensors = _Call(
             x,
             state,
             threshold.to(dtype),
-            mem,
-            syn,
+            mem_decay,
+            syn_decay,
             None if cascade_weight is None else cascade_weight.to(dtype),
             None if cascade_gain is None else cascade_gain.to(dtype),
         )
         if name == "numba" and (n_clusters is None or len(layout.shape) == 3):
             return _run_call(tensors, layout, options, name, logits)
         if logits:
-            tensors = tensors._replace(beta_mem=_sigmoid(mem), beta_syn=_sigmoid(syn))
+            tensors = tensors._replace(beta_mem=_sigmoid(mem_decay), beta_syn=_sigmoid(syn_decay))
         return _run_reshaped(tensors, layout, options, name)
 
 
@@ -254,7 +259,7 @@ def _sigmoid(logit: Tensor | None) -> Tensor | None:
 
 
 class _Call(NamedTuple):
-    """The tensors of a call; a decay is None where it is 0 or unused."""
+    """The tensors of a call; a decay is None if it is 0 or unused, or a logit until its sigmoid is computed."""
 
     x: Tensor
     state: AssociativeLIFState | None
@@ -279,7 +284,7 @@ def _run_call(
         call.x, *(call.state or _REST), *call[2:],
         v_reset=options.v_reset, refractory_steps=options.refractory_steps, surrogate=options.surrogate,
         alpha=options.alpha, **options.dynamics._asdict(), keep_v=options.keep_v, membrane_only=options.membrane_only,
-        backend=backend, logits=logits, shape=layout.shape, step=layout.step,
+        backend=backend, logits=logits, shape=layout.shape, step=layout.step_shape,
     )  # fmt: skip
     if options.membrane_only:
         i_syn, refractory = None, None
@@ -289,8 +294,11 @@ def _run_call(
 def _run_reshaped(
     call: _Call, layout: _Layout, options: Options, backend: str
 ) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
-    """Run a backend that takes ``[T, N, D]``, or in plain PyTorch without a cascade ``[T, N, D, M]``."""
-    shape, step = layout
+    """Reshape the input, run a backend, and reshape the outputs.
+
+    All backends take ``[T, N, D]``; plain PyTorch without a cascade also takes ``[T, N, D, M]``.
+    """
+    shape, step_shape = layout
     original = call.x.shape
     state = None if call.state is None else map_state(lambda part: part.reshape(shape[1:]), call.state)
     call = call._replace(x=call.x.reshape(shape), state=state)
@@ -299,20 +307,20 @@ def _run_reshaped(
     else:
         spikes, v_seq, last = _run_call(call, _Layout(shape, shape[1:]), options, backend)
     v_seq = None if v_seq is None else v_seq.reshape(original)
-    return spikes.reshape(original), v_seq, map_state(lambda part: part.reshape(step), last)
+    return spikes.reshape(original), v_seq, map_state(lambda part: part.reshape(step_shape), last)
 
 
 def _filled(call: _Call) -> _Call:
     """Return the call with zeros in place of decays and parts of the state that are None."""
     zero = call.threshold.new_zeros(1)
     size = max([1, *(beta.shape[0] for beta in (call.beta_mem, call.beta_syn) if beta is not None)])
-    mem, syn = (zero.expand(size) if beta is None else beta for beta in (call.beta_mem, call.beta_syn))
+    beta_mem, beta_syn = (zero.expand(size) if beta is None else beta for beta in (call.beta_mem, call.beta_syn))
     state = call.state
     if state is not None and state.i_syn is None:
         state = AssociativeLIFState(
             state.v, torch.zeros_like(state.v), torch.zeros_like(state.v, dtype=torch.int32, requires_grad=False)
         )
-    return call._replace(state=state, beta_mem=mem, beta_syn=syn)
+    return call._replace(state=state, beta_mem=beta_mem, beta_syn=beta_syn)
 
 
 def _run_reference(call: _Call, options: Options) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
@@ -320,7 +328,7 @@ def _run_reference(call: _Call, options: Options) -> tuple[Tensor, Tensor | None
     assert beta_mem is not None
     assert beta_syn is not None
     dtype, D = compute_dtype(x_seq), len(threshold)
-    if x_seq.ndim == 4:  # one column per channel
+    if x_seq.ndim == 4:  # [D, 1] broadcasts to [N, D, M]
         threshold, beta_mem, beta_syn = (x[:, None] if len(x) == D else x for x in (threshold, beta_mem, beta_syn))
     spikes, v_seq, last = reference(
         x_seq.to(dtype),
@@ -346,16 +354,17 @@ def _run_features_last(
     """Run ``[T, N, D, M]`` as ``[T, N * M, D]``, which copies inputs and outputs."""
     T, N, D, M = call.x.shape
 
-    def last(x: Tensor) -> Tensor:
+    def features_last(x: Tensor) -> Tensor:
         return x.movedim(-2, -1).reshape(*x.shape[:-3], N * M, D)
 
-    def first(x: Tensor) -> Tensor:
+    def features_first(x: Tensor) -> Tensor:
         return x.reshape(*x.shape[:-2], N, M, D).movedim(-1, -2).contiguous()
 
-    state = None if call.state is None else map_state(last, call.state)
+    state = None if call.state is None else map_state(features_last, call.state)
     layout = _Layout((T, N * M, D), (N * M, D))
-    spikes, v_seq, final = _run_call(call._replace(x=last(call.x), state=state), layout, options, backend)
-    return first(spikes), None if v_seq is None else first(v_seq), map_state(first, final)
+    call = call._replace(x=features_last(call.x), state=state)
+    spikes, v_seq, last = _run_call(call, layout, options, backend)
+    return features_first(spikes), None if v_seq is None else features_first(v_seq), map_state(features_first, last)
 
 
 def _check(
@@ -400,7 +409,7 @@ def _check_options(options: Options, beta_mem: float | Tensor | None, without_cu
     """Raise unless constants, decays and cascade fit each other."""
     if without_current and has_cascade:
         raise ValueError(
-            "a cascade adds to the synaptic current, which beta_syn=0 forgets: pass no cascade, or beta_syn > 0"
+            "a cascade adds to the synaptic current, which beta_syn=0 discards: pass no cascade, or beta_syn > 0"
         )
     if options.membrane_only and not (without_current and options.refractory_steps == 0 and not has_cascade):
         raise ValueError(
@@ -417,7 +426,7 @@ def _check_dynamics(dynamics: Dynamics, beta_mem: float | Tensor | None) -> None
         if not dynamics.tau >= 1:
             raise ValueError(f"the charge {dynamics.charge!r} needs tau >= 1 time steps, got {dynamics.tau}")
         if beta_mem is not None:
-            raise ValueError(f"the charge {dynamics.charge!r} has tau instead of beta_mem: leave beta_mem out")
+            raise ValueError(f"the charge {dynamics.charge!r} has tau instead of beta_mem: do not pass beta_mem")
         return
     if beta_mem is None:
         raise ValueError(f"the charge {dynamics.charge!r} needs beta_mem")
@@ -432,8 +441,10 @@ def _cast_state(dtype: torch.dtype, state: AssociativeLIFState) -> AssociativeLI
     return AssociativeLIFState(v.to(dtype), i_syn.to(dtype), refractory.to(torch.int32))
 
 
-def _resting_state(x_seq: Tensor, step: Sequence[int], dtype: torch.dtype, v_rest: float = 0.0) -> AssociativeLIFState:
-    rest = x_seq.new_zeros(step, dtype=dtype)
+def _resting_state(
+    x_seq: Tensor, step_shape: Sequence[int], dtype: torch.dtype, v_rest: float = 0.0
+) -> AssociativeLIFState:
+    rest = x_seq.new_zeros(step_shape, dtype=dtype)
     v = rest if v_rest == 0 else torch.full_like(rest, v_rest)
     return AssociativeLIFState(v, rest, torch.zeros_like(rest, dtype=torch.int32))
 
@@ -486,7 +497,7 @@ def _forward(
     shape: Sequence[int],
     step: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run the forward pass; outputs that are not wanted may be None."""
+    """Run the forward pass; outputs that are not needed may be None."""
     if logits:
         beta_mem, beta_syn = _sigmoid(beta_mem), _sigmoid(beta_syn)
     arguments = Arguments(
@@ -507,7 +518,7 @@ def _coupling(weight: Tensor | None, gain: Tensor | None, n_features: int) -> Te
 def _cascade_gradients(
     grad: Tensor, weight: Tensor | None, gain: Tensor | None, n_features: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of weight and gain from that of the coupling; None without a cascade."""
+    """Return the gradients of weight and gain from ``grad``, that of the coupling; None without a cascade."""
     if weight is None or gain is None:
         return None, None
     grad = grad / (n_features // gain.shape[0])
@@ -528,10 +539,10 @@ def _forward_fake(
     x: Tensor, *tensors: Tensor | None, keep_v: bool, membrane_only: bool, step: Sequence[int], **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(x)
-    others = (0,) if membrane_only else step
-    v_last, i_last = x.new_empty(step, dtype=dtype), x.new_empty(others, dtype=dtype)
+    shape_of_rest = (0,) if membrane_only else step
+    v_last, i_last = x.new_empty(step, dtype=dtype), x.new_empty(shape_of_rest, dtype=dtype)
     v_seq = x.new_empty(x.shape if keep_v else (0, *step))
-    return x.new_empty(x.shape), v_seq, v_last, i_last, x.new_empty(others, dtype=torch.int32)
+    return x.new_empty(x.shape), v_seq, v_last, i_last, x.new_empty(shape_of_rest, dtype=torch.int32)
 
 
 def _backward(
@@ -564,16 +575,17 @@ def _backward(
     shape: Sequence[int],
     step: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run the backward pass; gradients that are not wanted may be None.
+    """Run the backward pass; gradients that are not needed may be None, those of all parameters unless ``parameters``.
 
     ``other_grads`` are the gradients of v_seq and of the last v and i_syn. The gradients of weight and gain are computed from
     that of the coupling.
     """
     grads = OutputGradients(grad_spikes, *other_grads)
-    mem, syn = (_sigmoid(beta_mem), _sigmoid(beta_syn)) if logits else (beta_mem, beta_syn)
+    if logits:
+        beta_mem, beta_syn = _sigmoid(beta_mem), _sigmoid(beta_syn)
     arguments = Arguments(
-        x, v, i_syn, refractory, threshold, mem, syn, _coupling(weight, gain, threshold.shape[0]), v_reset, refractory_steps,
-        Dynamics(charge, tau, v_rest, hard_reset, reset_scale, detach_reset), tuple(shape), tuple(step),
+        x, v, i_syn, refractory, threshold, beta_mem, beta_syn, _coupling(weight, gain, threshold.shape[0]), v_reset,
+        refractory_steps, Dynamics(charge, tau, v_rest, hard_reset, reset_scale, detach_reset), tuple(shape), tuple(step),
     )  # fmt: skip
     kernel = IMPLEMENTATIONS[backend].kernel()
     if backend == "numba":
@@ -648,13 +660,16 @@ def _check_registered(
     **options: Any,
 ) -> None:
     """Raise a ValueError unless the arguments of the registered op fit each other."""
-    wanted = (v is not None, v is not None and not membrane_only, v is not None and not membrane_only)
-    if wanted != tuple(part is not None for part in (v, i_syn, refractory)):
+    expected = (v is not None, v is not None and not membrane_only, v is not None and not membrane_only)
+    if expected != tuple(part is not None for part in (v, i_syn, refractory)):
         raise ValueError(
             "v, i_syn and refractory must all be given or all None; with membrane_only the last two are None"
         )
     if len(shape) not in (3, 4) or math.prod(shape) != x.numel() or math.prod(shape[1:]) != math.prod(step):
-        raise ValueError(f"shape must be [T, N, D] or [T, N, D, M] of x {list(x.shape)}, and step that of a time step")
+        raise ValueError(
+            f"shape must be [T, N, D] or [T, N, D, M] with the elements of x {list(x.shape)}, and step a shape with those of a "
+            f"time step, got {list(shape)} and {list(step)}"
+        )
     D = shape[2]
     decays = [beta for beta in (beta_mem, beta_syn) if beta is not None]
     fits = threshold.shape == (D,) and all(beta.shape in ((1,), (D,)) for beta in decays)

@@ -10,33 +10,34 @@ from nord_snn.ops.cascade import associative_cascade
 
 __all__ = ["CHARGES", "PUBLISHED", "AssociativeLIFState", "Dynamics", "map_state", "reference"]
 
-#: Names of the ways in which the membrane takes the current, see :class:`Dynamics`.
+#: Names of the equations of the membrane potential before firing, see :class:`Dynamics`.
 CHARGES = ("average", "sum", "relax", "leak")
 
 
 class Dynamics(NamedTuple):
-    """How the membrane takes the current, and how a spike resets it.
+    """The equations of the membrane potential: charge by the synaptic current, and reset by a spike.
 
-    With ``i`` the synaptic current::
+    With ``i`` the synaptic current, ``v`` the membrane potential, ``u`` the same before firing, ``s`` the spike and
+    ``reset_by = reset_scale * threshold``::
 
-        average    u = beta_mem * v + (1 - beta_mem) * (i + v_rest)        the published neuron
+        average    u = beta_mem * v + (1 - beta_mem) * (i + v_rest)        the published Nord model
         sum        u = beta_mem * v + (1 - beta_mem) * v_rest + i          snnTorch's neurons
         relax      u = v + (i - (v - v_rest)) / tau                        SpikingJelly's LIFNode
-        leak       u = v - (v - v_rest) / tau + i                          SpikingJelly's with decay_input=False
+        leak       u = v - (v - v_rest) / tau + i                          SpikingJelly's LIFNode(decay_input=False)
 
         soft reset v = u - s * reset_by
         hard reset v = v_rest where s, u elsewhere
 
-    "average" and "relax" are the same function at ``tau = 1 / (1 - beta_mem)``, as are "sum" and "leak"; their last bits
-    differ. ``tau`` is a constant, ``beta_mem`` learnable.
+    "average" and "relax" are equal up to rounding at ``tau = 1 / (1 - beta_mem)``, as are "sum" and "leak". ``tau`` is a
+    constant, ``beta_mem`` is learnable.
 
     Attributes:
         charge: one of :data:`CHARGES`.
         tau: membrane time constant in time steps, for "relax" and "leak".
-        v_rest: membrane at rest.
-        hard_reset: whether a spike sets the membrane to ``v_rest``, instead of subtracting the threshold.
-        reset_scale: ``reset_by`` is this number times the threshold.
-        detach_reset: whether the reset has no gradient by the spike.
+        v_rest: resting potential.
+        hard_reset: whether a spike sets the membrane potential to ``v_rest``, instead of subtracting the threshold.
+        reset_scale: factor of the threshold in a soft reset.
+        detach_reset: whether the spike is detached in the reset, so that no gradient flows through the reset.
     """
 
     charge: str = "average"
@@ -47,7 +48,7 @@ class Dynamics(NamedTuple):
     detach_reset: bool = False
 
 
-#: The dynamics of the published neuron.
+#: The dynamics of the neuron of the published Nord model.
 PUBLISHED = Dynamics()
 
 
@@ -85,11 +86,12 @@ def reference(
 ) -> tuple[Tensor, Tensor, AssociativeLIFState]:
     """Run ``x_seq [T, N, D]`` from ``state``; return spikes and membrane potentials ``[T, N, D]`` and the last state.
 
-    All tensors have the same dtype. The equations are in the docstring of :func:`nord_snn.ops.associative_lif`. Without a
-    cascade, ``x_seq`` may be ``[T, N, D, M]`` if the parameters are ``[D, 1]``.
+    All floating tensors have the same dtype. ``fire`` returns the spikes for ``u - threshold``; the equations and the other
+    arguments are those of :func:`nord_snn.ops.associative_lif`. Without a cascade, ``x_seq`` may be ``[T, N, D, M]`` if the
+    parameters are ``[D, 1]``.
     """
     v, i_syn, refractory = state
-    spikes, membranes = [], []
+    spikes, v_seq = [], []
     for x in x_seq.unbind(0):
         i_syn = beta_syn * i_syn + x
         u = torch.where(refractory > 0, v_reset, _charge(v, i_syn, beta_mem, dynamics))
@@ -99,8 +101,8 @@ def reference(
         v = _reset(u, s, threshold.detach(), dynamics)
         refractory = torch.where(s > 0, refractory_steps, (refractory - 1).clamp(min=0))
         spikes.append(s)
-        membranes.append(v)
-    return torch.stack(spikes), torch.stack(membranes), AssociativeLIFState(v, i_syn, refractory)
+        v_seq.append(v)
+    return torch.stack(spikes), torch.stack(v_seq), AssociativeLIFState(v, i_syn, refractory)
 
 
 def _charge(v: Tensor, i_syn: Tensor, beta_mem: float | Tensor, dynamics: Dynamics) -> Tensor:

@@ -15,20 +15,20 @@ class Arguments(NamedTuple):
     """The arguments of one call, as :func:`nord_snn.ops.associative_lif` describes them.
 
     Attributes:
-        x: input ``[T, N, D]``; numba takes it in any shape.
+        x: input current ``[T, N, D]``; the Numba kernels take any shape.
         v: initial membrane potential, None at rest.
         i_syn: initial synaptic current, None at rest or if the neuron has none.
         refractory: initial refractory counter, None at rest or if the neuron has none.
         threshold: ``[D]``.
-        beta_mem: membrane decay, ``[1]`` or ``[D]``; numba takes None instead of 0.
-        beta_syn: synaptic decay, in the shape of ``beta_mem``; numba takes None instead of 0.
+        beta_mem: membrane decay, ``[1]`` or ``[D]``; for the Numba kernels None if it is 0 or unused.
+        beta_syn: synaptic decay, in the shape of ``beta_mem``; for the Numba kernels None if it is 0.
         coupling: matrix ``gain[c] * weight[c, k] / (D / C)`` of the cascade, ``[C, C]``; None for no cascade.
         v_reset: membrane potential while refractory.
         refractory_steps: refractory period, in time steps.
-        dynamics: equations of membrane and reset.
-        shape: shape ``[T, N, D]``, or ``[T, N, D, M]`` for D channels of M pixels, that numba reads ``x`` as. The other
-            kernels ignore it, and ``step``.
-        step: shape of the state.
+        dynamics: equations of the membrane potential.
+        shape: shape in which the Numba kernels read ``x``: ``[T, N, D]``, or ``[T, N, D, M]`` for D channels of M pixels. Other
+            kernels ignore it.
+        step: shape of the state, for the Numba kernels; other kernels ignore it.
     """
 
     x: Tensor
@@ -47,7 +47,7 @@ class Arguments(NamedTuple):
 
 
 class OutputGradients(NamedTuple):
-    """The gradients of the outputs of one call; None counts as zero."""
+    """The gradients of the outputs of one call, None for zero: of spikes, ``v_seq``, and the last ``v`` and ``i_syn``."""
 
     spikes: Tensor
     v_seq: Tensor | None
@@ -56,7 +56,7 @@ class OutputGradients(NamedTuple):
 
 
 def supports_surrogate(call: CallSignature, ids: Mapping[str, int]) -> Support:
-    """Return whether a kernel with the surrogates ``ids`` supports the requested one."""
+    """Return whether a kernel supports the surrogate of a call; ``ids`` has the names of those that it supports."""
     surrogate = dict(call.options).get("surrogate")
     if surrogate in ids:
         return Support(True, "runs")
@@ -64,10 +64,10 @@ def supports_surrogate(call: CallSignature, ids: Mapping[str, int]) -> Support:
 
 
 def has_published_dynamics(call: CallSignature) -> Support:
-    """Return whether a kernel that has only the dynamics of the published neuron supports the call."""
+    """Return whether a kernel that has only the dynamics :data:`PUBLISHED` supports the call."""
     options = dict(call.options)
     if not options.get("published_dynamics", True):
         return Support(False, "it supports the dynamics of the published neuron only, got others")
     if options.get("n_decays", 1) > 1:
-        return Support(False, "it supports one decay shared by all neurons, got one for each")
+        return Support(False, "it supports one decay shared by all neurons, got one decay per neuron")
     return Support(True, "runs")

@@ -1,9 +1,9 @@
-"""STDP in chunks of time steps: the results of ``reference.py`` by matrix products and convolutions.
+"""STDP in chunks of time steps: the results of ``reference.py``, computed by matrix products and convolutions.
 
 Within a chunk the recursion ``p[t] = p[t-1] * decay + x[t]`` is a product with the lower triangular matrix
-``decay^(t-s)``, whose entries are at most 1. The last trace of a chunk is the initial trace of the next. Rows are
-independent, so a chunk has only some of them: a call needs memory for the traces of one chunk besides inputs and
-outputs.
+``decay^(t-s)``, whose entries are at most 1. The last trace of a chunk is the initial trace of the next chunk. Rows are
+independent, so a chunk also has only some rows: besides inputs and outputs, a call needs memory for the traces of one
+chunk.
 """
 
 import torch
@@ -14,11 +14,11 @@ from nord_snn.ops.plasticity.reference import Correlate, Pairing, Traces
 
 __all__ = ["chunked"]
 
-#: Time steps per chunk; the triangular product takes as many multiplications per time step and neuron.
+#: Time steps per chunk. The triangular product takes this number of multiplications per time step and neuron.
 CHUNK = 64
-#: Time steps times rows per chunk: they fit into the cache, and a single float32 sum over them is accurate.
+#: Time steps times rows per chunk: inputs fit into the cache, and a float32 sum over this many summands is accurate.
 SUMMANDS = 1024
-#: Upper limit on the input elements per chunk, for convolutions, where a row is an image.
+#: Upper limit on the input elements per chunk, for convolutions, in which a row is an image.
 NUMBERS = 1 << 22
 
 
@@ -31,7 +31,7 @@ def chunked(
     row_factor: Tensor | None = None,
     step_factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Traces]:
-    """Return potentiation, depression and the last traces; same arguments and results as ``reference``."""
+    """Return potentiation, depression and the last traces; arguments and results are those of ``reference``."""
     dtype = compute_dtype(pre)
     T, N = pre.shape[:2]
     steps = min(CHUNK, T)
@@ -49,21 +49,19 @@ def chunked(
         rows = slice(row, row + n_rows)
         factor = row_factor[rows] if row_factor is not None and len(row_factor) == N else row_factor
         for start in range(0, T, steps):
-            x, y = (spikes[start : start + steps, rows].to(dtype).contiguous() for spikes in (pre, post))
-            p, q = _traces(x, last.pre[rows], plus), _traces(y, last.post[rows], minus)
+            inputs, outputs = (x[start : start + steps, rows].to(dtype).contiguous() for x in (pre, post))
+            p, q = _traces(inputs, last.pre[rows], plus), _traces(outputs, last.post[rows], minus)
             last.pre[rows], last.post[rows] = p[-1], q[-1]
-            post_term, pre_term = pairing.a_plus * y, pairing.a_minus * x
+            post_term, pre_term = pairing.a_plus * outputs, pairing.a_minus * inputs
             if last.slow_pre is not None and last.slow_post is not None:
-                post_term = post_term + pairing.a3_plus * y * _pre_spike_traces(
-                    y, last.slow_post[rows], slow_y, pairing.decay_y
-                )
-                pre_term = pre_term + pairing.a3_minus * x * _pre_spike_traces(
-                    x, last.slow_pre[rows], slow_x, pairing.decay_x
-                )
+                slow_post = _pre_spike_traces(outputs, last.slow_post[rows], slow_y, pairing.decay_y)
+                slow_pre = _pre_spike_traces(inputs, last.slow_pre[rows], slow_x, pairing.decay_x)
+                post_term = post_term + pairing.a3_plus * outputs * slow_post
+                pre_term = pre_term + pairing.a3_minus * inputs * slow_pre
             if factor is not None:
                 post_term, q = post_term * factor, q * factor
             if step_factor is not None:
-                chunk_factor = step_factor[start : start + steps].to(dtype).view(-1, *[1] * (y.ndim - 1))
+                chunk_factor = step_factor[start : start + steps].to(dtype).view(-1, *[1] * (outputs.ndim - 1))
                 post_term, q = post_term * chunk_factor, q * chunk_factor
             potentiation = potentiation + correlate(post_term.flatten(0, 1), p.flatten(0, 1))
             depression = depression + correlate(q.flatten(0, 1), pre_term.flatten(0, 1))
@@ -72,7 +70,7 @@ def chunked(
 
 def _powers(decays: set[float], steps: int, dtype: torch.dtype, device: torch.device) -> dict[float, Tensor]:
     """Return, for each decay, ``decay^(t - s)`` for t in 0..steps-1 and s in -1..t, else 0: ``[steps, steps + 1]``."""
-    if steps == 1:  # shortcut for learners that update every time step: overhead dominates there
+    if steps == 1:  # a shortcut for updates at every time step, in which overhead takes most of the time
         return {decay: torch.tensor([[decay, 1.0]], dtype=dtype, device=device) for decay in decays}
     step = torch.arange(steps + 1, dtype=torch.float64, device=device)
     lag = (step[1:, None] - step).clamp_(min=0)
@@ -80,14 +78,14 @@ def _powers(decays: set[float], steps: int, dtype: torch.dtype, device: torch.de
 
 
 def _traces(x: Tensor, initial: Tensor, powers: Tensor) -> Tensor:
-    """Return the traces ``[t, N, *]`` of a chunk of inputs ``[t, N, *]``; ``initial`` is the trace before it."""
+    """Return the traces of a chunk of spikes ``x [t, N, *]``, in its shape; ``initial`` is the trace before the chunk."""
     steps = len(x)
     from_initial = powers[:steps, :1] * initial.flatten()
     return torch.addmm(from_initial, powers[:steps, 1 : steps + 1], x.flatten(1)).view(x.shape)
 
 
 def _pre_spike_traces(x: Tensor, last: Tensor, powers: Tensor, decay: float) -> Tensor:
-    """Return the traces just before each time step's spike is added; update ``last`` in place."""
+    """Return the traces before the spike of each time step is added; write the last trace to ``last``."""
     traces = _traces(x, last, powers)
     pre_spike = torch.cat((last[None], traces[:-1])) * decay
     last.copy_(traces[-1])

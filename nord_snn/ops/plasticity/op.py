@@ -1,4 +1,4 @@
-"""The public ops: argument checks and precision. They run without autograd, because learning rules need no gradient."""
+"""The public ops of STDP: argument checks and precision. They run without autograd: learning rules need no gradient."""
 
 import math
 
@@ -42,7 +42,7 @@ def stdp(
 ) -> tuple[Tensor, STDPState]:
     """Return the STDP weight change from all pairs of spikes, with exponential traces.
 
-    Per time step, with traces that are updated before use and zero at rest::
+    Per time step, with traces p and q that are updated before use and zero at rest::
 
         p[t] = p[t-1] * exp(-1 / tau_plus)  + pre[t]
         q[t] = q[t-1] * exp(-1 / tau_minus) + post[t]
@@ -71,8 +71,8 @@ def stdp(
     Raises:
         ValueError: shapes disagree, or a constant is out of its range.
 
-    Source: Bi and Poo 1998; online traces after Morrison, Diesmann and Gerstner 2008; ``mu`` after Guetig, Aharonov,
-    Rotter and Sompolinsky 2003. SpikingJelly decays by ``1 - 1 / tau``: the two agree for
+    Source: Bi and Poo 1998; traces as in Morrison, Diesmann and Gerstner 2008; ``mu`` as in Guetig, Aharonov, Rotter and
+    Sompolinsky 2003. SpikingJelly's traces decay by ``1 - 1 / tau_sj``, which is equal for
     ``tau_sj = 1 / (1 - exp(-1 / tau))``.
 
     Example:
@@ -84,8 +84,8 @@ def stdp(
     decays = _decays(tau_plus=tau_plus, tau_minus=tau_minus)
     pairing = Pairing(decays["tau_plus"], decays["tau_minus"], a_plus, a_minus)
     initial = None if state is None else Traces(*state)
-    delta, last = _weight_change(pre, post, initial, pairing, geometry, weight, bounds, mu, slow=False)
-    return delta, STDPState(last.pre, last.post)
+    change, last = _weight_change(pre, post, initial, pairing, geometry, weight, bounds, mu, slow=False)
+    return change, STDPState(last.pre, last.post)
 
 
 @torch.no_grad()
@@ -109,7 +109,8 @@ def triplet_stdp(
 ) -> tuple[Tensor, TripletState]:
     """Return the STDP weight change from all pairs and triplets of spikes.
 
-    Per time step, with p and q as in :func:`stdp`, and slow traces that are used before the step's spike is added::
+    Per time step, with p, q, f_plus and f_minus as in :func:`stdp`, and slow traces x and y that are used before the spike of
+    the time step is added::
 
         x'   = x[t-1] * exp(-1 / tau_x),  y' = y[t-1] * exp(-1 / tau_y)
         dW  += f_plus(W)  * outer(post[t] * (a2_plus + a3_plus * y'), p[t])
@@ -117,7 +118,7 @@ def triplet_stdp(
         x[t] = x' + pre[t],  y[t] = y' + post[t]
 
     A pair thus changes the weight more if the neuron that fires second has fired often before. With
-    ``a3_plus = a3_minus = 0`` the rule is pair-based STDP. The defaults are the paper's fit to visual cortex
+    ``a3_plus = a3_minus = 0`` the rule is pair-based STDP. The defaults are Pfister and Gerstner's fit to visual cortex
     (all-to-all interaction), with time steps of 1 ms.
 
     Args:
@@ -156,8 +157,8 @@ def triplet_stdp(
     pairing = Pairing(decays["tau_plus"], decays["tau_minus"], a2_plus, a2_minus, decays["tau_x"], decays["tau_y"],
                       a3_plus, a3_minus)  # fmt: skip
     initial = None if state is None else Traces(*state)
-    delta, last = _weight_change(pre, post, initial, pairing, geometry, weight, bounds, mu, slow=True)
-    return delta, TripletState(*last)  # type: ignore[arg-type]  # with slow traces none of the four is None
+    change, last = _weight_change(pre, post, initial, pairing, geometry, weight, bounds, mu, slow=True)
+    return change, TripletState(*last)  # type: ignore[arg-type]  # with slow traces none of the four is None
 
 
 @torch.no_grad()
@@ -191,23 +192,23 @@ def reward_modulated_stdp(
     Args:
         pre: presynaptic spikes ``[T, N, n_in]``; for a convolution ``[T, N, C_in, *]``.
         post: postsynaptic spikes ``[T, N, n_out]``; for a convolution ``[T, N, C_out, *]``.
-        reward: a number, or a tensor without dimensions. Without ``tau_eligibility`` also one reward per row, ``[N]``,
-            or per row and neuron (channel), ``[N, n_out]``: the third factor of three-factor rules. The weight changes
-            of single rows are never stored.
+        reward: a number, or a tensor without dimensions. Without ``tau_eligibility`` it may also be one reward per row,
+            ``[N]``, or per row and output neuron or channel, ``[N, n_out]``: the third factor of three-factor rules. The
+            weight changes of single rows are never stored.
         state: initial traces and eligibility, or None for rest.
         tau_plus: time constant of the presynaptic trace, in time steps.
         tau_minus: time constant of the postsynaptic trace, in time steps.
         a_plus: potentiation per pair.
         a_minus: depression per pair.
-        tau_eligibility: time constant of the eligibility trace, in time steps; None for no trace: the reward applies to
-            the spikes of this call only.
+        tau_eligibility: time constant of the eligibility trace, in time steps. None for no trace: the reward applies only to
+            the spikes of this call.
         weight: the weight W; required if ``mu`` is above 0.
         bounds: ``(lower, upper)`` of the weight dependence.
         mu: exponent of the weight dependence.
         geometry: geometry of a convolution; None for a dense layer.
 
     Returns:
-        ``(dW, in the shape of the weight, last traces and eligibility)``.
+        ``(dW, in the shape of the weight and summed over the N rows, last traces and eligibility)``.
 
     Raises:
         ValueError: shapes disagree, or a constant is out of its range.
@@ -226,10 +227,10 @@ def reward_modulated_stdp(
     initial = None if state is None else Traces(state.pre, state.post)
     row_rewards = reward if isinstance(reward, Tensor) and reward.ndim else None
     if tau_eligibility is None:
-        delta, last = _weight_change(
+        change, last = _weight_change(
             pre, post, initial, pairing, geometry, weight, bounds, mu, slow=False, reward=row_rewards
         )
-        return delta if row_rewards is not None else reward * delta, RewardSTDPState(last.pre, last.post, None)
+        return change if row_rewards is not None else reward * change, RewardSTDPState(last.pre, last.post, None)
     decay = _decays(tau_eligibility=tau_eligibility)["tau_eligibility"]
     if row_rewards is not None:
         raise ValueError(
@@ -262,10 +263,10 @@ def _weight_change(
     reward: Tensor | None = None,
     remaining: Tensor | None = None,
 ) -> tuple[Tensor, Traces]:
-    """Check the arguments, compute in float32 or float64, apply the weight dependence.
+    """Check the arguments, compute the weight change in float32 or float64, apply the weight dependence.
 
-    ``reward`` is ``[N]`` or ``[N, n_out]``; ``remaining [T]`` is the fraction of each time step's change that remains
-    at the end.
+    ``slow`` creates slow traces at rest; ``reward`` is ``[N]`` or ``[N, n_out]``; ``remaining [T]`` is the fraction of each
+    time step's change that remains in the eligibility after the last time step.
     """
     _check_spikes(pre, post, geometry)
     check_dependence(bounds, mu)
@@ -321,7 +322,7 @@ def _check_traces(traces: Traces, pre: Tensor, post: Tensor) -> None:
 
 
 def _row_factor(reward: Tensor, post: Tensor) -> Tensor:
-    """Return the reward in a shape that broadcasts to one time step of ``post``."""
+    """Return ``reward``, ``[N]`` or ``[N, n_out]``, in a shape that broadcasts to one time step of ``post``."""
     if reward.shape not in (post.shape[1:2], post.shape[1:3]):
         raise ValueError(
             f"the reward must be one number or have shape [{post.shape[1]}] (rows) or {list(post.shape[1:3])} (rows and "

@@ -1,4 +1,4 @@
-"""STDP in plain PyTorch, step by step, and the reward of a loss. ``chunked_torch.py`` is tested against it."""
+"""STDP in plain PyTorch, one time step at a time, and the reward of a loss. ``chunked_torch.py`` is tested against it."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,8 @@ __all__ = [
     "weight_dependence",
 ]
 
-#: ``(post [M, *out], pre [M, *in])`` -> products in the shape of the weight, summed over M and convolution positions.
+#: A function ``(post [M, *out], pre [M, *in])`` that returns products in the shape of the weight, summed over the M pairs and
+#: over the positions of a convolution.
 Correlate = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -39,10 +40,10 @@ class TripletState(NamedTuple):
     """The two traces of :class:`STDPState` and two slow traces for the triplet rule; rest is zero.
 
     Attributes:
-        pre: fast presynaptic trace (r1 in the paper), in the shape of one time step of the input.
+        pre: fast presynaptic trace (r1 in Pfister and Gerstner 2006), in the shape of one time step of the input.
         post: fast postsynaptic trace (o1), in the shape of one time step of the output.
-        slow_pre: slow presynaptic trace (r2).
-        slow_post: slow postsynaptic trace (o2).
+        slow_pre: slow presynaptic trace (r2), in the shape of ``pre``.
+        slow_post: slow postsynaptic trace (o2), in the shape of ``post``.
     """
 
     pre: Tensor
@@ -56,7 +57,7 @@ class RewardSTDPState(NamedTuple):
 
     Attributes:
         pre: presynaptic trace, as in :class:`STDPState`.
-        post: postsynaptic trace.
+        post: postsynaptic trace, as in :class:`STDPState`.
         eligibility: decaying sum of the STDP weight changes, in the shape of the weight; None without an eligibility
             trace.
     """
@@ -76,7 +77,7 @@ class Traces(NamedTuple):
 
 
 class Pairing(NamedTuple):
-    """Constants of a rule: decay of each trace per time step, and amplitudes of pairs and triplets."""
+    """Constants of a rule: factor of each trace per time step, and amplitudes of pairs and triplets."""
 
     decay_plus: float
     decay_minus: float
@@ -99,9 +100,9 @@ def reference(
 ) -> tuple[Tensor, Tensor, Traces]:
     """Return potentiation, depression and the last traces, for ``pre [T, N, *in]`` and ``post [T, N, *out]``.
 
-    Both changes have the shape of the weight and are positive for positive constants. The contribution of each row,
-    neuron and time step is multiplied by ``row_factor``, which broadcasts to one time step of ``post``, and
-    ``step_factor [T]``.
+    Potentiation and depression have the shape of the weight and are positive for positive constants; the weight change is
+    their difference. The contribution of each row, neuron and time step is multiplied by ``row_factor``, which broadcasts
+    to one time step of ``post``, and by ``step_factor [T]``. The other arguments have the types of this file.
     """
     p, q, x, y = traces
     potentiation = depression = torch.zeros((), device=pre.device)
@@ -109,7 +110,7 @@ def reference(
         p = p * pairing.decay_plus + pre_t
         q = q * pairing.decay_minus + post_t
         post_term, pre_term = pairing.a_plus * post_t, pairing.a_minus * pre_t
-        if x is not None and y is not None:  # slow traces are used before this step's spike is added
+        if x is not None and y is not None:  # slow traces are used before the spike of this time step is added
             x, y = x * pairing.decay_x, y * pairing.decay_y
             post_term, pre_term = post_term + pairing.a3_plus * y * post_t, pre_term + pairing.a3_minus * x * pre_t
             x, y = x + pre_t, y + post_t
@@ -120,7 +121,7 @@ def reference(
 
 
 def weight_dependence(weight: Tensor, lower: float, upper: float, mu: float) -> tuple[Tensor, Tensor]:
-    """Return ``((upper - w) / (upper - lower))^mu`` and ``((w - lower) / (upper - lower))^mu``, bases at least 0."""
+    """Return ``((upper - w) / (upper - lower))^mu`` and ``((w - lower) / (upper - lower))^mu``, with bases clamped at 0."""
     fraction = (weight - lower) / (upper - lower)
     return (1 - fraction).clamp(min=0) ** mu, fraction.clamp(min=0) ** mu
 
@@ -131,7 +132,7 @@ def reward_from_loss(loss: Any, baseline: float, scale: float = 1.0) -> Any:
     Args:
         loss: a number, or a tensor of losses, each with its own reward.
         baseline: expected loss.
-        scale: steepness. Default: 1.
+        scale: factor of the difference, per unit of loss. Default: 1.
 
     Example:
         >>> reward_from_loss(loss=10.0, baseline=10.0), round(reward_from_loss(loss=9.5, baseline=10.0), 4)

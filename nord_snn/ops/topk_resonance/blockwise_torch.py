@@ -1,8 +1,8 @@
-"""Temporal co-firing resonance in blocks of queries: the results of ``reference.py`` with memory linear in S.
+"""Temporal co-firing resonance in blocks of queries: the results of ``reference.py`` with memory linear in S positions.
 
-The forward pass saves two numbers per query: the lowest selected score, and the position of the oldest selected key
-with that score. The backward pass recomputes the scores block by block and finds the selected keys from these two. For
-short sequences, whose attention weights take no more memory than the queries, the weights are saved as well.
+The forward pass saves two numbers per query: the lowest selected score, and the lowest position of a selected key
+with that score. The backward pass recomputes the scores block by block and finds the selected keys from these numbers.
+For short sequences, whose attention weights take no more memory than the queries, the weights are saved as well.
 """
 
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ __all__ = ["backward", "forward", "saved_shapes"]
 
 #: Queries per block.
 BLOCK = 64
-#: Scores computed at a time, for all heads and as many sequences as fit (at least one), by device type. On the CPU they
-#: fit into the cache of a core; other devices need more scores at a time for full utilisation.
+#: Number of scores that are computed at a time, for all heads and as many sequences as fit (at least one). On the CPU that
+#: many fit into the cache of a core; other devices need more scores at a time for full utilisation.
 SCORES = {"cpu": 2**16}
 SCORES_ELSEWHERE = 2**24
 
@@ -26,8 +26,8 @@ SCORES_ELSEWHERE = 2**24
 def forward(arguments: Arguments, save_weights: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the context ``[B, S, V]``, and three tensors for ``backward``.
 
-    These are the oldest selected position at the lowest selected score and that score, each ``[B * H, S, 1]``, and the
-    weights, or an empty tensor.
+    These are, for each query, the lowest position of a selected key with the lowest selected score, and that score, each
+    ``[B * H, S, 1]``, and the weights ``[B * H, S, S]`` or an empty tensor.
     """
     q, k, v, temperature, recency, n_heads, top_k, causal = arguments
     B, S, _ = v.shape
@@ -54,9 +54,9 @@ def forward(arguments: Arguments, save_weights: bool) -> tuple[Tensor, Tensor, T
 def backward(
     grad: Tensor, arguments: Arguments, saved: tuple[Tensor, Tensor, Tensor], needs_spike_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k (empty unless ``needs_spike_grad``), v, temperature and recency (or empty).
+    """Return the gradients of q and k (empty unless ``needs_spike_grad``), v, temperature and recency (empty if None).
 
-    With w the weights of a query and g = grad . v their gradients, the gradient of the scores is
+    With w the weights of a query and ``g = grad . v`` the gradients of the weights, the gradient of the scores is
     ``w * (g - sum(w * g))``.
     """
     q, k, v, temperature, recency, n_heads, top_k, causal = arguments
@@ -86,8 +86,8 @@ def backward(
             if needs_spike_grad:
                 k_sum[:, keys].baddbmm_(grad_scores.mT, q_heads[:, queries])
             if recency is not None:
-                steps = distance[: weights.shape[1], offsets].flatten()
-                grad_recency -= (grad_scores.view(-1, n_heads, len(steps)) @ steps).sum(0)
+                distances = distance[: weights.shape[1], offsets].flatten()
+                grad_recency -= (grad_scores.view(-1, n_heads, len(distances)) @ distances).sum(0)
         # scores = temperature * counts and counts = q . k, so sum(grad * counts) = sum(q * (grad . k)).
         grad_temperature += torch.dot(q_heads.flatten(), q_sum.flatten())
         _merge_heads(v_sum, grad_v[None, batch], n_heads)
@@ -109,7 +109,7 @@ def saved_shapes(q: Tensor, n_heads: int, top_k: int, save_weights: bool) -> tup
 
 
 def _batches(v: Tensor, n_heads: int) -> Iterator[tuple[slice, slice]]:
-    """Yield slices of the sequences that are computed together, and of their heads among all ``B * H``."""
+    """Yield slices of the sequences that are computed together, and of the heads of these sequences among all ``B * H``."""
     B, S, _ = v.shape
     size = max(1, SCORES.get(v.device.type, SCORES_ELSEWHERE) // max(1, n_heads * min(BLOCK, S) * S))
     for start in range(0, B, size):
@@ -146,9 +146,10 @@ def _scores(q_heads: Tensor, k_heads: Tensor, temperature: Tensor, penalty: Tens
 
 
 def _select(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Return the lowest selected score of each query, and the position of the oldest selected key with that score.
+    """Return the lowest selected score of each query, and the lowest position of a selected key with that score.
 
-    The cumulative count of tied keys is sorted, so a binary search finds the oldest of the ``n_tied`` most recent ones.
+    ``n_tied`` keys with that score are selected, those at the highest positions. The cumulative count of keys with that score
+    is sorted, so a binary search finds the lowest of these positions.
     """
     worst = scores.topk(top_k, sorted=False).values.amin(-1, keepdim=True)
     n_tied = top_k - (scores > worst).sum(-1, keepdim=True, dtype=torch.int32)
@@ -157,13 +158,13 @@ def _select(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def _mask_unselected(scores: Tensor, worst: Tensor, oldest: Tensor) -> None:
-    """Set unselected scores to minus infinity: a key before ``oldest`` must exceed ``worst``, a later one reach it."""
+    """Set unselected scores to minus infinity: those below ``worst``, and those equal to it before position ``oldest``."""
     position = torch.arange(scores.shape[-1], device=scores.device, dtype=torch.int32)
     scores.masked_fill_(torch.where(position < oldest, scores <= worst, scores < worst), -torch.inf)
 
 
 def _split_heads(x: Tensor, n_heads: int, v: Tensor) -> Tensor:
-    """Reshape ``[T, B, S, D]`` to ``[B * H, S, T * D/H]`` in the dtype of the sums, in a single copy."""
+    """Return ``x [T, B, S, D]`` as ``[B * H, S, T * D/H]`` in the dtype of the sums for values ``v``, with a single copy."""
     heads = x.unflatten(-1, (n_heads, -1)).permute(1, 3, 2, 0, 4)
     copy = heads.to(compute_dtype(v), copy=True, memory_format=torch.contiguous_format)
     return copy.flatten(3).flatten(0, 1)

@@ -25,7 +25,7 @@ def resonance_cost(
     *options: Any,
     **more_options: Any,
 ) -> OpCost:
-    """Return the cost of one call; the arguments are those of the op, whose further options do not change the cost."""
+    """Return the cost of one call; the arguments are those of the op, whose other options do not change the cost."""
     dtype = compute_dtype(v)
     scores = resonance_scores(coincidences(q.to(dtype), k.to(dtype), n_heads), temperature, recency, causal)
     values = v.unflatten(-1, (n_heads, -1)).transpose(1, 2)
@@ -37,15 +37,15 @@ def selection_cost(
 ) -> OpCost:
     """Return the cost of a resonance with these scores.
 
-    Each score of a visible key is scaled, and lowered if there is recency; the softmax computes one weight for each
-    selected key. All of that is done once for all time steps.
+    Each score of a visible key is scaled, and with recency lowered; the softmax computes one weight for each selected key.
+    These are elementwise operations that run once for all time steps.
 
     Args:
         q: queries ``[T, B, S, D]``.
         binary_keys: whether the keys are spikes.
         values: ``[B, H, n_keys, V/H]``.
         scores: ``[B, H, S, n_keys]``, minus infinity for masked keys.
-        top_k: keys selected per query.
+        top_k: number of keys that each query selects.
         has_recency: whether scores are lowered by distance.
     """
     visible = scores > -torch.inf
@@ -58,7 +58,7 @@ def selection_cost(
 
 
 def _coincidences(q: Tensor, binary_keys: bool, visible: Tensor) -> ProductCount:
-    """Count coincidences of queries with their visible keys, ``visible [B, H, S, n_keys]``."""
+    """Return the cost of the coincidences of queries with their visible keys, ``visible [B, H, S, n_keys]``."""
     T, B, _, D = q.shape
     H, n_keys = visible.shape[1], visible.shape[3]
     dense = int(visible.sum()) * T * D // H
@@ -80,7 +80,7 @@ def _coincidences(q: Tensor, binary_keys: bool, visible: Tensor) -> ProductCount
 
 
 def _values(selected: Tensor, values: Tensor, q: Tensor) -> ProductCount:
-    """Count the weighted sum of ``values [B, H, n_keys, V/H]`` over selected keys, ``selected [B, H, S, n_keys]``."""
+    """Return the cost of the sum of ``values [B, H, n_keys, V/H]`` over selected keys, ``selected [B, H, S, n_keys]``."""
     width, n_heads = values.shape[-1], values.shape[1]
     dense = int(selected.sum()) * width
     read, written = (n * values.element_size() for n in (dense, selected[..., 0].numel() * width))
@@ -92,5 +92,5 @@ def _values(selected: Tensor, values: Tensor, q: Tensor) -> ProductCount:
         acs=int((selected.sum(2) * values.count_nonzero(-1)).sum()) if binary else 0,
         activation_bytes=written + (ceil(dense / 8) if binary else read),
         dense_activation_bytes=read + written,
-        time_steps=len(q) if width * n_heads > q.shape[-1] else 1,  # wider: each time step has its own values
+        time_steps=len(q) if width * n_heads > q.shape[-1] else 1,  # if V > D, each time step has its own values
     )

@@ -1,10 +1,10 @@
 """Temporal co-firing resonance on the CPU: Numba kernels that count coincidences on packed bits, one head at a time.
 
 The spikes of a head over all time steps are packed into a few machine words; the coincidences of two positions are the
-bits that are set in both. The best keys of a query are found by bisection over the bit patterns of the scores, which
-have the order of the scores. The result is a short list of keys and weights per query. The backward pass goes through
-these lists time step by time step, so that the keys of a step and their gradients stay in the cache. If q or k is not
-made of zeros and ones, products are summed instead.
+bits that are set in both. If q or k contains other values than zeros and ones, products are summed instead. The best keys
+of a query are found by bisection over the bit patterns of the scores, which have the order of the scores. The result is a
+short list of keys and weights per query. The backward pass processes these lists one time step after the other, so that
+the keys of a time step and their gradients stay in the cache.
 """
 
 from typing import Any, NamedTuple
@@ -35,23 +35,23 @@ from nord_snn.ops.topk_resonance.support import Arguments
 
 __all__ = ["backward", "forward", "saved_shapes"]
 
-_BLOCK = 64  # queries whose lists the backward pass processes together, time step by time step
-_RECENT = 256  # most recent keys, prefetched for the next time step
+_BLOCK = 64  # number of queries whose lists the backward pass processes together at each time step
+_RECENT = 256  # number of the most recent keys, which are prefetched for the next time step
 
 
 class _Sizes(NamedTuple):
     """Sizes of a call.
 
     Attributes:
-        chunks: parts of the work, two per thread.
-        T: time steps.
-        B: sequences.
-        S: positions.
-        D: neurons of a position.
-        V: values of a position.
-        n_heads: heads.
-        top_k: keys selected per query, at most S.
-        words: 64-bit words that the spikes of a head and position take.
+        chunks: number of parts of the work, at most two per thread.
+        T: number of time steps.
+        B: number of sequences.
+        S: number of positions.
+        D: number of neurons at a position.
+        V: width of the values.
+        n_heads: number of heads.
+        top_k: number of keys that each query selects, at most S.
+        words: number of 64-bit words for the spikes of a head at a position.
     """
 
     chunks: int
@@ -66,7 +66,7 @@ class _Sizes(NamedTuple):
 
 
 class _Constants(NamedTuple):
-    """Numbers of a call; ``int_max`` is the largest integer of the size of a score."""
+    """Numbers of a call; ``int_max`` is the largest integer with the size of a score."""
 
     temperature: Any
     causal: bool
@@ -104,12 +104,12 @@ class _Scratch(NamedTuple):
 
 
 class _Groups(NamedTuple):
-    """Scratch memory of the backward pass for a block: addresses of all chunks, or pointers of one.
+    """Scratch memory of the backward pass for a block, in groups of four queries: addresses of all chunks, or pointers of one.
 
     Attributes:
         grad_scores: score gradients of the block's lists.
-        slot_of_key: place of each key in the list of a group, or -1.
-        n_keys: number of keys of each group of four queries.
+        slot_of_key: index of each key in the list of a group, or -1.
+        n_keys: number of keys of each group.
         keys: keys of each group.
         key_grads: score gradients of each group, four per key.
     """
@@ -167,22 +167,27 @@ def _count_coincidences(q_bits, k_bits, i, keys, words, S, counts, scores):
 
 @kernel
 def _sum_products(head, i, keys, scores):
-    """Set ``scores[j]`` to the products of query i and key j, if q or k is not binary."""
+    """Set ``scores[j]`` to the sum of products of query i and key j, for q or k with other values than 0 and 1."""
     q, k, (T, B, S, D), b, h, width = head
     last = keys - 1
-    for j in range(0, keys, 4):  # four accumulators hide the latency of the FMA
-        a, b_, c_, d = broadcast(scores, 0), broadcast(scores, 0), broadcast(scores, 0), broadcast(scores, 0)
+    for j in range(0, keys, 4):  # four accumulators hide the latency of ``fused``
+        sum_0, sum_1, sum_2, sum_3 = (
+            broadcast(scores, 0),
+            broadcast(scores, 0),
+            broadcast(scores, 0),
+            broadcast(scores, 0),
+        )
         for t in range(T):
             at = (t * B + b) * S * D + h * width
             for w in range(0, width, WIDTH):
                 spikes = masked_load(q, at + i * D + w, width - w)
-                a = fused(spikes, masked_load(k, at + j * D + w, width - w), a)
-                b_ = fused(spikes, masked_load(k, at + min(j + 1, last) * D + w, width - w), b_)
-                c_ = fused(spikes, masked_load(k, at + min(j + 2, last) * D + w, width - w), c_)
-                d = fused(spikes, masked_load(k, at + min(j + 3, last) * D + w, width - w), d)
-        # Past the last key, the last key is computed again.
-        scores[j], scores[min(j + 1, last)] = reduce_sum(a), reduce_sum(b_)
-        scores[min(j + 2, last)], scores[min(j + 3, last)] = reduce_sum(c_), reduce_sum(d)
+                sum_0 = fused(spikes, masked_load(k, at + j * D + w, width - w), sum_0)
+                sum_1 = fused(spikes, masked_load(k, at + min(j + 1, last) * D + w, width - w), sum_1)
+                sum_2 = fused(spikes, masked_load(k, at + min(j + 2, last) * D + w, width - w), sum_2)
+                sum_3 = fused(spikes, masked_load(k, at + min(j + 3, last) * D + w, width - w), sum_3)
+        # If fewer than four keys are left, the last key is computed several times.
+        scores[j], scores[min(j + 1, last)] = reduce_sum(sum_0), reduce_sum(sum_1)
+        scores[min(j + 2, last)], scores[min(j + 3, last)] = reduce_sum(sum_2), reduce_sum(sum_3)
 
 
 @kernel
@@ -196,7 +201,7 @@ def _pack_head(head, words, bits):
 
 @kernel
 def _select_keys(i, binary, head, sizes, slope, constants, scratch, selected, weights):
-    """Write the selected keys of query i and their weights; return their number."""
+    """Write the selected keys of query i and their weights; return the number of keys."""
     bits, counts, scores = scratch
     S, words = sizes.S, sizes.words
     keys = i + 1 if constants.causal else S
@@ -212,7 +217,7 @@ def _select_keys(i, binary, head, sizes, slope, constants, scratch, selected, we
 
 @kernel
 def _forward_heads(first, last, sizes, inputs, constants, scratch, lists, save_lists, context):
-    """Compute heads ``first`` to ``last`` of ``B * H``; with ``save_lists``, store the lists of all queries."""
+    """Run the forward pass of the heads ``first`` to ``last - 1`` of ``B * H``; with ``save_lists``, store all lists."""
     _, T, B, S, D, V, n_heads, top_k, words = sizes
     like = constants.temperature
     q, k, v = as_pointer(inputs.q, like), as_pointer(inputs.k, like), as_pointer(inputs.v, like)
@@ -260,9 +265,9 @@ def _score_gradients(grad, v, grad_v, at, n_features, width, i, selected, weight
 
 @kernel
 def _merge_lists(selected, grad_scores, stride, i, last, S, top_k, causal, slot_of_key, keys, key_grads):
-    """Merge the lists of queries i to ``last`` (at most four) into one: every selected key, with four score gradients.
+    """Merge the lists of the queries i to ``last - 1`` (at most four) into one; return its number of keys.
 
-    The gradient is 0 for queries that did not select the key. Return the number of keys.
+    It has every selected key, with four score gradients, 0 for queries that did not select the key.
     """
     n_keys = 0
     for r in range(last - i):
@@ -282,7 +287,7 @@ def _merge_lists(selected, grad_scores, stride, i, last, S, top_k, causal, slot_
 
 @kernel
 def _spike_gradients(spikes, at, n_features, width, i, last, keys, key_grads, n, temperature, needs_spike_grad):
-    """Add the gradients of the spikes of queries i to ``last`` (at most four), and of their keys, at one time step.
+    """Add the gradients of the spikes of the queries i to ``last - 1`` (at most four), and of their keys, at one time step.
 
     Each key is read and written once for four queries. Return the gradient of the temperature,
     ``q . (sum of score gradients times k)``: the sum of score gradient times count, where counts are ``q . k``.
@@ -291,7 +296,7 @@ def _spike_gradients(spikes, at, n_features, width, i, last, keys, key_grads, n,
     scale, zero, grad_temperature = broadcast(q, temperature), broadcast(q, 0), broadcast(q, 0)
     a, b, c, d = at + i * n_features, at + (i + 1) * n_features, at + (i + 2) * n_features, at + (i + 3) * n_features
     for w in range(0, width, WIDTH):
-        # Width 0 for missing queries, so that nothing is read or written for them.
+        # For missing queries the width is 0, so that nothing is read or written.
         n_a, n_b, n_c, n_d = (
             width - w, width - w if last > i + 1 else 0, width - w if last > i + 2 else 0,
             width - w if last > i + 3 else 0
@@ -323,7 +328,7 @@ def _spike_gradients(spikes, at, n_features, width, i, last, keys, key_grads, n,
 
 @kernel
 def _prefetch_rows(rows, at, first, last, n_features, width):
-    """Prefetch rows ``first`` to ``last`` of a head for the next time step."""
+    """Prefetch the positions ``first`` to ``last - 1`` of a head for the next time step."""
     for i in range(first, last):
         for c in range(0, width, WIDTH):
             prefetch(rows, at + i * n_features + c)
@@ -333,7 +338,7 @@ def _prefetch_rows(rows, at, first, last, n_features, width):
 def _backward_heads(
     first, last, sizes, grad, inputs, constants, scratch, lists, has_saved_lists, groups, results, needs_spike_grad
 ):
-    """Compute heads ``first`` to ``last``; unless ``has_saved_lists``, the lists are recomputed block by block."""
+    """Run the backward pass of the heads ``first`` to ``last - 1``; recompute the lists unless ``has_saved_lists``."""
     _, T, B, S, D, V, n_heads, top_k, words = sizes
     like = constants.temperature
     q, k, v = as_pointer(inputs.q, like), as_pointer(inputs.k, like), as_pointer(inputs.v, like)
@@ -411,7 +416,7 @@ def _groups_of_chunk(c, sizes, groups, like):
 
 @kernel
 def _lists_of_chunk(c, size, saved, lists, like):
-    """Return the pointers of all queries if their lists are ``saved``, else of the ``size`` entries of chunk c."""
+    """Return pointers to the lists of all queries if they are ``saved``, else to the ``size`` entries of chunk c."""
     selected, weights = lists
     first = 0 if saved else c * size
     return _Lists(advance(as_pointer(selected, np.int32(0)), first), advance(as_pointer(weights, like), first))
@@ -419,14 +424,14 @@ def _lists_of_chunk(c, size, saved, lists, like):
 
 @parallel_kernel
 def _forward(share, sizes, inputs, constants, scratch, lists, save_lists, context):
-    """Run chunks of heads in parallel; the first five are the tuples of the classes above."""
+    """Run the forward pass of the chunks of a share; tuples have the fields of the classes above."""
     chunks, heads = sizes[0], sizes[2] * sizes[6]
     for c in chunks_of(share, chunks):
-        sizes_, constants_ = _Sizes(*sizes), _Constants(*constants)
-        like = constants_.temperature
+        named_sizes, named_constants = _Sizes(*sizes), _Constants(*constants)
+        like = named_constants.temperature
         _forward_heads(
-            c * heads // chunks, (c + 1) * heads // chunks, sizes_, _Inputs(*inputs), constants_,
-            _scratch_of_chunk(c, sizes_, scratch, like), _lists_of_chunk(c, sizes_.top_k + 1, save_lists, lists, like),
+            c * heads // chunks, (c + 1) * heads // chunks, named_sizes, _Inputs(*inputs), named_constants,
+            _scratch_of_chunk(c, named_sizes, scratch, like), _lists_of_chunk(c, named_sizes.top_k + 1, save_lists, lists, like),
             save_lists, context,
         )  # fmt: skip
 
@@ -435,16 +440,16 @@ def _forward(share, sizes, inputs, constants, scratch, lists, save_lists, contex
 def _backward(
     share, sizes, grad, inputs, constants, scratch, lists, has_saved_lists, groups, results, needs_spike_grad
 ):
-    """Run chunks of heads in parallel; arguments as in ``_forward``."""
+    """Run the backward pass of the chunks of a share; tuples have the fields of the classes above."""
     chunks, heads = sizes[0], sizes[2] * sizes[6]
     for c in chunks_of(share, chunks):
-        sizes_, constants_ = _Sizes(*sizes), _Constants(*constants)
-        like = constants_.temperature
+        named_sizes, named_constants = _Sizes(*sizes), _Constants(*constants)
+        like = named_constants.temperature
         _backward_heads(
-            c * heads // chunks, (c + 1) * heads // chunks, sizes_, grad, _Inputs(*inputs), constants_,
-            _scratch_of_chunk(c, sizes_, scratch, like),
-            _lists_of_chunk(c, _BLOCK * (sizes_.top_k + 1), has_saved_lists, lists, like), has_saved_lists,
-            _groups_of_chunk(c, sizes_, groups, like), _Results(*results), needs_spike_grad,
+            c * heads // chunks, (c + 1) * heads // chunks, named_sizes, grad, _Inputs(*inputs), named_constants,
+            _scratch_of_chunk(c, named_sizes, scratch, like),
+            _lists_of_chunk(c, _BLOCK * (named_sizes.top_k + 1), has_saved_lists, lists, like), has_saved_lists,
+            _groups_of_chunk(c, named_sizes, groups, like), _Results(*results), needs_spike_grad,
         )  # fmt: skip
 
 
@@ -490,9 +495,9 @@ def _group_tensors(sizes: _Sizes, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def _list_tensors(saved: tuple[Tensor, Tensor], sizes: _Sizes, queries: int) -> tuple[Tensor, Tensor]:
-    """Return the saved lists, or if these are empty memory for the lists of ``queries`` queries per chunk.
+    """Return the saved lists or, if these are empty, memory for the lists of ``queries`` queries per chunk.
 
-    The ``top_k + 1``-th entry of a list is a candidate that the selection writes before deciding whether to keep it.
+    A list has ``top_k + 1`` entries: the selection writes the next candidate before it decides whether to keep it.
     """
     selected, weights = saved
     if len(selected):
@@ -502,10 +507,10 @@ def _list_tensors(saved: tuple[Tensor, Tensor], sizes: _Sizes, queries: int) -> 
 
 
 def saved_shapes(q: Tensor, n_heads: int, top_k: int, save_weights: bool) -> tuple[tuple[int, ...], ...]:
-    """Return the shapes of the tensors that ``forward`` returns for ``backward``: selected keys, nothing, and weights.
+    """Return the shapes of the tensors that ``forward`` returns for ``backward``: selected keys, an empty one, weights.
 
     Keys and weights are ``[B * H * S, top_k + 1]`` if together they have no more elements than the queries. Otherwise
-    they are ``[0, 0]`` and the backward pass recomputes them.
+    they are ``[0, 0]``, and the backward pass recomputes them.
     """
     T, B, S, D = q.shape
     n_selected = min(top_k, S) + 1
@@ -514,17 +519,17 @@ def saved_shapes(q: Tensor, n_heads: int, top_k: int, save_weights: bool) -> tup
 
 
 def forward(arguments: Arguments, save_weights: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the context, and for ``backward`` the selected keys and weights."""
+    """Return the context, and for ``backward`` the selected keys, an empty tensor and the weights."""
     q, _, v, _, _, n_heads, top_k, _ = arguments
     dtype = compute_dtype(v)
-    context, nothing = torch.empty(v.shape, dtype=dtype, device="cpu"), torch.empty(0, dtype=dtype, device="cpu")
+    context, no_scores = torch.empty(v.shape, dtype=dtype, device="cpu"), torch.empty(0, dtype=dtype, device="cpu")
     shape, *_ = saved_shapes(q, n_heads, top_k, save_weights)
     selected, weights = (
         torch.zeros(shape, dtype=torch.int32, device="cpu"),
         torch.zeros(shape, dtype=dtype, device="cpu"),
     )
     if not context.numel():
-        return context.to(v.dtype), selected, nothing, weights
+        return context.to(v.dtype), selected, no_scores, weights
     inputs = _input_tensors(arguments, dtype)
     threads = n_threads()
     sizes = _sizes(arguments, threads)
@@ -539,13 +544,13 @@ def forward(arguments: Arguments, save_weights: bool) -> tuple[Tensor, Tensor, T
         len(selected) > 0,
         data_pointer(context),
     )
-    return context.to(v.dtype), selected, nothing, weights
+    return context.to(v.dtype), selected, no_scores, weights
 
 
 def backward(
     grad: Tensor, arguments: Arguments, saved: tuple[Tensor, Tensor, Tensor], needs_spike_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k (empty unless ``needs_spike_grad``), v, temperature and recency (or empty)."""
+    """Return the gradients of q and k (empty unless ``needs_spike_grad``), v, temperature and recency (empty if None)."""
     q, k, v, _, recency, n_heads, *_ = arguments
     selected, _, weights = saved
     dtype = compute_dtype(v)

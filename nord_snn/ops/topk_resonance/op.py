@@ -37,25 +37,25 @@ def resonance(
 
     For query position a, key position b and head h::
 
-        count[a, b] = number of (step, neuron) pairs of the head that fire in q at a and in k at b
+        count[a, b] = number of (time step, neuron) pairs of the head that fire in q at a and in k at b
         score[a, b] = temperature * count[a, b] - recency[h] * |a - b|
         context[a]  = sum_b softmax_b(score[a, b]) * v[b]         over the top_k best b (b <= a if causal)
 
     Among equal scores the most recent (highest) position is selected. With a negative temperature the keys with the
     fewest coincidences are best. Sums are float32 (float64 for float64 values), also under autocast, so counts are
-    exact; the context is rounded once to the dtype of ``v``.
+    exact; the context is rounded once, to the dtype of ``v``.
 
-    Peak memory grows linearly with S, forward and backward. Second derivatives are computed with
-    memory quadratic in S, in plain PyTorch on every backend.
+    Peak memory grows linearly with the number of positions S, forward and backward. Second derivatives need memory
+    quadratic in S; every backend computes them in plain PyTorch.
 
     Args:
-        q: query spikes ``[T, B, S, D]``, floating (with gradient) or bool.
+        q: query spikes ``[T, B, S, D]`` (time steps, sequences, positions, neurons), floating (with gradient) or bool.
         k: key spikes ``[T, B, S, D]``.
         v: values ``[B, S, V]``, V any multiple of H. In the published model they are the mean over time of a projection;
             if each time step has its own values, the values of a head at all time steps are concatenated.
-        n_heads: H; D and V must be multiples of it.
-        top_k: keys selected per query, at least 1.
-        temperature: a float, or a tensor of one element.
+        n_heads: number of heads H, a divisor of D and V.
+        top_k: number of keys that each query selects, at least 1.
+        temperature: factor of the counts, a float, or a tensor of one element.
         recency: penalty per position of distance, for each head ``[H]``, or None.
         causal: whether a query attends only to itself and earlier positions.
         backend: ``"auto"``, ``"torch"`` (PyTorch, in blocks of queries, on any device) or ``"numba"``; see
@@ -69,7 +69,7 @@ def resonance(
         ValueError: a shape is wrong, D or V is not a multiple of H, or ``top_k`` is not positive.
         RuntimeError: the requested backend cannot run.
 
-    Source: the Nord spiking language model's temporal co-firing resonance; recency after ALiBi (Press et al. 2022).
+    Source: temporal co-firing resonance of the Nord spiking language model; recency as in ALiBi (Press et al. 2022).
 
     Example:
         >>> import torch
@@ -87,7 +87,9 @@ def resonance(
     inputs = (q, k, v, temperature, recency)
     save_weights = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     name = _choose(backend, CallSignature(v.device.type, v.dtype, v.shape[-1]))
-    if name == "torch" and kernels_are_opaque():  # blocks write in place
+    if (
+        name == "torch" and kernels_are_opaque()
+    ):  # ``blockwise_torch.py`` writes in place, which transforms do not support
         return _differentiable(inputs, {"n_heads": n_heads, "top_k": top_k, "causal": causal})
     context, *_ = _run(*inputs, n_heads=n_heads, top_k=top_k, causal=causal, save_weights=save_weights, backend=name)
     return context
@@ -144,7 +146,7 @@ def _forward_fake(
     save_weights: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    # ``worst``, the lowest selected score of each query, is empty if the backend saves the selected keys instead.
+    # ``worst``, the lowest selected score of each query, is empty if the backend saves the selected keys.
     keys, worst, weights = IMPLEMENTATIONS[backend].kernel().saved_shapes(q, n_heads, top_k, save_weights)
     return (
         v.new_empty(v.shape),

@@ -7,7 +7,7 @@ __all__ = ["coincidences", "keep_best", "reference", "resonance_scores"]
 
 
 def coincidences(q: Tensor, k: Tensor, n_heads: int) -> Tensor:
-    """Count, per head, the (step, neuron) pairs that fire in both q and k ``[T, B, S, D]``; return ``[B, H, S, S]``.
+    """Return, per head, the number of (time step, neuron) pairs that fire in q and k ``[T, B, S, D]``: ``[B, H, S, S]``.
 
     Counts are integers and exact in float32 up to 2^24; in half precision only up to 2^11.
     """
@@ -33,10 +33,10 @@ def resonance_scores(counts: Tensor, temperature: float | Tensor, recency: Tenso
 
 
 def keep_best(scores: Tensor, top_k: int) -> Tensor:
-    """Return a mask of the ``top_k`` best keys of each query; ties are resolved in favour of recent positions.
+    """Return a mask of the ``top_k`` best keys of each query; of equal scores the highest positions are selected.
 
-    ``torch.topk`` does not define the order of ties. Here all keys above the k-th best score are selected, and the
-    most recent of the keys that equal it.
+    ``torch.topk`` does not define which of equal scores are selected. Here all keys above the k-th best score are selected,
+    and of the keys with that score those at the highest positions.
     """
     if top_k >= scores.shape[-1]:
         return torch.ones_like(scores, dtype=torch.bool)

@@ -10,7 +10,7 @@ __all__ = ["Arguments"]
 class Arguments(NamedTuple):
     """The arguments of one call, as :func:`nord_snn.ops.resonance` describes them.
 
-    ``temperature`` is a tensor without dimensions; it and ``recency`` have the dtype of the sums.
+    ``temperature`` is a tensor without dimensions; ``temperature`` and ``recency`` have the dtype of the sums.
     """
 
     q: Tensor
