@@ -12,7 +12,7 @@ __all__ = [
 
 
 class RecipeError(Exception):
-    """Base class of the errors of this example ("the recipe").
+    """Base class of these errors. "Recipe" is this example, the language model.
 
     Attributes:
         shared: whether all processes of a run raise this error; then only the first one prints it.

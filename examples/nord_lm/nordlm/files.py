@@ -1,9 +1,9 @@
 """Replace files and folders atomically: if the process is killed, the path has the complete old or the complete new content.
 
-Content is written to ``.NAME.unfinished`` in the same parent folder, which is then renamed. If a folder of that name exists,
-one system call exchanges the two (``renameat2`` on Linux). Where the file system has no such call, the old folder is first
-renamed to ``.NAME.old``; if the process is killed between the two renames, :func:`recover` restores the old folder. Before the
-files of a folder are deleted, the folder is renamed to ``.NAME.removed``.
+New content is written to ``.NAME.unfinished`` in the parent folder of ``NAME``, then ``.NAME.unfinished`` is renamed to ``NAME``.
+If the folder ``NAME`` exists, one system call exchanges the two folders (``renameat2`` on Linux). Where the file system has no
+such call, the old folder is first renamed to ``.NAME.old``; if the process is killed between the two renames, :func:`recover`
+restores the old folder. Before the files of a folder are deleted, the folder is renamed to ``.NAME.removed``.
 
 Nothing is flushed to the disk: a power failure can damage what was written last.
 """
@@ -39,11 +39,11 @@ __all__ = [
 
 DAY = 86_400  # seconds
 UNFINISHED, OLD, REMOVED = ".unfinished", ".old", ".removed"
-NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # the system has no exchange
+NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # errors of systems without an exchange
 
 
 def temporary_path(path: Path) -> Path:
-    """Return the temporary path of a folder or file until it is moved to ``path``."""
+    """Return the path to which a folder or file is written before it is moved to ``path``."""
     return _beside(path, UNFINISHED)
 
 

@@ -33,7 +33,7 @@ def heat_map(
         missing = measured.loss.new_full((len(measured.loss), 1), torch.nan)  # the first token is not predicted
         entropy = torch.cat((missing, measured.entropy[:, :-1]), 1)
         values = (measured.mean_rate(), torch.cat((missing, measured.loss), 1), entropy)
-        scales = scales or [_scale(value) for value in values]  # those of the known text, the first one
+        scales = scales or [_scale(value) for value in values]  # scales of the first text, the known text
         cells[name] = {
             score: [
                 cell

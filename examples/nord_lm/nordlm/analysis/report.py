@@ -74,7 +74,7 @@ def write_report(
         folder: folder of the report; an older report is replaced, see :func:`check_folder`.
         subject: model, text and run of the report.
         others: other texts, see :func:`.ood_detection.open_others`. Default: those of :data:`.ood_detection.BUILTIN_TEXTS`.
-            The page has a reason in place of the figures of each text that cannot be used.
+            For each text that cannot be used, the page has the reason instead of figures.
         length: tokens in a passage. Default: 32, or the model's context if that is less.
         visible: whether to show progress. Default: False.
 

@@ -38,7 +38,7 @@ TOKENIZER_CHARACTERS = 50_000_000  # maximum length of the text that a tokenizer
 
 
 def load_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a folder or the hub, and check that it fits the model's vocabulary.
+    """Load a tokenizer from a folder or the Hugging Face hub, and check that it fits the model's vocabulary.
 
     Raises:
         DataError: the tokenizer cannot be loaded, has no end-of-text token, or has more tokens than the model.
@@ -49,7 +49,7 @@ def load_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerBase:
 
 
 def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a folder or the hub, without running Python code that comes with it.
+    """Load a tokenizer from a folder or the Hugging Face hub, without running Python code that comes with it.
 
     By default transformers asks on the terminal whether to run such code, and accepts any text on standard input as the answer.
 

@@ -135,7 +135,7 @@ class HeadSynapse:
         # [T + 1, n, D]: vocabulary entries spike one time step after the last one
         pre = F.pad(control.spikes(spikes), (0, 0, 0, 0, 0, 1))
         sampled = torch.multinomial(signals.probabilities, 1).flatten()
-        entries = torch.cat((signals.targets, sampled))  # that spike, [2 n]
+        entries = torch.cat((signals.targets, sampled))  # vocabulary entries that spike, [2 n]
         rewards = torch.ones(len(entries), device=pre.device)
         rewards[len(sampled) :] = -1
         changed, index = entries.unique(return_inverse=True)

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-KEPT = 2  # number of checkpoints that remain
+KEPT = 2  # number of checkpoints of a run, the newest ones
 
 
 def read_json(path: Path) -> Any:

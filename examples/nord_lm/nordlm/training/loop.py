@@ -134,9 +134,7 @@ def _train_run(run: Run, prepared: Prepared, position: Position, with_report: bo
 
     final_model = on_main_process(accelerator, finish)
     log.close()
-    if (
-        with_report and final_model is not None
-    ):  # not in the function above: it takes seconds, and the other processes need not wait
+    if with_report and final_model is not None:  # outside of ``finish``: the other processes need not wait
         write_report_page(run, final_model)
     return 0
 

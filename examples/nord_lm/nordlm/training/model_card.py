@@ -84,8 +84,8 @@ def _facts(results: dict[str, Any] | None) -> dict[str, str]:
         "tokens in training, with repetitions": f"{results['tokens']:,}",
         "held-out loss, nats per token": f"{results['validation_loss']:.4f}",
         "held-out bits per byte": f"{results['bits_per_byte']:.4f}",
-        "held-out loss of a unigram": f"{results['unigram_loss']:.4f}",
-        "held-out loss of a bigram": f"{results['bigram_loss']:.4f}",
+        "held-out loss of a unigram, nats per token": f"{results['unigram_loss']:.4f}",
+        "held-out loss of a bigram, nats per token": f"{results['bigram_loss']:.4f}",
         "seed": str(results["seed"]),
     }
 

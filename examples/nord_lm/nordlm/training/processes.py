@@ -1,4 +1,4 @@
-"""Raise an error of one process in all processes of a run, which would otherwise wait for it in a collective call."""
+"""Raise the error of one process in all processes of a run; otherwise the others would wait for it in a collective call."""
 
 import os
 from collections.abc import Callable

@@ -92,10 +92,9 @@ def print_summary(run: Run, model: NordForCausalLM, results: dict[str, Any]) -> 
     print_table(progress.console, f"{results['steps']} training steps, {results['tokens']:,} tokens", columns, rows)
     rates = [[name, f"{rate:.2%}"] for name, rate in results["firing_rates"].items()]
     print_table(progress.console, "firing rates on the held-out text", ["neuron layer", "rate"], rates)
-    for note in (
-        corpus.notes() if isinstance(corpus.train, StreamedSequences) else []
-    ):  # those of a corpus in memory were printed before training
-        progress.say(f"note: {note}")
+    if isinstance(corpus.train, StreamedSequences):  # the notes of text in memory were printed before training
+        for note in corpus.notes():
+            progress.say(f"note: {note}")
     progress.say(
         f"{duration(results['seconds'])} of training at {results['tokens_per_second']:,.0f} tokens/s, "
         f"peak memory {results['peak_memory_mb']:,.0f} MB\n"

@@ -122,7 +122,7 @@ def make_accelerator(settings: Settings, out: Path) -> Accelerator:
             log_with="tensorboard",
             project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out)),
         )
-    except Exception as error:  # wrong precisions, environment variables and missing libraries raise many types
+    except Exception as error:  # wrong precisions or variables and missing libraries raise many types of exceptions
         reason = " ".join(str(error).split())[:300]
         variables = ", ".join(sorted(name for name in os.environ if name.startswith(LAUNCHER_VARIABLES)))
         cause = f"the environment has {variables}" if variables else f"mixed_precision {options.mixed_precision}"
@@ -292,7 +292,7 @@ def restore(run: Run) -> Position:
         try:
             run.accelerator.load_state(str(checkpoint))
             reset_accumulation(run.accelerator)
-        except Exception as error:  # model, optimizer and schedule raise different types
+        except Exception as error:  # model, optimizer and schedule raise different exceptions
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"{checkpoint}: does not fit this model ({reason})") from error
 

@@ -135,9 +135,7 @@ class Settings:
         _check_names(path, "training", training, {f.name for f in dataclasses.fields(TrainingSettings)})
         _check_names(path, "model", model, set(_config_class().__annotations__))
         for field_name, value in model.items():
-            if not isinstance(
-                value, int | float | str | list | None
-            ):  # for example a date, which JSON cannot represent
+            if not isinstance(value, int | float | str | list | None):  # JSON has no dates, for example
                 raise SettingsError(
                     f"{path}: model.{field_name} must be a number, a string or a list, got {shorten(repr(value))}"
                 )
