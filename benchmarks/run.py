@@ -145,7 +145,9 @@ def stdp_table(page: Page, seconds: float) -> None:
     page.add(f"### STDP, {list(stdp.SHAPE)} -> {stdp.N_OUT}\n")
     page.add(f"{(stdp.__doc__ or '').strip()} Correctness check: {stdp.check(pre, post)}.\n")
     n_rows = stdp.SHAPE[1] * stdp.SHAPE[2]
-    page.add(f"SpikingJelly's learner ran on {stdp.ROWS} of the {n_rows:,} rows; its times are scaled to all rows.\n")
+    page.add(
+        f"SpikingJelly's learner ran on {stdp.ROWS} of the {n_rows:,} rows; its times are extrapolated to all rows.\n"
+    )
     rows = time_in_turns(stdp.implementations(pre, post), seconds)
     factor = n_rows / stdp.ROWS
     for row in rows:
@@ -156,7 +158,7 @@ def stdp_table(page: Page, seconds: float) -> None:
     *rows, bound = rows
     page.table(rows, "first row", bound.milliseconds, stdp.LOWER_BOUND)
     page.add(
-        "Peak memory, MB, by number of rows, [10, rows, 1, 512] -> 512 (one outer product per row would take 1 MB a row):\n"
+        "Peak memory, MB, by number of rows, [10, rows, 1, 512] -> 512 (one outer product per row would take 1 MB each):\n"
     )
     counts = (64, 256, 1024, 4096)
     page.add("| rows | " + " | ".join(map(str, counts)) + " |\n|---|" + "---|" * len(counts))
@@ -199,7 +201,7 @@ def gpu_tables(page: Page, seconds: float) -> None:
             "**Not measured.** No CUDA GPU was available when this page was written: the Triton and CuPy kernels are\n"
             "tested for correctness (in Triton's interpreter; the CUDA source is compiled for the GPU and run on the CPU)\n"
             'but not for speed. The section "Limits" of the README has measurements on one GPU at an earlier commit.\n'
-            "On a machine with a GPU the same command adds the GPU tables here."
+            "On a machine with a GPU this section has tables of the neuron on the GPU."
         )
         return
     for dtype in (torch.bfloat16, torch.float32):
@@ -224,13 +226,14 @@ def main() -> None:
     page.add("# Benchmarks\n")
     page.add(
         "Written by `python benchmarks/run.py`. Times are milliseconds per call. The implementations of a table run in\n"
-        "one process, in turns of a few calls that are interleaved; times and ratios are medians over the turns. The\n"
-        "plain PyTorch loop is nord-snn's reference: PyTorch operations in a loop over time steps. The lower\n"
-        "bound is the time to read the input and write the output once at the speed of a memory copy (copy bandwidth).\n\n"
+        "one process, in turns of a few calls that are interleaved; times and ratios are medians over the turns. Shapes\n"
+        "are [time steps, rows, neurons] for neurons, [time steps, sequences, positions, features] for the others. The\n"
+        "plain PyTorch loop is nord-snn's reference: PyTorch operations in a loop over time steps. The lower bound is\n"
+        "the time to read the input and write the output once at the speed of a memory copy (copy bandwidth).\n\n"
         "SpikingJelly's and snnTorch's neurons compute less: they have no cascade and no refractory period, and `LIFNode`\n"
-        "has no synaptic current. The allocator keeps freed memory for the next call (`keep_freed_memory` of `nordlm`).\n"
-        "In the table of the training step three rows use PyTorch's defaults instead: the plain loop, its compiled\n"
-        "blocks, and the kernels with PyTorch's default settings.\n"
+        "has no synaptic current. Freed memory is reused for the next call (`keep_freed_memory` in\n"
+        "`examples/nord_lm/nordlm/training/runtime.py`). In the table of the training step three rows use PyTorch's\n"
+        "default settings: the plain loop, its compiled blocks, and one row of the kernels.\n"
     )
     page.add(machine() + "\n\n## CPU\n")
     if arguments.only in (None, "neurons"):

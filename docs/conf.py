@@ -1,4 +1,4 @@
-"""Configure Sphinx; ``sphinx-build -W docs build/docs`` builds the pages."""
+"""Configuration of Sphinx; ``sphinx-build -W docs build/docs`` builds the pages."""
 
 from nord_snn import __version__
 

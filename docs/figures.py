@@ -153,7 +153,7 @@ def co_firing_resonance() -> None:
 
 
 def _weights(spikes: Tensor) -> Tensor:
-    """Return the weight of each key for each query: the context for values that are one at a single key."""
+    """Return the weight of each key for each query: the context for values that are 1 at this key and 0 elsewhere."""
     positions, width = spikes.shape[2:]
     columns = []
     for key in range(positions):
@@ -201,7 +201,7 @@ def _change_of_sixty_pairs(rule: Callable[..., tuple[Tensor, object]], rate: int
 
 
 def membrane_readout() -> None:
-    """Draw the membrane potentials of two neurons, their exponential means, and the output of the readout."""
+    """Draw the membrane potentials of two neurons, their exponential means, and the outputs of the readout."""
     torch.manual_seed(0)
     readout = MembraneReadout(2, neuron=lambda n: AssociativeLIFNode(n, None))
     x = torch.stack((torch.full((12,), 0.22), torch.full((12,), 0.42)), 1)[:, None]
@@ -264,7 +264,7 @@ def feed_forward() -> None:
 
 
 def block() -> None:
-    """Draw the change of the input by an untrained block, by its residual scale, and its firing rates."""
+    """Draw how much an untrained block changes its input, by residual scale, and the firing rates of its neurons."""
     torch.manual_seed(0)
     x = torch.randn(10, 4, 16, 64)
     scales = [0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
@@ -299,7 +299,7 @@ def spike_fed() -> None:
         with torch.no_grad():
             for parameter_name, parameter in block.named_parameters():
                 if name == "NordBlock" and parameter_name.endswith("v_threshold"):
-                    parameter.fill_(0.05)  # firing rates as after training
+                    parameter.fill_(0.05)  # for firing rates similar to those after training
         profile = profile_energy(block, x)
         labels = [
             f"{p.name.removeprefix('resonance.')} ({p.kind})" if p.kind != "linear" else p.name

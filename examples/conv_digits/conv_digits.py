@@ -1,8 +1,8 @@
-"""Replace the neurons of a convolutional SpikingJelly network by ours, and compare them on handwritten digits.
+"""Replace the neurons of a convolutional SpikingJelly network by those of nord-snn, and compare both on handwritten digits.
 
     python examples/conv_digits/conv_digits.py          # scikit-learn's digits, no download; half a minute on two cores
 
-The network has one of four kinds of neurons: SpikingJelly's ``LIFNode``, our ``AssociativeLIFNode`` without cascade, with
+The network has one of four kinds of neurons: SpikingJelly's ``LIFNode``, nord-snn's ``AssociativeLIFNode`` without cascade, with
 cascade, or with cascade and a ``LeakyClamp`` before each layer of neurons. The table and the plot show the accuracy, the mean
 firing rate and the share of silent neurons (no spike for any test image), over seeds.
 """
@@ -36,7 +36,7 @@ Make = Callable[[int], nn.Module]
 
 
 class ChannelsLast(nn.Module):
-    """Apply modules with one parameter per channel, such as neurons, to images ``[T, N, C, H, W]``."""
+    """Apply modules whose parameters belong to the last dimension to the channels of images ``[T, N, C, H, W]``."""
 
     def __init__(self, *inner: nn.Module) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def lif(n_channels: int) -> nn.Module:
 
 
 def ours(n_channels: int, n_clusters: int | None = 4, clamp: bool = False) -> nn.Module:
-    """Construct a layer of our neurons, with a LeakyClamp before it if ``clamp``."""
+    """Construct a layer of nord-snn's neurons, with a LeakyClamp before it if ``clamp``."""
     node = AssociativeLIFNode(n_channels, n_clusters, refractory_steps=0, step_mode="m")
     return ChannelsLast(LeakyClamp(n_channels), node) if clamp else ChannelsLast(node)
 
@@ -67,7 +67,7 @@ KINDS: dict[str, Make] = {
 
 
 class Net(nn.Module):
-    """Network of two convolutions, with the mean over time as output."""
+    """Network of two convolutions, each followed by neurons; the output is a mean over time steps."""
 
     def __init__(self, make: Make) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class Net(nn.Module):
 
 
 class Result(NamedTuple):
-    """Accuracy, mean of the firing rates of the two layers of neurons, share of silent neurons; all on the test images."""
+    """Accuracy, mean firing rate of the two layers of neurons, and share of silent neurons, all on the test images."""
 
     accuracy: float
     rate: float

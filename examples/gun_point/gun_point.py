@@ -40,7 +40,7 @@ CLASSES = ("draws a gun", "points a finger")
 
 
 class Data(NamedTuple):
-    """Series ``[n, 150]`` and movements ``[n]``, for training and test."""
+    """Series ``[n, 150]`` and indices of their movements ``[n]``, for training and test."""
 
     train_x: Tensor
     train_y: Tensor
@@ -62,7 +62,7 @@ class Network(nn.Module):
 
 
 class Constant(nn.Module):
-    """Usual encoding: a linear map of the series as current, constant over all time steps."""
+    """Encoding of snnTorch's tutorials: a linear map of the series is the current, constant over all time steps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Constant(nn.Module):
 
 
 class LastMembrane(nn.Module):
-    """Usual readout: the membrane potential after the last time step."""
+    """Readout of snnTorch's tutorials: the membrane potential after the last time step."""
 
     def __init__(self, neuron: MultiStep) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def leaky(n: int = WIDTH) -> MultiStep:
 
 
 def associative(n: int = WIDTH, threshold: float = 0.05) -> MultiStep:
-    """Construct our neurons with snnTorch's signature.
+    """Construct neurons of nord-snn with snnTorch's signature.
 
     Before training, the firing rate of the second layer is 0.4 % with a threshold of 0.25, and 19 % with 0.05.
     """
@@ -102,11 +102,12 @@ def associative(n: int = WIDTH, threshold: float = 0.05) -> MultiStep:
 
 
 def encoder(fast_scale: float = 15.0, slow_scale: float = 5.0) -> nn.Module:
-    """Construct our encoder: eight time steps of strong current, two of weak current."""
+    """Construct the encoder of nord-snn: eight time steps of strong current, two of weak current."""
     return MultiScaleTemporalEncoder(LENGTH, WIDTH, fast_scale=fast_scale, slow_scale=slow_scale)
 
 
-#: Scales for snnTorch's ``Leaky``: threshold 1, input not multiplied by 1 - beta. The defaults, 15 and 5, are for our neurons.
+#: Scales for snnTorch's ``Leaky``: threshold 1, input not multiplied by 1 - beta. The defaults, 15 and 5, are for
+#: ``AssociativeSynaptic``.
 SCALES = {"fast_scale": 2.0, "slow_scale": 0.7}
 
 
@@ -121,7 +122,7 @@ KINDS: dict[str, Callable[[], Network]] = {
 
 
 class Result(NamedTuple):
-    """Accuracy on the test series, and the firing rates of the two layers."""
+    """Accuracy on the test series, and the firing rates of the two layers of neurons on them."""
 
     accuracy: float
     rates: list[float]
@@ -167,7 +168,7 @@ def train(make: Callable[[], Network], seed: int, epochs: int, data: Data) -> Re
 
 
 def plot(data: Data, baselines: dict[str, float], results: dict[str, list[Result]], path: Path) -> None:
-    """Plot the series, and a dot for each seed."""
+    """Plot the series, and the accuracy of each seed as a dot."""
     mpl.use("Agg")
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.2), layout="constrained")
     for label, name in enumerate(CLASSES):

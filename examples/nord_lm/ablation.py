@@ -1,4 +1,4 @@
-"""Run ``studies/language_model/ablation.py``, the new path of this command; release 0.2.0 removes the old path."""
+"""Run ``studies/language_model/ablation.py``, to which this command has moved; release 0.2.0 removes this file."""
 
 import os
 import sys

@@ -2,10 +2,10 @@
 
     python examples/nord_lm/chat.py --model runs/tiny-0001/model
 
-The model has no chat template: your lines and the answers of the model are one continuous text. After ``/stdp on`` the model
-learns from each of your lines, before it answers, by reward-modulated STDP: the rewards come from the errors of its prediction
-of the line (``nordlm/inference/plasticity.py``). ``/good`` and ``/bad`` reward and punish the last answer of the model.
-``/forget`` reverts all learned changes. ``/live on`` shows the firing rates during an answer.
+The model has no chat template: your lines and its answers are one continuous text. After ``/stdp on`` the model learns from each
+of your lines, before it answers, by reward-modulated STDP (spike-timing-dependent plasticity). The rewards are computed from the
+errors of its prediction of the line (``nordlm/inference/plasticity.py``). ``/good`` and ``/bad`` reward and punish its last
+answer. ``/forget`` reverts all learned changes. ``/live on`` shows the firing rates during an answer.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
             line = replace_invalid_utf8(input("> "))
             if line.strip() and not chat.handle(line.strip()):
                 return 0
-        except KeyboardInterrupt:  # stop only the answer
+        except KeyboardInterrupt:  # stops the answer, not the chat
             print()
         except EOFError:
             return 0

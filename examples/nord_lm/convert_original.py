@@ -3,10 +3,9 @@
     python examples/nord_lm/convert_original.py nord_final.pt converted/
     python examples/nord_lm/convert_original.py --to-original runs/mine-0001/model nord_mine.pt
 
-Load the model with ``nord_snn.models.nord.NordForCausalLM.from_pretrained``, or with the auto classes after an import of
-``nord_snn.models.nord`` (without that import: ``trust_remote_code=True``). Nothing in a checkpoint is executed. The folder
-has safetensors and a ``config.json``. A checkpoint has no tokenizer; the published weights use
-``meta-llama/Llama-3.2-1B``.
+The folder has safetensors and a ``config.json``. Load the model with ``nord_snn.models.nord.NordForCausalLM.from_pretrained``,
+or with the auto classes after an import of ``nord_snn.models.nord`` (without this import: ``trust_remote_code=True``). Nothing in
+a checkpoint is executed. A checkpoint has no tokenizer; the published weights use that of ``meta-llama/Llama-3.2-1B``.
 """
 
 import argparse
@@ -32,12 +31,18 @@ with exit_on_interrupt():
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("source", type=file_name, help="published .pt file; with --to-original, a model's folder")
+    parser.add_argument(
+        "source",
+        type=file_name,
+        help="checkpoint (.pt) of the published code; with --to-original, the folder of a model",
+    )
     parser.add_argument(
         "out", type=file_name, help="new or empty folder to write to; with --to-original, a new .pt file"
     )
     parser.add_argument(
-        "--to-original", action="store_true", help="convert a model's folder to a .pt file in the published format"
+        "--to-original",
+        action="store_true",
+        help="convert the folder of a model to a checkpoint (.pt) of the published code",
     )
     parser.add_argument(
         "--tokenizer",

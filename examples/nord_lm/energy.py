@@ -1,9 +1,10 @@
-"""Estimate the energy of a generated token and of its dense twin: all products, and joules under published conventions.
+"""Estimate the energy of a generated token, for each matrix product, and compare it with the dense twin.
 
     python examples/nord_lm/energy.py --config nord-144m
     python examples/nord_lm/energy.py --model runs/tiny-0001/model --context 64
 
-All positions before the token are in a cache. With ``--config`` the model has initial weights.
+The dense twin computes the same products once, with real numbers instead of spikes. All positions before the token are in a
+cache. With ``--config`` the model has initial weights.
 """
 
 import argparse

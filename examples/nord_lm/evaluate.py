@@ -1,14 +1,13 @@
-"""Evaluate a trained model on a text: loss, firing rates, detection of other texts, and a report.
+"""Evaluate a trained model on a text: loss, firing rates, detection of other kinds of text, and a report.
 
     python examples/nord_lm/evaluate.py books.txt
     python examples/nord_lm/evaluate.py --model runs/tiny-0001/model --stride 32 --json result.json books/
     python examples/nord_lm/evaluate.py --ood shuffled code french.txt
     python examples/nord_lm/evaluate.py --report report
 
-The result is nats per token, perplexity and bits per byte, with a sliding window of the model's context. Every token is
+The results are nats per token, perplexity and bits per byte, with a sliding window of the model's context. Every token is
 scored once and has at least ``context - stride`` tokens before it (except at the start of the text), so a smaller stride
-takes more time and lowers the loss. ``--ood`` and ``--report``: see ``ood_detection.py`` and ``report.py`` in
-``nordlm/analysis``.
+takes more time and lowers the loss. ``nordlm/analysis/ood_detection.py`` and ``report.py`` describe ``--ood`` and ``--report``.
 """
 
 import argparse
@@ -116,7 +115,7 @@ def check_results_file(path: Path) -> None:
         earlier = read_json(target) if target.stat().st_size else {"nats_per_token": None}
     except OSError as error:  # for example a name that is too long
         raise ModelError(f"--json {path}: cannot be written ({error.strerror})") from error
-    except RuntimeError:  # links in a circle, or a file that is not JSON
+    except RuntimeError:  # circular links, or a file that is not JSON
         earlier = None
     if not isinstance(earlier, dict) or "nats_per_token" not in earlier:
         raise ModelError(f"--json {path}: expected a new file, or one with results of evaluate.py, which are replaced")
@@ -146,8 +145,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=number(1, kind=int), default=8, help="windows in a batch")
     parser.add_argument("--json", type=file_name, help="also write the results to this file")
     parser.add_argument(
-        "--ood", nargs="*", metavar="TEXT", help="AUROC of firing rates, entropy and loss for separating the text from these: "
-        f"files, folders, datasets, or {', '.join(BUILTIN_TEXTS)} (without an argument: these three)",
+        "--ood", nargs="*", metavar="TEXT", help="compute how well firing rates, entropy and loss separate the text from these "
+        f"(AUROC): files, folders, datasets, or {', '.join(BUILTIN_TEXTS)} (without an argument: these three)",
     )  # fmt: skip
     parser.add_argument(
         "--passage", type=number(2, kind=int), help="tokens in a passage for --ood and --report (default: 32)"

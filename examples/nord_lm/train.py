@@ -4,7 +4,7 @@
     python examples/nord_lm/train.py --config small --data books.txt
     accelerate launch examples/nord_lm/train.py --config nord-144m
 
-Every run gets its own folder under ``runs/``; ``--resume FOLDER`` continues one. Ctrl-C saves a checkpoint and stops.
+Every run has its own folder under ``runs/``; ``--resume FOLDER`` continues a run. Ctrl-C saves a checkpoint and stops the run.
 """
 
 import os
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         from transformers.utils import logging
 
     logging.disable_progress_bar()  # of transformers
-    logging.set_verbosity_error()  # it warns about text beyond the context, which this model handles with a sliding window
+    logging.set_verbosity_error()  # no warning about text beyond the context: this model has a sliding window
     if not torch.cuda.is_available():
         keep_freed_memory()
     settings = None

@@ -4,22 +4,23 @@
     python examples/online_learning/online_learning.py --text book.txt --models runs/tiny-0001/model ...
     python examples/online_learning/online_learning.py --search         # compare synapses that learn, learning rates, rewards
 
-Every model (one per seed) reads the new text in order, one sequence of the model's context length at a time. Each sequence is
-predicted before the model learns from it, so the loss is always on unseen text. For ``lm_head`` (the synapses from the readout
-neurons to the vocabulary), every actual token of a sequence has reward +1, and every token sampled from the prediction has
-reward -1. For the synapses inside the feed-forwards, ``--reward error`` is the prediction error projected to each neuron, and
-``--reward loss`` the running mean of the loss minus the loss of a token (``nordlm/inference/plasticity.py``). The conditions are:
+STDP is spike-timing-dependent plasticity. Every model (one per seed) reads the new text in order, one sequence of the model's
+context length at a time. Each sequence is predicted before the model learns from it, so the loss is always on unseen text. For
+``lm_head`` (the synapses from the readout neurons to the vocabulary), every actual token of a sequence has reward +1, and every
+token sampled from the prediction has reward -1. For the synapses inside the feed-forwards, ``--reward error`` is the prediction
+error projected to each neuron, and ``--reward loss`` the running mean of the loss minus the loss of a token
+(``nordlm/inference/plasticity.py``). The conditions are:
 
     on        reward-modulated STDP
     off       control: no learning
     shuffled  control: the rewards of each sequence in random order
     zero      control: every reward is 0
-    tokens    ablation: the spikes are permuted over the tokens of each sequence
-    steps     ablation: the time steps of each token's spikes are permuted, which keeps firing rates and removes timing
+    tokens    ablation: the spikes of the readout neurons are permuted over the tokens of each sequence
+    steps     ablation: the time steps of each token's spikes are permuted; only the firing rates stay the same
 
-Then the loss is measured on the part of the new text that follows, and on old text: held-out documents of the training text.
-Differences are paired by seed; intervals are 95 % intervals of Student's t over the seeds. ``--search`` uses text that comes
-after both parts of the new text, so that settings are not evaluated on the text on which they were selected.
+Then the loss is measured on the following part of the new text, and on old text: held-out documents of the training text.
+Differences are paired by seed; intervals are 95 % intervals of Student's t over the seeds. ``--search`` uses the text after both
+parts of the new text, so that settings are not evaluated on the text on which they were selected.
 """
 
 import argparse
@@ -82,9 +83,9 @@ class Outcome:
     """Losses of one model under one condition, in nats per token.
 
     Attributes:
-        windows: loss on each sequence of the new text, before learning from it.
-        later: loss on the following part of the new text, after reading.
-        old: loss on held-out text of the training corpus, after reading.
+        windows: loss on each sequence of the new text, before learning from this sequence.
+        later: loss on the following part of the new text, after reading the new text.
+        old: loss on held-out text of the training corpus, after reading the new text.
     """
 
     windows: list[float]
@@ -98,7 +99,7 @@ class Outcome:
 
 
 class Interval(NamedTuple):
-    """Mean over seeds, and half the width of its 95 % interval."""
+    """Mean over seeds, and half the width of its 95 % confidence interval."""
 
     mean: float
     half: float
@@ -108,7 +109,7 @@ class Interval(NamedTuple):
 
 
 class Learning(NamedTuple):
-    """What learns: patterns of module names (None for the default), learning rate (None for the default), and reward."""
+    """Arguments of Plasticity: patterns of module names and learning rate, each None for its default, and reward."""
 
     synapses: Sequence[str] | None
     learning_rate: float | None
@@ -179,7 +180,7 @@ def _tokens(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, limit: int
 
 
 def changes_of(condition: str) -> Control:
-    """Return the changes to rewards and spikes under a condition."""
+    """Return the functions that change rewards and spikes under a condition."""
     if condition == "shuffled":
         return Control(rewards=lambda rewards: rewards[torch.randperm(len(rewards), device=rewards.device)])
     if condition == "zero":
@@ -204,7 +205,7 @@ def read_once(
     learning: Learning,
     seed: int,
 ) -> Outcome:
-    """Run one condition from the trained weights and restore them."""
+    """Read the new text under one condition, starting from the trained weights, and restore the weights."""
     torch.manual_seed(seed)  # for the tokens that are sampled from predictions, and for permutations
     plasticity = Plasticity(model, *learning, changes_of(condition))
     length = texts.new.shape[1]
@@ -220,26 +221,26 @@ def read_once(
 
 
 def compare(outcomes: dict[str, list[Outcome]], measure: str, other: str) -> Interval:
-    """Return the paired difference of a measure, ``on`` minus another condition, over seeds."""
+    """Return the difference of a loss (a field of Outcome), ``on`` minus another condition, paired by seed."""
     pairs = zip(outcomes["on"], outcomes[other], strict=True)
     return interval([getattr(on, measure) - getattr(control, measure) for on, control in pairs])
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Return the mean and half the 95 % interval of Student's t; the interval is NaN for a single value."""
+    """Return the mean and half the width of the 95 % interval of Student's t, which is NaN for a single value."""
     x = np.asarray(values)
     return Interval(float(x.mean()), float(half_interval(x)))
 
 
 def half_interval(x: np.ndarray) -> np.ndarray:
-    """Return half the 95 % interval of the mean over the first dimension."""
+    """Return half the width of the 95 % interval of the mean over the first dimension."""
     if len(x) < 2:
         return np.full(x.shape[1:], np.nan)
     return stats.t.ppf(0.975, len(x) - 1) * x.std(0, ddof=1) / np.sqrt(len(x))
 
 
 def percent_old(outcomes: dict[str, list[Outcome]]) -> Interval:
-    """Return the increase of the loss on old text that learning causes, in per cent."""
+    """Return the increase of the loss on old text from ``off`` to ``on``, in per cent."""
     pairs = zip(outcomes["on"], outcomes["off"], strict=True)
     return interval([100 * (on.old / off.old - 1) for on, off in pairs])
 
@@ -247,8 +248,8 @@ def percent_old(outcomes: dict[str, list[Outcome]]) -> Interval:
 def helps(outcomes: dict[str, list[Outcome]]) -> bool:
     """Return whether the criterion is met.
 
-    The loss on new text is significantly lower than under every control that was run, and the loss on old text rises
-    significantly less than 1 %.
+    The criterion is that the loss on new text is significantly lower than under every control that was run, and that the loss on
+    old text rises by significantly less than 1 %.
     """
     differences = [compare(outcomes, "while_reading", name) for name in outcomes if name in CONTROLS]
     increase = percent_old(outcomes)
@@ -274,7 +275,7 @@ def report(console: Console, outcomes: dict[str, list[Outcome]]) -> None:
     print_table(console, "paired differences with 95 % intervals", columns, rows)
     increase, met = percent_old(outcomes), helps(outcomes)
     console.print(
-        f"old text: {increase.mean:+.2f} % ± {increase.half:.2f} %\n"
+        f"increase of the loss on old text: {increase.mean:+.2f} % ± {increase.half:.2f} %\n"
         f"reading once {'helps' if met else 'does not help'}: the criterion "
         f"(significantly better on new text than every control, less than 1 % worse on old) is {'met' if met else 'not met'}",
         highlight=False,
@@ -282,7 +283,7 @@ def report(console: Console, outcomes: dict[str, list[Outcome]]) -> None:
 
 
 def plot(outcomes: dict[str, list[Outcome]], path: Path) -> None:
-    """Plot the loss relative to ``off``: during reading (mean over the sequences so far), and afterwards."""
+    """Plot the loss minus that of ``off``: during reading (mean over the sequences so far), and afterwards."""
     mpl.use("Agg")
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=(2, 1), layout="constrained")
     off = outcomes["off"]
@@ -344,7 +345,7 @@ def _open(options: argparse.Namespace, folder: Path) -> tuple[NordForCausalLM, T
 
 
 def experiment(options: argparse.Namespace, models: list[Path], console: Console) -> dict[str, list[Outcome]]:
-    """Run all conditions on all models; the ablations only if ``lm_head`` alone learns, the default."""
+    """Run all conditions on all models; the ablations only if ``lm_head`` is the only synapse that learns, as by default."""
     learning = Learning(options.synapses, options.learning_rate, options.reward)
     ablations = ABLATIONS if options.synapses in (None, ["lm_head"]) else ()
     outcomes: dict[str, list[Outcome]] = {condition: [] for condition in ("on", *CONTROLS, *ablations)}
@@ -417,7 +418,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=file_name, default=Path("runs/online"), help="folder for results.json and the plot"
     )
-    parser.add_argument("--search", action="store_true", help="compare settings and print a table")
+    parser.add_argument("--search", action="store_true", help="compare synapses, learning rates and rewards")
     add_plasticity_options(parser)
     return parser.parse_args(arguments)
 

@@ -2,9 +2,9 @@
 
     python examples/sequence_classifier/sequence_classifier.py     # docstrings of Python, no download; about a minute and a half
 
-The models are ``torch.nn.TransformerEncoder``, the same encoder with the ``self_attn`` of every layer replaced by co-firing
-resonance (attention whose scores count coincident spikes), and the same encoder without attention. The data are passages of 32
-words from the docstrings of Python's standard library; whole modules are held out.
+The models are ``torch.nn.TransformerEncoder``, this encoder with the ``self_attn`` of every layer replaced by co-firing
+resonance (attention whose scores count coincident spikes), and this encoder without attention. The data are passages of 32 words
+from the docstrings of Python's standard library; whole modules are held out.
 """
 
 import argparse
@@ -37,7 +37,7 @@ BATCH, EPOCHS, LR = 64, 6, 2e-3
 
 
 class Data(NamedTuple):
-    """Word ids ``[n, 32]`` and packages ``[n]``, for training and held out."""
+    """Word ids ``[n, 32]`` and indices of packages ``[n]``, for training and test, and the names of the packages."""
 
     train_x: Tensor
     train_y: Tensor
@@ -47,7 +47,7 @@ class Data(NamedTuple):
 
 
 class ResonanceAttention(nn.Module):
-    """Co-firing resonance with the signature of ``nn.MultiheadAttention``; features are a constant current."""
+    """Co-firing resonance with the signature of ``nn.MultiheadAttention``; its input current is constant over time steps."""
 
     batch_first = False  # disables the fused path of TransformerEncoderLayer, which would ignore this module
 
@@ -67,7 +67,7 @@ class ResonanceAttention(nn.Module):
 
 
 class NoAttention(nn.Module):
-    """Replacement of attention without exchange between words."""
+    """Replacement of attention that exchanges no information between words."""
 
     batch_first = False
 
@@ -76,16 +76,16 @@ class NoAttention(nn.Module):
         return torch.zeros_like(query), None
 
 
-#: Replacements of ``self_attn``; None keeps it.
+#: Constructors of the replacement of ``self_attn``; None: it is not replaced.
 KINDS: dict[str, Callable[[], nn.Module] | None] = {
     "softmax attention": None,
     "co-firing resonance": lambda: ResonanceAttention(WIDTH, HEADS),
-    "none": NoAttention,
+    "no attention": NoAttention,
 }
 
 
 class Classifier(nn.Module):
-    """Classifier: embedding plus positions, an encoder, the mean over words, a linear head."""
+    """Classifier of embedding, learned positions, encoder, mean over words and linear head."""
 
     def __init__(self, n_classes: int, make: Callable[[], nn.Module] | None) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ def passages(module: Path) -> list[list[str]]:
 def documentation() -> Data:
     """Return the passages and their packages; every fourth module of each package is held out."""
     library = Path(sysconfig.get_path("stdlib"))
-    sides: tuple[list[tuple[list[str], int]], list[tuple[list[str], int]]] = ([], [])
+    parts: tuple[list[tuple[list[str], int]], list[tuple[list[str], int]]] = ([], [])  # training, held out
     names = [name for name in PACKAGES if (library / name).is_dir()]
     for label, name in enumerate(names):
         modules = [
@@ -122,12 +122,12 @@ def documentation() -> Data:
         ]
         with_text = [module_passages for module in modules if (module_passages := passages(module))]
         for number, module_passages in enumerate(with_text):
-            sides[number % 4 == 3].extend((words, label) for words in module_passages)
-    counts = Counter(word for words, _ in sides[0] for word in words)
+            parts[number % 4 == 3].extend((words, label) for words in module_passages)
+    counts = Counter(word for words, _ in parts[0] for word in words)
     ids = {word: index + 1 for index, (word, _) in enumerate(counts.most_common(VOCABULARY - 1))}  # 0: unknown
     (train_x, train_y), (test_x, test_y) = (
-        (torch.tensor([[ids.get(word, 0) for word in words] for words, _ in side]), torch.tensor([y for _, y in side]))
-        for side in sides
+        (torch.tensor([[ids.get(word, 0) for word in words] for words, _ in part]), torch.tensor([y for _, y in part]))
+        for part in parts
     )
     return Data(train_x, train_y, test_x, test_y, names)
 
@@ -146,8 +146,8 @@ def train(make: Callable[[], nn.Module] | None, seed: int, epochs: int, data: Da
             optimizer.step()
         schedule.step()
     net.eval()
-    spikes = any(isinstance(module, AssociativeLIFNode) for module in net.modules())
-    monitor = SpikeMonitor(net) if spikes else None
+    has_neurons = any(isinstance(module, AssociativeLIFNode) for module in net.modules())
+    monitor = SpikeMonitor(net) if has_neurons else None
     with torch.no_grad():
         correct = torch.cat([net(x).argmax(1) for x in data.test_x.split(256)]) == data.test_y
     if monitor is None:
@@ -157,7 +157,7 @@ def train(make: Callable[[], nn.Module] | None, seed: int, epochs: int, data: Da
 
 
 def plot(results: dict[str, list[float]], chance: float, path: Path) -> None:
-    """Plot a dot for each seed."""
+    """Plot the accuracy of each seed as a dot."""
     mpl.use("Agg")
     figure, axis = plt.subplots(figsize=(6, 2.5), layout="constrained")
     for place, (name, values) in enumerate(results.items()):
@@ -194,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
         accuracy, layer_rates = train(KINDS[name], seed, options.epochs, data)
         results[name].append(accuracy)
         rates = layer_rates or rates
-    table = Table("in place of attention", "accuracy", "lowest to highest", title=f"{options.seeds} seeds")
+    table = Table("attention", "accuracy", "lowest to highest", title=f"{options.seeds} seeds")
     for name, values in results.items():
         table.add_row(name, f"{statistics.mean(values):.1%}", f"{min(values):.1%} to {max(values):.1%}")
     table.add_row("always the largest package", f"{chance:.1%}", "")

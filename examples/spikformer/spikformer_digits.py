@@ -3,10 +3,11 @@
     python examples/spikformer/spikformer_digits.py            # scikit-learn's digits, no download; 8 minutes of CPU time
     python examples/spikformer/spikformer_digits.py --quick    # one seed, three epochs
 
-The network has one of three kinds of attention: Spikformer's attention; resonance (``SpikeFedResonance``), which replaces it in
-each block; or none, a control in which only convolutions exchange information between patches. The tables give accuracy, CPU
-time of a training step and firing rates, mean and range over seeds. The example needs SpikingJelly 2: 0.0.0.0.14 has no
-Spikformer.
+Spikformer (Zhou et al. 2023) is a vision transformer with spiking neurons. Three versions are trained: with Spikformer's own
+attention, with resonance (``SpikeFedResonance``, attention whose scores count coincident spikes) in each block, and, as a
+control, without attention, so that only convolutions exchange information between patches. The tables have accuracy, CPU time of
+a training step and firing rates, as mean and range over seeds. The example needs SpikingJelly 2; the older release 0.0.0.0.14 has
+no Spikformer.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from nord_snn.monitor import SpikeMonitor
 try:
     from spikingjelly.activation_based.model.spikformer import Spikformer
 except ImportError as error:
-    raise SystemExit("this example needs SpikingJelly 2, whose models include Spikformer") from error
+    raise SystemExit("this example needs SpikingJelly 2: the installed release has no Spikformer") from error
 
 STEPS, SIZE, PATCH, WIDTH, HEADS, BLOCKS = 4, 16, 4, 64, 4, 2
 PATCHES = (SIZE // PATCH) ** 2
@@ -41,7 +42,7 @@ Data = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class NoAttention(nn.Module):
-    """Replacement of attention without exchange between patches."""
+    """Replacement of attention that exchanges no information between patches."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return zeros."""
@@ -63,11 +64,11 @@ def resonance(n_features: int, n_heads: int) -> SpikeFedResonance:
     )
 
 
-#: Replacements of the attention of each block, from its width and number of heads; None keeps it.
+#: Constructors of the replacement of a block's attention, from width and number of heads; None: the attention is not replaced.
 KINDS: dict[str, Callable[[int, int], nn.Module] | None] = {
     "Spikformer's attention": None,
     "resonance": resonance,
-    "none": lambda n_features, n_heads: NoAttention(),
+    "no attention": lambda n_features, n_heads: NoAttention(),
 }
 
 
@@ -92,7 +93,7 @@ def spikformer(make: Callable[[int, int], nn.Module] | None) -> nn.Module:
 
 
 class Result(NamedTuple):
-    """Accuracy, median CPU time of a training step in milliseconds, parameters, and the firing rate of each layer of neurons."""
+    """Test accuracy, median CPU time of a training step in ms, number of parameters, firing rate of each layer of neurons."""
 
     accuracy: float
     step_ms: float
@@ -126,7 +127,7 @@ def train(make: Callable[[int, int], nn.Module] | None, seed: int, epochs: int, 
     net = spikformer(make)
     optimizer = torch.optim.AdamW(net.parameters(), lr=LR)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    order = torch.Generator().manual_seed(seed)  # of its own, so that all kinds see the same batches
+    order = torch.Generator().manual_seed(seed)  # separate, so that batches do not depend on the attention
     times = []
     for _ in range(epochs):
         for batch in torch.randperm(len(train_x), generator=order).split(BATCH):
@@ -145,31 +146,33 @@ def train(make: Callable[[int, int], nn.Module] | None, seed: int, epochs: int, 
 
 
 def mean_range(values: list[float], show: Callable[[float], str]) -> str:
-    """Return the mean and the range of the values."""
+    """Return mean and range of the values as text."""
     return f"{show(statistics.mean(values))} ({show(min(values))} to {show(max(values))})"
 
 
 def summary(results: dict[str, list[Result]]) -> Table:
-    """Return the table of accuracies and times."""
-    table = Table("attention", "accuracy", "CPU time of a training step, ms", "parameters", "mean firing rate")
-    for name, of in results.items():
+    """Return the table of accuracies, CPU times and firing rates."""
+    table = Table(
+        "attention", "accuracy", "CPU time of a training step, ms", "parameters", "firing rate, mean over all layers"
+    )
+    for name, of_seeds in results.items():
         table.add_row(
             name,
-            mean_range([result.accuracy for result in of], "{:.1%}".format),
-            mean_range([result.step_ms for result in of], "{:.0f}".format),
-            f"{of[0].parameters:,}",
-            mean_range([statistics.mean(result.rates.values()) for result in of], "{:.1%}".format),
+            mean_range([result.accuracy for result in of_seeds], "{:.1%}".format),
+            mean_range([result.step_ms for result in of_seeds], "{:.0f}".format),
+            f"{of_seeds[0].parameters:,}",
+            mean_range([statistics.mean(result.rates.values()) for result in of_seeds], "{:.1%}".format),
         )
     return table
 
 
 def layer_rates(results: dict[str, list[Result]]) -> Table:
     """Return the table of firing rates of the neurons inside the attention."""
-    table = Table("attention", "neurons", "firing rate")
-    for name, of in results.items():
-        for layer in of[0].rates:
+    table = Table("attention", "layer of neurons", "firing rate")
+    for name, of_seeds in results.items():
+        for layer in of_seeds[0].rates:
             if ".attn." in layer:
-                table.add_row(name, layer, mean_range([result.rates[layer] for result in of], "{:.1%}".format))
+                table.add_row(name, layer, mean_range([result.rates[layer] for result in of_seeds], "{:.1%}".format))
     return table
 
 
@@ -189,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, seed in track(runs, "training", transient=True):
         results[name].append(train(KINDS[name], seed, epochs, data))
     console = Console()
-    console.print(f"mean and range over seeds: {seeds}, epochs: {epochs}, test images: {len(data[3])}")
+    console.print(f"mean (range) over {seeds} seeds, after {epochs} epochs, on {len(data[3])} test images")
     console.print(summary(results))
     console.print(layer_rates(results))
     return 0

@@ -2,10 +2,10 @@
 
     python examples/swap_stdp/swap_stdp.py          # scikit-learn's digits, no download; half a minute on two cores
 
-64 inputs fire with a probability equal to the brightness of their pixel. 100 neurons compete: for each image only the one with
-the largest mean current can fire (after Diehl and Cook 2015; a neuron that wins often gets a handicap), and STDP moves its
-weights towards the image. Labels are used only after training, to assign a digit to each neuron. The runs of a network differ in
-one line, which constructs the learner.
+At each time step, each of 64 inputs fires with a probability equal to the brightness of its pixel. 100 neurons compete (after
+Diehl and Cook 2015): for each image only the neuron with the largest mean current can fire, the winner, and STDP moves its
+weights towards the image. A penalty is subtracted from the current of neurons that win often. Labels are used only after
+training, to assign a digit to each neuron. The runs of a network differ only in the line that constructs the learner.
 """
 
 import argparse
@@ -29,9 +29,15 @@ from nord_snn.learning_rules import STDP, TripletSTDP
 
 STEPS, N_NEURONS, BATCH, EPOCHS = 16, 100, 32, 8
 TAU = 5.0  # time constant of the traces, in time steps
-RATE, WEAKER = 0.003, 0.001  # weight change per pair: potentiation, depression
-TRIPLETS: dict[str, Any] = {"a2_plus": RATE, "a2_minus": WEAKER, "a3_plus": RATE, "a3_minus": 0.0}
-STRENGTH, FATIGUE = 2.0, 5.0  # norm of a neuron's weights; handicap for frequent winners
+POTENTIATION, DEPRESSION = 0.003, 0.001  # weight change per pair of spikes
+TRIPLETS: dict[str, Any] = {
+    "a2_plus": POTENTIATION,
+    "a2_minus": DEPRESSION,
+    "a3_plus": POTENTIATION,
+    "a3_minus": 0.0,
+}
+WEIGHT_NORM = 2.0  # of the weights of one neuron
+PENALTY = 5.0  # learning rate of the penalty for frequent winners
 
 
 class Digits(NamedTuple):
@@ -55,20 +61,20 @@ def encode(images: Tensor) -> Tensor:
 
 
 class Competition(nn.Module):
-    """Winner-take-all: only the neuron with the largest current fires; frequent winners get a handicap."""
+    """Winner-take-all: only the neuron with the largest current, minus its penalty, fires."""
 
-    fatigue: Tensor
+    penalty: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("fatigue", torch.zeros(N_NEURONS))
+        self.register_buffer("penalty", torch.zeros(N_NEURONS))
         self.winners = torch.zeros(1, N_NEURONS)
 
-    def choose(self, drive: Tensor) -> None:
-        """Select the winner of every image by the mean current ``[N, D]``, for all time steps of the image."""
-        self.winners = nn.functional.one_hot((drive - self.fatigue).argmax(-1), N_NEURONS).to(drive)
+    def choose(self, current: Tensor) -> None:
+        """Select the winner for every image from the mean current ``[N, D]``; in training, update the penalties."""
+        self.winners = nn.functional.one_hot((current - self.penalty).argmax(-1), N_NEURONS).to(current)
         if self.training:
-            self.fatigue += FATIGUE * (self.winners.mean(0) - 1 / N_NEURONS)
+            self.penalty += PENALTY * (self.winners.mean(0) - 1 / N_NEURONS)
 
     def forward(self, spikes: Tensor) -> Tensor:
         """Return the spikes ``[*, N, D]`` of the winners only."""
@@ -76,7 +82,7 @@ class Competition(nn.Module):
 
 
 class SpikingJellyNet(nn.Module):
-    """SpikingJelly network, multi-step: ``[T, N, 64]`` at once."""
+    """SpikingJelly network, which receives all time steps ``[T, N, 64]`` in one call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +99,7 @@ class SpikingJellyNet(nn.Module):
 
 
 class SnnTorchNet(nn.Module):
-    """SnnTorch network, one time step ``[N, 64]`` at a time."""
+    """SnnTorch network, whose neurons receive one time step ``[N, 64]`` in each call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,33 +121,35 @@ class SnnTorchNet(nn.Module):
 LEARNERS: dict[str, dict[str, Callable[[Any], Any] | None]] = {
     "SpikingJelly": {
         "none": None,
-        "STDPLearner": lambda net: learning.STDPLearner("m", net.fc, net.competition, TAU, TAU, weaken, strengthen),
-        "nord-snn STDP": lambda net: STDP("m", net.fc, net.competition, TAU, TAU, RATE, WEAKER),
+        "STDPLearner": lambda net: learning.STDPLearner(
+            "m", net.fc, net.competition, TAU, TAU, depression, potentiation
+        ),
+        "nord-snn STDP": lambda net: STDP("m", net.fc, net.competition, TAU, TAU, POTENTIATION, DEPRESSION),
         "nord-snn TripletSTDP": lambda net: TripletSTDP("m", net.fc, net.competition, TAU, TAU, **TRIPLETS),
     },
     "snnTorch": {
         "none": None,
-        "STDPLearner": lambda net: SnnTorchSTDPLearner(net.fc, net.competition, TAU, TAU, weaken, strengthen),
-        "nord-snn STDP": lambda net: STDP("s", net.fc, net.competition, TAU, TAU, RATE, WEAKER),
+        "STDPLearner": lambda net: SnnTorchSTDPLearner(net.fc, net.competition, TAU, TAU, depression, potentiation),
+        "nord-snn STDP": lambda net: STDP("s", net.fc, net.competition, TAU, TAU, POTENTIATION, DEPRESSION),
         "nord-snn TripletSTDP": lambda net: TripletSTDP("s", net.fc, net.competition, TAU, TAU, **TRIPLETS),
     },
 }
 NETS: dict[str, type[SpikingJellyNet | SnnTorchNet]] = {"SpikingJelly": SpikingJellyNet, "snnTorch": SnnTorchNet}
 
 
-def strengthen(weight: Tensor) -> float:
-    """Return the potentiation rate; the learners of SpikingJelly and snnTorch take functions of the weight."""
-    return RATE
+def potentiation(weight: Tensor) -> float:
+    """Return the weight change of potentiation; the learners of SpikingJelly and snnTorch take functions of the weight."""
+    return POTENTIATION
 
 
-def weaken(weight: Tensor) -> float:
-    """Return the depression rate, see :func:`strengthen`."""
-    return WEAKER
+def depression(weight: Tensor) -> float:
+    """Return the weight change of depression, see :func:`potentiation`."""
+    return DEPRESSION
 
 
 @torch.no_grad()
 def train(net: SpikingJellyNet | SnnTorchNet, make: Callable[[Any], Any] | None, data: Digits, epochs: int) -> None:
-    """Present all images; the learner changes ``fc``."""
+    """Train the weights of ``net.fc`` with the learner on all images, in each epoch in another order."""
     normalise(net.fc)
     if make is None:
         return
@@ -150,7 +158,7 @@ def train(net: SpikingJellyNet | SnnTorchNet, make: Callable[[Any], Any] | None,
     net.train()
     for _ in range(epochs):
         for batch in torch.randperm(len(data.images)).split(BATCH):
-            if len(batch) < BATCH:  # traces persist over batches, so all must have the same size
+            if len(batch) < BATCH:  # traces are not reset between batches, so all batches must have the same size
                 continue
             net(encode(data.images[batch]))
             optimizer.zero_grad()
@@ -161,14 +169,14 @@ def train(net: SpikingJellyNet | SnnTorchNet, make: Callable[[Any], Any] | None,
 
 @torch.no_grad()
 def normalise(fc: nn.Linear) -> None:
-    """Clamp weights to be excitatory, and normalise those of each neuron."""
+    """Set negative weights to 0, and normalise the weights of each neuron."""
     weight = fc.weight.clamp_(min=0)
-    weight *= STRENGTH / weight.norm(dim=1, keepdim=True).clamp(min=1e-6)
+    weight *= WEIGHT_NORM / weight.norm(dim=1, keepdim=True).clamp(min=1e-6)
 
 
 @torch.no_grad()
 def accuracy(net: SpikingJellyNet | SnnTorchNet, train_data: Digits, test_data: Digits) -> float:
-    """Return the test accuracy: each neuron has the label for which it fires most, and each image the label of its winner."""
+    """Return the test accuracy: a neuron has the label for which it fires most, an image the label of its winner."""
     net.eval()
     counts = net(encode(train_data.images)).sum(0)
     by_label = torch.stack([counts[train_data.labels == label].sum(0) for label in range(10)])  # [10, D]
@@ -184,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     options = parser.parse_args(arguments)
     if options.seeds < 1 or options.epochs < 0:
-        parser.error("expected at least one seed, and no negative number of epochs")
+        parser.error("expected at least one seed and at least 0 epochs")
     train_data, test_data = digits()
     table = Table("network", "learner", f"test accuracy, mean of {options.seeds} seeds", "lowest to highest")
     runs = [(name, rule, make) for name, rules in LEARNERS.items() for rule, make in rules.items()]

@@ -148,15 +148,15 @@ def bomb(levels: int) -> str:
 
 
 BAD_YAML = {
-    "aliases that explode": (bomb(9), "with those behind aliases"),
-    "an alias inside its anchor": ("model: &a [*a]", "inside its own anchor"),
+    "aliases that explode": (bomb(9), "including those of aliases"),
+    "an alias inside its anchor": ("model: &a [*a]", "used before its anchor ends"),
     "nested lists": ("[" * 100_000, "nests deeper"),
     "nested fields": ("model: " + "{a: " * 3000, "nests deeper"),
     "a wrong date": ("model: {vocab_size: 2024-99-99}", "month must be"),
     "a date": ("model: {eos_token_id: 2024-01-01}", "model.eos_token_id must be"),
     "a date as the name": ("name: 2024-01-01", "name must be"),
     "no int": ("model: {vocab_size: !!int abc}", "invalid literal"),
-    "no bool": ("model: {recency: !!bool abc}", "not YAML"),
+    "no bool": ("model: {recency: !!bool abc}", "expected YAML"),
     "no float": ("training: {lr: !!float abc}", "could not convert"),
     "5,000 digits": ("model: {vocab_size: " + "9" * 5000 + "}", "4300 digits"),
     "too large for a float": ("training: {lr: 1" + "0" * 400 + "}", "too large for a float"),
@@ -396,6 +396,6 @@ def test_the_model_card_shows_the_name_of_a_text_as_it_is():
     assert "\x1b" not in card
     assert "\n# x" not in card
     assert "](http://w)" not in card
-    assert r"| text | a\|b \# x" in card
+    assert r"| training text | a\|b \# x" in card
     assert "\n````yaml\n" in card  # longer than the fence in the settings
     assert escape("/home/me/books.txt") == "/home/me/books.txt"

@@ -39,7 +39,10 @@ def test_training_continues_without_its_output(server, folder, lost, reason):
     arguments = ["--config", config, "--data", text, "--out", folder / lost, "--no-report"]
     assert server.run("train", *arguments, log=log, lost=lost)[0] == 0, log.read_text()
     assert read_json(folder / lost / "test-0001" / "results.json")["steps"] == 4
-    assert log.read_text().count(f"warning: standard output is gone ({reason}); the script continues") == 1
+    assert (
+        log.read_text().count(f"warning: standard output can no longer be written ({reason}); the script continues")
+        == 1
+    )
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.slow)])

@@ -268,8 +268,8 @@ def test_the_summary_sentence_matches_the_figures(macs, acs, ratio):
     assert f"costs {ratio} times the energy of its dense twin without memory" in token_energy.energy_sentence(profile)
     fed, repeated = (100, 0) if not macs else (0, 100)
     assert (
-        f"{fed}% have spikes as input, {repeated}% have real numbers at each of 4 time steps, and 0% have real numbers once"
-        in (token_energy.energy_sentence(profile))
+        f"{fed}% have spikes as input, {repeated}% have real numbers as input at each of 4 time steps, and 0% have real numbers "
+        "as input once" in (token_energy.energy_sentence(profile))
     )
     assert "{" not in token_energy.energy_sentence(profile)
 

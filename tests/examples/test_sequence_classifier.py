@@ -18,7 +18,7 @@ def test_each_kind_has_the_named_attention():
         inside = [net.encoder(net.words(ids) + net.positions) for ids in (x, changed)]
         others = [k for k in range(32) if k != 7]
         exchanged = not torch.allclose(inside[0][:, others], inside[1][:, others])
-        assert exchanged is (name != "none")
+        assert exchanged is (name != "no attention")
 
 
 @pytest.mark.quick

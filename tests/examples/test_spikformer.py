@@ -100,7 +100,7 @@ def test_it_prints_both_tables(script, monkeypatch, capsys):
     monkeypatch.setattr(script, "digits", lambda: few)
     assert script.main(["--quick"]) == 0
     printed = capsys.readouterr().out
-    assert all(name in printed for name in ("resonance", "none", "lif_q", "seeds: 1, epochs: 3"))
+    assert all(name in printed for name in ("resonance", "no attention", "lif_q", "over 1 seeds, after 3 epochs"))
     with pytest.raises(SystemExit):
         script.main(["--seeds", "0"])
 

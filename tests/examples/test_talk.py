@@ -248,7 +248,7 @@ def test_stdp_learns_from_typed_text_and_forget_reverts_it(talk):
     chat.handle("some slow current of time")
     assert torch.equal(chat.model.lm_head.weight, after)
     chat.handle("/stats")
-    assert "STDP off; plastic: lm_head; learned change so far: " in printed.getvalue()
+    assert "STDP off; synapses that learn: lm_head; learned change so far: " in printed.getvalue()
     chat.handle("/forget")
     assert not changed(chat.model, before)
     assert chat.plasticity.change() == 0

@@ -121,7 +121,7 @@ def test_the_model_card_describes_the_model(trained):
     for fact in (
         f"| held-out loss, nats per token | {results['validation_loss']:.4f} |",
         f"| held-out bits per byte | {results['bits_per_byte']:.4f} |",
-        f"| training tokens | {results['tokens']:,} |",
+        f"| tokens in training, with repetitions | {results['tokens']:,} |",
         f"| parameters | {results['parameters']:,} |",
         f"| input_lif | {results['firing_rates']['input_lif']:.2%} |",
         '"hidden_size": 16',
@@ -371,9 +371,9 @@ def test_bad_arguments_raise_one_sentence(tmp_path, text, capsys, arguments, mes
         ("training: {learning_rate: 1}", "training has no field learning_rate"),
         ("training: {lr: fast}", "training.lr must be float, got 'fast'"),
         ("training: {steps: 1.5}", "training.steps must be int, got 1.5"),
-        ("model: [1]", "expected fields in the section model"),
+        ("model: [1]", "expected a mapping in the section model"),
         ("other: {}", "expected the sections model and training"),
-        ("{", "not YAML"),
+        ("{", "expected YAML"),
     ],
 )
 def test_bad_configs_raise_one_sentence(tmp_path, text, capsys, content, message):

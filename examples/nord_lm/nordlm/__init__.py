@@ -1,1 +1,1 @@
-"""Shared code of the language-model scripts."""
+"""Code that the language-model scripts share."""

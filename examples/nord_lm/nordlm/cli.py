@@ -1,4 +1,4 @@
-"""Types and encoding of command-line arguments."""
+"""Parse command-line arguments: numbers, names of files, and text that is not UTF-8."""
 
 import argparse
 import errno
@@ -17,7 +17,7 @@ __all__ = [
 
 
 def number(low: float, high: float | None = None, kind: type = float) -> Any:
-    """Return an argparse type: a number in ``[low, high]``, by default up to the largest int32 or float."""
+    """Return an argparse type for numbers of type ``kind`` from ``low`` to ``high`` (default: the largest int32 or float)."""
     limit = high if high is not None else (2**31 - 1 if kind is int else sys.float_info.max)
 
     def parse(text: str) -> Any:
@@ -47,16 +47,16 @@ def file_name(text: str) -> Path:
         raise argparse.ArgumentTypeError("expected a name without NUL bytes") from error
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            raise argparse.ArgumentTypeError(
-                f"expected a shorter name than the {len(text)} characters given"
-            ) from error
+            raise argparse.ArgumentTypeError(f"expected a shorter name, got {len(text)} characters") from error
         if error.errno == errno.ELOOP:
-            raise argparse.ArgumentTypeError(f"{text} is a link that leads to itself") from error
+            raise argparse.ArgumentTypeError(
+                f"expected a file or folder, but {text} is a link that leads to itself"
+            ) from error
     return Path(text)
 
 
 def shorten(text: str, limit: int = 300) -> str:
-    """Return a text in one line of at most ``limit`` characters."""
+    """Return ``text`` as one line of at most ``limit`` characters."""
     line = " ".join(text.split())
     return line if len(line) <= limit else line[: limit - 3] + "..."
 

@@ -1,4 +1,4 @@
-"""Errors in the user's input. The scripts print the message, one sentence, and exit."""
+"""Errors that a user can correct. The scripts print the message, one sentence, and exit."""
 
 __all__ = [
     "CheckpointError",
@@ -12,7 +12,7 @@ __all__ = [
 
 
 class RecipeError(Exception):
-    """Base class of the errors that a user can correct. The scripts of this example (the recipe) print the message.
+    """Base class of these errors. "Recipe" is this example, the language model.
 
     Attributes:
         shared: whether all processes of a run raise this error; then only the first one prints it.

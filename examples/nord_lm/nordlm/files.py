@@ -1,9 +1,9 @@
-"""Replace files and folders so that a kill at any moment leaves the old or the new content under their name.
+"""Replace files and folders atomically: if the process is killed, the path has the complete old or the complete new content.
 
-Content is written beside its place, to ``.NAME.unfinished``, and renamed. A folder that replaces another one changes places
-with it in one system call (``renameat2`` on Linux). Where the file system has no such call, the former folder is first renamed
-to ``.NAME.old``; after a kill between the two renames :func:`recover` restores it. A folder is renamed to ``.NAME.removed``
-before its files are deleted, so that no half of it is left under its name.
+New content is written to ``.NAME.unfinished`` in the parent folder of ``NAME``, then ``.NAME.unfinished`` is renamed to ``NAME``.
+If the folder ``NAME`` exists, one system call exchanges the two folders (``renameat2`` on Linux). Where the file system has no
+such call, the old folder is first renamed to ``.NAME.old``; if the process is killed between the two renames, :func:`recover`
+restores the old folder. Before the files of a folder are deleted, the folder is renamed to ``.NAME.removed``.
 
 Nothing is flushed to the disk: a power failure can damage what was written last.
 """
@@ -39,11 +39,11 @@ __all__ = [
 
 DAY = 86_400  # seconds
 UNFINISHED, OLD, REMOVED = ".unfinished", ".old", ".removed"
-NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # the kernel or the file system has none
+NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # errors of systems without an exchange
 
 
 def temporary_path(path: Path) -> Path:
-    """Return the path at which a folder or file is written before it is moved into place."""
+    """Return the path to which a folder or file is written before it is moved to ``path``."""
     return _beside(path, UNFINISHED)
 
 
@@ -75,7 +75,7 @@ def write_error(folder: Path, error: Exception) -> CheckpointError:
 
 
 def _reason(error: Exception, parent: Path) -> str:
-    """Return the reason of an error. A full disk has a different type with every writer."""
+    """Return why writing failed. On a full disk each library raises another type of exception."""
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
     with suppress(OSError):
         if shutil.disk_usage(parent).free < 1 << 20:
@@ -84,7 +84,7 @@ def _reason(error: Exception, parent: Path) -> str:
 
 
 def move_into_place(temporary: Path, folder: Path) -> None:
-    """Move a complete folder to its place; a folder that is already there is deleted."""
+    """Move a complete folder to the path ``folder``, and delete the folder that it replaces."""
     old = _beside(folder, OLD)
     if not os.path.lexists(folder):
         os.replace(temporary, folder)
@@ -102,25 +102,25 @@ def move_into_place(temporary: Path, folder: Path) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Restore a folder if the process that replaced it was killed between the two renames."""
+    """Restore a folder if the process that replaced it was killed between its two renames."""
     if not os.path.lexists(folder) and (old := _beside(folder, OLD)).is_dir():
         os.replace(old, folder)
 
 
 def clean_up(parent: Path) -> None:
-    """Restore folders in ``parent`` that were being replaced, and delete what killed processes left behind.
+    """Restore folders in ``parent`` whose replacement was interrupted, and delete temporary files of killed processes.
 
-    No other process may be writing in ``parent``, see :func:`locked`.
+    No other process may be writing to ``parent``, see :func:`locked`.
     """
     for old in parent.glob(f".*{OLD}"):
         recover(parent / old.name[1 : -len(OLD)])
     for ending in (UNFINISHED, OLD, REMOVED):
-        for left in parent.glob(f".*{ending}"):
-            _delete(left)
+        for temporary in parent.glob(f".*{ending}"):
+            _delete(temporary)
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder; a kill leaves it whole or gone. What cannot be deleted is left."""
+    """Delete a folder; if the process is killed, ``folder`` is complete or does not exist. Ignore errors."""
     removed = _beside(folder, REMOVED)
     _delete(removed)
     with suppress(OSError):
@@ -129,18 +129,18 @@ def remove_folder(folder: Path) -> None:
 
 
 def create_numbered(parent: Path, name: str, write: Callable[[Path], None]) -> Path:
-    """Create ``parent/name-0001``, or the folder with the next free number, with the content that ``write`` gives it.
+    """Create ``parent/name-0001``, or the next free number, with the content that ``write`` writes to it.
 
-    What processes that were killed here more than a day ago left behind is deleted.
+    Temporary folders in ``parent`` that are more than a day old are deleted.
 
     Raises:
         CheckpointError: the folder could not be created.
     """
     temporary = parent / f".{name}.{os.getpid()}.{os.urandom(4).hex()}{UNFINISHED}"
-    for left in parent.glob(f".{name}.*{UNFINISHED}"):
+    for other in parent.glob(f".{name}.*{UNFINISHED}"):
         with suppress(OSError):
-            if left.stat().st_mtime < time.time() - DAY:  # a younger one may be that of a process on another computer
-                _delete(left)
+            if other.stat().st_mtime < time.time() - DAY:  # a newer one may belong to a running process
+                _delete(other)
     try:
         temporary.mkdir(parents=True)
         write(temporary)
@@ -152,7 +152,7 @@ def create_numbered(parent: Path, name: str, write: Callable[[Path], None]) -> P
         raise CheckpointError(f"{parent / name}: cannot be created ({_reason(error, parent)})") from error
     finally:
         _delete(temporary)
-    raise CheckpointError(f"{parent}: all numbers for runs named {name} are taken")
+    raise CheckpointError(f"{parent}: expected a free number for {name}, but 0001 to 9999 all exist")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -170,7 +170,7 @@ def write_text(path: Path, content: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically. If several processes write the same file, the last one wins."""
+    """Write a file atomically. If several processes write the same file, it has the content of the last one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
     try:
         temporary.write_bytes(content)
@@ -181,12 +181,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextmanager
 def locked(path: Path, refusal: str, note: Callable[[str], None]) -> Iterator[None]:
-    """Lock a file that exists, until the end of the block or of the process; a killed process leaves no lock.
+    """Lock an existing file until the block or the process ends, also if the process is killed.
 
     Args:
         path: the file; its content is neither read nor changed.
-        refusal: message of the error.
-        note: receives a sentence if the file system has no locks; the block then runs without.
+        refusal: message of the error if another process has locked the file.
+        note: called with a sentence if the file system has no locks; the block then runs without a lock.
 
     Raises:
         CheckpointError: another process has locked the file, or it cannot be opened.
@@ -213,7 +213,7 @@ def _beside(path: Path, ending: str) -> Path:
 
 
 def _delete(path: Path) -> None:
-    """Delete a folder or file as far as possible."""
+    """Delete a folder or file; ignore errors."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -240,7 +240,7 @@ def _exchange(first: Path, second: Path) -> bool:
         return False
     if renameat2(current_folder, os.fsencode(first), current_folder, os.fsencode(second), exchange) == 0:
         return True
-    number = ctypes.get_errno()
-    if number in NO_EXCHANGE:
+    error_number = ctypes.get_errno()
+    if error_number in NO_EXCHANGE:
         return False
-    raise OSError(number, os.strerror(number), str(second))
+    raise OSError(error_number, os.strerror(error_number), str(second))

@@ -1,7 +1,7 @@
-"""Read small text, JSON and YAML files from strangers: regular files only, within limits of size, nesting and length.
+"""Read small untrusted text, JSON and YAML files: regular files only, within limits of size, nesting and number of values.
 
-A pipe or device in place of a file would wait for ever, a few lines of YAML with anchors can stand for more values than fit into
-memory, and a parser runs out of stack where brackets nest without end.
+Without these limits a pipe or device would block the program, anchors in a few lines of YAML could expand to more values than
+fit into memory, and deep nesting could overflow the stack of a parser.
 """
 
 import json
@@ -18,15 +18,15 @@ __all__ = ["check_files", "check_regular", "exists", "read_json", "read_text", "
 
 MAX_BYTES = 64 << 20  # of a text or JSON file: runs of a study have results of megabytes
 MAX_YAML_BYTES = 1 << 17
-MAX_DEPTH = 50
-MAX_VALUES = 10_000  # of a YAML file, counting what stands behind an alias every time it is named
+MAX_DEPTH = 50  # levels of nesting
+MAX_VALUES = 10_000  # of a YAML file; those of an anchor count at each of its aliases
 
 
 def exists(name: str | Path) -> bool:
     """Return whether a file or folder exists; False for a name that no file can have."""
     try:
         return Path(name).exists()
-    except (OSError, ValueError):  # too long, or with a NUL byte
+    except (OSError, ValueError):  # a name that is too long or has a NUL byte
         return False
 
 
@@ -41,7 +41,7 @@ def check_regular(path: Path, error: type[RecipeError]) -> None:
 
 
 def check_files(folder: Path, error: type[RecipeError]) -> None:
-    """Raise ``error`` unless ``folder`` is a folder of files that a library can open: a pipe would block it."""
+    """Raise ``error`` unless ``folder`` is a folder without pipes and devices, which would block a library that opens them."""
     if not folder.is_dir():
         raise error(f"{folder}: expected a folder")
     for file in sorted(folder.iterdir()):
@@ -53,7 +53,7 @@ def read_text(path: Path, error: type[RecipeError], max_bytes: int = MAX_BYTES) 
     """Return the text of a UTF-8 file; raise ``error`` if it is no regular file, too large or not text."""
     check_regular(path, error)
     try:
-        # Without O_NONBLOCK, opening a pipe waits: one can have taken the place of the file that was checked.
+        # O_NONBLOCK: opening a pipe would block, and a pipe may have replaced the file since the check.
         file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         with os.fdopen(file, "rb") as opened:
             content = opened.read(max_bytes + 1)
@@ -68,12 +68,12 @@ def read_text(path: Path, error: type[RecipeError], max_bytes: int = MAX_BYTES) 
 
 
 def read_json(path: Path, error: type[RecipeError]) -> Any:
-    """Return the content of a JSON file; raise ``error`` if it is not valid, or nests too deep."""
+    """Return the content of a JSON file; raise ``error`` if it is not valid or nests too deep."""
     text = read_text(path, error)
     try:
         content = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as reason:
-        raise error(f"{path}: not readable ({_reason(reason)})") from reason
+        raise error(f"{path}: expected JSON ({_reason(reason)})") from reason
     if _depth_exceeds(content, MAX_DEPTH):
         raise error(f"{path}: nests deeper than {MAX_DEPTH} levels")
     return content
@@ -85,8 +85,8 @@ def read_yaml(path: Path, error: type[RecipeError]) -> Any:
     try:
         _check_yaml(text)
         return yaml.safe_load(text)
-    except Exception as reason:  # a date, number or tag that is not one raises whatever its constructor raises
-        raise error(f"{path}: not YAML ({_reason(reason)})") from reason
+    except Exception as reason:  # invalid dates, numbers and tags raise many types of exceptions
+        raise error(f"{path}: expected YAML ({_reason(reason)})") from reason
 
 
 def _check_yaml(text: str) -> None:
@@ -108,10 +108,10 @@ def _check_yaml(text: str) -> None:
                 sizes[event.anchor] = 1
         elif isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
-                raise ValueError(f"the alias {event.anchor} stands inside its own anchor, or before it")
+                raise ValueError(f"the alias {event.anchor} is used before its anchor ends")
             n_values += sizes[event.anchor]
         if n_values > MAX_VALUES:
-            raise ValueError(f"more than {MAX_VALUES:,} values, with those behind aliases")
+            raise ValueError(f"more than {MAX_VALUES:,} values, including those of aliases")
         if len(opened) > MAX_DEPTH:
             raise ValueError(f"nests deeper than {MAX_DEPTH} levels")
 
@@ -131,7 +131,7 @@ def _depth_exceeds(content: Any, limit: int) -> bool:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _kind(mode: int) -> str:
@@ -140,5 +140,5 @@ def _kind(mode: int) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """Return an error in one short line."""
+    """Return the message of an error as one short line."""
     return getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__

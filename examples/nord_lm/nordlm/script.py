@@ -1,8 +1,8 @@
-"""Run a script whose output can go away and that can be interrupted at any moment.
+"""Run a script; handle Ctrl-C at any moment, and standard output that can no longer be written.
 
-Output goes away if the reader of a pipe ends (``| head -1``, or ``| tee log`` at Ctrl-C), the disk behind it is full, or the
-terminal is closed. A script then ends with a non-zero exit status; training continues without it. This module loads no large
-library, so that Ctrl-C is handled while those are loaded.
+Standard output can no longer be written if the reader of a pipe exits (``| head -1``, or ``| tee log`` at Ctrl-C), the disk is
+full, or the terminal is closed. A script then ends with a non-zero exit status; training continues without output. This module
+imports no large library, so that Ctrl-C is also handled while libraries are imported.
 """
 
 import io
@@ -18,12 +18,12 @@ from typing import Any
 __all__ = ["INTERRUPTED", "exit_on_interrupt", "run_script"]
 
 INTERRUPTED = 128 + signal.SIGINT  # exit status after Ctrl-C, the convention of shells
-READER_LEFT = 128 + signal.SIGPIPE
+READER_LEFT = 128 + signal.SIGPIPE  # exit status if the reader of a pipe has exited, the convention of shells
 
 
 @contextmanager
 def exit_on_interrupt() -> Iterator[None]:
-    """Exit at once on Ctrl-C inside the block, in which libraries are imported: there is nothing to save yet."""
+    """Exit at once on Ctrl-C inside the block, which imports libraries: there is nothing to save yet."""
     previous = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or previous is not signal.default_int_handler:
         yield  # ignored (as in a background job), or handled by the caller
@@ -46,8 +46,8 @@ def run_script(main: Callable[[], int | None], keep_running: bool = False) -> in
 
     Args:
         main: the script; returns its exit status, or None for 0.
-        keep_running: whether the script continues if standard output goes away. Default: it exits, with 141 if the reader of a
-            pipe has left and 1 otherwise.
+        keep_running: whether the script continues if standard output can no longer be written. Default: it exits with status
+            141 if the reader of a pipe has exited, else with 1.
     """
     output = _Output(keep_running)
     try:
@@ -57,47 +57,50 @@ def run_script(main: Callable[[], int | None], keep_running: bool = False) -> in
         status = INTERRUPTED
     finally:
         if sys.stdout is not None:
-            sys.stdout.flush()  # while an error still counts
+            sys.stdout.flush()  # while a write error can still change the exit status
     return output.status or status
 
 
 class _Output:
-    """Standard output and standard error that go to the null device after their first error."""
+    """Standard output and standard error, each replaced by the null device after its first write error."""
 
     def __init__(self, keep_running: bool) -> None:
         self.keep_running, self.status = keep_running, 0
-        for name, lose in (("stdout", self._lose_output), ("stderr", lambda error: None)):
+        for name, on_error in (("stdout", self._handle_error), ("stderr", lambda error: None)):
             stream = getattr(sys, name)
             if stream is None:  # closed by the caller
                 continue
-            buffer = io.BufferedWriter(_GuardedFile(stream.fileno(), lose))
+            buffer = io.BufferedWriter(_GuardedFile(stream.fileno(), on_error))
             guarded = io.TextIOWrapper(
                 buffer, stream.encoding, stream.errors, "\n", stream.line_buffering, stream.write_through
             )
             setattr(sys, name, guarded)
 
-    def _lose_output(self, error: OSError) -> None:
+    def _handle_error(self, error: OSError) -> None:
         if self.keep_running:
-            print(f"warning: standard output is gone ({error.strerror}); the script continues", file=sys.stderr)
+            print(
+                f"warning: standard output can no longer be written ({error.strerror}); the script continues",
+                file=sys.stderr,
+            )
             return
         self.status = READER_LEFT if isinstance(error, BrokenPipeError) else 1
-        if not isinstance(error, BrokenPipeError):  # whose reader has seen enough
+        if not isinstance(error, BrokenPipeError):  # a reader such as ``head`` exits on purpose
             print(f"error: standard output cannot be written ({error.strerror})", file=sys.stderr)
         if threading.current_thread() is threading.main_thread():
             raise SystemExit(self.status)
 
 
 class _GuardedFile(io.FileIO):
-    """An open file descriptor for writing that becomes the null device at the first error.
+    """An open file descriptor for writing; after the first error it is the null device.
 
     Args:
         descriptor: the file descriptor.
-        lose: receives the error.
+        on_error: called with the error.
     """
 
-    def __init__(self, descriptor: int, lose: Callable[[OSError], None]) -> None:
+    def __init__(self, descriptor: int, on_error: Callable[[OSError], None]) -> None:
         super().__init__(descriptor, "w", closefd=False)
-        self._lose = lose
+        self._on_error = on_error
 
     def write(self, data: Any) -> int:
         """Write the data, or discard it after an error."""
@@ -108,6 +111,6 @@ class _GuardedFile(io.FileIO):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self.fileno())
             os.close(null)
-            self._lose(error)
+            self._on_error(error)
             return len(data)
         return written

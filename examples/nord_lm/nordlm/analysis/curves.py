@@ -12,14 +12,14 @@ from nordlm.training.checkpoints import CheckpointError, read_json
 
 __all__ = ["RUN_RESULTS", "read_results", "training_curves"]
 
-#: Results of a run that a report shows, all numbers.
+#: Fields of ``results.json`` that a report shows; all are numbers.
 RUN_RESULTS = ("steps", "tokens", "seed", "validation_loss", "bits_per_byte", "unigram_loss", "bigram_loss")
 
 SMOOTH = 0.02  # width of the running mean, as a fraction of the curve
 
 
 def training_curves(run: Path) -> tuple[dict[str, dict[int, float]], dict[str, dict[int, float]]] | None:
-    """Return losses and rates of the model's parts, by training step; None if there is no log.
+    """Return losses, and firing rates of the parts of the model, by training step; None if there is no log.
 
     Raises:
         CheckpointError: the folder of the log has a pipe or a device.
@@ -28,9 +28,9 @@ def training_curves(run: Path) -> tuple[dict[str, dict[int, float]], dict[str, d
         return None
     for file in (run / "tensorboard").rglob("*"):
         if not file.is_dir():
-            check_regular(file, CheckpointError)  # the reader would wait for a pipe
+            check_regular(file, CheckpointError)  # a pipe would block the reader
     log = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
-    log.Reload()  # in a damaged file, reads the events before the damage
+    log.Reload()  # of a damaged file, only the values before the damage
     names = log.Tags()["scalars"]
     if "loss" not in names:
         return None
@@ -65,12 +65,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _scalars(log: EventAccumulator, name: str) -> dict[int, float]:
-    """Return values by training step; if a resumed run logged a step twice, the later value."""
+    """Return values by training step; if a resumed run has two values of a training step, the later one."""
     return {event.step: event.value for event in log.Scalars(name)}
 
 
 def _mean(curves: list[dict[int, float]]) -> dict[int, float]:
-    """Return the mean of the layers of a part, unweighted, since the log does not have their widths."""
+    """Return the unweighted mean over the layers of a part: the log does not contain their widths."""
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     return {step: sum(curve[step] for curve in curves) / len(curves) for step in steps}
 

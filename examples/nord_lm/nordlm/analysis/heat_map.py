@@ -16,15 +16,15 @@ SCORES = (
     "loss of each token, nats",
     "entropy of the prediction of each token, nats",
 )
-TOKENS = 96  # number of tokens of each text
+TOKENS = 96  # number of tokens that are shown of each text
 
 
 def heat_map(
     scored: dict[str, ScoredPassages], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, dict[str, list[tuple[str, str, float]]]]:
-    """Return text -> score -> cells: string, label, and shade from 0 to 1.
+    """Return text -> score -> cells. A cell is the string of a token, the value as text, and a shade from 0 to 1.
 
-    Loss and entropy are at the predicted token, the rate at the input token.
+    Loss and entropy are those of the predicted token, the rate is that of the input token.
     """
     scales: list[tuple[float, float]] = []
     cells: dict[str, dict[str, list[tuple[str, str, float]]]] = {}
@@ -33,7 +33,7 @@ def heat_map(
         missing = measured.loss.new_full((len(measured.loss), 1), torch.nan)  # the first token is not predicted
         entropy = torch.cat((missing, measured.entropy[:, :-1]), 1)
         values = (measured.mean_rate(), torch.cat((missing, measured.loss), 1), entropy)
-        scales = scales or [_scale(value) for value in values]  # scales of the known text, which is first
+        scales = scales or [_scale(value) for value in values]  # scales of the first text, the known text
         cells[name] = {
             score: [
                 cell
@@ -46,7 +46,7 @@ def heat_map(
 
 
 def _scale(values: Tensor) -> tuple[float, float]:
-    """Return the values of the palest and the darkest colour, the 2 % and 98 % quantiles of the known text."""
+    """Return the values with shades 0 and 1, the 2 % and 98 % quantiles."""
     low, high = values.flatten().nanquantile(torch.tensor([0.02, 0.98])).tolist()
     return low, max(high, low + 1e-9)
 

@@ -1,8 +1,9 @@
-"""Out-of-distribution detection: do firing rates separate known text from other text, beyond loss and entropy?
+"""Out-of-distribution detection: measure how well firing rates, loss and entropy separate known text from other text.
 
-The score of a passage is a mean over its tokens: of the firing rate (of each layer, of all neurons), the loss, or the entropy of
-the prediction. AUROC is the probability that a passage of the other text has the higher score: 0.5 is chance, and below 0.5
-the other text has the lower scores.
+The known text is of the kind that the model was trained on, but not in the training text. The score of a passage is a mean over
+its tokens: of the firing rate (of one layer or of all neurons), the loss, or the entropy of the prediction. AUROC (area under the
+ROC curve) is the probability that a passage of the other text has the higher score: 0.5 is chance, and below 0.5 the other text
+has the lower scores.
 """
 
 import ast
@@ -46,11 +47,11 @@ __all__ = [
 
 #: Other texts that are generated here.
 BUILTIN_TEXTS = ("shuffled", "code", "chinese")
-PASSAGE = 32  # tokens, one or two sentences
-MIN_DOCUMENTS, MAX_DOCUMENTS = 5, 400
-RESAMPLES = 1000
-FOLDS = 5
-#: Scores that are logistic regressions on other scores.
+PASSAGE = 32  # tokens in a passage: one or two sentences
+MIN_DOCUMENTS, MAX_DOCUMENTS = 5, 400  # of each text
+RESAMPLES = 1000  # of the bootstrap
+FOLDS = 5  # of the cross-validation
+#: Scores that are logistic regressions on these scores.
 LEARNED = ("firing rates of all layers", "loss and entropy", "all of these")
 
 
@@ -60,7 +61,7 @@ class Passages(NamedTuple):
     Attributes:
         name: name of the text.
         tokens: token ids ``[n, L]``.
-        documents: index of the document of each passage, ``[n]``.
+        documents: index of the document that contains each passage, ``[n]``.
         n_bytes: length of each passage in UTF-8, ``[n]``.
     """
 
@@ -73,7 +74,7 @@ class Passages(NamedTuple):
 def cut_passages(
     name: str, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, at_most: int = 400
 ) -> Passages:
-    """Cut documents into passages of ``length`` tokens, and keep at most ``at_most``, evenly from all documents.
+    """Cut documents into passages of ``length`` tokens, and keep at most ``at_most``, evenly spaced.
 
     Raises:
         DataError: fewer than :data:`MIN_DOCUMENTS` documents have as many tokens.
@@ -81,12 +82,11 @@ def cut_passages(
     passages: list[Tensor] = []
     documents: list[int] = []
     for number, text in enumerate(texts):
-        ids = torch.cat([torch.empty(0, dtype=torch.int32), *encode([text], tokenizer)])[
-            :-1
-        ]  # without the end-of-text token
-        own = ids[: len(ids) // length * length].view(-1, length)
-        passages.extend(own)
-        documents.extend([number] * len(own))
+        (ids,) = encode([text], tokenizer)
+        ids = ids[:-1]  # without the end-of-text token
+        complete = ids[: len(ids) // length * length].view(-1, length)
+        passages.extend(complete)
+        documents.extend([number] * len(complete))
     if (n_documents := len(set(documents))) < MIN_DOCUMENTS:
         raise DataError(
             f"{name}: {n_documents} documents have passages of {length} tokens, expected at least {MIN_DOCUMENTS} to "
@@ -125,7 +125,7 @@ def other_texts(source: str, documents: Documents | None, known: list[str]) -> l
 def _shuffled(texts: Iterable[str]) -> Iterator[str]:
     generator = random.Random(0)
     for text in texts:
-        words = re.split(r"(\s+)", text)  # words and the blanks between them; only words are moved
+        words = re.split(r"(\s+)", text)  # words and the white space between them; only words are moved
         order = words[::2]
         generator.shuffle(order)
         words[::2] = order
@@ -182,14 +182,14 @@ def distinguish(
     Args:
         model: in eval mode.
         tokenizer: its tokenizer.
-        texts: documents of the known kind that are not in the training text; at most :data:`MAX_DOCUMENTS` are used, evenly.
+        texts: documents of the known text; at most :data:`MAX_DOCUMENTS` are used, evenly spaced.
         others: result of :func:`open_others`.
         length: tokens in a passage. Default: 32, or the model's context if that is less.
         visible: whether to show progress. Default: False.
 
     Returns:
-        The results for JSON; the known text, and every other text by name, with scores at each token. A text that cannot be
-        used is in the results under ``left_out``, with the reason.
+        The results for JSON, with the reason for each text that was left out; the measurements of the known text; the
+        measurements of the other texts, by name.
 
     Raises:
         DataError: the known text is too short, or ``length`` is out of range.
@@ -237,7 +237,7 @@ def _size(passages: Passages) -> dict[str, int]:
 
 
 def _auroc_table(known: ScoredPassages, other: ScoredPassages, same: bool) -> dict[str, dict[str, float]]:
-    """Return AUROC and interval by score. ``same``: both have the same documents, which the bootstrap draws together."""
+    """Return AUROC and interval by score. If both texts have the same documents (``same``), the bootstrap draws them in pairs."""
     first, second = scores(*known), scores(*other)
     offset = 0 if same else int(known.passages.documents.max()) + 1
     documents = (known.passages.documents, other.passages.documents + offset)
@@ -255,13 +255,13 @@ def _auroc_table(known: ScoredPassages, other: ScoredPassages, same: bool) -> di
 def _regression_scores(
     first: dict[str, Tensor], second: dict[str, Tensor], names: list[str], documents: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Return cross-validated scores of a logistic regression: each document is scored by a model fitted to other documents."""
+    """Return scores of a logistic regression; each document is scored by a regression that was fitted to other documents."""
     features = torch.cat([torch.stack([side[name] for name in names], 1) for side in (first, second)]).numpy()
     n = len(documents[0])
     is_other = [0] * n + [1] * len(documents[1])
-    # With at least FOLDS documents on each side, every training part has both texts.
+    # Both texts have at least FOLDS documents, so every training part has passages of both.
     folds = StratifiedGroupKFold(FOLDS)
-    # Balanced, so that a fold with more of one text does not shift the scores of the other folds.
+    # Balanced, because folds with different shares of the texts would have scores with different offsets.
     regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, class_weight="balanced"))
     decision = cross_val_predict(
         regression, features, is_other, groups=torch.cat(documents).numpy(), cv=folds, method="decision_function"
@@ -289,9 +289,9 @@ def interval(
     Args:
         known: scores ``[n]``.
         other: scores ``[m]``.
-        known_documents: index of the document of each known passage ``[n]``.
-        other_documents: index of the document of each other passage ``[m]``.
-        together: whether documents with the same index on both sides are drawn together. Default: False.
+        known_documents: index of the document that contains each known passage ``[n]``.
+        other_documents: index of the document that contains each other passage ``[m]``.
+        together: whether documents with the same index in both texts are drawn together. Default: False.
         level: coverage of the interval. For a learned score it excludes the variance of the fit. Default: 0.95.
     """
     generator = torch.Generator().manual_seed(0)
@@ -306,7 +306,7 @@ def interval(
 
 
 def _bootstrap_counts(documents: Tensor, generator: torch.Generator) -> Tensor:
-    """Return how often each resample contains each passage, ``[RESAMPLES, n]``; a resample has as many documents as the text."""
+    """Return how often each resample, drawn from documents with replacement, contains each passage, ``[RESAMPLES, n]``."""
     unique, index = documents.unique(return_inverse=True)
     drawn = torch.randint(len(unique), (RESAMPLES, len(unique)), generator=generator)
     times = torch.zeros(RESAMPLES, len(unique), dtype=torch.float64)

@@ -38,22 +38,22 @@ def windows(n_predicted: int, context: int, stride: int) -> Iterator[Window]:
 def score(
     model: NordForCausalLM, tokens: Tensor, context: int, stride: int, batch_size: int = 8, visible: bool = False
 ) -> float:
-    """Return the summed loss of all tokens but the first, in nats.
+    """Return the sum of the losses of all tokens but the first, in nats.
 
     Args:
         model: in eval mode.
         tokens: ``[n]``, n at least 2.
         context: tokens in a window, at most the model's context.
         stride: tokens between the starts of two windows, at most ``context``.
-        batch_size: windows of one size in a batch. Default: 8.
+        batch_size: windows in a batch. Default: 8.
         visible: whether to show progress. Default: False.
     """
     groups: list[list[Window]] = []
     for window in windows(len(tokens) - 1, context, stride):
-        last = groups[-1] if groups else []
-        same = last and (last[0].end - last[0].begin, last[0].scored) == (window.end - window.begin, window.scored)
-        if same and len(last) < batch_size:
-            last.append(window)
+        batch = groups[-1] if groups else []
+        fits = batch and (batch[0].end - batch[0].begin, batch[0].scored) == (window.end - window.begin, window.scored)
+        if fits and len(batch) < batch_size:
+            batch.append(window)
         else:
             groups.append([window])
     total = 0.0

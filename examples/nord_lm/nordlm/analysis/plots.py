@@ -1,4 +1,4 @@
-"""Plot the figures of a report. Every function returns a Figure; no display is needed."""
+"""Plot the figures of a report, without a display. Every function returns a matplotlib Figure."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,16 +12,16 @@ from nordlm.analysis.ood_detection import LEARNED
 
 __all__ = ["auroc", "energy", "kinds", "neurons", "raster", "rates", "steps", "training"]
 
-LINE = "#b0b0b0"
+LINE = "#b0b0b0"  # colour of baselines and separators
 RASTER_NEURONS = 16  # neurons of each layer in the raster plot
 
 
 def rates(activity: Mapping[str, LayerActivity]) -> Figure:
-    """Plot the true and the highest possible rate of every layer, and the rate that the published convention uses."""
+    """Plot the firing rate and the highest possible rate of every layer, and the readout's rate, the published convention."""
     figure = Figure(figsize=(8, 1.2 + 0.3 * len(activity)), layout="constrained")
     axis = figure.add_subplot()
     names = list(activity)
-    axis.barh(names, [100 * activity[name].rate for name in names], color="#4878a8", label="true rate")
+    axis.barh(names, [100 * activity[name].rate for name in names], color="#4878a8", label="firing rate")
     axis.scatter(
         [100 * activity[name].ceiling for name in names],
         names,
@@ -31,7 +31,7 @@ def rates(activity: Mapping[str, LayerActivity]) -> Figure:
         label="highest possible",
     )
     readout = 100 * activity[names[-1]].rate
-    axis.axvline(readout, linestyle="--", color="#c44e52", label="readout, the only layer in the published figure")
+    axis.axvline(readout, linestyle="--", color="#c44e52", label="readout, the only layer in the published convention")
     axis.invert_yaxis()
     axis.set(xlabel="firing rate, %", xlim=(0, None), title="Firing rate: spikes per neuron in 100 time steps")
     axis.legend(loc="lower right", fontsize="small")
@@ -112,8 +112,8 @@ def raster(spikes: Mapping[str, Tensor], words: Sequence[str]) -> Figure:
         axis.set(yticks=[], ylim=(-1, len(index)), xlim=(-0.5, steps * tokens - 0.5))
         for token in range(1, tokens):
             axis.axvline(token * steps - 0.5, color=LINE, linewidth=0.6)
-    places = [(token + 0.5) * steps for token in range(tokens)]
-    axes[-1].set_xticks(places, [_plain(word) for word in words], rotation=60, ha="right", fontsize="small")
+    positions = [(token + 0.5) * steps for token in range(tokens)]
+    axes[-1].set_xticks(positions, [_plain(word) for word in words], rotation=60, ha="right", fontsize="small")
     axes[0].set_title(
         f"Spikes of up to {RASTER_NEURONS} neurons of each layer; {steps} time steps for each token", fontsize="medium"
     )
@@ -174,7 +174,7 @@ def energy(profile: EnergyProfile) -> Figure:
 
 
 def auroc(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure:
-    """Plot the AUROC of every score with its interval, one panel per other text."""
+    """Plot the AUROC of every score with its confidence interval, in a panel for each other text."""
     scores = list(next(iter(table.values())))
     figure = Figure(figsize=(2.6 + 2.6 * len(table), 0.9 + 0.27 * len(scores)), layout="constrained")
     axes = figure.subplots(1, len(table), sharey=True, squeeze=False).flatten().tolist()
@@ -193,6 +193,6 @@ def auroc(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure:
 
 
 def _plain(text: str) -> str:
-    """Escape text for matplotlib: no mathematics, and no characters outside its font."""
+    """Escape text for matplotlib: no mathematics, and no characters that its font does not have."""
     shown = text.replace("$", r"\$").replace("\n", "↵")
     return "".join(c if c.isascii() or c == "↵" else "□" for c in shown)

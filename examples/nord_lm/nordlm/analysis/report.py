@@ -1,4 +1,4 @@
-"""Write a report on a trained model: a self-contained HTML page, its plots as PNG files, and all figures as JSON."""
+"""Write a report on a trained model: a self-contained HTML page, its plots as PNG files, and all numbers as JSON."""
 
 import base64
 import io
@@ -34,7 +34,7 @@ __all__ = ["PAGE", "ReportInput", "check_folder", "uncertainty_sentence", "write
 PAGE, DATA = "index.html", "report.json"
 PICTURES = ("rates", "steps", "neurons", "raster", "kinds", "energy", "auroc", "training")
 MAX_SEQUENCES = 64  # sequences of the known text on which rates are measured
-RASTER_TOKENS = 12
+RASTER_TOKENS = 12  # tokens in the plot of spikes
 
 
 class ReportInput(NamedTuple):
@@ -43,10 +43,10 @@ class ReportInput(NamedTuple):
     Attributes:
         model: in eval mode.
         tokenizer: its tokenizer.
-        texts: documents of the kind that the model was trained on, but not in its training text.
+        texts: documents of the known text: of the kind that the model was trained on, but not in its training text.
         tokens: token ids of these documents, concatenated, ``[n]``.
         name: source of the documents.
-        run: folder of the training run; None leaves training out of the report.
+        run: folder of the training run. None: the report has no section on training.
         results: other results of the model on this text, for the table at the top.
         command: the command that writes the report.
     """
@@ -74,9 +74,9 @@ def write_report(
         folder: folder of the report; an older report is replaced, see :func:`check_folder`.
         subject: model, text and run of the report.
         others: other texts, see :func:`.ood_detection.open_others`. Default: those of :data:`.ood_detection.BUILTIN_TEXTS`.
-            If a text or the known text cannot be used, the page has the reason in place of the figures.
-        length: tokens in a passage, see :func:`.ood_detection.distinguish`.
-        visible: whether to show progress.
+            For each text that cannot be used, the page has the reason instead of figures.
+        length: tokens in a passage. Default: 32, or the model's context if that is less.
+        visible: whether to show progress. Default: False.
 
     Returns:
         The content of ``report.json``.
@@ -149,7 +149,7 @@ def _build_report(
     heat: dict[str, Any] = {}
     try:
         ood, known, others_scored = distinguish(model, tokenizer, subject.texts, others, length, visible)
-    except DataError as error:  # for example, the known text is too short: write the report without this part
+    except DataError as error:  # for example a known text that is too short: omit this section
         content["uncertainty"] = {"auroc": {}, "left_out": [str(error)]}
     else:
         content["uncertainty"] = ood | {"sentence": uncertainty_sentence(ood["auroc"])}
@@ -200,7 +200,7 @@ def _spikes(
 
 
 def _metadata(subject: ReportInput) -> dict[str, Any]:
-    total, without = parameter_counts(subject.model)
+    total, without_vocabulary = parameter_counts(subject.model)
     return {
         "name": subject.run.name if subject.run else str(subject.model.config.name_or_path or "a model"),
         "text": subject.name,
@@ -210,7 +210,7 @@ def _metadata(subject: ReportInput) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": str(subject.model.device),
         "parameters": total,
-        "parameters_without_vocabulary": without,
+        "parameters_without_vocabulary": without_vocabulary,
         "on_this_text": subject.results,
         "of_the_run": {name: value for name, value in read_results(subject.run).items() if name in RUN_RESULTS},
     }
@@ -247,7 +247,7 @@ def _energy(profile: EnergyProfile) -> dict[str, Any]:
 
 
 def uncertainty_sentence(auroc: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Summarize the AUROC of the rate of all neurons and of the loss in one sentence."""
+    """Return one sentence on the AUROC of the rate of all neurons and of the loss."""
     phrases = []
     for other, scores in auroc.items():
         rate, loss = scores["firing rate of all neurons"], scores["loss"]

@@ -1,4 +1,4 @@
-"""Measure firing rates, loss and entropy at each token; average rates by layer, part of the model and kind of token."""
+"""Measure firing rates, loss and entropy at each token; average the rates by layer, part of the model and kind of token."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
@@ -86,7 +86,7 @@ def measure_tokens(
 
 
 def zone(layer: str) -> str:
-    """Return the part of the model that contains a layer of neurons: ``"input"``, ``"block 3"``, ``"readout"``."""
+    """Return the zone (part of the model) of a layer of neurons: ``"input"``, ``"block 3"``, ``"readout"``."""
     parts = layer.split(".")
     return f"block {parts[1]}" if parts[0] == "blocks" else "input" if parts[0] == "input_lif" else parts[0]
 
@@ -94,7 +94,7 @@ def zone(layer: str) -> str:
 def zone_means(
     rates: Mapping[str, Tensor], neurons: Mapping[str, int], zone_of: Callable[[str], str] = zone
 ) -> dict[str, Tensor]:
-    """Return the mean rates of zones, weighted by the number of neurons in each layer."""
+    """Return the mean rate of each zone, weighted by the number of neurons in each layer."""
     members: dict[str, list[str]] = {}
     for name in rates:
         members.setdefault(zone_of(name), []).append(name)
@@ -108,32 +108,32 @@ def zone_means(
 def kinds_of(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Return the kind of each token of ``ids [n, L]``, as an index into :data:`TOKEN_KINDS`.
 
-    A token is inside a word if it begins with a letter and the previous token ends with one. The first token of a row counts
-    as the beginning of a word.
+    A token is inside a word if it begins with a letter and the previous token ends with a letter. The first token of a sequence
+    counts as the beginning of a word.
     """
     unique, index = ids.cpu().unique(return_inverse=True)
-    words = [_Word.from_token(int(i), tokenizer) for i in unique]
-    kinds = torch.tensor([TOKEN_KINDS.index(word.kind) for word in words])[index]
-    ends, continues = (torch.tensor([getattr(word, name) for word in words])[index] for name in ("ends", "continues"))
-    inside = continues.clone()
+    tokens = [_Token.from_id(int(i), tokenizer) for i in unique]
+    kinds = torch.tensor([TOKEN_KINDS.index(token.kind) for token in tokens])[index]
+    ends = torch.tensor([token.ends_with_letter for token in tokens])[index]
+    inside = torch.tensor([token.can_continue_word for token in tokens])[index]
     inside[:, 0] = False
     inside[:, 1:] &= ends[:, :-1]
     return kinds.masked_fill(inside, TOKEN_KINDS.index("inside a word"))
 
 
-class _Word(NamedTuple):
-    """Kind of a token by itself, whether it ends with a letter, and whether it can continue a word."""
+class _Token(NamedTuple):
+    """Properties of a token that do not depend on its neighbours."""
 
     kind: str
-    ends: bool
-    continues: bool
+    ends_with_letter: bool
+    can_continue_word: bool
 
     @classmethod
-    def from_token(cls, token: int, tokenizer: PreTrainedTokenizerBase) -> "_Word":
+    def from_id(cls, token: int, tokenizer: PreTrainedTokenizerBase) -> "_Token":
         text = tokenizer.decode([token])
         begins = str(tokenizer.convert_ids_to_tokens(token)).startswith(("Ġ", "▁")) or not text[:1].strip()
-        letters = any(c.isalpha() for c in text)
-        continues = letters and not begins and (text[0].isalpha() or text[0] in "'’")
+        has_letters = any(c.isalpha() for c in text)
+        continues = has_letters and not begins and (text[0].isalpha() or text[0] in "'’")
         return cls(_kind(token, text, tokenizer), text[-1:].isalpha(), continues)
 
 
@@ -158,7 +158,7 @@ def rates_by_kind(rates: Mapping[str, Tensor], kinds: Tensor) -> dict[str, dict[
 
 
 def decodable_spans(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, int, int]]:
-    """Yield (text, begin, end) for consecutive tokens ``[begin, end)``: one token, or as many as make complete characters."""
+    """Yield (text, begin, end) of consecutive spans ``[begin, end)``: one token, or several that form complete characters."""
     begin = 0
     while begin < len(ids):
         for end in range(begin + 1, min(begin + 4, len(ids)) + 1):  # a character has at most four bytes

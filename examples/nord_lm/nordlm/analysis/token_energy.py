@@ -1,4 +1,4 @@
-"""Count the operations and the energy of one generated token, and compare them with the dense twin."""
+"""Count operations and energy of one generated token, and those of the dense twin (the same products once, with real numbers)."""
 
 import torch
 from torch import Tensor
@@ -28,8 +28,8 @@ def profile_generated_token(model: PreTrainedModel, ids: Tensor) -> EnergyProfil
 
 
 def energy_sentence(profile: EnergyProfile) -> str:
-    """Summarize the profile in three sentences."""
-    plain, sram, dram = (
+    """Return a summary of the profile in three sentences."""
+    without_memory, sram, dram = (
         profile.joules_under(name) / profile.twin_joules_under(name)
         for name in ("45nm-fp32", "45nm-fp32-sram", "45nm-fp32-dram")
     )
@@ -37,15 +37,16 @@ def energy_sentence(profile: EnergyProfile) -> str:
     repeated = (
         sum(product.dense for product in with_real_inputs if product.steps == profile.time_steps > 1) / profile.dense
     )
-    fed = 1 - sum(product.dense for product in with_real_inputs) / profile.dense
-    once = 1 - fed - repeated
-    additions = profile.acs * CONVENTIONS["45nm-fp32"].ac
-    silent = (profile.joules - additions) / profile.twin_joules
+    from_spikes = 1 - sum(product.dense for product in with_real_inputs) / profile.dense
+    once = 1 - from_spikes - repeated
+    joules_of_additions = profile.acs * CONVENTIONS["45nm-fp32"].ac
+    without_spikes = (profile.joules - joules_of_additions) / profile.twin_joules
     quantised = profile.joules_under("45nm-int8") / profile.quantised_twin_joules
     return (
-        f"A generated token costs {plain:.2f} times the energy of its dense twin without memory, {sram:.2f} times with all "
-        f"memory in SRAM, {dram:.2f} times with all memory in DRAM, and {quantised:.1f} times the energy of the quantised twin "
-        f"with 8-bit weights in both. Of the multiply-accumulates, {fed:.0%} have spikes as input, {repeated:.0%} have real "
-        f"numbers at each of {profile.time_steps} time steps, and {once:.0%} have real numbers once. Even without any spike a "
-        f"token would cost {silent:.2f} times the twin's energy without memory."
+        f"A generated token costs {without_memory:.2f} times the energy of its dense twin without memory, {sram:.2f} times with "
+        f"all memory in SRAM, {dram:.2f} times with all memory in DRAM, and {quantised:.1f} times the energy of the quantised "
+        f"twin with 8-bit weights in both. Of the multiply-accumulates, counted at every time step, {from_spikes:.0%} have "
+        f"spikes as input, {repeated:.0%} have real numbers as input at each of {profile.time_steps} time steps, and {once:.0%} "
+        f"have real numbers as input once. Even without any spike a token would cost {without_spikes:.2f} times the twin's "
+        "energy without memory."
     )

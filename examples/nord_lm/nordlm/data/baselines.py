@@ -18,8 +18,8 @@ def unigram_loss(train: Tensor, validation: Tensor, vocab_size: int) -> float:
 
     Args:
         train: training tokens ``[n]``.
-        validation: sequences ``[m, S]``. The first token of a sequence is not counted, because the language model does not
-            predict it either.
+        validation: held-out sequences ``[m, S]``. The first token of a sequence is not counted: the language model does not
+            predict it.
         vocab_size: V.
     """
     return -_unigram(train, vocab_size).log()[validation[:, 1:].long()].mean().item()
@@ -33,8 +33,8 @@ def bigram_loss(train: Tensor, validation: Tensor, vocab_size: int) -> float:
     tokens after ``a`` in the training text.
 
     Args:
-        train: training tokens ``[n]`` in order.
-        validation: sequences ``[m, S]``. The first token of a sequence is not counted.
+        train: training tokens ``[n]`` in the order of the text.
+        validation: held-out sequences ``[m, S]``. The first token of a sequence is not counted.
         vocab_size: V.
     """
     previous, following = train[:-1].long(), train[1:].long()
@@ -46,7 +46,7 @@ def bigram_loss(train: Tensor, validation: Tensor, vocab_size: int) -> float:
     position = torch.searchsorted(pairs, validation_pairs).clamp(max=len(pairs) - 1)
     training_counts = torch.where(pairs[position] == validation_pairs, counts[position], 0).double()
     unigram = _unigram(train, vocab_size)[target]
-    # After a context that is not in the training text, this weight makes the probability that of the unigram.
+    # For a context that is not in the training text, weight 1 gives the unigram probability.
     weight = torch.where(types[context] > 0, types[context], 1.0)
     probability = (training_counts + weight * unigram) / (occurrences[context] + weight)
     return -probability.log().mean().item()

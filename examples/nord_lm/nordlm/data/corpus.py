@@ -1,6 +1,6 @@
-"""Tokenize documents and pack them into sequences of token ids; start with :func:`load_corpus`.
+"""Tokenize documents and pack them into sequences of token ids: :func:`load_corpus`.
 
-Small text is kept in memory and reshuffled every epoch. Large text and hub datasets are streamed.
+Text up to 1 GB is kept in memory and reshuffled every epoch. Larger text and datasets of the Hugging Face hub are streamed.
 """
 
 import hashlib
@@ -27,9 +27,9 @@ __all__ = [
     "split",
 ]
 
-BASELINE_TOKENS = 2_000_000  # tokens of a stream that the baselines count
+BASELINE_TOKENS = 2_000_000  # maximum number of tokens of a stream from which the baselines are computed
 
-HASH_BUCKETS = 10_000  # resolution of --held-out for a stream
+HASH_BUCKETS = 10_000  # for a stream, --held-out is rounded down to a multiple of 1 / HASH_BUCKETS
 
 
 class SequenceDataset(Dataset[Tensor]):
@@ -50,8 +50,7 @@ class SequenceDataset(Dataset[Tensor]):
 class StreamedSequences(IterableDataset[Tensor]):
     """Sequences of a stream in order; every iteration restarts the stream.
 
-    An iteration ends at an error of the stream, so that all processes that share it reach the same end; then
-    :meth:`raise_error` raises it.
+    An error of the stream ends the iteration, at the same sequence in all processes; call :meth:`raise_error` afterwards.
     """
 
     def __init__(self, start: Callable[[], Iterator[Tensor]]) -> None:
@@ -67,7 +66,7 @@ class StreamedSequences(IterableDataset[Tensor]):
             self._error = error
 
     def raise_error(self) -> None:
-        """Raise the error at which the last iteration ended, if there was one."""
+        """Raise the error that ended the last iteration, if there was one."""
         if self._error is not None:
             raise self._error
 
@@ -82,8 +81,8 @@ class Corpus:
         validation: held-out sequences ``[m, S]``.
         sample: training tokens in order for the baselines: all, or the first :data:`BASELINE_TOKENS` of a stream.
         bytes_per_token: UTF-8 bytes per token of the held-out text.
-        fingerprint: hash of training and held-out tokens (of a stream: of its first part).
-        sources: documents of the corpus.
+        fingerprint: hash of ``sample`` and of the held-out tokens.
+        sources: the documents, and the separate held-out documents if there are some.
     """
 
     name: str
@@ -99,7 +98,7 @@ class Corpus:
         return loss / self.bytes_per_token / math.log(2)
 
     def notes(self) -> list[str]:
-        """Return a sentence for each reason why records were left out so far; reading a stream further can add some."""
+        """Return a sentence for each reason why records were left out so far; reading more of a stream can add reasons."""
         return [note for source in self.sources for note in source.notes()]
 
 
@@ -113,23 +112,23 @@ def load_corpus(
 ) -> Corpus:
     """Tokenize documents, split them into training and held-out text, and pack them into sequences.
 
-    A hash of each document decides the split: copies of a document are on the same side, and the order of the documents does
-    not matter. Documents are joined with the tokenizer's end-of-text token and cut into sequences. A last, shorter part is
-    left out.
+    A hash of each document determines whether it is held out, so copies of a document stay together, and the order of the
+    documents does not matter. Documents are joined with the tokenizer's end-of-text token and cut into sequences; tokens
+    after the last complete sequence are left out.
 
     Args:
         documents: the text.
         tokenizer: result of :func:`load_tokenizer` or :func:`train_tokenizer`.
         block_size: tokens in a sequence, S.
         held_out: fraction of the documents to hold out. Default: 0.05.
-        validation: separate documents to validate on; then nothing is held out. Default: None.
+        validation: separate held-out documents; if given, all of ``documents`` are for training. Default: None.
         max_validation_blocks: maximum number of held-out sequences. Default: 1024.
 
     Raises:
-        DataError: one side has less than one sequence, or there is nothing to validate on.
+        DataError: training or held-out text is shorter than one sequence, or nothing is held out.
     """
     if validation is None and held_out == 0:
-        raise DataError("nothing is held out to validate on: give --validation-data, or --held-out above 0")
+        raise DataError("expected held-out text to validate on: give --validation-data, or --held-out above 0")
     train, held_out_documents = split(documents, held_out if validation is None else 0.0)
     held_out_texts = held_out_documents() if validation is None else validation.read()
     validation_tokens, n_bytes = _encode_up_to(held_out_texts, tokenizer, max_validation_blocks * block_size)
@@ -140,13 +139,13 @@ def load_corpus(
     else:
         sample = _concatenate(encode(train(), tokenizer))
         sequences = SequenceDataset(_complete_sequences(sample, block_size))
-    for side, name, n_tokens in (
+    for part, name, n_tokens in (
         ("training", documents.name, len(sample)),
         ("held-out", documents.name if validation is None else validation.name, len(validation_tokens)),
     ):
         if n_tokens < block_size:
             raise DataError(
-                f"the {side} text of {name} has {n_tokens} tokens, less than one sequence of {block_size}: "
+                f"the {part} text of {name} has {n_tokens} tokens, less than one sequence of {block_size}: "
                 "give more text or a smaller --block-size"
             )
     return Corpus(
@@ -161,10 +160,10 @@ def load_corpus(
 
 
 def split(documents: Documents, held_out: float) -> tuple[Callable[[], Iterator[str]], Callable[[], Iterator[str]]]:
-    """Split documents into training and held-out ones by a hash of each text.
+    """Split documents by a hash of each text; return two functions that yield the training and the held-out documents.
 
-    For a stream the threshold is a fixed hash value. In memory, the documents with the smallest hashes are held out, so that
-    there is at least one and the fraction is exact; the threshold then depends on all documents.
+    For a stream the threshold of the hash is fixed. For text in memory it depends on all documents: those with the smallest
+    hashes are held out, at least one, so that the fraction is exact.
     """
     if not 0 <= held_out < 1:
         raise DataError(f"--held-out must be at least 0 and less than 1, got {held_out}")
@@ -175,8 +174,8 @@ def split(documents: Documents, held_out: float) -> tuple[Callable[[], Iterator[
             raise DataError(
                 f"{documents.name} has only one document, which cannot be held out: give more text or --validation-data"
             )
-        n_held = max(1, round(held_out * len(hashes))) if held_out else 0
-        threshold = hashes[min(n_held, len(hashes) - 1)]
+        n_held_out = max(1, round(held_out * len(hashes))) if held_out else 0
+        threshold = hashes[min(n_held_out, len(hashes) - 1)]
         return (
             lambda: (text for text in documents.read() if _hash(text) >= threshold),
             lambda: (text for text in documents.read() if _hash(text) < threshold),
@@ -196,13 +195,13 @@ def encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator
     end = tokenizer.eos_token_id
     iterator = iter(texts)
     while batch := list(itertools.islice(iterator, 256)):
-        # split_special_tokens: text that looks like a special token is text. verbose: no warning about long documents.
+        # split_special_tokens: encode special tokens in the text as ordinary text. verbose: no warning about long documents.
         for ids in tokenizer(batch, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]:
             yield torch.tensor([*ids, end], dtype=torch.int32)
 
 
 def pack(encoded: Iterable[Tensor], block_size: int) -> Iterator[Tensor]:
-    """Yield sequences from concatenated documents, without padding."""
+    """Yield sequences ``[block_size]`` of concatenated documents, without padding."""
     rest = torch.empty(0, dtype=torch.int32)
     for ids in encoded:
         rest = torch.cat((rest, ids))

@@ -1,8 +1,8 @@
-"""Read text from files, from a dataset of the hub, or from CPython's own documentation.
+"""Read text from files, from a dataset of the Hugging Face hub, or from CPython's own documentation.
 
-Whatever a folder or file has that cannot be used is counted and listed in ``Documents.notes``: links to folders, which are
-not followed, links to nothing, pipes, files of other kinds, files with blanks only, and records without text. An error is a
-folder that cannot be read, a text file that is empty or cannot be read, and a source without any text.
+``Documents.notes`` counts what is left out: links to folders (they are not followed), broken links, pipes, files of other kinds,
+files of white space only, and records without text. A folder or text file that cannot be read, an empty text file, and a source
+without any text raise :class:`DataError`.
 """
 
 import ast
@@ -38,21 +38,29 @@ SECTION_CHARACTERS = 4096
 
 @dataclass
 class Documents:
-    """A source of documents. Every call of ``read`` starts a new pass over them."""
+    """A source of documents.
+
+    Attributes:
+        name: description of the source, for messages.
+        read: starts a new pass over the documents.
+        streamed: whether each pass reads the source again; otherwise all documents are in memory.
+        skipped: number of files and records that were left out in one pass, by reason.
+        first_skipped: location of the first of them, by reason.
+    """
 
     name: str
     read: Callable[[], Iterator[str]]
     streamed: bool
-    skipped: Counter[str] = field(default_factory=Counter)  # number of unusable records in one pass, by reason
-    first_skipped: dict[str, str] = field(default_factory=dict)  # location of the first one, by reason
+    skipped: Counter[str] = field(default_factory=Counter)
+    first_skipped: dict[str, str] = field(default_factory=dict)
 
     def skip(self, reason: str, where: str) -> None:
-        """Count a record that cannot be used."""
+        """Count a file or record that is left out."""
         self.skipped[reason] += 1
         self.first_skipped.setdefault(reason, where)
 
     def notes(self) -> list[str]:
-        """Return one sentence for each reason why records were left out."""
+        """Return one sentence for each reason why files or records were left out."""
         return [f"left out {n}: {reason} (first: {self.first_skipped[reason]})" for reason, n in self.skipped.items()]
 
 
@@ -83,7 +91,7 @@ def read_documents(source: str | None = None) -> Documents:
 def python_documentation() -> Iterator[str]:
     """Yield documents of the running Python: topics of ``help()``, and docstrings of each standard-library module.
 
-    Sources are parsed, not imported. They differ slightly between Python releases.
+    The modules are parsed, not imported. The text differs slightly between Python releases.
     """
     library = Path(sysconfig.get_path("stdlib"))
     topics = ast.parse((library / "pydoc_data" / "topics.py").read_text(encoding="utf-8"))
@@ -94,7 +102,7 @@ def python_documentation() -> Iterator[str]:
 
 
 def python_files(folder: Path) -> Iterator[Path]:
-    """Yield the sources in a folder in a fixed order, without tests and installed packages."""
+    """Yield the Python files in a folder in a fixed order, without tests and installed packages."""
     excluded = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
     for path in sorted(folder.rglob("*.py")):
         if excluded.isdisjoint(path.relative_to(folder).parts):
@@ -138,10 +146,10 @@ def _local(path: Path) -> Documents:
 
 
 def _files_of(folder: Path) -> tuple[list[Path], list[tuple[str, Path]]]:
-    """Return the text files in a folder in a fixed order, and everything else in it with the reason why it is left out.
+    """Return the text files in a folder in a fixed order, and all other files with the reason why they are left out.
 
     Raises:
-        DataError: a subfolder cannot be read, so it is not known what would be left out.
+        DataError: a subfolder cannot be read.
     """
 
     def refuse(error: OSError) -> None:
@@ -167,14 +175,14 @@ def _reason_to_leave_out(path: Path) -> str | None:
     if path.is_dir():
         return "links to folders, which are not followed"
     if path.is_symlink() and not path.exists():
-        return "links to nothing"
+        return "broken links"
     if not path.is_file():
         return "pipes, sockets and devices"
     return None if path.suffix in READERS else "files that are not .txt, .jsonl or .parquet"
 
 
 def _in_memory(documents: Documents) -> Documents:
-    """Keep all documents in memory, since tokenizer, training and held-out text read them separately."""
+    """Load all documents into memory: the training of the tokenizer and both parts of the split read them again."""
     texts = list(documents.read())
     if not texts:
         notes = "; ".join(documents.notes())
@@ -200,12 +208,12 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _read_txt(path: Path, documents: Documents) -> Iterator[str]:
     if not any(line.strip() for line in _lines(path)):  # ends at the first line with text
-        documents.skip("files with blanks only", str(path))
+        documents.skip("files of white space only", str(path))
         return
     section: list[str] = []
     length = 0
     for line in _lines(path):
-        # also cut a very long line; some files have a whole book in one
+        # a line can be longer than a section, even a whole book
         for start in range(0, len(line), SECTION_CHARACTERS):
             section.append(line[start : start + SECTION_CHARACTERS])
             length += len(section[-1])
@@ -218,13 +226,13 @@ def _read_txt(path: Path, documents: Documents) -> Iterator[str]:
 
 def _read_jsonl(path: Path, documents: Documents) -> Iterator[str]:
     if not any(line.strip() for line in _lines(path)):
-        documents.skip("files with blanks only", str(path))
+        documents.skip("files of white space only", str(path))
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except (ValueError, RecursionError):  # also too long numbers and too deep nesting
+        except (ValueError, RecursionError):  # RecursionError: nesting that is too deep
             documents.skip("lines that are not JSON", f"{path}:{number}")
             continue
         yield from _text_of(record, documents, f"{path}:{number}")

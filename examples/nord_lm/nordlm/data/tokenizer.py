@@ -38,7 +38,7 @@ TOKENIZER_CHARACTERS = 50_000_000  # maximum length of the text that a tokenizer
 
 
 def load_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a folder or the hub, and check it against the model's vocabulary.
+    """Load a tokenizer from a folder or the Hugging Face hub, and check that it fits the model's vocabulary.
 
     Raises:
         DataError: the tokenizer cannot be loaded, has no end-of-text token, or has more tokens than the model.
@@ -49,12 +49,12 @@ def load_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerBase:
 
 
 def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a folder or the hub. Python code of its own is never run.
+    """Load a tokenizer from a folder or the Hugging Face hub, without running Python code that comes with it.
 
-    By default transformers asks on the terminal whether to run the code, and takes any text on standard input as the answer.
+    By default transformers asks on the terminal whether to run such code, and accepts any text on standard input as the answer.
 
     Raises:
-        DataError: the tokenizer cannot be loaded, or needs code of its own.
+        DataError: the tokenizer cannot be loaded, or needs such code.
     """
     if exists(name):
         check_files(Path(name), DataError)
@@ -63,8 +63,8 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
     except Exception as error:  # no network, no such name, no permission, a broken file
         if "trust_remote_code" in str(error):
             raise DataError(
-                f"tokenizer {shorten(name)!r} needs Python code of its own, which is never run: expected one that "
-                "transformers has"
+                f"tokenizer {shorten(name)!r} needs Python code of its own, which is never run: expected a tokenizer "
+                "class of transformers"
             ) from error
         raise DataError(
             f"tokenizer {shorten(name)!r} cannot be loaded ({type(error).__name__}: {shorten(first_line(error))}): "
@@ -96,7 +96,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """Train a byte-level BPE on ``texts``. It can encode any text, without unknown tokens.
+    """Train a byte-level BPE (byte-pair encoding) on ``texts``. It can encode any text, without unknown tokens.
 
     Raises:
         DataError: ``vocab_size`` is less than 257 (256 bytes and the end-of-text token).

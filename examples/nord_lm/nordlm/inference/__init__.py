@@ -1,1 +1,1 @@
-"""Inference: loading, sampling, chat, learning from the text that is read."""
+"""Inference: loading, sampling, chat, learning while reading."""

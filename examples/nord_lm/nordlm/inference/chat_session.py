@@ -27,13 +27,13 @@ HELP = """/temp X     sampling temperature, 0 for greedy search
 /tokens N   maximum length of an answer, in tokens
 /rep X      repetition penalty, 1 for none
 /stdp on    from now on the model learns from each of your lines, by STDP, before it answers
-/stdp off   stop learning; what the model has learned stays
+/stdp off   stop learning; the learned changes stay
 /good       reward the last answer: the model learns to prefer it (only with STDP on)
 /bad        punish the last answer: the model learns to avoid it (only with STDP on)
 /forget     revert all learned changes
 /save-plastic FILE   write the learned changes, without the trained weights, to FILE
 /load-plastic FILE   replace the learned changes by the changes in FILE
-/live on    show the firing rate of every part of the model at each token of an answer; /live off hides them
+/live on    show the firing rates of all parts of the model at each token of an answer; /live off hides them
 /stats      firing rates in the last answer, speed, and how much STDP has changed the weights
 /reset      clear the conversation
 /help       list the commands
@@ -47,25 +47,25 @@ class TeeStreamer(BaseStreamer):
         self.streamers = streamers
 
     def put(self, value: Tensor) -> None:
-        """Pass on the prompt, then each token."""
+        """Pass the prompt, then each token, to all streamers."""
         for streamer in self.streamers:
             streamer.put(value)
 
     def end(self) -> None:
-        """Pass on the end of the answer."""
+        """Pass the end of the answer to all streamers."""
         for streamer in self.streamers:
             streamer.end()
 
 
 class Chat:
-    """A chat: the text of user and model so far, the commands, and learning by STDP.
+    """A chat: the text so far, the commands, and learning by STDP.
 
     Args:
         model: in eval mode.
         tokenizer: its tokenizer.
         options: sampling options of the command line; commands change them.
         console: output. Default: standard output.
-        plasticity: the learning of the model, which ``/stdp on`` switches on. Default: ``Plasticity(model)``.
+        plasticity: the synapses that learn after ``/stdp on``. Default: ``Plasticity(model)``.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class Chat:
         self.console = console or Console()
         self.plasticity = plasticity or Plasticity(model)
         self.learning = False
-        self.text: list[int] = []
+        self.text: list[int] = []  # token ids of user and model
         self.answer_length = 0  # tokens of the last answer, at the end of the text
         self.live = False
-        self.answer_rates: AnswerRates | None = None  # by part and token of the last answer
+        self.answer_rates: AnswerRates | None = None  # of the last answer, by part of the model and token
         self.rates: dict[str, float] = {}  # by layer: means over the last answer and the text before it
         self.tokens_per_second = 0.0
 
@@ -153,7 +153,7 @@ class Chat:
         self.console.print(escape(message), style=style, highlight=False, soft_wrap=True)
 
     def _learn(self, n_new: int, reward_factor: float, source: str) -> None:
-        """Learn from the last ``n_new`` tokens of the text; print the loss before and the size of all changes after it."""
+        """Learn from the last ``n_new`` tokens of the text; print their loss before learning, and the size of all changes."""
         context = torch.tensor([self.text[-self.model.config.max_position_embeddings :]], device=self.model.device)
         loss = self.plasticity.learn_from(context, min(n_new, context.shape[1]), reward_factor)
         if loss is not None:
@@ -227,7 +227,7 @@ class Chat:
             self.say(f"{name:28} {rate:7.2%}")
         self.say(
             f"{len(self.text)} tokens of context, {self.tokens_per_second:.1f} tokens/s; STDP {_on_off(self.learning)}; "
-            f"plastic: {', '.join(self.plasticity.synapses)}; {self._learned_change()}"
+            f"synapses that learn: {', '.join(self.plasticity.synapses)}; {self._learned_change()}"
         )
 
 

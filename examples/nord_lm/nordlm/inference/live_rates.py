@@ -1,4 +1,4 @@
-"""Record and show the firing rate of every part of the model at each generated token."""
+"""Record and show the firing rate of every part of the model (input, each block, readout) at each generated token."""
 
 from math import ceil
 from types import TracebackType
@@ -21,11 +21,11 @@ from nordlm.analysis.token_activity import zone_means
 __all__ = ["AnswerRates", "LiveRates"]
 
 BAR_CHARACTERS = " ▁▂▃▄▅▆▇█"
-BAR_WIDTH, HISTORY = 20, 40
+BAR_WIDTH, HISTORY = 20, 40  # characters; tokens
 
 
 class AnswerRates(BaseStreamer):
-    """Record firing rates during ``generate``, as its streamer: one number per part and token.
+    """A streamer that records firing rates during ``generate``: one number for each part of the model and token.
 
     ``generate`` passes the prompt first, then each token.
     """
@@ -33,12 +33,12 @@ class AnswerRates(BaseStreamer):
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.tokens: list[int] = []
-        self.rates: dict[str, list[float]] = {}  # part -> rate of each token, at the position that predicts it
+        self.rates: dict[str, list[float]] = {}  # part -> rate at the position that predicts each token
         self._rows = RowRates(model)
         self._has_prompt = False
 
     def put(self, value: Tensor) -> None:
-        """Skip the prompt; record the rates of each token."""
+        """Ignore the prompt; record the rates for each token."""
         if not self._has_prompt:
             self._has_prompt = True
             return
@@ -69,7 +69,7 @@ class AnswerRates(BaseStreamer):
         self.close()
 
     def summary(self) -> list[str]:
-        """Return a line for each part: its mean rate, and the tokens whose prediction had the lowest and the highest rate."""
+        """Return a line for each part: its mean rate, and the tokens before which its rate was lowest and highest."""
         lines = []
         for part, rates in self.rates.items():
             values = torch.tensor(rates)
@@ -85,15 +85,15 @@ class AnswerRates(BaseStreamer):
 
 
 class LiveRates(AnswerRates):
-    """Record firing rates and show them: a bar and the recent rates of every part, and the end of the answer below.
+    """Record firing rates and show a bar and the recent rates of every part, and the end of the answer.
 
     Without a terminal, print a line per token.
     """
 
     def __init__(self, model: NordForCausalLM, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
         super().__init__(model, tokenizer)
-        steps, every = model.config.t_fast + model.config.t_slow, model.config.refractory_steps + 1
-        self.full = ceil(steps / every) / steps  # a full bar is the highest rate that the refractory period allows
+        n_steps, interval = model.config.t_fast + model.config.t_slow, model.config.refractory_steps + 1
+        self.full_bar = ceil(n_steps / interval) / n_steps  # the highest rate that the refractory period allows
         self.console = console
         self._live = Live(console=console, refresh_per_second=12) if console.is_terminal else None
         if self._live:
@@ -127,7 +127,7 @@ class LiveRates(AnswerRates):
     def _bars(self) -> Table:
         table = Table.grid(padding=(0, 1))
         for part, rates in self.rates.items():
-            history = "".join(BAR_CHARACTERS[min(int(rate / self.full * 8.99), 8)] for rate in rates[-HISTORY:])
-            bar = ProgressBar(self.full, rates[-1], width=BAR_WIDTH)
+            history = "".join(BAR_CHARACTERS[min(int(rate / self.full_bar * 8.99), 8)] for rate in rates[-HISTORY:])
+            bar = ProgressBar(self.full_bar, rates[-1], width=BAR_WIDTH)
             table.add_row(part, bar, f"{rates[-1]:6.2%}", Text(history, style="cyan"))
         return table

@@ -23,10 +23,8 @@ __all__ = [
 
 def newest_model(runs: Path = Path("runs")) -> Path:
     """Return the model folder of the run that finished last."""
-    finished = [
-        path for path in runs.glob("*/results.json") if (path.parent / "model").is_dir()
-    ]  # a study has no model folder
-    finished = [path for path in finished if path.is_file()]  # and no link to nothing
+    finished = [path for path in runs.glob("*/results.json") if path.is_file()]  # no broken link
+    finished = [path for path in finished if (path.parent / "model").is_dir()]  # studies have no model folder
     finished.sort(key=lambda path: path.stat().st_mtime)
     if not finished:
         raise ModelError(
@@ -45,13 +43,13 @@ def load_model(folder: Path) -> NordForCausalLM:
         raise ModelError(f"{folder}: expected a folder with config.json, model.safetensors and a tokenizer")
     check_files(folder, ModelError)
     if not isinstance(read_json(folder / "config.json", ModelError), dict):
-        raise ModelError(f"{folder / 'config.json'}: expected the configuration of a model")
+        raise ModelError(f"{folder / 'config.json'}: expected a JSON object, the configuration of a model")
     try:
-        model, loading = NordForCausalLM.from_pretrained(folder, output_loading_info=True, trust_remote_code=False)
+        model, loading_info = NordForCausalLM.from_pretrained(folder, output_loading_info=True, trust_remote_code=False)
     except Exception as error:  # a wrong or truncated file can raise any exception
         raise ModelError(f"{folder}: the model cannot be loaded ({' '.join(str(error).split())[:300]})") from error
-    if wrong := {kind: sorted(map(str, names)) for kind, names in loading.items() if names}:
-        kind, names = next(iter(wrong.items()))
+    if problems := {kind: sorted(map(str, names)) for kind, names in loading_info.items() if names}:
+        kind, names = next(iter(problems.items()))
         raise ModelError(
             f"{folder}: the weights do not fit the configuration ({kind.replace('_', ' ')}: {', '.join(names[:3])})"
         )
@@ -85,7 +83,7 @@ def open_model(folder: Path) -> tuple[NordForCausalLM, PreTrainedTokenizerBase]:
 def open_from_options(options: argparse.Namespace) -> tuple[NordForCausalLM, PreTrainedTokenizerBase]:
     """Load model and tokenizer for the command line; set the seed and silence transformers."""
     logging.disable_progress_bar()
-    logging.set_verbosity_error()  # it warns about text beyond the context, which this model handles with a sliding window
+    logging.set_verbosity_error()  # no warning about text beyond the context: this model has a sliding window
     if options.seed is not None:
         set_seed(options.seed)
     return open_model(options.model or newest_model())

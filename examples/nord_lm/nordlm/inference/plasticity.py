@@ -1,4 +1,4 @@
-"""Train synapses of a Nord model by reward-modulated STDP while it reads; changes are stored apart from trained weights.
+"""Train synapses of a Nord model by reward-modulated STDP while it reads; changes and trained weights are stored separately.
 
 Two kinds of synapses can learn:
 
@@ -8,13 +8,15 @@ Two kinds of synapses can learn:
     token: the actual token, with reward +1, and one sampled from the model's prediction, with reward -1. If both are the same
     token, the changes cancel. With the presynaptic trace p at that time step, the expected change follows the prediction error:
     ``dW = a_plus * sum over tokens of (one-hot(token) - probabilities) outer p``. This is a delta rule but not the gradient of
-    the loss, because the forward pass multiplies the head with the normalised membranes and rates of the same neurons. In all
-    pairs the presynaptic neuron spikes first, so ``a_plus`` is the learning rate, and only a negative reward weakens a weight.
+    the loss, because the forward pass multiplies the head with the normalised output of the readout (membrane potentials and
+    rates). In all pairs the presynaptic neuron spikes first, so ``a_plus`` is the learning rate, and only a negative reward
+    weakens a weight.
 ``blocks.*.ffn.down``
     from the first to the second layer of neurons of a feed-forward, with the spikes of both. The reward of a token is
-    ``"error"``, its prediction error projected to each neuron through the weights of the head and the gains of norm and block
-    (without clamp, readout neurons, the division of the norm and later blocks), or ``"loss"``, the difference between the
-    running mean of the loss and its loss, one number for all neurons.
+    ``"error"``, one number per neuron, or ``"loss"``, one number for all neurons. ``"error"`` is the prediction error of the
+    token, projected to the neuron through the weights of the head and the gains of norm and block; the projection omits the
+    clamp, the readout neurons, the division of the norm, and later blocks. ``"loss"`` is the running mean of the loss minus the
+    loss of the token.
 """
 
 import argparse
@@ -56,16 +58,16 @@ class LearningSignals(NamedTuple):
         targets: the tokens, ``[n]``.
         probabilities: predicted distribution of each token, ``[n, V]``.
         losses: loss of each token in nats, ``[n]``.
-        feedback: prediction error projected through the head to the channels of the residual stream, ``[n, D]``; None if no
-            synapse needs it.
-        reward_factor: factor of all rewards: 1, or -1 for a text that the user wants to be less probable.
+        projected_error: prediction error projected through the head to the channels of the residual stream, ``[n, D]``; None if
+            no synapse uses it.
+        reward_factor: factor of all rewards: 1, or -1 to make the text less probable.
     """
 
     positions: slice
     targets: Tensor
     probabilities: Tensor
     losses: Tensor
-    feedback: Tensor | None
+    projected_error: Tensor | None
     reward_factor: float
 
 
@@ -74,7 +76,7 @@ def _identity(x: Tensor) -> Tensor:
 
 
 class Control(NamedTuple):
-    """Functions by which an experiment changes the rewards ``[events, ...]`` and the pre spikes ``[T, n, D]``."""
+    """Functions that an experiment applies to the rewards ``[n, ...]`` and to the presynaptic spikes ``[T, n, D]``."""
 
     rewards: Callable[[Tensor], Tensor] = _identity
     spikes: Callable[[Tensor], Tensor] = _identity
@@ -84,7 +86,7 @@ class PlasticSynapse(Protocol):
     """Interface of both kinds of synapses."""
 
     plastic: PlasticPart
-    needs_feedback: bool
+    uses_error: bool  # whether the rewards are LearningSignals.projected_error
 
     def start_recording(self) -> None:
         """Start recording spikes."""
@@ -105,7 +107,7 @@ class PlasticSynapse(Protocol):
 class HeadSynapse:
     """The head: synapses from the readout neurons to the vocabulary."""
 
-    needs_feedback = False
+    uses_error = False
 
     def __init__(self, model: NordForCausalLM, learning_rate: float) -> None:
         self.learning_rate = learning_rate
@@ -130,24 +132,23 @@ class HeadSynapse:
         if not self._warned and not spikes.any():
             self._warned = True
             warnings.warn("the readout neurons did not fire in this text, so the head did not change", stacklevel=3)
-        pre = F.pad(
-            control.spikes(spikes), (0, 0, 0, 0, 0, 1)
-        )  # [T + 1, n, D]: the vocabulary entry spikes one time step later
+        # [T + 1, n, D]: vocabulary entries spike one time step after the last one
+        pre = F.pad(control.spikes(spikes), (0, 0, 0, 0, 0, 1))
         sampled = torch.multinomial(signals.probabilities, 1).flatten()
-        events = torch.cat((signals.targets, sampled))
-        rewards = torch.ones(len(events), device=pre.device)
+        entries = torch.cat((signals.targets, sampled))  # vocabulary entries that spike, [2 n]
+        rewards = torch.ones(len(entries), device=pre.device)
         rewards[len(sampled) :] = -1
-        words, index = events.unique(return_inverse=True)
-        post = pre.new_zeros(len(pre), len(events), len(words))
-        post[-1, torch.arange(len(events)), index] = 1
+        changed, index = entries.unique(return_inverse=True)
+        post = pre.new_zeros(len(pre), len(entries), len(changed))
+        post[-1, torch.arange(len(entries)), index] = 1
         scaled_rewards = signals.reward_factor * control.rewards(rewards)
         change, _ = reward_modulated_stdp(
             pre.repeat(1, 2, 1), post, scaled_rewards, a_plus=self.learning_rate, a_minus=0.0
         )
-        return lambda: self.plastic.apply(change, words)
+        return lambda: self.plastic.apply(change, changed)
 
     def clear_state(self) -> None:
-        """Do nothing, since the only state is the weights."""
+        """Do nothing: there is no other state."""
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -162,7 +163,7 @@ class FeedForwardSynapse:
     """The second linear map of a feed-forward, between its two layers of neurons."""
 
     def __init__(self, model: NordForCausalLM, index: int, learning_rate: float, reward: str) -> None:
-        self.needs_feedback = reward == "error"
+        self.uses_error = reward == "error"
         self.source = LossBelowBaseline(baseline=None)
         self.norm, self.block = model.norm, cast(NordBlock, model.blocks[index])
         self.rule = RewardModulatedSTDP(
@@ -188,9 +189,9 @@ class FeedForwardSynapse:
 
     def learn(self, signals: LearningSignals, control: Control) -> Callable[[], None]:
         """Apply reward-modulated STDP with the rewards of the tokens."""
-        if signals.feedback is not None:
+        if signals.projected_error is not None:
             gain = self.block.ffn_gain
-            rewards = signals.feedback * self.norm.weight * gain / gain.abs().mean()
+            rewards = signals.projected_error * self.norm.weight * gain / gain.abs().mean()
         else:
             rewards = cast(Tensor, self.source.reward(signals.losses))
         scaled_rewards = (signals.reward_factor * control.rewards(rewards))[None]
@@ -198,7 +199,7 @@ class FeedForwardSynapse:
 
         def change() -> None:
             self.plastic.apply(delta)
-            if not self.needs_feedback:
+            if not self.uses_error:
                 self.source.update(signals.losses.mean().item())
 
         return change
@@ -213,15 +214,15 @@ class FeedForwardSynapse:
 
 
 class Plasticity:
-    """Learning of a model while it reads: the synapses that learn, each with its plastic part (all changes so far).
+    """Synapses of a model that learn while it reads, each with its plastic part (the sum of all changes so far).
 
     Args:
         model: in eval mode.
         synapses: names, or patterns such as ``blocks.*.ffn.down``. Default: ``lm_head``; with tied embeddings, which must not
             change, every ``ffn.down``.
         learning_rate: change of a weight for each pair of spikes. Default: :data:`LEARNING_RATES`.
-        reward: reward of the ``ffn.down``, ``"error"`` or ``"loss"``. Default: ``"error"``.
-        control: changes to rewards and spikes by an experiment. Default: none.
+        reward: reward for every ``ffn.down``, ``"error"`` or ``"loss"``. Default: ``"error"``.
+        control: functions that change rewards and spikes in an experiment. Default: no change.
 
     Raises:
         PlasticityError: a name matches no synapse that can learn.
@@ -256,15 +257,14 @@ class Plasticity:
                 rate = LEARNING_RATES["ffn.down"] if learning_rate is None else learning_rate
                 self.synapses[name] = FeedForwardSynapse(model, index, rate, reward)
         if control.spikes is not _identity and set(self.synapses) != {"lm_head"}:
-            raise PlasticityError("a control of the pre spikes expects lm_head as the only synapse")
+            raise PlasticityError("a control that changes presynaptic spikes expects lm_head as the only synapse")
 
     @torch.no_grad()
     def learn_from(self, context: Tensor, n_new: int, reward_factor: float = 1.0) -> float | None:
         """Run the model on ``context [1, S]`` and change the weights by STDP for its last ``n_new`` tokens.
 
-        The tokens before the last ``n_new`` are only context. ``reward_factor`` multiplies all rewards. Return the mean loss
-        of the ``n_new`` tokens before the change, in nats per token, or None for a single token without context, which has no
-        prediction.
+        ``reward_factor`` multiplies all rewards. Return the mean loss of the ``n_new`` tokens before the change, in nats per
+        token, or None for a single token without context, which has no prediction.
         """
         first = max(context.shape[1] - n_new, 1)  # the first token has no prediction
         targets = context[0, first:]
@@ -276,13 +276,17 @@ class Plasticity:
             logits = self.model(input_ids=context, logits_to_keep=len(targets) + 1, use_cache=False).logits[0, :-1]
             probabilities = logits.float().softmax(-1)
             losses = F.cross_entropy(logits.float(), targets, reduction="none")
-            feedback = None
-            if any(synapse.needs_feedback for synapse in self.synapses.values()):
-                feedback = self.model.lm_head.weight[targets] - probabilities.to(logits) @ self.model.lm_head.weight
-            signals = LearningSignals(slice(first - 1, -1), targets, probabilities, losses, feedback, reward_factor)
+            projected_error = None
+            if any(synapse.uses_error for synapse in self.synapses.values()):
+                projected_error = (
+                    self.model.lm_head.weight[targets] - probabilities.to(logits) @ self.model.lm_head.weight
+                )
+            signals = LearningSignals(
+                slice(first - 1, -1), targets, probabilities, losses, projected_error, reward_factor
+            )
             for change in [synapse.learn(signals, self.control) for synapse in self.synapses.values()]:
                 change()
-        finally:  # also after Ctrl-C, so that generation is not recorded and no partial record stays
+        finally:  # also after Ctrl-C, so that no spikes of the next generated text are recorded
             for synapse in self.synapses.values():
                 synapse.stop_recording()
         return losses.mean().item()
@@ -328,7 +332,7 @@ def add_plasticity_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--synapses",
         nargs="+",
-        help="synapses that learn: lm_head, blocks.0.ffn.down, or patterns of names (default: lm_head)",
+        help="synapses that learn: lm_head, blocks.0.ffn.down, or patterns such as blocks.*.ffn.down (default: lm_head)",
     )
     parser.add_argument(
         "--rate",

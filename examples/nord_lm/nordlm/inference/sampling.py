@@ -1,4 +1,4 @@
-"""Sampling options, for the command line and for ``generate``."""
+"""Options of sampling, on the command line and for ``generate``."""
 
 import argparse
 from typing import Any
@@ -12,12 +12,12 @@ __all__ = [
 ]
 
 
-#: Errors of ``generate`` for weights with NaN, and for values of a ``generation_config.json`` that have another type.
+#: Errors of ``generate`` for weights with NaN, and for values of the wrong type in a ``generation_config.json``.
 GENERATION_ERRORS = (ValueError, RuntimeError, TypeError, LookupError, AttributeError, OverflowError)
 
 
 def generate_arguments(temperature: float, top_k: int, top_p: float, repetition_penalty: float) -> dict[str, Any]:
-    """Return arguments for ``generate``; temperature 0 is greedy search."""
+    """Return keyword arguments for ``generate``; temperature 0 is greedy search."""
     if temperature == 0:
         return {"do_sample": False, "repetition_penalty": repetition_penalty}
     return {
@@ -39,7 +39,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=number(1, kind=int), default=100)
     parser.add_argument("--temperature", type=temperature, default=0.8, help="0 is greedy search")
     parser.add_argument(
-        "--top-k", type=number(0, kind=int), default=50, help="sample from this many most probable tokens; 0: all"
+        "--top-k", type=number(0, kind=int), default=50, help="sample from this number of most probable tokens; 0: all"
     )
     parser.add_argument(
         "--top-p",

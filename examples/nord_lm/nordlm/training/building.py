@@ -1,4 +1,4 @@
-"""Build a model from settings, after checks that it fits into the memory and that its backend can run here."""
+"""Build a model from settings, after checks that it fits into memory and that its backend can run on the device."""
 
 import torch
 
@@ -11,7 +11,7 @@ from nordlm.training.settings import Settings
 
 __all__ = ["check_settings", "new_model"]
 
-ADAMW_COPIES = 4  # weight, gradient and two moments
+ADAMW_COPIES = 4  # tensors for each parameter: weight, gradient, and two moments of AdamW
 
 
 def check_settings(settings: Settings, device: str) -> None:
@@ -19,11 +19,11 @@ def check_settings(settings: Settings, device: str) -> None:
 
     Args:
         settings: settings of the run.
-        device: kind of device that trains. On a GPU only the initial weights are in the main memory.
+        device: type of the device, such as ``"cpu"``. For training on a GPU only the initial weights are in main memory.
 
     Raises:
-        SettingsError: weights, gradients, moments and the activations of a micro-batch do not fit into the main memory, with
-            their size; or the backend cannot run on the device.
+        SettingsError: weights, gradients, moments and the activations of a micro-batch do not fit into main memory; or the
+            backend cannot run on the device.
     """
     config = settings.model_config()
     tokens = settings.training.batch_size * settings.block_size
@@ -35,7 +35,7 @@ def check_settings(settings: Settings, device: str) -> None:
 
 
 def check_backend(config: NordConfig, device: str) -> None:
-    """Raise a RuntimeError if the backend of the neurons cannot run on a kind of device."""
+    """Raise a RuntimeError if the backend of the neurons cannot run on a device of type ``device``."""
     if not config.dense:
         x = torch.empty(1, 1, 1, device=device).expand(1, 1, config.hidden_size)
         which_backend(x, config.backend, config.surrogate, config.n_clusters)
@@ -45,7 +45,7 @@ def new_model(config: NordConfig) -> NordForCausalLM:
     """Return a model with initial weights.
 
     Raises:
-        SettingsError: it does not fit into the memory, or a value is not one that float32 can represent.
+        SettingsError: the model does not fit into memory, or float32 cannot represent a value of the configuration.
     """
     try:
         return NordForCausalLM(config)

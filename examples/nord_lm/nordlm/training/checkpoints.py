@@ -1,4 +1,4 @@
-"""Checkpoints of a run and their digests. ``nordlm/files.py`` writes them so that a kill at any moment leaves the last one whole.
+"""Checkpoints of a run and their digests; ``nordlm/files.py`` writes them atomically.
 
 A run folder contains ``settings.yaml``, ``run.json``, ``tokenizer/``, the newest ``checkpoint-*`` folders, ``tensorboard/``
 and, after the last step, ``model/`` and ``results.json``. Reading never executes code: weights are safetensors, the
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-KEPT = 2  # number of newest checkpoints that are not removed
+KEPT = 2  # number of checkpoints of a run, the newest ones
 
 
 def read_json(path: Path) -> Any:
@@ -48,20 +48,20 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def seal(content: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of a JSON file with a digest of all of it, under ``seal``."""
+    """Return the content of a JSON file with its digest, under the key ``seal``."""
     return content | {"seal": _digest(content)}
 
 
 def check_seal(path: Path, content: Any, unsealed: set[str]) -> dict[str, Any]:
-    """Return the content of a sealed JSON file without its seal.
+    """Check the digest that :func:`seal` has added, and return the content without it.
 
     Args:
         path: the file, for the message.
         content: what :func:`read_json` returned.
-        unsealed: keys of a file that was written before files were sealed, which is accepted as it is.
+        unsealed: keys of the files of earlier releases, which have no digest and are not checked.
 
     Raises:
-        CheckpointError: the content was changed since it was sealed, or has other keys.
+        CheckpointError: the content has changed since the digest was computed, or has no digest and other keys.
     """
     if isinstance(content, dict):
         rest = {name: value for name, value in content.items() if name != "seal"}
@@ -75,7 +75,7 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Return a digest of every file in a folder, by name."""
+    """Return the digest of every file in a folder, by file name."""
     by_name = {}
     for path in sorted(p for p in folder.iterdir() if p.is_file()):
         with path.open("rb") as file:

@@ -21,7 +21,7 @@ __all__ = [
     "verified_held_out_text",
 ]
 
-STREAMED_WINDOWS = 1024  # default limit for a stream, the same as in train.py
+STREAMED_WINDOWS = 1024  # default number of sequences of a stream that are evaluated, here and in train.py
 
 
 class EvaluationText(NamedTuple):
@@ -39,7 +39,7 @@ class EvaluationText(NamedTuple):
 
 
 def held_out_text(training: TrainingSettings) -> Documents:
-    """Return the documents that a run with these settings is validated on.
+    """Return the held-out documents of a run with these settings.
 
     Raises:
         DataError: the text no longer exists.
@@ -51,7 +51,7 @@ def held_out_text(training: TrainingSettings) -> Documents:
 
 
 def verified_held_out_text(run: Path, tokenizer: PreTrainedTokenizerBase) -> Documents:
-    """Return the documents that a finished run was validated on, after a check of the text's fingerprint.
+    """Return the held-out documents of a finished run, after a check of the text's fingerprint.
 
     The held-out documents depend on the whole text: after a change they could include documents that were trained on. A
     stream is not checked, because it is too long.

@@ -1,4 +1,4 @@
-"""Train a model, from the first step to the results."""
+"""Train a model: training steps, evaluation, checkpoints and results."""
 
 import itertools
 import math
@@ -56,19 +56,19 @@ __all__ = [
 
 @dataclass
 class Prepared:
-    """Model, optimizer, schedule and loaders as accelerate has prepared them (device, wrappers for processes)."""
+    """Objects that accelerate has moved to the device and wrapped for several processes."""
 
     accelerator: Accelerator
-    sequences: SequenceDataset | StreamedSequences
+    sequences: SequenceDataset | StreamedSequences  # for training
     model: nn.Module
     optimizer: Any
     scheduler: Any
-    loader: Any
-    validation: Any
+    loader: Any  # of the training sequences
+    validation: Any  # loader of the held-out sequences
 
 
 def train(settings: Settings, out: Path, resume: Path | None, with_report: bool = True) -> int:
-    """Train from start to finish; return the exit status.
+    """Train a new model or resume a run; return the exit status.
 
     Args:
         settings: settings of the run.
@@ -134,13 +134,13 @@ def _train_run(run: Run, prepared: Prepared, position: Position, with_report: bo
 
     final_model = on_main_process(accelerator, finish)
     log.close()
-    if with_report and final_model is not None:  # takes seconds; the other processes need not wait
+    if with_report and final_model is not None:  # outside of ``finish``: the other processes need not wait
         write_report_page(run, final_model)
     return 0
 
 
 def _train_steps(run: Run, prepared: Prepared, position: Position, log: Log, stop: StopRequest) -> None:
-    """Run training steps from ``position`` to the last one or to a requested stop; update ``position`` in place."""
+    """Run training steps from ``position`` until the last one or until a stop is requested; update ``position`` in place."""
     accelerator, options, progress = run.accelerator, run.settings.training, run.progress
     monitor = SpikeMonitor(accelerator.unwrap_model(prepared.model))
     batches = endless_batches(prepared, position)
@@ -149,7 +149,7 @@ def _train_steps(run: Run, prepared: Prepared, position: Position, log: Log, sto
         start, previous = time.monotonic(), replace(position)
         try:
             mean_loss, grad_norm = take_step(accelerator, prepared, batches, options)
-        except DataError:  # a broken stream or a record without text: save the steps before it
+        except DataError:  # the stream ended with an error: save the training steps before it
             save(run, previous, prepared.model)
             raise
         seconds = time.monotonic() - start
@@ -183,9 +183,9 @@ def _train_steps(run: Run, prepared: Prepared, position: Position, log: Log, sto
 
 
 def model_config(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Return the model's configuration, with the size of the tokenizer if the run trains it.
+    """Return the model's configuration.
 
-    A tokenizer trained on a short text can have fewer tokens than the config's ``vocab_size``.
+    If the run trains its tokenizer, ``vocab_size`` is the number of its tokens: on a short text fewer than in the config.
     """
     size = settings.model_config().vocab_size if settings.training.tokenizer else len(tokenizer)
     return settings.model_config(
@@ -194,12 +194,12 @@ def model_config(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def prepare(accelerator: Accelerator, model: nn.Module, corpus: Corpus, options: TrainingSettings) -> Prepared:
-    """Create AdamW, its schedule (linear warm-up, then cosine) and the data loaders."""
+    """Create AdamW, its learning-rate schedule (linear warm-up, then cosine) and the data loaders."""
     optimizer = torch.optim.AdamW(
         parameter_groups(model, options.weight_decay),
         lr=options.lr,
         betas=(options.beta1, options.beta2),
-        fused=accelerator.device.type in ("cpu", "cuda"),  # one pass over the parameters
+        fused=accelerator.device.type in ("cpu", "cuda"),  # faster: one pass over the parameters
     )
     scheduler = get_cosine_with_min_lr_schedule_with_warmup(
         optimizer, options.warmup_steps, options.steps, min_lr_rate=options.min_lr_ratio
@@ -213,7 +213,7 @@ def prepare(accelerator: Accelerator, model: nn.Module, corpus: Corpus, options:
 def take_step(
     accelerator: Accelerator, prepared: Prepared, batches: Iterator[Tensor], options: TrainingSettings
 ) -> tuple[float, float]:
-    """Run one training step over ``grad_accum`` micro-batches.
+    """Run one training step on ``grad_accum`` micro-batches.
 
     Returns:
         The mean loss, and the norm of the gradient before clipping.
@@ -237,8 +237,8 @@ def take_step(
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Group parameters for an optimizer: weight decay on matrices, none on 1-D parameters."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
 def endless_batches(prepared: Prepared, position: Position) -> Iterator[Tensor]:
@@ -260,7 +260,7 @@ def endless_batches(prepared: Prepared, position: Position) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def held_out_loss(accelerator: Accelerator, model: nn.Module, loader: Any, max_blocks: int | None = None) -> float:
-    """Return the mean loss in nats per token over held-out sequences."""
+    """Return the mean loss in nats per token over held-out sequences, the first ``max_blocks`` or all (None)."""
     model.eval()
     losses: list[Tensor] = []
     for batch in loader:

@@ -1,4 +1,4 @@
-"""Write the model card, ``README.md`` of a model's folder."""
+"""Write the model card, the file ``README.md`` in the folder of a model."""
 
 import html
 import json
@@ -17,7 +17,7 @@ __all__ = ["model_card", "parameter_counts"]
 USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)  # where nord-snn is installed
+model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)  # needs nord-snn
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 ids = tokenizer("Once", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
@@ -26,10 +26,10 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
 
 def parameter_counts(model: PreTrainedModel) -> tuple[int, int]:
     """Return the number of all parameters, and of those that are neither embedding nor head."""
-    ends = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
-    vocabulary = {id(p): p.numel() for p in ends}
+    embeddings = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    sizes = {id(p): p.numel() for p in embeddings}  # tied embeddings count once
     total = model.num_parameters()
-    return total, total - sum(vocabulary.values())
+    return total, total - sum(sizes.values())
 
 
 def model_card(
@@ -42,15 +42,18 @@ def model_card(
 
     Args:
         model: the model.
-        origin: origin of the model, followed by the version of nord-snn.
-        results: content of ``results.json``.
-        training: settings of the run.
+        origin: start of the first sentence, which ends with nord-snn and its version, such as ``"Trained with"``.
+        results: content of ``results.json``. Default: no results.
+        training: training settings of the run. Default: no settings.
     """
     data = ModelCardData(
         library_name="transformers", pipeline_tag="text-generation", tags=["spiking-neural-network", "nord-snn"]
     )
-    total, without = parameter_counts(model)
-    facts = {"parameters": f"{total:,}", "without embedding and head": f"{without:,}"} | _facts(results)
+    total, without_vocabulary = parameter_counts(model)
+    facts = {
+        "parameters": f"{total:,}",
+        "parameters without embedding and head": f"{without_vocabulary:,}",
+    } | _facts(results)
     parts = [
         f"---\n{data.to_yaml()}\n---\n\n# A Nord spiking language model\n\n{escape(origin)} nord-snn {__version__}.",
         _markdown_table(("", ""), facts),
@@ -59,13 +62,15 @@ def model_card(
     if results is not None:
         rates = {name: f"{rate:.2%}" for name, rate in results["firing_rates"].items()}
         parts.append(
-            "## Firing rates\n\nMean over the held-out text, from true spikes.\n\n"
+            "## Firing rates\n\nSpikes per neuron and time step, mean over the held-out text.\n\n"
             + _markdown_table(("layer", "rate"), rates)
         )
     published = NordConfig().to_dict()
     differing = {name: value for name, value in model.config.to_dict().items() if published.get(name) != value}
     configuration = _code_block("json", json.dumps(differing, indent=2, default=str))
-    parts.append(f"## Configuration\n\nFields that differ from `NordConfig()`:\n\n{configuration}")
+    parts.append(
+        f"## Configuration\n\nFields that differ from those of the published model, `NordConfig()`:\n\n{configuration}"
+    )
     if training is not None:
         parts.append(f"## Training\n\n{_code_block('yaml', yaml.safe_dump(training, sort_keys=False).rstrip())}")
     return "\n\n".join(parts) + "\n"
@@ -75,17 +80,18 @@ def _facts(results: dict[str, Any] | None) -> dict[str, str]:
     if results is None:
         return {}
     return {
-        "text": escape(results["text"]),
-        "training tokens": f"{results['tokens']:,}",
+        "training text": escape(results["text"]),
+        "tokens in training, with repetitions": f"{results['tokens']:,}",
         "held-out loss, nats per token": f"{results['validation_loss']:.4f}",
         "held-out bits per byte": f"{results['bits_per_byte']:.4f}",
-        "unigram, bigram on the same text": f"{results['unigram_loss']:.4f}, {results['bigram_loss']:.4f}",
+        "held-out loss of a unigram, nats per token": f"{results['unigram_loss']:.4f}",
+        "held-out loss of a bigram, nats per token": f"{results['bigram_loss']:.4f}",
         "seed": str(results["seed"]),
     }
 
 
 def escape(text: str) -> str:
-    """Return a name in one line, as Markdown that shows it as it is: no markup, no HTML, no end of a table cell."""
+    """Return ``text`` as one line of Markdown that displays the characters of ``text``, without markup or HTML."""
     line = html.escape(" ".join(text.split()), quote=False).replace("://", "&#58;//")
     printable = "".join(character if character.isprintable() else "\ufffd" for character in line)
     return re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", printable)

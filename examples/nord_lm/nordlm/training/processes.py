@@ -1,4 +1,4 @@
-"""Raise errors in all processes of a run at once: one that failed alone would leave the others waiting in a collective call."""
+"""Raise the error of one process in all processes of a run; otherwise the others would wait for it in a collective call."""
 
 import os
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def in_all_processes(accelerator: Accelerator, compute: Callable[[], Result]) ->
 
     Raises:
         Exception: with one process, what ``compute`` raised.
-        RecipeError: ``compute`` raised in a process; class and message are those of the first one.
+        RecipeError: ``compute`` raised in a process; class and message are those of the first process that failed.
     """
     if accelerator.num_processes == 1:
         return compute()
@@ -48,7 +48,7 @@ def on_main_process(accelerator: Accelerator, compute: Callable[[], Result]) -> 
 
 
 def is_first_process() -> bool:
-    """Return whether this is the first process of a launcher on this machine, before any library is loaded."""
+    """Return whether this is the first process on this machine; works before torch is imported."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 

@@ -21,12 +21,12 @@ SILENT = 0.001  # bars of lower rates are red
 
 
 class TrainingProgress:
-    """Show step, loss, learning rate, tokens per second, time left and the firing rate of every neuron layer.
+    """Show training step, loss, learning rate, tokens per second, remaining time and the firing rate of every layer of neurons.
 
     Args:
         total: training steps of the whole run.
         console: output; a live panel in a terminal, else a line per update. Default: standard output.
-        visible: whether to print anything; only the first process does. Default: True.
+        visible: whether to print anything. Default: True.
     """
 
     def __init__(self, total: int, console: Console | None = None, visible: bool = True) -> None:
@@ -53,8 +53,8 @@ class TrainingProgress:
             self._live.stop()
 
     def begin(self, step: int) -> None:
-        """Start the clock at training step ``step``; the time left is estimated from here."""
-        self._start, self._began = step, time.monotonic()
+        """Start the clock at training step ``step``; the remaining time is estimated from here."""
+        self._first_step, self._start_time = step, time.monotonic()
 
     def say(self, message: str) -> None:
         """Print a line above the panel."""
@@ -65,28 +65,28 @@ class TrainingProgress:
         """Show the state of training."""
         if not self.visible:
             return
-        per_step = (time.monotonic() - self._began) / max(step - self._start, 1)
-        left = duration(per_step * (self.total - step))
+        per_step = (time.monotonic() - self._start_time) / max(step - self._first_step, 1)
+        time_left = duration(per_step * (self.total - step))
         if self._live:
-            self._live.update(_panel(step, self.total, loss, lr, tokens_per_second, left, rates))
+            self._live.update(_panel(step, self.total, loss, lr, tokens_per_second, time_left, rates))
             return
         low, high = min(rates, key=rates.__getitem__), max(rates, key=rates.__getitem__)
         self.say(
-            f"step {step}/{self.total}  loss {loss:.3f}  lr {lr:.2e}  {tokens_per_second:,.0f} tokens/s  {left} left  "
+            f"step {step}/{self.total}  loss {loss:.3f}  lr {lr:.2e}  {tokens_per_second:,.0f} tokens/s  {time_left} left  "
             f"firing {rates[low]:.1%} ({low}) to {rates[high]:.1%} ({high})"
         )
 
 
 def _panel(
-    step: int, total: int, loss: float, lr: float, tokens_per_second: float, left: str, rates: Mapping[str, float]
+    step: int, total: int, loss: float, lr: float, tokens_per_second: float, time_left: str, rates: Mapping[str, float]
 ) -> Panel:
     head = Text(
-        f"step {step}/{total}   loss {loss:.3f}   lr {lr:.2e}   {tokens_per_second:,.0f} tokens/s   {left} left"
+        f"step {step}/{total}   loss {loss:.3f}   lr {lr:.2e}   {tokens_per_second:,.0f} tokens/s   {time_left} left"
     )
     bars = Table.grid(padding=(0, 1))
     for name, rate in rates.items():
-        healthy = SILENT <= rate <= FULL_BAR
-        bar = ProgressBar(FULL_BAR, min(rate, FULL_BAR), width=BAR_WIDTH, complete_style="green" if healthy else "red")
+        in_range = SILENT <= rate <= FULL_BAR
+        bar = ProgressBar(FULL_BAR, min(rate, FULL_BAR), width=BAR_WIDTH, complete_style="green" if in_range else "red")
         bars.add_row(name, bar, f"{rate:6.2%}")
     return Panel(
         Group(head, ProgressBar(total, step), Text(), Text("firing rates", style="bold"), bars), title="nord-snn"

@@ -23,7 +23,7 @@ from nordlm.training.run import Position, Run
 
 __all__ = ["collect_results", "print_summary", "write_report_page", "write_trained_model"]
 
-SAMPLE_PROMPT_TOKENS, SAMPLE_TOKENS = 16, 64
+SAMPLE_PROMPT_TOKENS, SAMPLE_TOKENS = 16, 64  # of the generated text in the summary
 
 
 def collect_results(
@@ -32,7 +32,7 @@ def collect_results(
     """Return the content of ``results.json``."""
     unwrapped, corpus = run.accelerator.unwrap_model(model), run.corpus
     vocab_size = unwrapped.config.vocab_size
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes, on macOS bytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB, on macOS in bytes
     return {
         "validation_loss": validation_loss,
         "bits_per_byte": corpus.bits_per_byte(validation_loss),
@@ -89,13 +89,12 @@ def print_summary(run: Run, model: NordForCausalLM, results: dict[str, Any]) -> 
         for title, loss in losses.items()
     ]
     columns = ["held-out text", "nats per token", "bits per byte", "relative to unigram"]
-    print_table(progress.console, f"{results['steps']} steps, {results['tokens']:,} tokens", columns, rows)
+    print_table(progress.console, f"{results['steps']} training steps, {results['tokens']:,} tokens", columns, rows)
     rates = [[name, f"{rate:.2%}"] for name, rate in results["firing_rates"].items()]
     print_table(progress.console, "firing rates on the held-out text", ["neuron layer", "rate"], rates)
-    for note in (
-        corpus.notes() if isinstance(corpus.train, StreamedSequences) else []
-    ):  # notes of a corpus in memory were printed at the start
-        progress.say(f"note: {note}")
+    if isinstance(corpus.train, StreamedSequences):  # the notes of text in memory were printed before training
+        for note in corpus.notes():
+            progress.say(f"note: {note}")
     progress.say(
         f"{duration(results['seconds'])} of training at {results['tokens_per_second']:,.0f} tokens/s, "
         f"peak memory {results['peak_memory_mb']:,.0f} MB\n"
@@ -104,7 +103,7 @@ def print_summary(run: Run, model: NordForCausalLM, results: dict[str, Any]) -> 
 
 
 def write_report_page(run: Run, model: NordForCausalLM) -> None:
-    """Write the report page. An error is only a warning, because the run is already complete."""
+    """Write the report page. An error gives only a warning, because the run is already complete."""
     try:
         from nordlm.analysis.report import PAGE, ReportInput, write_report  # loads matplotlib, scikit-learn and pandas
 
@@ -117,7 +116,7 @@ def write_report_page(run: Run, model: NordForCausalLM) -> None:
         write_report(run.folder / "report", subject)
     except ModuleNotFoundError as error:
         run.progress.say(f"note: no report was written, since {error.name} is not installed: install the extra reports")
-    except Exception as error:  # any error: the model is already written
+    except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         run.progress.say(f"warning: no report was written ({reason}); evaluate.py --report writes one")
     else:

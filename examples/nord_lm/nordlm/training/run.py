@@ -56,12 +56,12 @@ LAUNCHER_VARIABLES = ("ACCELERATE_", "FSDP_", "LOCAL_RANK", "MASTER_", "RANK", "
 
 @dataclass
 class Position:
-    """Progress of training. Together with the seed it determines all later steps.
+    """Progress of training. Together with the seed it determines all later training steps.
 
     Attributes:
-        step: training steps taken.
-        epoch: completed passes over the text.
-        batches: micro-batches of this epoch that were used.
+        step: number of completed training steps.
+        epoch: number of completed passes over the text.
+        batches: number of micro-batches used in this epoch.
         tokens: training tokens, summed over all processes.
         seconds: time spent in training steps.
     """
@@ -75,7 +75,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of a run that do not change between its first and its last step.
+    """The objects of a run that stay the same during training.
 
     Attributes:
         accelerator: device, precision and process group.
@@ -103,7 +103,8 @@ def make_accelerator(settings: Settings, out: Path) -> Accelerator:
     """Set up device, precision, accumulation and logging.
 
     Raises:
-        SettingsError: the device does not support the precision, or a variable of accelerate requests what is not installed.
+        SettingsError: the device does not support the precision, or an environment variable of accelerate has a value that
+            this installation does not support.
     """
     options = settings.training
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
@@ -114,14 +115,14 @@ def make_accelerator(settings: Settings, out: Path) -> Accelerator:
     try:
         return Accelerator(
             mixed_precision=options.mixed_precision,
-            # Accumulate across the end of an epoch, so that every step has grad_accum micro-batches.
+            # Accumulate across the end of an epoch, so that every training step has grad_accum micro-batches.
             gradient_accumulation_plugin=GradientAccumulationPlugin(options.grad_accum, sync_with_dataloader=False),
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=options.seed),
             step_scheduler_with_optimizer=False,
             log_with="tensorboard",
             project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out)),
         )
-    except Exception as error:  # whatever the precision, a missing library or a variable of the environment raises
+    except Exception as error:  # wrong precisions or variables and missing libraries raise many types of exceptions
         reason = " ".join(str(error).split())[:300]
         variables = ", ".join(sorted(name for name in os.environ if name.startswith(LAUNCHER_VARIABLES)))
         cause = f"the environment has {variables}" if variables else f"mixed_precision {options.mixed_precision}"
@@ -131,7 +132,7 @@ def make_accelerator(settings: Settings, out: Path) -> Accelerator:
 def prepare_text(
     accelerator: Accelerator, settings: Settings, resume: Path | None
 ) -> tuple[PreTrainedTokenizerBase, Corpus]:
-    """Load or train the tokenizer and load the corpus, without writing anything."""
+    """Load or train the tokenizer, and load the corpus; write no file."""
     options, vocab_size = settings.training, settings.model_config().vocab_size
 
     def read() -> tuple[Documents, Documents | None, PreTrainedTokenizerBase | None]:
@@ -169,7 +170,7 @@ def prepare_text(
 
 def check_tokenizer(run: Path) -> None:
     """Raise CheckpointError if a file of the run's tokenizer has changed since the run started."""
-    expected = read_run(run).get("tokenizer")  # missing in runs that were started before it was stored
+    expected = read_run(run).get("tokenizer")  # missing in runs of earlier releases
     if expected is not None and (changed := differing_files(run / "tokenizer", expected)):
         raise CheckpointError(f"{run / 'tokenizer'}: changed since the run started, or damaged ({', '.join(changed)})")
 
@@ -196,7 +197,7 @@ def create_run_folder(
 
 
 def lock_run(stack: ExitStack, run: Path, accelerator: Accelerator, progress: TrainingProgress) -> None:
-    """Lock a run until ``stack`` is closed, and delete what killed processes left in its folder.
+    """Lock a run until ``stack`` is closed, and delete temporary files of killed processes in its folder.
 
     Raises:
         CheckpointError: another process trains this run.
@@ -227,14 +228,14 @@ def print_setup(
         f"text {corpus.name}: {sequences} to train on, {len(corpus.validation):,} held out, "
         f"{corpus.bytes_per_token:.2f} bytes per token, vocabulary {len(tokenizer):,}"
     )
-    total, without = parameter_counts(model)
-    progress.say(f"model of {total:,} parameters, {without:,} without embedding and head")
+    total, without_vocabulary = parameter_counts(model)
+    progress.say(f"model of {total:,} parameters, {without_vocabulary:,} without embedding and head")
 
 
 def diverged(what: str) -> DivergedError:
     """Return the error to raise in all processes if training diverged."""
     error = DivergedError(
-        f"{what}; nothing more is saved, earlier checkpoints are whole: start again with a lower --lr"
+        f"{what}; nothing more is saved, earlier checkpoints are complete: start again with a lower --lr"
     )
     error.shared = True
     return error
@@ -271,7 +272,7 @@ def save(run: Run, position: Position, model: torch.nn.Module) -> None:
         on_main_process(accelerator, begin)
         in_all_processes(accelerator, lambda: accelerator.save_state(str(temporary)))
         on_main_process(accelerator, finish)
-    except Exception as error:  # a full disk is an OSError, RuntimeError or SafetensorError, depending on the writer
+    except Exception as error:  # on a full disk OSError, RuntimeError or SafetensorError, depending on the library
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
         failure = write_error(folder, error)
@@ -283,7 +284,7 @@ def save(run: Run, position: Position, model: torch.nn.Module) -> None:
 def restore(run: Run) -> Position:
     """Load the newest checkpoint, after a check that it is complete and fits this text and model.
 
-    A run that was stopped before its first checkpoint begins at its first step.
+    A run that was stopped before its first checkpoint begins at its first training step.
     """
     checkpoint, position = in_all_processes(run.accelerator, lambda: _open_checkpoint(run))
 
@@ -291,7 +292,7 @@ def restore(run: Run) -> Position:
         try:
             run.accelerator.load_state(str(checkpoint))
             reset_accumulation(run.accelerator)
-        except Exception as error:  # each part raises its own exception if it does not fit
+        except Exception as error:  # model, optimizer and schedule raise different exceptions
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"{checkpoint}: does not fit this model ({reason})") from error
 
@@ -304,15 +305,15 @@ def restore(run: Run) -> Position:
 
 
 def _open_checkpoint(run: Run) -> tuple[Path | None, Position]:
-    """Return the newest checkpoint, or None, and its position."""
-    about = read_run(run.folder)
-    if about["fingerprint"] != run.corpus.fingerprint:
+    """Return the newest checkpoint and its position; without a checkpoint, None and the start position."""
+    metadata = read_run(run.folder)
+    if metadata["fingerprint"] != run.corpus.fingerprint:
         raise CheckpointError(f"{run.folder}: the text ({run.corpus.name}) has changed since the run started")
     checkpoint = latest_checkpoint(run.folder)
     if checkpoint is None:
         if (run.folder / "model").exists():
             raise CheckpointError(f"{run.folder}: no checkpoint to resume from, though the run has a model")
-        _check_processes(run, about.get("processes"))
+        _check_processes(run, metadata.get("processes"))
         return None, Position()
     names = {field.name for field in fields(Position)}
     path = checkpoint / "position.json"

@@ -26,9 +26,9 @@ __all__ = [
 
 
 def keep_freed_memory() -> None:
-    """Make glibc reuse freed memory in the next step, and use huge pages on Linux.
+    """Make glibc reuse freed memory in the next training step, and use huge pages on Linux.
 
-    By default glibc returns large blocks to the system and maps them again in every step, page by page.
+    By default glibc returns large blocks of memory to the system and maps them again in every training step, page by page.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads this at its first allocation
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
@@ -58,7 +58,7 @@ class Log:
     def close(self) -> None:
         """Flush and close the log, and leave the process group."""
         if self.accelerator.num_processes > 1:
-            # torch joins gloo's threads while it holds the GIL, which they need to release the tensors of the last collectives.
+            # torch joins the threads of gloo while holding the GIL; they need the GIL to release tensors of the last calls.
             self.accelerator.wait_for_everyone()
             time.sleep(0.2)
         self._try(self.accelerator.end_training)
@@ -76,7 +76,7 @@ class Log:
 
 
 class StopRequest:
-    """Request a stop after the current step on Ctrl-C, SIGTERM or a closed terminal (SIGHUP, unless it is ignored).
+    """Request a stop after the current training step on Ctrl-C, SIGTERM or a closed terminal (SIGHUP, unless it is ignored).
 
     A second Ctrl-C ends the program at once. A second SIGTERM does not, because launchers send one after Ctrl-C, while the
     checkpoint is being saved.
@@ -90,7 +90,7 @@ class StopRequest:
         self._previous = {kind: signal.signal(kind, self._request) for kind in kinds}
 
     def any_process_requested(self, accelerator: Accelerator) -> bool:
-        """Return whether any process got a signal, so that all stop at the same step."""
+        """Return whether any process received a signal, so that all stop at the same training step."""
         if accelerator.num_processes == 1:
             return self.requested
         return accelerator.reduce(torch.tensor(float(self.requested), device=accelerator.device)).item() > 0

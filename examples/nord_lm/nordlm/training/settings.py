@@ -46,19 +46,17 @@ def _setting(default: Any, description: str, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Training settings. Every field is an option of ``train.py``; learning-rate defaults are from the published run."""
+    """Training settings. Every field is an option of ``train.py``; learning-rate defaults are those of the published model."""
 
     data: str | None = _setting(None, "text file, folder or dataset name (default: the documentation inside CPython)")
-    validation_data: str | None = _setting(
-        None, "separate text to validate on (default: part of the data, selected by hash)"
-    )
-    held_out: float = _setting(0.05, "fraction of the documents held out for validation")
+    validation_data: str | None = _setting(None, "separate held-out text (default: part of the data, selected by hash)")
+    held_out: float = _setting(0.05, "fraction of the documents that is held out")
     tokenizer: str | None = _setting(
-        None, "folder or hub name of a tokenizer (default: train a byte-level BPE on the text)"
+        None, "folder or Hugging Face name of a tokenizer (default: train a byte-level BPE on the text)"
     )
     block_size: int | None = _setting(None, "sequence length in tokens (default: the model's max_position_embeddings)")
     steps: int = _setting(1000, "training steps")
-    batch_size: int = _setting(4, "sequences in a micro-batch, on each process")
+    batch_size: int = _setting(4, "sequences in a micro-batch of each process")
     grad_accum: int = _setting(12, "micro-batches in a training step")
     lr: float = _setting(6e-4, "peak learning rate")
     min_lr_ratio: float = _setting(0.1, "final learning rate of the cosine, as a fraction of the peak")
@@ -72,9 +70,7 @@ class TrainingSettings:
         "precision of float32 matrix products; below highest the device may use TF32 (GPU) or oneDNN's kernels (CPU)",
         choices=("highest", "high", "medium"),
     )
-    mixed_precision: str = _setting(
-        "no", "autocast: compute in this type where torch considers it safe", choices=("no", "bf16", "fp16")
-    )
+    mixed_precision: str = _setting("no", "dtype of autocast; no: without autocast", choices=("no", "bf16", "fp16"))
     gradient_checkpointing: bool = _setting(
         False, "store only the input of each transformer block and recompute the rest: less memory, more time"
     )
@@ -84,7 +80,7 @@ class TrainingSettings:
         64, "held-out sequences in each evaluation during training; the final evaluation uses up to 1024"
     )
     save_every: int = _setting(500, "training steps between checkpoints")
-    log_every: int = _setting(10, "training steps between log lines")
+    log_every: int = _setting(10, "training steps between two lines of the log")
     seed: int = _setting(0, "seed of initial weights and data order")
 
     def __post_init__(self) -> None:
@@ -139,9 +135,9 @@ class Settings:
         _check_names(path, "training", training, {f.name for f in dataclasses.fields(TrainingSettings)})
         _check_names(path, "model", model, set(_config_class().__annotations__))
         for field_name, value in model.items():
-            if not isinstance(value, int | float | str | list | None):  # for example a date, which JSON does not have
+            if not isinstance(value, int | float | str | list | None):  # JSON has no dates, for example
                 raise SettingsError(
-                    f"{path}: model.{field_name} must be a number or a name, got {shorten(repr(value))}"
+                    f"{path}: model.{field_name} must be a number, a string or a list, got {shorten(repr(value))}"
                 )
         return cls(name, model, TrainingSettings(**_typed(path, training)))
 
@@ -177,13 +173,13 @@ class Settings:
 
 def _check_names(path: Path, section: str, content: Any, known: set[str]) -> None:
     if not isinstance(content, dict):
-        raise SettingsError(f"{path}: expected fields in the section {section}")
+        raise SettingsError(f"{path}: expected a mapping in the section {section}")
     if unknown := sorted(str(name) for name in set(content) - known):
         raise SettingsError(f"{path}: {section} has no field {', '.join(unknown)}")
 
 
 def _typed(path: Path, training: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of the section after a check of their types, with integers as floats where a float is expected."""
+    """Check the types of the fields of a section; return the fields, with integers converted where a float is expected."""
     values: dict[str, Any] = {}
     for f in dataclasses.fields(TrainingSettings):
         value = training.get(f.name, f.default)
@@ -206,7 +202,7 @@ def _kind(setting: "dataclasses.Field[Any]") -> type:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse the arguments of ``train.py``; ``changes`` has only the training fields on the command line."""
+    """Parse the arguments of ``train.py``; the attribute ``changes`` has the training fields that are given."""
     parser = argparse.ArgumentParser(
         description="Train a Nord spiking language model. Without arguments: config tiny on the documentation inside CPython.",
         argument_default=argparse.SUPPRESS,
@@ -240,7 +236,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def absolute_paths(training: dict[str, Any]) -> dict[str, Any]:
-    """Return settings that name an existing file or folder, as absolute paths, so that a run resumes from any directory."""
+    """Return the settings that are existing paths, as absolute paths, so that a run can be resumed from any directory."""
     paths = {name: training.get(name) for name in ("data", "validation_data", "tokenizer")}
     return {name: str(Path(value).resolve()) for name, value in paths.items() if value and exists(value)}
 
@@ -305,9 +301,10 @@ def _resumed(options: argparse.Namespace) -> Settings:
     if hasattr(options, "no_resonance") and settings.model.get("resonance", True):
         raise SettingsError(f"--resume {run}: the run started with resonance and cannot resume without it")
     if hasattr(options, "config"):
-        other = read_config(options.config).model_config().to_dict()
-        mine = settings.model_config().to_dict()
-        differing = [f"{k} = {mine[k]}, not {other[k]}" for k in mine if mine[k] != other[k] and k != "resonance"]
+        requested = read_config(options.config).model_config().to_dict()
+        saved = settings.model_config().to_dict()
+        names = [name for name in saved if saved[name] != requested[name] and name != "resonance"]
+        differing = [f"{name} = {saved[name]}, not {requested[name]}" for name in names]
         if differing:
             raise SettingsError(f"--resume {run}: is a run of another model ({', '.join(differing[:3])})")
     return settings
