@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from nord_snn.ops.checks import as_count, check_tensor, describe
+
 __all__ = ["SequenceCache", "UpdateCache", "cache_argument"]
 
 #: Takes keys and values of the new positions, stores them, and returns those of all positions.
@@ -27,6 +29,7 @@ class SequenceCache:
         window: number of positions that a query sees, itself included; needs ``update``. Default: None, all.
 
     Raises:
+        TypeError: a field has another type.
         ValueError: ``window`` is given without ``update``, or is less than 1.
 
     Source: keys and values stored as in transformers' decoders.
@@ -44,10 +47,14 @@ class SequenceCache:
     window: int | None = None
 
     def __post_init__(self) -> None:
-        if self.window is not None and self.update is None:
-            raise ValueError("window needs update: without earlier positions every position is seen")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window must be at least 1, got {self.window}")
+        if self.lengths is not None:
+            check_tensor(self.lengths, "lengths", "[B]", kind="integer")
+        if self.update is not None and not callable(self.update):
+            raise TypeError(f"update must be a function of keys and values, or None, got {describe(self.update)}")
+        if self.window is not None:
+            as_count(self.window, "window")
+            if self.update is None:
+                raise ValueError("window needs update: without earlier positions every position is seen")
 
 
 def cache_argument(cache: SequenceCache | None, deprecated: Mapping[str, Any]) -> SequenceCache:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from nord_snn._compat.spikingjelly import reset_value
 from nord_snn.neurons.associative_lif import AssociativeLIFNode, Membranes
+from nord_snn.ops.checks import as_count, check_flags, describe
 
 __all__ = ["NeuronFactory", "fire_from_rest", "fire_with_membranes", "make_neuron", "multi_step_mode"]
 
@@ -50,7 +51,13 @@ def make_neuron(neuron: NeuronFactory | None, n_features: int, *, store_v_seq: b
         TypeError: the factory is a class of SpikingJelly, which takes no ``n_features``; it did not return a module; or the
             layer reads membrane potentials and the module has no ``store_v_seq``.
     """
+    as_count(n_features, "n_features")
+    check_flags(store_v_seq=store_v_seq)
     factory = AssociativeLIFNode if neuron is None else neuron
+    if not callable(factory) or isinstance(factory, nn.Module):
+        raise TypeError(
+            f"neuron must be a function of the number of neurons that returns a module, or None, got {describe(factory)}"
+        )
     if isinstance(factory, type) and issubclass(factory, BaseNode) and not issubclass(factory, AssociativeLIFNode):
         raise TypeError(
             f"neuron must be a function of the number of neurons, which the class {factory.__name__} is not: pass "

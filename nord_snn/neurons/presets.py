@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from nord_snn.ops.checks import as_number, check_flags, check_refractory_steps, describe
+from nord_snn.ops.surrogate import SURROGATES
 
 __all__ = ["OF_PRESET", "PRESETS", "known_surrogate", "resolve_constants"]
 
@@ -68,15 +71,20 @@ def resolve_constants(
         theirs: ``tau, v_threshold, surrogate_function, decay_input`` as SpikingJelly has them; None if not given.
 
     Raises:
-        TypeError: an argument is given under both names.
+        TypeError: an argument is given under both names, or has another type.
         ValueError: the preset is unknown, ``tau`` is less than 1, or ``v_reset`` asks for a hard reset.
     """
     theirs = {name: value for name, value in theirs.items() if value is not None}
+    _check_theirs(theirs)
+    if preset is not None and not isinstance(preset, str):
+        raise TypeError(f"preset must be a name or None, got {describe(preset)}")
     if preset is None:
         preset = "nord" if has_width and not theirs else "lif"
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}: expected one of {sorted(PRESETS)}")
     given = {name: value for name, value in given.items() if value is not OF_PRESET}
+    if "refractory_steps" in given:
+        check_refractory_steps(given["refractory_steps"])
     for name, own in (*_SAME.items(), ("tau", "beta_mem")):
         if name in theirs and own in given:
             raise TypeError(f"{name} and {own} are the same constant: give one of them")
@@ -85,6 +93,8 @@ def resolve_constants(
         if not theirs["tau"] >= 1:
             raise ValueError(f"tau must be at least 1 time step, got {theirs['tau']}")
         translated["beta_mem"] = 1 - 1 / theirs["tau"]
+        if not 0 < translated["beta_mem"] < 1:
+            raise ValueError(f"tau must give beta_mem = 1 - 1 / tau in (0, 1), got tau = {theirs['tau']}")
     constants = PRESETS[preset] | translated | given
     if constants["n_clusters"] is not None and "beta_syn" not in given and constants["beta_syn"] == 0:
         constants["beta_syn"] = PRESETS["nord"]["beta_syn"]  # a cascade adds to the synaptic current
@@ -95,6 +105,19 @@ def resolve_constants(
             "the membrane to it, as in SpikingJelly's nodes, or v_reset=None"
         )
     return constants
+
+
+def _check_theirs(theirs: Mapping[str, Any]) -> None:
+    """Raise unless the arguments under SpikingJelly's names have the right type, under the name that the caller uses."""
+    for name in ("tau", "v_threshold"):
+        if name in theirs and not (name == "v_threshold" and isinstance(theirs[name], Tensor)):
+            as_number(theirs[name], name)
+    surrogate = theirs.get("surrogate_function", "atan")
+    if not callable(surrogate) and not isinstance(surrogate, str):
+        raise TypeError(f"surrogate_function must be a name or a callable, got {describe(surrogate)}")
+    if isinstance(surrogate, str) and surrogate not in SURROGATES:
+        raise ValueError(f"surrogate_function must be one of {sorted(SURROGATES)} or a callable, got {surrogate!r}")
+    check_flags(decay_input=theirs.get("decay_input", True))
 
 
 def known_surrogate(surrogate: Any, alpha: float) -> tuple[Any, float]:

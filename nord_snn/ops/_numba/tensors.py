@@ -17,37 +17,20 @@ __all__ = ["NUMPY_TYPES", "addresses", "as_contiguous", "data_pointer"]
 #: Numba the element type.
 NUMPY_TYPES: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64}
 
-#: Addresses below are looked at: without storage, the address of a tensor is its offset. The elements of others are above on
-#: most systems, so that the look at the storage costs nothing there.
-_LOWEST = 1 << 40
-
 
 def as_contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``x`` if it is contiguous and of this dtype, else a copy; the caller must keep a reference while a kernel runs.
 
     Raises:
-        ValueError: ``x`` is not on the CPU, or its storage was freed.
+        ValueError: ``x`` is not on the CPU, or its storage was freed or shrunk.
     """
     if not x.is_cpu:
         raise ValueError(f"expected all tensors on the CPU, the device of the input, got one on {x.device}")
-    if x.dtype is dtype and x.is_contiguous():
-        return x
-    _check_storage(x)
-    return x.to(dtype).contiguous()
-
-
-def data_pointer(x: Tensor | None) -> int:
-    """Return the address of the elements of a contiguous tensor; 0 for None.
-
-    Raises:
-        ValueError: its storage was freed.
-    """
-    if x is None:
-        return 0
-    address = x.data_ptr()
-    if address < _LOWEST:
+    if x.untyped_storage().nbytes() < x.nbytes or x.storage_offset():  # most tensors are their whole storage
         _check_storage(x)
-    return address
+    if x.dtype is dtype and x.is_contiguous() and not x.is_neg():
+        return x
+    return x.resolve_neg().to(dtype).contiguous()
 
 
 def _check_storage(x: Tensor) -> None:
@@ -57,6 +40,11 @@ def _check_storage(x: Tensor) -> None:
         raise ValueError(
             f"expected a tensor {list(x.shape)} with its data, got one whose storage was freed, as FSDP does between uses"
         )
+
+
+def data_pointer(x: Tensor | None) -> int:
+    """Return the address of the elements of a contiguous tensor of :func:`as_contiguous`; 0 for None."""
+    return 0 if x is None else x.data_ptr()
 
 
 def addresses(tensors: Iterable[Tensor | None]) -> tuple[int, ...]:
