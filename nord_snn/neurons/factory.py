@@ -19,10 +19,8 @@ A module may define two optional attributes:
     them as products.
 """
 
-import os
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +30,7 @@ from torch import Tensor, nn
 
 from nord_snn._compat.spikingjelly import reset_value
 from nord_snn.neurons.associative_lif import AssociativeLIFNode, Membranes
+from nord_snn.neurons.locking import one_at_a_time
 from nord_snn.ops.checks import as_count, check_flags, describe
 
 __all__ = ["NeuronFactory", "fire_from_rest", "fire_with_membranes", "make_neuron", "multi_step_mode"]
@@ -88,7 +87,7 @@ def fire_from_rest(neuron: nn.Module, x_seq: Tensor) -> Tensor:
     """
     if isinstance(neuron, AssociativeLIFNode) and neuron.step_mode == "m":
         return neuron(x_seq, stateless=True)
-    with _one_at_a_time(), multi_step_mode(neuron):
+    with one_at_a_time(), multi_step_mode(neuron):
         return _from_rest(neuron, x_seq)
 
 
@@ -99,29 +98,11 @@ def fire_with_membranes(neuron: nn.Module, x_seq: Tensor) -> tuple[Tensor, Tenso
         membranes = Membranes()
         return neuron(x_seq, stateless=True, membranes=membranes), membranes.v_seq
     neurons: Any = neuron
-    with _one_at_a_time(), multi_step_mode(neuron):
+    with one_at_a_time(), multi_step_mode(neuron):
         spikes = _from_rest(neuron, x_seq)
         v_seq = neurons.v_seq
         neurons.v_seq = None  # else the graph of the last batch stays in memory
     return spikes, v_seq
-
-
-_lock = threading.RLock()
-
-
-def _new_lock() -> None:
-    """Replace the lock in a forked process: another thread of the parent may have had it."""
-    global _lock
-    _lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_new_lock)
-
-
-def _one_at_a_time() -> AbstractContextManager[Any]:
-    """Return a context for one thread at a time; compiled code cannot have one."""
-    return nullcontext() if torch.compiler.is_compiling() else _lock
 
 
 @contextmanager

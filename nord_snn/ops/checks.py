@@ -24,6 +24,7 @@ __all__ = [
     "check_refractory_steps",
     "check_scalar",
     "check_shape",
+    "check_storage",
     "check_tensor",
     "check_time_constants",
     "compute_dtype",
@@ -98,6 +99,18 @@ def check_tensor(
         raise TypeError(f"{name} must be {article} {kind} tensor {layout}, dense, got {describe(x)}")
     if like is not None and x.device != like.device and not (x.ndim == 0 and x.device.type == "cpu"):
         raise ValueError(f"{name} must be on {like.device}, the device of the input, got {x.device}")
+
+
+def check_storage(x: Tensor) -> None:
+    """Raise a ValueError if the storage of a tensor on the CPU is smaller than its elements need."""
+    if x.untyped_storage().nbytes() >= x.nbytes and not x.storage_offset():  # most tensors are their whole storage
+        return
+    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    needed = (x.storage_offset() + last + 1) * x.element_size() if x.numel() else 0
+    if x.untyped_storage().nbytes() < needed:
+        raise ValueError(
+            f"expected a tensor {list(x.shape)} with its data, got one whose storage was freed, as FSDP does between uses"
+        )
 
 
 def check_shape(x: object, name: str, layout: str, shape: tuple[int, ...], *, kind: str = "floating-point",

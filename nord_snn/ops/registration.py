@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from nord_snn._compat.torch import dispatch_mode_is_active, kernels_are_opaque
+from nord_snn.ops.checks import check_storage
 from nord_snn.ops.dispatch import check_kernel
 
 __all__ = ["Kernel", "register_op", "register_op_without_gradient"]
@@ -124,6 +126,9 @@ def _checked(name: str, run: Callable[..., Any], check: Callable[..., None]) -> 
         backend = options["backend"] if "backend" in options else arguments[place]
         check_kernel(name, backend, arguments[0].device.type)
         check(*arguments, **options)
+        for x in tree_leaves((arguments, options)):
+            if isinstance(x, Tensor) and x.is_cpu:
+                check_storage(x)
         return run(*arguments, **options)
 
     return checked

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nord_snn.ops.checks import check_storage
+
 __all__ = ["NUMPY_TYPES", "addresses", "as_contiguous", "data_pointer"]
 
 #: NumPy scalar type for each dtype that kernels compute in. Kernels get raw addresses; a scalar of this type gives
@@ -26,20 +28,10 @@ def as_contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if not x.is_cpu:
         raise ValueError(f"expected all tensors on the CPU, the device of the input, got one on {x.device}")
-    if x.untyped_storage().nbytes() < x.nbytes or x.storage_offset():  # most tensors are their whole storage
-        _check_storage(x)
+    check_storage(x)
     if x.dtype is dtype and x.is_contiguous() and not x.is_neg():
         return x
     return x.resolve_neg().to(dtype).contiguous()
-
-
-def _check_storage(x: Tensor) -> None:
-    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
-    needed = (x.storage_offset() + last + 1) * x.element_size() if x.numel() else 0
-    if x.untyped_storage().nbytes() < needed:
-        raise ValueError(
-            f"expected a tensor {list(x.shape)} with its data, got one whose storage was freed, as FSDP does between uses"
-        )
 
 
 def data_pointer(x: Tensor | None) -> int:

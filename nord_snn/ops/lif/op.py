@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from nord_snn.ops.checks import compute_dtype, without_autocast
+from nord_snn.ops.checks import check_storage, compute_dtype, without_autocast
 from nord_snn.ops.costs import register_cost
 from nord_snn.ops.dispatch import BackendChoice, CallSignature, backend_selector, choose_backend, register_backends
 from nord_snn.ops.lif.checks import check_backward, check_call, check_forward, check_options, check_state
@@ -426,6 +426,9 @@ def _coupling(weight: Tensor | None, gain: Tensor | None, n_features: int) -> Te
     """Return the cascade as one matrix for the kernels: ``gain[c] * weight[c, k] / members``, ``[C, C]``."""
     if weight is None or gain is None:
         return None
+    for x in (weight, gain):
+        if x.is_cpu:
+            check_storage(x)
     return gain[:, None] * weight / (n_features // gain.shape[0])
 
 
