@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from nord_snn._compat.torch import dispatch_mode_is_active, kernels_are_opaque
-from nord_snn.ops.checks import check_storage
+from nord_snn.ops.checks import check_storage, is_dense
 from nord_snn.ops.dispatch import check_kernel
 
 __all__ = ["Kernel", "register_op", "register_op_without_gradient"]
@@ -125,10 +125,10 @@ def _checked(name: str, run: Callable[..., Any], check: Callable[..., None]) -> 
     def checked(*arguments: Any, **options: Any) -> Any:
         backend = options["backend"] if "backend" in options else arguments[place]
         check_kernel(name, backend, arguments[0].device.type)
-        check(*arguments, **options)
         for x in tree_leaves((arguments, options)):
-            if isinstance(x, Tensor) and x.is_cpu:
+            if isinstance(x, Tensor) and x.is_cpu and is_dense(x):
                 check_storage(x)
+        check(*arguments, **options)
         return run(*arguments, **options)
 
     return checked

@@ -16,6 +16,7 @@ from nord_snn.ops.checks import (
     check_refractory_steps,
     check_shape,
     check_tensor,
+    compute_dtype,
     describe,
 )
 from nord_snn.ops.lif.reference import CHARGES, AssociativeLIFState, Dynamics
@@ -189,6 +190,11 @@ def check_forward(
         raise ValueError("pass both weight and gain of the cascade, or neither")
     if weight is not None and gain is not None:
         check_cascade(D, weight, gain, like=x)
+    dtype = compute_dtype(x)
+    parameters = {"threshold": threshold, **decays, "weight": weight, "gain": gain, "v": v, "i_syn": i_syn}
+    for name, parameter in parameters.items():
+        if parameter is not None and parameter.dtype != dtype:
+            raise TypeError(f"{name} must have the dtype {dtype} for this x, got {parameter.dtype}")
     resolve_surrogate(options["surrogate"], options["alpha"])
     if options["charge"] not in CHARGES:
         raise ValueError(f"charge must be one of {list(CHARGES)}, got {options['charge']!r}")

@@ -149,8 +149,12 @@ def _check_backward(
     check_shape(grad, "grad", "of v", tuple(v.shape), like=v)
     shapes = IMPLEMENTATIONS[backend].kernel().saved_shapes(q, n_heads, top_k, True)
     for name, saved, shape in zip(("keys", "worst", "weights"), (keys, worst, weights), shapes, strict=True):
-        kind = "integer" if name == "keys" else "floating-point"
-        check_shape(saved, name, "that the forward pass saves", tuple(shape), kind=kind, like=v)
+        dtype = torch.int32 if name == "keys" else compute_dtype(v)
+        check_shape(saved, name, "that the forward pass saves", tuple(shape), kind="real", like=v)
+        if saved.dtype != dtype or not saved.is_contiguous():
+            raise TypeError(
+                f"{name} must be contiguous and of {dtype}, as the forward pass saves it, got {saved.dtype}"
+            )
     if keys.is_cpu and keys.numel() and not bool(((keys >= -1) & (keys < q.shape[2])).all()):
         raise ValueError(f"keys must be positions below {q.shape[2]}, or -1 for none")
 
