@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from spikingjelly.activation_based import base, functional
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn

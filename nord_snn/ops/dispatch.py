@@ -172,8 +172,8 @@ def check_kernel(op: str, backend: str, device: str) -> None:
     chosen = OPS[op].get(backend)
     if chosen is None or not chosen.available().runs or not hasattr(chosen.kernel(), "forward"):
         raise ValueError(f"backend must be an available kernel of {op}, got {backend!r}")
-    wanted = "cpu" if backend == "triton" and _triton_interprets() else _DEVICES.get(backend, device)
-    if device != wanted:
+    wanted = "cpu" if backend == "triton" and _triton_interprets() else chosen.device
+    if wanted not in ("any", device):
         raise ValueError(f"backend {backend!r} of {op} needs {wanted} tensors, got tensors on {device}")
 
 

@@ -324,7 +324,7 @@ def test_invalid_masks_raise():
 
 
 def test_prompt_tuning_of_peft_trains_its_prompt_and_generates():
-    """peft passes the prompt and the tokens as inputs_embeds."""
+    """Tuning passes the prompt and the tokens as inputs_embeds."""
     peft = pytest.importorskip("peft")
     model = make()
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)

@@ -50,7 +50,8 @@ def half_of_a_view(x):
 
 def wrong(x):
     yield from ((name, value) for name, value in (
-        ("empty", x[:0] if x.ndim else x.new_zeros(0)), ("larger", torch.cat([x, x], -1) if x.ndim else x[None].repeat(3)), ("one more", x[None]),
+        ("empty", x[:0] if x.ndim else x.new_zeros(0)), ("larger", torch.cat([x, x], -1) if x.ndim else x[None].repeat(3)),
+        ("one more", x[None]),
         ("flat", x.flatten()), ("cut", x[..., :1] if x.ndim else x), ("int64", x.long()), ("float64", x.double()),
         ("complex", x.to(torch.complex64)), ("bool", x.bool()), ("meta", x.to("meta")), ("sparse", x.to_sparse()),
         ("freed", shrunk(x, 0)), ("shrunk", shrunk(x, x.element_size() * x.numel() // 2)),
