@@ -10,7 +10,7 @@ from nord_snn.layers.feed_forward import SpikingFeedForward
 from nord_snn.layers.leaky_clamp import LeakyClamp
 from nord_snn.layers.resonance import CoFiringResonance
 from nord_snn.neurons import NeuronFactory
-from nord_snn.ops.checks import check_features
+from nord_snn.ops.checks import as_count, check_features, check_flags, check_numbers
 
 __all__ = ["NordBlock"]
 
@@ -71,6 +71,9 @@ class NordBlock(nn.Module):
         neuron: NeuronFactory | None = None,
     ) -> None:
         super().__init__()
+        as_count(n_features, "n_features")
+        check_numbers(residual_scale=residual_scale, clamp_floor=clamp_floor, norm_eps=norm_eps)
+        check_flags(resonance=resonance)
         self.n_features, self.residual_scale = n_features, residual_scale
         if resonance:
             self.norm1 = nn.LayerNorm(n_features, eps=norm_eps)

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from nord_snn.ops.checks import as_count, check_tensor, describe
+
 __all__ = ["SequenceCache", "UpdateCache", "cache_argument"]
 
 #: A function that stores the keys and values of new positions, and returns the keys and values of all positions.
@@ -28,6 +30,7 @@ class SequenceCache:
         window: largest number of positions that a query attends to, its own included; needs ``update``. Default: None, all.
 
     Raises:
+        TypeError: a field has another type.
         ValueError: ``window`` is passed without ``update``, or is less than 1.
 
     Source: the caches of the transformers library.
@@ -45,12 +48,16 @@ class SequenceCache:
     window: int | None = None
 
     def __post_init__(self) -> None:
-        if self.window is not None and self.update is None:
-            raise ValueError(
-                "window needs update: without it there are no earlier positions that a window could exclude"
-            )
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window must be at least 1, got {self.window}")
+        if self.lengths is not None:
+            check_tensor(self.lengths, "lengths", "[B]", kind="integer")
+        if self.update is not None and not callable(self.update):
+            raise TypeError(f"update must be a function of keys and values, or None, got {describe(self.update)}")
+        if self.window is not None:
+            as_count(self.window, "window")
+            if self.update is None:
+                raise ValueError(
+                    "window needs update: without it there are no earlier positions that a window could exclude"
+                )
 
 
 def cache_argument(cache: SequenceCache | None, deprecated: Mapping[str, Any]) -> SequenceCache:

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from nord_snn.neurons import NeuronFactory, fire_from_rest, make_neuron
-from nord_snn.ops.checks import check_features
+from nord_snn.ops.checks import as_count, check_features
 
 __all__ = ["SpikingFeedForward"]
 
@@ -44,6 +44,8 @@ class SpikingFeedForward(nn.Module):
 
     def __init__(self, n_features: int, hidden_features: int, neuron: NeuronFactory | None = None) -> None:
         super().__init__()
+        as_count(n_features, "n_features")
+        as_count(hidden_features, "hidden_features")
         self.n_features = n_features
         self.up = nn.Linear(n_features, hidden_features, bias=False)
         self.lif1 = make_neuron(neuron, hidden_features)

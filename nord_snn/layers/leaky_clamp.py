@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from nord_snn.ops import leaky_clamp
-from nord_snn.ops.checks import check_features
+from nord_snn.ops.checks import as_count, check_features, check_numbers
+from nord_snn.ops.dispatch import check_backend
 
 __all__ = ["LeakyClamp"]
 
@@ -41,6 +42,9 @@ class LeakyClamp(nn.Module):
 
     def __init__(self, n_features: int, floor: float = -0.1, leak: float = 0.1, backend: str = "auto") -> None:
         super().__init__()
+        as_count(n_features, "n_features")
+        check_numbers(floor=floor, leak=leak)
+        check_backend(backend)
         if not 0 < leak < 1:
             raise ValueError(f"leak must lie in (0, 1), got {leak}")
         self.n_features, self.backend = n_features, backend

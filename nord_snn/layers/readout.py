@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from nord_snn.neurons import NeuronFactory, make_neuron
 from nord_snn.neurons.factory import fire_with_membranes
-from nord_snn.ops.checks import check_features, compute_dtype, without_autocast
+from nord_snn.ops.checks import check_features, check_numbers, compute_dtype, without_autocast
 
 __all__ = ["MembraneReadout"]
 
@@ -50,6 +50,7 @@ class MembraneReadout(nn.Module):
 
     def __init__(self, n_features: int, decay_logit: float = 1.4, neuron: NeuronFactory | None = None) -> None:
         super().__init__()
+        check_numbers(decay_logit=decay_logit)
         self.n_features = n_features
         self.lif: Any = make_neuron(neuron, n_features, store_v_seq=True)
         self._initial_decay_logit = decay_logit

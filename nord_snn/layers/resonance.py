@@ -14,7 +14,8 @@ from nord_snn.neurons.activity import FirstBatches, NeuronActivityWarning
 from nord_snn.neurons.detection import emits_binary_spikes
 from nord_snn.ops import pack_spikes, resonance, resonance_cached
 from nord_snn.ops.cached_resonance.packing import check_spikes
-from nord_snn.ops.checks import check_features, check_heads
+from nord_snn.ops.checks import as_count, check_features, check_flags, check_heads
+from nord_snn.ops.dispatch import check_backend
 
 __all__ = ["CoFiringResonance", "ResonanceBase"]
 
@@ -48,7 +49,11 @@ class ResonanceBase(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        as_count(n_features, "n_features")
         check_heads(n_features, n_heads)
+        as_count(top_k, "top_k")
+        check_flags(recency=recency, causal=causal)
+        check_backend(backend)
         self.n_features, self.n_heads, self.top_k, self.causal = n_features, n_heads, top_k, causal
         self.backend = backend
         self._first_batches = FirstBatches(BATCHES)
@@ -158,7 +163,7 @@ class ResonanceBase(nn.Module):
         else:
             binary = all(emits_binary_spikes(neuron) for neuron in neurons)
             if not binary:
-                check_spikes(q)
+                check_spikes(q, "q")
             new_keys = pack_spikes(k, self.n_heads, trusted=binary)
         keys, values = cache.update(new_keys, v.unflatten(-1, (self.n_heads, -1)).transpose(1, 2))
         S = v.shape[1]

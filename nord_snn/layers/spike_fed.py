@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from nord_snn.layers.cache import SequenceCache, cache_argument
 from nord_snn.layers.spike_fed_resonance import SpikeFedResonance
 from nord_snn.neurons import NeuronFactory, fire_from_rest, make_neuron
-from nord_snn.ops.checks import check_features
+from nord_snn.ops.checks import as_count, check_features, check_flags, check_numbers
 
 __all__ = ["SpikeFedBlock", "SpikeFedResonance"]
 
@@ -78,6 +78,10 @@ class SpikeFedBlock(nn.Module):
         spiking_values: bool = False,
     ) -> None:
         super().__init__()
+        as_count(n_features, "n_features")
+        as_count(hidden_features, "hidden_features")
+        check_numbers(residual_scale=residual_scale, norm_eps=norm_eps)
+        check_flags(resonance=resonance, spiking_values=spiking_values)
         self.n_features, self.residual_scale = n_features, residual_scale
         if resonance:
             self.norm1 = nn.LayerNorm(n_features, eps=norm_eps)

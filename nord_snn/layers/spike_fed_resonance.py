@@ -12,7 +12,7 @@ from nord_snn.neurons import DenseActivation, NeuronFactory, fire_from_rest, mak
 from nord_snn.neurons.detection import emits_binary_spikes
 from nord_snn.ops import pack_spikes
 from nord_snn.ops.cached_resonance.packing import unpack_spikes
-from nord_snn.ops.checks import check_channels, check_features
+from nord_snn.ops.checks import check_channels, check_features, check_flags, check_numbers, describe
 
 __all__ = ["SpikeFedResonance"]
 
@@ -118,8 +118,10 @@ class SpikeFedResonance(ResonanceBase):
         norm: str = "layer",
         channels_first: bool = False,
     ) -> None:
-        if norm not in _NORMS:
-            raise ValueError(f"norm must be one of {sorted(_NORMS)}, got {norm!r}")
+        if not isinstance(norm, str) or norm not in _NORMS:
+            raise ValueError(f"norm must be one of {sorted(_NORMS)}, got {describe(norm)}")
+        check_numbers(norm_eps=norm_eps)
+        check_flags(spiking_values=spiking_values, spikes_out=spikes_out, channels_first=channels_first)
         super().__init__(n_features, n_heads, top_k, recency, causal, neuron, backend)
         self.channels_first = channels_first
         make_norm = _NORMS[norm]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from nord_snn.ops.checks import check_features
+from nord_snn.ops.checks import as_count, check_features, check_numbers
 
 __all__ = ["MultiScaleTemporalEncoder"]
 
@@ -46,9 +46,12 @@ class MultiScaleTemporalEncoder(nn.Module):
         slow_scale: float = 5.0,
     ) -> None:
         super().__init__()
-        if t_fast < 1 or t_slow < 0:
-            raise ValueError(f"expected t_fast >= 1 and t_slow >= 0, got {t_fast} and {t_slow}")
         out_features = in_features if out_features is None else out_features
+        for name, width in (("in_features", in_features), ("out_features", out_features)):
+            as_count(width, name)
+        as_count(t_fast, "t_fast")
+        as_count(t_slow, "t_slow", 0)
+        check_numbers(fast_scale=fast_scale, slow_scale=slow_scale)
         self.in_features, self.t_fast, self.t_slow = in_features, t_fast, t_slow
         self.projection = nn.Linear(in_features, out_features, bias=False)
         self._initial_scales = (fast_scale, slow_scale)

@@ -1,6 +1,5 @@
 """Base class of the rules: spike recording, the interface of SpikingJelly's learners, and the weight update."""
 
-import math
 import warnings
 import weakref
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from nord_snn._compat.torch import padding_on_both_sides, version_counter
 from nord_snn.learning_rules.distributed import mean_over_ranks, raise_on_all_ranks
 from nord_snn.learning_rules.plastic import PlasticPart
 from nord_snn.ops import ConvGeometry
-from nord_snn.ops.checks import check_dependence
+from nord_snn.ops.checks import as_number, check_dependence, check_flags, describe
 
 __all__ = ["Learner", "SpikeRecord"]
 
@@ -74,12 +73,16 @@ class Learner(base.MemoryModule):
             )
         if not isinstance(sn, nn.Module):
             raise TypeError(f"sn must be a torch.nn.Module, got {type(sn).__name__}")
-        if reduction not in ("sum", "mean"):
-            raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
+        if not isinstance(step_mode, str) or step_mode not in ("s", "m"):
+            raise ValueError(f"step_mode must be 's' or 'm', got {describe(step_mode)}")
+        if not isinstance(reduction, str) or reduction not in ("sum", "mean"):
+            raise ValueError(f"reduction must be 'sum' or 'mean', got {describe(reduction)}")
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name must be a text or None, got {describe(name)}")
         check_dependence((0, 1) if bounds is None else bounds, mu)
         if mu and bounds is None:
             raise ValueError(f"bounds must be (lower, upper) if mu is above 0, got None with mu = {mu}")
-        if max_norm is not None and not 0 < max_norm < math.inf:
+        if max_norm is not None and not as_number(max_norm, "max_norm") > 0:
             raise ValueError(f"max_norm must be positive or None, got {max_norm}")
         self.step_mode = step_mode
         # Not registered as submodules: the learner must not list their parameters.
@@ -165,12 +168,20 @@ class Learner(base.MemoryModule):
         weight = self.synapse.weight if self.mu else None
         return {"weight": weight, "mu": self.mu, "geometry": self.geometry, **bounds}
 
-    def _weight_update(self, compute: ComputeChange, scale: float, positions: slice | None) -> Tensor | None:
+    def _weight_update(
+        self, compute: ComputeChange, scale: float, positions: slice | None, on_grad: bool
+    ) -> Tensor | None:
         """Return the mean update of all processes and clear the record; None if no process recorded anything."""
         weight = self.synapse.weight
-        own_delta = raise_on_all_ranks(lambda: self._update_from_record(compute, scale, positions), weight.device)
-        while self._pending_warnings:
-            warnings.warn(self._pending_warnings.pop(0), stacklevel=3)  # the caller of step()
+
+        def own_update() -> Tensor | None:
+            check_flags(on_grad=on_grad)
+            update = self._update_from_record(compute, as_number(scale, "scale"), positions)
+            while self._pending_warnings:  # here, because a filter may make errors of them
+                warnings.warn(self._pending_warnings.pop(0), stacklevel=5)  # the caller of step()
+            return update
+
+        own_delta = raise_on_all_ranks(own_update, weight.device)
         delta = mean_over_ranks(own_delta, weight)
         if delta is not None and self.max_norm is not None:
             norm = torch.linalg.vector_norm(delta, dtype=torch.float64)  # squares of half precision overflow
@@ -277,7 +288,8 @@ class Learner(base.MemoryModule):
         if positions is not None:
             if pre.ndim != 4 or self.geometry is not None or not isinstance(positions, slice):
                 raise ValueError(
-                    f"positions must be a slice of S in sequences [T, B, S, D], got {positions} for {list(pre.shape)}"
+                    "positions must be a slice of S in sequences [T, B, S, D], got "
+                    f"{positions if isinstance(positions, slice) else describe(positions)} for {list(pre.shape)}"
                 )
             if not len(range(pre.shape[2])[positions]):
                 raise ValueError(f"positions must select at least one of {pre.shape[2]} positions, got {positions}")

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nord_snn._compat.torch import without_torch_function
-from nord_snn.ops.checks import check_bounds
+from nord_snn.ops.checks import check_bounds, check_tensor, describe, is_dense
 
 __all__ = ["PlasticPart", "load_plastic", "save_plastic"]
 
@@ -84,6 +84,7 @@ class PlasticPart:
             rows: indices of the rows to change, without duplicates; ``delta`` then has only these rows. None: all rows.
 
         Raises:
+            TypeError: ``rows`` are not integers.
             ValueError: the shape differs, ``rows`` are not different indices, or the sum would not be finite; the weight is
                 unchanged.
         """
@@ -91,16 +92,17 @@ class PlasticPart:
         if rows is not None:
             rows = _different_rows(rows, weight)
         shape = list(weight.shape) if rows is None else [len(rows), *weight.shape[1:]]
-        if not isinstance(delta, Tensor) or list(delta.shape) != shape or not delta.is_floating_point():
-            got = f"{list(delta.shape)} of {delta.dtype}" if isinstance(delta, Tensor) else type(delta).__name__
+        usable = isinstance(delta, Tensor) and is_dense(delta) and delta.is_floating_point() and not delta.is_meta
+        if not usable or list(delta.shape) != shape:
+            got = f"{describe(delta)} on {delta.device}" if isinstance(delta, Tensor) else describe(delta)
             layout = "[n_out, n_in] = " if weight.ndim == 2 else ""
-            raise ValueError(f"apply expects a floating weight change of shape {layout}{shape}, got {got}")
+            raise ValueError(f"apply expects a floating weight change delta of shape {layout}{shape}, got {got}")
         index = slice(None) if rows is None else rows
         old = weight[index]
         new = self._within_bounds(old, old + delta.to(weight.dtype))
         if not new.isfinite().all():
             raise ValueError(
-                "apply expects a finite weight change that keeps the weights finite; the weights are unchanged"
+                "apply expects a finite weight change delta that keeps the weights finite; the weights are unchanged"
             )
         if self._trained is None or self._written is None:
             self._written = weight.detach().clone()
@@ -134,11 +136,14 @@ class PlasticPart:
             ValueError: the shape differs, or the sum would not be finite; the weight is unchanged.
         """
         trained = self.trained.clone()
+        check_tensor(delta, "delta", "of the weight")
+        if delta.is_meta:
+            raise ValueError("replace expects a change delta with values, got a tensor on the device meta")
         if delta.shape != trained.shape:
-            raise ValueError(f"replace expects a change of shape {list(trained.shape)}, got {list(delta.shape)}")
+            raise ValueError(f"replace expects a change delta of shape {list(trained.shape)}, got {list(delta.shape)}")
         new = (trained.double() + delta.to(trained.device).double()).to(trained.dtype)
         if not new.isfinite().all():
-            raise ValueError("replace expects a change that keeps the weights finite; the weights are unchanged")
+            raise ValueError("replace expects a change delta that keeps the weights finite; the weights are unchanged")
         _run_uninterrupted(
             partial(self.__dict__.update, _trained=trained, _written=new.clone()),
             partial(self.weight.copy_, new),
@@ -162,9 +167,12 @@ class PlasticPart:
 def _different_rows(rows: Tensor, weight: Tensor) -> Tensor:
     """Return the indices of different rows of ``weight``, counted from 0."""
     n = len(weight)
-    rows = torch.as_tensor(rows, device=weight.device)
-    if rows.ndim != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
-        raise ValueError(f"rows must be integers [K], got {list(rows.shape)} of {rows.dtype}")
+    if isinstance(rows, (list, tuple)) and all(isinstance(row, int) and abs(row) < 2**31 for row in rows):
+        rows = torch.tensor(rows, dtype=torch.long)
+    check_tensor(rows, "rows", "[K]", kind="integer")
+    if rows.ndim != 1 or rows.is_meta:
+        raise ValueError(f"rows must be integers [K] with values, got {list(rows.shape)} on {rows.device}")
+    rows = rows.to(weight.device)
     if len(rows) and not bool(((rows >= -n) & (rows < n)).all()):
         raise ValueError(
             f"rows must be indices of the {n} rows of the weight, got {int(rows.min())} to {int(rows.max())}"

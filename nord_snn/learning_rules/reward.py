@@ -12,7 +12,7 @@ from nord_snn.learning_rules.learner import SpikeRecord
 from nord_snn.learning_rules.sources import LossBelowBaseline, RewardSource, check_finite
 from nord_snn.learning_rules.stdp import STDP
 from nord_snn.ops import RewardSTDPState, reward_modulated_stdp
-from nord_snn.ops.checks import check_time_constants
+from nord_snn.ops.checks import check_flags, check_numbers, check_time_constants
 
 __all__ = ["RewardModulatedSTDP"]
 
@@ -107,6 +107,12 @@ class RewardModulatedSTDP(STDP):
         )
         if tau_eligibility is not None:
             check_time_constants(tau_eligibility=tau_eligibility)
+        check_flags(per_sample=per_sample)
+        check_numbers(reward_scale=reward_scale, baseline_decay=baseline_decay)
+        if baseline is not None:
+            check_numbers(baseline=baseline)
+        if not 0 <= baseline_decay < 1:
+            raise ValueError(f"baseline_decay must lie in [0, 1), got {baseline_decay}")
         if per_sample and tau_eligibility is None:
             raise ValueError("per_sample=True needs an eligibility trace: pass tau_eligibility, or per_sample=False")
         if source is not None and (reward_scale, baseline, baseline_decay) != (1.0, 10.0, 0.99):
@@ -177,12 +183,12 @@ class RewardModulatedSTDP(STDP):
             mean = float(mean_over_ranks(own.double(), self.synapse.weight))  # type: ignore[arg-type]  # not None
             source_input = mean if kind == "loss" and not isinstance(outcome, Tensor) else outcome
             factor = raise_on_all_ranks(lambda: self.source.reward(source_input), device)
-        delta = self._weight_update(partial(self._rewarded_change, reward=factor), scale, positions)
+        delta = self._weight_update(partial(self._rewarded_change, reward=factor), scale, positions, on_grad)
         if delta is None:
             return None
-        self.last_reward = factor
         if mean is not None:
-            self.source.update(mean)
+            raise_on_all_ranks(partial(self.source.update, mean), device)
+        self.last_reward = factor
         return self._return_or_accumulate(delta, on_grad)
 
     def _check_outcome(
@@ -282,7 +288,7 @@ def _rewards_per_row(reward: Tensor, record: SpikeRecord) -> Tensor:
     if reward.shape == (*rows, n_out):
         return reward.flatten(0, -2)
     raise ValueError(
-        f"the reward must be one number or have shape {[rows[0]]} (samples)"
+        f"the reward or loss must be one number or have shape {[rows[0]]} (samples)"
         f"{f', {list(rows)} (tokens)' * (len(rows) > 1)} or {[*rows, n_out]} (neurons), got {list(reward.shape)}; the weights "
         "are unchanged"
     )

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from nord_snn.ops import reward_from_loss
+from nord_snn.ops.checks import as_number, check_numbers, check_tensor, describe
 
 __all__ = ["GivenReward", "LossBelowBaseline", "RewardSource"]
 
@@ -65,7 +66,8 @@ class LossBelowBaseline(RewardSource):
         decay: decay of the running mean, in [0, 1).
 
     Raises:
-        ValueError: ``decay`` is out of its range.
+        TypeError: an argument is not a number.
+        ValueError: ``decay`` is out of its range, or an argument is not finite.
 
     Source: Nord's; a reward relative to an expected one goes back to Sutton 1984.
 
@@ -78,6 +80,9 @@ class LossBelowBaseline(RewardSource):
     takes = "loss"
 
     def __init__(self, scale: float = 1.0, baseline: float | None = 10.0, decay: float = 0.99) -> None:
+        check_numbers(scale=scale, decay=decay)
+        if baseline is not None:
+            check_numbers(baseline=baseline)
         if not 0 <= decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {decay}")
         self.scale, self.baseline, self.decay = scale, baseline, decay
@@ -112,7 +117,8 @@ class GivenReward(RewardSource):
         decay: decay of the running mean that is subtracted from the rewards, in [0, 1); None: rewards are used unchanged.
 
     Raises:
-        ValueError: ``decay`` is out of its range.
+        TypeError: ``decay`` is not a number.
+        ValueError: it is out of its range.
 
     Source: a reward minus its mean is the success signal of Fremaux, Sprekeler and Gerstner 2010, without which
     reward-modulated STDP drifts if most rewards have the same sign.
@@ -124,7 +130,7 @@ class GivenReward(RewardSource):
     """
 
     def __init__(self, decay: float | None = None) -> None:
-        if decay is not None and not 0 <= decay < 1:
+        if decay is not None and not 0 <= as_number(decay, "decay") < 1:
             raise ValueError(f"decay must lie in [0, 1) or be None, got {decay}")
         self.decay, self.mean = decay, 0.0
 
@@ -153,15 +159,17 @@ def check_finite(outcome: float | Tensor, kind: str) -> float | Tensor:
         TypeError: the outcome is neither a real number nor a tensor.
         ValueError: the outcome is not finite.
     """
-    if isinstance(outcome, Tensor) and outcome.is_complex():
-        raise TypeError(f"the {kind} must be real, got {outcome.dtype}")
+    if isinstance(outcome, Tensor):
+        check_tensor(outcome, f"the {kind}", "of numbers", kind="real")
+        if outcome.is_meta:
+            raise ValueError(f"the {kind} must have values, got a tensor on the device meta")
     if isinstance(outcome, Tensor) and outcome.ndim:
         if not outcome.numel() or not outcome.isfinite().all():
             raise ValueError(f"the {kind} must be finite and not empty, got {_describe(outcome)}")
         return outcome.detach() if outcome.is_floating_point() else outcome.detach().float()
-    if not isinstance(outcome, (Real, Tensor)):
-        raise TypeError(f"the {kind} must be a number or a tensor, got {type(outcome).__name__}")
-    number = float(outcome.detach() if isinstance(outcome, Tensor) else outcome)
+    if not isinstance(outcome, Tensor) and (not isinstance(outcome, Real) or isinstance(outcome, bool)):
+        raise TypeError(f"the {kind} must be a number or a tensor, got {describe(outcome)}")
+    number = float(outcome.detach()) if isinstance(outcome, Tensor) else as_number(outcome, f"the {kind}")
     if not math.isfinite(number):
         raise ValueError(f"the {kind} must be finite, got {number}")
     return number

@@ -96,7 +96,7 @@ class STDP(Learner):
             ValueError: shapes do not fit, the batch shape changed since the last reset, or spikes or weights contain NaN.
                 Weights and traces are then unchanged, and the record stays until :meth:`reset`.
         """
-        return self._return_or_accumulate(self._weight_update(self._change, scale, positions), on_grad)
+        return self._return_or_accumulate(self._weight_update(self._change, scale, positions, on_grad), on_grad)
 
     def extra_repr(self) -> str:
         """Return the constants."""

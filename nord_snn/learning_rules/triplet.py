@@ -83,7 +83,7 @@ class TripletSTDP(Learner):
 
     def step(self, on_grad: bool = True, scale: float = 1.0, positions: slice | None = None) -> Tensor | None:
         """Compute the weight update of the recorded spikes and clear the record; see :meth:`STDP.step`."""
-        return self._return_or_accumulate(self._weight_update(self._change, scale, positions), on_grad)
+        return self._return_or_accumulate(self._weight_update(self._change, scale, positions, on_grad), on_grad)
 
     def extra_repr(self) -> str:
         """Return the constants."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from nord_snn.monitor.layers import first_tensor
 from nord_snn.monitor.spike_counter import SpikeCounter
+from nord_snn.neurons.locking import one_at_a_time
 
 __all__ = ["Candidate", "candidates_in", "described"]
 
@@ -97,7 +98,8 @@ class Candidate:
         if self.flags is None and flags[0]:
             self._rule_out()
             return
-        self.flags = flags if self.flags is None else self.flags | flags
+        with one_at_a_time():  # threads that run the network at the same time
+            self.flags = flags if self.flags is None else self.flags | flags
         if not self.settled and self.calls & (self.calls - 1) == 0:
             self.settled = bool(self.flags[1:].all())
         self.counter.after(module, output)

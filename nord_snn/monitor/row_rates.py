@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from nord_snn._compat.torch import observe_forward, stop_observing_forward
 from nord_snn.monitor.layers import Kinds, check_feature_dims, check_step_mode, features_of, neuron_layers, spikes_of
+from nord_snn.neurons.locking import one_at_a_time
 
 __all__ = ["RowRates"]
 
@@ -60,9 +61,10 @@ class RowRates:
 
     def take(self) -> dict[str, Tensor]:
         """Return the rates ``[N, *]`` of each layer that has run since the last ``take``, and reset the counts."""
-        rates = {name: spikes / self._neuron_steps[name] for name, spikes in self._spikes.items()}
-        self._spikes, self._neuron_steps = {}, {}
-        return rates
+        with one_at_a_time():
+            counted, neuron_steps = self._spikes, self._neuron_steps
+            self._spikes, self._neuron_steps = {}, {}
+        return {name: spikes / neuron_steps[name] for name, spikes in counted.items()}
 
     def neurons(self) -> dict[str, int]:
         """Return the number of neurons per row in each layer that has run: the weights of a mean over layers."""
@@ -90,6 +92,10 @@ class RowRates:
         features = features_of(module, spikes, self.feature_dims)
         rows = spikes.shape[1 : spikes.ndim - len(features)]
         new = spikes.reshape(len(spikes), *rows, features.numel()).sum((0, -1), dtype=torch.float32)
+        with one_at_a_time():  # threads that run the network at the same time
+            self._add(name, new, len(spikes) * features.numel(), features.numel())
+
+    def _add(self, name: str, new: Tensor, neuron_steps: int, n_neurons: int) -> None:
         previous = self._spikes.get(name)
         if previous is not None and previous.shape != new.shape:
             raise ValueError(
@@ -97,9 +103,9 @@ class RowRates:
                 "in between"
             )
         self._spikes[name] = new if previous is None else previous + new
-        neuron_steps = new.new_full((), len(spikes) * features.numel())
-        self._neuron_steps[name] = neuron_steps if previous is None else self._neuron_steps[name] + neuron_steps
-        self._neurons[name] = features.numel()
+        steps = new.new_full((), neuron_steps)
+        self._neuron_steps[name] = steps if previous is None else self._neuron_steps[name] + steps
+        self._neurons[name] = n_neurons
 
 
 class _LayerObserver:

@@ -10,6 +10,7 @@ from torch import Tensor, distributed, nn
 
 from nord_snn._compat.torch import observe_forward, stop_observing_forward
 from nord_snn.monitor.layers import features_of, spikes_of
+from nord_snn.neurons.locking import one_at_a_time
 
 __all__ = ["LayerActivity", "SpikeCounter"]
 
@@ -91,7 +92,9 @@ class SpikeCounter:
         features = features_of(module, spikes, self.feature_dims)
         steps, rows = spikes.shape[0], spikes[0].numel() // max(features.numel(), 1)
         # Reduce over rows first: one pass over the spikes.
-        self.add(first, spikes.reshape(steps, rows, *features).sum(1, dtype=torch.float32), rows)
+        counts = spikes.reshape(steps, rows, *features).sum(1, dtype=torch.float32)
+        with one_at_a_time():  # threads that run the network at the same time
+            self.add(first, counts, rows)
 
     def add(self, first: int, spikes: Tensor, rows: int) -> None:
         steps = first + len(spikes)

@@ -19,14 +19,27 @@ from nord_snn.neurons.state import state_tensor
 from nord_snn.neurons.strict import firing_above
 from nord_snn.ops import AssociativeLIFState, BackendChoice, Dynamics, OpCost
 from nord_snn.ops.cascade import check_clusters
-from nord_snn.ops.checks import check_features, check_refractory_steps, compute_dtype
-from nord_snn.ops.dispatch import BACKENDS
+from nord_snn.ops.checks import (
+    as_count,
+    as_number,
+    check_features,
+    check_flags,
+    check_numbers,
+    check_tensor,
+    compute_dtype,
+    describe,
+    is_dense,
+)
+from nord_snn.ops.dispatch import BACKENDS, check_backend
+from nord_snn.ops.lif.checks import check_constants
 from nord_snn.ops.lif.cost import associative_update_cost, lif_update_cost
 from nord_snn.ops.lif.op import Options, associative_lif_backend, associative_lif_of_rank
 from nord_snn.ops.lif.reference import PUBLISHED, map_state
 from nord_snn.ops.surrogate import SurrogateLike, resolve_surrogate
 
 __all__ = ["AssociativeLIFNode", "Membranes"]
+
+_LARGEST = torch.finfo(torch.float32).max
 
 #: Parameters that can be learnable; those of the cascade always are.
 LEARNABLE = ("threshold", "beta_mem", "beta_syn")
@@ -160,6 +173,7 @@ class AssociativeLIFNode(StatefulNode):
         surrogate_function: SurrogateLike | None = None,
         decay_input: bool | None = None,
     ) -> None:
+        check_flags(own_decays=own_decays, hard_reset=hard_reset, detach_reset=detach_reset, store_v_seq=store_v_seq)
         arguments = {
             "n_clusters": n_clusters, "cascade_radius": cascade_radius, "cascade_gain": cascade_gain,
             "threshold": threshold, "beta_mem": beta_mem, "beta_syn": beta_syn, "v_reset": v_reset,
@@ -212,7 +226,7 @@ class AssociativeLIFNode(StatefulNode):
             True
         """
         if not isinstance(learnable, bool):
-            raise TypeError(f"learnable of like() must be True or False, got {learnable!r}")
+            raise TypeError(f"learnable of like() must be True or False, got {describe(learnable)}")
         arguments = arguments_like(node)
         names = LEARNABLE if learnable else arguments.pop("learnable")
         neurons = cls(n_features, channel_dim=channel_dim, backend=backend, **arguments | {"learnable": names})
@@ -236,14 +250,15 @@ class AssociativeLIFNode(StatefulNode):
         v_reset, refractory_steps, n_clusters = (
             constants["v_reset"], constants["refractory_steps"], constants["n_clusters"]
         )  # fmt: skip
+        _check_sizes(n_features, channel_dim, constants, node_options["step_mode"])
         resolve_surrogate(surrogate, alpha)
-        check_refractory_steps(refractory_steps)
+        check_constants(Options(0.0, refractory_steps, surrogate, alpha, dynamics, False, False))
         if v_reset is None and (refractory_steps == 0 and not dynamics.hard_reset):
             pass
-        elif not isinstance(v_reset, int | float) or math.isnan(v_reset):
+        elif not isinstance(v_reset, int | float) or isinstance(v_reset, bool) or not -_LARGEST <= v_reset <= _LARGEST:
             raise TypeError(
-                f"v_reset must be a number, the membrane potential while refractory or after a hard reset, got {v_reset!r}: "
-                "v_reset may be None only with refractory_steps=0 and without hard_reset"
+                "v_reset must be a number, the membrane potential while refractory or after a hard reset, got "
+                f"{describe(v_reset)}: v_reset may be None only with refractory_steps=0 and without hard_reset"
             )
         if dynamics.hard_reset:
             dynamics = dynamics._replace(v_rest=float(v_reset))
@@ -275,20 +290,17 @@ class AssociativeLIFNode(StatefulNode):
             "beta_mem_logit": None if dynamics.tau else _logit(constants["beta_mem"], "beta_mem"),
             "beta_syn_logit": _synaptic_logit(constants["beta_syn"]),
         }
-        if isinstance(constants["learnable"], str):
-            raise TypeError(
-                f"learnable must be a collection of names, such as ['threshold'], got {constants['learnable']!r}"
-            )
-        unknown = set(constants["learnable"]) - set(LEARNABLE)
-        if unknown:
-            raise ValueError(f"learnable must be names of {list(LEARNABLE)}, got {sorted(unknown)}")
+        _check_learnable(constants["learnable"])
         for name, value in self._initial.items():
             size = n_features if own_decays or name == "v_threshold" else 1
             learned = name.removeprefix("v_").removesuffix("_logit") in constants["learnable"]
             setattr(self, name, None if value is None else _parameter(size, learned))
         for name, value in self._initial.items():
             if isinstance(value, Tensor) and n_features is not None and value.shape not in ((n_features,), (1,)):
-                raise ValueError(f"{name} must be a number or a tensor [D] = [{n_features}], got {list(value.shape)}")
+                raise ValueError(
+                    f"{name.removeprefix('v_').removesuffix('_logit')} must be a number or a tensor [D] = [{n_features}], got "
+                    f"{list(value.shape)}"
+                )
         if n_clusters is not None and self._initial["beta_syn_logit"] is None:
             raise ValueError(
                 "a cascade adds to the synaptic current, which beta_syn=0 discards: pass n_clusters=None, or beta_syn > 0"
@@ -340,8 +352,7 @@ class AssociativeLIFNode(StatefulNode):
 
     @backend.setter
     def backend(self, value: str) -> None:
-        if value not in self.supported_backends:
-            raise ValueError(f"backend must be 'auto' or one of {list(BACKENDS)}, got {value!r}")
+        check_backend(value)
         self._backend = value
 
     def which_backend(self, x: Tensor) -> BackendChoice:
@@ -475,8 +486,10 @@ class AssociativeLIFNode(StatefulNode):
         """
         multi = step_mode == "m"
         n_features = self.n_features
-        dim = self._dimension(x.ndim - multi) if isinstance(x, Tensor) else -1
         layout = "[T, N, *, D]" if multi else "[N, *, D]"
+        if not isinstance(x, Tensor) or x.is_nested or x.layout is not torch.strided:
+            check_features(x, n_features, type(self).__name__, layout)
+        dim = self._dimension(x.ndim - multi)
         if dim == -1:
             self._check_last(x, n_features, layout, multi)
             return
@@ -613,6 +626,8 @@ class LazyAssociativeLIFNode(LazyModuleMixin, AssociativeLIFNode):
 
     def initialize_parameters(self, x: Tensor, **_: Any) -> None:
         """Take the width, and ``channel_dim`` if that is None, from the first input."""
+        if not isinstance(x, Tensor) or not is_dense(x) or not x.is_floating_point():
+            raise TypeError(f"{type(self).__name__} expects a floating-point tensor, dense, got {describe(x)}")
         ndim = self._step_ndim(x)
         if ndim < 2:
             raise ValueError(
@@ -643,6 +658,33 @@ class LazyAssociativeLIFNode(LazyModuleMixin, AssociativeLIFNode):
             self.cascade.n_features = width
 
 
+def _check_sizes(n_features: int | None, channel_dim: int | None, constants: dict[str, Any], step_mode: str) -> None:
+    """Raise unless sizes and initial values of the parameters have the right type."""
+    if n_features is not None:
+        as_count(n_features, "n_features")
+    if channel_dim is not None and (not isinstance(channel_dim, int) or isinstance(channel_dim, bool)):
+        raise TypeError(f"channel_dim must be a whole number or None, got {describe(channel_dim)}")
+    if not isinstance(step_mode, str):
+        raise TypeError(f"step_mode must be 's' or 'm', got {describe(step_mode)}")
+    as_count(constants["cascade_radius"], "cascade_radius", 0)
+    check_numbers(cascade_gain=constants["cascade_gain"])
+    for name in ("threshold", "beta_mem", "beta_syn"):
+        if isinstance(constants[name], Tensor):
+            check_tensor(constants[name], name, "of one element or [D]")
+            if not constants[name].numel():
+                raise ValueError(f"{name} must be a number or a tensor [D], got {list(constants[name].shape)}")
+        else:
+            as_number(constants[name], name)
+
+
+def _check_learnable(learnable: Any) -> None:
+    if isinstance(learnable, (str, Tensor)) or not isinstance(learnable, Collection):
+        raise TypeError(f"learnable must be a collection of names, such as ['threshold'], got {describe(learnable)}")
+    unknown = [name for name in learnable if not isinstance(name, str) or name not in LEARNABLE]
+    if unknown:
+        raise ValueError(f"learnable must be names of {list(LEARNABLE)}, got {', '.join(map(describe, unknown))}")
+
+
 def _parameter(size: int | None, learned: bool) -> Any:
     return UninitializedParameter(requires_grad=learned) if size is None else nn.Parameter(torch.empty(size), learned)
 
@@ -652,12 +694,12 @@ def _make_cascade(
 ) -> AssociativeCascade | None:
     if n_clusters is None:
         return None
-    if n_clusters == "auto":
+    if isinstance(n_clusters, str) and n_clusters == "auto":
         if n_features is None:
             return LazyAssociativeCascade(radius, gain)
         n_clusters = largest_clusters(n_features)
     if not isinstance(n_clusters, int) or isinstance(n_clusters, bool):
-        raise TypeError(f"n_clusters must be a number, 'auto' or None, got {n_clusters!r}")
+        raise TypeError(f"n_clusters must be a number, 'auto' or None, got {describe(n_clusters)}")
     if n_clusters < 1:
         raise ValueError(f"n_clusters must be 1 or more, 'auto' or None, got {n_clusters}")
     return AssociativeCascade(n_clusters if n_features is None else n_features, n_clusters, radius=radius, gain=gain)

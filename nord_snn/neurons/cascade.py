@@ -8,7 +8,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from nord_snn.ops.cascade import associative_cascade, check_clusters, ring_weight
-from nord_snn.ops.checks import check_features
+from nord_snn.ops.checks import as_count, check_features, check_numbers
 
 __all__ = ["AssociativeCascade", "LazyAssociativeCascade", "largest_clusters"]
 
@@ -34,7 +34,8 @@ class AssociativeCascade(nn.Module):
     Shapes: spikes ``[*, D]`` -> current ``[*, D]``.
 
     Raises:
-        ValueError: D is not a multiple of C, or the input's last dimension is not D.
+        TypeError: an argument has another type.
+        ValueError: D is not a multiple of C, a constant is out of its range, or the input's last dimension is not D.
 
     Source: the Nord spiking language model.
 
@@ -48,6 +49,8 @@ class AssociativeCascade(nn.Module):
     def __init__(self, n_features: int, n_clusters: int = 64, radius: int = 3, gain: float = 0.8) -> None:
         super().__init__()
         check_clusters(n_features, n_clusters)
+        as_count(radius, "radius", 0)
+        check_numbers(gain=gain)
         self.n_features, self.n_clusters, self.radius = n_features, n_clusters, radius
         self._initial_gain = gain
         self.weight = nn.Parameter(torch.empty(n_clusters, n_clusters))

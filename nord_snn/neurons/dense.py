@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from nord_snn.ops.checks import as_count
+
 __all__ = ["DenseActivation"]
 
 
@@ -30,6 +32,8 @@ class DenseActivation(nn.Module):
 
     def __init__(self, n_features: int | None = None) -> None:
         super().__init__()
+        if n_features is not None:
+            as_count(n_features, "n_features")
         self.n_features = n_features
         self.store_v_seq = False
         self.v_seq: Tensor | None = None

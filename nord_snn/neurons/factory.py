@@ -19,19 +19,18 @@ A module may define two optional attributes:
     neuron without this method cost as much as those of a LIF neuron, and products inside it are counted separately.
 """
 
-import os
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from spikingjelly.activation_based import base, functional
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
 
 from nord_snn._compat.spikingjelly import reset_value
 from nord_snn.neurons.associative_lif import AssociativeLIFNode, Membranes
+from nord_snn.neurons.locking import one_at_a_time
+from nord_snn.ops.checks import as_count, check_flags, describe
 
 __all__ = ["NeuronFactory", "fire_from_rest", "fire_with_membranes", "make_neuron", "multi_step_mode"]
 
@@ -50,7 +49,13 @@ def make_neuron(neuron: NeuronFactory | None, n_features: int, *, store_v_seq: b
         TypeError: the factory is a class of SpikingJelly, which takes no ``n_features``; it did not return a module; or the
             layer reads membrane potentials and the module has no ``store_v_seq``.
     """
+    as_count(n_features, "n_features")
+    check_flags(store_v_seq=store_v_seq)
     factory = AssociativeLIFNode if neuron is None else neuron
+    if not callable(factory) or isinstance(factory, nn.Module):
+        raise TypeError(
+            f"neuron must be a function of the number of neurons that returns a module, or None, got {describe(factory)}"
+        )
     if isinstance(factory, type) and issubclass(factory, BaseNode) and not issubclass(factory, AssociativeLIFNode):
         raise TypeError(
             f"neuron must be a function of the number of neurons, which the class {factory.__name__} is not: pass "
@@ -81,7 +86,7 @@ def fire_from_rest(neuron: nn.Module, x_seq: Tensor) -> Tensor:
     """
     if isinstance(neuron, AssociativeLIFNode) and neuron.step_mode == "m":
         return neuron(x_seq, stateless=True)
-    with _one_at_a_time(), multi_step_mode(neuron):
+    with one_at_a_time(), multi_step_mode(neuron):
         return _from_rest(neuron, x_seq)
 
 
@@ -92,29 +97,11 @@ def fire_with_membranes(neuron: nn.Module, x_seq: Tensor) -> tuple[Tensor, Tenso
         membranes = Membranes()
         return neuron(x_seq, stateless=True, membranes=membranes), membranes.v_seq
     neurons: Any = neuron
-    with _one_at_a_time(), multi_step_mode(neuron):
+    with one_at_a_time(), multi_step_mode(neuron):
         spikes = _from_rest(neuron, x_seq)
         v_seq = neurons.v_seq
         neurons.v_seq = None  # otherwise the autograd graph of the last batch would stay in memory
     return spikes, v_seq
-
-
-_lock = threading.RLock()
-
-
-def _new_lock() -> None:
-    """Replace the lock in a forked process: another thread of the parent process may have acquired it."""
-    global _lock
-    _lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_new_lock)
-
-
-def _one_at_a_time() -> AbstractContextManager[Any]:
-    """Return a context that one thread at a time can enter; under torch.compile, which cannot trace locks, any number can."""
-    return nullcontext() if torch.compiler.is_compiling() else _lock
 
 
 @contextmanager

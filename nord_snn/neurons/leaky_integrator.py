@@ -8,12 +8,18 @@ from torch import Tensor
 
 from nord_snn._compat.spikingjelly import StatefulModule
 from nord_snn.neurons.state import state_tensor
-from nord_snn.ops.checks import compute_dtype
+from nord_snn.ops.checks import as_count, as_number, check_tensor, compute_dtype, describe, is_dense
 
 __all__ = ["LeakyIntegrator"]
 
 _Tensors = tuple[Tensor, ...]
 _States = tuple[Any, ...]
+
+
+def _shape(shape: int | Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of one sample as a tuple."""
+    sizes = tuple(shape) if isinstance(shape, (list, tuple)) else (shape,)
+    return tuple([as_count(size, "shape") for size in sizes])
 
 
 class LeakyIntegrator(StatefulModule):
@@ -69,12 +75,19 @@ class LeakyIntegrator(StatefulModule):
         step_mode: str = "s",
     ) -> None:
         super().__init__()
-        self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        self.shape = _shape(shape)
+        for name, value in (("beta_mem", beta_mem), ("gain", gain), ("v_rest", v_rest), ("beta_syn", beta_syn)):
+            if isinstance(value, Tensor):
+                check_tensor(value, name, "that broadcasts to the shape")
+            elif value is not None or name != "gain":
+                as_number(value, name)
+        if not isinstance(step_mode, str):
+            raise TypeError(f"step_mode must be 's' or 'm', got {describe(step_mode)}")
         membrane_decay, synaptic_decay = torch.as_tensor(beta_mem), torch.as_tensor(beta_syn)
         if not bool(((membrane_decay > 0) & (membrane_decay <= 1)).all()):
-            raise ValueError(f"beta_mem must lie in (0, 1], got {beta_mem}")
+            raise ValueError(f"beta_mem must lie in (0, 1], got {describe(beta_mem)}")
         if not bool(((synaptic_decay >= 0) & (synaptic_decay < 1)).all()):
-            raise ValueError(f"beta_syn must lie in [0, 1), got {beta_syn}")
+            raise ValueError(f"beta_syn must lie in [0, 1), got {describe(beta_syn)}")
         gain = 1 - membrane_decay if gain is None else gain
         constants = {"beta_mem": membrane_decay, "gain": gain, "v_rest": v_rest, "beta_syn": synaptic_decay}
         for name, value in constants.items():
@@ -136,8 +149,8 @@ class LeakyIntegrator(StatefulModule):
 
     def _check_input(self, x: Tensor, step_mode: str) -> None:
         layout = f"[{'T, ' if step_mode == 'm' else ''}*, {', '.join(map(str, self.shape))}]"
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            got = f"dtype {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        if not isinstance(x, Tensor) or not is_dense(x) or not x.is_floating_point():
+            got = f"dtype {x.dtype}" if isinstance(x, Tensor) and is_dense(x) else describe(x)
             raise TypeError(f"{type(self).__name__} expects a floating-point tensor of shape {layout}, got {got}")
         step_shape = x.shape[1:] if step_mode == "m" else x.shape
         if tuple(step_shape[len(step_shape) - len(self.shape) :]) != self.shape:

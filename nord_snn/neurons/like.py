@@ -22,7 +22,7 @@ def arguments_like(node: nn.Module) -> dict[str, Any]:
     translate = _KNOWN.get((library, kind))
     if translate is None:
         known = ", ".join(f"{library}'s {kind}" for library, kind in _KNOWN)
-        raise TypeError(f"like() supports {known}, got {type(node).__module__}.{kind}")
+        raise TypeError(f"like() supports {known}, got as node {type(node).__module__}.{kind}")
     return _COMMON | translate(node)
 
 

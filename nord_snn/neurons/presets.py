@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from nord_snn.ops.checks import as_number, check_flags, check_refractory_steps, describe
+from nord_snn.ops.surrogate import SURROGATES
 
 __all__ = ["OF_PRESET", "PRESETS", "known_surrogate", "resolve_constants"]
 
@@ -68,15 +71,20 @@ def resolve_constants(
         spikingjelly_arguments: ``tau, v_threshold, surrogate_function, decay_input``; None if not passed.
 
     Raises:
-        TypeError: an argument was passed under both names.
+        TypeError: an argument was passed under both names, or has another type.
         ValueError: the preset is unknown, ``tau`` is less than 1, or ``v_reset`` would have no effect.
     """
     theirs = {name: value for name, value in spikingjelly_arguments.items() if value is not None}
+    _check_theirs(theirs)
+    if preset is not None and not isinstance(preset, str):
+        raise TypeError(f"preset must be a name or None, got {describe(preset)}")
     if preset is None:
         preset = "nord" if has_width and not theirs else "lif"
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}: expected one of {sorted(PRESETS)}")
     ours = {name: value for name, value in arguments.items() if value is not OF_PRESET}
+    if "refractory_steps" in ours:
+        check_refractory_steps(ours["refractory_steps"])
     for their_name, our_name in (*_OUR_NAME.items(), ("tau", "beta_mem")):
         if their_name in theirs and our_name in ours:
             raise TypeError(f"{their_name} and {our_name} are the same constant: pass one of them")
@@ -85,9 +93,11 @@ def resolve_constants(
         if not theirs["tau"] >= 1:
             raise ValueError(f"tau must be at least 1 time step, got {theirs['tau']}")
         translated["beta_mem"] = 1 - 1 / theirs["tau"]
+        if not 0 < translated["beta_mem"] < 1:
+            raise ValueError(f"tau must give beta_mem = 1 - 1 / tau in (0, 1), got tau = {theirs['tau']}")
     constants = PRESETS[preset] | translated | ours
     if constants["n_clusters"] is not None and "beta_syn" not in ours and constants["beta_syn"] == 0:
-        constants["beta_syn"] = PRESETS["nord"]["beta_syn"]
+        constants["beta_syn"] = PRESETS["nord"]["beta_syn"]  # a cascade adds to the synaptic current
     v_reset, is_unused = ours.get("v_reset"), constants["refractory_steps"] == 0 and not ours.get("hard_reset")
     if preset != "nord" and v_reset is not None and is_unused:
         raise ValueError(
@@ -95,6 +105,19 @@ def resolve_constants(
             "the membrane potential to this value, as in SpikingJelly's nodes, or v_reset=None"
         )
     return constants
+
+
+def _check_theirs(theirs: Mapping[str, Any]) -> None:
+    """Raise unless the arguments under SpikingJelly's names have the right type, under the name that the caller uses."""
+    for name in ("tau", "v_threshold"):
+        if name in theirs and not (name == "v_threshold" and isinstance(theirs[name], Tensor)):
+            as_number(theirs[name], name)
+    surrogate = theirs.get("surrogate_function", "atan")
+    if not callable(surrogate) and not isinstance(surrogate, str):
+        raise TypeError(f"surrogate_function must be a name or a callable, got {describe(surrogate)}")
+    if isinstance(surrogate, str) and surrogate not in SURROGATES:
+        raise ValueError(f"surrogate_function must be one of {sorted(SURROGATES)} or a callable, got {surrogate!r}")
+    check_flags(decay_input=theirs.get("decay_input", True))
 
 
 def known_surrogate(surrogate: Any, alpha: float) -> tuple[Any, float]:

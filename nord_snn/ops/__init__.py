@@ -5,6 +5,7 @@ from torch import Tensor
 from nord_snn.ops.cached_resonance.op import resonance_cached
 from nord_snn.ops.cached_resonance.packing import pack_spikes
 from nord_snn.ops.cascade import associative_cascade
+from nord_snn.ops.checks import as_count, check_tensor, describe
 from nord_snn.ops.clamp.op import leaky_clamp
 from nord_snn.ops.costs import OpCost
 from nord_snn.ops.dispatch import OPS, BackendChoice, CallSignature, choose_backend
@@ -14,7 +15,7 @@ from nord_snn.ops.plasticity.correlation import ConvGeometry
 from nord_snn.ops.plasticity.op import reward_modulated_stdp, stdp, triplet_stdp
 from nord_snn.ops.plasticity.reference import RewardSTDPState, STDPState, TripletState, reward_from_loss
 from nord_snn.ops.renamed import keep_old_path
-from nord_snn.ops.surrogate import SURROGATES, SurrogateLike, spike
+from nord_snn.ops.surrogate import SURROGATES, SurrogateLike, resolve_surrogate, spike
 from nord_snn.ops.topk_resonance.op import resonance
 
 __all__ = [
@@ -63,7 +64,8 @@ def which_backend(
             ``"stdp"``.
 
     Raises:
-        ValueError: the op or the backend is unknown.
+        TypeError: an argument has another type.
+        ValueError: the op, the surrogate or the backend is unknown.
         RuntimeError: the requested backend cannot run this input.
 
     Example:
@@ -73,8 +75,14 @@ def which_backend(
         >>> which_backend(torch.zeros(4, 1, 8), backend="torch", op="resonance").name
         'torch'
     """
-    if op not in OPS:
-        raise ValueError(f"unknown op {op!r}: expected one of {sorted(OPS)}")
+    if not isinstance(op, str) or op not in OPS:
+        raise ValueError(f"unknown op {describe(op)}: expected one of {sorted(OPS)}")
+    check_tensor(x, "x", "[*, D]", kind="real")
+    if not x.ndim:
+        raise ValueError("x must be [*, D], got a tensor without dimensions")
+    resolve_surrogate(surrogate, 1.0)
+    if n_clusters is not None:
+        as_count(n_clusters, "n_clusters")
     if op == "associative_lif":
         return associative_lif_backend(x, backend, surrogate, n_clusters)
     return choose_backend(op, OPS[op], backend, CallSignature(x.device.type, x.dtype, x.shape[-1]))

@@ -3,25 +3,53 @@
 import torch
 from torch import Tensor
 
+from nord_snn.ops.checks import as_count, check_tensor
+
 __all__ = ["associative_cascade", "check_cascade", "check_clusters", "ring_weight"]
 
 
 def check_clusters(n_features: int, n_clusters: int) -> None:
-    """Raise a ValueError unless ``n_features`` is a multiple of ``n_clusters``."""
-    if n_clusters < 1 or n_features % n_clusters:
+    """Raise unless both are whole numbers, and ``n_features`` a multiple of ``n_clusters``.
+
+    Raises:
+        TypeError: one is not a whole number.
+        ValueError: C does not divide D, or one is less than 1.
+    """
+    as_count(n_features, "n_features")
+    as_count(n_clusters, "n_clusters")
+    if n_features % n_clusters:
         raise ValueError(
             f"the number of neurons D must be a multiple of the number of clusters C, got D = {n_features} and C = {n_clusters}: "
             "choose another n_clusters, or None for no cascade"
         )
 
 
-def check_cascade(n_features: int, weight: Tensor, gain: Tensor) -> None:
-    """Raise a ValueError unless the shapes are ``weight [C, C]`` and ``gain [C]``, and C divides ``n_features``."""
-    if gain.ndim != 1 or weight.shape != (gain.shape[0], gain.shape[0]):
+def check_cascade(n_features: int, weight: Tensor, gain: Tensor, prefix: str = "", like: Tensor | None = None) -> None:
+    """Raise unless the tensors are ``weight [C, C]`` and ``gain [C]``, and C divides ``n_features``.
+
+    Args:
+        n_features: D.
+        weight: the weight.
+        gain: the gain.
+        prefix: what stands before the names "weight" and "gain" in messages.
+        like: a tensor on the device that both must have. Default: None, any.
+
+    Raises:
+        TypeError: one is not a dense floating tensor.
+        ValueError: a shape or device is wrong.
+    """
+    check_tensor(weight, f"{prefix}weight", "[C, C]", like=like)
+    check_tensor(gain, f"{prefix}gain", "[C]", like=like)
+    if gain.ndim != 1 or weight.shape != (gain.shape[0], gain.shape[0]) or not gain.shape[0]:
         raise ValueError(
-            f"cascade weight must be [C, C] and gain [C] with the same C, got {list(weight.shape)} and {list(gain.shape)}"
+            f"{prefix}weight must be [C, C] and {prefix}gain [C] with one C of at least 1, got {list(weight.shape)} and "
+            f"{list(gain.shape)}"
         )
-    check_clusters(n_features, gain.shape[0])
+    if n_features % gain.shape[0]:
+        raise ValueError(
+            "the number of neurons D must be a multiple of the number of clusters C, got "
+            f"D = {n_features} and C = {gain.shape[0]} in {prefix}weight and {prefix}gain"
+        )
 
 
 def ring_weight(n_clusters: int, radius: int) -> Tensor:
@@ -37,14 +65,15 @@ def ring_weight(n_clusters: int, radius: int) -> Tensor:
         ``[C, C]`` float32.
 
     Raises:
-        ValueError: ``radius`` is negative.
+        TypeError: an argument is not a whole number.
+        ValueError: ``n_clusters`` is less than 1, or ``radius`` is negative.
 
     Example:
         >>> ring_weight(5, radius=1)[0]
         tensor([0.0000, 0.5000, 0.0000, 0.0000, 0.5000])
     """
-    if radius < 0:
-        raise ValueError(f"the cascade radius must not be negative, got {radius}")
+    as_count(n_clusters, "n_clusters")
+    as_count(radius, "radius", 0)
     position = torch.arange(n_clusters)
     distance = (position[:, None] - position[None, :]).abs()
     distance = torch.minimum(distance, n_clusters - distance)
@@ -67,6 +96,7 @@ def associative_cascade(spikes: Tensor, weight: Tensor, gain: Tensor) -> Tensor:
         ``[*, D]``, to be added to the synaptic current of the next time step.
 
     Raises:
+        TypeError: an argument is not a dense floating tensor.
         ValueError: D is not a multiple of C, or the shapes of ``weight`` and ``gain`` have different C.
 
     Source: the associative cascade of the Nord spiking language model.
@@ -76,8 +106,12 @@ def associative_cascade(spikes: Tensor, weight: Tensor, gain: Tensor) -> Tensor:
         >>> associative_cascade(spikes, weight=torch.tensor([[0.0, 1.0], [0.5, 0.0]]), gain=torch.ones(2))
         tensor([1., 0., 1., 0.])
     """
-    check_cascade(spikes.shape[-1], weight, gain)
+    check_tensor(spikes, "spikes", "[*, D]")
+    if not spikes.ndim:
+        raise ValueError("spikes must be [*, D], got a tensor without dimensions")
+    check_cascade(spikes.shape[-1], weight, gain, like=spikes)
     n_features, n_clusters = spikes.shape[-1], gain.shape[0]
     members = spikes.unflatten(-1, (n_features // n_clusters, n_clusters))
-    current = gain * (members.mean(-2) @ weight.T)
+    dtype = torch.promote_types(spikes.dtype, weight.dtype)
+    current = gain * (members.mean(-2).to(dtype) @ weight.to(dtype).T)
     return current.unsqueeze(-2).expand(members.shape).flatten(-2)

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nord_snn._compat.torch import constant_when_compiled, kernels_are_opaque
+from nord_snn.ops.checks import describe
 
 __all__ = [
     "BACKENDS",
@@ -34,6 +35,8 @@ __all__ = [
     "CallSignature",
     "Support",
     "backend_selector",
+    "check_backend",
+    "check_kernel",
     "choose_backend",
     "register_backends",
 ]
@@ -118,9 +121,12 @@ def choose_backend(
         call: the properties of the call that the backends check.
 
     Raises:
+        TypeError: ``requested`` is not a name.
         ValueError: the requested name is unknown.
         RuntimeError: the requested backend cannot run this call; the message has the reason and a remedy.
     """
+    if not isinstance(requested, str):
+        raise TypeError(f"backend must be a name, got {describe(requested)}")
     default = _default_backend()
     if requested == "auto" and default != "auto":
         requested, label = default, f"{_ENVIRONMENT_VARIABLE}={default}"
@@ -147,12 +153,43 @@ def choose_backend(
     return choice
 
 
+def check_backend(backend: str) -> None:
+    """Raise unless this is the name of a backend, or ``"auto"``; whether it can run is not checked.
+
+    Raises:
+        TypeError: it is not a name.
+        ValueError: the name is unknown.
+    """
+    if not isinstance(backend, str):
+        raise TypeError(f"backend must be a name, got {describe(backend)}")
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend must be 'auto' or one of {list(BACKENDS)}, got {backend!r}")
+
+
+def check_kernel(op: str, backend: str, device: str) -> None:
+    """Raise a ValueError unless ``backend`` is a kernel of this op, available here, for tensors on this type of device.
+
+    Args:
+        op: name of the op.
+        backend: name of the backend; ``"auto"`` is none.
+        device: type of the device of the tensors.
+    """
+    chosen = OPS[op].get(backend)
+    if chosen is None or not chosen.available().runs or not hasattr(chosen.kernel(), "forward"):
+        raise ValueError(f"backend must be an available kernel of {op}, got {backend!r}")
+    wanted = "cpu" if backend == "triton" and _triton_interprets() else chosen.device
+    if wanted not in ("any", device):
+        raise ValueError(f"backend {backend!r} of {op} needs {wanted} tensors, got tensors on {device}")
+
+
 def backend_selector(op: str, implementations: Mapping[str, Backend]) -> Callable[[str, CallSignature], str]:
     """Return a cached function ``(requested, call) -> name`` for :func:`choose_backend`."""
     has_triton = "triton" in implementations
 
     @constant_when_compiled
     def select(requested: str, *call: Any) -> str:
+        if not isinstance(requested, str):
+            raise TypeError(f"backend must be a name, got {describe(requested)}")
         if requested == "auto" and kernels_are_opaque() and _default_backend() == "auto":
             return "torch"
         key = (op, requested, _default_backend(), has_triton and _triton_interprets(), call)

@@ -7,8 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from nord_snn._compat.torch import dispatch_mode_is_active, kernels_are_opaque
+from nord_snn.ops.checks import check_storage, is_dense
+from nord_snn.ops.dispatch import check_kernel
 
 __all__ = ["Kernel", "register_op", "register_op_without_gradient"]
 
@@ -42,8 +45,8 @@ def register_op(
     backward: Kernel,
     save: Callable[..., None],
     gradients: Callable[..., Any],
+    checks: tuple[Callable[..., None], Callable[..., None]],
     differentiable: Callable[..., Any] | None = None,
-    check: Callable[..., None] | None = None,
 ) -> Callable[..., Any]:
     """Register ``nord_snn::name`` and ``nord_snn::name_backward``; return the function to call.
 
@@ -57,16 +60,16 @@ def register_op(
         save: function ``(ctx, tensors, options, output)`` that saves in ``ctx`` what ``gradients`` needs.
         gradients: function ``(ctx, *grads, run)`` that calls the backward pass ``run`` and returns the gradients of all
             tensors.
+        checks: functions of the arguments of the forward and of the backward pass that raise unless a kernel can take them. The
+            registered ops call them, because ``torch.ops.nord_snn.name`` bypasses the checks of the public function.
         differentiable: function ``(tensors, options)`` that returns the first output, computed in plain PyTorch. With
             ``create_graph=True`` autograd differentiates this function, so that a second derivative exists. Default: None, a
             second derivative raises an error.
-        check: function of the arguments of the forward pass that raises unless a kernel can take them. The registered op
-            calls it, because ``torch.ops.nord_snn.name`` bypasses the checks of the public function. Default: None, no check.
     """
-    run = forward.run if check is None else _checked(forward.run, check)
-    op = torch.library.custom_op(f"nord_snn::{name}", run, mutates_args=())
+    op = torch.library.custom_op(f"nord_snn::{name}", _checked(name, forward.run, checks[0]), mutates_args=())
     op.register_fake(forward.fake)
-    backward_op = torch.library.custom_op(f"nord_snn::{name}_backward", backward.run, mutates_args=())
+    backward_run = _checked(name, backward.run, checks[1])
+    backward_op = torch.library.custom_op(f"nord_snn::{name}_backward", backward_run, mutates_args=())
     backward_op.register_fake(backward.fake)
     positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
     n_tensors = sum(p.kind == positional for p in inspect.signature(forward.run).parameters.values())
@@ -103,9 +106,9 @@ def register_op(
     return _use_dispatcher_if_needed(op, direct)
 
 
-def register_op_without_gradient(name: str, kernel: Kernel) -> Callable[..., Any]:
+def register_op_without_gradient(name: str, kernel: Kernel, check: Callable[..., None]) -> Callable[..., Any]:
     """Register ``nord_snn::name``; return the function to call, as :func:`register_op` does."""
-    op = torch.library.custom_op(f"nord_snn::{name}", kernel.run, mutates_args=())
+    op = torch.library.custom_op(f"nord_snn::{name}", _checked(name, kernel.run, check), mutates_args=())
     op.register_fake(kernel.fake)
 
     def direct(*tensors: Any, **options: Any) -> Any:
@@ -116,11 +119,19 @@ def register_op_without_gradient(name: str, kernel: Kernel) -> Callable[..., Any
     return _use_dispatcher_if_needed(op, direct)
 
 
-def _checked(run: Callable[..., Any], check: Callable[..., None]) -> Callable[..., Any]:
+def _checked(name: str, run: Callable[..., Any], check: Callable[..., None]) -> Callable[..., Any]:
+    """Return ``run`` after a check of the backend and of the arguments."""
+    place = list(inspect.signature(run).parameters).index("backend")
+
     @functools.wraps(run)
-    def checked(*tensors: Any, **options: Any) -> Any:
-        check(*tensors, **options)
-        return run(*tensors, **options)
+    def checked(*arguments: Any, **options: Any) -> Any:
+        backend = options["backend"] if "backend" in options else arguments[place]
+        check_kernel(name, backend, arguments[0].device.type)
+        for x in tree_leaves((arguments, options)):
+            if isinstance(x, Tensor) and x.is_cpu and is_dense(x):
+                check_storage(x)
+        check(*arguments, **options)
+        return run(*arguments, **options)
 
     return checked
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nord_snn.ops.checks import as_number, check_tensor, describe
+
 __all__ = ["SURROGATES", "Surrogate", "SurrogateLike", "resolve_surrogate", "spike"]
 
 
@@ -95,20 +97,38 @@ def spike(x: Tensor, surrogate: SurrogateLike = "nord_atan", alpha: float = 4.0)
         0 or 1 in the shape and dtype of ``x``.
 
     Raises:
-        ValueError: the name is not in the table.
+        TypeError: ``x`` is not a dense floating tensor, ``alpha`` not a number, or ``surrogate`` neither a name nor a callable.
+        ValueError: the name is not in the table, or ``alpha`` is not finite.
 
     Example:
         >>> import torch
         >>> spike(torch.tensor([-0.1, 0.0, 0.1]))
         tensor([0., 1., 1.])
     """
+    check_tensor(x, "x", "[*]")
+    as_number(alpha, "alpha")
     return resolve_surrogate(surrogate, alpha)(x)
 
 
+def _checked_spikes(spikes: Any, x: Tensor) -> Tensor:
+    if not isinstance(spikes, Tensor) or spikes.shape != x.shape:
+        raise TypeError(
+            f"surrogate must return a tensor of the shape of its input, {list(x.shape)}, got {describe(spikes)}"
+        )
+    return spikes
+
+
 def resolve_surrogate(surrogate: SurrogateLike, alpha: float) -> Callable[[Tensor], Tensor]:
-    """Return the spike function of a name, or the callable itself; raise a ValueError for an unknown name."""
+    """Return the spike function of a name, or the callable itself.
+
+    Raises:
+        TypeError: it is neither a name nor a callable.
+        ValueError: the name is unknown.
+    """
     if callable(surrogate):
-        return surrogate
+        return lambda x: _checked_spikes(surrogate(x), x)
+    if not isinstance(surrogate, str):
+        raise TypeError(f"surrogate must be a name or a callable, got {describe(surrogate)}")
     if surrogate not in SURROGATES:
         raise ValueError(f"unknown surrogate {surrogate!r}: expected one of {sorted(SURROGATES)} or a callable")
     derivative = SURROGATES[surrogate].derivative

@@ -155,8 +155,8 @@ def test_keywords_are_accepted_or_raise_by_name():
         model(input_ids=ids, logits_to_keep=torch.tensor([1, 4])).logits, logits[:, [1, 4]], atol=1e-6
     )
     assert torch.allclose(model(input_ids=ids, logits_to_keep=3).logits, logits[:, -3:], atol=1e-6)
-    for wrong in (-1, torch.tensor([0.5])):
-        with pytest.raises(ValueError, match="logits_to_keep must be"):
+    for wrong in (-1, torch.tensor([0.5]), 1.5, True, None, "3"):
+        with pytest.raises((TypeError, ValueError), match="logits_to_keep must be"):
             model(input_ids=ids, logits_to_keep=wrong)
     with pytest.raises(ValueError, match="logits of every position"):
         model(input_ids=ids, labels=ids, logits_to_keep=1)
@@ -321,3 +321,20 @@ def test_invalid_masks_raise():
         model.generate(ids, attention_mask=wider, max_new_tokens=8, pad_token_id=0)
     with pytest.raises(ValueError, match="got padding between tokens"):  # padding after the prompt, then tokens
         model.generate(ids, attention_mask=torch.tensor([[1, 1, 1, 1, 0, 0]]), max_new_tokens=3, pad_token_id=0)
+
+
+def test_prompt_tuning_of_peft_trains_its_prompt_and_generates():
+    """Tuning passes the prompt and the tokens as inputs_embeds."""
+    peft = pytest.importorskip("peft")
+    model = make()
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    tuned = peft.get_peft_model(model, config)
+    ids = torch.randint(20, (2, 9))
+    tuned(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+    trained = {
+        name for name, parameter in tuned.named_parameters() if parameter.grad is not None and parameter.grad.any()
+    }
+    assert len(trained) == 1
+    assert "prompt" in trained.pop()
+    tuned.eval()
+    assert tuned.generate(input_ids=ids, max_new_tokens=4, do_sample=False).shape == (2, 13)

@@ -280,3 +280,18 @@ def test_the_first_call_resets_neurons_with_a_negative_threshold_as_snntorch_doe
     their_spikes, their_mem = theirs(torch.zeros(1, 1), torch.zeros(1, 1))
     assert torch.equal(mem, their_mem)
     assert torch.equal(spikes, their_spikes)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"n_features": 48, "n_clusters": 64}, {"beta": 2.0}, {"n_features": 8, "alpha": "fast"}]
+)
+def test_refused_neurons_are_in_no_list_of_snntorch(wrong):
+    """A constructor that raises leaves nothing behind that ``utils.reset`` of another network would meet."""
+    before = list(snntorch.SpikingNeuron.instances)
+    with pytest.raises((TypeError, ValueError)):
+        AssociativeSynaptic(**wrong)
+    assert snntorch.SpikingNeuron.instances == before
+    net = torch.nn.Sequential(AssociativeSynaptic(8, n_clusters=4, init_hidden=True))
+    net(torch.rand(2, 8))
+    utils.reset(net)
+    assert not net[0].mem.any()

@@ -87,7 +87,7 @@ def test_the_encoder_passes_gradcheck():
 
 def test_the_slow_path_is_optional_and_the_fast_path_is_not():
     assert MultiScaleTemporalEncoder(4, t_slow=0)(torch.zeros(1, 4)).shape == (8, 1, 4)
-    with pytest.raises(ValueError, match="t_fast >= 1"):
+    with pytest.raises(ValueError, match="t_fast must be at least 1"):
         MultiScaleTemporalEncoder(4, t_fast=0)
 
 

@@ -139,3 +139,37 @@ def test_a_single_process_does_not_communicate():
     net(torch.ones(5, 1, 4))
     assert rule.step(loss=1.0, on_grad=False) is not None
     assert abs(rule.baseline - 9.91) < 1e-9
+
+
+def failing_in_one(what):
+    """Return a rule of rank ``rank`` whose source fails in rank 1, and the weights before."""
+
+    def run(rank):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), AssociativeLIFNode(4, n_clusters=2, step_mode="m"))
+        torch.nn.init.constant_(net[0].weight, 0.5)
+        rule = RewardModulatedSTDP(step_mode="m", synapse=net[0], sn=net[1])
+        net(torch.ones(5, 1, 4))
+
+        def fail(*_):
+            raise KeyError("of one process")
+
+        if rank == 1 and what in ("reward", "update"):
+            setattr(rule.source, what, fail)
+        arguments = {"loss": 1.0} | ({what: "nonsense"} if rank == 1 and what not in ("reward", "update") else {})
+        try:
+            rule.apply(rule.step(**{"on_grad": False} | arguments))
+        except (KeyError, RuntimeError, TypeError) as error:
+            return type(error), net[0].weight.unique().tolist()
+        return None, None
+
+    return run
+
+
+@pytest.mark.parametrize("what", ["reward", "update", "scale", "on_grad", "loss"])
+def test_an_error_of_one_process_leaves_the_weights_of_all(monkeypatch, what):
+    """A source that fails in its reward or its update, and wrong arguments: both end with an error, none waits."""
+    (first, weights), (second, other_weights) = Ranks(monkeypatch).run(failing_in_one(what))
+    assert first is RuntimeError
+    assert second in (KeyError, TypeError)
+    assert weights == other_weights == [0.5]

@@ -275,7 +275,7 @@ def test_misuse_raises():
         rule.step(reward=1.0)
     with pytest.raises(ValueError, match=r"\[n_out, n_in\] = \[4, 6\], got \[6, 4\]"):
         rule.apply(torch.zeros(6, 4))
-    with pytest.raises(ValueError, match="got NoneType"):
+    with pytest.raises(ValueError, match="got None"):
         rule.apply(None)
     assert rule.extra_repr()
 

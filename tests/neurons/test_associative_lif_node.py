@@ -102,7 +102,7 @@ def test_bad_constructor_arguments_raise():
         AssociativeLIFNode(8, n_clusters=None, refractory_steps=-1)
     with pytest.raises(ValueError, match="backend must be 'auto' or one of"):
         AssociativeLIFNode(8, n_clusters=None, backend="cuda")
-    with pytest.raises(ValueError, match="radius must not be negative"):
+    with pytest.raises(ValueError, match="cascade_radius must be at least 0"):
         AssociativeLIFNode(8, n_clusters=4, cascade_radius=-1)
     for v_reset in (None, float("nan"), torch.zeros(())):  # None is SpikingJelly's word for subtracting
         with pytest.raises(TypeError, match=r"v_reset must be a number.*None only with refractory_steps=0"):

@@ -189,7 +189,7 @@ def test_the_arguments_of_spikingjelly():
         ({"tau": 0.5}, ValueError, "tau must be at least 1 time step, got 0.5"),
         ({"hard_reset": True}, TypeError, "v_reset must be a number"),
         ({"refractory_steps": 2}, TypeError, "v_reset must be a number"),
-        ({"learnable": ("tau",)}, ValueError, r"learnable must be names of .*got \['tau'\]"),
+        ({"learnable": ("tau",)}, ValueError, r"learnable must be names of .*got 'tau'"),
         ({"n_clusters": "all"}, TypeError, "n_clusters must be a number, 'auto' or None, got 'all'"),
         ({"n_clusters": True}, TypeError, "n_clusters must be a number, 'auto' or None, got True"),
         ({"n_clusters": 0}, ValueError, "n_clusters must be 1 or more, 'auto' or None, got 0"),
@@ -199,7 +199,7 @@ def test_the_arguments_of_spikingjelly():
         (
             {"n_features": 3, "threshold": torch.ones(2)},
             ValueError,
-            r"v_threshold must be a number or a tensor \[D\] = \[3\], got \[2\]",
+            r"threshold must be a number or a tensor \[D\] = \[3\], got \[2\]",
         ),
         (
             {"beta_mem": torch.tensor([0.5, 1.0])},

@@ -326,7 +326,7 @@ GOOD = {"threshold": torch.ones(6), "beta_mem": 0.9, "beta_syn": 0.5}
         (
             torch.zeros(2, 3, 6),
             {"cascade_gain": torch.ones(3), "cascade_weight": torch.ones(2, 2)},
-            r"cascade weight must be \[C, C\] and gain \[C\] with the same C",
+            r"cascade_weight must be \[C, C\] and cascade_gain \[C\] with one C",
         ),
         (
             torch.zeros(2, 3, 6),
@@ -345,7 +345,7 @@ def test_bad_input_raises(x, change, message):
 def test_integers_raise():
     with pytest.raises(TypeError, match="floating-point"):
         associative_lif(torch.zeros(2, 3, 6, dtype=torch.int64), **GOOD)
-    with pytest.raises(TypeError, match="expects a tensor"):
+    with pytest.raises(TypeError, match=r"expects x_seq, a floating-point tensor of shape"):
         associative_lif([[1.0]], **GOOD)
 
 

@@ -95,7 +95,7 @@ def test_gradients_at_nan_equal_the_reference():
 def test_a_tensor_on_another_device_raises():
     pytest.importorskip("numba", reason="the CPU kernels need Numba")
     x, p = torch.randn(3, 5), torch.rand(5)
-    with pytest.raises(ValueError, match="on the CPU, the device of the input, got one on meta"):
+    with pytest.raises(ValueError, match="gain must be on cpu, the device of the input, got meta"):
         leaky_clamp(x, x, torch.ones(5, device="meta"), leak=p, floor=p, backend="numba")
 
 
@@ -118,9 +118,8 @@ def test_bad_input_raises(x, leak, floor, message):
     [
         (torch.zeros(2, 3), None, "pass both branch and gain"),
         (None, torch.zeros(3), "pass both branch and gain"),
-        (torch.zeros(1, 3), torch.zeros(3), r"of the shape of x, \[2, 3\], got \[1, 3\]"),
-        (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(3), "floating"),
-        (torch.zeros(2, 3), torch.zeros(1), r"gain must be \[D\] = \[3\], got \[1\]"),
+        (torch.zeros(1, 3), torch.zeros(3), r"branch must have the shape of x = \[2, 3\], got \[1, 3\]"),
+        (torch.zeros(2, 3), torch.zeros(1), r"gain must have the shape \[D\] = \[3\], got \[1\]"),
     ],
 )
 def test_a_branch_of_another_shape_raises(branch, gain, message):

@@ -123,7 +123,7 @@ GOOD = {
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"window": 0}, "window must be at least 1"),
         ({"recency": torch.zeros(3)}, r"\[H\] = \[2\]"),
-        ({"lengths": torch.zeros(2, dtype=torch.int64)}, r"lengths must be integers \[B\] = \[1\]"),
+        ({"lengths": torch.zeros(2, dtype=torch.int64)}, r"lengths must have the shape \[B\] = \[1\]"),
         ({"temperature": torch.zeros(2)}, "temperature must have one element"),
     ],
 )

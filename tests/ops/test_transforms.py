@@ -97,3 +97,13 @@ def test_the_registered_op_checks_what_its_kernel_takes(changes, monkeypatch):
     torch.ops.nord_snn.associative_lif(*tensors, **options)
     with pytest.raises(ValueError, match=r"must|pass both"):
         torch.ops.nord_snn.associative_lif(*changed, **options | {k: v for k, v in changes.items() if k in options})
+
+
+def test_layers_are_exported_to_onnx_through_plain_pytorch(tmp_path):
+    """The exporter traces; the graph has the operations of the reference, and no kernel."""
+    onnx = pytest.importorskip("onnx")
+    layer = SpikingFeedForward(8, 16, neuron=lambda n: AssociativeLIFNode(n, n_clusters=4)).eval()
+    torch.onnx.export(layer, (X.float(),), str(tmp_path / "layer.onnx"), dynamo=False)
+    graph = onnx.load(tmp_path / "layer.onnx").graph
+    assert {"MatMul", "Where"} <= {node.op_type for node in graph.node}
+    assert {node.domain for node in graph.node} == {""}

@@ -10,9 +10,11 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from nord_snn._compat.torch import assert_in_graph, initialize_lazy_module, is_view
 from nord_snn.neurons.activity import has_values
 from nord_snn.neurons.associative_lif import AssociativeLIFNode, LazyAssociativeLIFNode
+from nord_snn.neurons.presets import OF_PRESET
 from nord_snn.ops import AssociativeLIFState
+from nord_snn.ops.checks import as_number, check_flags, check_tensor, describe
 
-__all__ = ["NO_PARTS", "STORED", "OneStepNeuron", "StrictNode", "strict_node"]
+__all__ = ["NO_PARTS", "STORED", "OneStepNeuron", "StrictNode", "check_initial", "strict_node"]
 
 #: Attributes of :class:`OneStepNeuron` that a call changes.
 STORED = ("_syn", "_mem", "_refractory", "_fresh", "_call")
@@ -46,8 +48,23 @@ class LazyStrictNode(LazyAssociativeLIFNode, StrictNode):
 def strict_node(n_features: int | None, *arguments: Any, **more: Any) -> StrictNode:
     """Make a :class:`StrictNode`, a lazy one where the width is not given."""
     if n_features is not None and not isinstance(n_features, int):
-        raise TypeError(f"n_features must be a whole number or None, got {n_features!r}: pass beta by name, beta=0.9")
+        raise TypeError(
+            f"n_features must be a whole number or None, got {describe(n_features)}: pass beta by name, beta=0.9"
+        )
     return (LazyStrictNode if n_features is None else StrictNode)(n_features, *arguments, step_mode="s", **more)
+
+
+def check_initial(spike_grad: Any, flags: dict[str, Any], **constants: Any) -> None:
+    """Raise unless the arguments of a neuron have the right type, under snnTorch's names."""
+    check_flags(**flags)
+    for name, value in constants.items():
+        if isinstance(value, Tensor):
+            check_tensor(value, name, "of one element or [D]")
+        elif value is not OF_PRESET:
+            as_number(value, name)
+    given = spike_grad is not None and spike_grad is not OF_PRESET
+    if given and not callable(spike_grad) and not isinstance(spike_grad, str):
+        raise TypeError(f"spike_grad must be a name or a callable, got {describe(spike_grad)}")
 
 
 class OneStepNeuron(nn.Module):

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from nord_snn._compat.snntorch import LeakyWithOwnState
-from nord_snn.integrations.snntorch.base import NO_PARTS, OneStepNeuron, StrictNode, strict_node
+from nord_snn.integrations.snntorch.base import NO_PARTS, OneStepNeuron, StrictNode, check_initial, strict_node
 from nord_snn.neurons import AssociativeLIFNode
 from nord_snn.ops import AssociativeLIFState, Dynamics
-from nord_snn.ops.checks import compute_dtype
+from nord_snn.ops.checks import compute_dtype, describe
 from nord_snn.ops.surrogate import SurrogateLike
 
 __all__ = ["AssociativeLeaky", "CalledAsLeaky"]
@@ -125,8 +125,12 @@ class AssociativeLeaky(CalledAsLeaky):
         reset_mechanism: str = "subtract",
         **more: Any,
     ) -> None:
-        if reset_mechanism not in _RESETS:
-            raise ValueError(f"reset_mechanism must be one of {list(_RESETS)}, got {reset_mechanism!r}")
+        if not isinstance(reset_mechanism, str) or reset_mechanism not in _RESETS:
+            raise ValueError(f"reset_mechanism must be one of {list(_RESETS)}, got {describe(reset_mechanism)}")
+        flags = {
+            "init_hidden": init_hidden, "output": output, "learn_beta": learn_beta, "learn_threshold": learn_threshold
+        }  # fmt: skip
+        check_initial(spike_grad, flags, beta=beta, threshold=threshold)
         theirs = {name: more.pop(name) for name in sorted(_NEUTRAL.keys() & more.keys())}
         changed = [f"{name}={value!r}" for name, value in theirs.items() if value != _NEUTRAL[name]]
         changed += sorted(more.keys() - _OF_THE_NODE)

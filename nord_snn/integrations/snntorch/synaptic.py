@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nord_snn._compat.snntorch import SynapticWithOwnState
-from nord_snn.integrations.snntorch.base import OneStepNeuron, strict_node
+from nord_snn.integrations.snntorch.base import OneStepNeuron, check_initial, strict_node
 from nord_snn.neurons import AssociativeLIFNode
 from nord_snn.neurons.presets import OF_PRESET
 from nord_snn.ops.surrogate import SurrogateLike
@@ -136,6 +136,11 @@ class AssociativeSynaptic(CalledAsSynaptic):
             raise TypeError(
                 f"AssociativeSynaptic does not support {', '.join(unsupported)}: it subtracts its threshold in the same time step"
             )
+        flags = {
+            "init_hidden": init_hidden, "output": output, "learn_alpha": learn_alpha, "learn_beta": learn_beta,
+            "learn_threshold": learn_threshold,
+        }  # fmt: skip
+        check_initial(spike_grad, flags, alpha=alpha, beta=beta, threshold=threshold)
         learned = {"beta_syn": learn_alpha, "beta_mem": learn_beta, "threshold": learn_threshold}
         node = strict_node(
             n_features,

@@ -31,6 +31,7 @@ from nord_snn.models.nord.checksums import check_checksums, write_checksums
 from nord_snn.models.nord.configuration_nord import NordConfig
 from nord_snn.models.nord.size import check_memory_of_device
 from nord_snn.neurons import AssociativeLIFNode, DenseActivation, NeuronFactory, fire_from_rest, make_neuron
+from nord_snn.ops.checks import as_count
 
 __all__ = ["NordForCausalLM"]
 
@@ -348,14 +349,13 @@ def _positions_to_keep(logits_to_keep: int | Tensor, labels: Tensor | None) -> s
     if labels is not None and not all_positions:
         raise ValueError(f"labels need logits of every position, logits_to_keep=0, got {logits_to_keep}")
     if isinstance(logits_to_keep, Tensor):
-        if logits_to_keep.ndim != 1 or logits_to_keep.is_floating_point():
+        if logits_to_keep.ndim != 1 or logits_to_keep.is_floating_point() or logits_to_keep.is_complex():
             raise ValueError(
                 f"logits_to_keep must be a number or a tensor of positions [K], got {list(logits_to_keep.shape)} of "
                 f"{logits_to_keep.dtype}"
             )
         return logits_to_keep
-    if logits_to_keep < 0:
-        raise ValueError(f"logits_to_keep must be at least 0, got {logits_to_keep}")
+    as_count(logits_to_keep, "logits_to_keep", 0)
     return slice(-logits_to_keep, None) if logits_to_keep else slice(None)
 
 

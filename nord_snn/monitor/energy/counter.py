@@ -1,5 +1,6 @@
 """Count the operations of a running network, with a dispatch mode and with hooks that record which module runs."""
 
+import threading
 from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
@@ -84,6 +85,8 @@ def profile_energy(net: nn.Module, *inputs: Any, time_steps: int | None = None, 
 class EnergyProfiler(TorchDispatchMode):
     """Count all operations of ``net`` inside the ``with`` block: :func:`profile_energy` for any number of calls.
 
+    Calls in other threads than that of the block do not count.
+
     Args:
         net: any module.
         time_steps: T. Default: None, inferred from the neurons' calls.
@@ -121,11 +124,13 @@ class EnergyProfiler(TorchDispatchMode):
         self._weights: set[int] = set()  # storages
         self._weights_are_known = True
         self._hooks: list[Any] = []
+        self._thread = 0  # the thread that counts
 
     def __enter__(self) -> Self:
         """Start counting."""
         if self._hooks:
             raise RuntimeError("this EnergyProfiler is already counting: make another one")
+        self._thread = threading.get_ident()
         self._find_weights()
         self._footprint = footprint(self.net)  # before neurons store their states in buffers
         for name, module in self.net.named_modules():
@@ -207,9 +212,13 @@ class EnergyProfiler(TorchDispatchMode):
         repeated = sum(number for shape, number in self._elementwise.items() if time.repeats(shape))
         profile.twin_elementwise = profile.elementwise - repeated + repeated // T + self._neuron_outputs // T
 
+    def _counts(self, module: nn.Module, hooked: nn.Module) -> bool:
+        """Return whether a call counts: not that of a copy of the network, nor of another thread, whose operations do not."""
+        return module is hooked and threading.get_ident() == self._thread
+
     def _begin(self, name: str, hooked: nn.Module) -> Callable[..., None]:
         def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if module is not hooked:  # the hook was copied with the network
+            if not self._counts(module, hooked):
                 return
             if is_neuron(module):
                 self._neurons.append(module)
@@ -224,7 +233,7 @@ class EnergyProfiler(TorchDispatchMode):
 
     def _end(self, name: str, hooked: nn.Module) -> Callable[..., None]:
         def end(module: nn.Module, args: Any, output: Any) -> None:
-            if module is not hooked:
+            if not self._counts(module, hooked):
                 return
             if output is not None:  # None after an error
                 self._add_neurons(name, module, output)

@@ -12,7 +12,16 @@ from torch import Tensor
 from nord_snn._compat.torch import kernels_are_opaque
 from nord_snn.ops.cached_resonance.cost import resonance_cached_cost
 from nord_snn.ops.cached_resonance.packing import BITS, STEP, WORD, check_spikes
-from nord_snn.ops.checks import check_heads, check_scalar, compute_dtype, without_autocast
+from nord_snn.ops.checks import (
+    as_count,
+    check_flags,
+    check_heads,
+    check_scalar,
+    check_shape,
+    check_tensor,
+    compute_dtype,
+    without_autocast,
+)
 from nord_snn.ops.costs import register_cost
 from nord_snn.ops.dispatch import CallSignature, backend_selector, register_backends
 from nord_snn.ops.registration import Kernel, register_op_without_gradient
@@ -58,7 +67,8 @@ def resonance_cached(
         ``[B, S, V]`` in the dtype of ``values``; 0 where a query is padding.
 
     Raises:
-        ValueError: a shape or dtype is wrong, ``top_k`` or ``window`` is not positive, or q contains other values than
+        TypeError: an argument has another type, or a tensor another dtype or layout.
+        ValueError: a shape, dtype or device is wrong, ``top_k`` or ``window`` is not positive, or q contains other values than
             zeros and ones.
         RuntimeError: a gradient is required, or the requested backend cannot run.
 
@@ -71,8 +81,9 @@ def resonance_cached(
         >>> resonance_cached(q[:, :, 2:], keys, values, top_k=1, temperature=1.0)
         tensor([[[0., 0., 1.]]])
     """
-    _check(q, keys, values, top_k, recency, lengths, window)
-    check_scalar(temperature, "temperature")
+    _check(q, keys, values, top_k, temperature, recency, lengths, window)
+    check_flags(trusted=trusted)
+    top_k, window = int(top_k), keys.shape[2] if window is None else int(window)
     if torch.is_grad_enabled() and any(
         isinstance(x, Tensor) and x.requires_grad for x in (q, values, temperature, recency)
     ):
@@ -81,15 +92,14 @@ def resonance_cached(
         )
     real_keys = keys.is_floating_point()
     if not trusted and not real_keys:
-        check_spikes(q)
+        check_spikes(q, "q")
     lengths = None if lengths is None else lengths.long()
     name = "torch" if real_keys else _choose(backend, CallSignature(values.device.type, values.dtype, values.shape[-1]))
-    window = keys.shape[2] if window is None else window
     dtype = compute_dtype(values)
     if isinstance(temperature, Tensor):
         temperature = temperature.to(dtype).view(())
     else:
-        temperature = torch.full((), temperature, dtype=dtype, device=values.device)
+        temperature = torch.full((), float(temperature), dtype=dtype, device=values.device)
     run = _forward if name == "torch" and kernels_are_opaque() else _run
     return run(q, keys, values, top_k, temperature, recency, lengths, window, name)
 
@@ -118,10 +128,14 @@ def _check(
     keys: Tensor,
     values: Tensor,
     top_k: int,
+    temperature: float | Tensor,
     recency: Tensor | None,
     lengths: Tensor | None,
     window: int | None,
 ) -> None:
+    check_tensor(values, "values", "[B, H, S_all, V/H]")
+    check_tensor(q, "q", "[T, B, S, D]", kind="real", like=values)
+    check_tensor(keys, "keys", "[B, H, S_all, bytes]", kind="real", like=values)
     if q.ndim != 4 or keys.ndim != 4 or not (keys.dtype == torch.uint8 or keys.is_floating_point()):
         raise ValueError(
             f"resonance_cached expects q [T, B, S, D] and uint8 or floating keys [B, H, S_all, bytes], got {list(q.shape)} and "
@@ -136,19 +150,33 @@ def _check(
             f"keys must be [B, H, S_all, bytes] = [{B}, {H}, at least {S}, {expected}] for these queries, got "
             f"{list(keys.shape)}"
         )
-    if values.ndim != 4 or values.shape[:3] != (B, H, n_all) or not values.is_floating_point():
-        raise ValueError(
-            f"values must be floating [B, H, S_all, V/H] = [{B}, {H}, {n_all}, any], got {list(values.shape)} of "
-            f"{values.dtype}"
-        )
-    for name, number in (("top_k", top_k), ("window", window)):
-        if number is not None and number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")
-    if recency is not None and recency.shape != (H,):
-        raise ValueError(f"recency must have shape [H] = [{H}], got {list(recency.shape)}")
-    if lengths is not None and (lengths.shape != (B,) or lengths.is_floating_point() or lengths.dtype == torch.bool):
-        raise ValueError(f"lengths must be integers [B] = [{B}], got {list(lengths.shape)} of {lengths.dtype}")
+    if values.ndim != 4 or values.shape[:3] != (B, H, n_all):
+        raise ValueError(f"values must be [B, H, S_all, V/H] = [{B}, {H}, {n_all}, any], got {list(values.shape)}")
+    as_count(top_k, "top_k")
+    if window is not None:
+        as_count(window, "window")
+    check_scalar(temperature, "temperature", like=values)
+    if recency is not None:
+        check_shape(recency, "recency", "[H]", (H,), like=values)
+    if lengths is not None:
+        check_shape(lengths, "lengths", "[B]", (B,), kind="integer", like=values)
 
 
-_run = register_op_without_gradient("resonance_cached", Kernel(_forward, _forward_fake))
+def _check_forward(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    top_k: int,
+    temperature: Tensor,
+    recency: Tensor | None,
+    lengths: Tensor | None,
+    window: int,
+    backend: str,
+) -> None:
+    _check(q, keys, values, top_k, temperature, recency, lengths, window)
+    if keys.is_floating_point() and backend != "torch":
+        raise ValueError(f"keys of a floating dtype need the backend 'torch', got {backend!r}")
+
+
+_run = register_op_without_gradient("resonance_cached", Kernel(_forward, _forward_fake), _check_forward)
 register_cost("resonance_cached", resonance_cached_cost)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nord_snn.ops.checks import check_features, compute_dtype
+from nord_snn.ops.checks import check_features, check_shape, check_tensor, compute_dtype
 from nord_snn.ops.clamp.cost import leaky_clamp_cost
 from nord_snn.ops.clamp.reference import reference
 from nord_snn.ops.costs import register_cost
@@ -47,8 +47,8 @@ def leaky_clamp(
         ``[*, D]``.
 
     Raises:
-        TypeError: ``x`` is not a floating tensor.
-        ValueError: a shape is wrong, or only one of branch and gain is passed.
+        TypeError: an argument is not a dense floating tensor.
+        ValueError: a shape or device is wrong, or only one of branch and gain is passed.
         RuntimeError: the requested backend cannot run.
 
     Source: the Nord spiking language model; the slope as in leaky and parametric ReLU (Maas et al. 2013, He et al.
@@ -71,21 +71,31 @@ def leaky_clamp(
 
 
 def _check(x: Tensor, branch: Tensor | None, gain: Tensor | None, leak: Tensor, floor: Tensor) -> None:
+    check_tensor(leak, "leak", "[D]")
+    check_tensor(floor, "floor", "[D]")
     if leak.ndim != 1 or leak.shape != floor.shape:
         raise ValueError(
             f"leaky_clamp expects leak and floor of one shape [D], got {list(leak.shape)} and {list(floor.shape)}"
         )
-    check_features(x, leak.shape[0], "leaky_clamp", "[*, D]")
+    check_features(x, leak.shape[0], "leaky_clamp", "[*, D]", "x")
+    check_tensor(leak, "leak", "[D]", like=x)
+    check_tensor(floor, "floor", "[D]", like=x)
     if (branch is None) != (gain is None):
         raise ValueError("pass both branch and gain, or neither for the clamp alone")
-    if branch is None or gain is None:
-        return
-    if branch.shape != x.shape or not branch.is_floating_point():
-        raise ValueError(
-            f"branch must be floating and of the shape of x, {list(x.shape)}, got {list(branch.shape)} of {branch.dtype}"
-        )
-    if gain.shape != leak.shape:
-        raise ValueError(f"gain must be [D] = {list(leak.shape)}, got {list(gain.shape)}")
+    if branch is not None and gain is not None:
+        check_shape(branch, "branch", "of x", tuple(x.shape), like=x)
+        check_shape(gain, "gain", "[D]", tuple(leak.shape), like=x)
+
+
+def _check_forward(x: Tensor, *tensors: Any, backend: str) -> None:
+    _check(x, *tensors)
+    if not x.shape[-1]:
+        raise ValueError("x must have at least one channel")
+
+
+def _check_backward(grad: Tensor, x: Tensor, *tensors: Any, backend: str) -> None:
+    _check_forward(x, *tensors, backend=backend)
+    check_shape(grad, "grad", "of x", tuple(x.shape), like=x)
 
 
 def _forward(
@@ -140,5 +150,6 @@ _run = register_op(
     _save,
     _gradients,
     differentiable=_differentiable,
+    checks=(_check_forward, _check_backward),
 )
 register_cost("leaky_clamp", leaky_clamp_cost)

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from nord_snn.ops.cascade import check_cascade
-from nord_snn.ops.checks import check_channels, check_features, check_refractory_steps, compute_dtype, without_autocast
+from nord_snn.ops.checks import check_storage, compute_dtype, without_autocast
 from nord_snn.ops.costs import register_cost
 from nord_snn.ops.dispatch import BackendChoice, CallSignature, backend_selector, choose_backend, register_backends
+from nord_snn.ops.lif.checks import check_backward, check_call, check_forward, check_options, check_state
 from nord_snn.ops.lif.cost import associative_lif_cost
-from nord_snn.ops.lif.reference import CHARGES, PUBLISHED, AssociativeLIFState, Dynamics, map_state, reference
-from nord_snn.ops.lif.support import Arguments, OutputGradients
+from nord_snn.ops.lif.reference import PUBLISHED, AssociativeLIFState, Dynamics, map_state, reference
+from nord_snn.ops.lif.support import Arguments, Options, OutputGradients
 from nord_snn.ops.registration import Kernel, register_op
 from nord_snn.ops.surrogate import SurrogateLike, resolve_surrogate
 
@@ -126,8 +126,8 @@ def associative_lif(
         ``(spikes [T, N, D], v_seq [T, N, D] or None, last state)``.
 
     Raises:
-        TypeError: ``x_seq`` is not a floating tensor.
-        ValueError: a shape is wrong, D is not a multiple of C, a constant is out of its range, or ``membrane_only`` is
+        TypeError: an argument has another type, or a tensor another dtype or layout.
+        ValueError: a shape or device is wrong, D is not a multiple of C, a constant is out of its range, or ``membrane_only`` is
             passed for neurons with more state.
         RuntimeError: the requested backend cannot run.
 
@@ -140,9 +140,13 @@ def associative_lif(
         >>> spikes.flatten()                          # fires, is refractory for two time steps, stays below threshold
         tensor([1., 0., 0., 0., 0.])
     """
-    _check(x_seq, state, threshold, cascade_weight, cascade_gain, refractory_steps, channels_first, membrane_only)
-    layout = _Layout(tuple(x_seq.shape), tuple(x_seq.shape[1:]))
     options = Options(v_reset, refractory_steps, surrogate, alpha, dynamics, membrane_only, return_v_seq)
+    check_call(
+        x_seq, threshold, {"beta_mem": beta_mem, "beta_syn": beta_syn},
+        {"cascade_weight": cascade_weight, "cascade_gain": cascade_gain}, options, channels_first,
+    )  # fmt: skip
+    state = check_state(state, x_seq, "[N, D, M]" if channels_first else "[N, D]", membrane_only)
+    layout = _Layout(tuple(x_seq.shape), tuple(x_seq.shape[1:]))
     return _associative_lif(
         x_seq, state, layout, options, backend, threshold, beta_mem, beta_syn, cascade_weight, cascade_gain
     )
@@ -158,18 +162,6 @@ class _Layout(NamedTuple):
 
     shape: tuple[int, ...]
     step_shape: tuple[int, ...]
-
-
-class Options(NamedTuple):
-    """The arguments of :func:`associative_lif` that are not tensors; ``keep_v`` is its ``return_v_seq``."""
-
-    v_reset: float
-    refractory_steps: int
-    surrogate: SurrogateLike
-    alpha: float
-    dynamics: Dynamics
-    membrane_only: bool
-    keep_v: bool
 
 
 def associative_lif_of_rank(
@@ -222,7 +214,7 @@ def _associative_lif(
     logits: bool = False,
 ) -> tuple[Tensor, Tensor | None, AssociativeLIFState]:
     without_current = not isinstance(beta_syn, Tensor) and beta_syn == 0
-    _check_options(options, beta_mem, without_current, cascade_gain is not None)
+    check_options(options, beta_mem, without_current, cascade_gain is not None)
     n_clusters = None if cascade_gain is None else cascade_gain.shape[0]
     dtype = compute_dtype(x)
     with without_autocast(x):
@@ -367,73 +359,6 @@ def _run_features_last(
     return features_first(spikes), None if v_seq is None else features_first(v_seq), map_state(features_first, last)
 
 
-def _check(
-    x_seq: Tensor,
-    state: AssociativeLIFState | None,
-    threshold: Tensor,
-    cascade_weight: Tensor | None,
-    cascade_gain: Tensor | None,
-    refractory_steps: int,
-    channels_first: bool,
-    membrane_only: bool,
-) -> None:
-    if not isinstance(threshold, Tensor) or threshold.ndim != 1:
-        got = list(threshold.shape) if isinstance(threshold, Tensor) else repr(threshold)
-        raise ValueError(f"associative_lif expects threshold of shape [D], got {got}")
-    n_features = threshold.shape[0]
-    if channels_first:
-        check_channels(x_seq, n_features, "associative_lif")
-    else:
-        check_features(x_seq, n_features, "associative_lif", "[T, N, D]")
-    check_refractory_steps(refractory_steps)
-    if (cascade_weight is None) != (cascade_gain is None):
-        raise ValueError("pass both cascade_weight and cascade_gain, or neither for no cascade")
-    if cascade_weight is not None and cascade_gain is not None:
-        check_cascade(n_features, cascade_weight, cascade_gain)
-    if state is None:
-        return
-    layout = "[N, D, M]" if channels_first else "[N, D]"
-    for name, part in zip(AssociativeLIFState._fields, state, strict=True):
-        if membrane_only and name != "v":
-            if part is not None:
-                raise ValueError(f"with membrane_only state.{name} must be None, got a tensor {list(part.shape)}")
-        elif part is None:
-            raise ValueError(f"state.{name} must be {layout} = {list(x_seq.shape[1:])} for this input, got None")
-        elif part.shape != x_seq.shape[1:]:
-            raise ValueError(
-                f"state.{name} must be {layout} = {list(x_seq.shape[1:])} for this input, got {list(part.shape)}"
-            )
-
-
-def _check_options(options: Options, beta_mem: float | Tensor | None, without_current: bool, has_cascade: bool) -> None:
-    """Raise unless constants, decays and cascade fit each other."""
-    if without_current and has_cascade:
-        raise ValueError(
-            "a cascade adds to the synaptic current, which beta_syn=0 discards: pass no cascade, or beta_syn > 0"
-        )
-    if options.membrane_only and not (without_current and options.refractory_steps == 0 and not has_cascade):
-        raise ValueError(
-            "membrane_only is for neurons whose state is the membrane potential: beta_syn=0, refractory_steps=0, no cascade"
-        )
-    resolve_surrogate(options.surrogate, options.alpha)
-    _check_dynamics(options.dynamics, beta_mem)
-
-
-def _check_dynamics(dynamics: Dynamics, beta_mem: float | Tensor | None) -> None:
-    if dynamics.charge not in CHARGES:
-        raise ValueError(f"unknown charge {dynamics.charge!r}: expected one of {list(CHARGES)}")
-    if dynamics.charge in ("relax", "leak"):
-        if not dynamics.tau >= 1:
-            raise ValueError(f"the charge {dynamics.charge!r} needs tau >= 1 time steps, got {dynamics.tau}")
-        if beta_mem is not None:
-            raise ValueError(f"the charge {dynamics.charge!r} has tau instead of beta_mem: do not pass beta_mem")
-        return
-    if beta_mem is None:
-        raise ValueError(f"the charge {dynamics.charge!r} needs beta_mem")
-    if dynamics.charge == "average" and not isinstance(beta_mem, Tensor) and not 0 < beta_mem < 1:
-        raise ValueError(f"beta_mem must lie in (0, 1), got {beta_mem}")
-
-
 def _cast_state(dtype: torch.dtype, state: AssociativeLIFState) -> AssociativeLIFState:
     v, i_syn, refractory = state
     if i_syn is None or refractory is None:
@@ -466,7 +391,7 @@ def _beta_tensor(
         return beta if beta.ndim == 1 else beta.reshape(-1)
     if not (0 <= beta < 1 or (closed and beta == 1)):
         raise ValueError(f"{name} must lie in {'[0, 1]' if closed else '[0, 1)'}, got {beta}")
-    return torch.full((1,), beta, dtype=dtype, device=x_seq.device) if beta else None
+    return torch.full((1,), float(beta), dtype=dtype, device=x_seq.device) if beta else None
 
 
 def _forward(
@@ -512,6 +437,9 @@ def _coupling(weight: Tensor | None, gain: Tensor | None, n_features: int) -> Te
     """Return the cascade as one matrix for the kernels: ``gain[c] * weight[c, k] / members``, ``[C, C]``."""
     if weight is None or gain is None:
         return None
+    for x in (weight, gain):
+        if x.is_cpu:
+            check_storage(x)
     return gain[:, None] * weight / (n_features // gain.shape[0])
 
 
@@ -643,47 +571,6 @@ def _backward_fake(
     return x.new_empty(x.shape), grad_v, grad_i, of_threshold, of_mem, of_syn, of_weight, of_gain
 
 
-def _check_registered(
-    x: Tensor,
-    v: Tensor | None,
-    i_syn: Tensor | None,
-    refractory: Tensor | None,
-    threshold: Tensor,
-    beta_mem: Tensor | None,
-    beta_syn: Tensor | None,
-    weight: Tensor | None,
-    gain: Tensor | None,
-    *,
-    membrane_only: bool,
-    shape: Sequence[int],
-    step: Sequence[int],
-    **options: Any,
-) -> None:
-    """Raise a ValueError unless the arguments of the registered op fit each other."""
-    expected = (v is not None, v is not None and not membrane_only, v is not None and not membrane_only)
-    if expected != tuple(part is not None for part in (v, i_syn, refractory)):
-        raise ValueError(
-            "v, i_syn and refractory must all be given or all None; with membrane_only the last two are None"
-        )
-    if len(shape) not in (3, 4) or math.prod(shape) != x.numel() or math.prod(shape[1:]) != math.prod(step):
-        raise ValueError(
-            f"shape must be [T, N, D] or [T, N, D, M] with the elements of x {list(x.shape)}, and step a shape with those of a "
-            f"time step, got {list(shape)} and {list(step)}"
-        )
-    D = shape[2]
-    decays = [beta for beta in (beta_mem, beta_syn) if beta is not None]
-    fits = threshold.shape == (D,) and all(beta.shape in ((1,), (D,)) for beta in decays)
-    fits = fits and all(beta.shape == decays[0].shape for beta in decays)
-    if not fits or not all(part is None or list(part.shape) == list(step) for part in (v, i_syn, refractory)):
-        raise ValueError(
-            f"threshold must be [D] = [{D}], decays both [1] or [D], and each part of the state {list(step)}"
-        )
-    if (weight is None) != (gain is None):
-        raise ValueError("pass both weight and gain of the cascade, or neither")
-    if weight is not None and gain is not None:
-        check_cascade(D, weight, gain)
-
-
 def _save(ctx: Any, tensors: Sequence[Tensor | None], options: dict[str, Any], output: Any) -> None:
     ctx.save_for_backward(*tensors)
     ctx.options = options
@@ -730,6 +617,6 @@ _run = register_op(
     Kernel(_registered_backward, _backward_fake, direct=_backward),
     _save,
     _gradients,
-    check=_check_registered,
+    checks=(check_forward, check_backward),
 )
 register_cost("associative_lif", associative_lif_cost)

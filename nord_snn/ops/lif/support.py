@@ -7,8 +7,9 @@ from torch import Tensor
 
 from nord_snn.ops.dispatch import CallSignature, Support
 from nord_snn.ops.lif.reference import PUBLISHED, Dynamics
+from nord_snn.ops.surrogate import SurrogateLike
 
-__all__ = ["Arguments", "OutputGradients", "has_published_dynamics", "supports_surrogate"]
+__all__ = ["Arguments", "Options", "OutputGradients", "has_published_dynamics", "supports_surrogate"]
 
 
 class Arguments(NamedTuple):
@@ -44,6 +45,18 @@ class Arguments(NamedTuple):
     dynamics: Dynamics = PUBLISHED
     shape: tuple[int, ...] = ()
     step: tuple[int, ...] = ()
+
+
+class Options(NamedTuple):
+    """The arguments of :func:`associative_lif` that are not tensors; ``keep_v`` is its ``return_v_seq``."""
+
+    v_reset: float
+    refractory_steps: int
+    surrogate: SurrogateLike
+    alpha: float
+    dynamics: Dynamics
+    membrane_only: bool
+    keep_v: bool
 
 
 class OutputGradients(NamedTuple):

@@ -5,7 +5,15 @@ import math
 import torch
 from torch import Tensor
 
-from nord_snn.ops.checks import check_dependence, check_time_constants, compute_dtype
+from nord_snn.ops.checks import (
+    as_number,
+    as_state,
+    check_dependence,
+    check_tensor,
+    check_time_constants,
+    compute_dtype,
+    describe,
+)
 from nord_snn.ops.dispatch import register_backends
 from nord_snn.ops.plasticity.chunked_torch import chunked
 from nord_snn.ops.plasticity.correlation import ConvGeometry, dense
@@ -69,7 +77,8 @@ def stdp(
         ``(dW, in the shape of the weight and summed over the N rows, last traces)``.
 
     Raises:
-        ValueError: shapes disagree, or a constant is out of its range.
+        TypeError: an argument has another type, or a tensor another dtype or layout.
+        ValueError: shapes or devices disagree, or a constant is out of its range.
 
     Source: Bi and Poo 1998; traces as in Morrison, Diesmann and Gerstner 2008; ``mu`` as in Guetig, Aharonov, Rotter and
     Sompolinsky 2003. SpikingJelly's traces decay by ``1 - 1 / tau_sj``, which is equal for
@@ -81,9 +90,8 @@ def stdp(
         >>> stdp(pre, post)[0].item() > 0 > stdp(post, pre)[0].item()  # pre before post: potentiation
         True
     """
-    decays = _decays(tau_plus=tau_plus, tau_minus=tau_minus)
-    pairing = Pairing(decays["tau_plus"], decays["tau_minus"], a_plus, a_minus)
-    initial = None if state is None else Traces(*state)
+    pairing = _pairing(tau_plus, tau_minus, a_plus, a_minus)
+    initial = None if state is None else Traces(*as_state(state, STDPState))
     change, last = _weight_change(pre, post, initial, pairing, geometry, weight, bounds, mu, slow=False)
     return change, STDPState(last.pre, last.post)
 
@@ -142,7 +150,8 @@ def triplet_stdp(
         ``(dW, in the shape of the weight and summed over the N rows, last traces)``.
 
     Raises:
-        ValueError: shapes disagree, or a constant is out of its range.
+        TypeError: an argument has another type, or a tensor another dtype or layout.
+        ValueError: shapes or devices disagree, or a constant is out of its range.
 
     Source: Pfister and Gerstner 2006, equations 3 and 4, and their table of fits to visual cortex.
 
@@ -154,9 +163,11 @@ def triplet_stdp(
         True
     """
     decays = _decays(tau_plus=tau_plus, tau_minus=tau_minus, tau_x=tau_x, tau_y=tau_y)
+    amplitudes = {"a2_plus": a2_plus, "a2_minus": a2_minus, "a3_plus": a3_plus, "a3_minus": a3_minus}
+    a2_plus, a2_minus, a3_plus, a3_minus = (as_number(value, name) for name, value in amplitudes.items())
     pairing = Pairing(decays["tau_plus"], decays["tau_minus"], a2_plus, a2_minus, decays["tau_x"], decays["tau_y"],
                       a3_plus, a3_minus)  # fmt: skip
-    initial = None if state is None else Traces(*state)
+    initial = None if state is None else Traces(*as_state(state, TripletState))
     change, last = _weight_change(pre, post, initial, pairing, geometry, weight, bounds, mu, slow=True)
     return change, TripletState(*last)  # type: ignore[arg-type]  # with slow traces none of the four is None
 
@@ -211,7 +222,8 @@ def reward_modulated_stdp(
         ``(dW, in the shape of the weight and summed over the N rows, last traces and eligibility)``.
 
     Raises:
-        ValueError: shapes disagree, or a constant is out of its range.
+        TypeError: an argument has another type, or a tensor another dtype or layout.
+        ValueError: shapes or devices disagree, or a constant is out of its range.
 
     Source: Izhikevich 2007 for the eligibility trace; Florian 2007 for both forms (there with a factor
     1 / tau_eligibility); Fremaux and Gerstner 2016 for a third factor per neuron.
@@ -222,8 +234,13 @@ def reward_modulated_stdp(
         >>> bool(both.abs().max() < 1e-6)  # the changes of the two rows cancel
         True
     """
-    decays = _decays(tau_plus=tau_plus, tau_minus=tau_minus)
-    pairing = Pairing(decays["tau_plus"], decays["tau_minus"], a_plus, a_minus)
+    pairing = _pairing(tau_plus, tau_minus, a_plus, a_minus)
+    _check_spikes(pre, post, geometry)
+    if isinstance(reward, Tensor):
+        check_tensor(reward, "reward", "of one number, [N] or [N, n_out]", kind="real")
+    else:
+        reward = as_number(reward, "reward")
+    state = None if state is None else as_state(state, RewardSTDPState)
     initial = None if state is None else Traces(state.pre, state.post)
     row_rewards = reward if isinstance(reward, Tensor) and reward.ndim else None
     if tau_eligibility is None:
@@ -241,9 +258,10 @@ def reward_modulated_stdp(
         pre, post, initial, pairing, geometry, weight, bounds, mu, slow=False, remaining=remaining
     )
     if state is not None and state.eligibility is not None:
+        check_tensor(state.eligibility, "state.eligibility", "of the weight", like=eligibility)
         if state.eligibility.shape != eligibility.shape:
             raise ValueError(
-                f"the eligibility must have the shape of the weight, {list(eligibility.shape)}, got "
+                f"the eligibility of the state must have the shape of the weight, {list(eligibility.shape)}, got "
                 f"{list(state.eligibility.shape)}"
             )
         eligibility = eligibility + decay ** len(pre) * state.eligibility
@@ -270,8 +288,11 @@ def _weight_change(
     """
     _check_spikes(pre, post, geometry)
     check_dependence(bounds, mu)
+    mu = float(mu)
     if mu and weight is None:
         raise ValueError("weight must be passed if mu is above 0, got None")
+    if weight is not None:
+        check_tensor(weight, "weight", "of the synapse", like=post)
     dtype = compute_dtype(pre)
     factor = None if reward is None else _row_factor(reward.to(post.device, dtype), post)
     if traces is None:
@@ -288,13 +309,23 @@ def _weight_change(
     return potentiation - depression, last
 
 
+def _pairing(tau_plus: float, tau_minus: float, a_plus: float, a_minus: float) -> Pairing:
+    """Return the constants of a rule of pairs."""
+    decays = _decays(tau_plus=tau_plus, tau_minus=tau_minus)
+    return Pairing(decays["tau_plus"], decays["tau_minus"], as_number(a_plus, "a_plus"), as_number(a_minus, "a_minus"))
+
+
 def _decays(**time_constants: float) -> dict[str, float]:
     check_time_constants(**time_constants)
     return {name: math.exp(-1 / tau) for name, tau in time_constants.items()}
 
 
 def _check_spikes(pre: Tensor, post: Tensor, geometry: ConvGeometry | None) -> None:
+    if geometry is not None:
+        _check_geometry(geometry)
     n_spatial = 0 if geometry is None else len(geometry.kernel_size)
+    check_tensor(pre, "pre", "[T, N, *]", kind="real")
+    check_tensor(post, "post", "[T, N, *]", kind="real", like=pre)
     if pre.ndim != 3 + n_spatial or post.ndim != 3 + n_spatial or pre.shape[:2] != post.shape[:2]:
         into, out = ("n_in", "n_out") if geometry is None else ("C_in" + ", *" * n_spatial, "C_out" + ", *" * n_spatial)
         raise ValueError(
@@ -312,12 +343,27 @@ def _check_spikes(pre: Tensor, post: Tensor, geometry: ConvGeometry | None) -> N
             )
 
 
+def _check_geometry(geometry: ConvGeometry) -> None:
+    """Raise unless this is the geometry of a convolution with one or two spatial dimensions."""
+    if not isinstance(geometry, ConvGeometry):
+        raise TypeError(f"geometry must be a ConvGeometry or None, got {describe(geometry)}")
+    sizes = (geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation)
+    if not all(isinstance(size, tuple) and len(size) == len(sizes[0]) for size in sizes) or len(sizes[0]) not in (1, 2):
+        raise ValueError("geometry must have kernel_size, stride, padding and dilation with one or two entries each")
+
+
 def _check_traces(traces: Traces, pre: Tensor, post: Tensor) -> None:
-    for trace, spikes in zip(traces, (pre, post, pre, post), strict=True):
+    for name, trace, spikes in zip(
+        ("pre", "post", "slow_pre", "slow_post"), traces, (pre, post, pre, post), strict=True
+    ):
+        if trace is None and (name in ("pre", "post") or (traces.slow_pre is None) != (traces.slow_post is None)):
+            raise TypeError(f"state.{name} must be a tensor of the shape of one time step of the spikes, got None")
+        if trace is not None:
+            check_tensor(trace, f"state.{name}", "of one time step of the spikes", like=spikes)
         if trace is not None and trace.shape != spikes.shape[1:]:
             raise ValueError(
-                f"traces must have the shapes {list(pre.shape[1:])} and {list(post.shape[1:])} of one time step of the spikes, "
-                f"got {list(traces.pre.shape)} and {list(traces.post.shape)}: reset them when the batch shape changes"
+                f"traces of the state must have the shapes {list(pre.shape[1:])} and {list(post.shape[1:])} of one time step of "
+                f"the spikes, got {list(traces.pre.shape)} and {list(traces.post.shape)}: reset them when the batch shape changes"
             )
 
 

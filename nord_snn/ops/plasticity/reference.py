@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nord_snn.ops.checks import as_number, check_numbers, check_tensor
+
 __all__ = [
     "Pairing",
     "RewardSTDPState",
@@ -134,10 +136,19 @@ def reward_from_loss(loss: Any, baseline: float, scale: float = 1.0) -> Any:
         baseline: expected loss.
         scale: factor of the difference, per unit of loss. Default: 1.
 
+    Raises:
+        TypeError: an argument is not a real number or a tensor of such numbers.
+        ValueError: a number is not finite.
+
     Example:
         >>> reward_from_loss(loss=10.0, baseline=10.0), round(reward_from_loss(loss=9.5, baseline=10.0), 4)
         (0.0, 0.2449)
     """
+    check_numbers(baseline=baseline, scale=scale)
+    if isinstance(loss, Tensor):
+        check_tensor(loss, "loss", "of losses", kind="real")
+    else:
+        loss = as_number(loss, "loss")
     tanh = torch.tanh if isinstance(loss, Tensor) else math.tanh
     return tanh(scale * (baseline - loss) / 2)
 

@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from nord_snn._compat.torch import kernels_are_opaque
-from nord_snn.ops.checks import check_heads, check_scalar, compute_dtype, without_autocast
+from nord_snn.ops.checks import (
+    as_count,
+    check_flags,
+    check_heads,
+    check_scalar,
+    check_shape,
+    check_tensor,
+    compute_dtype,
+    without_autocast,
+)
 from nord_snn.ops.costs import register_cost
 from nord_snn.ops.dispatch import CallSignature, backend_selector, register_backends
 from nord_snn.ops.registration import Kernel, register_op
@@ -65,8 +74,8 @@ def resonance(
         ``[B, S, V]`` in the dtype of ``v``.
 
     Raises:
-        TypeError: an argument is not a tensor, or ``v`` is not floating.
-        ValueError: a shape is wrong, D or V is not a multiple of H, or ``top_k`` is not positive.
+        TypeError: an argument has another type, or a tensor another dtype or layout.
+        ValueError: a shape or device is wrong, D or V is not a multiple of H, or ``top_k`` is not positive.
         RuntimeError: the requested backend cannot run.
 
     Source: temporal co-firing resonance of the Nord spiking language model; recency as in ALiBi (Press et al. 2022).
@@ -77,11 +86,11 @@ def resonance(
         >>> resonance(q, k, torch.eye(3)[None], n_heads=1, top_k=1, temperature=1.0)[0].argmax(-1)
         tensor([0, 1, 2])
     """
-    _check(q, k, v, n_heads, top_k, recency)
-    check_scalar(temperature, "temperature")
+    _check(q, k, v, temperature, recency, n_heads, top_k, causal)
+    n_heads, top_k = int(n_heads), int(top_k)
     dtype = compute_dtype(v)
     if not isinstance(temperature, Tensor):
-        temperature = torch.full((), temperature, dtype=dtype, device=v.device)
+        temperature = torch.full((), float(temperature), dtype=dtype, device=v.device)
     temperature = temperature.to(dtype).reshape(())
     recency = None if recency is None else recency.to(dtype)
     inputs = (q, k, v, temperature, recency)
@@ -95,9 +104,19 @@ def resonance(
     return context
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, n_heads: int, top_k: int, recency: Tensor | None) -> None:
-    if not all(isinstance(x, Tensor) for x in (q, k, v)) or not v.is_floating_point():
-        raise TypeError("resonance expects tensors, and v of a floating dtype")
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    temperature: float | Tensor,
+    recency: Tensor | None,
+    n_heads: int,
+    top_k: int,
+    causal: bool,
+) -> None:
+    check_tensor(v, "v", "[B, S, V]")
+    check_tensor(q, "q", "[T, B, S, D]", kind="real", like=v)
+    check_tensor(k, "k", "[T, B, S, D]", kind="real", like=v)
     if q.ndim != 4 or q.shape != k.shape:
         raise ValueError(
             f"resonance expects q and k of one shape [T, B, S, D], got {list(q.shape)} and {list(k.shape)}"
@@ -109,10 +128,37 @@ def _check(q: Tensor, k: Tensor, v: Tensor, n_heads: int, top_k: int, recency: T
         )
     if q.shape[0] == 0:
         raise ValueError("resonance expects q and k [T, B, S, D] with at least one time step, got T = 0")
-    if top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
-    if recency is not None and recency.shape != (n_heads,):
-        raise ValueError(f"recency must have shape [H] = [{n_heads}], got {list(recency.shape)}")
+    as_count(top_k, "top_k")
+    check_flags(causal=causal)
+    check_scalar(temperature, "temperature", like=v)
+    if recency is not None:
+        check_shape(recency, "recency", "[H]", (n_heads,), like=v)
+
+
+def _check_forward(
+    q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, recency: Tensor | None, *, n_heads: int, top_k: int,
+    causal: bool, save_weights: bool, backend: str,
+) -> None:  # fmt: skip
+    _check(q, k, v, temperature, recency, n_heads, top_k, causal)
+
+
+def _check_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, recency: Tensor | None, keys: Tensor,
+    worst: Tensor, weights: Tensor, *, n_heads: int, top_k: int, causal: bool, needs_spike_grad: bool, backend: str,
+) -> None:  # fmt: skip
+    """Raise unless the tensors are those that the forward pass has saved; the selected keys must be positions."""
+    _check(q, k, v, temperature, recency, n_heads, top_k, causal)
+    check_shape(grad, "grad", "of v", tuple(v.shape), like=v)
+    shapes = IMPLEMENTATIONS[backend].kernel().saved_shapes(q, n_heads, top_k, True)
+    for name, saved, shape in zip(("keys", "worst", "weights"), (keys, worst, weights), shapes, strict=True):
+        dtype = torch.int32 if name == "keys" else compute_dtype(v)
+        check_shape(saved, name, "that the forward pass saves", tuple(shape), kind="real", like=v)
+        if saved.dtype != dtype or not saved.is_contiguous():
+            raise TypeError(
+                f"{name} must be contiguous and of {dtype}, as the forward pass saves it, got {saved.dtype}"
+            )
+    if keys.is_cpu and keys.numel() and not bool(((keys >= -1) & (keys < q.shape[2])).all()):
+        raise ValueError(f"keys must be positions below {q.shape[2]}, or -1 for none")
 
 
 def _forward(
@@ -233,5 +279,6 @@ _run = register_op(
     _save,
     _gradients,
     differentiable=_differentiable,
+    checks=(_check_forward, _check_backward),
 )
 register_cost("resonance", resonance_cost)
