@@ -1,4 +1,4 @@
-"""Tests of NordConfig(block="spike_fed") and the dense twin as causal language models."""
+"""Tests of NordForCausalLM with ``block="spike_fed"`` and of the dense twin (GELU instead of neurons, one time step)."""
 
 import pytest
 import torch

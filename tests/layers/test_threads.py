@@ -1,4 +1,4 @@
-"""Layers are called from several threads: no result belongs to another call."""
+"""Layers give the same results if several threads call them at once."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ LAYERS = {
 @pytest.mark.parametrize("calls", [25, pytest.param(3000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("neuron", NEURONS)
 @pytest.mark.parametrize("layer", LAYERS)
-def test_four_threads_get_the_results_of_one(layer, neuron, calls):
+def test_four_threads_get_the_results_of_a_single_thread(layer, neuron, calls):
     kind, sizes = LAYERS[layer]
     net = kind(*sizes, neuron=NEURONS[neuron]).eval().requires_grad_(False)
     assert not wrong_in_threads(net, [2 * torch.randn(4, 2, 3, 8) for _ in range(4)], calls)
