@@ -45,9 +45,7 @@ def test_a_layer_that_cannot_reach_the_rate_keeps_its_thresholds_with_one_warnin
 
 
 def test_a_warning_names_the_highest_rate_that_the_refractory_period_allows():
-    node = AssociativeLIFNode(
-        32, None, step_mode="m"
-    )  # refractory for two time steps after a spike: at most every third has one
+    node = AssociativeLIFNode(32, None, step_mode="m")  # refractory for two time steps after a spike
     with pytest.warns(UserWarning, match=r"by the node: its rate is at most 33\.33 %, so its thresholds are kept"):
         [row] = calibrate_thresholds(node, 5 + torch.rand(30, 4, 32), rate=0.5)
     assert row.note == "its rate is at most 33.33 %, so its thresholds are kept"

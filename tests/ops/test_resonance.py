@@ -201,9 +201,8 @@ def test_every_backend_equals_the_reference(
     assert all(x is None or torch.equal(x, y) for x, y in zip(inputs, before, strict=True))  # inputs are unchanged
 
 
-@pytest.mark.parametrize(
-    ("T", "recency"), [(10, True), (10, False), (1, True), (1, False)]
-)  # with and without saved weights
+# With ten time steps the weights are saved for the backward pass, with one they are computed again.
+@pytest.mark.parametrize(("T", "recency"), [(10, True), (10, False), (1, True), (1, False)])
 def test_full_size_results_equal_the_reference(T, recency):
     q, k = spikes(T, 2, 200, 64, rate=0.1), spikes(T, 2, 200, 64, rate=0.1)
     slopes = torch.tensor([0.5, 0.125]) if recency else None

@@ -34,10 +34,8 @@ def change_of_synapse(pre, post, factor_at=None):
     """
     factor_at = factor_at or (lambda t: 1.0)
     constants = {"a3_plus": 0.0, "a3_minus": 0.0, "tau_x": 1.0, "tau_y": 1.0, **change_of_synapse.constants}
-    a2_plus, a2_minus = (
-        constants.get("a2_plus", constants.get("a_plus")),
-        constants.get("a2_minus", constants.get("a_minus")),
-    )
+    a2_plus = constants.get("a2_plus", constants.get("a_plus"))
+    a2_minus = constants.get("a2_minus", constants.get("a_minus"))
     potentiation = depression = 0.0
     for t_pre, t_post in itertools.product(pre, post):
         if t_pre <= t_post:
@@ -195,9 +193,8 @@ def test_rewards_of_rows_or_neurons_and_the_weight_multiply_each_contribution(mu
     potentiation, depression = brute_force(pre, post, PAIR, geometry, factor)
     weight = torch.empty(potentiation.shape, dtype=torch.float64).uniform_(-1, 2, generator=generator)
     position_in_bounds = (weight + 0.3) / 1.3
-    expected = (1 - position_in_bounds).clamp(min=0) ** mu * potentiation - position_in_bounds.clamp(
-        min=0
-    ) ** mu * depression
+    to_upper, to_lower = (1 - position_in_bounds).clamp(min=0), position_in_bounds.clamp(min=0)
+    expected = to_upper**mu * potentiation - to_lower**mu * depression
     delta, state = reward_modulated_stdp(pre, post, reward, weight=weight, mu=mu, geometry=geometry, **PAIR)
     assert torch.allclose(delta, expected, atol=1e-12)
     assert state.eligibility is None

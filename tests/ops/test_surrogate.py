@@ -1,4 +1,4 @@
-"""Surrogate derivatives: each is the derivative of its primitive; three equal SpikingJelly's."""
+"""Surrogate derivatives: each is the derivative of its primitive; atan, nord_atan and sigmoid compared with SpikingJelly's."""
 
 import math
 
