@@ -172,6 +172,7 @@ def broken_stream(rank: int) -> None:
 
 
 def _serve() -> None:
+    """Import the scripts, and fork processes that run a script for each request on standard input."""
     for name in (
         "train",
         "evaluate",
@@ -215,6 +216,7 @@ def _pipe_without_reader() -> int:
 
 
 def _run(request: dict[str, Any], rank: int, port: int, send: int) -> None:
+    """Run the script of a request in this process, write the number of points to the pipe ``send``, and end the process."""
     output = os.open(request["log"], os.O_WRONLY | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(output, descriptor)

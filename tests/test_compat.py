@@ -61,20 +61,20 @@ def names_defined(trees: list[ast.Module]) -> set[str]:
 
 def foreign_names(tree: ast.Module, known: set[str]) -> list[str]:
     """Return the private names that a file uses and that are not among the known names."""
-    found = []
+    private_names = []
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and not node.module.startswith("nord_snn"):
             parts = [*node.module.split("."), *(alias.name for alias in node.names)]
-            found += [f"from {node.module}" for part in parts if is_private(part)]
+            private_names += [f"from {node.module}" for part in parts if is_private(part)]
         elif isinstance(node, ast.Import):
             parts = [part for alias in node.names for part in alias.name.split(".")]
-            found += [f"import {part}" for part in parts if is_private(part)]
+            private_names += [f"import {part}" for part in parts if is_private(part)]
         elif isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in known:
-            found.append(ast.unparse(node))
+            private_names.append(ast.unparse(node))
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "setattr"):
             named = [x.value for x in node.args[1:2] if isinstance(x, ast.Constant)]
-            found += [name for name in named if is_private(name) and name not in known]
-    return found
+            private_names += [name for name in named if is_private(name) and name not in known]
+    return private_names
 
 
 @pytest.mark.quick
@@ -82,10 +82,10 @@ def test_private_names_of_other_libraries_are_used_only_in_compat():
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
     outside = {path: tree for path, tree in trees.items() if path.parent.name != "_compat"}
     known = names_defined(list(outside.values()))
-    found = {
+    private_names = {
         str(path.relative_to(ROOT)): names for path, tree in outside.items() if (names := foreign_names(tree, known))
     }
-    assert found == {}
+    assert private_names == {}
 
 
 def test_the_search_for_private_names_finds_them():

@@ -64,7 +64,7 @@ def norse_loop(fc, lif, x_seq):
 
 
 def networks_that_pass_states():
-    """Return networks of snnTorch and Norse by the way in which they pass or store the state."""
+    """Return networks of snnTorch and Norse that differ in how the state is passed or stored."""
     snn, norse = pytest.importorskip("snntorch"), pytest.importorskip("norse.torch")
     return {
         "init_leaky": Network(snn.Leaky(beta=0.9), snntorch_loop(lambda lif, x: lif.init_leaky())),
@@ -173,6 +173,7 @@ def step_loop(fc, lif, x_seq):
 
 
 def depth_loop(fc, lif, x_seq):
+    """Use one layer of neurons three times, one after the other."""
     for _ in range(3):
         x_seq = lif(fc(x_seq) + 0.3, stateless=True)
     return x_seq
@@ -200,7 +201,7 @@ def test_the_calibrated_rate_is_the_mean_over_all_calls_of_a_node(step_mode, cal
     assert row.before == pytest.approx(before)
     assert row.after == pytest.approx(0.2, rel=0.1)
     assert net.lif.step_mode == step_mode
-    if call not in (two_uses, two_uses_from_rest, reset_between, depth_loop):  # here inputs depend on the thresholds
+    if call not in (two_uses, two_uses_from_rest, reset_between, depth_loop):  # whose inputs depend on the thresholds
         assert rate_of_node(net, x_seq) == pytest.approx(row.after)
 
 

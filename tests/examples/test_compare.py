@@ -111,6 +111,7 @@ def test_a_run_has_the_same_loss_as_with_train_py(tmp_path, text, spike_fed):
 
 
 def runs_in(out):
+    """Return the runs that the script has stored in its output folder."""
     return [json.loads(path.read_text()) for path in sorted((out / "runs").glob("*.json"))]
 
 

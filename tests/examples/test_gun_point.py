@@ -14,6 +14,7 @@ PARTS = {"multi-scale encoder": MultiScaleTemporalEncoder, "membrane readout": M
 
 
 def has(name: str, kind: type[nn.Module]) -> bool:
+    """Return whether the network of a name has a module of a class."""
     return any(isinstance(module, kind) for module in script.KINDS[name]().modules())
 
 

@@ -82,9 +82,9 @@ def test_to_original_gives_the_published_checkpoint_again(name, tmp_path, capsys
         assert torch.equal(got, expected), key
     assert back["config"].items() <= (published["config"] | {"persistent_mem": False}).items()
     assert back["config"]["tokenizer_id"] == "meta-llama/Llama-3.2-1B"  # the default: the folder has no tokenizer
-    again = load_original(tmp_path / "back.pt")
+    loaded = load_original(tmp_path / "back.pt")
     expected = load_reference(f"{name}_expected")
-    assert torch.allclose(again(input_ids=expected["ids"]).logits, expected["logits"], atol=1e-5, rtol=0)
+    assert torch.allclose(loaded(input_ids=expected["ids"]).logits, expected["logits"], atol=1e-5, rtol=0)
     with pytest.raises(SystemExit, match="expected a new file in a folder that exists"):
         main(["--to-original", str(tmp_path / "folder"), str(tmp_path / "back.pt")])
 
@@ -178,12 +178,12 @@ def test_bad_checkpoints_raise_one_sentence_and_execute_nothing(tmp_path):
 def test_save_and_load_are_exact(tmp_path):
     model = NordForCausalLM(NordConfig(**SMALL, recency=True)).eval()
     model.save_pretrained(tmp_path)
-    again, info = NordForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    loaded, info = NordForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
-    for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+    for (name, a), (_, b) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
         assert torch.equal(a, b), name
-    assert again.config.top_k == 64
-    assert again.generation_config.top_k != 64  # the resonance's top_k is not the sampler's
+    assert loaded.config.top_k == 64
+    assert loaded.generation_config.top_k != 64  # the resonance's top_k is not the sampler's
 
 
 def test_a_model_without_cascade_returns_logits_as_a_tuple():
@@ -197,9 +197,9 @@ def test_tied_embeddings_share_one_tensor_also_after_loading(tmp_path):
     model = NordForCausalLM(NordConfig(**SMALL, tie_word_embeddings=True))
     assert model.lm_head.weight is model.embed_tokens.weight
     model.save_pretrained(tmp_path)
-    again = NordForCausalLM.from_pretrained(tmp_path)
-    assert again.lm_head.weight is again.embed_tokens.weight
-    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    loaded = NordForCausalLM.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.embed_tokens.weight
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
 
 
 @pytest.mark.quick

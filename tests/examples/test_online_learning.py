@@ -89,6 +89,7 @@ def test_the_control_conditions_only_permute_or_remove_spikes_and_rewards():
 
 
 def outcomes(on, off, shuffled, old_on=4.0):
+    """Return outcomes with these losses while reading, by condition; the loss on old text is 4.0, for "on" ``old_on``."""
     return {
         name: [Outcome([loss], loss, old) for loss in losses]
         for name, losses, old in (("on", on, old_on), ("off", off, 4.0), ("shuffled", shuffled, 4.0))

@@ -227,6 +227,7 @@ def test_commands_set_the_named_options(talk):
 
 
 def changed(model, before):
+    """Return the names of the weights that differ from those of ``before``."""
     return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
 
 

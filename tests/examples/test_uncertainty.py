@@ -141,14 +141,14 @@ def test_files_and_folders_can_be_compared_texts(tokenizer, model, tmp_path):
     Path(other).mkdir()
     (tmp_path / "known" / "other.txt").write_text(make_text(6000, seed=99))
     (tmp_path / "short.txt").write_text("too short")
-    found, _, measured = distinguish(model, tokenizer, TEXTS, open_others([other, short]), 16)
-    assert list(measured) == list(found["auroc"]) == [other]
-    assert found["left_out"] == [
+    result, _, measured = distinguish(model, tokenizer, TEXTS, open_others([other, short]), 16)
+    assert list(measured) == list(result["auroc"]) == [other]
+    assert result["left_out"] == [
         f"{short}: 0 documents have passages of 16 tokens, expected at least 5 to generalise to other documents"
     ]
-    assert found["known"] == {"passages": 400, "documents": 8}
-    for result in found["auroc"][other].values():
-        assert result["low"] <= result["auroc"] <= result["high"]
+    assert result["known"] == {"passages": 400, "documents": 8}
+    for score in result["auroc"][other].values():
+        assert score["low"] <= score["auroc"] <= score["high"]
     with pytest.raises(DataError, match="no such file"):
         open_others([str(tmp_path / "none.txt")])
     with pytest.raises(DataError, match="passages must have 2 to 24 tokens, got 25"):
@@ -158,13 +158,13 @@ def test_files_and_folders_can_be_compared_texts(tokenizer, model, tmp_path):
 def test_chinese_text_is_distinguished_and_the_same_text_is_not(tokenizer, model, tmp_path):
     """For the same text the AUROC of all scores is near 0.5; for Chinese text it is far from 0.5, also without a model."""
     (tmp_path / "same.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    found, *_ = distinguish(model, tokenizer, TEXTS, open_others(["chinese", str(tmp_path / "same.jsonl")]), 16)
-    assert found["auroc"]["chinese"]["bytes per token (no model)"]["high"] < 0.05
-    same = found["auroc"][str(tmp_path / "same.jsonl")]
+    result, *_ = distinguish(model, tokenizer, TEXTS, open_others(["chinese", str(tmp_path / "same.jsonl")]), 16)
+    assert result["auroc"]["chinese"]["bytes per token (no model)"]["high"] < 0.05
+    same = result["auroc"][str(tmp_path / "same.jsonl")]
     assert same["loss"]["auroc"] == same["firing rate of all neurons"]["auroc"] == 0.5
     for score in LEARNED:
         assert 0.2 < same[score]["auroc"] < 0.75
-        assert found["auroc"]["chinese"][score]["auroc"] > 0.9
+        assert result["auroc"]["chinese"][score]["auroc"] > 0.9
 
 
 # --- measures of each token
@@ -193,8 +193,8 @@ def test_zones_weight_layers_by_their_neurons():
         "blocks.3.ffn.lif2": torch.tensor(0.0),
     }
     neurons = {"input_lif": 4, "blocks.3.ffn.lif1": 8, "blocks.3.ffn.lif2": 4}
-    found = {name: value.item() for name, value in zone_means(rates, neurons).items()}
-    assert found == pytest.approx({"input": 0.1, "block 3": 0.2})
+    means = {name: value.item() for name, value in zone_means(rates, neurons).items()}
+    assert means == pytest.approx({"input": 0.1, "block 3": 0.2})
     assert zone("readout.lif") == "readout"
 
 
@@ -206,15 +206,15 @@ def test_whether_a_token_begins_a_word_depends_on_the_previous_token(tokenizer):
             for i, k in zip(ids[0].tolist(), kinds_of(ids, tokenizer)[0], strict=True)
         ]
 
-    found = kinds("x(y) xy's\nthe")
-    assert found[0] == ("x", "begins a word")  # the previous token is unknown
-    token_texts = [text for text, _ in found]
-    assert dict(found)["y"] in ("begins a word", "inside a word")
-    assert found[token_texts.index("(") + 1] == ("y", "begins a word")
+    tokens = kinds("x(y) xy's\nthe")
+    assert tokens[0] == ("x", "begins a word")  # the previous token is unknown
+    token_texts = [text for text, _ in tokens]
+    assert dict(tokens)["y"] in ("begins a word", "inside a word")
+    assert tokens[token_texts.index("(") + 1] == ("y", "begins a word")
     apostrophe = next(i for i, text in enumerate(token_texts) if text.startswith("'"))
-    assert found[apostrophe][1] in ("inside a word", "punctuation")
+    assert tokens[apostrophe][1] in ("inside a word", "punctuation")
     after_break = next(i for i, text in enumerate(token_texts) if "\n" in text) + 1
-    assert found[after_break][1] in ("function word", "begins a word")
+    assert tokens[after_break][1] in ("function word", "begins a word")
 
 
 def test_kinds_of_tokens(tokenizer):
@@ -235,19 +235,19 @@ def test_kinds_of_tokens(tokenizer):
 
 def test_rates_by_kind_are_means_over_its_tokens():
     kinds = torch.tensor([[0, 4, 4], [5, 4, 0]])
-    found = rates_by_kind({"lif": torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.1, 0.3]])}, kinds)
-    assert list(found["lif"]) == [TOKEN_KINDS[0], TOKEN_KINDS[4], TOKEN_KINDS[5]]
-    assert list(found["lif"].values()) == pytest.approx([0.2, 0.2, 0.4])
+    rates = rates_by_kind({"lif": torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.1, 0.3]])}, kinds)
+    assert list(rates["lif"]) == [TOKEN_KINDS[0], TOKEN_KINDS[4], TOKEN_KINDS[5]]
+    assert list(rates["lif"].values()) == pytest.approx([0.2, 0.2, 0.4])
 
 
 @settings(deadline=None, max_examples=50)
 @given(text=st.text(alphabet="ab 1\n语é😀", max_size=20), skipped=st.integers(0, 3))
 def test_decodable_spans_have_every_token_once_and_whole_characters(tokenizer, text, skipped):
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][skipped:], dtype=torch.long)
-    found = list(decodable_spans(ids, tokenizer))
-    assert [place for _, begin, end in found for place in range(begin, end)] == list(range(len(ids)))
+    spans = list(decodable_spans(ids, tokenizer))
+    assert [place for _, begin, end in spans for place in range(begin, end)] == list(range(len(ids)))
     if not skipped:
-        assert "".join(word for word, _, _ in found) == text
+        assert "".join(word for word, _, _ in spans) == text
 
 
 def test_entropy_of_a_uniform_model_is_the_log_of_the_vocabulary(tokenizer, model):

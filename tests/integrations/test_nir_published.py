@@ -56,6 +56,9 @@ def integrate_and_fire(*shape: int):
     return nir.IF(np.ones(shape, np.float32), np.ones(shape, np.float32))
 
 
+# --- graphs of the repository of the NIR paper, with random weights
+
+
 def two_lif():
     """Return two LIF neurons. The second weight is 300 instead of the published 1, so that the second neuron fires."""
     return chain(
@@ -72,6 +75,7 @@ def one_lif():
 
 
 def spiking_cnn():
+    """Return the convolutional network with IF neurons for N-MNIST."""
     pool = nir.SumPool2d(*(np.array([v, v]) for v in (2, 2, 0)))
     nodes = (
         conv(random_weight(16, 2, 5, 5, scale=0.3), 2, 34), integrate_and_fire(16, 16, 16),
@@ -85,6 +89,7 @@ def spiking_cnn():
 
 
 def braille_zero():
+    """Return the recurrent network for Braille letters whose neurons are reset to zero."""
     return chain(
         nir.Affine(random_weight(38, 12), random_weight(38, scale=0.3)), cuba(38, 1e-3 / 4.5, 1e-3),
         nir.Affine(random_weight(7, 38, scale=0.4), random_weight(7, scale=0.3)), cuba(7, 2e-4, 1e-3 / 4.5),
@@ -93,6 +98,7 @@ def braille_zero():
 
 
 def braille_subtract():
+    """Return the recurrent network for Braille letters whose neurons subtract the threshold."""
     return chain(
         nir.Linear(random_weight(40, 12)), cuba(40, 4e-4, 1e-3 / 1.5),
         nir.Linear(random_weight(7, 40, scale=0.4)), cuba(7, 1e-3 / 5.5, 1e-3 / 3),

@@ -291,7 +291,11 @@ def state_of(rule, net):
 
 
 def same(one, other):
+    """Return whether two lists of tensors or None are equal."""
     return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+# Each of the following functions makes one error in the use of a rule.
 
 
 def bad_spike(net, rule):

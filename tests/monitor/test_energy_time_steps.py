@@ -135,6 +135,7 @@ def test_an_invalid_number_of_time_steps_raises_before_the_run(time_steps):
 
 
 def in_single_steps(node, time_steps):
+    """Run a node in six single time steps under a profiler with ``time_steps``."""
     with EnergyProfiler(node, time_steps):
         for x in torch.rand(6, 3, 8):
             node(x)

@@ -21,6 +21,8 @@ ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7
 
 
 class Kernels(NamedTuple):
+    """The module of the kernels, interpreted or compiled, and the device on which they run."""
+
     module: ModuleType
     device: str
 

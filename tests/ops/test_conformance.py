@@ -580,7 +580,7 @@ def test_outputs_that_share_memory_are_detected(interpreter: Any, monkeypatch: p
 
 
 def test_first_derivatives_with_a_graph_pass_through_activation_checkpointing() -> None:
-    """``create_graph=True`` needs saved tensors again, which activation checkpointing returns once."""
+    """Activation checkpointing returns saved tensors once; with ``create_graph=True`` they must not be read twice."""
     x, leak, floor = torch.randn(4, 8, requires_grad=True), torch.rand(8), -torch.rand(8)
 
     def loss(checkpointed: bool) -> Tensor:

@@ -23,6 +23,7 @@ DYNAMICS = st.builds(
 
 
 def random(*shape, low=0.0, high=1.0):
+    """Return uniform random numbers in float64."""
     return torch.rand(shape, dtype=torch.float64) * (high - low) + low
 
 

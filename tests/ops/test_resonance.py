@@ -41,6 +41,7 @@ def test_counts_selected_keys_and_context_equal_the_expected_values(case):
 
 
 def spikes(*shape, rate=0.3):
+    """Return random spikes with a firing rate."""
     return (torch.rand(*shape) < rate).float()
 
 
@@ -134,6 +135,7 @@ def test_gradients_are_exact_if_few_keys_are_selected(monkeypatch):
 
 
 def output_and_gradients(run, inputs, grad):
+    """Return the output of ``run(*inputs)`` and the gradients of all inputs for the output gradient ``grad``."""
     inputs = [None if x is None else x.detach().clone().requires_grad_() for x in inputs]
     context = run(*inputs)
     context.backward(grad)
@@ -301,6 +303,7 @@ def test_saved_tensors_are_no_larger_than_the_queries(backend):
 
 
 def saved_shapes(backend, q, top_k):
+    """Return the shapes of the tensors that a backend saves for its backward pass."""
     return IMPLEMENTATIONS[backend].kernel().saved_shapes(q, 2, top_k, True)
 
 

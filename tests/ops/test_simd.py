@@ -66,11 +66,11 @@ def test_every_vector_element_is_computed_independently(dtype):
 
 
 @njit
-def _through_an_address(address, like, n):
+def _write_by_address(address, like, n):
     simd.masked_store(simd.as_pointer(address, like), 1, n - 1, simd.broadcast(simd.as_pointer(address, like), 7))
 
 
 def test_memory_can_be_written_by_its_address(dtype):
     x = np.zeros(5, dtype)
-    _through_an_address(x.ctypes.data, dtype(0), 5)
+    _write_by_address(x.ctypes.data, dtype(0), 5)
     assert x.tolist() == [0, 7, 7, 7, 7]

@@ -72,8 +72,9 @@ def step_by_step(pre, post, state, tau_plus, tau_minus, a_plus, a_minus):
 TINY = 1e-37  # smaller numbers of float32 are subnormal, with less precision
 
 
-def close(one, other, tolerance):
-    return (one - other).norm() <= tolerance * other.norm() + TINY
+def close(actual, expected, tolerance):
+    """Return whether the norm of the difference is within a tolerance relative to the expected value."""
+    return (actual - expected).norm() <= tolerance * expected.norm() + TINY
 
 
 @settings(deadline=None, max_examples=60)
