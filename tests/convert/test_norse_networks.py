@@ -112,11 +112,11 @@ def test_like_gives_the_same_spikes_and_gradients(class_name, parameters):
             spikes.append(z)
         torch.stack(spikes).square().sum().backward()
         results.append((torch.stack(spikes).detach(), x_seq.grad, state[1].v))
-    (theirs, their_grad, their_v), (ours, our_grad, our_v) = results
-    assert 0.02 < theirs.mean() < 0.98
-    assert torch.equal(ours, theirs)
-    assert torch.allclose(our_v, their_v, atol=1e-5)
-    assert torch.allclose(our_grad, their_grad, rtol=1e-3, atol=1e-4)
+    (expected, expected_grad, expected_v), (spikes, grad, v) = results
+    assert 0.02 < expected.mean() < 0.98
+    assert torch.equal(spikes, expected)
+    assert torch.allclose(v, expected_v, atol=1e-5)
+    assert torch.allclose(grad, expected_grad, rtol=1e-3, atol=1e-4)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)

@@ -157,13 +157,13 @@ def test_synaptic_with_two_states_is_replaced():
 
 def test_a_call_without_states_continues_from_the_stored_states():
     net = nn.Sequential(nn.Linear(20, 6), snn.Leaky(beta=0.9))
-    ours, theirs = copy.deepcopy(net), net
-    replace_neurons(ours, X, like=True)
+    replaced, original = copy.deepcopy(net), net
+    replace_neurons(replaced, X, like=True)
     for _ in range(8):
-        assert torch.equal(ours(X)[0], theirs(X)[0])
-    nord_snn.reset(ours)
-    nord_snn.reset(theirs)
-    assert torch.equal(ours(X)[0], theirs(X)[0])
+        assert torch.equal(replaced(X)[0], original(X)[0])
+    nord_snn.reset(replaced)
+    nord_snn.reset(original)
+    assert torch.equal(replaced(X)[0], original(X)[0])
     hidden = convolutional()
     replace_neurons(hidden, IMAGES)
     with pytest.raises(TypeError, match="init_hidden=True"):

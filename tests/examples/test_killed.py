@@ -97,17 +97,17 @@ def test_a_run_killed_at_a_rename_ends_with_the_same_weights(training, number, e
 def test_a_resumed_run_killed_again_ends_with_the_same_weights(training, number, exchange):
     """The first kill is before the first checkpoint, or while the second one is written."""
     for point_before in (6, 9) if number is None else (9,):
-        part = training.folder / f"before-{exchange}-{number}-{point_before}"
-        assert training.start(part.name, point=point_before, exchange=exchange)[0] == KILLED
-        copy = training.folder / f"copy-{part.name}"
-        shutil.copytree(part, copy)
+        killed_run = training.folder / f"before-{exchange}-{number}-{point_before}"
+        assert training.start(killed_run.name, point=point_before, exchange=exchange)[0] == KILLED
+        copy = training.folder / f"copy-{killed_run.name}"
+        shutil.copytree(killed_run, copy)
         status, points = training.resume(copy / "test-0001", exchange=exchange)
         assert status == 0, training.log.read_text()
         for point in select_points(points, number):
-            again = training.folder / f"again-{part.name}-{point}"
-            shutil.copytree(part, again)
-            assert training.resume(again / "test-0001", point=point, exchange=exchange)[0] == KILLED
-            finish_killed_run(training, again.name)
+            second_copy = training.folder / f"again-{killed_run.name}-{point}"
+            shutil.copytree(killed_run, second_copy)
+            assert training.resume(second_copy / "test-0001", point=point, exchange=exchange)[0] == KILLED
+            finish_killed_run(training, second_copy.name)
 
 
 @pytest.mark.slow

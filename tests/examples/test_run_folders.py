@@ -134,13 +134,13 @@ def test_resuming_with_another_number_of_processes_raises(server, folder, stoppe
 def test_a_broken_stream_stops_all_processes_and_resumes_to_the_same_weights(server, folder):
     output = start(server, folder, "broken", processes=2, fault="broken_stream")
     assert "the stream broke off" in error_in(output)
-    part = folder / "broken" / "test-0001"
-    position = read_json(max(part.glob("checkpoint-*")) / "position.json")
+    run_folder = folder / "broken" / "test-0001"
+    position = read_json(max(run_folder.glob("checkpoint-*")) / "position.json")
     assert position["batches"] == 5  # 40 sequences / (2 processes * 4 sequences a batch)
-    assert resume(server, part, processes=2, fault="stream").startswith("0 ")
+    assert resume(server, run_folder, processes=2, fault="stream").startswith("0 ")
     assert start(server, folder, "unbroken", processes=2, fault="stream").startswith("0 ")
     expected = weights(folder / "unbroken" / "test-0001")
-    assert all(torch.equal(value, expected[name]) for name, value in weights(part).items())
+    assert all(torch.equal(value, expected[name]) for name, value in weights(run_folder).items())
 
 
 def test_a_full_disk_of_one_of_two_processes_does_not_end_the_training(server, folder):

@@ -59,9 +59,9 @@ def run(tmp_path, text, *arguments, config=None, out="runs") -> int:
     return train_script.main([*where, *arguments])
 
 
-def resume(part) -> int:
+def resume(run_folder) -> int:
     """Resume the run in a folder; return the exit status."""
-    return train_script.main(["--resume", str(part), "--no-report"])
+    return train_script.main(["--resume", str(run_folder), "--no-report"])
 
 
 # --- a finished run
@@ -179,18 +179,20 @@ def test_a_resumed_run_reaches_the_same_weights_bit_for_bit(tmp_path, text, monk
     with monkeypatch.context() as patch:
         patch.setattr(TrainingProgress, "update", interrupt)
         assert run(tmp_path, text, config=config, out="parts") == loop.INTERRUPTED
-    part = tmp_path / "parts" / "test-0001"
-    assert latest_checkpoint(part).name == "checkpoint-000027"
-    position = json.loads((part / "checkpoint-000027" / "position.json").read_text())
+    run_folder = tmp_path / "parts" / "test-0001"
+    assert latest_checkpoint(run_folder).name == "checkpoint-000027"
+    position = json.loads((run_folder / "checkpoint-000027" / "position.json").read_text())
     assert position["epoch"] > 0
     assert position["batches"] > 0
     batches = (286 // 8) if "286" in capsys.readouterr().out else 0  # 286 sequences of training
     assert batches % 2 == 1  # two batches a training step: one step has batches of two epochs
-    assert resume(part) == 0
-    whole, resumed = weights(tmp_path / "whole" / "test-0001"), weights(part)
+    assert resume(run_folder) == 0
+    whole, resumed = weights(tmp_path / "whole" / "test-0001"), weights(run_folder)
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
-    results = [json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "whole" / "test-0001", part)]
+    results = [
+        json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "whole" / "test-0001", run_folder)
+    ]
     assert results[0]["validation_loss"] == results[1]["validation_loss"]
 
 
@@ -198,34 +200,34 @@ def test_a_resumed_run_reaches_the_same_weights_bit_for_bit(tmp_path, text, monk
 def test_a_repeatedly_killed_run_ends_with_the_same_weights(tmp_path, text, kills):
     """The run is killed at random moments of training or saving, and resumed each time."""
     config = write_config(tmp_path, steps=60 * kills, save_every=1, eval_every=10_000)
-    part, generator = tmp_path / "runs" / "test-0001", random.Random(0)
+    run_folder, generator = tmp_path / "runs" / "test-0001", random.Random(0)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     start = ["--config", str(config), "--data", str(text), "--out", str(tmp_path / "runs")]
     for kill in range(kills):
-        arguments = ["--resume", str(part)] if kill else start
+        arguments = ["--resume", str(run_folder)] if kill else start
         process = subprocess.Popen(
             [sys.executable, str(TRAIN), "--no-report", *arguments],
             env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )
-        before, deadline = newest_step(part), time.monotonic() + 120
-        while newest_step(part) < before + 2 and process.poll() is None and time.monotonic() < deadline:
+        before, deadline = newest_step(run_folder), time.monotonic() + 120
+        while newest_step(run_folder) < before + 2 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(generator.uniform(0, 0.3))
         process.kill()
         assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()
         process.stderr.close()
-        assert before + 2 <= newest_step(part) < 60 * kills
-        checkpoint = latest_checkpoint(part)
+        assert before + 2 <= newest_step(run_folder) < 60 * kills
+        checkpoint = latest_checkpoint(run_folder)
         checkpoints.check_digests(checkpoint, checkpoints.read_json(checkpoint / "position.json")["digests"])
     # Both processes have the number of threads of the killed ones, as weights are compared bit for bit.
-    for arguments in (["--resume", str(part)], [*start[:-1], str(tmp_path / "whole")]):
+    for arguments in (["--resume", str(run_folder)], [*start[:-1], str(tmp_path / "whole")]):
         subprocess.run(
             [sys.executable, str(TRAIN), "--no-report", *arguments], env=environment, check=True, capture_output=True
         )
     expected = weights(tmp_path / "whole" / "test-0001")
-    assert all(torch.equal(value, expected[name]) for name, value in weights(part).items())
+    assert all(torch.equal(value, expected[name]) for name, value in weights(run_folder).items())
 
 
 def newest_step(run: Path) -> int:
@@ -270,8 +272,8 @@ def test_resuming_the_run_of_another_model_raises(tmp_path, text, trained, capsy
 
 def test_a_checkpoint_of_another_shape_raises(tmp_path, text, capsys):
     run(tmp_path, text, "--steps", "4")
-    part = tmp_path / "runs" / "test-0001"
-    checkpoint = latest_checkpoint(part)
+    run_folder = tmp_path / "runs" / "test-0001"
+    checkpoint = latest_checkpoint(run_folder)
     tensors = load_file(checkpoint / "model.safetensors")
     tensors["norm.weight"] = torch.ones(3)
     save_file(tensors, checkpoint / "model.safetensors")
@@ -279,18 +281,18 @@ def test_a_checkpoint_of_another_shape_raises(tmp_path, text, capsys):
     position["digests"] = checkpoints.digests(checkpoint)
     del position["digests"]["position.json"], position["seal"]
     (checkpoint / "position.json").write_text(json.dumps(checkpoints.seal(position)))
-    error = error_of(capsys, resume(part))
+    error = error_of(capsys, resume(run_folder))
     assert "does not fit this model" in error
     assert "norm.weight" in error
 
 
 def test_resuming_with_changed_settings_raises(tmp_path, text, capsys):
     run(tmp_path, text, "--steps", "4")
-    part = tmp_path / "runs" / "test-0001"
-    content = yaml.safe_load((part / "settings.yaml").read_text())
+    run_folder = tmp_path / "runs" / "test-0001"
+    content = yaml.safe_load((run_folder / "settings.yaml").read_text())
     content["training"]["seed"] = 7
-    (part / "settings.yaml").write_text(yaml.safe_dump(content))
-    assert "changed since the run started, or is damaged" in error_of(capsys, resume(part))
+    (run_folder / "settings.yaml").write_text(yaml.safe_dump(content))
+    assert "changed since the run started, or is damaged" in error_of(capsys, resume(run_folder))
 
 
 def test_resuming_on_changed_text_raises(tmp_path, text, capsys):
@@ -302,12 +304,12 @@ def test_resuming_on_changed_text_raises(tmp_path, text, capsys):
 
 def test_a_damaged_checkpoint_raises(tmp_path, text, capsys):
     run(tmp_path, text, "--steps", "8")
-    part = tmp_path / "runs" / "test-0001"
-    checkpoint = latest_checkpoint(part)
+    run_folder = tmp_path / "runs" / "test-0001"
+    checkpoint = latest_checkpoint(run_folder)
     for name in ("model.safetensors", "optimizer.bin", "random_states_0.pkl"):
         whole = (checkpoint / name).read_bytes()
         (checkpoint / name).write_bytes(whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])  # one flipped bit
-        error = error_of(capsys, resume(part))
+        error = error_of(capsys, resume(run_folder))
         assert (
             f"checkpoint-000008: damaged or incomplete ({name}); remove the folder to resume from checkpoint-000004"
             in error
@@ -316,20 +318,22 @@ def test_a_damaged_checkpoint_raises(tmp_path, text, capsys):
     for content in ("{}", "[]", '{"step": 5}', "{"):
         whole = (checkpoint / "position.json").read_text()
         (checkpoint / "position.json").write_text(content)
-        assert "position.json" in error_of(capsys, resume(part))
+        assert "position.json" in error_of(capsys, resume(run_folder))
         (checkpoint / "position.json").write_text(whole)
-    (part / "tokenizer" / "tokenizer.json").write_text("{")
-    assert "tokenizer: changed since the run started, or damaged (tokenizer.json)" in error_of(capsys, resume(part))
-    (part / "run.json").write_text("{}")
-    assert "run.json: not written by train.py" in error_of(capsys, resume(part))
+    (run_folder / "tokenizer" / "tokenizer.json").write_text("{")
+    assert "tokenizer: changed since the run started, or damaged (tokenizer.json)" in error_of(
+        capsys, resume(run_folder)
+    )
+    (run_folder / "run.json").write_text("{}")
+    assert "run.json: not written by train.py" in error_of(capsys, resume(run_folder))
 
 
 def test_resuming_a_run_without_checkpoints_raises(tmp_path, text, capsys):
     run(tmp_path, text, "--steps", "4")
-    part = tmp_path / "runs" / "test-0001"
-    for folder in part.glob("checkpoint-*"):
-        folder.rename(part / f"gone-{folder.name}")
-    assert "no checkpoint to resume from" in error_of(capsys, resume(part))
+    run_folder = tmp_path / "runs" / "test-0001"
+    for folder in run_folder.glob("checkpoint-*"):
+        folder.rename(run_folder / f"gone-{folder.name}")
+    assert "no checkpoint to resume from" in error_of(capsys, resume(run_folder))
 
 
 @pytest.mark.quick
@@ -481,12 +485,12 @@ def test_a_stream_is_resumed_bit_for_bit_also_after_an_interruption(tmp_path, te
     with monkeypatch.context() as patch:
         patch.setattr(corpus_module, "pack", pack_with_error)
         assert "the stream broke off" in error_of(capsys, run(tmp_path, text, config=config, out="parts"))
-    part = tmp_path / "parts" / "test-0001"
-    position = json.loads((latest_checkpoint(part) / "position.json").read_text())
+    run_folder = tmp_path / "parts" / "test-0001"
+    position = json.loads((latest_checkpoint(run_folder) / "position.json").read_text())
     assert position["epoch"] == 1
     assert position["batches"] == 10  # the 11th was the first of two in a training step that was not finished
-    assert resume(part) == 0
-    assert all(torch.equal(value, weights(part)[name]) for name, value in weights(whole).items())
+    assert resume(run_folder) == 0
+    assert all(torch.equal(value, weights(run_folder)[name]) for name, value in weights(whole).items())
 
 
 @pytest.mark.slow
@@ -571,20 +575,22 @@ def test_two_processes_train_one_run_together_and_can_resume_it(tmp_path, text, 
     first = [*command, "--no-report", "--config", str(config), "--data", str(text), "--out", str(tmp_path / "runs")]
     subprocess.run(first, env=environment, check=True, capture_output=True, timeout=240)
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["test-0001"]
-    part = tmp_path / "runs" / "test-0001"
-    results = json.loads((part / "results.json").read_text())
+    run_folder = tmp_path / "runs" / "test-0001"
+    results = json.loads((run_folder / "results.json").read_text())
     assert results["tokens"] == 2 * 4 * 4 * 2 * 24
     assert run(tmp_path, text, "--batch-size", "8", config=config, out="one") == 0
     alone = tmp_path / "one" / "test-0001"
-    assert losses(part) == pytest.approx(losses(alone), rel=1e-4)
-    assert len(losses(part)) == 4
+    assert losses(run_folder) == pytest.approx(losses(alone), rel=1e-4)
+    assert len(losses(run_folder)) == 4
     expected = json.loads((alone / "results.json").read_text())["validation_loss"]
     assert results["validation_loss"] == pytest.approx(expected, rel=1e-3)
-    before = weights(part)
-    shutil.rmtree(part / "checkpoint-000004")
-    shutil.rmtree(part / "model")
-    subprocess.run([*command, "--resume", str(part)], env=environment, check=True, capture_output=True, timeout=240)
-    assert all(torch.equal(value, weights(part)[name]) for name, value in before.items())
+    before = weights(run_folder)
+    shutil.rmtree(run_folder / "checkpoint-000004")
+    shutil.rmtree(run_folder / "model")
+    subprocess.run(
+        [*command, "--resume", str(run_folder)], env=environment, check=True, capture_output=True, timeout=240
+    )
+    assert all(torch.equal(value, weights(run_folder)[name]) for name, value in before.items())
 
 
 def test_json_is_written_atomically(tmp_path, monkeypatch):

@@ -290,11 +290,11 @@ def test_multi_step_restores_the_stored_state_of_its_neuron():
     mem = leaky.mem
     MultiStep(leaky)(torch.rand(5, 3, 16))
     assert leaky.mem is mem
-    ours = AssociativeSynaptic(16, n_clusters=4, init_hidden=True)
+    synaptic = AssociativeSynaptic(16, n_clusters=4, init_hidden=True)
     strong = torch.full((2, 16), 9.0)
-    assert ours(strong).all()
-    MultiStep(ours)(torch.rand(5, 3, 16))
-    assert not ours(strong).any()  # still refractory
+    assert synaptic(strong).all()
+    MultiStep(synaptic)(torch.rand(5, 3, 16))
+    assert not synaptic(strong).any()  # still refractory
 
 
 def test_misuse_raises():

@@ -110,11 +110,11 @@ def test_a_call_without_states_continues_from_the_stored_ones(neuron_class):
 def test_associative_leaky_has_the_spikes_potentials_and_gradients_of_leaky(mechanism, learned):
     torch.manual_seed(0)
     options = {"reset_mechanism": mechanism, "learn_beta": learned, "learn_threshold": learned}
-    ours, theirs = AssociativeLeaky(16, beta=0.9, **options), snntorch.Leaky(beta=0.9, **options)
+    associative_leaky, leaky = AssociativeLeaky(16, beta=0.9, **options), snntorch.Leaky(beta=0.9, **options)
     inputs = (torch.rand(20, 4, 16) * 0.5).requires_grad_(), None
     inputs = inputs[0], inputs[0].detach().clone().requires_grad_()
     weights = torch.randn(2, 20, 4, 16)
-    for lif, x in zip((ours, theirs), inputs, strict=True):
+    for lif, x in zip((associative_leaky, leaky), inputs, strict=True):
         mem, spikes, membranes = lif.init_leaky(), [], []
         for x_t in x:
             spk, mem = lif(x_t, mem)
@@ -122,14 +122,14 @@ def test_associative_leaky_has_the_spikes_potentials_and_gradients_of_leaky(mech
             membranes.append(mem)
         lif.recorded = torch.stack(spikes), torch.stack(membranes)
         sum((w * r).sum() for w, r in zip(weights, lif.recorded, strict=True)).backward()
-    assert ours.recorded[0].any()
-    assert torch.equal(ours.recorded[0], theirs.recorded[0])
-    assert torch.allclose(ours.recorded[1], theirs.recorded[1], atol=1e-5)
+    assert associative_leaky.recorded[0].any()
+    assert torch.equal(associative_leaky.recorded[0], leaky.recorded[0])
+    assert torch.allclose(associative_leaky.recorded[1], leaky.recorded[1], atol=1e-5)
     assert torch.allclose(inputs[0].grad, inputs[1].grad, atol=1e-4, rtol=1e-3)
     if learned:
-        assert torch.allclose(ours.threshold.grad.sum(), theirs.threshold.grad, rtol=1e-3)
+        assert torch.allclose(associative_leaky.threshold.grad.sum(), leaky.threshold.grad, rtol=1e-3)
         derivative = 0.9 * 0.1  # of the decay by its logit
-        assert torch.allclose(ours.node.beta_mem_logit.grad, theirs.beta.grad * derivative, rtol=1e-3)
+        assert torch.allclose(associative_leaky.node.beta_mem_logit.grad, leaky.beta.grad * derivative, rtol=1e-3)
 
 
 class Tutorial5(nn.Module):
@@ -172,12 +172,12 @@ def test_networks_of_the_tutorials_have_the_same_losses_with_leaky_and_associati
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     x, y = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
     torch.manual_seed(0)
-    theirs = network(snntorch.Leaky)
-    ours = network(AssociativeLeaky)
-    weights = {name: p for name, p in theirs.state_dict().items() if name.endswith(("weight", "bias"))}
-    ours.load_state_dict(copy.deepcopy(weights), strict=False)
+    with_leaky = network(snntorch.Leaky)
+    with_associative_leaky = network(AssociativeLeaky)
+    weights = {name: p for name, p in with_leaky.state_dict().items() if name.endswith(("weight", "bias"))}
+    with_associative_leaky.load_state_dict(copy.deepcopy(weights), strict=False)
     losses = []
-    for net in (ours, theirs):
+    for net in (with_associative_leaky, with_leaky):
         optimizer = torch.optim.Adam([p for n, p in net.named_parameters() if n in weights], lr=5e-3)
         history = []
         for step in range(6):
@@ -276,8 +276,8 @@ def test_in_bfloat16_the_reset_uses_the_decay_in_float32():
 
 
 def test_neurons_with_a_negative_threshold_are_reset_in_the_first_call_as_in_snntorch():
-    ours, theirs = AssociativeLeaky(beta=0.5, threshold=-0.5), snntorch.Leaky(beta=0.5, threshold=-0.5)
-    spikes, mem = ours(torch.zeros(1, 1))
-    their_spikes, their_mem = theirs(torch.zeros(1, 1), torch.zeros(1, 1))
-    assert torch.equal(mem, their_mem)
-    assert torch.equal(spikes, their_spikes)
+    associative_leaky, leaky = AssociativeLeaky(beta=0.5, threshold=-0.5), snntorch.Leaky(beta=0.5, threshold=-0.5)
+    spikes, mem = associative_leaky(torch.zeros(1, 1))
+    expected_spikes, expected_mem = leaky(torch.zeros(1, 1), torch.zeros(1, 1))
+    assert torch.equal(mem, expected_mem)
+    assert torch.equal(spikes, expected_spikes)

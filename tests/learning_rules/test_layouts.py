@@ -110,12 +110,12 @@ def test_changes_of_convolutions_equal_those_of_spikingjellys_learner(conv_class
     conv = with_positive_weights(conv_class(2, 3, 3, bias=False, step_mode="m", **options))
     lif = neuron.IFNode(step_mode="m")
     tau_sj = 1 / (1 - torch.tensor(-1 / 20.0, dtype=torch.float64).exp().item())
-    theirs = STDPLearner("m", conv, lif, tau_sj, tau_sj, lambda w: 0.005, lambda w: 0.005)
-    ours = STDP("m", conv, lif)
+    spikingjelly_learner = STDPLearner("m", conv, lif, tau_sj, tau_sj, lambda w: 0.005, lambda w: 0.005)
+    our_learner = STDP("m", conv, lif)
     x = spikes(5, 2, 2, *(6, 5)[: conv.weight.ndim - 2])
     assert lif(conv(x)).sum() > 0
-    expected = theirs.step(on_grad=False)
-    assert torch.allclose(ours.step(on_grad=False), expected, atol=1e-6 * max(1, expected.abs().max().item()))
+    expected = spikingjelly_learner.step(on_grad=False)
+    assert torch.allclose(our_learner.step(on_grad=False), expected, atol=1e-6 * max(1, expected.abs().max().item()))
 
 
 def test_changes_that_depend_on_the_weights_equal_those_of_spikingjellys_learner():
@@ -123,17 +123,17 @@ def test_changes_that_depend_on_the_weights_equal_those_of_spikingjellys_learner
     fc, lif = nn.Linear(6, 4, bias=False), neuron.IFNode(step_mode="m", v_threshold=0.5)
     nn.init.uniform_(fc.weight, 0.05, 0.95)
     tau_sj = 1 / (1 - torch.tensor(-1 / 20.0, dtype=torch.float64).exp().item())
-    theirs = STDPLearner("m", fc, lif, tau_sj, tau_sj, lambda w: 0.005 * w, lambda w: 0.005 * (1 - w))
-    ours = STDP("m", fc, lif, bounds=(0.0, 1.0), mu=1.0)
+    spikingjelly_learner = STDPLearner("m", fc, lif, tau_sj, tau_sj, lambda w: 0.005 * w, lambda w: 0.005 * (1 - w))
+    our_learner = STDP("m", fc, lif, bounds=(0.0, 1.0), mu=1.0)
     assert lif(fc(spikes(7, 3, 6))).sum() > 0
-    assert torch.allclose(ours.step(on_grad=False), theirs.step(on_grad=False), atol=1e-6)
+    assert torch.allclose(our_learner.step(on_grad=False), spikingjelly_learner.step(on_grad=False), atol=1e-6)
 
 
-def run_both(theirs, ours, rewards, shape):
+def run_both(make_spikingjelly_learner, make_our_learner, rewards, shape):
     """Return the changes in each time step of SpikingJelly's reward-modulated learner and of ours, for the same spikes."""
     fc, lif = with_positive_weights(nn.Linear(6, 4, bias=False)), neuron.IFNode()
     changes = ([], [])
-    learners = theirs(fc, lif), ours(fc, lif)
+    learners = make_spikingjelly_learner(fc, lif), make_our_learner(fc, lif)
     for reward, x in zip(rewards, spikes(len(rewards), *shape), strict=True):
         lif(fc(x))
         for changes_of_learner, learner in zip(changes, learners, strict=True):
@@ -145,7 +145,7 @@ def run_both(theirs, ours, rewards, shape):
 def test_reward_modulated_changes_equal_those_of_spikingjellys_learner():
     """SpikingJelly multiplies a reward by the spike pairs of the previous time step: our rule gets it one time step earlier."""
     rewards = torch.randn(9).tolist()
-    theirs, _ = run_both(
+    expected, _ = run_both(
         lambda fc, lif: MSTDPLearner("s", fc, lif, 20.0, 20.0, lambda w: 0.005, lambda w: 0.005),
         lambda fc, lif: RewardModulatedSTDP("s", fc, lif),
         rewards,
@@ -153,30 +153,30 @@ def test_reward_modulated_changes_equal_those_of_spikingjellys_learner():
     )
     torch.manual_seed(0)
     torch.randn(9)
-    _, ours = run_both(
+    _, changes = run_both(
         lambda fc, lif: MSTDPLearner("s", fc, lif, 20.0, 20.0, lambda w: 0.005, lambda w: 0.005),
         lambda fc, lif: RewardModulatedSTDP("s", fc, lif),
         [*rewards[1:], 0.0],
         (3, 6),
     )
-    assert not theirs[0].any()
+    assert not expected[0].any()
     for step in range(1, 9):
-        assert torch.allclose(theirs[step], ours[step - 1], atol=1e-6)
+        assert torch.allclose(changes[step - 1], expected[step], atol=1e-6)
 
 
 @needs_spikingjelly_2
 def test_changes_with_an_eligibility_equal_those_of_spikingjellys_learner():
     """SpikingJelly delays spike pairs by one time step, divides by the time constant, and has no batch dimension."""
     rewards = [1.0] * 9
-    theirs, ours = run_both(
+    expected, changes = run_both(
         lambda fc, lif: MSTDPETLearner("s", fc, lif, 20.0, 20.0, 5.0, lambda w: 0.005, lambda w: 0.005),
         lambda fc, lif: RewardModulatedSTDP("s", fc, lif, tau_eligibility=5.0),
         rewards,
         (6,),
     )
-    assert ours[-1].any()
+    assert changes[-1].any()
     for step in range(1, 9):
-        assert torch.allclose(5.0 * theirs[step], ours[step - 1], atol=1e-6)
+        assert torch.allclose(changes[step - 1], 5.0 * expected[step], atol=1e-6)
 
 
 def test_the_change_of_a_batch_is_the_sum_or_mean_of_those_of_its_samples():

@@ -90,7 +90,7 @@ def test_the_change_equals_that_of_spikingjellys_learner():
     with torch.no_grad():
         synapse.weight.abs_().add_(0.5)
     tau_sj = 1 / (1 - torch.tensor(-1 / 20.0, dtype=torch.float64).exp().item())
-    theirs = STDPLearner(
+    spikingjelly_learner = STDPLearner(
         step_mode="m",
         synapse=synapse,
         sn=sn,
@@ -99,10 +99,10 @@ def test_the_change_equals_that_of_spikingjellys_learner():
         f_pre=lambda w: 0.005,
         f_post=lambda w: 0.005,
     )
-    ours = STDP(step_mode="m", synapse=synapse, sn=sn)
+    our_learner = STDP(step_mode="m", synapse=synapse, sn=sn)
     spikes = sn(synapse((torch.rand(9, 1, 5) < 0.6).float()))
     assert spikes.sum() > 0
-    assert torch.allclose(ours.step(on_grad=False), theirs.step(on_grad=False), atol=1e-6)
+    assert torch.allclose(our_learner.step(on_grad=False), spikingjelly_learner.step(on_grad=False), atol=1e-6)
 
 
 def test_with_on_grad_the_optimizer_adds_the_change():

@@ -291,43 +291,43 @@ def test_like_gives_the_spikes_and_gradients_of_spikingjelly(kind, options, deta
     if backend == "numba":
         pytest.importorskip("numba")
     torch.manual_seed(0)
-    theirs = kind(
+    original = kind(
         v_reset=v_reset, detach_reset=detach_reset, step_mode="m", surrogate_function=surrogate.ATan(), **options
     )
-    theirs.store_v_seq = True
-    ours = AssociativeLIFNode.like(theirs, backend=backend)
+    original.store_v_seq = True
+    node = AssociativeLIFNode.like(original, backend=backend)
     inputs = [(1.5 * torch.randn(20, 4, 64) + 0.3).requires_grad_()]
     inputs.append(inputs[0].detach().clone().requires_grad_())
-    expected, spikes = theirs(inputs[0]), ours(inputs[1])
+    expected, spikes = original(inputs[0]), node(inputs[1])
     assert torch.equal(spikes, expected)
     assert 0.02 < expected.mean() < 0.9
     same_formula = kind is neuron.IFNode or (kind is neuron.LIFNode and (is_release_2 or options["decay_input"]))
     if v_reset is None and same_formula:
-        assert torch.equal(ours.v_seq, theirs.v_seq)
-    assert torch.allclose(ours.v_seq, theirs.v_seq, atol=1e-6)
+        assert torch.equal(node.v_seq, original.v_seq)
+    assert torch.allclose(node.v_seq, original.v_seq, atol=1e-6)
     weight = torch.rand_like(expected)
     for y in (expected, spikes):
         (y * weight).sum().backward()
     assert relative_error(inputs[1].grad, inputs[0].grad) < 1e-5
-    assert [p.requires_grad for p in ours.parameters()] == [False] + [True] * (kind is neuron.ParametricLIFNode)
+    assert [p.requires_grad for p in node.parameters()] == [False] + [True] * (kind is neuron.ParametricLIFNode)
     if kind is neuron.ParametricLIFNode:  # the logit of 1 - 1 / tau is -w
-        assert relative_error(-ours.beta_mem_logit.grad, theirs.w.grad.reshape(1)) < 1e-4
+        assert relative_error(-node.beta_mem_logit.grad, original.w.grad.reshape(1)) < 1e-4
 
 
 def test_like_gives_the_output_of_a_convolutional_network_bit_for_bit():
     torch.manual_seed(0)
-    theirs = nn.Sequential(
+    original = nn.Sequential(
         layer.Conv2d(3, 8, 3, padding=1), layer.BatchNorm2d(8), neuron.LIFNode(tau=2.0, v_reset=None),
         layer.MaxPool2d(2, 2), layer.Flatten(), layer.Linear(128, 10), neuron.IFNode(v_reset=None),
     )  # fmt: skip
-    ours = copy.deepcopy(theirs)
+    replaced = copy.deepcopy(original)
     for i in (2, 6):
-        ours[i] = AssociativeLIFNode.like(theirs[i])
+        replaced[i] = AssociativeLIFNode.like(original[i])
     x = torch.rand(4, 2, 3, 8, 8)
-    for net in (theirs, ours):
+    for net in (original, replaced):
         functional.set_step_mode(net, "m")
-    assert torch.equal(ours(x), theirs(x))
-    assert ours[2].channel_dim == 1
+    assert torch.equal(replaced(x), original(x))
+    assert replaced[2].channel_dim == 1
 
 
 def test_like_raises_for_neurons_that_it_does_not_know():
@@ -381,15 +381,15 @@ def test_like_gives_the_spikes_of_snntorch(kind, reset, delay):
     options = {"reset_mechanism": reset, "beta": 0.9}
     options |= {"alpha": 0.7} if kind == "Synaptic" else {}
     options |= {"R": 1.0, "time_step": 0.02} if kind == "Lapicque" else {"reset_delay": delay}
-    theirs = getattr(snntorch, kind)(**options)
+    original = getattr(snntorch, kind)(**options)
     x = (0.8 * torch.randn(40, 4, 16) + 0.2) * (20 if kind == "Lapicque" else 1)
     if reset == "subtract" and not delay and kind != "Lapicque":
         with pytest.raises(TypeError, match="cannot match reset_delay=False with reset_mechanism='subtract'"):
-            AssociativeLIFNode.like(theirs)
+            AssociativeLIFNode.like(original)
         return
-    ours = AssociativeLIFNode.like(theirs)
-    expected = run_snntorch(theirs, x)
-    spikes = torch.stack([ours(step) for step in x])
+    node = AssociativeLIFNode.like(original)
+    expected = run_snntorch(original, x)
+    spikes = torch.stack([node(step) for step in x])
     assert torch.equal(spikes, expected)
     assert 0.02 < expected.mean() < 0.9
 
@@ -428,10 +428,12 @@ def test_like_gives_the_spikes_of_snntorch_at_decays_of_0_and_1(kind, beta, rese
     if (beta, reset) == (0.0, "subtract"):
         return
     torch.manual_seed(0)
-    theirs = getattr(snntorch, kind)(beta=beta, reset_mechanism=reset, **({"alpha": 0.7} if kind == "Synaptic" else {}))
-    ours, x = AssociativeLIFNode.like(theirs), 0.8 * torch.randn(40, 4, 16)
-    expected = run_snntorch(theirs, x)
-    assert torch.equal(torch.stack([ours(step) for step in x]), expected)
+    original = getattr(snntorch, kind)(
+        beta=beta, reset_mechanism=reset, **({"alpha": 0.7} if kind == "Synaptic" else {})
+    )
+    node, x = AssociativeLIFNode.like(original), 0.8 * torch.randn(40, 4, 16)
+    expected = run_snntorch(original, x)
+    assert torch.equal(torch.stack([node(step) for step in x]), expected)
     assert 0.02 < expected.mean() < 0.9
 
 
@@ -453,10 +455,10 @@ def test_like_raises_for_constants_of_snntorch_that_it_cannot_match(kind, option
 
 
 def test_like_raises_for_a_decay_of_parametric_lif_that_is_rounded_to_1():
-    theirs = neuron.ParametricLIFNode()
-    theirs.w.data.fill_(-60.0)
+    original = neuron.ParametricLIFNode()
+    original.w.data.fill_(-60.0)
     with pytest.raises(TypeError, match=r"1 - sigmoid\(w\) in \(0, 1\), got 1"):
-        AssociativeLIFNode.like(theirs)
+        AssociativeLIFNode.like(original)
 
 
 def test_learnable_of_like_must_be_true_or_false():
