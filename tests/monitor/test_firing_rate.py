@@ -99,15 +99,15 @@ def test_single_time_steps_count_as_one_sequence():
     """A call of a node at rest starts a sequence."""
     x = 3 * torch.rand(6, 3, 8)
     node = firing()
-    with SpikeMonitor(node) as expected:
+    with SpikeMonitor(node) as monitor_of_sequence:
         node(x, stateless=True)
     node.step_mode = "s"
-    with SpikeMonitor(node) as single:
+    with SpikeMonitor(node) as monitor_of_steps:
         for _ in range(2):
             for step in x:
                 node(step)
             functional.reset_net(node)
-    a, b = expected.activity()[""], single.activity()[""]
+    a, b = monitor_of_sequence.activity()[""], monitor_of_steps.activity()[""]
     assert torch.allclose(a.per_step, b.per_step)
     assert torch.allclose(a.per_neuron, b.per_neuron)
     assert b.rows == 2 * a.rows
@@ -309,12 +309,12 @@ def test_gather_sums_the_counts_of_two_processes(tmp_path):
 def test_gather_sums_two_ranks_that_ran_different_numbers_of_time_steps(monkeypatch):
     nodes, x = [firing(), firing()], 3 * torch.rand(7, 4, 8)
     monitors = [SpikeMonitor(node) for node in nodes]
-    expected = SpikeMonitor(together := firing())
+    monitor_of_both = SpikeMonitor(together := firing())
     for rank, steps in ((0, 7), (1, 5)):
         nodes[rank](x[:steps, rank::2], stateless=True)
         together(x[:steps, rank::2], stateless=True)
     assert Ranks(monkeypatch).run(lambda rank: monitors[rank].gather()) == [None, None]
-    expected = expected.activity()[""]
+    expected = monitor_of_both.activity()[""]
     for monitor in monitors:
         activity = monitor.activity()[""]
         assert activity.rows == expected.rows == 7 * 2 + 5 * 2
