@@ -1,4 +1,4 @@
-"""Helpers for many tests: expected values, errors, small texts and configs."""
+"""Functions that many tests use: expected values, relative errors, small texts and configs, several threads and processes."""
 
 import random
 import subprocess
@@ -16,7 +16,7 @@ from spikingjelly.activation_based import functional
 from torch import Tensor, distributed
 
 SPIKINGJELLY_2 = hasattr(functional, "invalidate_reset_cache")
-needs_spikingjelly_2 = pytest.mark.skipif(not SPIKINGJELLY_2, reason="what SpikingJelly has only since release 2")
+needs_spikingjelly_2 = pytest.mark.skipif(not SPIKINGJELLY_2, reason="needs SpikingJelly 2")
 
 DATA = Path(__file__).parent / "data"
 TEXT = "the neuron fires and rests while a spike wakes its neighbours under some slow current of time"
@@ -49,7 +49,7 @@ CONFIG: dict[str, dict[str, Any]] = {
     },
 }
 
-#: Fields of the model that ``CONFIG`` leaves alone.
+#: Further fields of the section ``model``, for ``write_config``.
 MODEL_FIELDS = {
     "block",
     "threshold",
@@ -73,7 +73,7 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def fire_easily(model: torch.nn.Module) -> None:
-    """Lower every threshold, because layers of such a small model are silent after a few training steps."""
+    """Lower every threshold to 0.02: the layers of such a small model are silent after a few training steps."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("v_threshold"):
@@ -81,20 +81,20 @@ def fire_easily(model: torch.nn.Module) -> None:
 
 
 def make_text(n_words: int = 4000, seed: int = 0) -> str:
-    """Return lines of ten words, each most likely followed by the next word of the list."""
+    """Return lines of ten words; each word is followed by the next word of ``WORDS`` (three in four times) or the one after."""
     generator = random.Random(seed)
-    lines, at = [], 0
+    lines, index = [], 0
     for _ in range(n_words // 10):
         line = []
         for _ in range(10):
-            at = (at + generator.choice((1, 1, 1, 2))) % len(WORDS)
-            line.append(WORDS[at])
+            index = (index + generator.choice((1, 1, 1, 2))) % len(WORDS)
+            line.append(WORDS[index])
         lines.append(" ".join(line))
     return "\n".join(lines) + "\n"
 
 
 def write_config(folder: Path, name: str = "test", **changes: Any) -> Path:
-    """Write a YAML config for a run of seconds, with changed model or training fields."""
+    """Write a YAML config for a training run of seconds; ``changes`` are fields of the model or the training."""
     content = {section: dict(fields) for section, fields in CONFIG.items()}
     for field, value in changes.items():
         section = "model" if field in content["model"] or field in MODEL_FIELDS else "training"
@@ -105,9 +105,9 @@ def write_config(folder: Path, name: str = "test", **changes: Any) -> Path:
 
 
 class Ranks:
-    """Two threads in place of two processes of ``torch.distributed``: a collective waits until both have called it.
+    """Run two threads in place of two processes of ``torch.distributed``; a collective waits until both have called it.
 
-    A collective that one of them does not call raises ``threading.BrokenBarrierError`` after ten seconds.
+    A collective that only one thread calls raises ``threading.BrokenBarrierError`` after ten seconds.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +128,7 @@ class Ranks:
         tensor.copy_(reduced)
 
     def run(self, function: Callable[[int], Any]) -> list[Any]:
-        """Return what ``function(rank)`` returned or raised in each rank."""
+        """Return the result of ``function(rank)`` or the error that it raised, for each rank."""
 
         def call(number: int) -> Any:
             self.rank.number = number
@@ -142,18 +142,20 @@ class Ranks:
 
 
 def two_processes(script: str, folder: Path) -> None:
-    """Run a script in two processes at once; its arguments are the rank and a folder for the rendezvous."""
-    started = [
+    """Run code in two processes at once; ``sys.argv[1:]`` are the rank and a folder that both can use."""
+    processes = [
         subprocess.Popen([sys.executable, "-c", script, str(rank), str(folder)], stderr=subprocess.PIPE)
         for rank in (0, 1)
     ]
-    for process in started:
+    for process in processes:
         _, error = process.communicate(timeout=120)
         assert process.returncode == 0, error.decode()
 
 
 def wrong_in_threads(function: Callable[[Tensor], Tensor], inputs: list[Tensor], calls: int) -> list[object]:
-    """Call a function in a thread for every input, often; return the errors, and 1 for every other result than alone."""
+    """Call a function ``calls`` times in one thread for each input; return its errors, and 1 for each result that is not equal
+    to that of a call without other threads.
+    """
     expected = [function(x) for x in inputs]
     wrong: list[object] = []
 

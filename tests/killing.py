@@ -1,6 +1,6 @@
-"""Run scripts of the language model in forked processes, one or two at once, that are killed at a rename or after a time.
+"""Run scripts of the language model in forked processes, which can be killed before or after a chosen rename, or after a time.
 
-``python killing.py`` imports the scripts once and then reads requests, one JSON object a line, so that a run takes a second.
+``python killing.py`` imports the scripts once and then forks for each request, a line of JSON, so that a run takes a second.
 """
 
 import importlib
@@ -48,21 +48,21 @@ class Server:
         fault: str | None = None,
         lost: str | None = None,
     ) -> tuple[int, int]:
-        """Run a script; return its exit status, negative for a signal, and twice the number of renames.
+        """Run a script; return its exit status (minus the signal if killed) and the number of points that it passed.
 
-        The exit status is the one of all processes; AssertionError if it differs between them.
+        The points are before and after each rename. AssertionError if the exit statuses of the processes differ.
 
         Args:
             script: name of the script.
             arguments: its command line.
             log: file for its output.
-            point: kill the process at this point: even numbers are before a rename, odd ones after it.
-            seconds: kill the process after this time.
-            exchange: whether folders can change places in one system call.
-            processes: number of processes that train together.
-            lost: ``"disk"``: standard output is a full disk; ``"pipe"``: a pipe whose reader has left. ``log`` has the errors.
-            fault: name of a function of this module that is called first, with the number of the process, or ``NAME=VALUE`` of
-                a variable of the environment.
+            point: kill the process at this point, counted from 0: even points are before a rename, odd points after it.
+            seconds: kill the process after this time, in seconds.
+            exchange: whether the file system can exchange two folders in one system call.
+            processes: number of processes of one distributed training.
+            fault: name of a function of this module that is called first, with the rank of the process, or an environment
+                variable as ``NAME=VALUE``.
+            lost: ``"disk"``: standard output is a full disk; ``"pipe"``: a pipe without a reader. ``log`` has standard error.
         """
         request = {
             "script": script,
@@ -83,33 +83,33 @@ class Server:
 
 
 def kill_at(point: int | None, exchange: bool) -> Callable[[], int]:
-    """Kill this process at a rename; return a function that returns the number of points so far."""
+    """Kill this process at a point of :meth:`Server.run`; return a function that returns the number of points passed so far."""
     from nordlm import files
 
     points = 0
 
-    def reached() -> None:
+    def pass_point() -> None:
         nonlocal points
         if points == point:
             os.kill(os.getpid(), signal.SIGKILL)
         points += 1
 
-    def between(rename: Callable[..., Any]) -> Callable[..., Any]:
+    def with_points(rename: Callable[..., Any]) -> Callable[..., Any]:
         def hooked(*paths: Any) -> Any:
-            reached()
+            pass_point()
             result = rename(*paths)
-            reached()
+            pass_point()
             return result
 
         return hooked
 
-    os.rename, os.replace = between(os.rename), between(os.replace)
-    files._exchange = between(files._exchange) if exchange else lambda *_: False
+    os.rename, os.replace = with_points(os.rename), with_points(os.replace)
+    files._exchange = with_points(files._exchange) if exchange else lambda *_: False
     return lambda: points
 
 
 def full_disk_in_process_1(rank: int) -> None:
-    """Make the first checkpoint of the second process fail."""
+    """Make the first checkpoint of the process of rank 1 fail."""
     from accelerate import Accelerator
 
     save_state, calls = Accelerator.save_state, []
@@ -156,37 +156,38 @@ def error_in_process_1(rank: int) -> None:
 
 
 def infinite_held_out_loss(rank: int) -> None:
-    """Make the final evaluation overflow."""
+    """Make the final loss on held-out text infinite."""
     from nordlm.training import loop
 
     loop.held_out_loss = lambda *_: float("inf")
 
 
 def stream(rank: int) -> None:
-    """Stream all text."""
+    """Stream the text instead of reading it into memory."""
     from nordlm.data import sources
 
     sources.IN_MEMORY_BYTES = 0
 
 
 def broken_stream(rank: int) -> None:
-    """Stream all text, with an error after 40 sequences of training."""
+    """Stream the text, with an error after 40 sequences."""
     from nordlm.data import corpus
     from nordlm.errors import DataError
 
     stream(rank)
     pack = corpus.pack
 
-    def break_off(encoded: Any, block_size: int) -> Any:
+    def pack_40(encoded: Any, block_size: int) -> Any:
         for n, block in enumerate(pack(encoded, block_size)):
             if n == 40:
                 raise DataError("the stream broke off")
             yield block
 
-    corpus.pack = break_off
+    corpus.pack = pack_40
 
 
 def _serve() -> None:
+    """Import the scripts, and fork processes that run a script for each request on standard input."""
     for name in (
         "train",
         "evaluate",
@@ -230,6 +231,7 @@ def _pipe_without_reader() -> int:
 
 
 def _run(request: dict[str, Any], rank: int, port: int, send: int) -> None:
+    """Run the script of a request in this process, write the number of points to the pipe ``send``, and end the process."""
     output = os.open(request["log"], os.O_WRONLY | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(output, descriptor)

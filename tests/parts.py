@@ -1,4 +1,4 @@
-"""Every part of the library at one small width. Tests of tools run on all of them; add new layers here."""
+"""Every neuron and layer of the library with 16 features, for tests that all must pass. Add new layers here."""
 
 from collections.abc import Callable
 
@@ -19,13 +19,13 @@ from nord_snn.neurons import AssociativeLIFNode
 
 
 def node(n: int = 16, step_mode: str = "m", **more: object) -> AssociativeLIFNode:
-    """Return a node with four clusters, which divide every width used here."""
+    """Return a node with four clusters: 4 divides all numbers of neurons in ``PARTS``."""
     return AssociativeLIFNode(n, **{"n_clusters": 4, "step_mode": step_mode} | more)  # type: ignore[arg-type]
 
 
 ATTENTION = {"causal": False, "spiking_values": True, "spikes_out": True, "channels_first": True}
 
-#: Name -> how to make it, and the shape of an input.
+#: Name -> (function that makes the part, shape of its input).
 PARTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "node": (node, (6, 3, 16)),
     "clamp": (lambda: LeakyClamp(16), (6, 3, 16)),

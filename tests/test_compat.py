@@ -1,4 +1,4 @@
-"""Private names of other libraries are only in ``nord_snn/_compat``, and its functions work as documented."""
+"""Private names of other libraries are used only in ``nord_snn/_compat``, and its functions work as documented."""
 
 import ast
 import copy
@@ -19,24 +19,28 @@ from nord_snn._compat import spikingjelly as compat_spikingjelly
 from nord_snn._compat import torch as compat
 
 ROOT = Path(__file__).parents[1]
-OURS = [
+SOURCES = [
     path
     for folder in ("nord_snn", "examples", "benchmarks", "docs")
     for path in sorted((ROOT / folder).rglob("*.py"))
     if "build" not in path.parts
 ]
-#: Private by their form, public by their documentation.
-PUBLIC = {"_fields", "_asdict", "_replace", "_make"}  # of named tuples
-#: Set on whatever is derived from a class: by Python, torch and transformers, the last by ``_compat/transformers.py``.
-GENERATED = {"_abc_impl", "_is_protocol", "_is_internal", "_backward_cls", "_auto_class", "_tied_weights_keys"}
+#: Names with an underscore that are documented as public.
+PUBLIC_DESPITE_UNDERSCORE = {"_fields", "_asdict", "_replace", "_make"}  # of named tuples
+#: Attributes that Python, torch or transformers set on derived classes.
+SET_BY_LIBRARIES = {"_abc_impl", "_is_protocol", "_is_internal", "_backward_cls", "_auto_class", "_tied_weights_keys"}
 
 
 def is_private(name: str) -> bool:
-    return name.startswith("_") and not (name.startswith("__") and name.endswith("__")) and name not in PUBLIC
+    return (
+        name.startswith("_")
+        and not (name.startswith("__") and name.endswith("__"))
+        and name not in PUBLIC_DESPITE_UNDERSCORE
+    )
 
 
 def names_defined(trees: list[ast.Module]) -> set[str]:
-    """Return every function, class, variable, argument and attribute that our code sets."""
+    """Return the names of all functions, classes, variables, arguments and attributes of ``self`` that the code defines."""
     names = set()
     for tree in trees:
         for node in ast.walk(tree):
@@ -56,32 +60,32 @@ def names_defined(trees: list[ast.Module]) -> set[str]:
 
 
 def foreign_names(tree: ast.Module, known: set[str]) -> list[str]:
-    """Return the private names in a file that none of our files defines."""
-    found = []
+    """Return the private names that a file uses and that are not among the known names."""
+    private_names = []
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and not node.module.startswith("nord_snn"):
             parts = [*node.module.split("."), *(alias.name for alias in node.names)]
-            found += [f"from {node.module}" for part in parts if is_private(part)]
+            private_names += [f"from {node.module}" for part in parts if is_private(part)]
         elif isinstance(node, ast.Import):
             parts = [part for alias in node.names for part in alias.name.split(".")]
-            found += [f"import {part}" for part in parts if is_private(part)]
+            private_names += [f"import {part}" for part in parts if is_private(part)]
         elif isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in known:
-            found.append(ast.unparse(node))
+            private_names.append(ast.unparse(node))
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "setattr"):
             named = [x.value for x in node.args[1:2] if isinstance(x, ast.Constant)]
-            found += [name for name in named if is_private(name) and name not in known]
-    return found
+            private_names += [name for name in named if is_private(name) and name not in known]
+    return private_names
 
 
 @pytest.mark.quick
-def test_private_names_of_other_libraries_are_only_in_compat():
-    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in OURS}
+def test_private_names_of_other_libraries_are_used_only_in_compat():
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
     outside = {path: tree for path, tree in trees.items() if path.parent.name != "_compat"}
     known = names_defined(list(outside.values()))
-    found = {
+    private_names = {
         str(path.relative_to(ROOT)): names for path, tree in outside.items() if (names := foreign_names(tree, known))
     }
-    assert found == {}
+    assert private_names == {}
 
 
 def test_the_search_for_private_names_finds_them():
@@ -92,7 +96,7 @@ def test_the_search_for_private_names_finds_them():
 
 @pytest.mark.quick
 def test_no_class_overrides_private_methods_of_other_libraries():
-    """Private methods of base classes of other libraries can change without notice, so only _compat overrides them."""
+    """Such methods can change without notice, so only ``_compat`` overrides them."""
     names = [module.name for module in pkgutil.walk_packages(nord_snn.__path__, "nord_snn.")]
     names += [path.stem for path in sorted((ROOT / "examples" / "nord_lm").glob("*.py"))]
     for name in names:
@@ -100,7 +104,7 @@ def test_no_class_overrides_private_methods_of_other_libraries():
             continue
         try:
             module = importlib.import_module(name)
-        except ImportError:  # a kernel whose library is not here
+        except ImportError:  # a kernel whose library is not installed
             continue
         for kind in vars(module).values():
             if not inspect.isclass(kind) or kind.__module__ != name:
@@ -111,14 +115,14 @@ def test_no_class_overrides_private_methods_of_other_libraries():
                     for owner in kind.__mro__[1:]
                     if attribute in vars(owner) and owner.__module__.partition(".")[0] != "nord_snn"
                 ]
-                if is_private(attribute) and attribute not in GENERATED:
-                    assert not owners, f"{name}.{kind.__name__}.{attribute} is one of {owners}"
+                if is_private(attribute) and attribute not in SET_BY_LIBRARIES:
+                    assert not owners, f"{name}.{kind.__name__}.{attribute} overrides that of {owners}"
 
 
 # --- torch
 
 
-def test_a_constant_is_computed_while_torch_compiles():
+def test_a_function_that_is_constant_when_compiled_is_called_during_compilation_only():
     calls = []
 
     @compat.constant_when_compiled
@@ -132,20 +136,20 @@ def test_a_constant_is_computed_while_torch_compiles():
     assert calls == ["a"]
 
 
-def test_dispatch_modes_are_detected():
-    class Nothing(compat.TorchDispatchMode):
+def test_dispatch_modes_are_detected_and_can_be_left():
+    class RaisingMode(compat.TorchDispatchMode):
         def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
-            raise AssertionError("left")
+            raise AssertionError("the mode is still active")
 
     assert not compat.dispatch_mode_is_active()
-    with Nothing():
+    with RaisingMode():
         assert compat.dispatch_mode_is_active()
         with compat.without_dispatch_modes():
             assert torch.ones(2).sum() == 2
 
 
 @pytest.mark.quick
-def test_versions_and_views():
+def test_version_counters_increase_and_views_are_recognised():
     x = torch.zeros(3)
     before = compat.version_counter(x)
     x.add_(1)
@@ -164,17 +168,17 @@ def test_padding_equals_that_of_the_convolution(padding):
     assert torch.allclose(conv(x), nn.functional.conv2d(padded, conv.weight), atol=1e-6)
 
 
-def test_operators_by_private_name_are_those_that_modes_receive():
-    seen = set()
+def test_operators_by_private_name_are_those_that_dispatch_modes_receive():
+    received = set()
 
-    class Seen(compat.TorchDispatchMode):
+    class RecordingMode(compat.TorchDispatchMode):
         def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
-            seen.add(function.overloadpacket)
+            received.add(function.overloadpacket)
             return function(*args, **(kwargs or {}))
 
-    with Seen():
+    with RecordingMode():
         torch.rand(2, 3).softmax(-1).log_softmax(-1)
-    assert compat.operators_by_private_name("_softmax", "_log_softmax") <= seen
+    assert compat.operators_by_private_name("_softmax", "_log_softmax") <= received
 
 
 class Stateful(compat.StatePrecisionMixin, nn.Module):
@@ -193,13 +197,14 @@ class Stateful(compat.StatePrecisionMixin, nn.Module):
         self.state = state["state"]
 
 
-def test_state_moves_but_is_never_rounded():
+def test_the_state_moves_to_other_devices_but_is_never_rounded():
     module = Stateful()
     half = module.half()
     assert (half.weight.dtype, half.state.dtype) == (torch.float16, torch.float32)
     assert torch.equal(half.state, torch.full((2,), 1 / 3))
     assert module.double().state.dtype == torch.float64
-    assert module.to_empty(device="cpu").state.tolist() == pytest.approx([1 / 3] * 2)  # state outlives empty memory
+    module.to_empty(device="cpu")
+    assert module.state.tolist() == pytest.approx([1 / 3] * 2)
     assert module.to("meta").state.is_meta
 
 
@@ -228,8 +233,8 @@ def test_observers_are_called_in_every_forward_until_removed():
     assert first.seen == second.seen == [("before", linear), ("after", linear)]
     duplicate = copy.deepcopy(net)
     duplicate[0].weight.data.zero_()
-    assert torch.equal(duplicate(torch.ones(1, 2))[0], linear.bias)  # its own forward, not that of the original
-    assert len(first.seen) == 2  # no observer is left
+    assert torch.equal(duplicate(torch.ones(1, 2))[0], linear.bias)  # the copy runs its own forward
+    assert len(first.seen) == 2  # the copy has no observer
     compat.stop_observing_forward(linear, first)
     compat.stop_observing_forward(linear, first)
     first.seen.clear()
@@ -254,8 +259,8 @@ def test_an_observed_module_is_pickled_with_the_forward_of_its_class():
 def test_a_later_patch_is_not_removed():
     module, observer = nn.Linear(2, 2), Observer()
     compat.observe_forward(module, observer)
-    ours = module.forward
-    module.forward = types.MethodType(lambda self, x: ours(x) + 1, module)
+    observed_forward = module.forward
+    module.forward = types.MethodType(lambda self, x: observed_forward(x) + 1, module)
     compat.stop_observing_forward(module, observer)
     x = torch.ones(1, 2)
     assert torch.allclose(module(x), nn.functional.linear(x, module.weight, module.bias) + 1)
@@ -264,13 +269,13 @@ def test_a_later_patch_is_not_removed():
 
 @pytest.mark.quick
 def test_patches_of_other_libraries_can_be_added_and_removed_in_any_order():
-    """Patches such as accelerate's hooks call the forward that they replaced, and restore it."""
+    """Such patches, for example the hooks of accelerate, call the forward that they replaced, and restore it."""
     module, x, observer = nn.Linear(2, 2), torch.ones(1, 2), Observer()
     compat.observe_forward(module, observer)
-    found = module.forward
-    module.forward = lambda *args: found(*args) + 1
+    replaced_forward = module.forward
+    module.forward = lambda *args: replaced_forward(*args) + 1
     second = Observer()
-    compat.observe_forward(module, second)  # ours is below the patch
+    compat.observe_forward(module, second)  # the patch calls the observed forward
     expected = nn.functional.linear(x, module.weight, module.bias) + 1
     assert torch.equal(module(x), expected)
     assert len(observer.seen) == len(second.seen) == 2
@@ -303,7 +308,7 @@ def test_a_replica_runs_its_own_forward():
 # --- SpikingJelly
 
 
-def test_reset_values_equal_those_after_reset():
+def test_reset_value_returns_the_value_after_a_reset():
     node = neuron.LIFNode(v_reset=None)
     assert compat_spikingjelly.reset_value(node, "v") == 0.0
     node(torch.ones(2))
@@ -311,7 +316,7 @@ def test_reset_values_equal_those_after_reset():
     assert compat_spikingjelly.reset_value(node, "v") == 0.0
 
 
-def test_the_cached_list_of_modules_is_invalidated():
+def test_clear_module_cache_makes_reset_net_find_new_modules():
     net = nn.Sequential(layer.Linear(2, 2), neuron.IFNode())
     functional.reset_net(net)
     net[0] = neuron.IFNode()
@@ -345,7 +350,7 @@ def test_snntorchs_reset_includes_our_neuron_unless_construction_failed():
     assert not lif.mem.any()
 
 
-def test_numbas_private_names_build_a_kernel():
+def test_a_kernel_with_numbas_private_names_gives_the_right_numbers():
     pytest.importorskip("numba")
     import numba
     import numpy as np
@@ -363,20 +368,20 @@ def test_numbas_private_names_build_a_kernel():
     assert np.array_equal(b, a * a + np.where(np.arange(WIDTH) < 3, a, 0))
 
 
-def test_the_cache_has_the_name_of_the_installed_release():
+def test_cache_is_the_name_of_the_cache_argument_in_the_installed_transformers():
     transformers = pytest.importorskip("transformers")
     from nord_snn._compat.transformers import CACHE, cache_from, cache_of, causal_lm_output
 
-    theirs = inspect.signature(transformers.LlamaForCausalLM.forward).parameters
-    assert CACHE in theirs
-    assert ("cache" in theirs) == (CACHE == "cache")
+    llama_parameters = inspect.signature(transformers.LlamaForCausalLM.forward).parameters
+    assert CACHE in llama_parameters
+    assert ("cache" in llama_parameters) == (CACHE == "cache")
     cache = transformers.DynamicCache()
     assert cache_of(causal_lm_output(None, torch.zeros(1), cache)) is cache
     assert cache_of(causal_lm_output(None, torch.zeros(1), None)) is None
     assert cache_from(cache, None) is cache_from(None, cache) is cache
 
 
-def test_accelerate_restarts_its_counters_and_logs_to_the_given_folder(tmp_path):
+def test_reset_accumulation_and_set_log_folder_of_accelerate(tmp_path):
     accelerate = pytest.importorskip("accelerate")
     from nord_snn._compat.accelerate import reset_accumulation, set_log_folder
 
@@ -389,13 +394,13 @@ def test_accelerate_restarts_its_counters_and_logs_to_the_given_folder(tmp_path)
         if restart:
             break
         reset_accumulation(accelerator)
-    assert synced == [False, False]  # without a new start the second would be the end of an accumulation
+    assert synced == [False, False]  # without the reset the second would be True
     set_log_folder(accelerator, tmp_path)
     assert accelerator.logging_dir == str(tmp_path)
 
 
 def test_a_kernel_is_recompiled_when_its_sources_change(tmp_path, monkeypatch):
-    """Numba's own cache does not notice that a function in another file has changed."""
+    """Numba's cache does not detect changes of functions in other files, so ``cached_njit`` has a stamp."""
     pytest.importorskip("numba")
     from nord_snn._compat.numba import cached_njit
 

@@ -1,4 +1,4 @@
-"""Run the code of the README and the pages, check their links, and build the pages."""
+"""Documentation: Python code runs, links and scripts exist, pages are complete, figures and the Sphinx build work."""
 
 import importlib.util
 import re
@@ -18,11 +18,11 @@ PARTS = sorted((ROOT / "docs" / "parts").glob("*.md"))
 
 
 def blocks(page: Path) -> list[str]:
-    """Return the code blocks that run with the installed SpikingJelly, and with Norse if it is installed."""
+    """Return the Python code blocks that run with the installed SpikingJelly and, if they need it, an installed Norse."""
     pattern = re.compile(r"^(<!-- SpikingJelly 2 -->\n)?```python\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
-    found = pattern.findall(page.read_text(encoding="utf-8"))
+    matches = pattern.findall(page.read_text(encoding="utf-8"))
     return [
-        block for only_2, block in found if (SPIKINGJELLY_2 or not only_2) and (NORSE or "import norse" not in block)
+        block for only_2, block in matches if (SPIKINGJELLY_2 or not only_2) and (NORSE or "import norse" not in block)
     ]
 
 
@@ -34,19 +34,19 @@ def name(page: Path) -> str:
 @pytest.mark.filterwarnings("error:.*did not fire:UserWarning")
 @pytest.mark.parametrize("page", [p for p in PAGES + READMES if blocks(p)], ids=name)
 def test_every_python_block_runs(page: Path) -> None:
-    """Run each block by itself, as a reader would copy it."""
+    """Each block runs by itself."""
     for block in blocks(page):
         exec(compile(block, name(page), "exec"), {})
 
 
 @pytest.mark.quick
-def test_there_is_one_command_to_train_and_one_to_test() -> None:
+def test_the_readme_has_one_command_to_train_and_one_to_test() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for marker, ending in (("train", "examples/nord_lm/train.py"), ("test", "pytest --cov")):
-        found = re.findall(rf"<!-- command: {marker} -->\n```bash\n(.*?)\n```", readme)
-        assert len(found) == 1
-        assert found[0].endswith(ending)
-        assert "\n" not in found[0]
+        commands = re.findall(rf"<!-- command: {marker} -->\n```bash\n(.*?)\n```", readme)
+        assert len(commands) == 1
+        assert commands[0].endswith(ending)
+        assert "\n" not in commands[0]
 
 
 @pytest.mark.quick
@@ -79,10 +79,10 @@ def test_every_layer_and_rule_is_on_a_page() -> None:
     text = " ".join(page.read_text(encoding="utf-8") for page in PARTS)
     for package in ("nord_snn.layers", "nord_snn.learning_rules"):
         public = importlib.import_module(package)
-        for thing in public.__all__:
-            if thing.endswith(("Source", "Part", "Reward", "Baseline", "_plastic")):
-                continue  # beside the rules
-            assert thing in text, thing
+        for name in public.__all__:
+            if name.endswith(("Source", "Part", "Reward", "Baseline", "_plastic")):
+                continue  # neither layers nor rules
+            assert name in text, name
 
 
 @pytest.mark.quick
@@ -98,8 +98,8 @@ def test_every_figure_can_be_redrawn(tmp_path: Path, monkeypatch: pytest.MonkeyP
     figures = importlib.import_module("figures")
     monkeypatch.setattr(figures, "OUT", tmp_path)
     figures.main([])
-    drawn, there = ({p.name for p in folder.glob("*.png")} for folder in (tmp_path, ROOT / "docs" / "figures"))
-    assert drawn == there
+    drawn, in_docs = ({p.name for p in folder.glob("*.png")} for folder in (tmp_path, ROOT / "docs" / "figures"))
+    assert drawn == in_docs
     with pytest.raises(SystemExit):
         figures.main(["nothing"])
 
@@ -107,7 +107,7 @@ def test_every_figure_can_be_redrawn(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_sphinx_builds_the_pages_without_warnings(tmp_path: Path) -> None:
     pytest.importorskip("sphinx")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", str(ROOT / "docs"), str(tmp_path)]
-    made = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert made.returncode == 0, made.stderr
+    build = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert build.returncode == 0, build.stderr
     for page in PAGES:
         assert (tmp_path / page.relative_to(ROOT / "docs").with_suffix(".html")).exists()

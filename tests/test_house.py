@@ -1,4 +1,4 @@
-"""Rules of the repository: directions of imports, public names, files of an op, sizes of functions and files."""
+"""Rules of the repository: directions of imports, public names, requirements, files of an op, sizes of functions and files."""
 
 import ast
 import importlib
@@ -20,6 +20,7 @@ import nord_snn
 pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).parents[1]
+#: Package of nord_snn -> packages of nord_snn that it may import.
 ALLOWED = {
     "_compat": set(),
     "ops": {"_compat"},
@@ -31,6 +32,7 @@ ALLOWED = {
     "models": {"_compat", "ops", "neurons", "layers"},
     "integrations": {"_compat", "ops", "neurons", "layers", "learning_rules", "monitor"},
 }
+#: Module -> names that it must export.
 PUBLIC = {
     "nord_snn": {"__version__", "AssociativeLIFNode", "NordBlock", "calibrate_thresholds", "replace_neurons", "reset"},
     "nord_snn.convert": {"calibrate_thresholds", "replace_neurons"},
@@ -65,12 +67,14 @@ PUBLIC = {
     "nord_snn.integrations.snntorch": {"AssociativeLeaky", "AssociativeSynaptic", "MultiStep"},
     "nord_snn.integrations.nir": {"deviation", "export_to_nir", "import_from_nir", "simulate"},
 }
+#: File or folder of integrations -> libraries that it may import.
 INTEGRATIONS = {
     "snntorch": {"snntorch"},
     "norse": {"norse"},
     "nir": {"nir", "numpy", "h5py"},
-}  # a file or a folder each
-COMPAT = {  # a file a library
+}
+#: File of _compat -> libraries that it may import besides the core's.
+COMPAT = {
     "torch.py": set(),
     "spikingjelly.py": set(),
     "snntorch.py": {"snntorch"},
@@ -79,6 +83,7 @@ COMPAT = {  # a file a library
     "accelerate.py": {"accelerate"},
     "tensorboard.py": set(),
 }
+#: Kernel file -> libraries that it may import besides the core's.
 KERNELS = {
     "tensors.py": {"numpy"},
     "threads.py": {"numba"},
@@ -111,8 +116,8 @@ def test_imports_go_one_way(path):
     assert not any(name.split(".")[0] == "examples" for name in names)
     if len(parts) == 1:
         return
-    inside = {name.split(".")[1] for name in names if name.startswith("nord_snn.")}
-    assert inside - {parts[0]} <= ALLOWED[parts[0]]
+    packages = {name.split(".")[1] for name in names if name.startswith("nord_snn.")}
+    assert packages - {parts[0]} <= ALLOWED[parts[0]]
 
 
 @pytest.mark.parametrize("package", PUBLIC)
@@ -120,13 +125,13 @@ def test_public_names_exist_and_are_documented(package):
     module = importlib.import_module(package)
     assert PUBLIC[package] <= set(module.__all__)
     for name in module.__all__:
-        thing = getattr(module, name)
-        if inspect.isclass(thing) or inspect.isfunction(thing):
-            assert thing.__doc__, f"{package}.{name} has no docstring"
+        public_object = getattr(module, name)
+        if inspect.isclass(public_object) or inspect.isfunction(public_object):
+            assert public_object.__doc__, f"{package}.{name} has no docstring"
 
 
 def test_the_core_imports_only_its_dependencies():
-    """Only kernel files import more; they are imported only if their library is installed."""
+    """Kernel files, _compat, integrations and models may import more: they are loaded only if their library is installed."""
     allowed = {"nord_snn", "torch", "spikingjelly", "safetensors"} | sys.stdlib_module_names
     for path in SOURCES:
         by_name = COMPAT if path.parent.name == "_compat" else KERNELS
@@ -146,7 +151,7 @@ def test_no_file_imports_a_kernel_file_directly():
 
 
 def test_every_extra_with_transformers_limits_torch():
-    """A limit in a referenced extra is applied too late by older resolvers. The core has no limit, and `all` has no CUDA."""
+    """Older resolvers apply a limit of a referenced extra too late. The core has no limit, and `all` no CUDA."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert all("<" not in requirement for requirement in project["dependencies"])
     extras = project["optional-dependencies"]
@@ -174,9 +179,12 @@ def test_the_constraints_satisfy_the_requirements():
         canonicalize_name(name): version
         for name, _, version in (line.partition("==") for line in lines if "==" in line)
     }
-    asked = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    requirements = [
+        *project["dependencies"],
+        *(line for extra in project["optional-dependencies"].values() for line in extra),
+    ]
     checked = set()
-    for requirement in map(Requirement, asked):
+    for requirement in map(Requirement, requirements):
         name = canonicalize_name(requirement.name)
         if name in fixed:
             assert requirement.specifier.contains(fixed[name]), requirement
@@ -184,19 +192,20 @@ def test_the_constraints_satisfy_the_requirements():
     assert {"torch", "transformers", "numba", "spikingjelly"} <= checked
 
 
-def test_the_sdist_has_every_page_and_whatever_tests_read():
+def test_the_sdist_has_every_page_and_the_files_that_tests_read():
     lines = [line.split() for line in (ROOT / "MANIFEST.in").read_text(encoding="utf-8").splitlines()]
-    whole = {name for line in lines if line[0] == "graft" for name in line[1:]}
-    single = {"README.md", "pyproject.toml"} | {name for line in lines if line[0] == "include" for name in line[1:]}
-    assert {"benchmarks", "docs", "examples", "nord_snn", "studies", "tests"} <= whole  # packages alone have no pages
-    assert {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "SECURITY.md", "constraints.txt"} <= single
+    grafted = {name for line in lines if line[0] == "graft" for name in line[1:]}
+    included = {"README.md", "pyproject.toml"} | {name for line in lines if line[0] == "include" for name in line[1:]}
+    # By default the sdist has only the packages.
+    assert {"benchmarks", "docs", "examples", "nord_snn", "studies", "tests"} <= grafted
+    assert {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "SECURITY.md", "constraints.txt"} <= included
 
 
 OP_FILES = {"__init__.py", "reference.py", "op.py", "cost.py"}
 
 
 def test_every_folder_of_an_op_has_the_same_files():
-    """Modules can also be imported by dotted name: no function of the package has the name of a folder."""
+    """``import nord_snn.ops.<folder>.reference`` works: no function of ``nord_snn.ops`` has the name of a folder."""
     folders = sorted(path.parent for path in (ROOT / "nord_snn" / "ops").glob("*/op.py"))
     assert len(folders) == 5
     for folder in folders:
@@ -224,7 +233,7 @@ def attributes_of_layers() -> set[str]:
 
 
 def test_the_energy_profile_uses_no_attribute_of_a_layer():
-    """The costs are defined by ops and neurons."""
+    """Costs are defined by ops and neurons, so that the profile works for any network."""
     names = attributes_of_layers() | {"remember", "AssociativeLIFNode"}
     assert {"lif_q", "temperature", "recency", "top_k", "n_heads", "cascade", "update_cost"} <= names
     files = sorted((ROOT / "nord_snn" / "monitor" / "energy").glob("*.py"))
@@ -236,16 +245,16 @@ def test_the_energy_profile_uses_no_attribute_of_a_layer():
         used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
         used |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
         used |= imported(file)
-        assert not used & (names - {"step_mode"}), file  # SpikingJelly's, of every neuron
+        assert not used & (names - {"step_mode"}), file  # an attribute of every SpikingJelly node
 
 
-def test_no_script_changes_the_search_path():
+def test_no_file_changes_sys_path():
     for path in (ROOT / folder for folder in ("nord_snn", "examples", "studies", "benchmarks", "docs")):
         for file in path.rglob("*.py"):
             assert "sys.path" not in file.read_text(encoding="utf-8"), file
 
 
-def test_the_files_of_the_recipe_are_short():
+def test_the_files_of_the_language_model_have_at_most_350_lines():
     for file in (ROOT / "examples" / "nord_lm").rglob("*.py"):
         assert len(file.read_text(encoding="utf-8").splitlines()) <= 350, file
 
@@ -275,7 +284,7 @@ def test_no_function_has_more_than_twelve_parameters_by_position():
 
 
 def quick_tests(path: Path) -> int:
-    """Number of test functions of a file that are marked quick, each by itself or all by the mark of the file."""
+    """Return the number of tests of a file that are marked quick, one by one or by the mark of the file."""
     body = ast.parse(path.read_text(encoding="utf-8")).body
     tests = [node for node in body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
     marks = [ast.unparse(node) for node in body if isinstance(node, ast.Assign)]
@@ -284,14 +293,14 @@ def quick_tests(path: Path) -> int:
     return sum("pytest.mark.quick" in map(ast.unparse, test.decorator_list) for test in tests)
 
 
-def test_every_folder_of_tests_has_quick_ones():
-    """At least three, so that ``pytest -m quick`` runs something of every part of the library."""
+def test_every_folder_of_tests_has_at_least_three_quick_tests():
+    """``pytest -m quick`` shall test every part of the library."""
     files = defaultdict(list)
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         files[path.parent].append(path)
-    few = {
-        str(folder.relative_to(ROOT)): found
+    too_few = {
+        str(folder.relative_to(ROOT)): n_quick
         for folder, paths in files.items()
-        if (found := sum(map(quick_tests, paths))) < 3
+        if (n_quick := sum(map(quick_tests, paths))) < 3
     }
-    assert not few, f"mark at least three tests as quick, by pytest.mark.quick, in {few}"
+    assert not too_few, f"mark at least three tests as quick, by pytest.mark.quick, in {too_few}"

@@ -1,4 +1,4 @@
-"""Importing and using nord_snn must not change the rest of the process."""
+"""Importing and using nord_snn changes nothing else in the process: no settings, no handlers, no compiled code."""
 
 import json
 import os
@@ -19,49 +19,47 @@ from nord_snn.neurons import AssociativeLIFNode
 from nord_snn.ops import resonance, stdp, which_backend
 
 ROOT = Path(__file__).parents[1]
-EVERYTHING = (
-    "import nord_snn, nord_snn.neurons, nord_snn.layers, nord_snn.learning_rules, nord_snn.monitor, nord_snn.ops"
-)
+IMPORTS = "import nord_snn, nord_snn.neurons, nord_snn.layers, nord_snn.learning_rules, nord_snn.monitor, nord_snn.ops"
 
 
 def run(code: str, **environment: str) -> str:
     """Run code in a new process and return its output."""
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 @pytest.mark.quick
-def test_importing_does_not_load_a_compiler():
+def test_importing_loads_neither_a_compiler_nor_an_optional_library():
     """TorchDynamo alone takes longer than all of nord_snn; Numba and Triton are loaded with the first kernel."""
     loaded = run(
-        f"import sys; {EVERYTHING}; print([name for name in sys.modules if '.' not in name or '_dynamo' in name])"
+        f"import sys; {IMPORTS}; print([name for name in sys.modules if '.' not in name or '_dynamo' in name])"
     )
     assert not {"torch._dynamo", "numba", "llvmlite", "sympy", "matplotlib", "transformers"} & set(eval(loaded))
 
 
 def test_importing_changes_no_setting():
-    """Check handlers, hooks, random state, precision, threads and warnings."""
-    look = """
+    """The settings are signal handlers, exception hooks, random state, precision, threads and warnings."""
+    code = """
 import json, random, signal, sys, threading, warnings
 import torch
 from spikingjelly.activation_based import neuron
-def look():
+def settings():
     return [
         str(signal.getsignal(signal.SIGINT)), sys.excepthook is sys.__excepthook__,
         threading.excepthook is threading.__excepthook__, torch.initial_seed(), torch.rand(0).dtype.itemsize,
         random.getstate()[1][0], torch.get_float32_matmul_precision(), torch.get_num_threads(), len(warnings.filters),
         torch.is_grad_enabled(), str(torch.get_default_dtype()), sys.getrecursionlimit(),
     ]
-before = look()
+before = settings()
 """
-    assert json.loads(run(f"{look}{EVERYTHING}\nprint(json.dumps(before == look()))")) is True
+    assert json.loads(run(f"{code}{IMPORTS}\nprint(json.dumps(before == settings()))")) is True
 
 
 def test_a_source_tree_imports_without_installation(tmp_path):
-    """Import a copy of the package from its path; the version is read from a file in the package."""
+    """Without metadata of an installation the version is read from a file in the package."""
     shutil.copytree(ROOT / "nord_snn", tmp_path / "nord_snn", ignore=shutil.ignore_patterns("__pycache__"))
     code = (
         "import importlib.metadata as m\n"
@@ -75,10 +73,10 @@ def test_a_source_tree_imports_without_installation(tmp_path):
     assert version == (ROOT / "nord_snn" / "_version.py").read_text().rpartition("= ")[2].strip().strip('"')
 
 
-# --- monitors and other people's compiled code
+# --- monitors and compiled networks
 
 
-class Counting:
+class GraphCounter:
     """Backend of torch.compile that counts its graphs."""
 
     def __init__(self) -> None:
@@ -92,31 +90,31 @@ class Counting:
 
 @pytest.mark.parametrize("kind", [SpikeMonitor, RowRates])
 def test_a_monitor_recompiles_only_code_with_observed_neurons(kind):
-    """Networks of the same class are not recompiled; code with an observed neuron is recompiled once."""
-    torch._dynamo.reset()  # torch counts the recompilations of all networks together, up to a limit
-    others, own = Counting(), Counting()
-    theirs = torch.compile(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), backend=others)
-    neighbour = torch.compile(nn.Sequential(nn.Linear(8, 8), node()), backend=others)
+    """A network with a monitor is recompiled once, also if twelve monitors are added one after the other."""
+    torch._dynamo.reset()  # torch limits the recompilations of all networks together
+    not_observed, observed = GraphCounter(), GraphCounter()
+    without_neurons = torch.compile(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), backend=not_observed)
+    same_class = torch.compile(nn.Sequential(nn.Linear(8, 8), node()), backend=not_observed)
     net = nn.Sequential(nn.Linear(8, 8), node())
-    compiled = torch.compile(net, backend=own, fullgraph=True)
+    compiled = torch.compile(net, backend=observed, fullgraph=True)
     x = torch.randn(5, 3, 8)
     with torch.no_grad():
         for _ in range(2):  # from rest, and with state
-            for call in (theirs, neighbour, compiled):
+            for call in (without_neurons, same_class, compiled):
                 call(x)
-        before, first = others.graphs, own.graphs
+        graphs_not_observed, graphs_without_monitor = not_observed.graphs, observed.graphs
         for number in range(12):  # more than torch's limit of recompilations
             with kind(net) as monitor:
-                for call in (theirs, neighbour, compiled):
+                for call in (without_neurons, same_class, compiled):
                     call(x)
                 rate = monitor.rates()["1"] if kind is SpikeMonitor else monitor.take()["1"].mean()
                 assert rate > 0
             compiled(x)
             if number == 0:
-                watched = own.graphs
-        assert others.graphs == before
-        assert first < watched <= first + 4
-        assert own.graphs == watched  # later monitors reuse the code compiled for the first
+                graphs_with_monitor = observed.graphs
+        assert not_observed.graphs == graphs_not_observed
+        assert graphs_without_monitor < graphs_with_monitor <= graphs_without_monitor + 4
+        assert observed.graphs == graphs_with_monitor  # later monitors reuse the code compiled for the first
 
 
 def node() -> AssociativeLIFNode:
@@ -126,7 +124,7 @@ def node() -> AssociativeLIFNode:
 
 @pytest.mark.quick
 def test_a_patched_forward_runs_and_is_restored():
-    """The hooks of accelerate are such patches."""
+    """A patch sets ``module.forward``, as the hooks of accelerate do."""
     net = node()
     calls = []
 
@@ -143,11 +141,11 @@ def test_a_patched_forward_runs_and_is_restored():
     assert net.forward is patched
 
 
-# --- the rest of the process
+# --- settings of the process
 
 
 @pytest.mark.quick
-def test_apply_does_not_replace_signal_handlers(monkeypatch):
+def test_a_plastic_part_does_not_replace_signal_handlers(monkeypatch):
     def refuse(*_):
         raise AssertionError("signal handlers belong to the application")
 
@@ -161,7 +159,7 @@ def test_apply_does_not_replace_signal_handlers(monkeypatch):
 
 @pytest.mark.quick
 def test_no_module_stores_a_tensor():
-    """Check caches and globals of all modules after running every op."""
+    """After calls of ops, a neuron and a learning rule, globals and caches of all modules have no tensor."""
     import gc
 
     pre = (torch.rand(5, 3, 4) < 0.5).float()
@@ -176,11 +174,11 @@ def test_no_module_stores_a_tensor():
         if name.partition(".")[0] != "nord_snn":
             continue
         for label, value in vars(module).items():
-            held = [value, *(value.values() if isinstance(value, dict) else ())]
-            assert not any(isinstance(x, torch.Tensor) for x in held), f"{name}.{label}"
+            values = [value, *(value.values() if isinstance(value, dict) else ())]
+            assert not any(isinstance(x, torch.Tensor) for x in values), f"{name}.{label}"
             if hasattr(value, "cache_info"):
-                kept = [x for x in gc.get_referents(value) for x in (x.values() if isinstance(x, dict) else [x])]
-                assert not any(isinstance(x, torch.Tensor) for x in kept), f"{name}.{label}"
+                cached = [x for x in gc.get_referents(value) for x in (x.values() if isinstance(x, dict) else [x])]
+                assert not any(isinstance(x, torch.Tensor) for x in cached), f"{name}.{label}"
 
 
 @pytest.mark.quick
@@ -191,7 +189,7 @@ def test_the_environment_variable_is_read_when_a_backend_is_selected(monkeypatch
         assert (which_backend(x).name == "torch") == (name == "torch" or "numba" in str(which_backend(x).others))
 
 
-def test_a_failed_log_is_reported_only_to_the_caller(tmp_path, monkeypatch):
+def test_an_error_of_writing_a_log_is_reported_only_to_the_caller(tmp_path, monkeypatch):
     from torch.utils.tensorboard import SummaryWriter
 
     from nord_snn._compat.tensorboard import raise_write_errors_only
@@ -199,7 +197,7 @@ def test_a_failed_log_is_reported_only_to_the_caller(tmp_path, monkeypatch):
     reports = []
     hook = reports.append
     monkeypatch.setattr(threading, "excepthook", hook)
-    for error, others in ((OSError(28, "No space left on device"), 0), (RuntimeError("a bug"), 1)):
+    for error, n_reports in ((OSError(28, "No space left on device"), 0), (RuntimeError("a bug"), 1)):
         writer = SummaryWriter(tmp_path)
         raise_write_errors_only(writer)
         asynchronous = writer.file_writer.event_writer._async_writer
@@ -212,5 +210,5 @@ def test_a_failed_log_is_reported_only_to_the_caller(tmp_path, monkeypatch):
         with pytest.raises(type(error)):
             writer.flush()
         asynchronous._worker.join(10)
-        assert len(reports) == others
+        assert len(reports) == n_reports
     assert threading.excepthook is hook

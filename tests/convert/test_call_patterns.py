@@ -1,4 +1,4 @@
-"""Replacing and calibration do not depend on how a network calls its neurons."""
+"""replace_neurons and calibrate_thresholds work however a network calls its neurons: in loops, twice, with or without states."""
 
 import copy
 import warnings
@@ -12,7 +12,7 @@ from nord_snn.convert import calibrate_thresholds, replace_neurons
 from nord_snn.neurons import AssociativeLIFNode, NeuronActivityWarning
 
 pytestmark = pytest.mark.quick
-X_SEQ = torch.rand(6, 5, 8, generator=torch.Generator().manual_seed(0)) * 3
+X_SEQ = torch.rand(6, 5, 8, generator=torch.Generator().manual_seed(0)) * 3  # input current [T, N, D]
 
 
 def linear():
@@ -24,8 +24,8 @@ def node(step_mode="m", **more):
     return AssociativeLIFNode(8, preset="lif", step_mode=step_mode, **more)
 
 
-class Calls(nn.Module):
-    """A linear map, a neuron layer, and a function ``call(fc, lif, x_seq)`` that runs them and returns spikes."""
+class Network(nn.Module):
+    """A linear map and a layer of neurons, run by the function ``call(fc, lif, x_seq)``, which returns spikes."""
 
     def __init__(self, lif, call):
         super().__init__()
@@ -49,11 +49,13 @@ def snntorch_loop(start):
 
 
 def hidden_loop(fc, lif, x_seq):
+    """Run a neuron of snnTorch that stores its state (``init_hidden=True``)."""
     lif.reset_mem()
     return torch.stack([lif(fc(x)) for x in x_seq])
 
 
 def norse_loop(fc, lif, x_seq):
+    """Run a neuron of Norse over time, with its state passed from call to call."""
     state, spikes = None, []
     for x in x_seq:
         spk, state = lif(fc(x), state)
@@ -62,14 +64,15 @@ def norse_loop(fc, lif, x_seq):
 
 
 def networks_that_pass_states():
+    """Return networks of snnTorch and Norse that differ in how the state is passed or stored."""
     snn, norse = pytest.importorskip("snntorch"), pytest.importorskip("norse.torch")
     return {
-        "init_leaky": Calls(snn.Leaky(beta=0.9), snntorch_loop(lambda lif, x: lif.init_leaky())),
-        "zeros": Calls(snn.Leaky(beta=0.9), snntorch_loop(lambda lif, x: torch.zeros(len(x), 8))),
-        "init_hidden": Calls(snn.Leaky(beta=0.9, init_hidden=True), hidden_loop),
-        "cell": Calls(norse.LIFCell(), norse_loop),
-        "sequence": Calls(norse.LIF(), lambda fc, lif, x_seq: lif(fc(x_seq))[0]),
-        "chunks": Calls(norse.LIF(), lambda fc, lif, x_seq: norse_loop(fc, lif, x_seq.split(2)).flatten(0, 1)),
+        "init_leaky": Network(snn.Leaky(beta=0.9), snntorch_loop(lambda lif, x: lif.init_leaky())),
+        "zeros": Network(snn.Leaky(beta=0.9), snntorch_loop(lambda lif, x: torch.zeros(len(x), 8))),
+        "init_hidden": Network(snn.Leaky(beta=0.9, init_hidden=True), hidden_loop),
+        "cell": Network(norse.LIFCell(), norse_loop),
+        "sequence": Network(norse.LIF(), lambda fc, lif, x_seq: lif(fc(x_seq))[0]),
+        "chunks": Network(norse.LIF(), lambda fc, lif, x_seq: norse_loop(fc, lif, x_seq.split(2)).flatten(0, 1)),
     }
 
 
@@ -82,7 +85,7 @@ def test_membrane_potentials_of_a_sequence_are_stored(name, like):
     net = networks_that_pass_states()[name]
     example = X_SEQ if name in ("sequence", "chunks") else X_SEQ[:1]
     replace_neurons(net, example, like=like, overrides={"lif": {"store_v_seq": True}})
-    for rows in (5, 3):  # a new sequence starts anew, also in another batch shape
+    for rows in (5, 3):  # every sequence starts from rest, also in another batch shape
         spikes = net(X_SEQ[:, :rows])
         stored = net.lif.node.v_seq
         assert spikes.shape == stored.shape == (6, rows, 8)
@@ -93,7 +96,7 @@ def test_membrane_potentials_of_a_sequence_are_stored(name, like):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_silent_neurons_warn_where_the_network_passes_their_states(name):
+def test_silent_neurons_warn_once_after_three_training_batches(name):
     net = networks_that_pass_states()[name]
     replace_neurons(net, X_SEQ, threshold=1e6)
     with warnings.catch_warnings():
@@ -103,23 +106,23 @@ def test_silent_neurons_warn_where_the_network_passes_their_states(name):
     with pytest.warns(
         NeuronActivityWarning, match=r"AssociativeLIFNode\(8\) are silent in the first 3 training batches"
     ):
-        net(X_SEQ)  # the start of a sequence is the end of the one before
+        net(X_SEQ)  # the start of the fourth sequence ends the third
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         net(X_SEQ)
-        other = networks_that_pass_states()[name]
-        replace_neurons(other, X_SEQ, threshold=0.3)
+        firing = networks_that_pass_states()[name]
+        replace_neurons(firing, X_SEQ, threshold=0.3)
         for _ in range(5):
-            other(X_SEQ)
-        quiet = networks_that_pass_states()[name].eval()
-        replace_neurons(quiet, X_SEQ, threshold=1e6)
+            firing(X_SEQ)
+        in_eval_mode = networks_that_pass_states()[name].eval()
+        replace_neurons(in_eval_mode, X_SEQ, threshold=1e6)
         for _ in range(5):
-            quiet(X_SEQ)
+            in_eval_mode(X_SEQ)
 
 
 def test_a_replaced_neuron_refuses_the_membrane_of_an_earlier_call():
     snn = pytest.importorskip("snntorch")
-    net = Calls(snn.Leaky(beta=0.9), snntorch_loop(lambda lif, x: lif.init_leaky()))
+    net = Network(snn.Leaky(beta=0.9), snntorch_loop(lambda lif, x: lif.init_leaky()))
     replace_neurons(net, X_SEQ, preset="nord", n_clusters=None)
     _, first = net.lif(X_SEQ[0])
     net.lif(X_SEQ[1])
@@ -139,7 +142,7 @@ def test_a_replaced_loop_of_snntorch_compiles_to_one_graph(name, preset):
 
 
 def rate_of_node(net, x_seq):
-    """Return the mean of all outputs of the network's node in one run from rest."""
+    """Return the mean of all outputs of the network's neurons in one call from rest."""
     spikes = []
     inner = net.lif if isinstance(net.lif, AssociativeLIFNode) else net.lif.node
     handle = inner.register_forward_hook(lambda module, args, output: spikes.append(output.flatten()))
@@ -170,6 +173,7 @@ def step_loop(fc, lif, x_seq):
 
 
 def depth_loop(fc, lif, x_seq):
+    """Use one layer of neurons three times, one after the other."""
     for _ in range(3):
         x_seq = lif(fc(x_seq) + 0.3, stateless=True)
     return x_seq
@@ -189,44 +193,44 @@ def without_gradient(fc, lif, x_seq):
     ids=["keyword", "step loop by keyword", "two uses", "two uses from rest", "reset between", "depth", "no_grad"],
 )  # fmt: skip
 @pytest.mark.parametrize("training", [True, False])
-def test_the_rate_is_that_of_all_calls_of_a_node(step_mode, call, training):
-    net = Calls(node(step_mode), call).train(training)
+def test_the_calibrated_rate_is_the_mean_over_all_calls_of_a_node(step_mode, call, training):
+    net = Network(node(step_mode), call).train(training)
     x_seq = X_SEQ.repeat(1, 8, 1)
     before = rate_of_node(net, x_seq)
     [row] = calibrate_thresholds(net, x_seq, rate=0.2)
     assert row.before == pytest.approx(before)
     assert row.after == pytest.approx(0.2, rel=0.1)
     assert net.lif.step_mode == step_mode
-    if call not in (two_uses, two_uses_from_rest, reset_between, depth_loop):  # whose inputs depend on the threshold
+    if call not in (two_uses, two_uses_from_rest, reset_between, depth_loop):  # whose inputs depend on the thresholds
         assert rate_of_node(net, x_seq) == pytest.approx(row.after)
 
 
-def test_sequences_that_take_turns_are_calibrated_each_from_rest():
+def test_two_sequences_with_alternating_calls_are_calibrated_each_from_rest():
     norse = pytest.importorskip("norse.torch")
 
-    def turns(fc, lif, x_seq):
+    def alternate(fc, lif, x_seq):
         a = b = None
         for x in fc(x_seq):
             spikes, a = lif(x, a)
             _, b = lif(2 * x, b)
         return spikes
 
-    net = Calls(norse.LIFCell(), turns)
+    net = Network(norse.LIFCell(), alternate)
     replace_neurons(net, X_SEQ)
     [row] = calibrate_thresholds(net, X_SEQ, rate=0.2)
     assert rate_of_node(net, X_SEQ) == pytest.approx(row.after)
     assert row.after == pytest.approx(0.2, rel=0.15)
 
 
-def test_neurons_that_the_example_does_not_reach_are_named():
-    net = Calls(node(), lambda fc, lif, x_seq: fc(x_seq))
+def test_neurons_that_the_example_does_not_reach_raise_with_their_names():
+    net = Network(node(), lambda fc, lif, x_seq: fc(x_seq))
     with pytest.raises(ValueError, match=r"the example input reached none of the neurons \['lif'\]"):
         calibrate_thresholds(net, X_SEQ)
 
 
 def test_examples_may_be_dicts_tuples_and_keywords():
     def network(call):
-        net = Calls(neuron.LIFNode(step_mode="m"), call)
+        net = Network(neuron.LIFNode(step_mode="m"), call)
         net.forward = lambda *args, **kwargs: call(net.fc, net.lif, *args, **kwargs)
         return net
 
@@ -252,7 +256,7 @@ def test_lazy_batch_norms_are_initialised_by_the_example():
     assert net(X_SEQ[0]).shape == (5, 8)
 
 
-def test_like_names_arguments_that_it_does_not_take():
+def test_an_argument_that_like_does_not_take_raises():
     net = nn.Sequential(layer.Linear(8, 8, step_mode="m"), neuron.LIFNode(step_mode="m"))
     with pytest.raises(
         ValueError, match=r"like=True takes backend, channel_dim, learnable, store_v_seq.*\['threshold'\]"

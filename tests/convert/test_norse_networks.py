@@ -1,4 +1,4 @@
-"""Networks of Norse keep their forward code, and run our neurons."""
+"""replace_neurons and calibrate_thresholds in networks of Norse, whose forward code is not changed."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ X_SEQ = torch.rand(30, 6, 20, generator=torch.Generator().manual_seed(0)) * 5
 
 
 def cells():
-    """Images, one time step per call; the loop over time is outside."""
+    """Return a convolutional network of Norse cells, which is called once per time step."""
     torch.manual_seed(0)
     return norse.SequentialState(
         nn.Conv2d(1, 4, 3), norse.LIFCell(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(100, 16), norse.LIFCell(),
@@ -27,12 +27,13 @@ def cells():
 
 
 def sequences(**options):
-    """Whole sequences per call."""
+    """Return a network of Norse modules, which is called with whole sequences."""
     torch.manual_seed(0)
     return norse.SequentialState(nn.Linear(20, 16), norse.LIF(**options), nn.Linear(16, 5), norse.LIF(**options))
 
 
 def run(net, x, steps=10):
+    """Return the outputs of ``steps`` time steps with the same input."""
     state, outputs = None, []
     for _ in range(steps):
         out, state = net(x, state)
@@ -41,23 +42,24 @@ def run(net, x, steps=10):
 
 
 def spikes_of(net, index, call):
-    found = []
-    handle = net[index].register_forward_hook(lambda module, args, output: found.append(output[0]))
+    """Return the spikes of the neurons at ``net[index]`` during ``call()``."""
+    spikes = []
+    handle = net[index].register_forward_hook(lambda module, args, output: spikes.append(output[0]))
     call()
     handle.remove()
-    return torch.stack(found)
+    return torch.stack(spikes)
 
 
 @pytest.mark.parametrize("preset", ["lif", "nord"])
-def test_one_line_on_cells(preset):
+def test_one_call_replaces_the_neurons_of_cells_and_the_network_learns(preset):
     net = cells()
-    others = dict(net.state_dict())
+    parameters_before = dict(net.state_dict())
     report = replace_neurons(net, IMAGES, preset=preset, n_clusters="auto")
     assert [(row.name, row.was, row.now, row.width, row.channel_dim) for row in report] == [
         ("1", "LIFCell", "AssociativeLIFNode", 4, 1),
         ("5", "LIFCell", "AssociativeLIFNode", 16, -1),
     ]
-    assert all(torch.equal(net.state_dict()[name], value) for name, value in others.items())
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in parameters_before.items())
     optimizer, losses = torch.optim.Adam(net.parameters(), 1e-2), []
     for _ in range(4):
         loss = nn.functional.cross_entropy(run(net, IMAGES)[-1], torch.arange(7) % 5)
@@ -69,7 +71,7 @@ def test_one_line_on_cells(preset):
     assert net[1].node.v_threshold.grad is not None
 
 
-def test_one_line_on_sequences_whose_state_goes_on():
+def test_one_call_replaces_the_neurons_of_sequences_and_their_state_can_be_passed_on():
     net = sequences()
     report = replace_neurons(net, X_SEQ, preset="nord", n_clusters=None)
     assert [(row.name, row.was, row.width) for row in report] == [("1", "LIF", 16), ("3", "LIF", 5)]
@@ -82,7 +84,7 @@ def test_one_line_on_sequences_whose_state_goes_on():
 
 
 @pytest.mark.parametrize(
-    ("make", "parameters"),
+    ("class_name", "parameters"),
     [
         ("LIFCell", {}),
         ("LIFCell", {"v_leak": -0.5, "v_reset": -0.5, "v_th": 0.3, "tau_mem_inv": 300.0, "tau_syn_inv": 700.0}),
@@ -92,13 +94,15 @@ def test_one_line_on_sequences_whose_state_goes_on():
         ("IAFCell", {}),
     ],
 )
-def test_like_gives_the_same_spikes_and_gradients(make, parameters):
-    kind = getattr(norse, make)
-    p = getattr(norse, make.replace("Cell", "Parameters"))()
-    p = p._replace(**{k: torch.tensor(v) if isinstance(v, float) else v for k, v in parameters.items()})
+def test_like_gives_the_same_spikes_and_gradients(class_name, parameters):
+    norse_class = getattr(norse, class_name)
+    norse_parameters = getattr(norse, class_name.replace("Cell", "Parameters"))()
+    norse_parameters = norse_parameters._replace(
+        **{k: torch.tensor(v) if isinstance(v, float) else v for k, v in parameters.items()}
+    )
     results = []
     for like in (False, True):
-        net = norse.SequentialState(nn.Identity(), kind(p))
+        net = norse.SequentialState(nn.Identity(), norse_class(norse_parameters))
         if like:
             [row] = replace_neurons(net, X_SEQ[0], like=True)
             assert row.now == "AssociativeLIFNode", row.skipped
@@ -108,11 +112,11 @@ def test_like_gives_the_same_spikes_and_gradients(make, parameters):
             spikes.append(z)
         torch.stack(spikes).square().sum().backward()
         results.append((torch.stack(spikes).detach(), x_seq.grad, state[1].v))
-    (theirs, their_grad, their_v), (ours, our_grad, our_v) = results
-    assert 0.02 < theirs.mean() < 0.98
-    assert torch.equal(ours, theirs)
-    assert torch.allclose(our_v, their_v, atol=1e-5)
-    assert torch.allclose(our_grad, their_grad, rtol=1e-3, atol=1e-4)
+    (expected, expected_grad, expected_v), (spikes, grad, v) = results
+    assert 0.02 < expected.mean() < 0.98
+    assert torch.equal(spikes, expected)
+    assert torch.allclose(v, expected_v, atol=1e-5)
+    assert torch.allclose(grad, expected_grad, rtol=1e-3, atol=1e-4)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -124,15 +128,17 @@ def test_like_gives_the_same_spikes_and_gradients(make, parameters):
     seed=st.integers(0, 100),
 )
 def test_like_gives_the_same_spikes_for_all_time_constants(membrane, current, v_th, v_rest, seed):
-    p = norse.LIFParameters(*(torch.tensor(value) for value in (current * 1000, membrane * 1000, v_rest, v_th, v_rest)))
-    net = norse.SequentialState(nn.Identity(), norse.LIF(p))
+    norse_parameters = norse.LIFParameters(
+        *(torch.tensor(value) for value in (current * 1000, membrane * 1000, v_rest, v_th, v_rest))
+    )
+    net = norse.SequentialState(nn.Identity(), norse.LIF(norse_parameters))
     x = torch.rand(8, 3, 4, generator=torch.Generator().manual_seed(seed)) * 3
     expected, _ = net(x)
     assert not replace_neurons(net, x, like=True).skipped
     assert torch.equal(net(x)[0], expected)
 
 
-def test_like_on_whole_networks():
+def test_like_gives_the_same_outputs_of_whole_networks():
     net = cells()
     expected = run(net, IMAGES)
     replace_neurons(net, IMAGES, like=True)
@@ -144,7 +150,7 @@ def test_like_on_whole_networks():
     assert torch.equal(net(X_SEQ)[0], expected)
 
 
-def test_a_membrane_at_the_threshold_does_not_fire():
+def test_a_membrane_potential_equal_to_the_threshold_does_not_fire_as_in_norse():
     net = norse.SequentialState(nn.Identity(), norse.IAFCell())
     x = torch.ones(1, 2)
     assert net(x)[0].sum() == 0
@@ -153,21 +159,21 @@ def test_a_membrane_at_the_threshold_does_not_fire():
 
 
 @pytest.mark.parametrize(
-    ("p", "reason"),
+    ("norse_parameters", "reason"),
     [
         ({"v_reset": torch.tensor(-0.2)}, "cannot match v_reset = -0.2"),
         ({"tau_mem_inv": torch.tensor(2000.0)}, r"needs dt * tau_mem_inv in (0, 1], got 2"),
         ({"v_th": torch.ones(20)}, "needs one number for v_th, got 20"),
     ],
 )
-def test_what_like_cannot_match_is_skipped_with_its_reason(p, reason):
-    net = norse.SequentialState(nn.Identity(), norse.LIF(norse.LIFParameters()._replace(**p)))
+def test_neurons_that_like_cannot_match_are_skipped_with_a_reason(norse_parameters, reason):
+    net = norse.SequentialState(nn.Identity(), norse.LIF(norse.LIFParameters()._replace(**norse_parameters)))
     [row] = replace_neurons(net, X_SEQ, like=True, only="1")
     assert reason in row.skipped
     assert isinstance(net[1], norse.LIF)
 
 
-def test_selections_overrides_and_what_is_skipped():
+def test_only_overrides_and_the_reason_why_a_neuron_is_skipped():
     assert [row.name for row in replace_neurons(cells(), IMAGES, only=norse.LIFCell)] == ["1", "5"]
     assert [row.name for row in replace_neurons(cells(), IMAGES, only="5")] == ["5"]
     net = norse.SequentialState(nn.Linear(20, 16), norse.LIF(), norse.LIFRecurrent(16, 4), norse.LI())
@@ -184,7 +190,7 @@ def test_selections_overrides_and_what_is_skipped():
         replace_neurons(cells(), IMAGES, neuron=lambda n, **_: nn.Linear(n, n))
 
 
-def test_a_state_of_norse_is_refused():
+def test_a_state_of_norse_raises_after_replacement():
     net = sequences()
     replace_neurons(net, X_SEQ)
     state = norse.LIFFeedForwardState(v=torch.zeros(6, 16), i=torch.zeros(6, 16))
@@ -193,7 +199,7 @@ def test_a_state_of_norse_is_refused():
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.3])
-def test_calibration_of_sequences_and_of_loops(rate):
+def test_calibration_with_whole_sequences_and_with_single_time_steps(rate):
     net = sequences()
     replace_neurons(net, X_SEQ)
     layers = calibrate_thresholds(net, X_SEQ, rate=rate)

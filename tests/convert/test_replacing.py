@@ -1,4 +1,4 @@
-"""replace_neurons and calibrate_thresholds: one line for networks of SpikingJelly."""
+"""replace_neurons and calibrate_thresholds in networks of SpikingJelly."""
 
 import copy
 
@@ -12,11 +12,11 @@ from nord_snn.convert import calibrate_thresholds, replace_neurons
 from nord_snn.neurons import AssociativeLIFNode
 
 pytestmark = pytest.mark.quick
-X = torch.rand(4, 2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+X = torch.rand(4, 2, 1, 8, 8, generator=torch.Generator().manual_seed(0))  # images [T, N, C, H, W]
 
 
 def network(**options):
-    """A network for images of SpikingJelly, in step mode m."""
+    """Return a small convolutional network in step mode "m"."""
     torch.manual_seed(0)
     make = lambda: neuron.LIFNode(tau=2.0, surrogate_function=surrogate.ATan(), **options)  # noqa: E731
     net = nn.Sequential(
@@ -28,10 +28,11 @@ def network(**options):
 
 
 def sizes(report):
+    """Return name, number of neurons and channel dimension of each replaced layer."""
     return [(row.name, row.width, row.channel_dim) for row in report.replaced]
 
 
-def test_widths_and_channels_come_from_the_example():
+def test_the_number_of_neurons_and_the_channel_dimension_come_from_the_example():
     net = network()
     report = replace_neurons(net, X)
     assert sizes(report) == [("2", 8, 1), ("6", 10, -1)]
@@ -49,7 +50,7 @@ def test_all_other_parameters_keep_their_names_and_values():
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_like_gives_the_output_of_the_network_to_the_bit():
+def test_like_gives_the_output_of_the_original_network_bit_for_bit():
     net = network(v_reset=None)
     expected = net(X)
     functional.reset_net(net)
@@ -57,7 +58,7 @@ def test_like_gives_the_output_of_the_network_to_the_bit():
     assert torch.equal(net(X), expected)
 
 
-def test_the_network_is_as_it_was_where_nothing_is_replaced():
+def test_modes_and_values_of_modules_that_are_not_replaced_stay():
     net = network()
     net[1].eval()
     modes, before = {name: m.training for name, m in net.named_modules()}, copy.deepcopy(net.state_dict())
@@ -78,11 +79,11 @@ def test_the_network_is_as_it_was_where_nothing_is_replaced():
         ((neuron.IFNode, neuron.LIFNode), ["2", "6"]),
     ],
 )
-def test_selections(only, names):
+def test_only_accepts_classes_a_name_or_a_function(only, names):
     assert [row.name for row in replace_neurons(network(), X, only=only)] == names
 
 
-def test_overrides_and_constants():
+def test_overrides_are_for_one_layer_and_other_keywords_for_all():
     net = network()
     replace_neurons(net, X, overrides={"6": {"threshold": 0.7, "channel_dim": -1}}, preset="nord", n_clusters="auto")
     assert net[2].cascade.n_clusters == 8
@@ -93,7 +94,7 @@ def test_overrides_and_constants():
         replace_neurons(network(), X, overrides={"7": {}})
 
 
-def test_a_neuron_under_two_names_stays_one():
+def test_a_neuron_under_two_names_is_replaced_by_one_node():
     net = network()
     shared = nn.ModuleDict({"first": net, "again": net[6]})
     shared.forward = lambda x: shared["again"](shared["first"](x))
@@ -102,19 +103,19 @@ def test_a_neuron_under_two_names_stays_one():
     assert shared["again"] is shared["first"][6]
 
 
-def test_what_is_skipped_says_why():
-    class Unused(nn.Module):
+def test_the_report_has_the_reason_for_each_skipped_neuron():
+    class WithSkippedNeurons(nn.Module):
         def __init__(self):
             super().__init__()
-            self.used, self.unused, self.psn = network(), neuron.LIFNode(), neuron.QIFNode()
+            self.used, self.unused, self.qif = network(), neuron.LIFNode(), neuron.QIFNode()
 
         def forward(self, x):
-            return self.psn(self.used(x))
+            return self.qif(self.used(x))
 
-    report = replace_neurons(Unused(), X, like=True)
+    report = replace_neurons(WithSkippedNeurons(), X, like=True)
     reasons = {row.name: row.skipped for row in report.skipped}
     assert reasons["unused"] == "the example input did not reach it"
-    assert reasons["psn"].startswith("like() supports")
+    assert reasons["qif"].startswith("like() supports")
     assert len(report.replaced) == 2
 
 
@@ -127,7 +128,7 @@ def test_what_is_skipped_says_why():
     ],
     ids=["sew_resnet18", "spiking_resnet18", "spiking_vgg11_bn"],
 )
-def test_one_line_on_the_zoo(make):
+def test_one_call_replaces_all_neurons_of_spikingjelly_models(make):
     net = make()
     functional.set_step_mode(net, "m")
     report = replace_neurons(net, torch.rand(2, 1, 3, 32, 32))
@@ -152,7 +153,7 @@ def test_every_layer_fires_at_the_rate_after_calibration(rate):
     assert all(abs(one.after - rate) < 0.2 * rate for one in layers)
 
 
-def test_calibration_finds_the_width_and_leaves_what_cannot_fire():
+def test_calibration_creates_lazy_nodes_and_keeps_the_thresholds_of_neurons_that_cannot_fire():
     net = nn.Sequential(layer.Conv2d(1, 8, 3), AssociativeLIFNode(), layer.Flatten(), AssociativeLIFNode())
     functional.set_step_mode(net, "m")
     first, _ = calibrate_thresholds(net, X)
@@ -173,30 +174,31 @@ def test_calibration_finds_the_width_and_leaves_what_cannot_fire():
         (AssociativeLIFNode(4, None, step_mode="m"), {"tolerance": -1}, "tolerance must be 0 or more, got -1"),
     ],
 )
-def test_calibration_names_what_it_needs(net, options, message):
+def test_calibration_raises_with_what_it_expects(net, options, message):
     with pytest.raises(ValueError, match=message):
         calibrate_thresholds(net, torch.rand(3, 2, 4), **options)
 
 
 def looped(net):
+    """Return a function that calls a network once per time step."""
     return lambda x_seq: torch.stack([net(x) for x in x_seq])
 
 
-def test_a_loop_over_time_outside_of_the_network_gives_the_thresholds_of_whole_sequences():
-    sequences, steps = network().eval(), network().eval()  # in training a batch norm sees a sequence, or a time step
+def test_calibration_with_a_call_per_time_step_gives_the_thresholds_of_whole_sequences():
+    sequences, steps = network().eval(), network().eval()  # statistics of a training batch would differ between the two
     for net in (sequences, steps):
         replace_neurons(net, X)
     functional.set_step_mode(steps, "s")
     expected = calibrate_thresholds(sequences, X, rate=0.2)
-    found = calibrate_thresholds(steps, X, rate=0.2, forward=looped(steps))
-    assert [one.name for one in found] == ["2", "6"]
-    assert [one.scale for one in found] == pytest.approx([one.scale for one in expected])
-    assert [one.after for one in found] == pytest.approx([one.after for one in expected])
+    actual = calibrate_thresholds(steps, X, rate=0.2, forward=looped(steps))
+    assert [one.name for one in actual] == ["2", "6"]
+    assert [one.scale for one in actual] == pytest.approx([one.scale for one in expected])
+    assert [one.after for one in actual] == pytest.approx([one.after for one in expected])
     assert steps[2].step_mode == "s"
     assert not isinstance(steps[2].v, torch.Tensor)
 
 
-def test_calibration_before_training_is_that_of_the_batch_norms_in_training():
+def test_calibration_uses_batch_norms_in_training_mode_and_keeps_their_statistics():
     torch.manual_seed(0)
     net = nn.Sequential(layer.Conv2d(1, 8, 3), layer.BatchNorm2d(8), AssociativeLIFNode(step_mode="m"))
     functional.set_step_mode(net, "m")

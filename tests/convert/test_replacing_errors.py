@@ -1,4 +1,4 @@
-"""replace_neurons replaces all selected neurons or none, and names what it expected."""
+"""replace_neurons replaces all selected neurons or none; errors and notes name what was expected."""
 
 import re
 
@@ -11,7 +11,7 @@ from nord_snn.convert import replace_neurons
 from nord_snn.neurons import AssociativeLIFNode
 
 pytestmark = pytest.mark.quick
-X_SEQ = torch.rand(6, 3, 8, generator=torch.Generator().manual_seed(0)) * 3
+X_SEQ = torch.rand(6, 3, 8, generator=torch.Generator().manual_seed(0)) * 3  # input current [T, N, D]
 
 
 def two_layers():
@@ -22,6 +22,7 @@ def two_layers():
 
 
 def only_first(width, **options):
+    """Make the neurons of the first layer, and raise for the second."""
     if width != 12:
         raise ValueError("there are 12 neurons here")
     return AssociativeLIFNode(width, **options)
@@ -47,7 +48,7 @@ def only_first(width, **options):
         ({"learnable": "threshold", "like": True}, TypeError, "with like=True, learnable must be True or False, got 'thr"),
     ],
 )  # fmt: skip
-def test_an_error_leaves_the_network_as_it_was(options, error, message):
+def test_after_an_error_the_network_is_unchanged(options, error, message):
     net = two_layers()
     modules, parameters = list(net.modules()), dict(net.named_parameters())
     with pytest.raises(error, match=re.escape(message)):
@@ -56,7 +57,7 @@ def test_an_error_leaves_the_network_as_it_was(options, error, message):
     assert all(parameter is parameters[name] for name, parameter in net.named_parameters())
 
 
-class Twice(nn.Module):
+class SharedNeurons(nn.Module):
     """One layer of neurons under two names."""
 
     def __init__(self):
@@ -70,7 +71,7 @@ class Twice(nn.Module):
 
 @pytest.mark.parametrize("only", ["a", "b", lambda name, _: name == "b", neuron.LIFNode, None])
 def test_a_neuron_is_replaced_under_all_names_if_one_is_selected(only):
-    net = Twice()
+    net = SharedNeurons()
     report = replace_neurons(net, X_SEQ, only=only)
     assert [row.name for row in report.replaced] == ["a", "b"]
     assert isinstance(net.a, AssociativeLIFNode)
@@ -79,13 +80,15 @@ def test_a_neuron_is_replaced_under_all_names_if_one_is_selected(only):
 
 def test_overrides_of_one_neuron_under_two_names_must_agree():
     for overrides in ({"b": {"threshold": 0.9}}, {"a": {"threshold": 0.9}, "b": {"threshold": 0.9, "n_clusters": 2}}):
-        net = Twice()
+        net = SharedNeurons()
         replace_neurons(net, X_SEQ, only="b", overrides=overrides)
         assert net.a is net.b
         assert net.a.v_threshold.tolist() == pytest.approx([0.9] * 8)
     thresholds = torch.full((8,), 0.9)
-    replace_neurons(Twice(), X_SEQ, overrides={"a": {"threshold": thresholds}, "b": {"threshold": thresholds.clone()}})
-    net = Twice()
+    replace_neurons(
+        SharedNeurons(), X_SEQ, overrides={"a": {"threshold": thresholds}, "b": {"threshold": thresholds.clone()}}
+    )
+    net = SharedNeurons()
     with pytest.raises(
         ValueError, match=r"'a' and 'b' are one neuron: overrides must have one threshold for it, got 0\.2 and 0\.9"
     ):
@@ -94,7 +97,7 @@ def test_overrides_of_one_neuron_under_two_names_must_agree():
 
 
 class Residual(nn.Module):
-    """Neurons behind a sum, which hides the convolution before it."""
+    """Neurons after a residual sum, so that their channel dimension cannot be derived from the convolution."""
 
     def __init__(self, kind=layer.Conv1d, size=5):
         super().__init__()
@@ -106,7 +109,7 @@ class Residual(nn.Module):
         return self.lif(self.conv(x_seq) + x_seq)
 
 
-def test_channels_that_may_be_the_neurons_are_noted():
+def test_a_note_names_the_channel_dimension_that_the_neurons_may_have():
     net = Residual()
     report = replace_neurons(net, torch.rand(4, 2, 5, 9))
     [row] = report
@@ -120,7 +123,7 @@ def test_channels_that_may_be_the_neurons_are_noted():
         net(torch.rand(4, 2, 5, 7))
 
 
-def test_nothing_is_noted_where_the_dimension_is_given_or_known():
+def test_no_note_where_the_channel_dimension_is_an_argument_or_unambiguous():
     for net, x_seq, options in (
         (Residual(), torch.rand(4, 2, 5, 9), {"overrides": {"lif": {"channel_dim": 1}}}),
         (Residual(), torch.rand(4, 2, 5, 9), {"channel_dim": -1}),

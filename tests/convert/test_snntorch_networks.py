@@ -1,4 +1,4 @@
-"""Networks of snnTorch keep their forward code, and run our neurons; written as its tutorials 5 and 6 write them."""
+"""replace_neurons and calibrate_thresholds in networks of snnTorch, written as in its tutorials 5 and 6."""
 
 import copy
 import pickle
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.quick
 
 
 class Dense(nn.Module):
-    """Fully connected; the loop over time is in the network."""
+    """Fully connected network that runs 12 time steps per call."""
 
     def __init__(self, **options):
         super().__init__()
@@ -38,7 +38,7 @@ class Dense(nn.Module):
 
 
 def convolutional():
-    """With hidden states; the loop over time is outside."""
+    """Return a convolutional network whose neurons store their states, called once per time step."""
     torch.manual_seed(0)
     make = {"beta": 0.9, "threshold": 0.2, "spike_grad": surrogate.fast_sigmoid(slope=25), "init_hidden": True}
     return nn.Sequential(
@@ -48,6 +48,7 @@ def convolutional():
 
 
 def forward_pass(net, x, steps=5):
+    """Return spikes and membrane potentials of ``steps`` time steps with the same input."""
     utils.reset(net)
     outputs = [net(x) for _ in range(steps)]
     return torch.stack([spk for spk, _ in outputs]), torch.stack([mem for _, mem in outputs])
@@ -56,7 +57,7 @@ def forward_pass(net, x, steps=5):
 def dense(**options):
     torch.manual_seed(0)
     net = Dense(**options)
-    net.fc2.weight.data *= 5  # the second layer fires, too
+    net.fc2.weight.data *= 5  # otherwise the second layer is silent
     return net
 
 
@@ -65,7 +66,7 @@ IMAGES = torch.rand(7, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 
 
 
 def train(net, run, x):
-    """Return the losses of four optimizer steps."""
+    """Return the losses of four training steps."""
     optimizer, losses, y = torch.optim.Adam(net.parameters(), 1e-2), [], torch.arange(len(x)) % 5
     for _ in range(4):
         _, membranes = run(net, x)
@@ -78,15 +79,15 @@ def train(net, run, x):
 
 
 @pytest.mark.parametrize("preset", ["lif", "nord"])
-def test_one_line_on_the_fully_connected_network(preset):
+def test_one_call_replaces_the_neurons_of_a_fully_connected_network_and_it_learns(preset):
     net = dense()
-    others = {name: value for name, value in net.state_dict().items() if name.startswith("fc")}
+    linear_parameters = {name: value for name, value in net.state_dict().items() if name.startswith("fc")}
     report = replace_neurons(net, X, preset=preset, n_clusters=None)
     assert [(row.name, row.was, row.now, row.width) for row in report] == [
         ("lif1", "Leaky", "AssociativeLIFNode", 32),
         ("lif2", "Leaky", "AssociativeLIFNode", 5),
     ]
-    assert all(torch.equal(net.state_dict()[name], value) for name, value in others.items())
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in linear_parameters.items())
     spikes, membranes = net(X)
     assert spikes.shape == membranes.shape == (12, 7, 5)
     assert spikes.unique().tolist() == [0, 1]
@@ -94,7 +95,7 @@ def test_one_line_on_the_fully_connected_network(preset):
     assert losses[-1] < losses[0]
 
 
-def test_one_line_on_the_convolutional_network():
+def test_one_call_replaces_the_neurons_of_a_convolutional_network_and_it_learns():
     net = convolutional()
     report = replace_neurons(net, IMAGES)
     assert [(row.name, row.width, row.channel_dim) for row in report] == [("2", 4, 1), ("5", 6, 1), ("8", 5, -1)]
@@ -119,7 +120,7 @@ def test_like_gives_the_same_spikes_with_hidden_states():
     assert torch.equal(forward_pass(net, IMAGES)[0], expected)
 
 
-def test_a_sequence_does_not_depend_on_the_one_before():
+def test_a_sequence_does_not_depend_on_the_previous_sequence():
     for net, run in ((dense(), lambda net, x: net(x)), (convolutional(), forward_pass)):
         x = X if isinstance(net, Dense) else IMAGES
         replace_neurons(net, x, preset="nord", n_clusters=None)
@@ -129,7 +130,7 @@ def test_a_sequence_does_not_depend_on_the_one_before():
         run(net, x[:3])  # another batch size
 
 
-def test_two_states_as_synaptic():
+def test_synaptic_with_two_states_is_replaced():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -154,28 +155,28 @@ def test_two_states_as_synaptic():
         net.lif(torch.rand(7, 6), torch.zeros(7, 6))
 
 
-def test_a_call_without_states_goes_on_from_those_that_are_stored():
+def test_a_call_without_states_continues_from_the_stored_states():
     net = nn.Sequential(nn.Linear(20, 6), snn.Leaky(beta=0.9))
-    ours, theirs = copy.deepcopy(net), net
-    replace_neurons(ours, X, like=True)
+    replaced, original = copy.deepcopy(net), net
+    replace_neurons(replaced, X, like=True)
     for _ in range(8):
-        assert torch.equal(ours(X)[0], theirs(X)[0])
-    nord_snn.reset(ours)
-    nord_snn.reset(theirs)
-    assert torch.equal(ours(X)[0], theirs(X)[0])
+        assert torch.equal(replaced(X)[0], original(X)[0])
+    nord_snn.reset(replaced)
+    nord_snn.reset(original)
+    assert torch.equal(replaced(X)[0], original(X)[0])
     hidden = convolutional()
     replace_neurons(hidden, IMAGES)
     with pytest.raises(TypeError, match="init_hidden=True"):
         hidden[8](torch.rand(7, 5), torch.zeros(7, 5))
 
 
-def test_the_membrane_that_is_passed_is_the_one_that_counts():
+def test_the_membrane_potential_passed_to_a_call_replaces_the_stored_one():
     net = dense()
     replace_neurons(net, X, preset="nord", n_clusters=None)
     lif = net.lif1
     mem = lif.init_leaky()
     _, mem = lif(torch.zeros(7, 32), mem)
-    mem = lif.init_leaky()  # in the batch shape of the call before
+    mem = lif.init_leaky()  # has the batch shape of the previous call
     mem += 1  # changed in place: above the threshold after one decay
     assert lif(torch.zeros(7, 32), mem)[0].all()
     assert lif(torch.zeros(3, 32), torch.ones(3, 32))[0].all()  # another shape: no neuron is refractory
@@ -189,20 +190,20 @@ def test_the_membrane_that_is_passed_is_the_one_that_counts():
         lif(torch.zeros(2, 32), mem)
 
 
-def test_copies_pickles_and_state_dicts():
+def test_copies_pickles_and_state_dicts_of_a_replaced_network_give_the_same_spikes():
     net = dense()
     replace_neurons(net, X, preset="nord", n_clusters=None)
     expected = net(X)
-    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
-        assert torch.equal(other(X)[0], expected[0])
-    fresh = Dense()
-    replace_neurons(fresh, X, preset="nord", n_clusters=None)
-    fresh.load_state_dict(net.state_dict())
-    assert torch.equal(fresh(X)[0], expected[0])
+    for duplicate in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(duplicate(X)[0], expected[0])
+    loaded = Dense()
+    replace_neurons(loaded, X, preset="nord", n_clusters=None)
+    loaded.load_state_dict(net.state_dict())
+    assert torch.equal(loaded(X)[0], expected[0])
 
 
-def test_selections_overrides_and_what_is_skipped():
-    class More(Dense):
+def test_only_overrides_and_the_reason_why_a_neuron_is_skipped():
+    class WithRecurrent(Dense):
         def __init__(self):
             super().__init__()
             self.recurrent = snn.RLeaky(beta=0.9, linear_features=5)
@@ -210,7 +211,7 @@ def test_selections_overrides_and_what_is_skipped():
     assert [row.name for row in replace_neurons(dense(), X, only=snn.Leaky)] == ["lif1", "lif2"]
     assert [row.name for row in replace_neurons(dense(), X, only="lif2")] == ["lif2"]
     assert [row.name for row in replace_neurons(dense(), X, only=lambda name, _: name == "lif1")] == ["lif1"]
-    net = More()
+    net = WithRecurrent()
     report = replace_neurons(net, X, overrides={"lif2": {"threshold": 0.7}})
     assert net.lif2.node.v_threshold.tolist() == pytest.approx([0.7] * 5)
     [skipped] = report.skipped
@@ -224,7 +225,7 @@ def test_selections_overrides_and_what_is_skipped():
         replace_neurons(dense(), X, hard_reset=True, v_reset=-0.5)
 
 
-def test_what_like_cannot_match_is_skipped_with_its_reason():
+def test_neurons_that_like_cannot_match_are_skipped_with_a_reason():
     [first, _] = replace_neurons(dense(reset_delay=False), X, like=True)
     assert "cannot match reset_delay=False" in first.skipped
     net = dense()
@@ -262,10 +263,10 @@ def test_calibration_in_a_loop_over_time(rate):
         handle.remove()
     rates = [torch.stack(spikes[layer::2]).mean().item() for layer in (0, 1)]
     assert rates == pytest.approx([one.after for one in layers])
-    assert all(abs(found - rate) < 0.35 * rate for found in rates)
+    assert all(abs(actual - rate) < 0.35 * rate for actual in rates)
 
 
-def test_calibration_with_the_loop_outside():
+def test_calibration_with_a_call_per_time_step():
     net = convolutional()
     replace_neurons(net, IMAGES)
     with pytest.raises(ValueError, match=r"2\.node runs single time steps and received one: pass forward="):
@@ -276,7 +277,7 @@ def test_calibration_with_the_loop_outside():
     assert forward_pass(net, IMAGES)[0].mean().item() == pytest.approx(layers[2].after)
 
 
-def test_our_node_counts_once_in_monitors():
+def test_a_monitor_lists_each_replaced_neuron_once():
     net = dense()
     replace_neurons(net, X)
     with SpikeMonitor(net) as monitor:

@@ -1,4 +1,4 @@
-"""A small run of the language model, trained once for many tests, and a process that starts others quickly."""
+"""Fixtures for several files: a small training run of the language model, and a server that starts scripts quickly."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ from killing import Server
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
-    """Train a run and return its folder."""
+    """Train a small model for 12 training steps and return the folder of the run."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "text.txt").write_text(make_text())
     config = write_config(folder)
@@ -22,6 +22,6 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
-    """Run scripts in processes that can be killed."""
-    with Server() as running:
-        yield running
+    """Return a server that runs scripts in forked processes, which can be killed."""
+    with Server() as started:
+        yield started

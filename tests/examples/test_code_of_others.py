@@ -1,4 +1,4 @@
-"""No script runs Python code from a folder, whatever stands on standard input: transformers asks there by default."""
+"""No script runs Python code from a model folder, even if standard input says yes: transformers asks there by default."""
 
 import ast
 import io
@@ -27,18 +27,18 @@ CONFIG_CLASS = "from transformers import PreTrainedConfig\nclass Config(PreTrain
 
 @pytest.fixture
 def answer_yes(monkeypatch):
-    """Put the answer that transformers waits for on standard input."""
+    """Answer yes on standard input, where transformers asks whether to run code."""
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"y\n" * 50)))
 
 
 @pytest.fixture
 def marker(tmp_path):
-    """Return a file that the code of a prepared folder creates."""
+    """Return the path of a file that the code in a prepared folder creates when it runs."""
     return tmp_path / "code_ran"
 
 
 def add_tokenizer_code(folder: Path, marker: Path) -> None:
-    """Make the tokenizer of a folder one with code of its own."""
+    """Make the tokenizer of a folder a class that the folder defines."""
     (folder / "own.py").write_text(CODE.format(marker=str(marker)) + TOKENIZER_CLASS)
     content = json.loads((folder / "tokenizer_config.json").read_text())
     content |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
@@ -46,7 +46,7 @@ def add_tokenizer_code(folder: Path, marker: Path) -> None:
 
 
 def add_config_code(folder: Path, marker: Path) -> None:
-    """Make the configuration of a folder one of an unknown model with code of its own."""
+    """Make the configuration of a folder a class that the folder defines."""
     (folder / "own_config.py").write_text(CODE.format(marker=str(marker)) + CONFIG_CLASS)
     content = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
     content |= {"model_type": "own", "auto_map": {"AutoConfig": "own_config.Config"}}
@@ -54,7 +54,7 @@ def add_config_code(folder: Path, marker: Path) -> None:
 
 
 def add_generate_code(folder: Path, marker: Path) -> None:
-    """Add a ``generate`` function of its own to a folder."""
+    """Add a ``generate`` function to a folder."""
     (folder / "custom_generate").mkdir()
     code = CODE.format(marker=str(marker)) + "def generate(model, *args, **kwargs):\n    return None\n"
     (folder / "custom_generate" / "generate.py").write_text(code)
@@ -65,7 +65,7 @@ WITH_CODE = {"tokenizer": add_tokenizer_code, "config": add_config_code, "genera
 
 @pytest.fixture(params=WITH_CODE)
 def folder_with_code(request, trained, tmp_path, marker):
-    """Return a copy of a model folder with code of one kind."""
+    """Return a copy of a model folder with code for the tokenizer, the configuration or ``generate``."""
     shutil.copytree(trained / "model", tmp_path / "model")
     WITH_CODE[request.param](tmp_path / "model", marker)
     return tmp_path / "model"
@@ -95,7 +95,7 @@ def test_no_script_that_opens_a_model_runs_its_code(
 
 
 def open_all(options, models):
-    """Open each model as the experiment does, and stop."""
+    """Open each model as the experiment does, and end the script."""
     for folder in models:
         online_learning.open_model(folder)
     raise KeyboardInterrupt
@@ -111,7 +111,7 @@ def run(main, arguments) -> int:
 
 @pytest.mark.quick
 @pytest.mark.parametrize("add_code", [add_tokenizer_code, add_config_code])
-def test_training_with_a_tokenizer_runs_none_of_its_code(add_code, trained, answer_yes, marker, tmp_path, capsys):
+def test_training_runs_no_code_of_a_tokenizer_folder(add_code, trained, answer_yes, marker, tmp_path, capsys):
     shutil.copytree(trained / "tokenizer", tmp_path / "tokenizer")
     add_code(tmp_path / "tokenizer", marker)
     (tmp_path / "text.txt").write_text(make_text(2000))
@@ -124,15 +124,15 @@ def test_training_with_a_tokenizer_runs_none_of_its_code(add_code, trained, answ
         assert status == 1
         assert "needs Python code of its own, which is never run" in capsys.readouterr().err
     else:
-        assert status == 0  # the tokenizer itself has no code
+        assert status == 0  # the configuration has code, the tokenizer has none
 
 
 @pytest.mark.quick
-def test_resuming_a_run_runs_none_of_its_code(trained, answer_yes, marker, tmp_path, capsys):
+def test_resuming_runs_no_code_of_the_run_folder(trained, answer_yes, marker, tmp_path, capsys):
     shutil.copytree(trained, tmp_path / "run")
     add_tokenizer_code(tmp_path / "run" / "tokenizer", marker)
     metadata = json.loads((tmp_path / "run" / "run.json").read_text())
-    older = {name: metadata[name] for name in ("text", "fingerprint", "settings")}  # without digests of the tokenizer
+    older = {name: metadata[name] for name in ("text", "fingerprint", "settings")}  # no digests of the tokenizer
     (tmp_path / "run" / "run.json").write_text(json.dumps(older))
     assert train_script.main(["--resume", str(tmp_path / "run"), "--no-report"]) == 1
     assert "needs Python code of its own, which is never run" in capsys.readouterr().err
@@ -152,7 +152,7 @@ def test_no_study_runs_the_code_of_a_tokenizer(script, trained, answer_yes, mark
 
 @pytest.mark.quick
 def test_every_load_refuses_code_explicitly():
-    """None, the default, makes transformers ask on the terminal."""
+    """With the default, None, transformers asks on the terminal."""
     loaders, n_calls = {"from_pretrained", "pipeline", "load_custom_generate", "AutoModel"}, 0
     for folder in ("nord_snn", "examples", "studies", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):
@@ -160,7 +160,7 @@ def test_every_load_refuses_code_explicitly():
                 called = ast.unparse(call.func)
                 if called.rpartition(".")[2] not in loaders or called.startswith("super()"):
                     continue
-                given = [ast.unparse(k.value) for k in call.keywords if k.arg == "trust_remote_code"]
-                assert given == ["False"], f"{path}:{call.lineno}: {called} without trust_remote_code=False"
+                values = [ast.unparse(k.value) for k in call.keywords if k.arg == "trust_remote_code"]
+                assert values == ["False"], f"{path}:{call.lineno}: {called} without trust_remote_code=False"
                 n_calls += 1
     assert n_calls >= 3

@@ -1,4 +1,4 @@
-"""Tests of compare.py: same tokens and sizes for all models, search for learning rates, measures of samples."""
+"""Tests of studies/language_model/compare.py: sizes of the models, search for learning rates, tables, measures of samples."""
 
 import json
 import math
@@ -29,7 +29,8 @@ EXAMPLE = Path(compare_script.__file__).parent
 
 
 @pytest.fixture(autouse=True)
-def _fresh_accelerator():
+def _reset_accelerator():
+    """Reset the process-wide state of accelerate."""
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -48,7 +49,7 @@ def text(tmp_path):
 
 @pytest.fixture
 def spike_fed(tmp_path):
-    """Return a writer of configs with spike-fed blocks."""
+    """Return a function that writes a config with spike-fed blocks."""
 
     def write(**changes):
         return write_config(tmp_path, block="spike_fed", refractory_steps=0, **changes)
@@ -56,24 +57,28 @@ def spike_fed(tmp_path):
     return write
 
 
-def test_all_models_have_the_same_size(tokenizer, spike_fed):
+def test_all_models_have_similar_numbers_of_parameters(tokenizer, spike_fed):
     tied = {"tie_word_embeddings": True, "top_k": 3}
     for config in ("tiny", "small", str(spike_fed()), str(spike_fed(name="tied", **tied))):
         settings = read_config(config)
         with torch.device("meta"):
             models = {kind: make(settings, tokenizer) for kind, make in MODEL_MAKERS.items()}
         counts = {kind: parameter_counts(model) for kind, model in models.items()}
-        ours = models["spike-fed"]
-        neuron = 2 * ours.config.hidden_size + 1  # one more in each feed-forward
+        spike_fed_model = models["spike-fed"]
+        # weights and threshold of one neuron of the feed-forward
+        parameters_per_neuron = 2 * spike_fed_model.config.hidden_size + 1
         difference = counts["spike-fed"][1] - counts["gpt2"][1]
-        assert abs(difference) <= neuron * ours.config.num_hidden_layers / 2
+        assert abs(difference) <= parameters_per_neuron * spike_fed_model.config.num_hidden_layers / 2
         for kind, model in models.items():
-            whole, without = counts[kind]
-            assert model.config.hidden_size == ours.config.hidden_size
-            assert model.config.num_hidden_layers == ours.config.num_hidden_layers
-            tables = 1 if ours.config.tie_word_embeddings else 2
-            assert whole - without == tables * ours.config.vocab_size * ours.config.hidden_size
-            assert getattr(model.config, "top_k", None) in (ours.config.top_k, None)
+            with_vocabulary, without = counts[kind]
+            assert model.config.hidden_size == spike_fed_model.config.hidden_size
+            assert model.config.num_hidden_layers == spike_fed_model.config.num_hidden_layers
+            tables = 1 if spike_fed_model.config.tie_word_embeddings else 2
+            assert (
+                with_vocabulary - without
+                == tables * spike_fed_model.config.vocab_size * spike_fed_model.config.hidden_size
+            )
+            assert getattr(model.config, "top_k", None) in (spike_fed_model.config.top_k, None)
             assert abs(without / counts["spike-fed"][1] - 1) < 0.25, kind
 
 
@@ -92,8 +97,8 @@ def test_every_kind_of_model_has_the_properties_in_its_name(tokenizer, spike_fed
         assert configs[kind].dense is kind.startswith("dense")
 
 
-def test_training_is_the_same_as_in_train_py(tmp_path, text, spike_fed):
-    """Both give the same loss on the held-out text."""
+def test_a_run_has_the_same_loss_as_with_train_py(tmp_path, text, spike_fed):
+    """The loss is that on the held-out text."""
     arguments = ["--config", str(spike_fed(steps=5)), "--data", str(text)]
     assert train_script.main([*arguments, "--seed", "3", "--out", str(tmp_path / "runs"), "--no-report"]) == 0
     expected = json.loads((tmp_path / "runs" / "test-0001" / "results.json").read_text())
@@ -106,53 +111,56 @@ def test_training_is_the_same_as_in_train_py(tmp_path, text, spike_fed):
 
 
 def runs_in(out):
+    """Return the runs that the script has stored in its output folder."""
     return [json.loads(path.read_text()) for path in sorted((out / "runs").glob("*.json"))]
 
 
-def test_the_command_resumes_and_selects_by_the_held_out_loss(tmp_path, text, capsys, monkeypatch, spike_fed):
+def test_the_command_resumes_selects_by_held_out_loss_and_refuses_changed_files(
+    tmp_path, text, capsys, monkeypatch, spike_fed
+):
     out = tmp_path / "compare"
     arguments = ["--config", str(spike_fed(steps=4)), "--data", str(text), "--out", str(out)]
     arguments += ["--seeds", "0", "1", "--lrs", "1e-6", "1e-2", "--models"]
     train_one, trained = trials.train_one, []
 
-    def counted(settings, *others):
+    def count_and_stop_at_the_fifth(settings, *arguments):
         lr = settings.training.lr
         trained.append((settings.training.seed, lr))
         if len(trained) == 5:
             raise KeyboardInterrupt
-        return train_one(settings, *others) | {"loss": 2 + abs(math.log(lr / 1e-2))}
+        return train_one(settings, *arguments) | {"loss": 2 + abs(math.log(lr / 1e-2))}
 
-    monkeypatch.setattr(trials, "train_one", counted)
+    monkeypatch.setattr(trials, "train_one", count_and_stop_at_the_fifth)
     both = [*arguments, "spike-fed", "gpt2"]
     assert compare_script.main(both) == 130
     assert "continues with the missing runs" in capsys.readouterr().err
     assert compare_script.main(both) == 0
-    whole = [(0, 1e-6), (0, 1e-2), (0, 2e-2), (1, 1e-2)]  # and a higher rate, if the best is the highest
-    assert trained == [*whole, (0, 1e-6), *whole]
+    expected = [(0, 1e-6), (0, 1e-2), (0, 2e-2), (1, 1e-2)]  # 2e-2 is tried as 1e-2, the highest given, is the best
+    assert trained == [*expected, (0, 1e-6), *expected]
     for run in runs_in(out):
         assert bool(run["firing_rates"]) == (run["kind"] == "spike-fed")
         assert bool(run["acs"]) <= (run["kind"] == "spike-fed")
         assert run["joules"] < run["joules_with_sram"]
-    shown = (out / "table.md").read_text()
-    assert shown.startswith("|  | spike-fed | gpt2 | held-out text |")
-    assert "| peak learning rate | 0.01 | 0.01 |  |" in shown
-    assert "bigram, interpolated" in shown
-    assert "compare.py --config" in shown
-    assert "tried at seed 0: spike-fed 1e-06, 0.01, 0.02; gpt2 1e-06, 0.01, 0.02; diverged: none" in shown
+    table = (out / "table.md").read_text()
+    assert table.startswith("|  | spike-fed | gpt2 | held-out text |")
+    assert "| peak learning rate | 0.01 | 0.01 |  |" in table
+    assert "bigram, interpolated" in table
+    assert "compare.py --config" in table
+    assert "tried at seed 0: spike-fed 1e-06, 0.01, 0.02; gpt2 1e-06, 0.01, 0.02; diverged: none" in table
     assert compare_script.main(both) == 0
     assert len(trained) == 9
-    alone = [*arguments, "gpt2", "--seeds", "0", "1", "2"]  # a seed that the other one has not
+    alone = [*arguments, "gpt2", "--seeds", "0", "1", "2"]  # seed 2 was not trained before
     assert compare_script.main(alone) == 0
     assert trained[9:] == [(2, 1e-2)]
     assert (out / "table.md").read_text().startswith("|  | gpt2 | held-out text |")
     capsys.readouterr()
     assert compare_script.main([*both, "--steps", "5"]) == 1
     assert "has another config or text; give another --out" in capsys.readouterr().err
-    one, other, *_ = sorted((out / "runs").glob("*.json"))
-    one.write_bytes(other.read_bytes())
+    first, second, *_ = sorted((out / "runs").glob("*.json"))
+    first.write_bytes(second.read_bytes())
     assert compare_script.main(both) == 1
     assert "is another run than gpt2, peak lr 0.01, seed 0" in capsys.readouterr().err
-    one.write_text("[]")
+    first.write_text("[]")
     assert compare_script.main(both) == 1
     assert "not written by this program, or damaged" in capsys.readouterr().err
     (out / "about.json").write_text("[]")
@@ -170,27 +178,27 @@ def test_the_command_resumes_and_selects_by_the_held_out_loss(tmp_path, text, ca
     ],
 )
 def test_the_search_ends_when_both_neighbouring_rates_are_worse(lrs, optimum, tried):
-    class Fake:
+    class FakeTrials:
         def run(self, kind, make, lr, seed, bars):
             return {"lr": lr, "diverged": lr > 8, "loss": abs(math.log(lr / optimum))}
 
-    runs = search_lr(Fake(), "a model", gpt2, lrs, 0, None)
+    runs = search_lr(FakeTrials(), "a model", gpt2, lrs, 0, None)
     assert [run["lr"] for run in runs] == tried
     assert best_lr("a model", runs) == (optimum if len(lrs) > 1 else 4.0)
 
 
-def test_gaps_and_rates_match_the_runs(tmp_path, text, spike_fed):
+def test_the_printed_gaps_and_firing_rates_match_the_runs(tmp_path, text, spike_fed):
     out = tmp_path / "compare"
     arguments = ["--config", str(spike_fed(steps=3)), "--data", str(text), "--out", str(out), "--seeds", "0", "1"]
     assert compare_script.main([*arguments, "--models", "spike-fed", "spiking-values", "dense-twin", "published"]) == 0
-    shown, loss = (out / "table.md").read_text(), {(run["kind"], run["seed"]): run["loss"] for run in runs_in(out)}
+    table, loss = (out / "table.md").read_text(), {(run["kind"], run["seed"]): run["loss"] for run in runs_in(out)}
     ratios = [loss["spike-fed", seed] / loss["dense-twin", seed] - 1 for seed in (0, 1)]
-    assert f"- spike-fed against dense-twin: {spread(ratios, '{:+.1%}'.format)} bits per byte" in shown
+    assert f"- spike-fed against dense-twin: {spread(ratios, '{:+.1%}'.format)} bits per byte" in table
     differences = [loss["spiking-values", seed] - loss["published", seed] for seed in (0, 1)]
-    assert f"{spread(differences, '{:+.3f}'.format)} nats per token" in shown
-    assert "against gpt2" not in shown
+    assert f"{spread(differences, '{:+.3f}'.format)} nats per token" in table
+    assert "against gpt2" not in table
     for head in ("| layer | spike-fed |", "| layer | spiking-values |", "| layer | published |"):
-        assert head in shown
+        assert head in table
     (first, *_) = (run for run in runs_in(out) if run["kind"] == "spiking-values")
     assert "blocks.0.resonance.lif_v" in first["firing_rates"]
 
@@ -200,9 +208,9 @@ def test_a_diverging_rate_is_reported_and_not_selected(tmp_path, text, spike_fed
     arguments = ["--config", str(config), "--data", str(text), "--out", str(tmp_path / "out")]
     arguments += ["--models", "spike-fed", "--seeds", "0", "--lrs", "1e-9", "1e30", "1e-3"]
     assert compare_script.main(arguments) == 0
-    shown = (tmp_path / "out" / "table.md").read_text()
-    assert "| peak learning rate | 0.001 |" in shown
-    assert "diverged: spike-fed, peak lr 1e+30, seed 0" in shown
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| peak learning rate | 0.001 |" in table
+    assert "diverged: spike-fed, peak lr 1e+30, seed 0" in table
 
 
 @pytest.mark.parametrize(
@@ -231,7 +239,7 @@ def test_bad_input_raises_one_sentence(tmp_path, text, capsys, change, message):
     assert not list((tmp_path / "out" / "runs").glob("*lr0.0*.json"))  # before anything was trained
 
 
-def test_two_commands_can_write_the_same_file(tmp_path):
+def test_two_processes_that_write_the_same_file_leave_it_whole(tmp_path):
     two_processes(
         f"""
 import pathlib, sys
@@ -249,20 +257,22 @@ for _ in range(300):
 # --- samples
 
 
-def test_repetition_counts_repeated_text():
+def test_repetition_is_the_fraction_of_repeated_4_grams():
     assert repetition(torch.arange(12)[None]) == 0
-    assert repetition(torch.tensor([[1, 2, 3, 4] * 3])) == pytest.approx(5 / 9)  # 9 of them, of which 4 differ
+    repeated = torch.tensor([[1, 2, 3, 4] * 3])  # 9 sequences of 4 tokens, 4 of them different
+    assert repetition(repeated) == pytest.approx(5 / 9)
     assert repetition(torch.zeros(1, 12)) == pytest.approx(8 / 9)
     assert repetition(torch.stack((torch.arange(12), torch.zeros(12)))) == pytest.approx(4 / 9)
 
 
-def test_coherence_is_high_for_the_same_topic_low_for_another_and_half_by_chance():
+def test_coherence_is_1_for_the_right_topic_lower_for_another_and_one_half_by_chance():
     remainders = [" ".join(WORDS[i : i + 4] * 5) for i in range(0, 12, 4)]
     own = [" ".join(WORDS[i : i + 4]) for i in range(0, 12, 4)]
     assert coherence(own, remainders) == 1
-    assert coherence([*own[1:], own[0]], remainders) == 0.25  # beside one of two others the own document is as far
+    # a sample about another document is equally far from the right document and from one of the two wrong ones
+    assert coherence([*own[1:], own[0]], remainders) == 0.25
     assert coherence(["nothing of it"] * 3, remainders) == 0.5
-    assert coherence([own[0]] * 3, remainders) == 0.5  # always the same: nearer for one, and farther for the others
+    assert coherence([own[0]] * 3, remainders) == 0.5  # the same sample for all: right for one, wrong for the rest
 
 
 def test_prompts_are_beginnings_of_texts_and_samples_continue_them(tokenizer):
@@ -289,13 +299,13 @@ def test_samples_are_as_long_as_the_text_and_reproducible_by_seed(tokenizer, tmp
 
 
 @pytest.mark.parametrize("name", ["default", "books-tiny", "books-small"])
-def test_the_page_matches_the_stored_runs(name):
+def test_results_md_matches_the_stored_runs(name):
     page = (DOCS / "results.md").read_text(encoding="utf-8").splitlines()
-    found = comparison_of(name)
-    assert all(len(runs) == len(SEEDS) for runs in found.runs.values())
-    for lines in (comparison_table(found), *rate_tables(found)):
+    comparison = comparison_of(name)
+    assert all(len(runs) == len(SEEDS) for runs in comparison.runs.values())
+    for lines in (comparison_table(comparison), *rate_tables(comparison)):
         assert set(markdown_table(lines).splitlines()) <= set(page)
-    assert {f"- {sentence}" for sentence in gaps(found)} <= set(page)
+    assert {f"- {sentence}" for sentence in gaps(comparison)} <= set(page)
 
 
 SEEDS = [0, 1, 2]
@@ -304,11 +314,13 @@ SEEDS = [0, 1, 2]
 def comparison_of(name):
     """Load the comparison from the runs stored in ``docs/runs``."""
     runs = [json.loads(line) for line in (DOCS / "runs" / f"{name}.jsonl").read_text().splitlines()]
-    found = Comparison(SimpleNamespace(metadata=json.loads((DOCS / "runs" / f"{name}.about.json").read_text())), SEEDS)
+    comparison = Comparison(
+        SimpleNamespace(metadata=json.loads((DOCS / "runs" / f"{name}.about.json").read_text())), SEEDS
+    )
     for kind in MODEL_MAKERS:
         own = [run for run in runs if run["kind"] == kind]
         tried = [run for run in own if run["seed"] == SEEDS[0]]
         if tried:
             chosen = best_lr(kind, tried)
-            found.add(kind, chosen, {run["seed"]: run for run in own if run["lr"] == chosen}, tried)
-    return found
+            comparison.add(kind, chosen, {run["seed"]: run for run in own if run["lr"] == chosen}, tried)
+    return comparison

@@ -1,4 +1,4 @@
-"""Tests of the convolutional example: it learns, it has the listed neurons, and its figures are correct."""
+"""Tests of examples/conv_digits: the network learns, has the listed neurons, and its measured rates are correct."""
 
 import conv_digits as script
 import pytest
@@ -17,9 +17,9 @@ def test_neurons_of_a_channel_share_their_parameters_at_every_pixel():
     x = 2 * torch.rand(4, 2, 16, 3, 3)
     spikes = node(x)
     assert spikes.shape == x.shape
-    again = script.ours(16)
-    again.load_state_dict(node.state_dict())
-    assert torch.equal(again(x[..., 1:2, 2:]), spikes[..., 1:2, 2:])  # a place is a row of its own
+    duplicate = script.ours(16)
+    duplicate.load_state_dict(node.state_dict())
+    assert torch.equal(duplicate(x[..., 1:2, 2:]), spikes[..., 1:2, 2:])  # each pixel is computed independently
 
 
 @pytest.mark.parametrize(("name", "ours", "clamps"), [("SpikingJelly LIFNode", 0, 0), ("AssociativeLIFNode, cascade", 2, 0),
@@ -37,7 +37,7 @@ def test_the_network_learns_digits():
     assert 0 < result.rate < 1
 
 
-def test_silent_neurons_are_counted():
+def test_the_fractions_of_silent_and_of_firing_neurons_are_correct():
     net = script.Net(script.lif).eval()
     with torch.no_grad():
         for module in net.modules():

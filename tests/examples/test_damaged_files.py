@@ -1,4 +1,4 @@
-"""Files with flipped bits and cut ends: each is refused with one sentence, or the result is that of the whole file."""
+"""Files with flipped bits or cut ends: reading raises one sentence, or gives the result of the undamaged file."""
 
 import json
 import os
@@ -38,13 +38,13 @@ SECONDS = 20
 
 
 class Subject(NamedTuple):
-    """What is damaged, and how it is used.
+    """A folder whose files are damaged, and a function that uses them.
 
     Attributes:
         folder: folder of all its files.
-        use: returns everything that a user gets from the folder, to be compared.
-        errors: errors whose message is one sentence.
-        unread: endings of files that are not read, or cannot be compared.
+        use: returns all results of the folder, to be compared.
+        errors: types of the errors that are expected.
+        unread: endings of files that ``use`` does not read.
     """
 
     folder: Path
@@ -55,7 +55,7 @@ class Subject(NamedTuple):
 
 @torch.no_grad()
 def logits_of(model: Any) -> list[Any]:
-    """Return the logits of two texts, and what decides how generation ends."""
+    """Return the logits of two texts, and the settings of generation."""
     ids = torch.arange(2 * 12).view(2, 12) % model.config.vocab_size
     generation = model.generation_config
     return [model(input_ids=ids).logits, generation.eos_token_id, generation.bos_token_id, generation.temperature]
@@ -91,7 +91,7 @@ def converted_folder_with_auto_classes(trained: Path, folder: Path) -> Subject:
     def use(path: Path) -> list[torch.Tensor]:
         return logits_of(AutoModelForCausalLM.from_pretrained(path))
 
-    # Whatever transformers raises for a damaged file; it never is another result.
+    # Any error of transformers will do, but no other result.
     return Subject(folder, use, (Exception,))
 
 
@@ -103,7 +103,7 @@ def published_checkpoint(trained: Path, folder: Path) -> Subject:
 
 
 def plastic_file(trained: Path, folder: Path) -> Subject:
-    """Return a file of learned changes."""
+    """Return a file of plastic parts: weight changes of a learning rule."""
     folder.mkdir()
     torch.manual_seed(0)
     synapse = nn.Linear(6, 20)
@@ -153,10 +153,10 @@ def run_folder(trained: Path, folder: Path) -> Subject:
     def use(path: Path) -> list[Any]:
         status = train_script.main(["--resume", str(path), "--no-report"])
         if status == 1:
-            raise RecipeError("said on standard error")
+            raise RecipeError("see standard error")
         results = json.loads((path / "results.json").read_text())
-        kept = ("validation_loss", "unigram_loss", "firing_rates", "steps", "parameters", "tokens")
-        return [load_file(path / "model" / "model.safetensors"), *(results[name] for name in kept)]
+        names = ("validation_loss", "unigram_loss", "firing_rates", "steps", "parameters", "tokens")
+        return [load_file(path / "model" / "model.safetensors"), *(results[name] for name in names)]
 
     return Subject(folder, use, (RecipeError,), unread=("README.md",))
 
@@ -178,7 +178,7 @@ SUBJECTS = {
 
 @contextmanager
 def time_limit() -> Iterator[None]:
-    """Raise an error that nothing catches after 20 seconds."""
+    """Raise KeyboardInterrupt, which no script catches, after 20 seconds."""
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt(f"it took more than {SECONDS} seconds")
@@ -193,7 +193,7 @@ def time_limit() -> Iterator[None]:
 
 
 def damage(file: Path, generator: random.Random) -> str:
-    """Flip one to three bits of a file, or cut its end off; return what was done."""
+    """Flip one to three bits of a file, or cut its end off; return a description of the damage."""
     content = bytearray(file.read_bytes())
     if generator.random() < 0.25:
         length = generator.randrange(len(content))
@@ -218,7 +218,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def fuzz(subject: Subject, copy: Path, n_cases: int, seed: int) -> tuple[int, int]:
-    """Damage and use copies of a subject; return how many were refused and how many gave the same result."""
+    """Damage and use copies of a subject; return the number that raised or warned, and the number with the expected result."""
     shutil.copytree(subject.folder, copy)
     expected = subject.use(copy)
     refused = harmless = 0
@@ -227,7 +227,9 @@ def fuzz(subject: Subject, copy: Path, n_cases: int, seed: int) -> tuple[int, in
         shutil.copytree(subject.folder, copy)
         generator = random.Random(f"{seed} {case}")
         files = sorted(path for path in copy.rglob("*") if path.is_file() and path.stat().st_size)
-        what = damage(generator.choice([file for file in files if not file.name.endswith(subject.unread)]), generator)
+        description = damage(
+            generator.choice([file for file in files if not file.name.endswith(subject.unread)]), generator
+        )
         try:
             with time_limit(), warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -235,9 +237,11 @@ def fuzz(subject: Subject, copy: Path, n_cases: int, seed: int) -> tuple[int, in
         except subject.errors:
             refused += 1
         else:
-            said = any("is damaged, or was changed" in str(warning.message) for warning in caught)
-            assert said or same(result, expected), f"another result in silence: {what} (case {case})"
-            refused, harmless = refused + said, harmless + (not said)
+            warned = any("is damaged, or was changed" in str(warning.message) for warning in caught)
+            assert warned or same(result, expected), (
+                f"another result without error or warning: {description} (case {case})"
+            )
+            refused, harmless = refused + warned, harmless + (not warned)
     return refused, harmless
 
 
@@ -262,7 +266,7 @@ def test_a_thousand_damaged_files_are_refused_or_harmless(name, trained, tmp_pat
         print(f"\n{name}: {refused} refused, {harmless} harmless")
 
 
-def test_a_change_on_purpose_is_refused_with_the_way_out(trained, tmp_path):
+def test_intentionally_changed_weights_load_after_checksums_json_is_removed(trained, tmp_path):
     shutil.copytree(trained / "model", tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
     weights["norm.weight"] += 1
@@ -273,10 +277,10 @@ def test_a_change_on_purpose_is_refused_with_the_way_out(trained, tmp_path):
     assert torch.equal(load_model(tmp_path / "model").norm.weight, weights["norm.weight"])
 
 
-# --- what has no checksum, or can be checked besides
+# --- files without checksums, and further checks
 
 
-def published(tmp_path, change: Callable[[dict[str, Any]], None]) -> Path:
+def changed_checkpoint(tmp_path, change: Callable[[dict[str, Any]], None]) -> Path:
     """Return a published checkpoint after a change to its content."""
     content = torch.load(DATA / "tiny_checkpoint.pt", weights_only=True)
     change(content)
@@ -318,18 +322,18 @@ BAD_CHECKPOINTS = {
 
 @pytest.mark.quick
 @pytest.mark.parametrize("name", BAD_CHECKPOINTS)
-def test_a_published_checkpoint_that_cannot_be_right_raises(name, tmp_path):
+def test_a_published_checkpoint_with_impossible_contents_raises(name, tmp_path):
     change, message = BAD_CHECKPOINTS[name]
     with pytest.raises(ValueError, match=message), time_limit():
-        load_original(published(tmp_path, change))
+        load_original(changed_checkpoint(tmp_path, change))
 
 
 @pytest.mark.quick
-def test_a_published_checkpoint_is_compared_with_the_checksums_in_it(tmp_path):
+def test_a_published_checkpoint_is_compared_with_the_checksums_of_its_zip_archive(tmp_path):
     content = bytearray((DATA / "tiny_checkpoint.pt").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "flipped.pt").write_bytes(content)
-    assert torch.load(tmp_path / "flipped.pt", weights_only=True)  # in silence
+    assert torch.load(tmp_path / "flipped.pt", weights_only=True)  # torch does not notice the change
     with pytest.raises(ValueError, match="differs from its checksum"):
         load_original(tmp_path / "flipped.pt")
     with zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -339,7 +343,7 @@ def test_a_published_checkpoint_is_compared_with_the_checksums_in_it(tmp_path):
 
 
 @pytest.mark.quick
-def test_files_of_an_earlier_release_have_no_digest_and_are_read(tmp_path):
+def test_a_plastic_file_of_an_earlier_release_without_digest_is_read(tmp_path):
     torch.manual_seed(0)
     part = PlasticPart(nn.Linear(4, 3))
     part.apply(torch.rand(3, 4))
@@ -362,7 +366,7 @@ def test_files_of_an_earlier_release_have_no_digest_and_are_read(tmp_path):
 
 
 @pytest.mark.quick
-def test_a_pipe_in_place_of_a_file_does_not_wait(tmp_path):
+def test_a_pipe_in_place_of_a_file_raises_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     part = PlasticPart(nn.Linear(4, 3))
     part.apply(torch.ones(3, 4))
@@ -377,7 +381,7 @@ def test_a_pipe_in_place_of_a_file_does_not_wait(tmp_path):
 
 
 @pytest.mark.quick
-def test_a_nir_file_reads_nothing_from_other_files(tmp_path):
+def test_a_nir_file_that_refers_to_other_files_raises(tmp_path):
     subject = nir_file(tmp_path, tmp_path / "whole")
     path = subject.folder / "net.nir"
     shutil.copy(path, tmp_path / "other.nir")
@@ -397,7 +401,7 @@ def test_a_nir_file_reads_nothing_from_other_files(tmp_path):
 
 
 @pytest.mark.quick
-def test_a_number_in_a_nir_file_is_covered_by_the_digest(tmp_path):
+def test_a_changed_number_in_a_nir_file_raises(tmp_path):
     subject = nir_file(tmp_path, tmp_path / "whole")
     with h5py.File(subject.folder / "net.nir", "r+") as file:
         file["node/metadata/dt"][()] = 2e-4
@@ -405,8 +409,8 @@ def test_a_number_in_a_nir_file_is_covered_by_the_digest(tmp_path):
         import_from_nir(subject.folder / "net.nir")
 
 
-def test_a_nir_file_that_hdf5_reads_for_ever_is_refused(tmp_path, monkeypatch):
-    """A list of strings that leads in a circle: the process that tries to read it is ended."""
+def test_a_nir_file_that_hdf5_never_finishes_reading_raises(tmp_path, monkeypatch):
+    """HDF5 does so for a circular list of strings. The file is first read in another process, which is killed after a time."""
     monkeypatch.setattr(extension, "READ_ALL", "while True: pass")
     monkeypatch.setattr(extension, "SECONDS", 0.5)
     subject = nir_file(tmp_path, tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""Tests of nordlm.data: documents to sequences of tokens; dropped text is always reported."""
+"""Tests of nordlm.data, which turns documents into sequences of tokens and reports all text that it leaves out."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def test_unusable_jsonl_lines_are_counted_and_reported(tmp_path):
     assert sum(documents.skipped.values()) == 5  # a second pass does not count twice
 
 
-def test_parquet_and_folders(tmp_path):
+def test_all_text_files_of_a_folder_are_read_sorted_by_path(tmp_path):
     datasets.Dataset.from_dict({"content": ["from parquet", "too"]}).to_parquet(str(tmp_path / "b.parquet"))
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "a.txt").write_text("from text\n")
@@ -73,7 +73,7 @@ def test_parquet_and_folders(tmp_path):
     assert "left out 1: files that are not .txt, .jsonl or .parquet" in documents.notes()[0]
 
 
-def test_the_documentation_inside_python_is_found_and_english():
+def test_the_documentation_that_ships_with_python_is_a_text():
     documents = list(python_documentation())
     assert sum(map(len, documents)) > 1_000_000
     assert any("yield expression" in text for text in documents)
@@ -81,24 +81,24 @@ def test_the_documentation_inside_python_is_found_and_english():
 
 
 def test_a_hub_dataset_is_streamed(monkeypatch, tokenizer):
-    asked = []
+    calls = []
 
     def load_dataset(name, config, **more):
-        asked.append((name, config, more))
+        calls.append((name, config, more))
         return datasets.Dataset.from_dict({"text": TEXTS, "id": list(range(60))}).to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     documents = read_documents("owner/name:config")
-    assert asked == [("owner/name", "config", {"split": "train", "streaming": True})]
+    assert calls == [("owner/name", "config", {"split": "train", "streaming": True})]
     corpus = load_corpus(documents, tokenizer, block_size=8, held_out=0.2)
     assert isinstance(corpus.train, StreamedSequences)
     streamed = torch.stack(list(corpus.train))
-    assert torch.equal(streamed, torch.stack(list(corpus.train)))  # again from the start
+    assert torch.equal(streamed, torch.stack(list(corpus.train)))  # from the start again
     assert torch.equal(streamed.flatten(), corpus.sample[: streamed.numel()].long())
 
 
-def test_everything_in_a_folder_that_is_not_read_is_counted(tmp_path):
-    """What a link to a file names is read; a link to a folder is not followed, so that no text is read twice or for ever."""
+def test_every_entry_of_a_folder_that_is_not_read_is_counted_by_reason(tmp_path):
+    """Links to files are followed, links to folders are not: otherwise text could be read twice, or endlessly."""
     folder, other = tmp_path / "books", tmp_path / "other"
     (folder / "deep").mkdir(parents=True)
     other.mkdir()
@@ -146,7 +146,7 @@ def test_every_entry_of_a_folder_is_read_or_counted(kinds):
 
 
 def test_a_folder_that_cannot_be_read_raises(tmp_path, monkeypatch):
-    """Otherwise it would not be known what is left out. The error is raised by hand because root can read every folder."""
+    """The error is raised by a patch because root can read every folder."""
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "closed").mkdir()
     scandir = os.scandir
@@ -161,7 +161,7 @@ def test_a_folder_that_cannot_be_read_raises(tmp_path, monkeypatch):
         read_documents(str(tmp_path))
 
 
-def test_a_pipe_is_no_text(tmp_path):
+def test_a_pipe_as_the_text_raises(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(DataError, match="expected a regular file, got a pipe or a device"):
         read_documents(str(tmp_path / "pipe.txt"))
@@ -189,7 +189,7 @@ def test_bad_sources_raise_one_sentence(tmp_path, tokenizer, name, content, mess
         load_corpus(read_documents(str(tmp_path / name) if name else ""), tokenizer, 8)
 
 
-def test_names_of_neither_files_nor_datasets_raise(tmp_path, monkeypatch):
+def test_a_name_of_neither_a_file_nor_a_dataset_raises(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="neither a file nor a dataset that can be opened"):
         read_documents("no-such-owner/no-such-dataset")
     with pytest.raises(DataError, match="no such file or folder"):
@@ -203,22 +203,22 @@ def test_names_of_neither_files_nor_datasets_raise(tmp_path, monkeypatch):
 
 
 @given(st.lists(st.text(min_size=1), min_size=2, max_size=30), st.floats(0.01, 0.9))
-def test_the_split_depends_only_on_the_text(texts, held_out):
+def test_which_documents_are_held_out_does_not_depend_on_their_order(texts, held_out):
     for streamed in (False, True):
         if not streamed and len(set(texts)) < 2:
-            continue  # raises, see below
+            continue  # load_corpus raises for a single document
         documents = Documents("test", lambda: iter(texts), streamed=streamed)
-        train, held = split(documents, held_out)
-        assert sorted([*train(), *held()]) == sorted(texts)
-        assert set(train()).isdisjoint(held())
-        turned = Documents("test", lambda: iter(texts[::-1]), streamed=streamed)
-        assert sorted(split(turned, held_out)[1]()) == sorted(held())
+        train, held_out_texts = split(documents, held_out)
+        assert sorted([*train(), *held_out_texts()]) == sorted(texts)
+        assert set(train()).isdisjoint(held_out_texts())
+        reversed_documents = Documents("test", lambda: iter(texts[::-1]), streamed=streamed)
+        assert sorted(split(reversed_documents, held_out)[1]()) == sorted(held_out_texts())
 
 
-def test_with_few_documents_one_is_still_held_out():
-    train, held = split(Documents("test", lambda: iter(TEXTS[:3]), streamed=False), 0.05)
+def test_of_three_documents_one_is_held_out():
+    train, held_out_texts = split(Documents("test", lambda: iter(TEXTS[:3]), streamed=False), 0.05)
     assert len(list(train())) == 2
-    assert len(list(held())) == 1
+    assert len(list(held_out_texts())) == 1
 
 
 # --- tokens
@@ -248,23 +248,23 @@ def test_corpus_counts_every_byte_and_terminates_every_document(tmp_path, tokeni
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in TEXTS))
     corpus = load_corpus(read_documents(str(tmp_path / "a.jsonl")), tokenizer, 8, held_out=0.25)
     assert isinstance(corpus.train, SequenceDataset)
-    assert (corpus.sample == tokenizer.eos_token_id).sum() == 45
-    held = tokenizer.decode(corpus.validation.flatten()).split(tokenizer.eos_token)[:-1]
-    assert set(held) <= set(TEXTS)
+    assert (corpus.sample == tokenizer.eos_token_id).sum() == 45  # 75 % of 60 documents
+    held_out_texts = tokenizer.decode(corpus.validation.flatten()).split(tokenizer.eos_token)[:-1]
+    assert set(held_out_texts) <= set(TEXTS)
     assert 1 < corpus.bytes_per_token < 8
-    again = load_corpus(read_documents(str(tmp_path / "a.jsonl")), tokenizer, 8, held_out=0.25)
-    assert again.fingerprint == corpus.fingerprint
+    reloaded = load_corpus(read_documents(str(tmp_path / "a.jsonl")), tokenizer, 8, held_out=0.25)
+    assert reloaded.fingerprint == corpus.fingerprint
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t + "!"}) for t in TEXTS))
     assert load_corpus(read_documents(str(tmp_path / "a.jsonl")), tokenizer, 8).fingerprint != corpus.fingerprint
 
 
-def test_validation_text_can_be_given_separately(tmp_path, tokenizer):
+def test_validation_text_can_be_a_separate_file(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text(make_text())
     (tmp_path / "b.txt").write_text("only this " * 40)
     corpus = load_corpus(
         read_documents(str(tmp_path / "a.txt")), tokenizer, 8, validation=read_documents(str(tmp_path / "b.txt"))
     )
-    assert set(tokenizer.decode(corpus.validation.flatten()).split()) <= {
+    assert set(tokenizer.decode(corpus.validation.flatten()).split()) <= {  # sequences can begin and end within a word
         "only",
         "this",
         "o",
@@ -289,7 +289,7 @@ def test_too_little_text_raises(tmp_path, tokenizer):
         load_corpus(documents, tokenizer, 64, held_out=0.0)
 
 
-def test_a_file_without_line_ends_is_split(tmp_path, tokenizer):
+def test_a_file_without_line_ends_is_split_into_documents(tmp_path, tokenizer):
     text = make_text().replace("\n", " ")
     (tmp_path / "a.txt").write_text(text)
     documents = read_documents(str(tmp_path / "a.txt"))
@@ -325,7 +325,7 @@ def test_records_that_a_stream_skips_are_counted(tmp_path, tokenizer, monkeypatc
     assert corpus.notes() == [f"left out 1: lines that are not JSON (first: {tmp_path}/a.jsonl:61)"]
 
 
-def test_an_interrupted_stream_raises(monkeypatch):
+def test_an_error_of_a_stream_raises(monkeypatch):
     def broken():
         yield {"text": "one"}
         raise ConnectionError("gone")
@@ -350,14 +350,14 @@ def test_unsuitable_tokenizers_raise(tmp_path, tokenizer):
 
 
 @pytest.mark.quick
-def test_baselines_by_hand():
+def test_baselines_equal_values_computed_by_hand():
     train = torch.tensor([0, 1, 0, 1, 0, 2], dtype=torch.int32)
     validation = torch.tensor([[0, 1, 0]])
     log = torch.log
-    unigram = (torch.tensor([3.0, 2.0, 1.0]) + 1) / 9  # counts and one added, of 6 + 3
+    unigram = (torch.tensor([3.0, 2.0, 1.0]) + 1) / 9  # counts plus one, divided by 6 tokens plus 3 types
     assert uniform_loss(3) == pytest.approx(log(torch.tensor(3.0)).item())
     assert unigram_loss(train, validation, 3) == pytest.approx(-log(unigram[[1, 0]]).mean().item())
-    # after 0: twice 1, once 2, so two types in three; after 1: twice 0, one type in two
+    # two types follow token 0 (1 twice, 2 once), one type follows token 1 (0 twice)
     p1 = (2 + 2 * unigram[1]) / (3 + 2)
     p0 = (2 + 1 * unigram[0]) / (2 + 1)
     assert bigram_loss(train, validation, 3) == pytest.approx(-log(torch.stack((p1, p0))).mean().item())
@@ -365,7 +365,7 @@ def test_baselines_by_hand():
 
 def test_the_bigram_sums_to_one_and_falls_back_to_the_unigram():
     train = torch.randint(5, (200,)).int()
-    for before in range(6):  # 5 does not occur in the text
+    for before in range(6):  # token 5 does not occur in the text
         total = sum(
             torch.tensor(-bigram_loss(train, torch.tensor([[before, after]]), 6), dtype=torch.float64).exp()
             for after in range(6)

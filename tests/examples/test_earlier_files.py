@@ -1,7 +1,7 @@
-"""Load files from before the model was part of the package: a model folder, a run folder and a plastic file.
+"""Load files of nord-snn 0.1.0, whose model was not part of the package: a model folder, a run folder and a plastic file.
 
-``expected.safetensors`` has the logits that tree computed: of the converted ``tests/data/tiny_checkpoint.pt`` in ``model/``,
-of the same model with ``plastic.safetensors``, and of the model of the run.
+``expected.safetensors`` has the logits of that release: of the converted ``tests/data/tiny_checkpoint.pt`` in ``model/``,
+of that model with ``plastic.safetensors``, and of the model in ``run/``.
 """
 
 import os
@@ -52,8 +52,8 @@ def test_a_plastic_file_gives_the_stored_logits(expected):
     assert not torch.allclose(learned, expected["logits"], atol=1e-2)
 
 
-def test_the_code_in_a_model_folder_still_runs_and_warns(tmp_path):
-    """Run it in a new process, in which the model of the package is not registered."""
+def test_the_code_in_an_earlier_model_folder_runs_and_warns(tmp_path):
+    """The process is a new one, in which the model class of the package is not registered."""
     code = (
         "import sys, torch; from safetensors.torch import load_file; from transformers import AutoModelForCausalLM\n"
         "before = sys.argv[1]; expected = load_file(before + '/expected.safetensors')\n"
@@ -70,18 +70,18 @@ def test_the_code_in_a_model_folder_still_runs_and_warns(tmp_path):
 
 @pytest.mark.quick
 def test_a_run_folder_is_resumed(tmp_path):
-    """Only the path of the text differs; the final loss must equal that of the stored run."""
-    text, part = tmp_path / "text.txt", tmp_path / "run"
+    """The final loss equals that of the stored run; only the path of the text is changed."""
+    text, run = tmp_path / "text.txt", tmp_path / "run"
     text.write_text(make_text(1500))
-    shutil.copytree(BEFORE / "run", part)
-    was = read_json(part / "results.json")
-    Path(part / "results.json").unlink()
-    settings = Settings.read(part / "settings.yaml")
-    assert settings.digest() == read_json(part / "run.json")["settings"]
+    shutil.copytree(BEFORE / "run", run)
+    stored_results = read_json(run / "results.json")
+    Path(run / "results.json").unlink()
+    settings = Settings.read(run / "settings.yaml")
+    assert settings.digest() == read_json(run / "run.json")["settings"]
     settings = replace(settings, training=replace(settings.training, data=str(text)))
-    settings.write(part / "settings.yaml")
-    write_json(part / "run.json", read_json(part / "run.json") | {"text": str(text), "settings": settings.digest()})
-    assert train_script.main(["--resume", str(part), "--no-report"]) == 0
-    results = read_json(part / "results.json")
+    settings.write(run / "settings.yaml")
+    write_json(run / "run.json", read_json(run / "run.json") | {"text": str(text), "settings": settings.digest()})
+    assert train_script.main(["--resume", str(run), "--no-report"]) == 0
+    results = read_json(run / "results.json")
     assert results["steps"] == 6
-    assert results["validation_loss"] == pytest.approx(was["validation_loss"], abs=1e-3)
+    assert results["validation_loss"] == pytest.approx(stored_results["validation_loss"], abs=1e-3)

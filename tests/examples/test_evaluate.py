@@ -1,4 +1,4 @@
-"""Tests of evaluate.py: every token is scored once, with the documented context, for any stride."""
+"""Tests of evaluate.py: every token is scored once with the documented context; bad input gives one sentence."""
 
 import json
 import math
@@ -25,16 +25,17 @@ SMALL = {
 
 
 @given(n=st.integers(0, 200), context=st.integers(1, 30), data=st.data())
-def test_windows_cover_everything_once(n, context, data):
+def test_windows_score_every_token_once_with_enough_context(n, context, data):
     stride = data.draw(st.integers(1, context))
     scored = []
     for window in windows(n, context, stride):
         assert 0 <= window.begin < window.end <= n
         assert window.end - window.begin <= context
-        new = range(window.end - window.scored, window.end)
+        scored_here = range(window.end - window.scored, window.end)
         if scored:
-            assert new.start - window.begin >= min(context - stride, new.start)  # context of a scored token
-        scored.extend(new)
+            positions_before = scored_here.start - window.begin
+            assert positions_before >= min(context - stride, scored_here.start)
+        scored.extend(scored_here)
     assert scored == list(range(n))
 
 
@@ -54,7 +55,7 @@ def test_the_score_is_the_sum_over_single_tokens(context, stride, n):
         assert score(model, tokens, context, stride, batch_size) == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_command(trained, tmp_path, capsys):
+def test_the_command_writes_consistent_measures_and_obeys_its_options(trained, tmp_path, capsys):
     (tmp_path / "text.txt").write_text(make_text(2000, seed=3))
     arguments = [str(tmp_path / "text.txt"), "--model", str(trained / "model"), "--json", str(tmp_path / "out.json")]
     assert evaluate_script.main(arguments) == 0
@@ -93,7 +94,7 @@ def test_bad_input_raises(trained, tmp_path, capsys, change, message):
 
 
 def test_lm_evaluation_harness_gives_the_same_score(trained, tmp_path, monkeypatch):
-    """Use the ``hf`` model on a task of local text; the harness scores documents separately, without end of text."""
+    """Bits per byte differ by up to 2 %: the harness scores documents separately, without end-of-text tokens."""
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness (pip install lm-eval) is not installed")
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -112,7 +113,7 @@ def test_lm_evaluation_harness_gives_the_same_score(trained, tmp_path, monkeypat
         "metric_list": [{"metric": "bits_per_byte"}],
     }
     (tmp_path / "local_text.yaml").write_text(yaml.safe_dump(task))
-    done = simple_evaluate(
+    evaluation = simple_evaluate(
         model="hf",
         model_args=f"pretrained={trained / 'model'},trust_remote_code=True",
         tasks=["local_text"],
@@ -120,14 +121,14 @@ def test_lm_evaluation_harness_gives_the_same_score(trained, tmp_path, monkeypat
         batch_size=1,
         task_manager=TaskManager(include_path=str(tmp_path)),
     )
-    theirs = done["results"]["local_text"]["bits_per_byte,none"]
+    expected = evaluation["results"]["local_text"]["bits_per_byte,none"]
     arguments = ["--model", str(trained / "model"), "--stride", "24", "--json", str(tmp_path / "out.json")]
     assert evaluate_script.main([str(tmp_path / "text.jsonl"), *arguments]) == 0
-    assert json.loads((tmp_path / "out.json").read_text())["bits_per_byte"] == pytest.approx(theirs, rel=0.02)
+    assert json.loads((tmp_path / "out.json").read_text())["bits_per_byte"] == pytest.approx(expected, rel=0.02)
 
 
-def test_json_replaces_nothing_but_earlier_results(trained, tmp_path, capsys):
-    """A link is followed, so that it stays a link; the text, a device, a pipe and a circle of links are refused."""
+def test_the_json_option_overwrites_only_earlier_results(trained, tmp_path, capsys):
+    """A link to a file is followed; the evaluated text, a device, a pipe, a folder and a link to itself raise."""
     text = tmp_path / "text.txt"
     text.write_text(make_text(500))
 
@@ -166,7 +167,7 @@ def test_json_replaces_nothing_but_earlier_results(trained, tmp_path, capsys):
     assert "expected a shorter name" in capsys.readouterr().err
 
 
-def test_a_model_without_finite_weights_gives_one_sentence(trained, tmp_path, capsys):
+def test_a_model_with_a_nan_weight_gives_one_sentence(trained, tmp_path, capsys):
     shutil.copytree(trained / "model", tmp_path / "model")
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     tensors["norm.weight"][0] = torch.nan

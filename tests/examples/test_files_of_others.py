@@ -1,4 +1,4 @@
-"""Command lines, YAML and JSON from strangers: each wrong value ends in one sentence, without a traceback and without waiting."""
+"""Invalid command lines, YAML, JSON and file types: each gives one sentence, without a traceback and without waiting."""
 
 import json
 import os
@@ -35,10 +35,10 @@ LONG = "x" * 300
 
 @pytest.fixture(autouse=True)
 def within_twenty_seconds():
-    """Fail a test that waits, for example for a pipe."""
+    """Fail a test that waits for more than 20 seconds, for example to read a pipe."""
 
     def stop(*_):
-        raise AssertionError("it waited for 20 seconds")
+        raise AssertionError("the test took more than 20 seconds")
 
     former = signal.signal(signal.SIGALRM, stop)
     signal.alarm(20)
@@ -49,17 +49,18 @@ def within_twenty_seconds():
 
 @pytest.fixture
 def text(tmp_path):
+    """Write a text to train on and return its path."""
     path = tmp_path / "text.txt"
     path.write_text(make_text(1500))
     return path
 
 
 def sentence(main, arguments, capsys) -> str:
-    """Return the error of a command line, after a check that it is one sentence and that the command failed."""
+    """Run a command line, check that it fails with one sentence, and return the sentence."""
     capsys.readouterr()
     try:
         status = main([str(argument) for argument in arguments])
-    except SystemExit as stop:  # of argparse, or with the sentence itself
+    except SystemExit as stop:  # the code is argparse's number, or the sentence
         status = stop.code
     if isinstance(status, str):
         assert status.startswith("error: ")
@@ -128,7 +129,7 @@ def test_a_link_to_itself_ends_in_one_sentence(tmp_path, capsys):
         assert "leads to itself" in sentence(evaluate_script.main, [option, tmp_path / "loop"], capsys)
 
 
-def test_numbers_have_a_largest_value_by_default():
+def test_numbers_of_options_must_be_finite_and_at_most_the_largest_integer():
     assert number(1, kind=int)("2147483647") == 2**31 - 1
     for parse, wrong in ((number(1, kind=int), "9" * 23), (number(0), "inf"), (number(0), "1e400"), (number(0), "nan")):
         with pytest.raises(Exception, match="expected a number"):
@@ -140,7 +141,7 @@ def test_numbers_have_a_largest_value_by_default():
 
 
 def bomb(levels: int) -> str:
-    """Return YAML whose last list stands for 9 ** ``levels`` values."""
+    """Return YAML in which aliases of lists expand to 9 ** ``levels`` values."""
     names = "abcdefghijkl"
     lines = ["a: &a [x,x,x,x,x,x,x,x,x]"]
     lines += [f"{names[i]}: &{names[i]} [{','.join(['*' + names[i - 1]] * 9)}]" for i in range(1, levels)]
@@ -199,7 +200,7 @@ PIECES = st.sampled_from(
 @given(st.one_of(st.text(max_size=80), st.lists(PIECES, max_size=30).map("".join)))
 @settings(max_examples=200, deadline=None)
 @example("&a {<<: *a}")
-def test_any_text_is_read_or_refused_as_yaml(tmp_path_factory, content):
+def test_any_text_is_read_as_yaml_like_pyyaml_or_gives_one_short_sentence(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("yaml", numbered=True) / "any.yaml"
     path.write_text(content, encoding="utf-8", errors="replace")
     try:
@@ -238,19 +239,21 @@ def test_any_text_is_read_or_refused_as_yaml(tmp_path_factory, content):
         ),
     ],
 )
-def test_a_model_that_cannot_be_built_is_refused_before_it_is(field, value, message, text, tmp_path, capsys):
+def test_a_model_that_cannot_be_built_gives_one_sentence(field, value, message, text, tmp_path, capsys):
     content = {"model": CONFIG["model"] | {field: value}, "training": CONFIG["training"]}
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(content))
     arguments = ["--config", path, "--data", text, "--out", tmp_path / "runs"]
     assert message in sentence(train_script.main, arguments, capsys)
-    if field != "max_position_embeddings":  # two tokens fit
+    if field != "max_position_embeddings":  # energy.py computes only two positions, which fit
         assert field in sentence(energy.main, ["--config", path, "--context", 2], capsys)
 
 
 @pytest.mark.parametrize("field", ["return_dict", "backend"])
-def test_a_saved_model_with_another_habit_is_read_or_refused(field, trained, tmp_path, capsys):
-    """``return_dict=False`` is allowed: the scripts read outputs by name all the same."""
+def test_a_saved_model_generates_with_return_dict_false_but_not_with_an_unavailable_backend(
+    field, trained, tmp_path, capsys
+):
+    """The scripts override ``return_dict=False``, since they read outputs by name."""
     folder = tmp_path / "model"
     shutil.copytree(trained / "model", folder)
     content = json.loads((folder / "config.json").read_text()) | {"return_dict": False, "backend": "auto"}
@@ -297,7 +300,7 @@ def test_a_pipe_among_the_events_of_a_run_raises(trained, tmp_path):
         training_curves(tmp_path / "run")
 
 
-def test_other_kinds_of_files_raise(tmp_path):
+def test_pipes_links_to_nothing_sockets_folders_and_devices_raise_when_read_as_text(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "gone").symlink_to(tmp_path / "nothing")
@@ -308,7 +311,7 @@ def test_other_kinds_of_files_raise(tmp_path):
                 read_text(tmp_path / name, CheckpointError)
 
 
-def test_the_newest_model_is_not_a_link_to_nothing(tmp_path):
+def test_a_run_whose_results_are_a_link_to_nothing_is_not_the_newest_model(tmp_path):
     for name in ("a-0001", "a-0002"):
         (tmp_path / name / "model").mkdir(parents=True)
     (tmp_path / "a-0001" / "results.json").write_text("{}")
@@ -327,7 +330,7 @@ def test_json_that_cannot_be_used_ends_in_one_sentence(content, trained, tmp_pat
     shutil.copytree(trained, run)
     checkpoint = max(run.glob("checkpoint-*"))
     for path in (run / "run.json", checkpoint / "position.json", run / "results.json", run / "model" / "config.json"):
-        kept = path.read_bytes()
+        original = path.read_bytes()
         path.write_text(content, encoding="utf-8", errors="surrogatepass")
         with pytest.raises(CheckpointError):
             read_json(path, CheckpointError)
@@ -337,13 +340,13 @@ def test_json_that_cannot_be_used_ends_in_one_sentence(content, trained, tmp_pat
             assert sentence(generate.main, ["--model", run / "model"], capsys)
         else:
             assert sentence(train_script.main, ["--resume", run, "--no-report"], capsys)
-        path.write_bytes(kept)
+        path.write_bytes(original)
 
 
 @pytest.mark.parametrize(
     ("name", "value"), [("steps", [1]), ("unigram_loss", None), ("validation_loss", "x"), ("seed", True)]
 )
-def test_results_of_wrong_types_are_those_of_a_damaged_file(name, value, trained, tmp_path):
+def test_results_with_a_value_of_a_wrong_type_are_ignored(name, value, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     results = json.loads((trained / "results.json").read_text())
     (tmp_path / "run" / "results.json").write_text(json.dumps(results | {name: value}))
@@ -386,7 +389,7 @@ def test_wrong_values_for_generation_end_in_one_sentence(content, trained, tmp_p
 # --- names in the model card
 
 
-def test_the_model_card_shows_the_name_of_a_text_as_it_is():
+def test_the_model_card_escapes_markup_in_the_name_of_a_text():
     model = NordForCausalLM(NordConfig(**CONFIG["model"]))
     name = "a|b\n# x <script>y</script> [z](http://w) `c` \x1b[31m"
     numbers = dict.fromkeys(("tokens", "validation_loss", "bits_per_byte", "unigram_loss", "bigram_loss", "seed"), 1)
@@ -397,5 +400,5 @@ def test_the_model_card_shows_the_name_of_a_text_as_it_is():
     assert "\n# x" not in card
     assert "](http://w)" not in card
     assert r"| training text | a\|b \# x" in card
-    assert "\n````yaml\n" in card  # longer than the fence in the settings
+    assert "\n````yaml\n" in card  # the fence is longer than the one in the settings
     assert escape("/home/me/books.txt") == "/home/me/books.txt"

@@ -1,4 +1,4 @@
-"""Decoding with a cache gives the same logits, spikes and tokens as without a cache."""
+"""Decoding with a cache gives the logits, spikes and tokens of decoding without a cache."""
 
 import inspect
 
@@ -14,6 +14,7 @@ from nord_snn.models.nord import NordConfig
 from nord_snn.models.nord.modeling_nord import NOT_OFFERED, NordForCausalLM
 from nord_snn.neurons import AssociativeLIFNode
 
+#: With so few neurons and time steps many scores are equal, so that top-k has to break ties.
 CONFIGS = [
     {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "n_clusters": 4, "top_k": 5},
     {
@@ -25,14 +26,14 @@ CONFIGS = [
         "top_k": 7,
     },
     {"hidden_size": 40, "num_attention_heads": 4, "intermediate_size": 48, "n_clusters": 8, "t_fast": 5, "t_slow": 0},
-]  # few neurons and steps: full of ties
+]
 
 
-def make(number: int = 0, layers: int = 3, positions: int = 32, **others) -> NordForCausalLM:
-    """Return a model whose neurons fire and whose output depends on earlier positions."""
+def make(number: int = 0, layers: int = 3, positions: int = 32, **fields) -> NordForCausalLM:
+    """Return a model with ``CONFIGS[number]`` whose neurons fire and whose output depends on earlier positions."""
     torch.manual_seed(number)
     settings = {"vocab_size": 50, "num_hidden_layers": layers, "max_position_embeddings": positions, "fast_scale": 40.0}
-    model = NordForCausalLM(NordConfig(**{**settings, **CONFIGS[number], **others})).eval()
+    model = NordForCausalLM(NordConfig(**{**settings, **CONFIGS[number], **fields})).eval()
     with torch.no_grad():
         for block in model.blocks:
             block.ffn_gain.fill_(0.5)
@@ -44,7 +45,7 @@ def make(number: int = 0, layers: int = 3, positions: int = 32, **others) -> Nor
     return model
 
 
-class Spikes:
+class SpikeRecorder:
     """Recorder of the spikes of every layer of neurons, by position."""
 
     def __init__(self, model: NordForCausalLM) -> None:
@@ -63,13 +64,13 @@ class Spikes:
 @pytest.mark.parametrize("number", range(len(CONFIGS)))
 @pytest.mark.parametrize("pieces", [[1] * 20, [13, 1, 1, 5], [19, 1]])
 @torch.no_grad()
-def test_logits_and_spikes_equal_those_of_a_full_forward_pass(number, pieces):
-    """Compare every position and layer, with padding in front of some rows."""
+def test_logits_and_spikes_of_cached_decoding_equal_those_of_a_full_forward_pass(number, pieces):
+    """Every position and layer is compared; two sequences have padding in front."""
     model = make(number)
     ids = torch.randint(50, (3, 20))
     mask = torch.ones(3, 20, dtype=torch.long)
     mask[1, :4], mask[2, :9] = 0, 0
-    spikes = Spikes(model)
+    spikes = SpikeRecorder(model)
     whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     expected = spikes.take()
     assert all(0.01 < fired.mean() < 0.5 for fired in expected.values())
@@ -84,12 +85,12 @@ def test_logits_and_spikes_equal_those_of_a_full_forward_pass(number, pieces):
     flips = sum(int((fired != expected[name])[:, tokens].sum()) for name, fired in spikes.take().items())
     assert flips == 0
     assert all(layer.keys.dtype == torch.uint8 for layer in past.layers)
-    for row, start in ((0, 0), (1, 4), (2, 9)):  # and padding is as good as nothing
+    for row, start in ((0, 0), (1, 4), (2, 9)):  # without padding the logits are the same
         alone = model(input_ids=ids[row : row + 1, start:], use_cache=False).logits
         assert torch.allclose(whole[row, start:], alone[0], atol=1e-5)
 
 
-WAYS = {
+DECODING = {
     "greedy": {},
     "sampling": {"do_sample": True, "top_k": 20, "temperature": 1.5},
     "beams": {"num_beams": 3},
@@ -97,9 +98,9 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("decoding", DECODING)
 @pytest.mark.parametrize("number", range(len(CONFIGS)))
-def test_generate_gives_the_same_tokens_with_and_without_cache(way, number):
+def test_generate_gives_the_same_tokens_with_and_without_cache(decoding, number):
     model = make(number)
     ids = torch.randint(1, 50, (2, 9))
     mask = torch.ones_like(ids)
@@ -109,18 +110,18 @@ def test_generate_gives_the_same_tokens_with_and_without_cache(way, number):
         torch.manual_seed(1)
         results.append(
             model.generate(
-                ids, attention_mask=mask, max_new_tokens=15, use_cache=use_cache, pad_token_id=0, **WAYS[way]
+                ids, attention_mask=mask, max_new_tokens=15, use_cache=use_cache, pad_token_id=0, **DECODING[decoding]
             )
         )
     assert torch.equal(*results)
     assert results[0][:, 9:].unique().numel() > 3
-    if way == "greedy":
+    if decoding == "greedy":
         alone = model.generate(ids[1:, 5:], max_new_tokens=15, pad_token_id=0)
         assert torch.equal(results[0][1, 9:], alone[0, 4:])
 
 
 def test_the_cache_is_accepted_under_either_name_but_not_both():
-    """Up to 5.23 the name is ``past_key_values``, from 5.24 ``cache``; a model that ignores it uses only the last token."""
+    """In transformers the name is ``past_key_values`` up to 5.23 and ``cache`` since 5.24."""
     model = make()
     ids = torch.randint(50, (2, 9))
     with torch.no_grad():
@@ -133,7 +134,7 @@ def test_the_cache_is_accepted_under_either_name_but_not_both():
         model(input_ids=ids, cache=past, past_key_values=past)
 
 
-def test_keywords_are_accepted_or_raise_by_name():
+def test_keywords_are_used_or_raise_with_their_name():
     model = make()
     ids = torch.randint(50, (2, 9))
     with pytest.raises(TypeError, match="got an unknown keyword 'nobody_knows_this'"):
@@ -164,11 +165,11 @@ def test_keywords_are_accepted_or_raise_by_name():
     assert torch.allclose(model(input_ids=ids, labels=ids, num_items_in_batch=32).loss, loss * 16 / 32)
 
 
-def test_every_keyword_of_transformers_models_is_known():
-    """A keyword that a new release adds to its causal models must be accepted, or raise an error with its name."""
-    theirs = set(inspect.signature(LlamaForCausalLM.forward).parameters) | set(TransformersKwargs.__annotations__)
-    ours = set(inspect.signature(NordForCausalLM.forward).parameters) | set(NOT_OFFERED)
-    assert theirs - ours <= {"kwargs"}
+def test_every_keyword_of_llama_in_transformers_is_accepted_or_raises_with_its_name():
+    """The test fails if a new release of transformers adds a keyword."""
+    of_llama = set(inspect.signature(LlamaForCausalLM.forward).parameters) | set(TransformersKwargs.__annotations__)
+    of_nord = set(inspect.signature(NordForCausalLM.forward).parameters) | set(NOT_OFFERED)
+    assert of_llama - of_nord <= {"kwargs"}
 
 
 def test_generate_accepts_embeddings():
@@ -202,14 +203,14 @@ def test_assisted_decoding_gives_the_same_tokens_and_ends_within_the_window():
     model, assistant = make(1), make(1, layers=1)
     ids = torch.randint(1, 50, (1, 9))
     plain = model.generate(ids, max_new_tokens=23, do_sample=False, use_cache=False, pad_token_id=0)
-    helped = model.generate(ids, max_new_tokens=23, do_sample=False, assistant_model=assistant, pad_token_id=0)
-    assert torch.equal(plain, helped)
+    assisted = model.generate(ids, max_new_tokens=23, do_sample=False, assistant_model=assistant, pad_token_id=0)
+    assert torch.equal(plain, assisted)
     with pytest.raises(ValueError, match="within max_position_embeddings = 32, got max_length 33"):
         model.generate(ids, max_new_tokens=24, do_sample=False, assistant_model=assistant, pad_token_id=0)
 
 
 @pytest.mark.quick
-def test_only_new_tokens_are_computed():
+def test_generation_with_a_cache_computes_only_new_tokens():
     model = make()
     lengths = []
     model.embed_tokens.register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
@@ -218,8 +219,8 @@ def test_only_new_tokens_are_computed():
 
 
 @pytest.mark.parametrize("prompt", [5, 12, 30])
-def test_the_window_slides(prompt):
-    """With one block decoding is exact beyond the window; with more blocks the output depends on older positions."""
+def test_beyond_the_window_cached_decoding_is_exact_for_one_block_only(prompt):
+    """With more blocks, cached keys still depend on positions that have left the window."""
     for layers in (1, 3):
         model = make(1, layers=layers, positions=12)
         ids = torch.randint(1, 50, (1, prompt))
@@ -227,24 +228,24 @@ def test_the_window_slides(prompt):
             model.generate(ids, max_new_tokens=25, do_sample=False, use_cache=use_cache, pad_token_id=0)
             for use_cache in (True, False)
         )
-        within = max(13, prompt + 1)  # the token that follows a full window is still the same
+        within = max(13, prompt + 1)  # up to the token that follows a full window of 12
         assert torch.equal(cached[:, :within], recomputed[:, :within])
         if layers == 1:
             assert torch.equal(cached, recomputed)
 
 
 @torch.no_grad()
-def test_the_cache_stops_growing():
+def test_the_cache_is_never_longer_than_the_window():
     model = make(positions=12)
     past = cache_of(model(input_ids=torch.randint(50, (1, 12))))
     for _ in range(5):
         past = cache_of(model(input_ids=torch.randint(50, (1, 1)), cache=past))
     assert past.get_seq_length() == 17
-    assert {layer.keys.shape[2] for layer in past.layers} == {11}  # and the new one makes twelve
-    assert past.layers[0].keys.shape == (1, 2, 11, 24)  # 10 steps of 16 bits, in whole words of 64: 24 bytes
+    assert {layer.keys.shape[2] for layer in past.layers} == {11}  # the window of 12 without the next position
+    assert past.layers[0].keys.shape == (1, 2, 11, 24)  # 10 time steps of 16 bits, padded to words of 64 bits: 24 bytes
 
 
-def test_without_resonance_only_the_last_token_is_computed():
+def test_without_resonance_generation_with_and_without_a_cache_gives_the_same_tokens():
     model = make(resonance=False)
     ids = torch.randint(1, 50, (2, 6))
     assert torch.equal(
@@ -271,15 +272,15 @@ def test_prompt_lookup_gives_the_same_tokens_and_ends_within_the_window():
     model = make(1)
     ids = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3]])
     plain, looked_up = (
-        model.generate(ids, max_new_tokens=21, do_sample=False, pad_token_id=0, **way)
-        for way in ({}, {"prompt_lookup_num_tokens": 3})
+        model.generate(ids, max_new_tokens=21, do_sample=False, pad_token_id=0, **decoding)
+        for decoding in ({}, {"prompt_lookup_num_tokens": 3})
     )
     assert torch.equal(plain, looked_up)
     with pytest.raises(ValueError, match="within max_position_embeddings = 32, got max_length 33"):
         model.generate(ids, max_new_tokens=22, do_sample=False, prompt_lookup_num_tokens=3, pad_token_id=0)
 
 
-def test_caches_that_would_change_their_contents_raise():
+def test_caches_that_change_their_contents_raise():
     model = make()
     ids = torch.randint(1, 50, (1, 6))
     with pytest.raises(
@@ -296,8 +297,8 @@ def test_caches_that_would_change_their_contents_raise():
         model(input_ids=ids, cache=DynamicCache(config=make(positions=7).config))
 
 
-def test_a_plain_cache_has_the_same_window():
-    """Use a cache that keeps all positions, as created without a configuration."""
+def test_a_dynamic_cache_without_configuration_has_the_window_of_the_model():
+    """Such a cache stores all positions; the model attends to those of the window."""
     model = make(1, positions=12)
     ids = torch.randint(1, 50, (1, 8))
     tokens = [

@@ -1,4 +1,4 @@
-"""Tests of kills at every rename of train, save, resume, report and conversion: the old or the new is there, and it goes on."""
+"""Tests of scripts that are killed at a rename: the old or the new files are complete, and the script can be run again."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from nord_snn.models.nord.original import to_original
 
 
 class Training:
-    """A run of a second, its command line and the weights it ends with."""
+    """A training run of about a second, its command line, and its final weights without a kill."""
 
     def __init__(self, server: Server, folder: Path) -> None:
         self.server, self.folder = server, folder
@@ -37,7 +37,7 @@ class Training:
         return self.folder / "log"
 
     def start(self, out: str, **kill) -> tuple[int, int]:
-        """Start a new run in a folder of its own."""
+        """Start a new run in the folder ``out``; ``kill`` are arguments of :meth:`killing.Server.run`."""
         where = ["--config", self.config, "--data", self.folder / "text.txt", "--out", self.folder / out, "--no-report"]
         return self.server.run("train", *where, log=self.log, **kill)
 
@@ -46,7 +46,7 @@ class Training:
         return self.server.run("train", "--resume", run, "--no-report", log=self.log, **kill)
 
     def check_end(self, run: Path) -> None:
-        """Check that a run ended with the expected weights, and that nothing unfinished is left in its folder."""
+        """Check that a run ended with the expected weights, and that no unfinished file is left in its folder."""
         weights = load_file(run / "model" / "model.safetensors")
         assert all(torch.equal(weights[name], value) for name, value in self.expected.items())
         assert read_json(run / "results.json")["steps"] == 6
@@ -61,18 +61,18 @@ def training(server, tmp_path_factory):
 
 
 def finish_killed_run(training: Training, out: str) -> None:
-    """Go on with a killed run until its end."""
+    """Resume a killed run, or start it again if it has no folder yet, and check its end."""
     runs = sorted((training.folder / out).glob("test-*"))
     if runs:
         assert training.resume(runs[0])[0] == 0, training.log.read_text()
-    else:  # killed before there was a run: the same command
+    else:
         assert training.start(out)[0] == 0, training.log.read_text()
         runs = sorted((training.folder / out).glob("test-*"))
     training.check_end(runs[0])
 
 
-def some(points: int, number: int | None) -> list[int]:
-    """Return evenly spaced points, or all if the number is None."""
+def select_points(points: int, number: int | None) -> list[int]:
+    """Return ``number`` evenly spaced points of all, or all if the number is None."""
     if number is None:
         return list(range(points))
     return sorted({round(k * (points - 1) / (number - 1)) for k in range(number)})
@@ -87,7 +87,7 @@ def test_a_run_killed_at_a_rename_ends_with_the_same_weights(training, number, e
     status, points = training.start(f"count-{exchange}-{number}", exchange=exchange)
     assert status == 0
     assert points >= 18  # run folder, four checkpoints, model, results
-    for point in some(points, number):
+    for point in select_points(points, number):
         out = f"train-{exchange}-{number}-{point}"
         assert training.start(out, point=point, exchange=exchange)[0] == KILLED
         finish_killed_run(training, out)
@@ -95,23 +95,23 @@ def test_a_run_killed_at_a_rename_ends_with_the_same_weights(training, number, e
 
 @pytest.mark.parametrize(("number", "exchange"), [(2, True), *SLOW])
 def test_a_resumed_run_killed_again_ends_with_the_same_weights(training, number, exchange):
-    """The run has no checkpoint yet, or one at which it was killed while it wrote the next."""
+    """The first kill is before the first checkpoint, or while the second one is written."""
     for point_before in (6, 9) if number is None else (9,):
-        part = training.folder / f"before-{exchange}-{number}-{point_before}"
-        assert training.start(part.name, point=point_before, exchange=exchange)[0] == KILLED
-        copy = training.folder / f"copy-{part.name}"
-        shutil.copytree(part, copy)
+        killed_run = training.folder / f"before-{exchange}-{number}-{point_before}"
+        assert training.start(killed_run.name, point=point_before, exchange=exchange)[0] == KILLED
+        copy = training.folder / f"copy-{killed_run.name}"
+        shutil.copytree(killed_run, copy)
         status, points = training.resume(copy / "test-0001", exchange=exchange)
         assert status == 0, training.log.read_text()
-        for point in some(points, number):
-            again = training.folder / f"again-{part.name}-{point}"
-            shutil.copytree(part, again)
-            assert training.resume(again / "test-0001", point=point, exchange=exchange)[0] == KILLED
-            finish_killed_run(training, again.name)
+        for point in select_points(points, number):
+            second_copy = training.folder / f"again-{killed_run.name}-{point}"
+            shutil.copytree(killed_run, second_copy)
+            assert training.resume(second_copy / "test-0001", point=point, exchange=exchange)[0] == KILLED
+            finish_killed_run(training, second_copy.name)
 
 
 @pytest.mark.slow
-def test_fifty_kills_at_random_moments_lose_nothing(training):
+def test_runs_killed_at_random_moments_end_with_the_same_weights(training):
     generator = random.Random(0)
     for kill in range(50):
         out = f"random-{kill}"
@@ -123,12 +123,12 @@ def test_fifty_kills_at_random_moments_lose_nothing(training):
 
 
 @pytest.mark.parametrize("number", [2, ALL])
-def test_a_conversion_killed_at_a_rename_goes_on(server, tmp_path, number):
+def test_a_conversion_killed_at_a_rename_is_complete_after_a_second_call(server, tmp_path, number):
     torch.save(to_original(small_published_model(), "tokenizer"), tmp_path / "published.pt")
     source, log = tmp_path / "published.pt", tmp_path / "log"
     status, points = server.run("convert_original", source, tmp_path / "whole", log=log)
     assert status == 0, log.read_text()
-    for point in some(points, number):
+    for point in select_points(points, number):
         out = tmp_path / f"out-{point}"
         assert server.run("convert_original", source, out, log=log, point=point)[0] == KILLED
         if not out.exists():
@@ -176,7 +176,7 @@ def small_published_model() -> NordForCausalLM:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("exchange", [True, False])
-def test_a_second_report_killed_at_a_rename_goes_on(training, tmp_path, exchange):
+def test_a_second_report_killed_at_a_rename_leaves_one_complete_report(training, tmp_path, exchange):
     model, text = training.folder / "whole" / "test-0001" / "model", training.folder / "text.txt"
     report = tmp_path / "report"
     command = ["evaluate", text, "--model", model, "--max-tokens", 2000, "--report", report]
@@ -209,8 +209,8 @@ print(count())
 
 @pytest.mark.quick
 @pytest.mark.parametrize("exchange", [True, False])
-def test_a_kill_at_any_rename_leaves_the_old_or_the_new(tmp_path, exchange):
-    """Only between the two renames of a system without exchange is there neither; cleaning up restores the old folder."""
+def test_a_kill_at_any_rename_leaves_the_old_or_the_new_content(tmp_path, exchange):
+    """Without an exchange of folders the kill can leave neither; ``clean_up`` then restores the old folder."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     for point in range(100):
         folder = tmp_path / str(point)
@@ -219,8 +219,8 @@ def test_a_kill_at_any_rename_leaves_the_old_or_the_new(tmp_path, exchange):
             files.write_folder(folder / name, lambda new: (new / "content").write_text("old"))
         files.write_json(folder / "y.json", {"content": "old"})
         command = [sys.executable, "-c", REPLACE, str(folder), str(point), str(exchange)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode in (0, -signal.SIGKILL), done.stderr
+        process = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert process.returncode in (0, -signal.SIGKILL), process.stderr
         if exchange:
             assert (folder / "x" / "content").exists()
         files.clean_up(folder)
@@ -228,12 +228,12 @@ def test_a_kill_at_any_rename_leaves_the_old_or_the_new(tmp_path, exchange):
         assert json.loads((folder / "y.json").read_text())["content"] in ("old", "new")
         assert not (folder / "z").exists() or (folder / "z" / "content").read_text() == "old"
         assert {path.name for path in folder.iterdir()} <= {"x", "y.json", "z"}
-        if done.returncode == 0:
+        if process.returncode == 0:
             break
-    assert point == (6 if exchange else 8)
+    assert point == (6 if exchange else 8)  # the first point after all renames
 
 
-def test_a_file_system_without_exchange_is_handled(tmp_path, monkeypatch):
+def test_a_folder_is_replaced_or_restored_on_a_file_system_without_exchange(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_exchange", lambda *_: False)
     for content in ("old", "new"):
         files.write_folder(tmp_path / "x", lambda new, content=content: (new / "content").write_text(content))
@@ -253,7 +253,7 @@ def test_a_file_system_without_exchange_is_handled(tmp_path, monkeypatch):
     assert (tmp_path / "x" / "content").read_text() == "new"
 
 
-def test_the_newest_whole_checkpoint_is_found(tmp_path):
+def test_the_latest_checkpoint_is_the_newest_finished_one(tmp_path):
     assert latest_checkpoint(tmp_path) is None
     for step in (2, 4):
         (tmp_path / f"checkpoint-{step:06d}").mkdir()
@@ -262,10 +262,10 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path):
 
 
 @pytest.mark.quick
-def test_a_new_run_deletes_what_was_left_a_day_ago(tmp_path):
-    for name, age in (("recent", 0), ("stale", 100_000)):
-        left = tmp_path / f".run.1.{name}.unfinished"
-        left.mkdir()
-        os.utime(left, (time.time() - age,) * 2)
+def test_a_new_run_deletes_unfinished_folders_older_than_a_day(tmp_path):
+    for name, age in (("recent", 0), ("stale", 100_000)):  # seconds
+        unfinished = tmp_path / f".run.1.{name}.unfinished"
+        unfinished.mkdir()
+        os.utime(unfinished, (time.time() - age,) * 2)
     assert files.create_numbered(tmp_path, "run", lambda folder: (folder / "a").write_text("")).name == "run-0001"
     assert {path.name for path in tmp_path.iterdir()} == {"run-0001", ".run.1.recent.unfinished"}

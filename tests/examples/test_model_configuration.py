@@ -1,4 +1,4 @@
-"""Names and values of a configuration, and the keywords of the model: each wrong one raises, with the name that was meant."""
+"""NordConfig and the model raise for wrong names and values, and name the nearest correct name."""
 
 import dataclasses
 import json
@@ -57,7 +57,7 @@ def test_a_misspelt_field_raises_while_loading(load, saved):
         load.from_pretrained(saved, refractory_step=0)
 
 
-def test_the_attributes_of_transformers_stay_possible(saved):
+def test_common_attributes_of_transformers_are_accepted(saved):
     for field in dataclasses.fields(PreTrainedConfig):
         NordConfig(**SMALL, **{field.name: field.default})
     common = {"num_labels": 3, "torch_dtype": "bfloat16", "output_attentions": False, "attn_implementation": "eager"}
@@ -65,7 +65,7 @@ def test_the_attributes_of_transformers_stay_possible(saved):
     assert (config.num_labels, config.dtype, config.name_or_path) == (3, torch.bfloat16, "mine")
     assert NordConfig(**config.to_dict()).to_dict() == config.to_dict()
     assert json.loads((saved / "config.json").read_text())["auto_map"]
-    loaded = AutoConfig.from_pretrained(saved, threshold=0.5, padding_side="left")  # the latter for a tokenizer
+    loaded = AutoConfig.from_pretrained(saved, threshold=0.5, padding_side="left")  # a tokenizer's keyword
     assert loaded.threshold == 0.5
     assert NordForCausalLM.from_pretrained(saved, dtype="float64").dtype == torch.float64
 
@@ -76,7 +76,7 @@ def test_a_parameter_of_generate_in_the_configuration_raises(parameter):
         NordConfig(**SMALL, **{parameter: 7})
 
 
-WRONG = {
+WRONG_VALUES = {
     "v_reset": math.nan,
     "alpha": math.inf,
     "threshold": math.nan,
@@ -111,10 +111,10 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("name", WRONG_VALUES)
 def test_a_wrong_value_raises_with_the_name_of_its_field(name):
     with pytest.raises((ValueError, TypeError, StrictDataclassError), match=name.removeprefix("torch_")):
-        NordConfig(**{**SMALL, name: WRONG[name]})
+        NordConfig(**{**SMALL, name: WRONG_VALUES[name]})
 
 
 ANY_VALUE = st.one_of(
@@ -130,23 +130,23 @@ ANY_VALUE = st.one_of(
 
 @given(name=st.sampled_from(FIELDS), value=ANY_VALUE)
 @settings(max_examples=300, deadline=None)
-def test_any_value_is_accepted_or_refused_before_a_model_is_built(name, value):
+def test_any_value_raises_or_survives_a_round_trip_through_a_dict(name, value):
     with suppress(ValueError, TypeError, StrictDataclassError):
         config = NordConfig(**{**SMALL, name: value})
         assert NordConfig(**config.to_dict()).to_dict() == config.to_dict()
 
 
-HUGE = {"vocab_size": 2**31 - 1, "hidden_size": 2**31 - 2**10, "intermediate_size": 2**31 - 2**10}
+HUGE_SIZES = {"vocab_size": 2**31 - 1, "hidden_size": 2**31 - 2**10, "intermediate_size": 2**31 - 2**10}
 
 
-@pytest.mark.parametrize("name", HUGE)
+@pytest.mark.parametrize("name", HUGE_SIZES)
 def test_a_model_that_does_not_fit_is_refused_with_its_size(name):
-    published = NordConfig(**{name: HUGE[name]})
-    with pytest.raises(ValueError, match=rf"does not fit into the memory of [\d,.]+ GB: .*{name} {HUGE[name]}"):
+    published = NordConfig(**{name: HUGE_SIZES[name]})
+    with pytest.raises(ValueError, match=rf"does not fit into the memory of [\d,.]+ GB: .*{name} {HUGE_SIZES[name]}"):
         NordForCausalLM(published)
 
 
-def test_the_size_is_not_checked_where_no_memory_is_used():
+def test_the_size_is_not_checked_on_the_meta_device_which_uses_no_memory():
     with torch.device("meta"):
         assert NordForCausalLM(NordConfig(vocab_size=2**31 - 1, num_hidden_layers=1)).device.type == "meta"
 
@@ -162,7 +162,7 @@ def test_a_misspelt_keyword_of_the_model_raises(ids):
 @pytest.mark.parametrize("load", [NordForCausalLM, AutoModelForCausalLM])
 @pytest.mark.parametrize("with_file", [True, False])
 def test_the_top_k_of_the_resonance_is_not_that_of_sampling(load, with_file, saved, tmp_path):
-    """Also in a folder without generation_config.json, for which transformers takes config.json."""
+    """Without generation_config.json, transformers reads parameters of ``generate`` from config.json."""
     if not with_file:
         (saved / "generation_config.json").unlink()
     for keywords, top_k in (({}, 3), ({"top_k": 4}, 4)):
@@ -194,8 +194,8 @@ def test_a_folder_with_another_model_type_raises(saved):
         NordForCausalLM.from_pretrained(saved)
 
 
-def test_a_tokenizer_is_loaded_beside_the_model(saved, trained):
-    """Its loader passes its own keywords to the configuration."""
+def test_the_tokenizer_in_a_model_folder_is_loaded(saved, trained):
+    """AutoTokenizer passes its keywords to the configuration of the model."""
     for file in (trained / "tokenizer").iterdir():
         (saved / file.name).write_bytes(file.read_bytes())
     keywords = {"padding_side": "left", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "use_fast": True}

@@ -1,4 +1,4 @@
-"""Tests of NordForCausalLM: published checkpoints, and the interface of transformers."""
+"""Tests of NordForCausalLM: checkpoints of the published Nord code, and the interface of transformers."""
 
 import copy
 import os
@@ -70,7 +70,7 @@ def test_a_converted_folder_loads_with_auto_classes(tmp_path, capsys):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("name", ["tiny", "persistent"])
-def test_conversion_back_gives_the_published_checkpoint(name, tmp_path, capsys):
+def test_to_original_gives_the_published_checkpoint_again(name, tmp_path, capsys):
     main([str(DATA / f"{name}_checkpoint.pt"), str(tmp_path / "folder")])
     main(["--to-original", str(tmp_path / "folder"), str(tmp_path / "back.pt")])
     published, back = load_reference(f"{name}_checkpoint"), torch.load(tmp_path / "back.pt", weights_only=True)
@@ -81,10 +81,10 @@ def test_conversion_back_gives_the_published_checkpoint(name, tmp_path, capsys):
         assert got.dtype == expected.dtype, key
         assert torch.equal(got, expected), key
     assert back["config"].items() <= (published["config"] | {"persistent_mem": False}).items()
-    assert back["config"]["tokenizer_id"] == "meta-llama/Llama-3.2-1B"  # the folder has none of its own
-    again = load_original(tmp_path / "back.pt")
+    assert back["config"]["tokenizer_id"] == "meta-llama/Llama-3.2-1B"  # the default: the folder has no tokenizer
+    loaded = load_original(tmp_path / "back.pt")
     expected = load_reference(f"{name}_expected")
-    assert torch.allclose(again(input_ids=expected["ids"]).logits, expected["logits"], atol=1e-5, rtol=0)
+    assert torch.allclose(loaded(input_ids=expected["ids"]).logits, expected["logits"], atol=1e-5, rtol=0)
     with pytest.raises(SystemExit, match="expected a new file in a folder that exists"):
         main(["--to-original", str(tmp_path / "folder"), str(tmp_path / "back.pt")])
 
@@ -115,22 +115,24 @@ def test_models_that_the_published_code_cannot_express_raise(tmp_path):
 
 
 def test_a_saved_folder_loads_with_only_the_library_installed(tmp_path):
-    """Run it in a new process outside the repository; the modelling files are beside the weights."""
+    """A new process outside the repository loads it; the model's Python files are in the folder."""
     NordForCausalLM(NordConfig(**SMALL)).save_pretrained(tmp_path / "model")
     code = (
         "from transformers import AutoModelForCausalLM as Auto; "
         f"print(Auto.from_pretrained({str(tmp_path / 'model')!r}, trust_remote_code=True).num_parameters())"
     )
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.strip() == str(NordForCausalLM(NordConfig(**SMALL)).num_parameters()), done.stderr
+    process = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert process.stdout.strip() == str(NordForCausalLM(NordConfig(**SMALL)).num_parameters()), process.stderr
 
 
-class Hostile:
-    """Object that runs code when it is unpickled."""
+class CodeWhenUnpickled:
+    """Object whose unpickling raises SystemError."""
 
     def __reduce__(self):
-        """Return a call that raises when unpickled."""
+        """Return the call that unpickling makes."""
         return (exec, ("raise SystemError('executed')",))
 
 
@@ -147,7 +149,7 @@ def test_bad_checkpoints_raise_one_sentence_and_execute_nothing(tmp_path):
             load_original(bad)
         return str(caught.value)
 
-    assert "nothing in it was executed" in sentence({"config": Hostile(), "model_state_dict": {}})
+    assert "nothing in it was executed" in sentence({"config": CodeWhenUnpickled(), "model_state_dict": {}})
     assert "expected a checkpoint" in sentence(b"")
     assert "expected a checkpoint" in sentence(b"hello")
     assert "damaged" in sentence((DATA / "tiny_checkpoint.pt").read_bytes()[:5000])
@@ -155,9 +157,9 @@ def test_bad_checkpoints_raise_one_sentence_and_execute_nothing(tmp_path):
     missing = copy.deepcopy(good)
     del missing["model_state_dict"]["lm_head.weight"]
     assert "lm_head.weight" in sentence(missing)
-    other = copy.deepcopy(good)
-    other["config"]["d_model"] = 64
-    assert "expected tensors that fit the configuration" in sentence(other)
+    wider = copy.deepcopy(good)
+    wider["config"]["d_model"] = 64
+    assert "expected tensors that fit the configuration" in sentence(wider)
     for field, value in (("tau_mem", 1), ("n_heads", 0), ("d_model", "64")):
         wrong = copy.deepcopy(good)
         wrong["config"][field] = value
@@ -176,32 +178,32 @@ def test_bad_checkpoints_raise_one_sentence_and_execute_nothing(tmp_path):
 def test_save_and_load_are_exact(tmp_path):
     model = NordForCausalLM(NordConfig(**SMALL, recency=True)).eval()
     model.save_pretrained(tmp_path)
-    again, info = NordForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    loaded, info = NordForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
-    for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+    for (name, a), (_, b) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
         assert torch.equal(a, b), name
-    assert again.config.top_k == 64
-    assert again.generation_config.top_k != 64  # the resonance's top_k is not the sampler's
+    assert loaded.config.top_k == 64
+    assert loaded.generation_config.top_k != 64  # the resonance's top_k is not the sampler's
 
 
-def test_the_cascade_can_be_switched_off_and_outputs_can_be_a_tuple():
+def test_a_model_without_cascade_returns_logits_as_a_tuple():
     model = NordForCausalLM(NordConfig(**{**SMALL, "n_clusters": None}))
     assert not any("cascade" in name for name, _ in model.named_parameters())
     (logits,) = model(input_ids=torch.zeros(1, 3, dtype=torch.long), return_dict=False)
     assert logits.shape == (1, 3, 50)
 
 
-def test_tied_embeddings(tmp_path):
+def test_tied_embeddings_share_one_tensor_also_after_loading(tmp_path):
     model = NordForCausalLM(NordConfig(**SMALL, tie_word_embeddings=True))
     assert model.lm_head.weight is model.embed_tokens.weight
     model.save_pretrained(tmp_path)
-    again = NordForCausalLM.from_pretrained(tmp_path)
-    assert again.lm_head.weight is again.embed_tokens.weight
-    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    loaded = NordForCausalLM.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.embed_tokens.weight
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
 
 
 @pytest.mark.quick
-def test_initial_values_are_as_specified():
+def test_initial_values_are_those_of_the_published_model():
     torch.manual_seed(0)
     model = NordForCausalLM(NordConfig(**SMALL))
     block = model.blocks[0]
@@ -209,15 +211,14 @@ def test_initial_values_are_as_specified():
     assert block.clamp.floor.tolist() == pytest.approx([-0.1] * 16)
     assert model.readout.decay_logit.item() == pytest.approx(1.4)
     assert model.input_lif.v_threshold.tolist() == [0.25] * 16
-    assert (
-        model.embed_tokens.weight.abs().max() <= (1 / 16) ** 0.5
-    )  # kaiming-uniform with a = sqrt(5): 1 / sqrt(fan in)
+    # Kaiming-uniform with a = sqrt(5) has the bound 1 / sqrt(fan in)
+    assert model.embed_tokens.weight.abs().max() <= (1 / 16) ** 0.5
     assert model.lm_head.weight.abs().max() <= (1 / 16) ** 0.5
     assert all(p.ndim >= 1 for p in model.parameters())
 
 
 @pytest.mark.quick
-def test_the_model_is_causal_and_rows_start_from_rest():
+def test_the_model_is_causal_starts_from_rest_and_sequences_are_independent():
     model = NordForCausalLM(NordConfig(**SMALL, recency=True)).eval()
     ids = torch.randint(50, (2, 10))
     before = model(input_ids=ids).logits
@@ -230,7 +231,7 @@ def test_the_model_is_causal_and_rows_start_from_rest():
     assert torch.allclose(model(input_ids=ids, logits_to_keep=1).logits, before[:, -1:], atol=1e-5)
 
 
-def test_without_resonance_only_the_last_token_counts():
+def test_without_resonance_logits_depend_only_on_the_token_at_their_position():
     model = NordForCausalLM(NordConfig(**SMALL, resonance=False)).eval()
     ids = torch.randint(50, (1, 8))
     assert torch.allclose(model(input_ids=ids).logits[:, -1], model(input_ids=ids[:, -1:]).logits[:, -1], atol=1e-5)
@@ -250,9 +251,9 @@ def test_padding_on_either_side_does_not_change_the_logits():
         model(input_ids=padded, attention_mask=mask[:, :4])
 
 
-def test_greedy_generation_is_the_argmax_also_beyond_the_window():
+def test_greedy_generation_equals_repeated_argmax_also_beyond_the_window():
     model = NordForCausalLM(NordConfig(**SMALL)).eval()
-    ids = torch.randint(1, 50, (1, 10))  # generate() takes a pad token in the prompt for padding
+    ids = torch.randint(1, 50, (1, 10))  # without 0, the padding token
     out = model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False, pad_token_id=0)
     expected = ids
     for _ in range(6):
@@ -269,15 +270,17 @@ def test_gradient_checkpointing_stores_less_and_gives_the_same_gradients():
         model = NordForCausalLM(NordConfig(**SMALL, recency=True)).train()
         if recompute:
             model.activation_checkpointing_enable()
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):
+        n_stored = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, n_stored=n_stored: n_stored.append(x.numel()) or x, lambda x: x
+        ):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
-        results.append((sum(kept), loss, [p.grad for p in model.parameters()]))
-    (n_plain, loss, grads), (n_less, again, grads_again) = results
-    assert n_less < 0.6 * n_plain
-    assert torch.equal(loss, again)
-    assert all(torch.equal(a, b) for a, b in zip(grads, grads_again, strict=True))
+        results.append((sum(n_stored), loss, [p.grad for p in model.parameters()]))
+    (n_plain, loss, grads), (n_checkpointed, same_loss, same_grads) = results
+    assert n_checkpointed < 0.6 * n_plain
+    assert torch.equal(loss, same_loss)
+    assert all(torch.equal(a, b) for a, b in zip(grads, same_grads, strict=True))
     with pytest.raises(ValueError, match="needs use_cache=False"):
         model(input_ids=ids, use_cache=True)
 
@@ -356,19 +359,19 @@ loss.backward()
 grads = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
 torch.save((loss.detach(), grads), f"{folder}/{rank}.pt")
 distributed.barrier()
-os._exit(0)  # taking the group apart may abort a process that has done its work
+os._exit(0)  # destroying the process group may abort a process that has finished
 """
 
 
-def test_sharded_parameters_learn_the_same(tmp_path):
-    """With FSDP per block, every parameter can be sharded, and gradients are those of the whole batch."""
+def test_gradients_under_fsdp_equal_those_of_one_process(tmp_path):
+    """Two processes shard every block and have one half of the batch each."""
     settings, ids = SMALL | {"recency": True}, torch.randint(50, (2, 10))
     torch.save((settings, ids), tmp_path / "case.pt")
-    started = [
+    processes = [
         subprocess.Popen([sys.executable, "-c", SHARDED, str(rank), str(tmp_path)], stderr=subprocess.PIPE)
         for rank in range(2)
     ]
-    for process in started:
+    for process in processes:
         _, error = process.communicate(timeout=120)
         assert process.returncode == 0, error.decode()[-2000:]
     torch.manual_seed(0)
@@ -388,16 +391,16 @@ def test_the_deprecated_name_selects_the_published_block():
 
 @pytest.mark.parametrize("block", ["published", "spike_fed"])
 def test_the_whole_model_compiles_without_a_graph_break(block):
-    """Padding is included: no branch may depend on the mask."""
+    """Also with padding."""
     torch.manual_seed(0)
     model = NordForCausalLM(NordConfig(**SMALL, recency=True, block=block))
     ids, mask = torch.randint(50, (2, 10)), torch.ones(2, 10, dtype=torch.long)
     mask[1, :4] = 0
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for given in ({}, {"attention_mask": mask}):
+    for more in ({}, {"attention_mask": mask}):
         results = []
         for run in (model, compiled):
-            loss = run(input_ids=ids, labels=ids, **given).loss
+            loss = run(input_ids=ids, labels=ids, **more).loss
             results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
         for one, other in zip(*results, strict=True):
             assert torch.allclose(one, other, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Tests of scripts whose output goes away, and of interrupts before there is anything to save."""
+"""Tests of scripts whose standard output is full or closed, and of interrupts before a first checkpoint."""
 
 import os
 import re
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("lost", "reason"), [("disk", "No space left on device"), ("pipe", "Broken pipe")])
-def test_training_continues_without_its_output(server, folder, lost, reason):
+def test_training_continues_if_standard_output_is_lost(server, folder, lost, reason):
     config, text, log = folder / "test.yaml", folder / "text.txt", folder / "log"
     arguments = ["--config", config, "--data", text, "--out", folder / lost, "--no-report"]
     assert server.run("train", *arguments, log=log, lost=lost)[0] == 0, log.read_text()
@@ -47,7 +47,7 @@ def test_training_continues_without_its_output(server, folder, lost, reason):
 
 @pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_an_interrupt_of_training_and_tee_saves_a_whole_checkpoint(tmp_path, times):
-    """Ctrl-C reaches the whole process group: ``tee`` ends first, and the next line meets a pipe without a reader."""
+    """Ctrl-C is sent to the whole process group: ``tee`` ends first, and then the script prints into a pipe without a reader."""
     (tmp_path / "text.txt").write_text(make_text())
     config = write_config(tmp_path, steps=100_000, save_every=100_000, eval_every=100_000, log_every=1, grad_accum=1)
     command = f"{sys.executable} {SCRIPTS / 'train.py'} --config {config} --data {tmp_path / 'text.txt'}"
@@ -76,8 +76,8 @@ def wait_until(condition, seconds: float = 120) -> None:
 
 
 @pytest.mark.quick
-def test_a_closed_terminal_and_a_second_sigterm_only_request_a_stop():
-    """Launchers send SIGTERM after Ctrl-C, while the checkpoint is being saved; a second Ctrl-C ends the program."""
+def test_sighup_and_repeated_sigterm_request_a_stop_and_a_second_ctrl_c_ends_the_program():
+    """Launchers such as torchrun send SIGTERM after Ctrl-C, while the checkpoint is being saved."""
     stop = StopRequest()
     try:
         os.kill(os.getpid(), signal.SIGHUP)
@@ -103,7 +103,7 @@ def test_a_closed_terminal_and_a_second_sigterm_only_request_a_stop():
 
 
 @pytest.mark.parametrize("script", ["generate", "evaluate", "energy", "convert_original"])
-def test_results_that_cannot_be_printed_give_a_status_and_no_traceback(server, folder, trained, tmp_path, script):
+def test_results_that_cannot_be_printed_give_an_exit_status_and_no_traceback(server, folder, trained, tmp_path, script):
     model = ["--model", trained / "model"]
     arguments = {
         "generate": [*model, "--max-new-tokens", "5", "the neuron"],
@@ -144,8 +144,8 @@ def test_an_interrupt_while_libraries_are_loaded_gives_one_line(script):
     library = "yaml" if script == "train" else "torch"
     command = [sys.executable, "-c", code, library, str(SCRIPTS / f"{script}.py")]
     environment = os.environ | {"PYTHONPATH": str(SCRIPTS.parents[1])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (process.returncode, process.stdout, process.stderr) == (130, "", "interrupted\n")
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_an_interrupt_while_libraries_are_loaded_gives_one_line(script):
         ("ACCELERATE_USE_MEGATRON_LM", "true", "the environment has ACCELERATE_USE_MEGATRON_LM"),
     ],
 )
-def test_variables_of_accelerate_that_cannot_be_followed_give_one_sentence(server, folder, variable, value, message):
+def test_unsupported_environment_variables_of_accelerate_give_one_sentence(server, folder, variable, value, message):
     arguments = ["--config", folder / "test.yaml", "--data", folder / "text.txt", "--out", folder / "none"]
     log = folder / "log"
     assert server.run("train", *arguments, log=log, fault=f"{variable}={value}")[0] == 1

@@ -1,4 +1,4 @@
-"""Tests of learning while reading: selected synapses, tokens that count, no unintended changes."""
+"""Tests of nordlm.inference.plasticity, with which a model learns while it reads: only selected synapses and tokens."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ BLOCKS = ["blocks.*.ffn.down"]
 
 @pytest.fixture
 def model(trained):
-    """Return a trained model and token ids of a text."""
+    """Return a trained model whose neurons fire, and the token ids of a sentence."""
     model, tokenizer = open_model(trained / "model")
     fire_easily(model)
     return model, torch.tensor([tokenizer("the neuron fires and rests while a spike wakes")["input_ids"]])
@@ -24,6 +24,7 @@ def weights(model):
 
 
 def changed(model, before):
+    """Return the names of the weights that differ from those of ``before``."""
     return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
 
 
@@ -36,14 +37,17 @@ def test_reading_a_text_repeatedly_lowers_its_loss(model):
     model, ids = model
     plasticity = Plasticity(model, learning_rate=0.005)
     before = loss(model, ids)
-    told = [plasticity.learn_from(ids, ids.shape[1]) for _ in range(20)]
-    assert told[0] == pytest.approx(before, abs=1e-5)
+    losses = [plasticity.learn_from(ids, ids.shape[1]) for _ in range(20)]
+    assert losses[0] == pytest.approx(before, abs=1e-5)
     assert loss(model, ids) < before - 0.2
-    assert sum(told[-5:]) < sum(told[:5])
+    assert sum(losses[-5:]) < sum(losses[:5])
 
 
-def test_the_mean_change_over_samples_is_a_delta_rule(model, monkeypatch):
-    """DW = rate * sum over tokens of outer(one-hot - probabilities, trace); the trace decays one time step before the token."""
+def test_the_mean_change_over_sampled_tokens_is_a_delta_rule(model, monkeypatch):
+    """Mean dW = rate * sum over tokens of outer(one-hot - probabilities, trace).
+
+    The trace has decayed by one time step when the token is read.
+    """
     model, ids = model
     plasticity = Plasticity(model, learning_rate=0.001)
     synapse, readings = plasticity.synapses["lm_head"], []
@@ -54,9 +58,9 @@ def test_the_mean_change_over_samples_is_a_delta_rule(model, monkeypatch):
     assert spikes.any()
     steps = torch.arange(len(spikes), 0, -1)
     trace = (torch.exp(-steps / 20)[:, None, None] * spikes[:, 0, :-1]).sum(0)
-    wrong = torch.nn.functional.one_hot(ids[0, 1:], model.config.vocab_size) - reading.probabilities
-    expected = 0.001 * wrong.mT @ trace
-    n = 2000
+    error = torch.nn.functional.one_hot(ids[0, 1:], model.config.vocab_size) - reading.probabilities
+    expected = 0.001 * error.mT @ trace
+    n = 2000  # samples, for a standard error below 5 %
     for _ in range(n):
         synapse._spikes = spikes
         synapse.learn(reading, Control())()
@@ -64,7 +68,7 @@ def test_the_mean_change_over_samples_is_a_delta_rule(model, monkeypatch):
     assert (total / n - expected).norm() < 0.05 * expected.norm()
 
 
-def test_a_control_of_spikes_is_only_for_the_head(model):
+def test_a_control_that_changes_spikes_is_supported_for_the_head_only(model):
     model, ids = model
     silent = Plasticity(model, control=Control(spikes=torch.zeros_like))
     silent.learn_from(ids, ids.shape[1])
@@ -99,21 +103,21 @@ def test_without_rewards_nothing_changes(model, names):
     assert not changed(model, before)
 
 
-def test_only_rows_of_actual_and_sampled_tokens_change_and_context_is_not_learned(model):
+def test_only_weights_of_the_read_and_sampled_tokens_change_and_not_those_of_the_context(model):
     model, ids = model
     plasticity = Plasticity(model)
     plasticity.learn_from(ids, 2)
     rows = plasticity.synapses["lm_head"].plastic.delta.abs().sum(1).nonzero().flatten().tolist()
-    assert 0 < len(rows) <= 4  # two words that came, two that were expected
+    assert 0 < len(rows) <= 4  # two tokens of the text, two sampled ones
     assert set(rows) & set(ids[0, -2:].tolist())
     plasticity.forget()
     torch.manual_seed(1)
     plasticity.learn_from(ids, 2)
-    alone = plasticity.synapses["lm_head"].plastic.delta.clone()
+    learned = plasticity.synapses["lm_head"].plastic.delta.clone()
     plasticity.forget()
     torch.manual_seed(1)
     plasticity.learn_from(ids, 2, reward_factor=-1.0)
-    assert torch.allclose(plasticity.synapses["lm_head"].plastic.delta, -alone, atol=1e-7)
+    assert torch.allclose(plasticity.synapses["lm_head"].plastic.delta, -learned, atol=1e-7)
 
 
 def test_a_single_token_changes_nothing(model):
@@ -123,7 +127,7 @@ def test_a_single_token_changes_nothing(model):
     assert plasticity.learn_from(ids[:, :2], 2) is not None
 
 
-def test_ctrl_c_while_learning_leaves_no_partial_recording(model, monkeypatch):
+def test_ctrl_c_while_learning_deletes_the_recorded_spikes(model, monkeypatch):
     model, ids = model
     plasticity = Plasticity(model, ["*"])
     rule = plasticity.synapses["blocks.0.ffn.down"].rule
@@ -139,16 +143,16 @@ def test_ctrl_c_while_learning_leaves_no_partial_recording(model, monkeypatch):
 
 
 def test_if_one_synapse_fails_no_synapse_changes(model):
-    """If the reward of the second of two synapses is not finite, the first does not change either."""
+    """The reward of the second of two synapses is NaN."""
     model, ids = model
     before = weights(model)
     calls = []
 
-    def break_the_second(rewards):
+    def nan_for_the_second(rewards):
         calls.append(rewards)
         return rewards if len(calls) == 1 else rewards * float("nan")
 
-    plasticity = Plasticity(model, ["*"], reward="loss", control=Control(rewards=break_the_second))
+    plasticity = Plasticity(model, ["*"], reward="loss", control=Control(rewards=nan_for_the_second))
     with pytest.raises(ValueError, match="reward must be finite"):
         plasticity.learn_from(ids, ids.shape[1])
     assert not changed(model, before)

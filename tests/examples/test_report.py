@@ -1,4 +1,4 @@
-"""Tests of the report: page, pictures and JSON are complete, consistent and self-contained."""
+"""Tests of the report of a model and of energy.py: page, pictures and JSON are complete, consistent and self-contained."""
 
 import base64
 import json
@@ -30,6 +30,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 @pytest.fixture(scope="module")
 def subject(trained):
+    """Return what a report is about: a model whose neurons fire, texts, one of them with HTML, and results."""
     model, tokenizer = open_model(trained / "model")
     fire_easily(model)
     texts = [make_text(400, seed) for seed in range(6)]
@@ -41,31 +42,32 @@ def subject(trained):
 
 @pytest.fixture(scope="module")
 def written(subject, tmp_path_factory):
+    """Write a report and return its folder."""
     folder = tmp_path_factory.mktemp("report") / "report"
     write_report(folder, subject, open_others(["shuffled", "chinese"]), length=16)
     return folder
 
 
 class Page(HTMLParser):
-    """Parser that collects the links and pictures of a page."""
+    """Parser that collects the tags of a page and the URLs of its links and pictures."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.wanted: list[str] = []
+        self.urls: list[str] = []
         self.tags: set[str] = set()
-        self.open: list[str] = []
+        self.open_tags: list[str] = []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         self.tags.add(tag)
-        self.wanted += [
+        self.urls += [
             value for name, value in attributes if name in ("src", "href", "srcset", "poster", "data", "action")
         ]
         if tag not in ("meta", "img", "br"):
-            self.open.append(tag)
+            self.open_tags.append(tag)
 
     def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+        assert self.open_tags.pop() == tag
 
 
 def test_the_report_is_complete(written):
@@ -82,19 +84,19 @@ def test_the_report_is_complete(written):
 def test_the_page_is_self_contained_and_has_no_scripts(written):
     text = (written / PAGE).read_text()
     page = Page(text)
-    assert page.open == []
+    assert page.open_tags == []
     assert page.tags.isdisjoint({"script", "link", "iframe", "object"})
     assert "url(" not in text
     assert "@import" not in text
-    pictures = [value for value in page.wanted if not value.startswith("#")]
+    pictures = [value for value in page.urls if not value.startswith("#")]
     assert all(value.startswith("data:image/png;base64,") for value in pictures)
-    inside = {base64.b64decode(value.partition(",")[2]) for value in pictures}
-    assert inside == {path.read_bytes() for path in written.glob("*.png")}
+    embedded = {base64.b64decode(value.partition(",")[2]) for value in pictures}
+    assert embedded == {path.read_bytes() for path in written.glob("*.png")}
     assert "some &lt;text&gt;" in text
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-def test_a_browser_without_network_shows_every_picture(written, tmp_path):
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_chromium_without_network_shows_every_picture_within_the_width_of_the_window(written, tmp_path):
     loaded = "[...document.images].every(i => i.complete && i.naturalWidth > 100)"
     fits = "document.documentElement.scrollWidth <= innerWidth"
     probe = f"<script>onload = () => document.title = `${{document.images.length}} ${{{loaded}}} ${{{fits}}}`</script>"
@@ -108,7 +110,7 @@ def test_a_browser_without_network_shows_every_picture(written, tmp_path):
         assert f"<title>{len(PICTURES)} true true</title>" in shown
 
 
-def test_the_figures_match_the_network(written, subject):
+def test_the_numbers_in_the_json_match_the_network(written, subject):
     content = json.loads((written / "report.json").read_text())
     ids = report_script._known_sequences(subject)
     with torch.no_grad(), SpikeMonitor(subject.model) as monitor:
@@ -126,7 +128,7 @@ def test_the_figures_match_the_network(written, subject):
     assert list(content["training"]["rates"]) == ["input", "block 0", "readout"]
 
 
-def test_training_ends_with_a_report(trained):
+def test_training_writes_a_report(trained):
     assert (trained / "report" / PAGE).is_file()
 
 
@@ -148,7 +150,7 @@ def test_a_report_that_cannot_be_written_does_not_fail_the_training(tmp_path, mo
     assert not list((tmp_path / "runs").glob("*/report"))
 
 
-def test_failed_text_comparisons_are_reported_and_the_rest_is_complete(subject, tmp_path):
+def test_without_enough_text_to_compare_the_rest_of_the_report_is_complete(subject, tmp_path):
     short = subject._replace(texts=[subject.texts[1]], run=None)
     content = write_report(tmp_path / "report", short, open_others(["shuffled"]), length=16)
     assert "1 documents have passages of 16 tokens" in content["uncertainty"]["left_out"][0]
@@ -157,7 +159,7 @@ def test_failed_text_comparisons_are_reported_and_the_rest_is_complete(subject, 
 
 
 @pytest.mark.parametrize("damage", ["no log", "no list", "truncated", "less"])
-def test_a_damaged_run_folder_only_omits_the_curves(subject, tmp_path, damage):
+def test_a_report_on_a_damaged_run_folder_lacks_only_what_depends_on_its_log(subject, tmp_path, damage):
     run = tmp_path / "run"
     shutil.copytree(subject.run, run)
     results = run / "results.json"
@@ -166,14 +168,14 @@ def test_a_damaged_run_folder_only_omits_the_curves(subject, tmp_path, damage):
     else:
         results.write_text({"no list": "[1, 2]", "truncated": '{"steps": 1', "less": '{"steps": 12}'}[damage])
     write_report(tmp_path / "report", subject._replace(run=run, texts=subject.texts[:1]), {})
-    there = {path.stem for path in (tmp_path / "report").glob("*.png")}
-    assert there == PICTURES - {"auroc"} - ({"training"} if damage == "no log" else set())
+    pictures = {path.stem for path in (tmp_path / "report").glob("*.png")}
+    assert pictures == PICTURES - {"auroc"} - ({"training"} if damage == "no log" else set())
 
 
 # --- evaluate.py
 
 
-def test_the_command_writes_a_report_and_replaces_an_old_one(trained, tmp_path, capsys, monkeypatch):
+def test_the_command_replaces_an_older_report_but_no_other_files(trained, tmp_path, capsys, monkeypatch):
     (tmp_path / "text.txt").write_text(make_text(6000, seed=3))
     arguments = [str(tmp_path / "text.txt"), "--model", str(trained / "model"), "--passage", "16", "--ood", "shuffled"]
     for _ in range(2):
@@ -182,19 +184,19 @@ def test_the_command_writes_a_report_and_replaces_an_old_one(trained, tmp_path, 
     assert "AUROC" in out
     assert "firing rates of all layers" in out
     assert (tmp_path / "new" / "report" / PAGE).is_file()
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    (mine / "work.txt").write_text("dear")
-    assert evaluate_script.main([*arguments, "--report", str(mine)]) == 1
+    own_folder = tmp_path / "mine"
+    own_folder.mkdir()
+    (own_folder / "work.txt").write_text("own text")
+    assert evaluate_script.main([*arguments, "--report", str(own_folder)]) == 1
     assert "expected a new or empty folder, or one with only an older report" in capsys.readouterr().err
-    assert (mine / "work.txt").read_text() == "dear"
-    (mine / PAGE).write_text("a page of one's own")
-    (mine / "report.json").write_text("{}")
-    assert evaluate_script.main([*arguments, "--report", str(mine)]) == 1
-    assert (mine / "work.txt").read_text() == "dear"
-    here = tmp_path / "here"
-    here.mkdir()
-    monkeypatch.chdir(here)
+    assert (own_folder / "work.txt").read_text() == "own text"
+    (own_folder / PAGE).write_text("own page")
+    (own_folder / "report.json").write_text("{}")
+    assert evaluate_script.main([*arguments, "--report", str(own_folder)]) == 1
+    assert (own_folder / "work.txt").read_text() == "own text"
+    current = tmp_path / "here"
+    current.mkdir()
+    monkeypatch.chdir(current)
     (tmp_path / ".here.old").mkdir()  # left by a killed process
     (tmp_path / ".here.old" / PAGE).write_text("older")
     assert evaluate_script.main([*arguments, "--report", "."]) == 0
@@ -209,9 +211,9 @@ def test_results_of_other_texts_are_in_the_json(trained, tmp_path, capsys):
     (tmp_path / "other.txt").write_text(make_text(6000, seed=4))
     arguments = [str(tmp_path / "text.txt"), "--model", str(trained / "model"), "--json", str(tmp_path / "out.json")]
     assert evaluate_script.main([*arguments, "--ood", str(tmp_path / "other.txt"), "--passage", "12"]) == 0
-    found = json.loads((tmp_path / "out.json").read_text())["uncertainty"]
-    assert found["passage_tokens"] == 12
-    assert set(found["auroc"][str(tmp_path / "other.txt")]["loss"]) == {"auroc", "low", "high"}
+    uncertainty = json.loads((tmp_path / "out.json").read_text())["uncertainty"]
+    assert uncertainty["passage_tokens"] == 12
+    assert set(uncertainty["auroc"][str(tmp_path / "other.txt")]["loss"]) == {"auroc", "low", "high"}
     assert evaluate_script.main([*arguments, "--ood", str(tmp_path / "none.txt")]) == 1
     assert "none.txt: no such file or folder" in capsys.readouterr().err
     assert evaluate_script.main([*arguments, "--ood", "--passage", "100"]) == 1
@@ -228,8 +230,8 @@ def test_the_default_text_is_the_held_out_text_of_the_run(trained, capsys):
     assert "text.txt,heldout" in "".join(capsys.readouterr().out.split())  # a long path is wrapped
     documents = held_out_text(Settings.read(trained / "settings.yaml").training)
     whole = (trained.parent.parent / "text.txt").read_text()
-    held = "".join(documents.read())
-    assert 0 < len(held) < len(whole)
+    held_out_part = "".join(documents.read())
+    assert 0 < len(held_out_part) < len(whole)
 
 
 def test_a_changed_text_is_not_used_as_held_out(trained, tmp_path, capsys):
@@ -281,10 +283,10 @@ def test_the_energy_command(trained, tmp_path, capsys):
     assert "| blocks.*.ffn.down | linear |" in out
     assert energy_script.main(["--config", str(write_config(tmp_path)), "--every"]) == 0
     assert "| blocks.0.ffn.down | linear |" in capsys.readouterr().out
-    for wrong, message in (
+    for arguments, message in (
         (["--config", "none"], "error: "),
         (["--model", str(tmp_path)], "expected a folder with config.json, model.safetensors and a tokenizer"),
         (["--model", str(trained / "model"), "--context", "99"], "--context must be at most 24"),
     ):
-        assert energy_script.main(wrong) == 1
+        assert energy_script.main(arguments) == 1
         assert message in capsys.readouterr().err

@@ -1,11 +1,11 @@
-"""Tests of the sequence classifier: kinds of attention, split by modules, and learning."""
+"""Tests of examples/sequence_classifier: kinds of attention, split of the data by modules, and learning."""
 
 import pytest
 import sequence_classifier as script
 import torch
 
 
-def test_each_kind_has_the_named_attention():
+def test_positions_depend_on_each_other_in_each_kind_but_none():
     x = torch.randint(0, 2000, (3, 32))
     for name, make in script.KINDS.items():
         torch.manual_seed(0)
@@ -15,10 +15,10 @@ def test_each_kind_has_the_named_attention():
         assert len(kinds) == 1
         changed = x.clone()
         changed[:, 7] = (changed[:, 7] + 1) % 2000
-        inside = [net.encoder(net.words(ids) + net.positions) for ids in (x, changed)]
-        others = [k for k in range(32) if k != 7]
-        exchanged = not torch.allclose(inside[0][:, others], inside[1][:, others])
-        assert exchanged is (name != "no attention")
+        encoded = [net.encoder(net.words(ids) + net.positions) for ids in (x, changed)]
+        unchanged = [k for k in range(32) if k != 7]
+        depends_on_position_7 = not torch.allclose(encoded[0][:, unchanged], encoded[1][:, unchanged])
+        assert depends_on_position_7 is (name != "no attention")
 
 
 @pytest.mark.quick
@@ -27,9 +27,9 @@ def test_resonance_attends_in_both_directions():
     attention = script.ResonanceAttention(16, 2)
     x = 3 * torch.randn(2, 6, 16)
     first, _ = attention(x, x, x, need_weights=False)
-    other = x.clone()
-    other[:, 5] += 3
-    second, _ = attention(other, other, other)
+    changed = x.clone()
+    changed[:, 5] += 3
+    second, _ = attention(changed, changed, changed)
     assert first.shape == x.shape
     assert not torch.allclose(first[:, 0], second[:, 0])
 
@@ -51,10 +51,10 @@ def test_passages_have_equal_length_and_modules_are_not_split():
     assert data.train_x.max() < script.VOCABULARY
 
 
-def test_training_learns_and_prints_the_results(tmp_path, capsys, monkeypatch):
+def test_training_learns_and_the_script_prints_a_table(tmp_path, capsys, monkeypatch):
     data = script.documentation()
-    some = data.train_x[::10], data.train_y[::10]
-    small = script.Data(*some, *some, data.names)  # test on training passages; learning held-out text takes longer
+    subset = data.train_x[::10], data.train_y[::10]
+    small = script.Data(*subset, *subset, data.names)  # test on training passages; learning held-out text takes longer
     monkeypatch.setattr(script, "documentation", lambda: small)
     monkeypatch.setattr(script, "KINDS", {"co-firing resonance": script.KINDS["co-firing resonance"]})
     accuracy, rates = script.train(script.KINDS["co-firing resonance"], 0, 15, small)

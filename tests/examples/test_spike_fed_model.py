@@ -1,4 +1,4 @@
-"""Tests of NordConfig(block="spike_fed") and the dense twin as causal language models."""
+"""Tests of NordForCausalLM with ``block="spike_fed"`` and of the dense twin (GELU instead of neurons, one time step)."""
 
 import pytest
 import torch
@@ -63,8 +63,8 @@ def test_generate_gives_the_same_tokens_with_and_without_a_cache(model, length):
 
 def test_save_and_load_are_exact(model, tmp_path):
     model.save_pretrained(tmp_path)
-    again, ids = load_model(tmp_path).eval(), torch.randint(50, (2, 9))
-    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    loaded, ids = load_model(tmp_path).eval(), torch.randint(50, (2, 9))
+    assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_every_product_of_the_blocks_has_spikes_as_input():
@@ -95,8 +95,8 @@ def test_every_layer_of_the_configs_fires_before_training(config):
 
 def test_the_twin_differs_only_in_the_neurons():
     spiking, dense = (NordForCausalLM(NordConfig(**SMALL, **KINDS[kind])) for kind in ("currents", "dense"))
-    kept = {name for name, _ in spiking.named_parameters() if "lif" not in name}
-    assert kept == {name for name, _ in dense.named_parameters()}
+    without_neurons = {name for name, _ in spiking.named_parameters() if "lif" not in name}
+    assert without_neurons == {name for name, _ in dense.named_parameters()}
     assert parameter_counts(dense)[1] < parameter_counts(spiking)[1]
     with SpikeMonitor(dense) as monitor, torch.no_grad():
         dense(torch.randint(0, 30, (1, 8)))

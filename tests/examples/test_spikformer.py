@@ -1,4 +1,4 @@
-"""The Spikformer example: attention is replaced in place, everything else stays, and the network learns."""
+"""Tests of examples/spikformer: only attention is replaced, and the network learns."""
 
 import importlib
 import sys
@@ -19,7 +19,7 @@ MODEL = "spikingjelly.activation_based.model.spikformer"
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """So small convolutions take no less time with two, and many times more beside other load."""
+    """Two threads do not make such small convolutions faster, and much slower if other processes run."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -37,19 +37,19 @@ def test_only_the_attention_is_replaced(script):
     original = script.spikformer(None)
     torch.manual_seed(0)
     replaced = script.spikformer(script.resonance)
-    own = {name: value for name, value in original.state_dict().items() if ".attn." not in name}
-    assert own.keys() == {name for name in replaced.state_dict() if ".attn." not in name}
-    assert all(torch.equal(value, replaced.state_dict()[name]) for name, value in own.items())
+    without_attention = {name: value for name, value in original.state_dict().items() if ".attn." not in name}
+    assert without_attention.keys() == {name for name in replaced.state_dict() if ".attn." not in name}
+    assert all(torch.equal(value, replaced.state_dict()[name]) for name, value in without_attention.items())
     assert all(isinstance(block.attn, SpikeFedResonance) for block in replaced.blocks)
-    maps, ours = (
+    original_weights, replaced_weights = (
         sum(p.numel() for name, p in net.named_parameters() if ".attn." in name and p.ndim > 1)
         for net in (original, replaced)
     )
-    assert maps == ours
+    assert original_weights == replaced_weights
 
 
 def test_queries_and_keys_fire_inside_the_network_before_training(script):
-    """With SpikingJelly's neurons, thresholds of 1, on the spikes of the network's own convolutions."""
+    """The neurons are SpikingJelly's with thresholds of 1."""
     torch.manual_seed(0)
     net, images = script.spikformer(script.resonance), script.digits()[0][:32]
     with SpikeMonitor(net) as monitor, torch.no_grad():
@@ -73,6 +73,7 @@ def test_any_node_of_spikingjelly_fits(script, spiking_neuron):
 
 @pytest.fixture
 def small(script, monkeypatch):
+    """Make the networks of the script have one block of width 32."""
     monkeypatch.setattr(script, "BLOCKS", 1)
     monkeypatch.setattr(script, "WIDTH", 32)
 
@@ -95,7 +96,7 @@ def test_the_loss_on_a_batch_falls(script):
 
 
 @pytest.mark.usefixtures("small")
-def test_it_prints_both_tables(script, monkeypatch, capsys):
+def test_the_script_prints_both_tables(script, monkeypatch, capsys):
     few = tuple(part[:32] for part in script.digits())
     monkeypatch.setattr(script, "digits", lambda: few)
     assert script.main(["--quick"]) == 0
@@ -105,7 +106,7 @@ def test_it_prints_both_tables(script, monkeypatch, capsys):
         script.main(["--seeds", "0"])
 
 
-def test_without_spikformer_it_says_what_is_needed(monkeypatch):
+def test_without_spikformer_the_script_names_the_required_release(monkeypatch):
     monkeypatch.setitem(sys.modules, MODEL, None)
     monkeypatch.delitem(sys.modules, "spikformer_digits", raising=False)
     with pytest.raises(SystemExit, match="needs SpikingJelly 2"):

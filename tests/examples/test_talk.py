@@ -1,4 +1,4 @@
-"""Tests of generate.py, chat.py and the progress panel: input and output at the terminal."""
+"""Tests of generate.py, chat.py and the progress panel of train.py: input and output in a terminal."""
 
 import argparse
 import io
@@ -38,7 +38,7 @@ def test_generate_continues_a_prompt_and_is_reproducible_by_seed(model_folder, c
     assert len(first) > len("the neuron\n")
     assert generate.main(arguments) == 0
     assert capsys.readouterr().out == first
-    assert generate.main([*arguments[:-1], "--temperature", "0", ""]) == 0  # no prompt at all
+    assert generate.main([*arguments[:-1], "--temperature", "0", ""]) == 0  # an empty prompt
 
 
 def test_generate_reads_standard_input_and_warns_if_a_prompt_is_too_long(model_folder, capsys, monkeypatch):
@@ -47,7 +47,7 @@ def test_generate_reads_standard_input_and_warns_if_a_prompt_is_too_long(model_f
     assert "only the last 24 tokens of the prompt are used" in capsys.readouterr().err
 
 
-def test_interrupting_a_generation_prints_no_traceback(model_folder, capsys, monkeypatch):
+def test_an_interrupt_or_an_error_during_generation_prints_no_traceback(model_folder, capsys, monkeypatch):
     for error, status in ((KeyboardInterrupt(), 130), (RuntimeError("probability tensor contains nan"), 1)):
 
         def fail(*_, error=error, **__):
@@ -87,17 +87,17 @@ def test_unusable_models_raise_one_sentence(model_folder, tmp_path, capsys, monk
     broken = shutil.copytree(model_folder, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"short")
     assert "the model cannot be loaded" in sentence(broken)
-    other = shutil.copytree(model_folder, tmp_path / "other")
-    config = (other / "config.json").read_text()
-    (other / "config.json").write_text(config.replace('"hidden_size": 16', '"hidden_size": 32'))
-    assert "other" in sentence(other)
+    wider = shutil.copytree(model_folder, tmp_path / "wider")
+    config = (wider / "config.json").read_text()
+    (wider / "config.json").write_text(config.replace('"hidden_size": 16', '"hidden_size": 32'))
+    assert "wider" in sentence(wider)
     deeper = shutil.copytree(model_folder, tmp_path / "deeper")
     (deeper / "config.json").write_text(config.replace('"num_hidden_layers": 1', '"num_hidden_layers": 2'))
     assert "the weights do not fit the configuration (missing keys: blocks.1" in sentence(deeper)
-    mute = shutil.copytree(model_folder, tmp_path / "mute")
-    for path in mute.glob("*token*"):
+    no_tokenizer = shutil.copytree(model_folder, tmp_path / "no_tokenizer")
+    for path in no_tokenizer.glob("*token*"):
         path.unlink()
-    assert "no usable tokenizer" in sentence(mute)
+    assert "no usable tokenizer" in sentence(no_tokenizer)
     monkeypatch.chdir(tmp_path)
     assert generate.main(["x"]) == 1
     assert "no finished run in runs/" in capsys.readouterr().err
@@ -114,7 +114,7 @@ def test_the_newest_finished_run_is_the_default(trained):
 
 @pytest.fixture
 def talk(model_folder):
-    """Return a chat and its output."""
+    """Return a chat with a model whose neurons fire, and its output."""
     model, tokenizer = open_model(model_folder)
     fire_easily(model)
     console = Console(file=io.StringIO(), width=120)
@@ -138,21 +138,21 @@ def test_the_chat_answers_and_uses_the_conversation_until_reset(talk, capsys):
 
 
 def hooks(chat: Chat) -> int:
-    """Return the number of hooks; plasticity also has some."""
+    """Return the number of forward hooks of the model; plasticity also has some."""
     return sum(len(module._forward_hooks) for module in chat.model.modules())
 
 
 def test_rates_of_an_answer_are_those_of_the_positions_that_predicted_it(talk):
-    """Compare with one pass over the whole text: positions are independent, and a cache gives the same spikes."""
+    """They equal those of one forward pass over the whole text."""
     chat, printed = talk
     before = hooks(chat)
     chat.handle("the neuron fires")
-    watched = chat.answer_rates
-    assert watched.tokens == chat.text[-chat.answer_length :]
-    at = measure_tokens(chat.model, torch.tensor([chat.text]))
-    for part, rates in zone_means(at.rates, at.neurons).items():
+    shown = chat.answer_rates
+    assert shown.tokens == chat.text[-chat.answer_length :]
+    measured = measure_tokens(chat.model, torch.tensor([chat.text]))
+    for part, rates in zone_means(measured.rates, measured.neurons).items():
         expected = rates[0, -chat.answer_length - 1 : -1]
-        assert torch.allclose(torch.tensor(watched.rates[part]), expected, atol=1e-6)
+        assert torch.allclose(torch.tensor(shown.rates[part]), expected, atol=1e-6)
     assert hooks(chat) == before
     printed.truncate(0)
     chat.handle("/stats")
@@ -190,7 +190,7 @@ def test_in_a_terminal_live_rates_are_bars_below_the_answer(talk):
     shown = chat.console.file.getvalue()
     assert re.search(r"block 0.*━.*%", shown)
     assert any(c in shown for c in "▁▂▃▄▅▆▇█")
-    assert chat.console._live_stack == []  # the terminal is given back
+    assert chat.console._live_stack == []  # the display has ended
 
 
 def test_an_interrupted_answer_restores_the_terminal(talk, monkeypatch):
@@ -199,10 +199,10 @@ def test_an_interrupted_answer_restores_the_terminal(talk, monkeypatch):
     chat.console = Console(file=io.StringIO(), width=120, force_terminal=True)
     chat.handle("/live on")
 
-    def break_off(*_, **__):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(chat.model, "generate", break_off)
+    monkeypatch.setattr(chat.model, "generate", interrupt)
     with pytest.raises(KeyboardInterrupt):
         chat.handle("the neuron")
     assert chat.console._live_stack == []
@@ -227,6 +227,7 @@ def test_commands_set_the_named_options(talk):
 
 
 def changed(model, before):
+    """Return the names of the weights that differ from those of ``before``."""
     return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
 
 
@@ -254,7 +255,7 @@ def test_stdp_learns_from_typed_text_and_forget_reverts_it(talk):
     assert chat.plasticity.change() == 0
 
 
-def test_the_user_can_reward_the_last_answer(talk):
+def test_good_makes_the_last_answer_more_likely_and_bad_less(talk):
     chat, printed = talk
     chat.handle("/stdp on")
     chat.handle("/good")
@@ -264,19 +265,19 @@ def test_the_user_can_reward_the_last_answer(talk):
     answer = chat.text[-chat.answer_length :]
     context = torch.tensor([chat.text])
 
-    def liked():
+    def log_likelihood():
         with torch.no_grad():
             logits = chat.model(input_ids=context, use_cache=False).logits[0, -len(answer) - 1 : -1].log_softmax(-1)
         return logits.gather(1, torch.tensor(answer)[:, None]).sum().item()
 
-    first = liked()
+    before = log_likelihood()
     for _ in range(3):
         chat.handle("/good")
-    better = liked()
-    assert better > first
+    after_good = log_likelihood()
+    assert after_good > before
     for _ in range(6):
         chat.handle("/bad")
-    assert liked() < better
+    assert log_likelihood() < after_good
     assert "[loss on the model's answer" in printed.getvalue()
 
 
@@ -301,7 +302,7 @@ def test_the_learned_change_can_be_saved_and_loaded(talk, tmp_path):
     assert torch.equal(chat.model.lm_head.weight, learned)
 
 
-def test_the_loop_ends_with_the_input(model_folder, monkeypatch, capsys):
+def test_the_chat_ends_with_quit_or_the_end_of_the_input(model_folder, monkeypatch, capsys):
     lines = iter(["the neuron", "", "/temp 0", "/quit"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     assert chat_script.main(["--model", str(model_folder), "--max-new-tokens", "2", "--seed", "1"]) == 0
@@ -341,5 +342,5 @@ def test_without_a_terminal_progress_is_plain_lines():
     assert hidden.file.getvalue() == ""
 
 
-def test_durations():
+def test_durations_are_printed_in_hours_minutes_and_seconds():
     assert [duration(s) for s in (0, 65, 3700)] == ["0m 00s", "1m 05s", "1h 01m"]

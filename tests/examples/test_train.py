@@ -1,4 +1,4 @@
-"""Tests of train.py: files of a run, exact resuming, and errors for bad input."""
+"""Tests of train.py: files of a run, resuming with the same weights, and errors for bad input."""
 
 import json
 import math
@@ -39,7 +39,7 @@ TRAIN = Path(train_script.__file__)
 
 
 @pytest.fixture(autouse=True)
-def _fresh_accelerator():
+def _reset_accelerator():
     """Reset the process-wide state of accelerate, which would fix the precision of the first test."""
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -53,15 +53,15 @@ def text(tmp_path) -> Path:
 
 
 def run(tmp_path, text, *arguments, config=None, out="runs") -> int:
-    """Train on the text without the final report, which takes longer; return the exit status."""
+    """Train on the text, without a report; return the exit status."""
     config = config or write_config(tmp_path)
     where = ["--config", str(config), "--data", str(text), "--out", str(tmp_path / out), "--no-report"]
     return train_script.main([*where, *arguments])
 
 
-def go_on(part) -> int:
+def resume(run_folder) -> int:
     """Resume the run in a folder; return the exit status."""
-    return train_script.main(["--resume", str(part), "--no-report"])
+    return train_script.main(["--resume", str(run_folder), "--no-report"])
 
 
 # --- a finished run
@@ -102,7 +102,7 @@ def test_two_runs_use_different_folders(tmp_path, text):
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["test-0001", "test-0002"]
 
 
-def test_the_control_has_no_resonance(tmp_path, text, capsys):
+def test_the_option_no_resonance_trains_without_resonance_and_prints_baselines(tmp_path, text, capsys):
     assert run(tmp_path, text, "--no-resonance", "--steps", "2") == 0
     results = json.loads((tmp_path / "runs" / "test-no-resonance-0001" / "results.json").read_text())
     assert results["resonance"] is False
@@ -129,10 +129,10 @@ def test_the_model_card_describes_the_model(trained):
     ):
         assert fact in card
     assert "without embedding and head" in card
-    assert '"alpha"' not in card  # as in NordConfig()
+    assert '"alpha"' not in card  # has the default of NordConfig()
 
 
-def test_switches_of_the_command_line(tmp_path, text):
+def test_gradient_checkpointing_is_an_option_and_does_not_change_the_loss(tmp_path, text):
     assert run(tmp_path, text, "--steps", "2", "--gradient-checkpointing") == 0
     settings = yaml.safe_load((tmp_path / "runs" / "test-0001" / "settings.yaml").read_text())
     assert settings["training"]["gradient_checkpointing"] is True
@@ -148,7 +148,7 @@ def test_a_config_is_found_by_name_and_in_its_earlier_folder(name):
 
 
 def test_bf16_trains(tmp_path, text):
-    """The losses are close but not equal to those of float32, so bf16 was used."""
+    """The losses are close to those of float32, but not equal."""
     losses = []
     for precision in ("bf16", "no"):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -166,7 +166,7 @@ def weights(run_folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_resumed_run_reaches_the_same_weights_bit_for_bit(tmp_path, text, monkeypatch, capsys):
-    """The run is stopped by a signal in the second epoch, after a training step that accumulated across epochs, and resumed."""
+    """SIGINT stops the run in a later epoch, after a training step whose batches are from two epochs."""
     config = write_config(tmp_path, steps=40, batch_size=8)
     assert run(tmp_path, text, config=config, out="whole") == 0
     update = TrainingProgress.update
@@ -179,52 +179,55 @@ def test_a_resumed_run_reaches_the_same_weights_bit_for_bit(tmp_path, text, monk
     with monkeypatch.context() as patch:
         patch.setattr(TrainingProgress, "update", interrupt)
         assert run(tmp_path, text, config=config, out="parts") == loop.INTERRUPTED
-    part = tmp_path / "parts" / "test-0001"
-    assert latest_checkpoint(part).name == "checkpoint-000027"
-    position = json.loads((part / "checkpoint-000027" / "position.json").read_text())
-    assert position["epoch"] > 0  # the data order has to be right across epochs
+    run_folder = tmp_path / "parts" / "test-0001"
+    assert latest_checkpoint(run_folder).name == "checkpoint-000027"
+    position = json.loads((run_folder / "checkpoint-000027" / "position.json").read_text())
+    assert position["epoch"] > 0
     assert position["batches"] > 0
-    blocks = (286 // 8) if "286" in capsys.readouterr().out else 0
-    assert blocks % 2 == 1  # so that one step's accumulation reached across the end of the epoch
-    assert go_on(part) == 0
-    whole, resumed = weights(tmp_path / "whole" / "test-0001"), weights(part)
+    batches = (286 // 8) if "286" in capsys.readouterr().out else 0  # 286 sequences of training
+    assert batches % 2 == 1  # two batches a training step: one step has batches of two epochs
+    assert resume(run_folder) == 0
+    whole, resumed = weights(tmp_path / "whole" / "test-0001"), weights(run_folder)
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
-    results = [json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "whole" / "test-0001", part)]
+    results = [
+        json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "whole" / "test-0001", run_folder)
+    ]
     assert results[0]["validation_loss"] == results[1]["validation_loss"]
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_repeatedly_killed_run_ends_with_the_same_weights(tmp_path, text, kills):
-    """The run is killed at random moments of training and saving and resumed each time."""
+    """The run is killed at random moments of training or saving, and resumed each time."""
     config = write_config(tmp_path, steps=60 * kills, save_every=1, eval_every=10_000)
-    part, generator = tmp_path / "runs" / "test-0001", random.Random(0)
+    run_folder, generator = tmp_path / "runs" / "test-0001", random.Random(0)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     start = ["--config", str(config), "--data", str(text), "--out", str(tmp_path / "runs")]
     for kill in range(kills):
-        arguments = ["--resume", str(part)] if kill else start
+        arguments = ["--resume", str(run_folder)] if kill else start
         process = subprocess.Popen(
             [sys.executable, str(TRAIN), "--no-report", *arguments],
             env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )
-        before, deadline = newest_step(part), time.monotonic() + 120
-        while newest_step(part) < before + 2 and process.poll() is None and time.monotonic() < deadline:
+        before, deadline = newest_step(run_folder), time.monotonic() + 120
+        while newest_step(run_folder) < before + 2 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(generator.uniform(0, 0.3))
         process.kill()
         assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()
         process.stderr.close()
-        assert before + 2 <= newest_step(part) < 60 * kills
-        checkpoint = latest_checkpoint(part)
+        assert before + 2 <= newest_step(run_folder) < 60 * kills
+        checkpoint = latest_checkpoint(run_folder)
         checkpoints.check_digests(checkpoint, checkpoints.read_json(checkpoint / "position.json")["digests"])
-    for arguments in (["--resume", str(part)], [*start[:-1], str(tmp_path / "whole")]):  # as many threads as before
+    # Both processes have the number of threads of the killed ones, as weights are compared bit for bit.
+    for arguments in (["--resume", str(run_folder)], [*start[:-1], str(tmp_path / "whole")]):
         subprocess.run(
             [sys.executable, str(TRAIN), "--no-report", *arguments], env=environment, check=True, capture_output=True
         )
     expected = weights(tmp_path / "whole" / "test-0001")
-    assert all(torch.equal(value, expected[name]) for name, value in weights(part).items())
+    assert all(torch.equal(value, expected[name]) for name, value in weights(run_folder).items())
 
 
 def newest_step(run: Path) -> int:
@@ -232,12 +235,12 @@ def newest_step(run: Path) -> int:
     return max((checkpoints.checkpoint_step(path) for path in run.glob("checkpoint-*")), default=0)
 
 
-def test_relative_paths_of_a_config_are_kept_absolute(tmp_path, text, monkeypatch):
+def test_relative_paths_of_a_config_are_stored_as_absolute_paths(tmp_path, text, monkeypatch):
     config = write_config(tmp_path, steps=2, data="text.txt")
     monkeypatch.chdir(tmp_path)
     assert train_script.main(["--config", str(config), "--out", "runs", "--no-report"]) == 0
     monkeypatch.chdir(tmp_path / "runs")
-    assert go_on("test-0001") == 0
+    assert resume("test-0001") == 0
 
 
 def test_a_stopped_run_prints_how_to_resume(tmp_path, text, monkeypatch, capsys):
@@ -246,11 +249,11 @@ def test_a_stopped_run_prints_how_to_resume(tmp_path, text, monkeypatch, capsys)
     assert f"--resume {tmp_path / 'runs' / 'test-0001'}" in capsys.readouterr().out
 
 
-# --- refusals
+# --- errors
 
 
-def refused(capsys, status: int) -> str:
-    """Check the exit status and return the one sentence on standard error."""
+def error_of(capsys, status: int) -> str:
+    """Check that the exit status is 1 and that standard error has one sentence; return the sentence."""
     assert status == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")
@@ -259,54 +262,54 @@ def refused(capsys, status: int) -> str:
 
 
 def test_resuming_the_run_of_another_model_raises(tmp_path, text, trained, capsys):
-    other = write_config(tmp_path, "other", hidden_size=32)
-    error = refused(capsys, train_script.main(["--resume", str(trained), "--config", str(other)]))
+    wider = write_config(tmp_path, "wider", hidden_size=32)
+    error = error_of(capsys, train_script.main(["--resume", str(trained), "--config", str(wider)]))
     assert "is a run of another model (hidden_size = 16, not 32)" in error
-    assert "started with lr = 0.01" in refused(capsys, train_script.main(["--resume", str(trained), "--lr", "0.5"]))
-    assert "started with resonance" in refused(capsys, train_script.main(["--resume", str(trained), "--no-resonance"]))
-    assert "expected a run of train.py" in refused(capsys, train_script.main(["--resume", str(tmp_path)]))
+    assert "started with lr = 0.01" in error_of(capsys, train_script.main(["--resume", str(trained), "--lr", "0.5"]))
+    assert "started with resonance" in error_of(capsys, train_script.main(["--resume", str(trained), "--no-resonance"]))
+    assert "expected a run of train.py" in error_of(capsys, train_script.main(["--resume", str(tmp_path)]))
 
 
 def test_a_checkpoint_of_another_shape_raises(tmp_path, text, capsys):
     run(tmp_path, text, "--steps", "4")
-    part = tmp_path / "runs" / "test-0001"
-    checkpoint = latest_checkpoint(part)
+    run_folder = tmp_path / "runs" / "test-0001"
+    checkpoint = latest_checkpoint(run_folder)
     tensors = load_file(checkpoint / "model.safetensors")
     tensors["norm.weight"] = torch.ones(3)
     save_file(tensors, checkpoint / "model.safetensors")
-    about = json.loads((checkpoint / "position.json").read_text())
-    about["digests"] = checkpoints.digests(checkpoint)
-    del about["digests"]["position.json"], about["seal"]
-    (checkpoint / "position.json").write_text(json.dumps(checkpoints.seal(about)))
-    error = refused(capsys, go_on(part))
+    position = json.loads((checkpoint / "position.json").read_text())
+    position["digests"] = checkpoints.digests(checkpoint)
+    del position["digests"]["position.json"], position["seal"]
+    (checkpoint / "position.json").write_text(json.dumps(checkpoints.seal(position)))
+    error = error_of(capsys, resume(run_folder))
     assert "does not fit this model" in error
     assert "norm.weight" in error
 
 
 def test_resuming_with_changed_settings_raises(tmp_path, text, capsys):
     run(tmp_path, text, "--steps", "4")
-    part = tmp_path / "runs" / "test-0001"
-    content = yaml.safe_load((part / "settings.yaml").read_text())
+    run_folder = tmp_path / "runs" / "test-0001"
+    content = yaml.safe_load((run_folder / "settings.yaml").read_text())
     content["training"]["seed"] = 7
-    (part / "settings.yaml").write_text(yaml.safe_dump(content))
-    assert "changed since the run started, or is damaged" in refused(capsys, go_on(part))
+    (run_folder / "settings.yaml").write_text(yaml.safe_dump(content))
+    assert "changed since the run started, or is damaged" in error_of(capsys, resume(run_folder))
 
 
 def test_resuming_on_changed_text_raises(tmp_path, text, capsys):
     run(tmp_path, text, "--steps", "4")
     text.write_text(make_text(seed=1))
-    error = refused(capsys, train_script.main(["--resume", str(tmp_path / "runs" / "test-0001")]))
+    error = error_of(capsys, train_script.main(["--resume", str(tmp_path / "runs" / "test-0001")]))
     assert "changed since the run started" in error
 
 
 def test_a_damaged_checkpoint_raises(tmp_path, text, capsys):
     run(tmp_path, text, "--steps", "8")
-    part = tmp_path / "runs" / "test-0001"
-    checkpoint = latest_checkpoint(part)
+    run_folder = tmp_path / "runs" / "test-0001"
+    checkpoint = latest_checkpoint(run_folder)
     for name in ("model.safetensors", "optimizer.bin", "random_states_0.pkl"):
         whole = (checkpoint / name).read_bytes()
-        (checkpoint / name).write_bytes(whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])  # one bit
-        error = refused(capsys, go_on(part))
+        (checkpoint / name).write_bytes(whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])  # one flipped bit
+        error = error_of(capsys, resume(run_folder))
         assert (
             f"checkpoint-000008: damaged or incomplete ({name}); remove the folder to resume from checkpoint-000004"
             in error
@@ -315,20 +318,22 @@ def test_a_damaged_checkpoint_raises(tmp_path, text, capsys):
     for content in ("{}", "[]", '{"step": 5}', "{"):
         whole = (checkpoint / "position.json").read_text()
         (checkpoint / "position.json").write_text(content)
-        assert "position.json" in refused(capsys, go_on(part))
+        assert "position.json" in error_of(capsys, resume(run_folder))
         (checkpoint / "position.json").write_text(whole)
-    (part / "tokenizer" / "tokenizer.json").write_text("{")
-    assert "tokenizer: changed since the run started, or damaged (tokenizer.json)" in refused(capsys, go_on(part))
-    (part / "run.json").write_text("{}")
-    assert "run.json: not written by train.py" in refused(capsys, go_on(part))
+    (run_folder / "tokenizer" / "tokenizer.json").write_text("{")
+    assert "tokenizer: changed since the run started, or damaged (tokenizer.json)" in error_of(
+        capsys, resume(run_folder)
+    )
+    (run_folder / "run.json").write_text("{}")
+    assert "run.json: not written by train.py" in error_of(capsys, resume(run_folder))
 
 
 def test_resuming_a_run_without_checkpoints_raises(tmp_path, text, capsys):
     run(tmp_path, text, "--steps", "4")
-    part = tmp_path / "runs" / "test-0001"
-    for folder in part.glob("checkpoint-*"):
-        folder.rename(part / f"gone-{folder.name}")
-    assert "no checkpoint to resume from" in refused(capsys, go_on(part))
+    run_folder = tmp_path / "runs" / "test-0001"
+    for folder in run_folder.glob("checkpoint-*"):
+        folder.rename(run_folder / f"gone-{folder.name}")
+    assert "no checkpoint to resume from" in error_of(capsys, resume(run_folder))
 
 
 @pytest.mark.quick
@@ -353,7 +358,7 @@ def test_resuming_a_run_without_checkpoints_raises(tmp_path, text, capsys):
     ],
 )
 def test_bad_arguments_raise_one_sentence(tmp_path, text, capsys, arguments, message):
-    assert message in refused(capsys, run(tmp_path, text, *arguments))
+    assert message in error_of(capsys, run(tmp_path, text, *arguments))
 
 
 @pytest.mark.quick
@@ -378,19 +383,19 @@ def test_bad_arguments_raise_one_sentence(tmp_path, text, capsys, arguments, mes
 )
 def test_bad_configs_raise_one_sentence(tmp_path, text, capsys, content, message):
     (tmp_path / "bad.yaml").write_text(content)
-    assert message in refused(capsys, run(tmp_path, text, config=tmp_path / "bad.yaml"))
+    assert message in error_of(capsys, run(tmp_path, text, config=tmp_path / "bad.yaml"))
 
 
 def test_a_vocabulary_that_does_not_match_the_tokenizer_raises(tmp_path, text, trained, capsys):
     small = write_config(tmp_path, vocab_size=260)
-    error = refused(capsys, run(tmp_path, text, "--tokenizer", str(trained / "tokenizer"), config=small))
+    error = error_of(capsys, run(tmp_path, text, "--tokenizer", str(trained / "tokenizer"), config=small))
     assert "the tokenizer has 300 tokens and the model only 260" in error
 
 
 def test_a_nan_loss_stops_the_run_with_one_sentence(tmp_path, text, capsys, monkeypatch):
     take_step = loop.take_step
     monkeypatch.setattr(loop, "take_step", lambda *args: (math.nan, take_step(*args)[1]))
-    assert "the loss became nan at step 1" in refused(capsys, run(tmp_path, text))
+    assert "the loss became nan at step 1" in error_of(capsys, run(tmp_path, text))
 
 
 # --- files
@@ -423,7 +428,7 @@ def test_a_disk_that_is_full_at_the_end_fails_with_one_sentence(tmp_path, text, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Accelerator, "save_state", full)
-    assert "No space left on device" in refused(capsys, run(tmp_path, text, "--steps", "2"))
+    assert "No space left on device" in error_of(capsys, run(tmp_path, text, "--steps", "2"))
 
 
 def test_write_folder_leaves_the_old_or_the_new_folder_complete(tmp_path):
@@ -470,7 +475,7 @@ def test_a_stream_is_resumed_bit_for_bit_also_after_an_interruption(tmp_path, te
     pack = corpus_module.pack
     passes = []
 
-    def break_off(encoded, block_size):
+    def pack_with_error(encoded, block_size):
         passes.append(0)
         for n, block in enumerate(pack(encoded, block_size)):
             if len(passes) == 2 and n == 92:  # in the middle of the second epoch
@@ -478,19 +483,19 @@ def test_a_stream_is_resumed_bit_for_bit_also_after_an_interruption(tmp_path, te
             yield block
 
     with monkeypatch.context() as patch:
-        patch.setattr(corpus_module, "pack", break_off)
-        assert "the stream broke off" in refused(capsys, run(tmp_path, text, config=config, out="parts"))
-    part = tmp_path / "parts" / "test-0001"
-    position = json.loads((latest_checkpoint(part) / "position.json").read_text())
+        patch.setattr(corpus_module, "pack", pack_with_error)
+        assert "the stream broke off" in error_of(capsys, run(tmp_path, text, config=config, out="parts"))
+    run_folder = tmp_path / "parts" / "test-0001"
+    position = json.loads((latest_checkpoint(run_folder) / "position.json").read_text())
     assert position["epoch"] == 1
-    assert position["batches"] == 10  # the 11th of the second epoch was the first half of a step that broke off
-    assert go_on(part) == 0
-    assert all(torch.equal(value, weights(part)[name]) for name, value in weights(whole).items())
+    assert position["batches"] == 10  # the 11th was the first of two in a training step that was not finished
+    assert resume(run_folder) == 0
+    assert all(torch.equal(value, weights(run_folder)[name]) for name, value in weights(whole).items())
 
 
 @pytest.mark.slow
-def test_the_published_size_takes_a_step(tmp_path):
-    """Train one step of 144 M parameters with context 512 in float32 on a CPU, with two micro-batches of one sequence."""
+def test_the_published_size_trains_within_8_gb(tmp_path):
+    """Train one training step of 144 M parameters in float32 on a CPU, with two batches of one sequence of 512 tokens."""
     (tmp_path / "text.txt").write_text(make_text(12_000))
     train_tokenizer([make_text()], 1000).save_pretrained(tmp_path / "tokenizer")
     files = ["--data", str(tmp_path / "text.txt"), "--tokenizer", str(tmp_path / "tokenizer"), "--out", str(tmp_path)]
@@ -505,8 +510,8 @@ def test_the_published_size_takes_a_step(tmp_path):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_blocks_learn_the_same(tmp_path, text, monkeypatch, backend):
-    """The backend aot_eager tests graphs, guards, our ops and monitors of compiled blocks, without Inductor's code."""
+def test_training_with_compiled_blocks_gives_the_same_loss(tmp_path, text, monkeypatch, backend):
+    """The backend aot_eager tests everything but the code that Inductor generates."""
     compile_module, results = torch.nn.Module.compile, []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend=backend, fullgraph=True))
     for switch in ("--no-compile", "--compile"):
@@ -523,9 +528,8 @@ def test_accelerate_reads_its_configs():
         assert config.num_processes == 8
         assert config.mixed_precision == "bf16"
     sharded = load_config_from_file(str(folder / "fsdp.yaml")).fsdp_config
-    assert (
-        "fsdp_transformer_layer_cls_to_wrap" not in sharded
-    )  # the model has the name of the block class, because there are two
+    # the model names its block class, as there are two of them
+    assert "fsdp_transformer_layer_cls_to_wrap" not in sharded
     assert (sharded["fsdp_version"], sharded["fsdp_auto_wrap_policy"]) == (2, "TRANSFORMER_BASED_WRAP")
 
 
@@ -539,7 +543,8 @@ def test_fsdp_shards_a_model_block_by_block(config):
 
 def losses(run: Path) -> list[float]:
     """Return the loss of every logged training step."""
-    log = min((run / "tensorboard").rglob("events.*"), key=lambda path: len(path.parts))  # others have the settings
+    logs = (run / "tensorboard").rglob("events.*")
+    log = min(logs, key=lambda path: len(path.parts))  # files in deeper folders have the settings
     events = EventAccumulator(str(log))
     events.Reload()
     return [event.value for event in events.Scalars("loss")]
@@ -556,8 +561,8 @@ sys.exit(train.main())
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_two_processes_share_one_run_and_it_can_be_resumed(tmp_path, text, streamed, monkeypatch):
-    """They also learn the same as one process with batches twice as large, from memory or from a shared stream."""
+def test_two_processes_train_one_run_together_and_can_resume_it(tmp_path, text, streamed, monkeypatch):
+    """The losses equal those of one process with batches twice as large, from memory or from a stream."""
     config = write_config(tmp_path, steps=4, save_every=2, log_every=1)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = TRAIN
@@ -570,20 +575,22 @@ def test_two_processes_share_one_run_and_it_can_be_resumed(tmp_path, text, strea
     first = [*command, "--no-report", "--config", str(config), "--data", str(text), "--out", str(tmp_path / "runs")]
     subprocess.run(first, env=environment, check=True, capture_output=True, timeout=240)
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["test-0001"]
-    part = tmp_path / "runs" / "test-0001"
-    results = json.loads((part / "results.json").read_text())
+    run_folder = tmp_path / "runs" / "test-0001"
+    results = json.loads((run_folder / "results.json").read_text())
     assert results["tokens"] == 2 * 4 * 4 * 2 * 24
     assert run(tmp_path, text, "--batch-size", "8", config=config, out="one") == 0
     alone = tmp_path / "one" / "test-0001"
-    assert losses(part) == pytest.approx(losses(alone), rel=1e-4)
-    assert len(losses(part)) == 4
+    assert losses(run_folder) == pytest.approx(losses(alone), rel=1e-4)
+    assert len(losses(run_folder)) == 4
     expected = json.loads((alone / "results.json").read_text())["validation_loss"]
     assert results["validation_loss"] == pytest.approx(expected, rel=1e-3)
-    before = weights(part)
-    shutil.rmtree(part / "checkpoint-000004")
-    shutil.rmtree(part / "model")
-    subprocess.run([*command, "--resume", str(part)], env=environment, check=True, capture_output=True, timeout=240)
-    assert all(torch.equal(value, weights(part)[name]) for name, value in before.items())
+    before = weights(run_folder)
+    shutil.rmtree(run_folder / "checkpoint-000004")
+    shutil.rmtree(run_folder / "model")
+    subprocess.run(
+        [*command, "--resume", str(run_folder)], env=environment, check=True, capture_output=True, timeout=240
+    )
+    assert all(torch.equal(value, weights(run_folder)[name]) for name, value in before.items())
 
 
 def test_json_is_written_atomically(tmp_path, monkeypatch):
@@ -609,7 +616,7 @@ def test_settings_round_trip_through_a_file(tmp_path):
         Settings.read(tmp_path / "none.yaml")
 
 
-LOADED = """
+PRINT_LIBRARIES = """
 import sys
 import train
 try:
@@ -621,15 +628,15 @@ print(*(name for name in ("torch", "matplotlib", "sklearn", "pandas") if name in
 """
 
 
-def loaded(*arguments: str) -> list[str]:
+def loaded_libraries(*arguments: str) -> list[str]:
     """Return the large libraries that the training script has imported at its end."""
-    beside = Path(train_script.__file__).parent
-    command = [sys.executable, "-c", LOADED, *arguments]
-    done = subprocess.run(command, cwd=beside, capture_output=True, text=True, check=True)
+    folder = Path(train_script.__file__).parent
+    command = [sys.executable, "-c", PRINT_LIBRARIES, *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     return done.stdout.splitlines()[-1].split()
 
 
 def test_help_does_not_import_torch_and_no_report_imports_no_report_libraries(tmp_path, text):
-    assert loaded("--help") == []
+    assert loaded_libraries("--help") == []
     arguments = ("--config", str(write_config(tmp_path, steps=1)), "--data", str(text), "--out", str(tmp_path / "runs"))
-    assert loaded(*arguments, "--no-report") == ["torch"]
+    assert loaded_libraries(*arguments, "--no-report") == ["torch"]

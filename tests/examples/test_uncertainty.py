@@ -1,4 +1,4 @@
-"""Tests of AUROC and its interval, of the compared texts, and of the measures of each token."""
+"""Tests of the comparison of texts by AUROC: the statistic, the texts, and the measures of each token."""
 
 import ast
 import json
@@ -73,28 +73,28 @@ def test_auroc_equals_scikit_learns_with_ties(known, other):
 @given(
     known=st.lists(st.floats(-1, 1), min_size=4, max_size=30), other=st.lists(st.floats(-1, 1), min_size=4, max_size=30)
 )
-def test_negating_the_score_mirrors_the_interval(known, other):
+def test_the_interval_of_the_negated_score_is_mirrored_at_one_half(known, other):
     known, other = torch.tensor(known), torch.tensor(other)
     documents = torch.arange(len(known)), torch.arange(len(other))
     low, high = interval(known, other, *documents)
     assert 0 <= low <= high <= 1
-    upside_down = interval(-known, -other, *documents)
-    assert upside_down == pytest.approx((1 - high, 1 - low), abs=1e-6)
+    mirrored = interval(-known, -other, *documents)
+    assert mirrored == pytest.approx((1 - high, 1 - low), abs=1e-6)
 
 
 def test_intervals_have_the_nominal_coverage_with_correlated_passages():
-    """Nothing differs, so the true AUROC is 0.5. Treating passages as independent would miss it in far more than 5 %."""
+    """The true AUROC is 0.5. Intervals that treat passages as independent are too narrow."""
     torch.manual_seed(0)
     documents = torch.arange(20).repeat_interleave(8)
-    held = naive = 0
+    covered = covered_if_independent = 0
     for _ in range(60):
         known, other = (torch.randn(20)[documents] + 0.3 * torch.randn(160) for _ in range(2))
         low, high = interval(known, other, documents, documents + 20)
-        held += low <= 0.5 <= high
+        covered += low <= 0.5 <= high
         low, high = interval(known, other, torch.arange(160), torch.arange(160) + 160)
-        naive += low <= 0.5 <= high
-    assert held >= 52
-    assert naive <= 45
+        covered_if_independent += low <= 0.5 <= high
+    assert covered >= 52  # of 60: the nominal 95 % would be 57
+    assert covered_if_independent <= 45
 
 
 # --- texts
@@ -113,7 +113,7 @@ def test_code_has_no_comments_or_docstrings():
     texts = other_texts("code", None, [])
     assert len(texts) > 50
     for text in texts[:20]:
-        assert ast.unparse(ast.parse(text)) == text  # so there are no comments in it
+        assert ast.unparse(ast.parse(text)) == text  # no comments
         documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
         assert not any(ast.get_docstring(n) for n in ast.walk(ast.parse(text)) if isinstance(n, documented))
 
@@ -136,52 +136,54 @@ def test_passages_are_spread_evenly_over_documents(tokenizer):
         cut_passages("known", ["short"], tokenizer, 16)
 
 
-def test_files_can_be_texts(tokenizer, model, tmp_path):
+def test_files_and_folders_can_be_compared_texts(tokenizer, model, tmp_path):
     other, short = str(tmp_path / "known"), str(tmp_path / "short.txt")
-    Path(other).mkdir()  # a name that means nothing
+    Path(other).mkdir()
     (tmp_path / "known" / "other.txt").write_text(make_text(6000, seed=99))
     (tmp_path / "short.txt").write_text("too short")
-    found, _, measured = distinguish(model, tokenizer, TEXTS, open_others([other, short]), 16)
-    assert list(measured) == list(found["auroc"]) == [other]
-    assert found["left_out"] == [
+    result, _, measured = distinguish(model, tokenizer, TEXTS, open_others([other, short]), 16)
+    assert list(measured) == list(result["auroc"]) == [other]
+    assert result["left_out"] == [
         f"{short}: 0 documents have passages of 16 tokens, expected at least 5 to generalise to other documents"
     ]
-    assert found["known"] == {"passages": 400, "documents": 8}
-    for result in found["auroc"][other].values():
-        assert result["low"] <= result["auroc"] <= result["high"]
+    assert result["known"] == {"passages": 400, "documents": 8}
+    for score in result["auroc"][other].values():
+        assert score["low"] <= score["auroc"] <= score["high"]
     with pytest.raises(DataError, match="no such file"):
         open_others([str(tmp_path / "none.txt")])
     with pytest.raises(DataError, match="passages must have 2 to 24 tokens, got 25"):
         distinguish(model, tokenizer, TEXTS, open_others(BUILTIN_TEXTS), 25)
 
 
-def test_other_characters_are_detected_and_the_same_text_is_not(tokenizer, model, tmp_path):
-    """The control without a model detects other characters, and no learned score finds a difference in the same text."""
+def test_chinese_text_is_distinguished_and_the_same_text_is_not(tokenizer, model, tmp_path):
+    """For the same text the AUROC of all scores is near 0.5; for Chinese text it is far from 0.5, also without a model."""
     (tmp_path / "same.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    found, *_ = distinguish(model, tokenizer, TEXTS, open_others(["chinese", str(tmp_path / "same.jsonl")]), 16)
-    assert found["auroc"]["chinese"]["bytes per token (no model)"]["high"] < 0.05
-    same = found["auroc"][str(tmp_path / "same.jsonl")]
+    result, *_ = distinguish(model, tokenizer, TEXTS, open_others(["chinese", str(tmp_path / "same.jsonl")]), 16)
+    assert result["auroc"]["chinese"]["bytes per token (no model)"]["high"] < 0.05
+    same = result["auroc"][str(tmp_path / "same.jsonl")]
     assert same["loss"]["auroc"] == same["firing rate of all neurons"]["auroc"] == 0.5
     for score in LEARNED:
         assert 0.2 < same[score]["auroc"] < 0.75
-        assert found["auroc"]["chinese"][score]["auroc"] > 0.9
+        assert result["auroc"]["chinese"][score]["auroc"] > 0.9
 
 
-# --- at each token
+# --- measures of each token
 
 
 def test_loss_entropy_and_rates_equal_those_of_the_model(tokenizer, model):
     ids = cut_passages("known", TEXTS, tokenizer, 16, at_most=5).tokens
-    at = measure_tokens(model, ids, batch_size=2)
+    measured = measure_tokens(model, ids, batch_size=2)
     logits = model(input_ids=ids, use_cache=False).logits
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    assert torch.allclose(at.loss.flatten(), expected, atol=1e-5)
+    assert torch.allclose(measured.loss.flatten(), expected, atol=1e-5)
     distribution = torch.distributions.Categorical(logits=logits)
-    assert torch.allclose(at.entropy, distribution.entropy(), atol=1e-5)
+    assert torch.allclose(measured.entropy, distribution.entropy(), atol=1e-5)
     with SpikeMonitor(model, {"all": [""]}) as monitor:
         model(input_ids=ids, use_cache=False)
-    assert {name: rate.mean().item() for name, rate in at.rates.items()} == pytest.approx(monitor.rates(), rel=1e-5)
-    assert at.mean_rate().mean().item() == pytest.approx(monitor.zone_rates()["all"], rel=1e-5)
+    assert {name: rate.mean().item() for name, rate in measured.rates.items()} == pytest.approx(
+        monitor.rates(), rel=1e-5
+    )
+    assert measured.mean_rate().mean().item() == pytest.approx(monitor.zone_rates()["all"], rel=1e-5)
 
 
 def test_zones_weight_layers_by_their_neurons():
@@ -191,8 +193,8 @@ def test_zones_weight_layers_by_their_neurons():
         "blocks.3.ffn.lif2": torch.tensor(0.0),
     }
     neurons = {"input_lif": 4, "blocks.3.ffn.lif1": 8, "blocks.3.ffn.lif2": 4}
-    found = {name: value.item() for name, value in zone_means(rates, neurons).items()}
-    assert found == pytest.approx({"input": 0.1, "block 3": 0.2})
+    means = {name: value.item() for name, value in zone_means(rates, neurons).items()}
+    assert means == pytest.approx({"input": 0.1, "block 3": 0.2})
     assert zone("readout.lif") == "readout"
 
 
@@ -204,15 +206,15 @@ def test_whether_a_token_begins_a_word_depends_on_the_previous_token(tokenizer):
             for i, k in zip(ids[0].tolist(), kinds_of(ids, tokenizer)[0], strict=True)
         ]
 
-    found = kinds("x(y) xy's\nthe")
-    assert found[0] == ("x", "begins a word")  # the previous token is unknown
-    places = [text for text, _ in found]
-    assert dict(found)["y"] in ("begins a word", "inside a word")
-    assert found[places.index("(") + 1] == ("y", "begins a word")
-    apostrophe = next(i for i, text in enumerate(places) if text.startswith("'"))
-    assert found[apostrophe][1] in ("inside a word", "punctuation")
-    after_break = next(i for i, text in enumerate(places) if "\n" in text) + 1
-    assert found[after_break][1] in ("function word", "begins a word")
+    tokens = kinds("x(y) xy's\nthe")
+    assert tokens[0] == ("x", "begins a word")  # the previous token is unknown
+    token_texts = [text for text, _ in tokens]
+    assert dict(tokens)["y"] in ("begins a word", "inside a word")
+    assert tokens[token_texts.index("(") + 1] == ("y", "begins a word")
+    apostrophe = next(i for i, text in enumerate(token_texts) if text.startswith("'"))
+    assert tokens[apostrophe][1] in ("inside a word", "punctuation")
+    after_break = next(i for i, text in enumerate(token_texts) if "\n" in text) + 1
+    assert tokens[after_break][1] in ("function word", "begins a word")
 
 
 def test_kinds_of_tokens(tokenizer):
@@ -220,39 +222,39 @@ def test_kinds_of_tokens(tokenizer):
         "<|endoftext|>": "end of text", "\n": "line break", "1": "number", ",": "punctuation", " (": "punctuation",
         " the": "function word", " neuron": "begins a word", " ": "blanks",
     }  # fmt: skip
-    seen = 0
+    n_tested = 0
     for text, kind in kinds.items():
         ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"][:1]])
         if tokenizer.decode(ids[0]) == text:
             assert TOKEN_KINDS[kinds_of(ids, tokenizer)[0, 0]] == kind, text
-            seen += 1
-    assert seen >= 4  # of a vocabulary so small, which has no token for some of them
+            n_tested += 1
+    assert n_tested >= 4  # so small a vocabulary has no token for some of them
     first_byte = tokenizer("语", add_special_tokens=False)["input_ids"][:1]
     assert TOKEN_KINDS[kinds_of(torch.tensor([first_byte]), tokenizer)[0, 0]] == "part of a character"
 
 
 def test_rates_by_kind_are_means_over_its_tokens():
     kinds = torch.tensor([[0, 4, 4], [5, 4, 0]])
-    found = rates_by_kind({"lif": torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.1, 0.3]])}, kinds)
-    assert list(found["lif"]) == [TOKEN_KINDS[0], TOKEN_KINDS[4], TOKEN_KINDS[5]]
-    assert list(found["lif"].values()) == pytest.approx([0.2, 0.2, 0.4])
+    rates = rates_by_kind({"lif": torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.1, 0.3]])}, kinds)
+    assert list(rates["lif"]) == [TOKEN_KINDS[0], TOKEN_KINDS[4], TOKEN_KINDS[5]]
+    assert list(rates["lif"].values()) == pytest.approx([0.2, 0.2, 0.4])
 
 
 @settings(deadline=None, max_examples=50)
 @given(text=st.text(alphabet="ab 1\n语é😀", max_size=20), skipped=st.integers(0, 3))
-def test_pieces_have_every_token_once_and_whole_characters(tokenizer, text, skipped):
+def test_decodable_spans_have_every_token_once_and_whole_characters(tokenizer, text, skipped):
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][skipped:], dtype=torch.long)
-    found = list(decodable_spans(ids, tokenizer))
-    assert [place for _, begin, end in found for place in range(begin, end)] == list(range(len(ids)))
+    spans = list(decodable_spans(ids, tokenizer))
+    assert [place for _, begin, end in spans for place in range(begin, end)] == list(range(len(ids)))
     if not skipped:
-        assert "".join(word for word, _, _ in found) == text
+        assert "".join(word for word, _, _ in spans) == text
 
 
 def test_entropy_of_a_uniform_model_is_the_log_of_the_vocabulary(tokenizer, model):
     ids = cut_passages("known", TEXTS, tokenizer, 16, at_most=2).tokens
     with torch.no_grad():
-        held = model.lm_head.weight.clone()
+        weight = model.lm_head.weight.clone()
         model.lm_head.weight.zero_()
-        at = measure_tokens(model, ids)
-        model.lm_head.weight.copy_(held)
-    assert at.entropy.mean().item() == pytest.approx(math.log(len(tokenizer)), rel=1e-5)
+        measured = measure_tokens(model, ids)
+        model.lm_head.weight.copy_(weight)
+    assert measured.entropy.mean().item() == pytest.approx(math.log(len(tokenizer)), rel=1e-5)

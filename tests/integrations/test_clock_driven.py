@@ -1,4 +1,4 @@
-"""Networks written for ``spikingjelly.clock_driven``, unedited: on that package where SpikingJelly has it, else on the shim."""
+"""Networks written for ``spikingjelly.clock_driven``, a package of SpikingJelly 0.0.0.0.14; for release 2 we have a shim."""
 
 import pickle
 import subprocess
@@ -15,8 +15,8 @@ from nord_snn.integrations.clock_driven import install
 
 pytestmark = pytest.mark.quick
 
-#: A network as the repositories of that time write it.
-OLD = """
+#: Code of a network as in repositories that use the package.
+CODE = """
 import torch.nn as nn
 from spikingjelly.clock_driven import functional, layer
 from spikingjelly.clock_driven.neuron import MultiStepLIFNode, MultiStepParametricLIFNode
@@ -49,7 +49,7 @@ X = torch.rand(4, 2, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 4
 
 
 def has_clock_driven():
-    """Return whether SpikingJelly has the package; else install the shim."""
+    """Return whether SpikingJelly has the package; if not, install the shim."""
     if not SPIKINGJELLY_2:
         with pytest.raises(RuntimeError, match="has the package clock_driven"):
             install()
@@ -59,23 +59,24 @@ def has_clock_driven():
 
 
 def network(**more):
+    """Return a network of ``CODE`` and the module ``functional`` of ``clock_driven``; ``more`` are arguments of its neurons."""
     has_clock_driven()
-    scope = {"__name__": "old"}
-    exec(OLD, scope)
+    scope = {"__name__": "code"}
+    exec(CODE, scope)
     torch.manual_seed(0)
     return scope["Net"](**more), scope["functional"]
 
 
-def test_an_old_network_is_replaced_and_trains():
+def test_replace_neurons_replaces_all_neurons_of_a_network_that_then_trains():
     net, functional = network()
-    others = {name: value.clone() for name, value in net.state_dict().items() if "lif" not in name}
+    linear_parameters = {name: value.clone() for name, value in net.state_dict().items() if "lif" not in name}
     report = replace_neurons(net, X)
     assert [(row.name, row.was, row.width, row.channel_dim) for row in report] == [
         ("stem_lif", "MultiStepIFNode", 8, 1),
         ("block.lif", "MultiStepLIFNode", 8, 1),
         ("head_lif", "MultiStepParametricLIFNode", 5, -1),
     ]
-    assert all(torch.equal(net.state_dict()[name], value) for name, value in others.items())
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in linear_parameters.items())
     optimizer = torch.optim.Adam(net.parameters(), 1e-2)
     for _ in range(3):
         loss = nn.functional.cross_entropy(net(X), torch.tensor([0, 1]))
@@ -88,7 +89,7 @@ def test_an_old_network_is_replaced_and_trains():
 
 
 @pytest.mark.parametrize("v_reset", [None, 0.0])
-def test_like_gives_the_output_of_the_old_network(v_reset):
+def test_like_gives_the_output_of_the_network_with_its_own_neurons(v_reset):
     net, functional = network(v_reset=v_reset)
     net.eval()
     with torch.no_grad():
@@ -100,17 +101,18 @@ def test_like_gives_the_output_of_the_old_network(v_reset):
 
 
 @needs_spikingjelly_2
-def test_the_shim_gives_what_the_current_package_gives():
+def test_nodes_and_layers_of_the_shim_equal_those_of_activation_based():
     assert not has_clock_driven()
-    install()  # again
+    install()  # a second call changes nothing
     from spikingjelly.clock_driven import functional, layer, neuron
 
-    old, new = neuron.MultiStepLIFNode(2.0, v_reset=None), current.LIFNode(2.0, v_reset=None, step_mode="m")
-    assert torch.equal(old(X), new(X))
+    old_node = neuron.MultiStepLIFNode(2.0, v_reset=None)
+    current_node = current.LIFNode(2.0, v_reset=None, step_mode="m")
+    assert torch.equal(old_node(X), current_node(X))
     assert neuron.LIFNode is current.LIFNode
-    assert torch.equal(pickle.loads(pickle.dumps(old))(X), old(X))
-    functional.reset_net(old)
-    assert old.v == 0.0
+    assert torch.equal(pickle.loads(pickle.dumps(old_node))(X), old_node(X))
+    functional.reset_net(old_node)
+    assert old_node.v == 0.0
     dropout = layer.MultiStepDropout(0.5)
     masked = dropout(torch.ones(3, 4, 8))
     assert torch.equal(masked[0], masked[2])
@@ -123,7 +125,7 @@ def test_the_shim_gives_what_the_current_package_gives():
 
 
 @needs_spikingjelly_2
-def test_importing_installs_nothing():
+def test_the_shim_is_installed_by_install_and_not_by_its_import():
     code = (
         "import sys, nord_snn, nord_snn.integrations.clock_driven as shim; "
         "assert 'spikingjelly.clock_driven' not in sys.modules; "

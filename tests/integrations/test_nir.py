@@ -1,4 +1,4 @@
-"""NIR: exports give the same outputs in other readers and are imported unchanged; what NIR cannot express raises by name."""
+"""NIR: exported graphs give the outputs of the network in other libraries and after import; other modules raise with a name."""
 
 import copy
 import logging
@@ -34,10 +34,10 @@ deviation, export_to_nir, import_from_nir, simulate = (
 T, N, D = 23, 3, 10
 
 
-def drawn(
+def random_node(
     n_features: int, n_clusters: int | None, refractory_steps: int = 0, v_reset: float = -0.1
 ) -> AssociativeLIFNode:
-    """A layer whose every parameter was drawn, as after training."""
+    """Return a node whose parameters are all random, as after training."""
     node = AssociativeLIFNode(
         n_features,
         n_clusters,
@@ -55,14 +55,15 @@ def drawn(
     return node
 
 
-def strong(n_in: int, n_out: int, bias: bool = False) -> nn.Linear:
+def random_linear(n_in: int, n_out: int, bias: bool = False) -> nn.Linear:
+    """Return a linear map with weights so large that the neurons after it fire."""
     linear = nn.Linear(n_in, n_out, bias=bias)
     nn.init.normal_(linear.weight, std=2 / n_in**0.5)
     return linear
 
 
-def drawn5(n_features: int) -> AssociativeLIFNode:
-    return drawn(n_features, 5)
+def node_with_five_clusters(n_features: int) -> AssociativeLIFNode:
+    return random_node(n_features, 5)
 
 
 def snn_leaky() -> nn.Module:
@@ -71,31 +72,33 @@ def snn_leaky() -> nn.Module:
 
 def feed_forward(n_features: int, hidden_features: int, neuron: NeuronFactory) -> SpikingFeedForward:
     ffn = SpikingFeedForward(n_features, hidden_features, neuron=neuron)
-    ffn.up, ffn.down = strong(n_features, hidden_features), strong(hidden_features, n_features)
+    ffn.up, ffn.down = random_linear(n_features, hidden_features), random_linear(hidden_features, n_features)
     return ffn
 
 
 def networks(refractory_steps: int) -> dict[str, nn.Module]:
+    """Return networks that NIR can express without a refractory period."""
+
     def neurons(n: int) -> AssociativeLIFNode:
-        return drawn(n, 5, refractory_steps)
+        return random_node(n, 5, refractory_steps)
 
     return {
         "a layer alone": neurons(D),
-        "without cascade": nn.Sequential(strong(D, 15), drawn(15, None, refractory_steps)),
-        "with cascade": nn.Sequential(strong(D, 15, bias=True), neurons(15), strong(15, 5), neurons(5)),
+        "without cascade": nn.Sequential(random_linear(D, 15), random_node(15, None, refractory_steps)),
+        "with cascade": nn.Sequential(random_linear(D, 15, bias=True), neurons(15), random_linear(15, 5), neurons(5)),
         "feed-forward": feed_forward(D, 15, neurons),
         "readout": MembraneReadout(D, neuron=neurons),
-        "everything": nn.Sequential(
-            strong(D, 20),
+        "all layers": nn.Sequential(
+            random_linear(D, 20),
             neurons(20),
             LeakyClamp(20),
             feed_forward(20, 15, neurons),
             LeakyClamp(20),
-            strong(20, 15),
+            random_linear(20, 15),
             neurons(15),
-            strong(15, 10),
+            random_linear(15, 10),
             neurons(10),
-            strong(10, 10),
+            random_linear(10, 10),
             MembraneReadout(10, neuron=neurons),
             nn.Linear(10, 3),
         ),
@@ -105,12 +108,13 @@ def networks(refractory_steps: int) -> dict[str, nn.Module]:
 NAMES = list(networks(0))
 
 
-def on_file(graph, tmp_path):
+def through_file(graph, tmp_path):
     nir.write(tmp_path / "graph.nir", graph)
     return nir.read(tmp_path / "graph.nir")
 
 
 def run(net: nn.Module, x_seq: Tensor) -> Tensor:
+    """Return the outputs of a sequence from rest."""
     nord_snn.reset(net)
     with torch.no_grad():
         return net(x_seq)
@@ -124,11 +128,11 @@ def x_seq() -> Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_graph_from_a_file_gives_the_outputs_of_the_network(name: str, x_seq: Tensor, tmp_path) -> None:
-    """In float64, where no membrane potential is within rounding of its threshold, all spikes are equal."""
+    """In float64 all spikes are equal: no membrane potential is within rounding of its threshold."""
     net, x_seq = networks(0)[name].double(), x_seq.double()
-    graph = on_file(export_to_nir(net, x_seq), tmp_path)
+    graph = through_file(export_to_nir(net, x_seq), tmp_path)
     assert run(net, x_seq).abs().sum() > 0
-    assert deviation(net, graph, x_seq) < 1e-6  # weights are float32 in the file's recurrent matrices
+    assert deviation(net, graph, x_seq) < 1e-6  # the file has recurrent weights in float32
     assert float(graph.metadata["deviation"]) < 1e-6
 
 
@@ -136,57 +140,52 @@ def test_a_graph_from_a_file_gives_the_outputs_of_the_network(name: str, x_seq: 
 @pytest.mark.parametrize("refractory_steps", [0, 2])
 @pytest.mark.parametrize("name", NAMES)
 def test_import_restores_the_exported_network(name: str, refractory_steps: int, x_seq: Tensor, tmp_path) -> None:
-    """With the refractory period, the cascade's weights and, for our layers, their classes."""
+    """The refractory period, the weights of the cascade and the classes of our layers are restored."""
     net = networks(refractory_steps)[name]
-    graph = on_file(export_to_nir(net, x_seq, approximate=True), tmp_path)
-    back = import_from_nir(graph)
-    torch.testing.assert_close(run(back, x_seq), run(net, x_seq), rtol=0, atol=1e-6)
+    graph = through_file(export_to_nir(net, x_seq, approximate=True), tmp_path)
+    imported = import_from_nir(graph)
+    torch.testing.assert_close(run(imported, x_seq), run(net, x_seq), rtol=0, atol=1e-6)
 
-    def kinds(net: nn.Module) -> list[str]:
-        ours = (
-            AssociativeLIFNode,
-            AssociativeCascade,
-            SpikingFeedForward,
-            MembraneReadout,
-            nn.Linear,
-        )  # clamps are gone
-        return sorted(type(module).__name__ for module in net.modules() if isinstance(module, ours))
+    def class_names(net: nn.Module) -> list[str]:
+        # LeakyClamp is not exported: it does not change spikes.
+        exported = (AssociativeLIFNode, AssociativeCascade, SpikingFeedForward, MembraneReadout, nn.Linear)
+        return sorted(type(module).__name__ for module in net.modules() if isinstance(module, exported))
 
-    assert kinds(back) == kinds(net)
+    assert class_names(imported) == class_names(net)
 
 
 @pytest.mark.quick
 def test_an_imported_network_can_be_trained(x_seq: Tensor) -> None:
-    back = import_from_nir(export_to_nir(networks(0)["everything"], x_seq))
-    back(x_seq).square().mean().backward()
-    assert all(p.grad is not None for p in back.parameters() if p.requires_grad)
+    imported = import_from_nir(export_to_nir(networks(0)["all layers"], x_seq))
+    imported(x_seq).square().mean().backward()
+    assert all(p.grad is not None for p in imported.parameters() if p.requires_grad)
 
 
-def test_the_refractory_period_raises_or_is_omitted_and_the_deviation_measured(
+def test_a_refractory_period_raises_or_is_omitted_with_a_stored_deviation(
     x_seq: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    net = nn.Sequential(strong(D, 15), drawn(15, 5, refractory_steps=2))
+    net = nn.Sequential(random_linear(D, 15), random_node(15, 5, refractory_steps=2))
     with pytest.raises(ValueError, match=r"refractory period.*refractory_steps=0.*approximate=True"):
         export_to_nir(net, x_seq)
     with caplog.at_level(logging.WARNING, "nord_snn"):
         graph = export_to_nir(net, x_seq, approximate=True)
-    ours, theirs = run(net, x_seq), simulate(graph, x_seq)
-    assert graph.metadata["deviation"] == pytest.approx((ours != theirs).sum().item() / ours.sum().item())
-    assert graph.metadata["deviation"] > 0.1  # the refractory period matters
+    of_network, of_graph = run(net, x_seq), simulate(graph, x_seq)
+    assert graph.metadata["deviation"] == pytest.approx((of_network != of_graph).sum().item() / of_network.sum().item())
+    assert graph.metadata["deviation"] > 0.1  # without the refractory period the spikes differ
     assert "refractory period" in caplog.text
 
 
 def test_an_exported_neuron_without_a_refractory_period_resets_to_v_reset(x_seq: Tensor) -> None:
-    """Its membrane potential is v_reset after each spike."""
-    node = drawn(D, None, refractory_steps=2, v_reset=-0.3)
+    """The equation is computed time step by time step."""
+    node = random_node(D, None, refractory_steps=2, v_reset=-0.3)
     graph = export_to_nir(node, x_seq, approximate=True)
     beta_mem, beta_syn = node.beta_mem.item(), node.beta_syn.item()
     v = i = torch.zeros(N, D)
-    for x, theirs in zip(x_seq, simulate(graph, x_seq), strict=True):
+    for x, expected in zip(x_seq, simulate(graph, x_seq), strict=True):
         i = beta_syn * i + x
         v = beta_mem * v + (1 - beta_mem) * i
         fired = v > node.v_threshold
-        assert torch.equal(fired.float(), theirs)
+        assert torch.equal(fired.float(), expected)
         v = torch.where(fired, -0.3, v)
 
 
@@ -197,14 +196,19 @@ def test_norse_gives_the_same_spikes(n_clusters: int | None, x_seq: Tensor, tmp_
     subtract = pytest.importorskip("norse.torch.functional.reset").reset_subtract
 
     def neurons(n: int) -> AssociativeLIFNode:
-        return drawn(n, n_clusters)
+        return random_node(n, n_clusters)
 
     net = nn.Sequential(
-        strong(D, 15), neurons(15), LeakyClamp(15), feed_forward(15, 20, neurons), strong(15, 5), neurons(5)
+        random_linear(D, 15),
+        neurons(15),
+        LeakyClamp(15),
+        feed_forward(15, 20, neurons),
+        random_linear(15, 5),
+        neurons(5),
     )
-    graph = on_file(export_to_nir(net, x_seq), tmp_path)
-    theirs = norse.from_nir(graph, reset_method=subtract, dt=1e-4)
-    _same_spikes(theirs, x_seq, run(net, x_seq))
+    graph = through_file(export_to_nir(net, x_seq), tmp_path)
+    norse_network = norse.from_nir(graph, reset_method=subtract, dt=1e-4)
+    _assert_same_spikes(norse_network, x_seq, run(net, x_seq))
 
 
 @pytest.mark.parametrize("n_clusters", [None, 5])
@@ -212,15 +216,15 @@ def test_norse_gives_the_same_spikes(n_clusters: int | None, x_seq: Tensor, tmp_
 def test_spikingjelly_and_snntorch_read_neurons_that_reset_to_zero(
     reader: str, n_clusters: int | None, x_seq: Tensor, tmp_path
 ) -> None:
-    """Both want one threshold a layer and reset to 0, which is the graph by its equations, not by its metadata."""
+    """Both libraries need one threshold per layer, and reset to 0 as the fields of the node say; our metadata say "subtract"."""
     read = pytest.importorskip(reader).import_from_nir
-    net = nn.Sequential(strong(D, 15), drawn(15, n_clusters))
+    net = nn.Sequential(random_linear(D, 15), random_node(15, n_clusters))
     nn.init.constant_(net[1].v_threshold, 0.3)
-    graph = on_file(export_to_nir(net, x_seq), tmp_path)
-    _same_spikes(read(graph), x_seq, simulate(graph, x_seq, reset="value"))
+    graph = through_file(export_to_nir(net, x_seq), tmp_path)
+    _assert_same_spikes(read(graph), x_seq, simulate(graph, x_seq, reset="value"))
 
 
-def _same_spikes(network: nn.Module, x_seq: Tensor, expected: Tensor) -> None:
+def _assert_same_spikes(network: nn.Module, x_seq: Tensor, expected: Tensor) -> None:
     state, spikes = None, []
     with torch.no_grad():
         for x in x_seq:
@@ -235,9 +239,9 @@ class Branched(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.zeta, self.alpha = strong(D, 15), strong(D, 15)
-        self.last = drawn(15, 5)
-        self.first = strong(15, 5)
+        self.zeta, self.alpha = random_linear(D, 15), random_linear(D, 15)
+        self.last = random_node(15, 5)
+        self.first = random_linear(15, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.first(self.last(self.zeta(x) + self.alpha(x)))
@@ -245,14 +249,14 @@ class Branched(nn.Module):
 
 def test_the_forward_of_a_user_module_is_traced(x_seq: Tensor, tmp_path) -> None:
     net = Branched().double()
-    graph = on_file(export_to_nir(net, x_seq.double()), tmp_path)
+    graph = through_file(export_to_nir(net, x_seq.double()), tmp_path)
     assert deviation(net, graph, x_seq.double()) < 1e-6
     torch.testing.assert_close(run(import_from_nir(graph).double(), x_seq.double()), run(net, x_seq.double()))
 
 
 def test_functions_in_more_convert_further_modules_and_nodes(x_seq: Tensor) -> None:
-    """SpikingJelly's LIFNode, by a function of the user."""
-    net = nn.Sequential(drawn(D, 5), strong(D, 4), neuron.LIFNode(tau=2.0, v_reset=0.0, step_mode="m"))
+    """The user's functions convert SpikingJelly's LIFNode."""
+    net = nn.Sequential(random_node(D, 5), random_linear(D, 4), neuron.LIFNode(tau=2.0, v_reset=0.0, step_mode="m"))
 
     def lif(node: neuron.LIFNode) -> object:
         return nir.LIF(*(np.full(4, value) for value in (node.tau * 1e-4, 1.0, 0.0, node.v_threshold)))
@@ -262,15 +266,15 @@ def test_functions_in_more_convert_further_modules_and_nodes(x_seq: Tensor) -> N
     graph = export_to_nir(net, x_seq, more={neuron.LIFNode: lif})
     assert graph.metadata["deviation"] == 0
     assert torch.equal(run(import_from_nir(graph), x_seq), run(net, x_seq))
-    back = import_from_nir(graph, more={nir.LIF: lambda node: neuron.LIFNode(tau=2.0, v_reset=0.0, step_mode="m")})
-    assert torch.equal(run(back, x_seq), run(net, x_seq))
+    imported = import_from_nir(graph, more={nir.LIF: lambda node: neuron.LIFNode(tau=2.0, v_reset=0.0, step_mode="m")})
+    assert torch.equal(run(imported, x_seq), run(net, x_seq))
 
 
 def test_export_does_not_change_the_network(x_seq: Tensor) -> None:
-    """Also a network in training mode and step mode s whose stored state has an autograd graph."""
-    node = drawn(D, 5)
+    """The network is in training mode and step mode "s", and its state has an autograd graph."""
+    node = random_node(D, 5)
     node.step_mode = "s"
-    net = nn.Sequential(strong(D, D), node)
+    net = nn.Sequential(random_linear(D, D), node)
     net(x_seq[0])
     v, weight = node.v, net[0].weight.clone()
     export_to_nir(net, x_seq)
@@ -281,20 +285,20 @@ def test_export_does_not_change_the_network(x_seq: Tensor) -> None:
 
 
 REFUSED = {
-    "resonance": (lambda: CoFiringResonance(D, n_heads=2, neuron=lambda n: drawn(n, 5)), "top-K"),
-    "block": (lambda: NordBlock(D, 2, 15, neuron=lambda n: drawn(n, 5)), "layer normalisation"),
-    "spike-fed block": (lambda: SpikeFedBlock(D, 2, 15, neuron=lambda n: drawn(n, 5)), "layer normalisation"),
+    "resonance": (lambda: CoFiringResonance(D, n_heads=2, neuron=lambda n: random_node(n, 5)), "top-K"),
+    "block": (lambda: NordBlock(D, 2, 15, neuron=lambda n: random_node(n, 5)), "layer normalisation"),
+    "spike-fed block": (lambda: SpikeFedBlock(D, 2, 15, neuron=lambda n: random_node(n, 5)), "layer normalisation"),
     "encoder": (lambda: MultiScaleTemporalEncoder(D), "gates that change with the time step"),
     "normalisation": (lambda: nn.LayerNorm(D), "layer normalisation"),
     "cascade alone": (lambda: AssociativeCascade(D, 5), "AssociativeLIFNode that contains it"),
-    "clamp on currents": (lambda: nn.Sequential(strong(D, D), LeakyClamp(D)), "LeakyClamp.*must be spikes"),
-    "activation": (lambda: nn.Sequential(strong(D, D), nn.GELU()), "GELU at '1'.*no NIR node"),
+    "clamp on currents": (lambda: nn.Sequential(random_linear(D, D), LeakyClamp(D)), "LeakyClamp.*must be spikes"),
+    "activation": (lambda: nn.Sequential(random_linear(D, D), nn.GELU()), "GELU at '1'.*no NIR node"),
     "a subclass": (
-        lambda: nn.Sequential(type("Mine", (SpikingFeedForward,), {})(D, 5, drawn5)),
+        lambda: nn.Sequential(type("Mine", (SpikingFeedForward,), {})(D, 5, node_with_five_clusters)),
         "Mine at '0'.*no NIR node",
     ),
-    "snnTorch's": (lambda: nn.Sequential(strong(D, D), snn_leaky()), "Leaky at '1'.*no NIR node"),
-    "foreign neurons in a layer": (
+    "snnTorch's neurons": (lambda: nn.Sequential(random_linear(D, D), snn_leaky()), "Leaky at '1'.*no NIR node"),
+    "SpikingJelly's neurons in a layer": (
         lambda: SpikingFeedForward(D, 5, neuron=lambda n: neuron.LIFNode()),
         "its lif1 must be an AssociativeLIFNode, got LIFNode",
     ),
@@ -311,7 +315,7 @@ def test_modules_that_nir_cannot_express_raise_by_name(name: str, approximate: b
 
 
 def test_bad_arguments_raise(x_seq: Tensor) -> None:
-    node = drawn(D, 5)
+    node = random_node(D, 5)
     with pytest.raises(ValueError, match="dt must be positive"):
         export_to_nir(node, x_seq, dt=0)
     with pytest.raises(ValueError, match=r"\[T, N, \*, D\]"):
@@ -321,6 +325,7 @@ def test_bad_arguments_raise(x_seq: Tensor) -> None:
 
 
 def cuba(**changes):
+    """Return a CubaLIF of four neurons with some fields changed."""
     values = {
         "tau_syn": 2e-4,
         "tau_mem": 1e-3,
@@ -333,7 +338,7 @@ def cuba(**changes):
     return nir.CubaLIF(**{name: np.full(4, value) for name, value in {**values, **changes}.items()})
 
 
-BAD = {
+BAD_NEURONS = {
     "leak": (cuba(v_leak=0.2), "value", "v_leak of 'cubalif' must be its v_reset"),
     "leaks": (cuba(v_leak=np.arange(4.0)), "subtract", "v_leak of 'cubalif' must be the same for all neurons"),
     "late": (cuba(tau_mem=np.array([1, 1, 1, 2]) * 1e-3), "delayed_subtract", "tau of 'cubalif' must be the same"),
@@ -354,9 +359,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_neurons_that_ours_cannot_match_raise(name: str) -> None:
-    lif, reset, sentence = BAD[name]
+@pytest.mark.parametrize("name", BAD_NEURONS)
+def test_neurons_of_nir_that_our_neurons_cannot_match_raise(name: str) -> None:
+    lif, reset, sentence = BAD_NEURONS[name]
     with pytest.raises(ValueError, match=sentence):
         import_from_nir(nir.NIRGraph.from_list(lif), reset=reset)
 
@@ -366,18 +371,19 @@ def test_an_unknown_reset_raises() -> None:
         import_from_nir(nir.NIRGraph.from_list(cuba()), reset="hard")
 
 
-def test_a_neuron_of_another_library_in_any_units(x_seq: Tensor) -> None:
-    """The fields r and w_in scale the membrane potential, and so our threshold."""
+def test_cuba_lif_neurons_with_any_r_and_w_in_are_imported(x_seq: Tensor) -> None:
+    """The fields r and w_in scale the input."""
     graph = nir.NIRGraph.from_list(cuba(r=3.0, w_in=0.7, v_threshold=0.2))
     for reset in ("value", "subtract"):
-        back = import_from_nir(graph, reset=reset)
-        assert torch.equal(run(back, x_seq[..., :4]), simulate(graph, x_seq[..., :4], reset=reset))
+        imported = import_from_nir(graph, reset=reset)
+        assert torch.equal(run(imported, x_seq[..., :4]), simulate(graph, x_seq[..., :4], reset=reset))
     with pytest.warns(FutureWarning, match='now reset="subtract"'):
         old = import_from_nir(graph, approximate=True)
-    assert torch.equal(run(old, x_seq[..., :4]), run(back, x_seq[..., :4]))
+    assert torch.equal(run(old, x_seq[..., :4]), run(imported, x_seq[..., :4]))
 
 
 def loop(**changes):
+    """Return a graph whose neurons receive their own spikes through the linear map "w"."""
     nodes = {
         "input": nir.Input(np.array([4])),
         "lif": cuba(),
@@ -399,7 +405,7 @@ def test_a_loop_other_than_recurrent_neurons_raises(x_seq: Tensor) -> None:
         import_from_nir(graph)
 
 
-def double(name: str, field: str):
+def doubled(name: str, field: str):
     def change(inner) -> None:
         setattr(inner.nodes[name], field, 2 * getattr(inner.nodes[name], field))
 
@@ -407,18 +413,18 @@ def double(name: str, field: str):
 
 
 CHANGES = {
-    "cascade's weight": ("a layer alone", double("w_rec", "weight")),
+    "cascade's weight": ("a layer alone", doubled("w_rec", "weight")),
     "cascade's edge": ("a layer alone", lambda inner: inner.edges.remove(("w_rec", "lif"))),
     "feed-forward's edge": ("feed-forward", lambda inner: inner.edges.append(("input", "output"))),
-    "readout's mean": ("readout", double("mean", "tau")),
-    "readout's rate": ("readout", double("rate", "r")),
-    "readout's reset": ("readout", double("reset", "scale")),
+    "readout's mean": ("readout", doubled("mean", "tau")),
+    "readout's rate": ("readout", doubled("rate", "r")),
+    "readout's reset": ("readout", doubled("reset", "scale")),
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_part_that_was_changed_after_its_export_raises(name: str, x_seq: Tensor) -> None:
-    """It is not imported by its metadata, which no longer describe it."""
+def test_a_subgraph_that_was_changed_after_its_export_raises(name: str, x_seq: Tensor) -> None:
+    """Its metadata no longer describe it."""
     network, change = CHANGES[name]
     graph = export_to_nir(networks(0)[network], x_seq)
     change(next(node for node in graph.nodes.values() if isinstance(node, nir.NIRGraph)))
@@ -429,7 +435,7 @@ def test_a_part_that_was_changed_after_its_export_raises(name: str, x_seq: Tenso
 @pytest.mark.parametrize(
     ("network", "name"), [("a layer alone", "w_rec"), ("feed-forward", "n1_up"), ("readout", "synapse")]
 )
-def test_a_part_with_missing_nodes_or_fields_raises(network: str, name: str, x_seq: Tensor) -> None:
+def test_a_subgraph_with_a_missing_node_raises(network: str, name: str, x_seq: Tensor) -> None:
     graph = export_to_nir(networks(0)[network], x_seq)
     inner = next(node for node in graph.nodes.values() if isinstance(node, nir.NIRGraph))
     inner.nodes.pop(name)
@@ -439,7 +445,7 @@ def test_a_part_with_missing_nodes_or_fields_raises(network: str, name: str, x_s
 
 
 def test_metadata_that_contradict_the_node_raise(x_seq: Tensor) -> None:
-    graph = export_to_nir(drawn(D, None, refractory_steps=2), x_seq, approximate=True)
+    graph = export_to_nir(random_node(D, None, refractory_steps=2), x_seq, approximate=True)
     lif = next(node for node in graph.nodes.values() if isinstance(node, nir.CubaLIF))
     lif.v_reset = 5 * lif.v_reset
     with pytest.raises(ValueError, match=r"changed since its export \(v_reset\)"):
@@ -449,9 +455,9 @@ def test_metadata_that_contradict_the_node_raise(x_seq: Tensor) -> None:
         import_from_nir(graph)
 
 
-def test_the_graph_stores_the_length_of_a_time_step(x_seq: Tensor, tmp_path) -> None:
+def test_the_graph_stores_its_time_step_dt(x_seq: Tensor, tmp_path) -> None:
     net = networks(0)["with cascade"]
-    graph = on_file(export_to_nir(net, x_seq, dt=1e-3), tmp_path)
+    graph = through_file(export_to_nir(net, x_seq, dt=1e-3), tmp_path)
     assert torch.equal(run(import_from_nir(graph), x_seq), run(net, x_seq))
     assert deviation(net, graph, x_seq) < 1e-6
     for read in (import_from_nir, lambda graph, dt: simulate(graph, x_seq, dt)):
@@ -460,22 +466,23 @@ def test_the_graph_stores_the_length_of_a_time_step(x_seq: Tensor, tmp_path) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_exports_in_other_precisions(dtype: torch.dtype, x_seq: Tensor, tmp_path) -> None:
+def test_networks_in_other_precisions_are_exported(dtype: torch.dtype, x_seq: Tensor, tmp_path) -> None:
     """float64 stays float64; half precision is exported in float32, in which its neurons compute."""
     net = networks(0)["with cascade"].to(dtype)
-    graph = on_file(export_to_nir(net[1] if dtype.itemsize == 2 else net, x_seq[..., :1].expand(T, N, 15).to(dtype)
-                                  if dtype.itemsize == 2 else x_seq.to(dtype)), tmp_path)  # fmt: skip
+    if dtype.itemsize == 2:
+        net, x_seq = net[1], x_seq[..., :1].expand(T, N, 15)
+    graph = through_file(export_to_nir(net, x_seq.to(dtype)), tmp_path)
     assert float(graph.metadata["deviation"]) < 1e-6
     if dtype == torch.float64:
-        back = import_from_nir(graph, dtype=dtype)
-        assert all(p.dtype == dtype for p in back.parameters())
-        for a, b in zip(net.parameters(), back.parameters(), strict=True):
+        imported = import_from_nir(graph, dtype=dtype)
+        assert all(p.dtype == dtype for p in imported.parameters())
+        for a, b in zip(net.parameters(), imported.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_the_export_of_a_silent_network_logs_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "nord_snn"):
-        graph = export_to_nir(drawn(D, 5), torch.zeros(T, N, D))
+        graph = export_to_nir(random_node(D, 5), torch.zeros(T, N, D))
     assert graph.metadata["deviation"] == 0
     assert "are zero" in caplog.text
 
@@ -483,8 +490,8 @@ def test_the_export_of_a_silent_network_logs_a_warning(caplog: pytest.LogCapture
 def test_a_user_surrogate_is_imported_as_the_default_with_a_logged_warning(
     x_seq: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def node(given) -> AssociativeLIFNode:
-        return AssociativeLIFNode(D, 5, refractory_steps=0, surrogate=given, alpha=3.0, step_mode="m")
+    def node(surrogate_function) -> AssociativeLIFNode:
+        return AssociativeLIFNode(D, 5, refractory_steps=0, surrogate=surrogate_function, alpha=3.0, step_mode="m")
 
     named = import_from_nir(export_to_nir(node("atan"), x_seq))
     assert {(m.surrogate_function, m.alpha) for m in named.modules() if isinstance(m, AssociativeLIFNode)} == {
@@ -496,21 +503,22 @@ def test_a_user_surrogate_is_imported_as_the_default_with_a_logged_warning(
 
 
 def test_an_imported_network_can_be_saved_and_copied(x_seq: Tensor, tmp_path) -> None:
-    back = import_from_nir(export_to_nir(networks(0)["everything"], x_seq))
-    expected = run(back, x_seq)
-    torch.save(back, tmp_path / "net.pt")
+    imported = import_from_nir(export_to_nir(networks(0)["all layers"], x_seq))
+    expected = run(imported, x_seq)
+    torch.save(imported, tmp_path / "net.pt")
     assert torch.equal(run(torch.load(tmp_path / "net.pt", weights_only=False), x_seq), expected)
-    assert torch.equal(run(copy.deepcopy(back), x_seq), expected)
+    assert torch.equal(run(copy.deepcopy(imported), x_seq), expected)
 
 
 def test_similar_names_are_not_confused(x_seq: Tensor, tmp_path) -> None:
-    """Nodes of a subgraph, a module with the name of one of them, and names that a file lists in another order."""
-    parts = {"b": drawn(D, 5), "b_lif": drawn(D, None), "b_w_rec": strong(D, D), "a": feed_forward(D, 5, drawn5),
-             "a_n1_up": strong(D, D), "class": drawn(D, 2), "output": strong(D, D), "input": drawn(D, None)}  # fmt: skip
+    """Some modules have names of nodes of a subgraph, and the file lists names in another order."""
+    parts = {"b": random_node(D, 5), "b_lif": random_node(D, None), "b_w_rec": random_linear(D, D),
+             "a": feed_forward(D, 5, node_with_five_clusters), "a_n1_up": random_linear(D, D), "class": random_node(D, 2),
+             "output": random_linear(D, D), "input": random_node(D, None)}  # fmt: skip
     net = nn.Sequential()
     for name, part in parts.items():
         net.add_module(name, part)
-    graph = on_file(export_to_nir(net, x_seq), tmp_path)
+    graph = through_file(export_to_nir(net, x_seq), tmp_path)
     assert torch.equal(run(import_from_nir(graph), x_seq), run(net, x_seq))
     assert deviation(net, graph, x_seq) == 0
 
@@ -520,12 +528,12 @@ class Forward(nn.Module):
 
     def __init__(self, forward) -> None:
         super().__init__()
-        self.a, self.b, self.n, self.drop = strong(D, D), strong(D, D), drawn(D, 5), nn.Dropout()
+        self.a, self.b, self.n, self.drop = random_linear(D, D), random_linear(D, D), random_node(D, 5), nn.Dropout()
         self.free = nn.Parameter(torch.ones(D))
-        self.given = forward
+        self.traced = forward
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.given(self, x)
+        return self.traced(self, x)
 
 
 FORWARDS = {
@@ -544,12 +552,12 @@ FORWARDS = {
 @pytest.mark.parametrize("name", FORWARDS)
 def test_forwards_that_a_graph_can_express(name: str, x_seq: Tensor, tmp_path) -> None:
     net = Forward(FORWARDS[name]).eval()
-    graph = on_file(export_to_nir(net, x_seq), tmp_path)
+    graph = through_file(export_to_nir(net, x_seq), tmp_path)
     assert deviation(net, graph, x_seq) < 1e-5
     torch.testing.assert_close(run(import_from_nir(graph), x_seq), run(net, x_seq), rtol=1e-4, atol=1e-4)
 
 
-CANNOT = {
+BAD_FORWARDS = {
     "number": (lambda s, x: s.n(s.a(x) + 1.0), "computed from the network's input, got 1.0"),
     "parameter": (lambda s, x: s.n(s.a(x) + s.free), "got 'free'"),
     "twice the same": (
@@ -568,9 +576,9 @@ CANNOT = {
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name", CANNOT)
+@pytest.mark.parametrize("name", BAD_FORWARDS)
 def test_forwards_that_a_graph_cannot_express_raise(name: str, x_seq: Tensor) -> None:
-    forward, sentence = CANNOT[name]
+    forward, sentence = BAD_FORWARDS[name]
     with pytest.raises(ValueError, match=sentence):
         export_to_nir(Forward(forward), x_seq)
 
@@ -591,8 +599,8 @@ def test_a_forward_that_fails_on_the_input_raises_its_own_error(
         export_to_nir(nn.Sequential(*parts), torch.rand(2, 3, *features))
 
 
-def test_the_comparison_of_outputs_finds_what_tracing_does_not(x_seq: Tensor) -> None:
-    net = nn.Sequential(strong(D, D), drawn(D, 5))
+def test_a_hook_which_tracing_does_not_see_raises_as_outputs_differ(x_seq: Tensor) -> None:
+    net = nn.Sequential(random_linear(D, D), random_node(D, 5))
     net[0].register_forward_hook(lambda module, inputs, output: 2 * output)
     with pytest.raises(ValueError, match=r"must give the outputs of the network, but differs by \d\.\d+.*hook"):
         export_to_nir(net, x_seq)
@@ -600,14 +608,14 @@ def test_the_comparison_of_outputs_finds_what_tracing_does_not(x_seq: Tensor) ->
 
 def test_decays_without_a_time_constant_raise(x_seq: Tensor) -> None:
     for logit in (-40.0, 40.0):
-        node = drawn(D, 5)
+        node = random_node(D, 5)
         nn.init.constant_(node.beta_mem_logit, logit)
         with pytest.raises(ValueError, match=r"1 - beta_mem must not round to 0 or 1"):
             export_to_nir(node, x_seq)
 
 
 def test_convolutions_exported_by_spikingjelly_run_on_sequences(tmp_path) -> None:
-    """The graph has a convolution, pooling, flattening and a LIF."""
+    """The graph has a convolution, pooling, flattening, a linear map and a LIF."""
     exchange = pytest.importorskip("spikingjelly.activation_based.nir_exchange")
     net = nn.Sequential(
         layer.Conv2d(2, 3, 3, stride=2, padding=1),
@@ -617,17 +625,17 @@ def test_convolutions_exported_by_spikingjelly_run_on_sequences(tmp_path) -> Non
         neuron.LIFNode(tau=2.0, v_reset=0.0, v_threshold=0.1),
     )
     images = 20 * torch.randn(T, N, 2, 8, 8)
-    graph = on_file(exchange.export_to_nir(net, images[0]), tmp_path)
+    graph = through_file(exchange.export_to_nir(net, images[0]), tmp_path)
     functional.reset_net(net)
     functional.set_step_mode(net, "m")
     expected = run(net, images)
     assert expected.any()
     assert torch.equal(simulate(graph, images), expected)
-    back = import_from_nir(graph, more={nir.LIF: lambda lif: neuron.LIFNode(2.0, v_threshold=0.1, step_mode="m")})
-    assert torch.equal(run(back, images), expected)
+    imported = import_from_nir(graph, more={nir.LIF: lambda lif: neuron.LIFNode(2.0, v_threshold=0.1, step_mode="m")})
+    assert torch.equal(run(imported, images), expected)
 
 
-BROKEN = {
+BAD_GRAPHS = {
     "two inputs": (
         {"i": "in", "j": "in", "lif": "lif", "o": "out"},
         [("i", "lif"), ("j", "lif"), ("lif", "o")],
@@ -650,21 +658,21 @@ BROKEN = {
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("name", BAD_GRAPHS)
 def test_invalid_graphs_raise(name: str) -> None:
-    nodes, edges, sentence = BROKEN[name]
+    nodes, edges, sentence = BAD_GRAPHS[name]
     if nodes is None:
         graph = cuba()
     else:
-        kinds = {"in": lambda: nir.Input(np.array([4])), "out": lambda: nir.Output(np.array([4])), "lif": cuba}
-        graph = nir.NIRGraph(nodes={key: kinds[kind]() for key, kind in nodes.items()}, edges=edges, type_check=False)
+        makers = {"in": lambda: nir.Input(np.array([4])), "out": lambda: nir.Output(np.array([4])), "lif": cuba}
+        graph = nir.NIRGraph(nodes={key: makers[kind]() for key, kind in nodes.items()}, edges=edges, type_check=False)
     with pytest.raises((ValueError, TypeError), match=sentence):
         import_from_nir(graph)
 
 
 def test_an_export_does_not_depend_on_the_stored_state(x_seq: Tensor) -> None:
-    """The graph is the same before and after a run."""
-    net = nn.Sequential(strong(D, 15), drawn(15, 5))
+    """Graphs exported before and after a run of the network are equal."""
+    net = nn.Sequential(random_linear(D, 15), random_node(15, 5))
     first = export_to_nir(net, x_seq)
     net(x_seq)
     second = export_to_nir(net, x_seq)
@@ -672,23 +680,23 @@ def test_an_export_does_not_depend_on_the_stored_state(x_seq: Tensor) -> None:
     assert torch.equal(simulate(first, x_seq), simulate(second, x_seq))
 
 
-def test_an_export_inside_another_graph_keeps_its_dt(x_seq: Tensor, tmp_path) -> None:
+def test_a_graph_inside_another_graph_keeps_its_dt(x_seq: Tensor, tmp_path) -> None:
     net = networks(0)["with cascade"]
     graph = export_to_nir(net, x_seq, dt=1e-3)
-    whole = nir.NIRGraph(
+    outer = nir.NIRGraph(
         nodes={"input": nir.Input(np.array([D])), "net": graph, "output": nir.Output(np.array([5]))},
         edges=[("input", "net"), ("net", "output")],
     )
-    whole = on_file(whole, tmp_path)
-    assert torch.equal(simulate(whole, x_seq), simulate(graph, x_seq))
-    assert torch.equal(run(import_from_nir(whole), x_seq), run(net, x_seq))
+    outer = through_file(outer, tmp_path)
+    assert torch.equal(simulate(outer, x_seq), simulate(graph, x_seq))
+    assert torch.equal(run(import_from_nir(outer), x_seq), run(net, x_seq))
 
 
 def test_a_single_part_can_be_exported(x_seq: Tensor, tmp_path) -> None:
-    node = drawn(D, 5)
+    node = random_node(D, 5)
     graph = export_to_nir(node, x_seq)
     (inner,) = (part for part in graph.nodes.values() if isinstance(part, nir.NIRGraph))
-    assert torch.equal(run(import_from_nir(on_file(inner, tmp_path)), x_seq), run(node, x_seq))
+    assert torch.equal(run(import_from_nir(through_file(inner, tmp_path)), x_seq), run(node, x_seq))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -701,13 +709,13 @@ def test_dimensions_between_rows_and_features_count_as_rows(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_any_graph_can_be_imported_in_half_precision(dtype: torch.dtype, x_seq: Tensor) -> None:
-    back = import_from_nir(export_to_nir(networks(0)["everything"], x_seq), dtype=dtype)
-    assert all(p.dtype == dtype for p in back.parameters())
-    assert run(back, x_seq.to(dtype)).isfinite().all()
+    imported = import_from_nir(export_to_nir(networks(0)["all layers"], x_seq), dtype=dtype)
+    assert all(p.dtype == dtype for p in imported.parameters())
+    assert run(imported, x_seq.to(dtype)).isfinite().all()
 
 
 @pytest.mark.parametrize("dt", [1e-7, 1.0])
-def test_changes_are_found_at_any_dt(dt: float, x_seq: Tensor) -> None:
+def test_a_changed_subgraph_raises_at_any_dt(dt: float, x_seq: Tensor) -> None:
     graph = export_to_nir(networks(0)["readout"], x_seq, dt)
     import_from_nir(graph)
     inner = next(node for node in graph.nodes.values() if isinstance(node, nir.NIRGraph))
@@ -721,7 +729,7 @@ class Noisy(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.noise, self.output_sum = strong(D, D), strong(D, D), drawn(D, 5)
+        self.a, self.noise, self.output_sum = random_linear(D, D), random_linear(D, D), random_node(D, 5)
 
     def forward(self, n0_a: Tensor) -> Tensor:
         h = self.a(n0_a)
@@ -736,10 +744,10 @@ def test_a_network_is_exported_in_eval_mode(x_seq: Tensor) -> None:
     assert len(graph.nodes) == 5
 
 
-def test_nan_outputs_do_not_count_as_equal(x_seq: Tensor) -> None:
+def test_nan_outputs_raise_instead_of_counting_as_equal(x_seq: Tensor) -> None:
     x_seq[0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="but differs by nan"):
-        export_to_nir(nn.Sequential(strong(D, D)), x_seq)
+        export_to_nir(nn.Sequential(random_linear(D, D)), x_seq)
 
 
 def test_functions_in_more_must_return_a_node_or_a_module(x_seq: Tensor) -> None:

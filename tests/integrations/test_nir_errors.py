@@ -1,4 +1,4 @@
-"""NIR: what export, import and simulation cannot do raises one sentence that names it."""
+"""NIR: modules, nodes and arguments that export, import or simulation do not support raise an error with their name."""
 
 import math
 
@@ -23,23 +23,24 @@ D = 4
 
 
 def neurons(n_clusters: int | None = None, **more) -> AssociativeLIFNode:
-    """Return neurons of one time step without a refractory period."""
+    """Return a node in step mode "s" without a refractory period."""
     return AssociativeLIFNode(D, n_clusters, **{"refractory_steps": 0, "threshold": 0.1, **more})
 
 
 def recurrent(inner: nn.Module) -> nn.Module:
+    """Return neurons with a linear map from their spikes to their input."""
     return nord_nir.importing.recurrent_layer(inner, nn.Linear(D, D))
 
 
-class Two(nn.Module):
-    """Return the spikes of ``x`` by a forward with other arguments."""
+class WithForward(nn.Module):
+    """Network whose forward has a second argument and is a function of the caller."""
 
     def __init__(self, forward) -> None:
         super().__init__()
-        self.fc, self.lif, self.of = nn.Linear(D, D), neurons(), forward
+        self.fc, self.lif, self.traced = nn.Linear(D, D), neurons(), forward
 
     def forward(self, x: Tensor, scale: float = 2.0) -> Tensor:
-        return self.of(self, x, scale)
+        return self.traced(self, x, scale)
 
 
 MODULES = {
@@ -55,17 +56,17 @@ MODULES = {
         lambda: MembraneReadout(D, neuron=lambda n: neurons(preset="lif", hard_reset=True, v_reset=0.0)),
         "cannot export MembraneReadout: its neurons must have the published dynamics",
     ),
-    "recurrent neurons of others": (
+    "SpikingJelly's recurrent neurons": (
         lambda: recurrent(spikingjelly.LIFNode()),
         "must contain AssociativeLIFNode and AddFeedback, got LIFNode and AddFeedback",
     ),
     "recurrent neurons with a cascade": (lambda: recurrent(neurons(2)), "its neurons must have no cascade"),
     "a second input": (
-        lambda: Two(lambda net, x, scale: net.lif(net.fc(x) + scale)),
+        lambda: WithForward(lambda net, x, scale: net.lif(net.fc(x) + scale)),
         "must have one input, as a graph has, but also uses 'scale'",
     ),
     "a keyword": (
-        lambda: Two(lambda net, x, scale: net.lif(net.fc(x), stateless=True)),
+        lambda: WithForward(lambda net, x, scale: net.lif(net.fc(x), stateless=True)),
         "'lif' must be called with one input, as a node of a graph, got more",
     ),
     "flattened rows": (
@@ -76,19 +77,19 @@ MODULES = {
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_modules_that_nir_does_not_have(name: str) -> None:
+def test_modules_that_nir_cannot_express_raise(name: str) -> None:
     make, sentence = MODULES[name]
     with pytest.raises(ValueError, match=sentence):
         export_to_nir(make(), torch.rand(3, 2, D))
 
 
-def test_a_cascade_between_channels() -> None:
+def test_a_cascade_between_channels_raises() -> None:
     node = neurons(2, channel_dim=1)
     with pytest.raises(ValueError, match="a cascade with a synaptic current, of neurons in the last dimension"):
         export_to_nir(nn.Sequential(layer.Conv2d(2, D, 1), node), torch.rand(3, 2, 2, 5, 5))
 
 
-def test_neurons_of_snntorch_in_multi_step() -> None:
+def test_neurons_of_snntorch_in_multi_step_raise() -> None:
     snntorch = pytest.importorskip("snntorch")
     multi_step = pytest.importorskip("nord_snn.integrations.snntorch").MultiStep
     with pytest.raises(
@@ -127,7 +128,7 @@ NODES = {
 
 
 @pytest.mark.parametrize("name", NODES)
-def test_nodes_that_our_modules_are_not(name: str) -> None:
+def test_nodes_without_an_equal_module_raise(name: str) -> None:
     make, options, sentence = NODES[name]
     graph = nir.NIRGraph.from_list(nir.Linear(np.ones((D, 3))), make(), type_check=False)
     with pytest.raises(ValueError, match=sentence):
@@ -135,25 +136,25 @@ def test_nodes_that_our_modules_are_not(name: str) -> None:
 
 
 @pytest.mark.parametrize("dt", [0.0, -1e-4, math.nan])
-def test_a_time_step_that_is_not_positive(dt: float) -> None:
+def test_a_time_step_that_is_not_positive_raises(dt: float) -> None:
     graph = nir.NIRGraph.from_list(lif())
     for function in (lambda: simulate(graph, torch.rand(3, 2, D), dt), lambda: import_from_nir(graph, dt)):
         with pytest.raises(ValueError, match="dt must be positive"):
             function()
 
 
-def test_neurons_that_lead_to_the_output_without_an_input_are_not_dropped() -> None:
+def test_neurons_without_input_raise_instead_of_being_dropped() -> None:
     graph = nir.NIRGraph(
         nodes={"i": nir.Input(np.array([D])), "lif": lif(), "on": lif(v_leak=1.0), "o": nir.Output(np.array([D]))},
         edges=[("i", "lif"), ("lif", "o"), ("on", "o")],
-        type_check=False,  # it adds an input
+        type_check=False,  # the check would add an input to "on"
     )
     for function in (lambda: simulate(graph, torch.rand(3, 2, D)), lambda: import_from_nir(graph)):
         with pytest.raises(ValueError, match="must have a path from its input, 'on' has none"):
             function()
 
 
-def test_scales_and_thresholds_are_read_simulated_and_written_again() -> None:
+def test_scale_and_threshold_nodes_are_imported_simulated_and_exported() -> None:
     nodes = nir.Scale(np.arange(1.0, D + 1)), nir.Threshold(np.full(D, 0.9))
     graph, x = nir.NIRGraph.from_list(*nodes), torch.rand(5, 2, D)
     expected = (x * torch.arange(1.0, D + 1) > 0.9).float()
@@ -163,7 +164,7 @@ def test_scales_and_thresholds_are_read_simulated_and_written_again() -> None:
     assert torch.equal(import_from_nir(export_to_nir(net, x))(x), expected)
 
 
-def test_a_readout_whose_neurons_have_a_cascade_is_written_and_read() -> None:
+def test_a_readout_whose_neurons_have_a_cascade_is_exported_and_imported() -> None:
     torch.manual_seed(0)
     readout = MembraneReadout(D, neuron=lambda n: neurons(2))
     x = 2 * torch.rand(9, 3, D)

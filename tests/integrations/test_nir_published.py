@@ -1,4 +1,4 @@
-"""Published NIR graphs and exports of SpikingJelly and snnTorch: imported, they give the spikes of their simulators."""
+"""Graphs of the NIR paper (Pedersen et al., 2024), SpikingJelly and snnTorch give the spikes of their equations or library."""
 
 from itertools import pairwise
 
@@ -20,12 +20,12 @@ export_to_nir, import_from_nir, simulate = nord_nir.export_to_nir, nord_nir.impo
 RNG = np.random.default_rng(0)
 
 
-def drawn(*shape: int, scale: float = 1.0):
+def random_weight(*shape: int, scale: float = 1.0):
     return (scale * RNG.standard_normal(shape)).astype(np.float32)
 
 
 def chain(*nodes, shape, loops=()):
-    """Return the nodes as a chain; each loop is a map from the output of a node to its input."""
+    """Return a graph of nodes in a row, named "0", "1" ...; ``loops`` has pairs of a node's name and its recurrent map."""
     names = ["input", *(str(place) for place in range(len(nodes))), "output"]
     graph = dict(zip(names, (nir.Input(np.array(shape)), *nodes), strict=False))
     graph["output"] = nir.Output(np.array([7]))
@@ -41,7 +41,7 @@ def lif(tau: float, v_leak: float, v_threshold: float):
 
 
 def cuba(n: int, tau_syn: float, tau_mem: float):
-    """Return a CubaLIF as snnTorch exports its Synaptic: the membrane integrates the current unscaled; r is float32."""
+    """Return a CubaLIF as snnTorch exports its Synaptic: r and w_in cancel the factors of the time constants; r is float32."""
     fields = {"tau_syn": tau_syn, "tau_mem": tau_mem, "r": np.float32(tau_mem * 1e4), "w_in": tau_syn * 1e4}
     return nir.CubaLIF(
         **{k: np.full(n, v, dtype=np.float64) for k, v in fields.items()}, v_leak=np.zeros(n), v_threshold=np.ones(n)
@@ -56,8 +56,11 @@ def integrate_and_fire(*shape: int):
     return nir.IF(np.ones(shape, np.float32), np.ones(shape, np.float32))
 
 
+# --- graphs of the repository of the NIR paper, with random weights
+
+
 def two_lif():
-    """Return two LIF neurons with a second weight of 300 instead of 1, with which the second one fires."""
+    """Return two LIF neurons. The second weight is 300 instead of the published 1, so that the second neuron fires."""
     return chain(
         nir.Linear(np.ones((1, 1))),
         lif(0.01, 1.2, 1.0),
@@ -72,34 +75,38 @@ def one_lif():
 
 
 def spiking_cnn():
+    """Return the convolutional network with IF neurons for N-MNIST."""
     pool = nir.SumPool2d(*(np.array([v, v]) for v in (2, 2, 0)))
     nodes = (
-        conv(drawn(16, 2, 5, 5, scale=0.3), 2, 34), integrate_and_fire(16, 16, 16),
-        conv(drawn(16, 16, 3, 3, scale=0.2), 1, 16), integrate_and_fire(16, 16, 16), pool,
-        conv(drawn(8, 16, 3, 3, scale=0.1), 1, 8), integrate_and_fire(8, 8, 8), pool,
+        conv(random_weight(16, 2, 5, 5, scale=0.3), 2, 34), integrate_and_fire(16, 16, 16),
+        conv(random_weight(16, 16, 3, 3, scale=0.2), 1, 16), integrate_and_fire(16, 16, 16), pool,
+        conv(random_weight(8, 16, 3, 3, scale=0.1), 1, 8), integrate_and_fire(8, 8, 8), pool,
         nir.Flatten(np.array([8, 4, 4]), 0, -1),
-        nir.Affine(drawn(256, 128, scale=0.2), np.zeros(256, np.float32)), integrate_and_fire(256),
-        nir.Affine(drawn(10, 256, scale=0.1), np.zeros(10, np.float32)), integrate_and_fire(10),
+        nir.Affine(random_weight(256, 128, scale=0.2), np.zeros(256, np.float32)), integrate_and_fire(256),
+        nir.Affine(random_weight(10, 256, scale=0.1), np.zeros(10, np.float32)), integrate_and_fire(10),
     )  # fmt: skip
     return chain(*nodes, shape=(2, 34, 34))
 
 
 def braille_zero():
+    """Return the recurrent network for Braille letters whose neurons are reset to zero."""
     return chain(
-        nir.Affine(drawn(38, 12), drawn(38, scale=0.3)), cuba(38, 1e-3 / 4.5, 1e-3),
-        nir.Affine(drawn(7, 38, scale=0.4), drawn(7, scale=0.3)), cuba(7, 2e-4, 1e-3 / 4.5),
-        shape=(12,), loops=[("1", nir.Affine(drawn(38, 38, scale=0.3), drawn(38, scale=0.3)))],
+        nir.Affine(random_weight(38, 12), random_weight(38, scale=0.3)), cuba(38, 1e-3 / 4.5, 1e-3),
+        nir.Affine(random_weight(7, 38, scale=0.4), random_weight(7, scale=0.3)), cuba(7, 2e-4, 1e-3 / 4.5),
+        shape=(12,), loops=[("1", nir.Affine(random_weight(38, 38, scale=0.3), random_weight(38, scale=0.3)))],
     )  # fmt: skip
 
 
 def braille_subtract():
+    """Return the recurrent network for Braille letters whose neurons subtract the threshold."""
     return chain(
-        nir.Linear(drawn(40, 12)), cuba(40, 4e-4, 1e-3 / 1.5), nir.Linear(drawn(7, 40, scale=0.4)), cuba(7, 1e-3 / 5.5, 1e-3 / 3),
-        shape=(12,), loops=[("1", nir.Linear(drawn(40, 40, scale=0.3)))],
+        nir.Linear(random_weight(40, 12)), cuba(40, 4e-4, 1e-3 / 1.5),
+        nir.Linear(random_weight(7, 40, scale=0.4)), cuba(7, 1e-3 / 5.5, 1e-3 / 3),
+        shape=(12,), loops=[("1", nir.Linear(random_weight(40, 40, scale=0.3)))],
     )  # fmt: skip
 
 
-#: The graphs of the NIR paper's repository that a reader of today can read: graph, dt, reset, shape of a row, spike rate.
+#: Graphs of the repository of the NIR paper, with random weights: function that makes the graph, dt, reset, shape of a row.
 PUBLISHED = {
     "two_lif_neurons": (two_lif, 1e-3, "value", (1,)),
     "lif_norse": (one_lif, 1e-4, "value", (1,)),
@@ -110,8 +117,8 @@ PUBLISHED = {
 }
 
 
-def by_hand(graph, x_seq: Tensor, dt: float, reset: str) -> Tensor:
-    """Compute the equations node by node in float64; membranes start at their reset potential."""
+def outputs_of_equations(graph, x_seq: Tensor, dt: float, reset: str) -> Tensor:
+    """Return the outputs of the equations in float64; membrane potentials start at v_reset."""
     names = sorted((name for name in graph.nodes if name.isdigit()), key=int)
     spikes: dict[str, Tensor] = {}
     v: dict[str, Tensor] = {}
@@ -122,10 +129,10 @@ def by_hand(graph, x_seq: Tensor, dt: float, reset: str) -> Tensor:
         for name in names:
             node = graph.nodes[name]
             if hasattr(node, "v_threshold"):
-                back = graph.nodes.get(f"{name}.w_rec")
-                if back is not None:
-                    h = h + stateless(back, spikes.get(name, torch.zeros_like(h)))
-                h, v[name], i[name] = fired(node, h, v.get(name), i.get(name), dt, reset)
+                recurrent_map = graph.nodes.get(f"{name}.w_rec")
+                if recurrent_map is not None:
+                    h = h + stateless(recurrent_map, spikes.get(name, torch.zeros_like(h)))
+                h, v[name], i[name] = fire(node, h, v.get(name), i.get(name), dt, reset)
                 spikes[name] = h
             else:
                 h = stateless(node, h)
@@ -134,6 +141,7 @@ def by_hand(graph, x_seq: Tensor, dt: float, reset: str) -> Tensor:
 
 
 def stateless(node, h: Tensor) -> Tensor:
+    """Return the output of a node without state."""
     if isinstance(node, nir.Flatten):
         return h.flatten(1)
     if isinstance(node, nir.SumPool2d):
@@ -145,7 +153,8 @@ def stateless(node, h: Tensor) -> Tensor:
     return h @ weight.T + bias
 
 
-def fired(node, h: Tensor, v: Tensor | None, i: Tensor | None, dt: float, reset: str) -> tuple[Tensor, Tensor, Tensor]:
+def fire(node, h: Tensor, v: Tensor | None, i: Tensor | None, dt: float, reset: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return spikes, membrane potential and synaptic current of neurons after one time step with input h."""
     field = {
         name: torch.as_tensor(value).double() for name, value in vars(node).items() if isinstance(value, np.ndarray)
     }
@@ -164,7 +173,8 @@ def fired(node, h: Tensor, v: Tensor | None, i: Tensor | None, dt: float, reset:
     return s, torch.where(s > 0, v - field["v_threshold"] if reset == "subtract" else field["v_reset"], v), i
 
 
-def events(shape: tuple[int, ...], n_steps: int) -> Tensor:
+def random_spikes(shape: tuple[int, ...], n_steps: int) -> Tensor:
+    """Return random spikes of two rows; those for a single neuron are multiplied by 3, so that it fires."""
     x = (torch.rand(n_steps, 2, *shape, generator=torch.Generator().manual_seed(1)) < 0.3).float()
     return 3 * x if shape == (1,) else x
 
@@ -178,34 +188,34 @@ def run(net: nn.Module, x_seq: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_graph_gives_the_spikes_of_its_equations(name: str, tmp_path) -> None:
     make, dt, reset, shape = PUBLISHED[name]
-    graph, x_seq = make(), events(shape, 300 if shape == (1,) else 10)
+    graph, x_seq = make(), random_spikes(shape, 300 if shape == (1,) else 10)
     nir.write(tmp_path / "graph.nir", graph)
     net = import_from_nir(nir.read(tmp_path / "graph.nir", type_check=False), dt, reset=reset)
-    expected = by_hand(graph, x_seq, dt, reset)
+    expected = outputs_of_equations(graph, x_seq, dt, reset)
     assert 0.01 < expected.mean() < 0.9
     spikes = run(net, x_seq)
     assert torch.equal(spikes.double(), expected)
     assert torch.equal(spikes, simulate(graph, x_seq, dt, reset=reset))
-    assert torch.equal(run(net, x_seq), spikes)  # a reset clears the spikes that are fed back, too
+    assert torch.equal(run(net, x_seq), spikes)  # a reset also clears the spikes that are fed back
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_graph_is_exported_and_imported_again_to_the_bit(name: str, tmp_path) -> None:
+def test_a_published_graph_is_exported_and_imported_again_bit_for_bit(name: str, tmp_path) -> None:
     make, dt, reset, shape = PUBLISHED[name]
-    x_seq = events(shape, 40 if shape == (1,) else 8)
+    x_seq = random_spikes(shape, 40 if shape == (1,) else 8)
     net = import_from_nir(make(), dt, reset=reset)
     graph = export_to_nir(net, x_seq, dt)
     assert graph.metadata["deviation"] == 0
     nir.write(tmp_path / "graph.nir", graph)
-    back = import_from_nir(tmp_path / "graph.nir")
-    assert torch.equal(run(back, x_seq), run(net, x_seq))
-    ours, theirs = ([p for p in x.parameters() if p.requires_grad] for x in (net, back))
-    assert len(ours) == len(theirs)
-    assert all(any(torch.equal(p, q) for q in theirs) for p in ours)
+    imported = import_from_nir(tmp_path / "graph.nir")
+    assert torch.equal(run(imported, x_seq), run(net, x_seq))
+    parameters, imported_parameters = ([p for p in x.parameters() if p.requires_grad] for x in (net, imported))
+    assert len(parameters) == len(imported_parameters)
+    assert all(any(torch.equal(p, q) for q in imported_parameters) for p in parameters)
 
 
-def test_norse_and_spikingjelly_give_the_same_spikes_for_the_lif_of_the_paper() -> None:
-    x_seq = events((1,), 100)
+def test_norse_and_spikingjelly_give_the_same_spikes_for_the_lif_graph_of_the_paper() -> None:
+    x_seq = random_spikes((1,), 100)
     spikes = run(import_from_nir(one_lif(), 1e-4), x_seq)
     readers = {"norse.torch": lambda m: m.from_nir(one_lif(), dt=1e-4)}
     if SPIKINGJELLY_2:
@@ -215,6 +225,7 @@ def test_norse_and_spikingjelly_give_the_same_spikes_for_the_lif_of_the_paper() 
 
 
 def stepwise(network: nn.Module, x_seq: Tensor) -> Tensor:
+    """Return the outputs of a network that is called with one time step and its state."""
     state, out = None, []
     with torch.no_grad():
         for x in x_seq:
@@ -260,6 +271,7 @@ def test_at_the_threshold_spikingjelly_fires_and_the_equations_of_nir_do_not() -
 
 
 def snn_neuron(kind: str, mechanism: str, n: int = 15) -> nn.Module:
+    """Return neurons of the class ``kind`` of snnTorch with the reset ``mechanism``."""
     snn = pytest.importorskip("snntorch")
     recurrent = kind.startswith("R")
     decays = {"beta": 0.8, **({"alpha": 0.5} if "Synaptic" in kind else {})}
@@ -269,7 +281,7 @@ def snn_neuron(kind: str, mechanism: str, n: int = 15) -> nn.Module:
     return getattr(snn, kind)(**decays, **more, init_hidden=True, reset_mechanism=mechanism)
 
 
-#: snnTorch's default is a reset in the next time step; Leaky's "zero" is the same as at once.
+#: Class and reset_mechanism of snnTorch -> our reset. snnTorch resets one time step late; for Leaky with "zero" this is equal.
 SNNTORCH = {
     ("Leaky", "zero"): "value",
     ("Leaky", "subtract"): "delayed_subtract",
@@ -294,13 +306,13 @@ def test_an_export_of_snntorch_gives_the_same_spikes(kind: str, mechanism: str) 
     with torch.no_grad():
         expected = torch.stack([net(x) for x in x_seq])
     assert expected.sum() > 100
-    back = import_from_nir(graph, reset=SNNTORCH[kind, mechanism])
-    assert torch.equal(run(back, x_seq), expected)
+    imported = import_from_nir(graph, reset=SNNTORCH[kind, mechanism])
+    assert torch.equal(run(imported, x_seq), expected)
 
 
 @pytest.mark.parametrize("reader", ["spikingjelly.activation_based.nir_exchange", "snntorch.import_nir"])
-def test_other_readers_read_our_export(reader: str, tmp_path) -> None:
-    """Our LIF with a hard reset, read by nirtorch, on which both readers are built."""
+def test_spikingjelly_and_snntorch_read_our_neurons_with_a_hard_reset(reader: str, tmp_path) -> None:
+    """Both libraries read graphs with nirtorch."""
     read = pytest.importorskip(reader).import_from_nir
     torch.manual_seed(0)
     lif = AssociativeLIFNode(15, None, preset="lif", tau=2.0, hard_reset=True, v_reset=0.0, beta_syn=0.0, step_mode="m")
@@ -310,7 +322,7 @@ def test_other_readers_read_our_export(reader: str, tmp_path) -> None:
     assert torch.equal(stepwise(read(nir.read(tmp_path / "graph.nir")), x_seq), run(net, x_seq))
 
 
-def test_integrators_are_exported_and_imported_to_the_bit(tmp_path) -> None:
+def test_leaky_integrators_are_exported_and_imported_bit_for_bit(tmp_path) -> None:
     torch.manual_seed(0)
     x_seq = torch.randn(12, 3, 4)
     integrators = {
@@ -322,9 +334,9 @@ def test_integrators_are_exported_and_imported_to_the_bit(tmp_path) -> None:
         graph = export_to_nir(nn.Sequential(nn.Linear(4, 4), module), x_seq)
         assert kind in [type(node).__name__ for node in graph.nodes.values()]
         nir.write(tmp_path / "graph.nir", graph)
-        back = import_from_nir(tmp_path / "graph.nir")
-        theirs = next(part for part in back.modules() if isinstance(part, LeakyIntegrator))
-        assert torch.equal(run(theirs, x_seq), run(module, x_seq))
+        imported = import_from_nir(tmp_path / "graph.nir")
+        imported_integrator = next(part for part in imported.modules() if isinstance(part, LeakyIntegrator))
+        assert torch.equal(run(imported_integrator, x_seq), run(module, x_seq))
     leaky = export_to_nir(integrators["LI"], x_seq)
     assert import_from_nir(leaky).parts[1].beta_mem.tolist() == integrators["LI"].beta_mem.tolist()
 
@@ -334,14 +346,14 @@ def test_an_integrator_without_a_leak_and_with_a_resting_potential_raises() -> N
         export_to_nir(LeakyIntegrator(4, beta_mem=1.0, gain=0.25, v_rest=0.5, step_mode="m"), torch.rand(3, 2, 4))
 
 
-def test_scalar_constants_take_the_width_of_the_layer_before() -> None:
-    """Older exporters write scalars, whose shape nir does not check."""
+def test_scalar_constants_get_the_number_of_neurons_from_the_previous_layer() -> None:
+    """Older exporters write scalars."""
     lif = nir.LIF(*(np.array(value) for value in (1e-3, 10.0, 0.0, 0.8, 0.0)))
-    graph = chain(nir.Linear(drawn(5, 4)), lif, shape=(4,))
+    graph = chain(nir.Linear(random_weight(5, 4)), lif, shape=(4,))
     x_seq = 2 * torch.randn(20, 3, 4, generator=torch.Generator().manual_seed(0))
     net = import_from_nir(graph)
     assert net.parts[2].n_features == 5
-    assert torch.equal(run(net, x_seq).double(), by_hand(graph, x_seq, 1e-4, "value"))
+    assert torch.equal(run(net, x_seq).double(), outputs_of_equations(graph, x_seq, 1e-4, "value"))
     from nord_snn.integrations.nir.neurons import neurons
 
     with pytest.raises(ValueError, match=r"'lif' must have constants of shape \[D\], because the shape of its input"):
@@ -349,13 +361,13 @@ def test_scalar_constants_take_the_width_of_the_layer_before() -> None:
 
 
 def test_every_constant_may_differ_between_neurons() -> None:
-    """Potentials are then relative to v_reset, and a constant current makes the membrane leak towards v_leak."""
+    """Each field of the NIR LIF has three values."""
     values = ([1e-3, 2e-3, 5e-3], [5.0, 8.0, 20.0], [0.1, -0.2, 0.3], [0.5, 0.1, 0.4], [0.0, -0.3, 0.1])
     lif = nir.LIF(*(np.array(value) for value in values))
     graph = chain(lif, shape=(3,))
     x_seq = 2 * torch.randn(40, 2, 3, generator=torch.Generator().manual_seed(0)).double()
     net = import_from_nir(graph, dtype=torch.float64)
-    expected = by_hand(graph, x_seq, 1e-4, "value")
+    expected = outputs_of_equations(graph, x_seq, 1e-4, "value")
     assert (expected.sum((0, 1)) > 3).all()
     assert torch.equal(run(net, x_seq), expected)
     again = export_to_nir(net, x_seq)

@@ -1,4 +1,4 @@
-"""NIR: our neurons are restored to the bit with any dynamics; the refractory period is a node of an extension."""
+"""NIR: our neurons are restored bit for bit, also their refractory period, for which we extend NIR by a node."""
 
 import pytest
 import torch
@@ -19,62 +19,64 @@ D = 6
 
 
 def run(net: nn.Module, x_seq: Tensor) -> Tensor:
+    """Return the outputs of a sequence from rest."""
     nord_snn.reset(net)
     with torch.no_grad():
         return net(x_seq)
 
 
-def input_of(*shape: int) -> Tensor:
+def random_input(*shape: int) -> Tensor:
     return 6 * torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-def there_and_back(net: nn.Module, x_seq: Tensor, tmp_path, **options) -> nn.Module:
+def through_file(net: nn.Module, x_seq: Tensor, tmp_path, **options) -> nn.Module:
+    """Export a network into a file and import it."""
     nir.write(tmp_path / "graph.nir", export_to_nir(net, x_seq, **options))
     return import_from_nir(tmp_path / "graph.nir")
 
 
-def drawn(**arguments) -> AssociativeLIFNode:
+def random_node(**arguments) -> AssociativeLIFNode:
     generator = torch.Generator().manual_seed(1)
     arguments = {"threshold": torch.rand(D, generator=generator) + 0.2, "step_mode": "m"} | arguments
     return AssociativeLIFNode(D, arguments.pop("n_clusters", None), **arguments)
 
 
-def hard(**arguments) -> AssociativeLIFNode:
-    return drawn(preset="lif", hard_reset=True, v_reset=-0.1, beta_syn=0.0, **arguments)
+def hard_reset_node(**arguments) -> AssociativeLIFNode:
+    return random_node(preset="lif", hard_reset=True, v_reset=-0.1, beta_syn=0.0, **arguments)
 
 
 DYNAMICS = {
-    "published": lambda: drawn(refractory_steps=0),
-    "with a cascade": lambda: drawn(refractory_steps=0, n_clusters=3),
-    "decays per neuron": lambda: drawn(
+    "published": lambda: random_node(refractory_steps=0),
+    "with a cascade": lambda: random_node(refractory_steps=0, n_clusters=3),
+    "decays per neuron": lambda: random_node(
         refractory_steps=0, n_clusters=3, beta_mem=torch.linspace(0.5, 0.9, D), beta_syn=torch.linspace(0.2, 0.4, D)
     ),
-    "no synaptic current": lambda: drawn(refractory_steps=0, beta_syn=0.0),
-    "hard reset": hard,
-    "sum": lambda: hard(decay_input=False),
+    "no synaptic current": lambda: random_node(refractory_steps=0, beta_syn=0.0),
+    "hard reset": hard_reset_node,
+    "sum": lambda: hard_reset_node(decay_input=False),
     "IFNode": lambda: AssociativeLIFNode.like(neuron.IFNode(v_threshold=0.7, step_mode="m"), D),
     "LIFNode": lambda: AssociativeLIFNode.like(neuron.LIFNode(tau=3.0, v_reset=None, step_mode="m"), D),
     "LIFNode, v_reset": lambda: AssociativeLIFNode.like(neuron.LIFNode(tau=3.0, v_reset=-0.3, step_mode="m"), D),
     "leak": lambda: AssociativeLIFNode.like(neuron.LIFNode(tau=3.0, decay_input=False, step_mode="m"), D),
-    "soft reset to a rest": lambda: drawn(refractory_steps=0, dynamics=Dynamics("sum", v_rest=0.1)),
+    "soft reset to a rest": lambda: random_node(refractory_steps=0, dynamics=Dynamics("sum", v_rest=0.1)),
 }
 
 
 @pytest.mark.parametrize("name", DYNAMICS)
-def test_neurons_are_restored_to_the_bit(name: str, tmp_path) -> None:
+def test_neurons_are_restored_bit_for_bit(name: str, tmp_path) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, D), DYNAMICS[name]())
-    x_seq = input_of(20, 3, 4)
-    back = there_and_back(net, x_seq, tmp_path)
+    x_seq = random_input(20, 3, 4)
+    imported = through_file(net, x_seq, tmp_path)
     spikes = run(net, x_seq)
     assert spikes.sum() > 10
-    assert torch.equal(run(back, x_seq), spikes)
-    ours, theirs = net[1], next(part for part in back.modules() if isinstance(part, AssociativeLIFNode))
-    assert ours.dynamics == theirs.dynamics
-    assert {k: v.tolist() for k, v in ours.state_dict().items()} == {
-        k: v.tolist() for k, v in theirs.state_dict().items()
+    assert torch.equal(run(imported, x_seq), spikes)
+    original, restored = net[1], next(part for part in imported.modules() if isinstance(part, AssociativeLIFNode))
+    assert original.dynamics == restored.dynamics
+    assert {k: v.tolist() for k, v in original.state_dict().items()} == {
+        k: v.tolist() for k, v in restored.state_dict().items()
     }
-    assert [p.requires_grad for p in ours.parameters()] == [p.requires_grad for p in theirs.parameters()]
+    assert [p.requires_grad for p in original.parameters()] == [p.requires_grad for p in restored.parameters()]
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -84,10 +86,10 @@ def test_neurons_are_restored_to_the_bit(name: str, tmp_path) -> None:
     leaks=st.booleans(), dt=st.sampled_from([1e-4, 1e-3, 1.0]),
     strict=st.booleans(),
 )  # fmt: skip
-def test_any_neurons_of_nir_give_the_spikes_of_their_equations(
+def test_lif_and_cuba_lif_of_nir_give_the_spikes_of_their_equations(
     tau, tau_syn, r, threshold, v_reset, reset, leaks, dt, strict
 ) -> None:
-    """In float64, where no membrane meets its threshold; and again after a way to our export and back."""
+    """Also after another export and import; in float64, where no membrane potential equals its threshold."""
     v_leak = (0.0 if reset == "value" and leaks and tau_syn is None else v_reset) if reset == "value" else 0.0
     fields = {"r": r, "v_leak": v_leak, "v_threshold": threshold, "v_reset": v_reset}
     if tau_syn is None:
@@ -96,7 +98,7 @@ def test_any_neurons_of_nir_give_the_spikes_of_their_equations(
         more = {"tau_mem": tau * dt, "tau_syn": tau_syn * dt, "w_in": 1.3}
         node = nir.CubaLIF(**{k: np.full(3, v) for k, v in {**fields, **more}.items()})
     graph = nir.NIRGraph.from_list(node)
-    x_seq = input_of(20, 2, 3).double()
+    x_seq = random_input(20, 2, 3).double()
     net = import_from_nir(graph, dt, dtype=torch.float64, reset=reset, strict=strict)
     expected = simulate(graph, x_seq, dt, reset=reset)
     assert torch.equal(run(net, x_seq), expected)
@@ -106,7 +108,7 @@ def test_any_neurons_of_nir_give_the_spikes_of_their_equations(
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_network_for_images_is_restored(bias: bool, tmp_path) -> None:
+def test_a_network_with_2d_convolutions_is_restored(bias: bool, tmp_path) -> None:
     torch.manual_seed(0)
     channels = AssociativeLIFNode(
         4, None, channel_dim=1, refractory_steps=0, threshold=torch.rand(4) + 0.1, step_mode="m"
@@ -118,23 +120,24 @@ def test_a_network_for_images_is_restored(bias: bool, tmp_path) -> None:
         layer.SeqToANNContainer(nn.Flatten()),
         layer.Linear(16, D, step_mode="m"),
         nn.Linear(D, D),
-        drawn(refractory_steps=0),
+        random_node(refractory_steps=0),
     )
     nn.init.constant_(net[5].bias, 1.0)
-    x_seq = input_of(10, 2, 2, 8, 8)
-    back = there_and_back(net, x_seq, tmp_path)
+    x_seq = random_input(10, 2, 2, 8, 8)
+    imported = through_file(net, x_seq, tmp_path)
     assert run(net, x_seq).sum() > 10
-    assert torch.equal(run(back, x_seq), run(net, x_seq))
+    assert torch.equal(run(imported, x_seq), run(net, x_seq))
 
 
-def test_a_network_for_signals_is_restored(tmp_path) -> None:
+def test_a_network_with_a_1d_convolution_is_restored(tmp_path) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(
-        layer.Conv1d(2, D, 3, padding=1, dilation=1, groups=2, step_mode="m"), drawn(channel_dim=1, refractory_steps=0)
+        layer.Conv1d(2, D, 3, padding=1, dilation=1, groups=2, step_mode="m"),
+        random_node(channel_dim=1, refractory_steps=0),
     )
-    x_seq = input_of(10, 2, 2, 8)
-    back = there_and_back(net, x_seq, tmp_path)
-    assert torch.equal(run(back, x_seq), run(net, x_seq))
+    x_seq = random_input(10, 2, 2, 8)
+    imported = through_file(net, x_seq, tmp_path)
+    assert torch.equal(run(imported, x_seq), run(net, x_seq))
 
 
 REFUSED = {
@@ -151,57 +154,59 @@ REFUSED = {
 def test_layers_that_nir_cannot_express_raise(name: str) -> None:
     make, sentence = REFUSED[name]
     with pytest.raises(ValueError, match=sentence):
-        export_to_nir(make(), input_of(3, 2, 2, 8, 8))
+        export_to_nir(make(), random_input(3, 2, 2, 8, 8))
 
 
-def test_another_recurrent_container_raises() -> None:
+def test_an_unknown_recurrent_container_raises() -> None:
     net = layer.ElementWiseRecurrentContainer(
-        drawn(refractory_steps=0, step_mode="s"), lambda y, x: x + y, step_mode="m"
+        random_node(refractory_steps=0, step_mode="s"), lambda y, x: x + y, step_mode="m"
     )
     with pytest.raises(ValueError, match="must contain AssociativeLIFNode and AddFeedback"):
-        export_to_nir(net, input_of(3, 2, D))
+        export_to_nir(net, random_input(3, 2, D))
 
 
 @pytest.mark.parametrize("n_clusters", [None, 3])
 def test_associative_synaptic_is_restored_and_fires_above_its_threshold_only(n_clusters: int | None, tmp_path) -> None:
-    sut = pytest.importorskip("nord_snn.integrations.snntorch")
+    nord_snntorch = pytest.importorskip("nord_snn.integrations.snntorch")
     torch.manual_seed(0)
-    synaptic = sut.AssociativeSynaptic(
+    synaptic = nord_snntorch.AssociativeSynaptic(
         D, n_clusters, alpha=0.5, beta=0.5, threshold=0.5, refractory_steps=0, init_hidden=True
     )
-    net = nn.Sequential(nn.Linear(D, D, bias=False), sut.MultiStep(synaptic))
+    net = nn.Sequential(nn.Linear(D, D, bias=False), nord_snntorch.MultiStep(synaptic))
     nn.init.eye_(net[0].weight)
-    x_seq = torch.cat((torch.ones(1, 2, D), input_of(15, 2, D)))  # the first membrane is the threshold
-    back = there_and_back(net, x_seq, tmp_path)
+    at_threshold = torch.ones(1, 2, D)  # the membrane potential is 0.5
+    x_seq = torch.cat((at_threshold, random_input(15, 2, D)))
+    imported = through_file(net, x_seq, tmp_path)
     expected = run(net, x_seq)
     assert not expected[0].any()
-    assert torch.equal(run(back, x_seq), expected)
+    assert torch.equal(run(imported, x_seq), expected)
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: drawn(n_clusters=3), lambda: drawn(beta_syn=0.0), lambda: hard(refractory_steps=3)]
+    "make",
+    [lambda: random_node(n_clusters=3), lambda: random_node(beta_syn=0.0), lambda: hard_reset_node(refractory_steps=3)],
 )
-def test_the_extension_keeps_the_refractory_period(make, tmp_path) -> None:
-    """In the graph, its simulation, its file and the imported layer."""
+def test_with_the_extension_the_refractory_period_is_restored(make, tmp_path) -> None:
+    """It is in the graph, its simulation, its file and the imported layer."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, D), make())
-    x_seq = input_of(25, 3, 4)
+    x_seq = random_input(25, 3, 4)
     with pytest.raises(ValueError, match=r"refractory period.*extension=True.*approximate=True"):
         export_to_nir(net, x_seq)
     graph = export_to_nir(net, x_seq, extension=True)
     assert graph.metadata["deviation"] == 0
     assert torch.equal(simulate(graph, x_seq), run(net, x_seq))
-    back = there_and_back(net, x_seq, tmp_path, extension=True)
-    assert torch.equal(run(back, x_seq), run(net, x_seq))
+    imported = through_file(net, x_seq, tmp_path, extension=True)
+    assert torch.equal(run(imported, x_seq), run(net, x_seq))
     with pytest.raises((AssertionError, KeyError, ValueError)):
-        nir.read(tmp_path / "graph.nir")  # a reader that does not know the node refuses it
+        nir.read(tmp_path / "graph.nir")  # nir does not know the node of the extension
 
 
 def test_a_node_of_the_extension_without_our_metadata_is_imported() -> None:
     from nord_snn.integrations.nir.extension import RefractoryLIF
 
     node = RefractoryLIF(*(np.full(3, value) for value in (1e-3, 20.0, 0.0, 0.5, 0.0)), refractory_time=3e-4)
-    graph, x_seq = nir.NIRGraph.from_list(node), input_of(30, 2, 3)
+    graph, x_seq = nir.NIRGraph.from_list(node), random_input(30, 2, 3)
     net = import_from_nir(graph)
     assert net.parts[1].refractory_steps == 3
     assert run(net, x_seq).sum() > 20
@@ -216,10 +221,10 @@ def test_a_node_of_the_extension_without_our_metadata_is_imported() -> None:
 
 @pytest.mark.parametrize("n_clusters", [None, 3])
 def test_a_graph_of_an_earlier_release_is_imported(n_clusters: int | None) -> None:
-    """Its metadata have no parameters, so these are computed from the fields."""
+    """Metadata without parameters: they are computed from the fields."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, D), drawn(refractory_steps=0, n_clusters=n_clusters))
-    x_seq = input_of(20, 3, 4)
+    net = nn.Sequential(nn.Linear(4, D), random_node(refractory_steps=0, n_clusters=n_clusters))
+    x_seq = random_input(20, 3, 4)
     graph = export_to_nir(net, x_seq)
     lif = next(
         node.nodes["lif"] if n_clusters else node

@@ -1,4 +1,4 @@
-"""snnTorch: our neuron with its signature, its resets, and its neurons in our layers."""
+"""AssociativeSynaptic, our neuron with snnTorch's signature and resets, and snnTorch's neurons in our layers."""
 
 import copy
 import warnings
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.quick
 
 
 def pair(**more):
-    """Return our node and the neuron with snnTorch's signature, with the same parameters."""
+    """Return an AssociativeLIFNode and an AssociativeSynaptic with the same parameters."""
     node = AssociativeLIFNode(16, n_clusters=4, step_mode="m", store_v_seq=True)
     lif = AssociativeSynaptic(16, n_clusters=4, **more)
     with torch.no_grad():
@@ -49,16 +49,16 @@ def test_spikes_and_gradients_equal_those_of_our_node_in_single_time_steps():
     weights = torch.randn(12, 3, 16)
     (spikes * weights).sum().backward()
     (torch.stack(out) * weights).sum().backward()
-    for one, other in zip(node.parameters(), lif.node.parameters(), strict=True):
-        assert torch.allclose(one.grad, other.grad, atol=1e-5, rtol=1e-4)
+    for expected, actual in zip(node.parameters(), lif.node.parameters(), strict=True):
+        assert torch.allclose(actual.grad, expected.grad, atol=1e-5, rtol=1e-4)
 
 
 def test_stored_and_returned_states_give_the_same_spikes():
     _, lif = pair()
     hidden = AssociativeSynaptic(16, n_clusters=4, init_hidden=True)
     both = AssociativeSynaptic(16, n_clusters=4, init_hidden=True, output=True)
-    for other in (hidden, both):
-        other.load_state_dict(lif.state_dict())
+    for neurons in (hidden, both):
+        neurons.load_state_dict(lif.state_dict())
     syn, mem = lif.reset_mem()
     for x_t in torch.rand(8, 3, 16):
         spk, syn, mem = lif(x_t, syn, mem)
@@ -67,16 +67,16 @@ def test_stored_and_returned_states_give_the_same_spikes():
         assert torch.equal(hidden.mem, mem)
 
 
-def test_it_fires_above_the_threshold_and_our_node_at_the_threshold():
-    node, lif = AssociativeLIFNode(4, None, threshold=0.0625, beta_mem=0.5), None
+def test_associative_synaptic_fires_above_the_threshold_and_the_node_also_at_it():
+    node = AssociativeLIFNode(4, None, threshold=0.0625, beta_mem=0.5)
     lif = AssociativeSynaptic(4, None, threshold=0.0625, beta=0.5)
-    x = torch.full((1, 4), 0.125)  # the membrane is (1 - 0.5) * 0.125, exactly the threshold
+    x = torch.full((1, 4), 0.125)  # the membrane potential is (1 - 0.5) * 0.125, the threshold
     assert node(x).tolist() == [[1.0] * 4]
     assert lif(x)[0].tolist() == [[0.0] * 4]
     assert lif(torch.nextafter(x, torch.ones(1)) * 1.0001)[0].tolist() == [[1.0] * 4]
 
 
-def test_neurons_are_refractory_after_a_spike_also_without_states_until_a_reset():
+def test_neurons_are_refractory_after_a_spike_until_a_reset_with_and_without_passed_states():
     lif = AssociativeSynaptic(4, None)
     strong = torch.full((2, 4), 9.0)
     spk, syn, mem = lif(strong)
@@ -84,7 +84,7 @@ def test_neurons_are_refractory_after_a_spike_also_without_states_until_a_reset(
     assert not lif(strong, syn.detach(), mem.detach())[0].any()  # refractory
     lif.reset_mem()
     assert lif(strong)[0].all()
-    assert not lif(strong)[0].any()  # no states: the sequence goes on
+    assert not lif(strong)[0].any()  # without states the sequence continues
     utils.reset(nn.Sequential(lif))
     assert lif(strong)[0].all()
 
@@ -93,23 +93,23 @@ def test_reset_resets_neurons_of_all_three_libraries():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.ours = AssociativeSynaptic(16, n_clusters=4, init_hidden=True)
-            self.theirs = snntorch.Leaky(beta=0.9, init_hidden=True)
-            self.deep = nn.Sequential(nn.Sequential(snntorch.Synaptic(0.5, 0.9, init_hidden=True)), neuron.LIFNode())
+            self.associative = AssociativeSynaptic(16, n_clusters=4, init_hidden=True)
+            self.leaky = snntorch.Leaky(beta=0.9, init_hidden=True)
+            self.nested = nn.Sequential(nn.Sequential(snntorch.Synaptic(0.5, 0.9, init_hidden=True)), neuron.LIFNode())
             self.node = AssociativeLIFNode(16, n_clusters=4)
 
         def forward(self, x):
-            return self.node(self.deep(self.theirs(self.ours(x))))
+            return self.node(self.nested(self.leaky(self.associative(x))))
 
     net = Net()
     x = 4 * torch.rand(3, 16)
     first = [net(x) for _ in range(4)]
     for reset in (nord_snn.reset, lambda net: (utils.reset(net), nord_snn.reset(net))):
         reset(net)
-        assert not net.ours.mem.any()
-        assert not net.ours._refractory.any()
-        assert not net.theirs.mem.any()
-        assert not net.deep[0][0].syn.any()
+        assert not net.associative.mem.any()
+        assert not net.associative._refractory.any()
+        assert not net.leaky.mem.any()
+        assert not net.nested[0][0].syn.any()
         assert net.node.v == 0.0
         assert all(torch.equal(net(x), out) for out in first)
         nord_snn.reset(net)
@@ -153,7 +153,7 @@ def test_states_of_another_shape_raise_and_are_not_reset_silently():
 
 
 def test_after_a_reset_a_batch_may_have_any_size():
-    """As in snnTorch's tutorials, whose last batch is smaller."""
+    """The last batch of an epoch may be smaller."""
     _, lif = pair()
     for rows in (4, 3, 5):
         syn, mem = lif.reset_mem()
@@ -163,20 +163,20 @@ def test_after_a_reset_a_batch_may_have_any_size():
         lif.reset_mem()
         assert torch.equal(spk, lif(x)[0])
     lif.reset_mem()
-    with pytest.raises(ValueError, match="states of shape"):  # zeros of one's own are no rest of ours
+    with pytest.raises(ValueError, match="states of shape"):  # zeros passed by the caller are not the state of rest
         lif(torch.rand(3, 16), torch.zeros(5, 16), torch.zeros(5, 16))
 
 
 def test_surrogates_of_snntorch_are_accepted():
-    ours = AssociativeSynaptic(16, n_clusters=4, spike_grad=snntorch.surrogate.atan(alpha=2.0))
+    with_spike_grad = AssociativeSynaptic(16, n_clusters=4, spike_grad=snntorch.surrogate.atan(alpha=2.0))
     named = AssociativeLIFNode(16, n_clusters=4, surrogate="atan", alpha=2.0)
-    named.load_state_dict(ours.node.state_dict())
+    named.load_state_dict(with_spike_grad.node.state_dict())
     x = 3 * torch.rand(5, 16)
-    ours(x)[0].sum().backward()
+    with_spike_grad(x)[0].sum().backward()
     named(x).sum().backward()
     for name in ("v_threshold", "beta_mem_logit"):
-        assert torch.allclose(getattr(ours.node, name).grad, getattr(named, name).grad, atol=1e-6)
-    assert ours.node.v_threshold.grad.abs().sum() > 0
+        assert torch.allclose(getattr(with_spike_grad.node, name).grad, getattr(named, name).grad, atol=1e-6)
+    assert with_spike_grad.node.v_threshold.grad.abs().sum() > 0
 
 
 def test_constants_that_are_not_learned_have_no_gradient():
@@ -187,9 +187,9 @@ def test_constants_that_are_not_learned_have_no_gradient():
     ]
     assert (lif.alpha.item(), lif.beta.item()) == pytest.approx((0.5, 0.9))
     assert lif.threshold.shape == (16,)
-    again = AssociativeSynaptic(16, n_clusters=4, alpha=0.3, threshold=0.7)
-    again.load_state_dict(lif.state_dict())
-    assert torch.equal(again.threshold, lif.threshold)
+    loaded = AssociativeSynaptic(16, n_clusters=4, alpha=0.3, threshold=0.7)
+    loaded.load_state_dict(lif.state_dict())
+    assert torch.equal(loaded.threshold, lif.threshold)
     copied = copy.deepcopy(lif)
     assert torch.equal(copied.alpha, lif.alpha)
     assert "init_hidden=False" in repr(lif)
@@ -216,16 +216,16 @@ def test_the_training_loop_of_snntorch_runs(truncated):
     assert all(not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
 
 
-def test_our_monitor_counts_its_spikes():
+def test_a_spike_monitor_counts_the_spikes_of_associative_synaptic():
     net = nn.Sequential(nn.Linear(8, 16), AssociativeSynaptic(16, n_clusters=4, init_hidden=True))
     with SpikeMonitor(net) as monitor:
         out = torch.stack([net(3 * torch.rand(5, 8)) for _ in range(4)])
     assert out.any()
     assert monitor.rates() == {"1.node": pytest.approx(out.mean().item())}
-    assert net[1].node.v == 0.0  # the states are not held twice
+    assert net[1].node.v == 0.0  # the node stores no second state
 
 
-def test_the_probe_of_snntorch_records_its_spikes():
+def test_the_output_monitor_of_snntorch_records_the_spikes_of_associative_synaptic():
     from snntorch.functional import probe
 
     net = nn.Sequential(nn.Linear(8, 16), AssociativeSynaptic(16, n_clusters=4, init_hidden=True))
@@ -245,7 +245,7 @@ NEURONS = {
     "Alpha": lambda n: snntorch.Alpha(alpha=0.9, beta=0.8, threshold=0.1),
     "RLeaky": lambda n: snntorch.RLeaky(beta=0.9, threshold=0.2, all_to_all=False),
     "RSynaptic": lambda n: snntorch.RSynaptic(alpha=0.5, beta=0.9, threshold=0.2, all_to_all=False),
-    "ours": lambda n: AssociativeSynaptic(n, n_clusters=4),
+    "AssociativeSynaptic": lambda n: AssociativeSynaptic(n, n_clusters=4),
 }
 
 
@@ -265,7 +265,7 @@ def test_our_layers_accept_any_neuron_of_snntorch(make):
 
 
 @pytest.mark.parametrize("make", NEURONS.values(), ids=NEURONS)
-def test_a_sequence_equals_its_single_time_steps(make):
+def test_multi_step_gives_the_spikes_of_single_time_steps(make):
     torch.manual_seed(1)
     single, whole = make(16), MultiStep(make(16))
     whole.neuron.load_state_dict(single.state_dict())
@@ -284,17 +284,17 @@ def test_a_sequence_equals_its_single_time_steps(make):
     assert torch.stack(spikes).any()
 
 
-def test_the_stored_state_of_the_neuron_is_restored():
+def test_multi_step_restores_the_stored_state_of_its_neuron():
     leaky = snntorch.Leaky(beta=0.9, init_hidden=True)
     leaky(torch.rand(2, 16))
-    held = leaky.mem
+    mem = leaky.mem
     MultiStep(leaky)(torch.rand(5, 3, 16))
-    assert leaky.mem is held
-    ours = AssociativeSynaptic(16, n_clusters=4, init_hidden=True)
+    assert leaky.mem is mem
+    synaptic = AssociativeSynaptic(16, n_clusters=4, init_hidden=True)
     strong = torch.full((2, 16), 9.0)
-    assert ours(strong).all()
-    MultiStep(ours)(torch.rand(5, 3, 16))
-    assert not ours(strong).any()  # it rests, as it would have
+    assert synaptic(strong).all()
+    MultiStep(synaptic)(torch.rand(5, 3, 16))
+    assert not synaptic(strong).any()  # still refractory
 
 
 def test_misuse_raises():
@@ -314,7 +314,7 @@ def test_misuse_raises():
 
 
 def test_the_error_for_channels_after_a_convolution_names_channel_dim():
-    """With 12 channels of 12 x 12 places the last dimension is not silently used as the neurons."""
+    """With 12 channels of 12 x 12 pixels the last dimension could be the neurons, too."""
     neuron = AssociativeSynaptic(12, n_clusters=4)
     with pytest.raises(ValueError, match="12 channels: pass channel_dim=1"):
         neuron(torch.rand(2, 12, 12, 12))

@@ -1,4 +1,4 @@
-"""snnTorch's idioms: stored states, changed membranes, compiled loops, and ``Leaky`` replaced in networks of its tutorials."""
+"""Our neurons in code as snnTorch's users write it: stored states, changed membrane potentials, compiled loops, its tutorials."""
 
 import copy
 
@@ -17,7 +17,7 @@ STRONG = torch.full((2, 4), 9.0)
 
 
 def fired():
-    """Return neurons that have fired once, and their states."""
+    """Return neurons that have fired once and are refractory, and their states."""
     lif = AssociativeSynaptic(4, None)
     spk, syn, mem = lif(STRONG)
     assert spk.all()
@@ -30,6 +30,7 @@ def add_in_place(mem):
     return mem
 
 
+#: What users do with the membrane potential between two time steps.
 CHANGES = {
     "same": lambda mem: mem,
     "in place": add_in_place,
@@ -43,7 +44,7 @@ CHANGES = {
 
 @pytest.mark.quick
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_neurons_stay_refractory_if_their_membrane_is_changed(change):
+def test_neurons_stay_refractory_if_their_membrane_potential_is_changed(change):
     lif, syn, mem = fired()
     changed = change(mem)
     spk, syn, mem = lif(STRONG, syn, changed)
@@ -52,7 +53,7 @@ def test_neurons_stay_refractory_if_their_membrane_is_changed(change):
 
 
 @pytest.mark.quick
-def test_zeros_and_an_assigned_membrane_are_not_refractory():
+def test_passing_zeros_or_assigning_mem_ends_the_refractory_period():
     lif, syn, _ = fired()
     zeros = torch.zeros(2, 4)
     assert lif(STRONG, zeros, zeros)[0].all()
@@ -62,7 +63,7 @@ def test_zeros_and_an_assigned_membrane_are_not_refractory():
 
 
 @pytest.mark.quick
-def test_alternating_sequences_raise_or_have_no_refractory_counter():
+def test_two_alternating_sequences_raise_with_and_work_without_a_refractory_period():
     lif, syn, mem = fired()
     lif(STRONG)
     with pytest.raises(ValueError, match=r"mem of an earlier call.*refractory_steps=0"):
@@ -70,14 +71,14 @@ def test_alternating_sequences_raise_or_have_no_refractory_counter():
     lif = AssociativeSynaptic(4, n_clusters=2, refractory_steps=0, v_reset=None)
     a, b = torch.rand(2, 6, 3, 4) * 2
 
-    def alone(x):
+    def spikes_of_one_sequence(x):
         states, spikes = (torch.zeros(3, 4), torch.zeros(3, 4)), []
         for x_t in x:
             spk, *states = lif(x_t, *states)
             spikes.append(spk)
         return torch.stack(spikes)
 
-    expected = alone(a), alone(b)
+    expected = spikes_of_one_sequence(a), spikes_of_one_sequence(b)
     states, spikes = [(torch.zeros(3, 4), torch.zeros(3, 4))] * 2, [[], []]
     for x in zip(a, b, strict=True):
         for i in range(2):
@@ -88,32 +89,32 @@ def test_alternating_sequences_raise_or_have_no_refractory_counter():
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("kind", [AssociativeLeaky, AssociativeSynaptic])
-def test_a_call_without_states_continues_from_the_stored_ones(kind):
-    passed = kind(16) if kind is AssociativeLeaky else kind(16, n_clusters=4)
-    own = copy.deepcopy(passed)
-    states = passed.reset_mem()
+@pytest.mark.parametrize("neuron_class", [AssociativeLeaky, AssociativeSynaptic])
+def test_a_call_without_states_continues_from_the_stored_ones(neuron_class):
+    with_passed_states = neuron_class(16) if neuron_class is AssociativeLeaky else neuron_class(16, n_clusters=4)
+    stored = copy.deepcopy(with_passed_states)
+    states = with_passed_states.reset_mem()
     states = states if isinstance(states, tuple) else (states,)
     for x in 3 * torch.rand(8, 5, 16):
-        spk, *states = passed(x, *states)
-        assert torch.equal(own(x)[0], spk)
-    own.reset_mem()
-    own(torch.rand(3, 16))
+        spk, *states = with_passed_states(x, *states)
+        assert torch.equal(stored(x)[0], spk)
+    stored.reset_mem()
+    stored(torch.rand(3, 16))
     with pytest.raises(ValueError, match="call reset_mem"):
-        own(torch.rand(2, 16))
+        stored(torch.rand(2, 16))
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("mechanism", ["subtract", "zero", "none"])
 @pytest.mark.parametrize("learned", [False, True])
-def test_leaky_has_the_spikes_membranes_and_gradients_of_snntorch(mechanism, learned):
+def test_associative_leaky_has_the_spikes_potentials_and_gradients_of_leaky(mechanism, learned):
     torch.manual_seed(0)
     options = {"reset_mechanism": mechanism, "learn_beta": learned, "learn_threshold": learned}
-    ours, theirs = AssociativeLeaky(16, beta=0.9, **options), snntorch.Leaky(beta=0.9, **options)
+    associative_leaky, leaky = AssociativeLeaky(16, beta=0.9, **options), snntorch.Leaky(beta=0.9, **options)
     inputs = (torch.rand(20, 4, 16) * 0.5).requires_grad_(), None
     inputs = inputs[0], inputs[0].detach().clone().requires_grad_()
     weights = torch.randn(2, 20, 4, 16)
-    for lif, x in zip((ours, theirs), inputs, strict=True):
+    for lif, x in zip((associative_leaky, leaky), inputs, strict=True):
         mem, spikes, membranes = lif.init_leaky(), [], []
         for x_t in x:
             spk, mem = lif(x_t, mem)
@@ -121,14 +122,14 @@ def test_leaky_has_the_spikes_membranes_and_gradients_of_snntorch(mechanism, lea
             membranes.append(mem)
         lif.recorded = torch.stack(spikes), torch.stack(membranes)
         sum((w * r).sum() for w, r in zip(weights, lif.recorded, strict=True)).backward()
-    assert ours.recorded[0].any()
-    assert torch.equal(ours.recorded[0], theirs.recorded[0])
-    assert torch.allclose(ours.recorded[1], theirs.recorded[1], atol=1e-5)
+    assert associative_leaky.recorded[0].any()
+    assert torch.equal(associative_leaky.recorded[0], leaky.recorded[0])
+    assert torch.allclose(associative_leaky.recorded[1], leaky.recorded[1], atol=1e-5)
     assert torch.allclose(inputs[0].grad, inputs[1].grad, atol=1e-4, rtol=1e-3)
     if learned:
-        assert torch.allclose(ours.threshold.grad.sum(), theirs.threshold.grad, rtol=1e-3)
-        slope = 0.9 * 0.1  # of the decay by its logit
-        assert torch.allclose(ours.node.beta_mem_logit.grad, theirs.beta.grad * slope, rtol=1e-3)
+        assert torch.allclose(associative_leaky.threshold.grad.sum(), leaky.threshold.grad, rtol=1e-3)
+        derivative = 0.9 * 0.1  # of the decay by its logit
+        assert torch.allclose(associative_leaky.node.beta_mem_logit.grad, leaky.beta.grad * derivative, rtol=1e-3)
 
 
 class Tutorial5(nn.Module):
@@ -167,16 +168,16 @@ class Tutorial6(nn.Module):
 
 
 @pytest.mark.parametrize("network", [Tutorial5, Tutorial6])
-def test_a_network_of_the_tutorials_trains_as_with_leaky_of_snntorch(network):
+def test_networks_of_the_tutorials_have_the_same_losses_with_leaky_and_associative_leaky(network):
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     x, y = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
     torch.manual_seed(0)
-    theirs = network(snntorch.Leaky)
-    ours = network(AssociativeLeaky)
-    weights = {name: p for name, p in theirs.state_dict().items() if name.endswith(("weight", "bias"))}
-    ours.load_state_dict(copy.deepcopy(weights), strict=False)
+    with_leaky = network(snntorch.Leaky)
+    with_associative_leaky = network(AssociativeLeaky)
+    weights = {name: p for name, p in with_leaky.state_dict().items() if name.endswith(("weight", "bias"))}
+    with_associative_leaky.load_state_dict(copy.deepcopy(weights), strict=False)
     losses = []
-    for net in (ours, theirs):
+    for net in (with_associative_leaky, with_leaky):
         optimizer = torch.optim.Adam([p for n, p in net.named_parameters() if n in weights], lr=5e-3)
         history = []
         for step in range(6):
@@ -192,7 +193,7 @@ def test_a_network_of_the_tutorials_trains_as_with_leaky_of_snntorch(network):
 
 
 @pytest.mark.quick
-def test_width_channels_and_preset_equal_those_of_the_node():
+def test_number_of_neurons_channel_dim_and_preset_are_as_in_the_node():
     x = 3 * torch.rand(2, 12, 5, 5)
     for lif in (AssociativeLeaky(), AssociativeSynaptic(n_clusters="auto", preset="images")):
         out = lif(x)
@@ -217,11 +218,11 @@ def test_misuse_raises():
 
 
 @pytest.mark.parametrize("hidden", [False, True])
-@pytest.mark.parametrize("kind", [AssociativeLeaky, AssociativeSynaptic])
-def test_a_compiled_loop_is_one_graph_with_the_same_spikes(kind, hidden):
+@pytest.mark.parametrize("neuron_class", [AssociativeLeaky, AssociativeSynaptic])
+def test_a_compiled_loop_is_one_graph_with_the_same_spikes(neuron_class, hidden):
     torch._dynamo.reset()
-    more = {} if kind is AssociativeLeaky else {"n_clusters": 4}
-    lif = kind(16, init_hidden=hidden, **more)
+    more = {} if neuron_class is AssociativeLeaky else {"n_clusters": 4}
+    lif = neuron_class(16, init_hidden=hidden, **more)
 
     def loop(x):
         states = lif.reset_mem()
@@ -248,7 +249,7 @@ def test_a_compiled_multi_step_is_one_graph():
     multi = MultiStep(AssociativeLeaky(16))
     x = 3 * torch.rand(4, 3, 16)
     expected = multi(x)
-    multi.neuron(x[0])  # a stored state, which the sequence does not start from
+    multi.neuron(x[0])  # stores a state, from which the sequence does not start
     assert torch.equal(torch.compile(multi, fullgraph=True, backend="aot_eager")(x), expected)
 
 
@@ -267,29 +268,29 @@ def test_calibration_runs_associative_synaptic_and_raises_for_associative_leaky(
         calibrate_thresholds(leaky, x_seq, forward=over_time(leaky))
 
 
-def test_in_half_precision_the_reset_has_the_decay_of_the_op():
+def test_in_bfloat16_the_reset_uses_the_decay_in_float32():
     lif = AssociativeLeaky(4, beta=0.9).to(torch.bfloat16)
     mem = torch.full((1, 4), 1.5)
     exact = 1.5 - 1.0 / lif.node.beta_mem_logit.float().sigmoid()
     assert torch.allclose(lif._reset(mem), exact.expand(1, 4), atol=1e-6)
 
 
-def test_the_first_call_resets_neurons_with_a_negative_threshold_as_snntorch_does():
-    ours, theirs = AssociativeLeaky(beta=0.5, threshold=-0.5), snntorch.Leaky(beta=0.5, threshold=-0.5)
-    spikes, mem = ours(torch.zeros(1, 1))
-    their_spikes, their_mem = theirs(torch.zeros(1, 1), torch.zeros(1, 1))
-    assert torch.equal(mem, their_mem)
-    assert torch.equal(spikes, their_spikes)
+def test_neurons_with_a_negative_threshold_are_reset_in_the_first_call_as_in_snntorch():
+    associative_leaky, leaky = AssociativeLeaky(beta=0.5, threshold=-0.5), snntorch.Leaky(beta=0.5, threshold=-0.5)
+    spikes, mem = associative_leaky(torch.zeros(1, 1))
+    expected_spikes, expected_mem = leaky(torch.zeros(1, 1), torch.zeros(1, 1))
+    assert torch.equal(mem, expected_mem)
+    assert torch.equal(spikes, expected_spikes)
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"n_features": 48, "n_clusters": 64}, {"beta": 2.0}, {"n_features": 8, "alpha": "fast"}]
+    "invalid", [{"n_features": 48, "n_clusters": 64}, {"beta": 2.0}, {"n_features": 8, "alpha": "fast"}]
 )
-def test_refused_neurons_are_in_no_list_of_snntorch(wrong):
-    """A constructor that raises leaves nothing behind that ``utils.reset`` of another network would meet."""
+def test_neurons_whose_constructor_raises_are_in_no_list_of_snntorch(invalid):
+    """A neuron that was not made is not reset by ``utils.reset`` of another network."""
     before = list(snntorch.SpikingNeuron.instances)
     with pytest.raises((TypeError, ValueError)):
-        AssociativeSynaptic(**wrong)
+        AssociativeSynaptic(**invalid)
     assert snntorch.SpikingNeuron.instances == before
     net = torch.nn.Sequential(AssociativeSynaptic(8, n_clusters=4, init_hidden=True))
     net(torch.rand(2, 8))

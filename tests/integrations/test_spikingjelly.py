@@ -1,4 +1,4 @@
-"""Tests of SpikingJelly's tools on our node and our layers, in every supported release that has the tool."""
+"""SpikingJelly's tools (reset, monitors, counters, memory optimisation, containers) on our neurons and layers."""
 
 import copy
 import pickle
@@ -52,19 +52,19 @@ def test_every_part_can_be_reset_detached_copied_pickled_and_loaded(make, shape)
     assert torch.equal(part(x), first)
     nord_snn.reset(part)
     functional.set_step_mode(part, "m")
-    for other in (copy.deepcopy(part), pickle.loads(pickle.dumps(part))):
-        assert torch.equal(other(x), first)
-    fresh = make()
+    for duplicate in (copy.deepcopy(part), pickle.loads(pickle.dumps(part))):
+        assert torch.equal(duplicate(x), first)
+    loaded = make()
     with torch.no_grad():
-        for parameter in fresh.parameters():
+        for parameter in loaded.parameters():
             parameter.add_(0.3)
-    fresh.load_state_dict(part.state_dict())
-    assert torch.equal(fresh(x), first)
+    loaded.load_state_dict(part.state_dict())
+    assert torch.equal(loaded(x), first)
     assert not any("v_seq" in name or name.endswith(("i_syn", "refractory")) for name in part.state_dict())
 
 
 @pytest.mark.quick
-def test_step_modes_of_a_whole_network():
+def test_a_network_gives_the_same_spikes_in_either_step_mode():
     net = network()[:4]
     whole = net(X)
     functional.reset_net(net)
@@ -79,16 +79,17 @@ def test_detaching_cuts_the_graph_of_the_state():
     assert net[3].v.grad_fn is not None
     functional.detach_net(net)
     assert net[3].v.grad_fn is net[3].i_syn.grad_fn is None
-    net(X).sum().backward()  # the graph of the first pass is not asked for
+    net(X).sum().backward()  # needs no graph of the first call
 
 
 def memories(net):
+    """Return the states of all modules in the order of SpikingJelly's functional forward."""
     modules = [module for module in net.modules() if isinstance(module, base.MemoryModule)]
     return [value for module in modules for _, value in module.named_memories()]
 
 
 @needs_spikingjelly_2
-def test_functional_forward_of_a_network_with_our_neurons():
+def test_functional_forward_of_a_network_gives_the_same_output_and_state():
     net = network()[:4]
     forward = base.to_functional_forward(net)
     (out,), after = forward((X,), tuple(memories(net)))
@@ -100,7 +101,7 @@ def test_functional_forward_of_a_network_with_our_neurons():
 @pytest.mark.quick
 @needs_spikingjelly_2
 @pytest.mark.parametrize(("make", "shape"), PARTS.values(), ids=PARTS)
-def test_functional_forward_of_every_part(make, shape):
+def test_functional_forward_of_every_part_gives_the_same_output_and_state(make, shape):
     part, x = make(), 2 * torch.rand(shape)
     (out,), after = base.to_functional_forward(part)((x,), tuple(memories(part)))
     assert torch.equal(out, part(x))
@@ -110,7 +111,7 @@ def test_functional_forward_of_every_part(make, shape):
 
 @needs_spikingjelly_2
 @pytest.mark.parametrize(("make", "shape"), PARTS.values(), ids=PARTS)
-def test_counters_and_memory_optimisation_run_over_every_part(make, shape):
+def test_counters_count_every_part_and_memory_optimisation_keeps_its_gradients(make, shape):
     part, x = nn.Sequential(make()), 2 * torch.rand(shape)
     counters = op_counter.MACCounter(), op_counter.ACCounter()
     with torch.no_grad(), op_counter.DispatchCounterMode(list(counters)):
@@ -121,18 +122,18 @@ def test_counters_and_memory_optimisation_run_over_every_part(make, shape):
     functional.reset_net(part)
     # Checkpoint the readout as a whole: v_seq of its neurons is lost if they are checkpointed separately.
     kind = MembraneReadout if isinstance(part[0], MembraneReadout) else AssociativeLIFNode
-    kept = [module for module in part.modules() if isinstance(module, kind)]
-    lean = memopt.optimize_memory(copy.deepcopy(part), (kind,), lambda net: net(x), level=1)
-    assert sum("Checkpoint" in type(module).__name__ for module in lean.modules()) == len(kept)
+    checkpointed_modules = [module for module in part.modules() if isinstance(module, kind)]
+    optimized = memopt.optimize_memory(copy.deepcopy(part), (kind,), lambda net: net(x), level=1)
+    assert sum("Checkpoint" in type(module).__name__ for module in optimized.modules()) == len(checkpointed_modules)
     gradients = []
-    for net in (part, lean):
+    for net in (part, optimized):
         functional.reset_net(net)
         out = net(x)
         out.sum().backward()
         gradients.append((out, [parameter.grad for parameter in net.parameters()]))
-    (ours, plain), (theirs, checkpointed) = gradients
-    assert torch.equal(ours, theirs)
-    for a, b in zip(plain, checkpointed, strict=True):
+    (expected, expected_gradients), (output, output_gradients) = gradients
+    assert torch.equal(output, expected)
+    for a, b in zip(output_gradients, expected_gradients, strict=True):
         assert (a is None and b is None) or torch.allclose(a, b, atol=1e-5)
 
 
@@ -165,12 +166,12 @@ def test_energy_counters_count_additions_after_our_neurons():
     functional.reset_net(net)
     spikes = net[0](X)
     macs, additions = (counter.get_total() for counter in counters)
-    assert macs == 0  # the map's input is spikes
+    assert macs == 0  # the input of the linear map is spikes
     assert additions >= spikes.sum() * 8
     functional.reset_net(net)
     assert op_counter.estimate_simple_energy(net.eval(), X) is not None
     functional.reset_net(net)
-    with pytest.raises(ValueError, match="do not support AssociativeLIFNode"):  # an error instead of a cost of zero
+    with pytest.raises(ValueError, match="do not support AssociativeLIFNode"):  # otherwise their cost would be zero
         op_counter.estimate_lemaire_energy(net, X)
 
 
@@ -179,27 +180,27 @@ def test_energy_counters_count_additions_after_our_neurons():
 @pytest.mark.parametrize("level", [0, 1])
 def test_memory_optimisation_gives_the_same_gradients(level):
     plain = network()
-    lean = memopt.optimize_memory(copy.deepcopy(plain), (AssociativeLIFNode,), lambda net: net(X), level=level)
+    optimized = memopt.optimize_memory(copy.deepcopy(plain), (AssociativeLIFNode,), lambda net: net(X), level=level)
     gradients = []
-    for net in (plain, lean):
+    for net in (plain, optimized):
         functional.reset_net(net)
         net(X).sum().backward()
         gradients.append([parameter.grad for parameter in net.parameters()])
-    assert plain.state_dict().keys() == lean.state_dict().keys()
+    assert plain.state_dict().keys() == optimized.state_dict().keys()
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
 
 
 @needs_spikingjelly_2
 def test_checkpointed_node_keeps_its_state():
     plain = node()
-    lean = memopt.checkpoint_module(copy.deepcopy(plain))
+    optimized = memopt.checkpoint_module(copy.deepcopy(plain))
     for x in (X, X.flip(0)):
-        assert torch.equal(plain(x), lean(x))
-    assert torch.equal(plain.v, next(m for m in lean.modules() if isinstance(m, AssociativeLIFNode)).v)
+        assert torch.equal(plain(x), optimized(x))
+    assert torch.equal(plain.v, next(m for m in optimized.modules() if isinstance(m, AssociativeLIFNode)).v)
 
 
 @pytest.mark.quick
-def test_inside_spikingjellys_containers():
+def test_our_modules_run_in_spikingjellys_containers():
     x = torch.randn(6, 3, 16)
     assert torch.equal(layer.SeqToANNContainer(LeakyClamp(16))(x), LeakyClamp(16)(x))
     net = layer.MultiStepContainer(node(step_mode="s"))
@@ -207,11 +208,9 @@ def test_inside_spikingjellys_containers():
 
 
 @pytest.mark.quick
-@pytest.mark.skipif(SPIKINGJELLY_2, reason="release 2 chooses its backends by itself")
+@pytest.mark.skipif(SPIKINGJELLY_2, reason="SpikingJelly 2 has no set_backend")
 def test_set_backend_switches_our_and_spikingjellys_nodes(monkeypatch):
-    monkeypatch.setattr(
-        base, "check_backend_library", lambda backend: None
-    )  # CuPy need not be installed to be asked for
+    monkeypatch.setattr(base, "check_backend_library", lambda backend: None)  # as if CuPy was installed
     net = nn.Sequential(network(), NordBlock(16, 2, 32, neuron=node))
     functional.set_backend(net, "cupy")
     assert {m.backend for m in net.modules() if isinstance(m, neuron.BaseNode)} == {"cupy"}
@@ -235,7 +234,7 @@ def test_layers_support_their_listed_backends(layer_of_ours):
         layer_of_ours(x)
 
 
-WORK = """
+SCRIPT = """
 import sys, torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -258,8 +257,8 @@ import os; os._exit(0)
 """
 
 
-def test_two_processes_have_the_gradient_of_the_whole_batch(tmp_path):
-    two_processes(WORK, tmp_path)
+def test_two_processes_under_ddp_have_the_gradient_of_the_whole_batch(tmp_path):
+    two_processes(SCRIPT, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     torch.manual_seed(0)
     net = nn.Sequential(node(), SpikingFeedForward(16, 32, neuron=lambda n: node(n, "s")))

@@ -1,4 +1,4 @@
-"""Models of SpikingJelly accept our neurons unchanged: by ``spiking_neuron=AssociativeLIFNode`` and ``replace_neurons``."""
+"""Models of SpikingJelly with our neurons, by ``spiking_neuron=AssociativeLIFNode`` and by ``replace_neurons``."""
 
 import io
 
@@ -11,18 +11,18 @@ from zoo import MODELS, MeanOverTime, difference, networks, training_step
 
 from nord_snn import AssociativeLIFNode, replace_neurons
 
-SMALL = {"sew_resnet18", "spiking_resnet18", "spiking_vgg11_bn", "ms_resnet18"}
+SMALL_INPUT_MODELS = {"sew_resnet18", "spiking_resnet18", "spiking_vgg11_bn", "ms_resnet18"}
 
 
-def small(name):
-    """Return the model and an input of two time steps, with images of half the size if the model accepts them."""
+def small_input(name):
+    """Return the function that makes a model, and images of two time steps, smaller ones if the model accepts them."""
     make, shape = MODELS[name]
-    if name in SMALL:
+    if name in SMALL_INPUT_MODELS:
         shape = (2, 2, 3, 16, 16) if "vgg" not in name else (2, 2, 3, 32, 32)
-    return make, torch.rand(shape if name in SMALL else (*shape[:-4], 2, *shape[-3:]))
+    return make, torch.rand(shape if name in SMALL_INPUT_MODELS else (*shape[:-4], 2, *shape[-3:]))
 
 
-def of_ours(net):
+def our_nodes(net):
     return [module for module in net.modules() if isinstance(module, AssociativeLIFNode)]
 
 
@@ -31,27 +31,27 @@ def of_ours(net):
     [*((name, 2) for name in MODELS), *(pytest.param(name, 10, marks=pytest.mark.slow) for name in MODELS)],
 )
 def test_a_model_with_our_neuron_trains_and_is_saved(name, steps):
-    make, x = small(name)
+    make, x = small_input(name)
     net = MeanOverTime(make(AssociativeLIFNode))
     functional.set_step_mode(net, "m")
-    optimizer = torch.optim.Adam(net.parameters(), 3e-3)  # before the widths are known
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)  # the nodes infer their number of neurons later
     losses = [training_step(net, optimizer, x) for _ in range(steps)]
     assert steps == 2 or min(losses) < losses[0]
-    assert all(node.n_features > 0 for node in of_ours(net))
-    assert all(isinstance(node.v, float) for node in of_ours(net))  # at rest after reset
+    assert all(node.n_features > 0 for node in our_nodes(net))
+    assert all(isinstance(node.v, float) for node in our_nodes(net))  # at rest after reset
     file = io.BytesIO()
     torch.save(net.state_dict(), file)
     file.seek(0)
-    again = MeanOverTime(make(AssociativeLIFNode))
-    again.load_state_dict(torch.load(file))
-    functional.set_step_mode(again, "m")
+    loaded = MeanOverTime(make(AssociativeLIFNode))
+    loaded.load_state_dict(torch.load(file))
+    functional.set_step_mode(loaded, "m")
     with torch.no_grad():
-        assert torch.equal(again.eval()(x), net.eval()(x))
+        assert torch.equal(loaded.eval()(x), net.eval()(x))
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_one_line_replaces_the_neurons_and_the_network_trains(name):
-    make, x = small(name)
+def test_replace_neurons_replaces_all_neurons_and_the_network_has_gradients(name):
+    make, x = small_input(name)
     net = MeanOverTime(make(neuron.LIFNode))
     functional.set_step_mode(net, "m")
     names = set(net.state_dict())
@@ -60,7 +60,7 @@ def test_one_line_replaces_the_neurons_and_the_network_trains(name):
     assert not [m for m in net.modules() if isinstance(m, neuron.LIFNode)]
     assert names <= set(net.state_dict())
     net(x).sum().backward()
-    assert all(node.v_threshold.grad is not None for node in of_ours(net))
+    assert all(node.v_threshold.grad is not None for node in our_nodes(net))
 
 
 @pytest.mark.parametrize("single_steps", [False, True], ids=["sequences", "single steps"])
@@ -70,7 +70,7 @@ def test_neurons_with_the_constants_of_a_model_give_its_outputs(single_steps):
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "tolerance"),
+    ("neuron_class", "options", "tolerance"),
     [
         (neuron.LIFNode, {"v_reset": None}, 0.0),
         (neuron.IFNode, {"v_reset": None}, 0.0),
@@ -82,11 +82,11 @@ def test_neurons_with_the_constants_of_a_model_give_its_outputs(single_steps):
     ],
 )
 @torch.no_grad()
-def test_a_residual_network_has_the_same_spikes(kind, options, tolerance):
+def test_a_residual_network_has_the_same_outputs_with_like(neuron_class, options, tolerance):
     torch.manual_seed(1)
-    more = {"tau": 2.0} if kind is neuron.LIFNode else {}
+    more = {"tau": 2.0} if neuron_class is neuron.LIFNode else {}
     net = sew_resnet.sew_resnet18(
-        num_classes=10, cnf="ADD", spiking_neuron=kind, surrogate_function=surrogate.ATan(), **more, **options
+        num_classes=10, cnf="ADD", spiking_neuron=neuron_class, surrogate_function=surrogate.ATan(), **more, **options
     )
     functional.set_step_mode(net, "m")
     x = 3 * torch.rand(4, 2, 3, 16, 16)

@@ -1,4 +1,4 @@
-"""Tests of CoFiringResonance in cached decoding, and with padding in front."""
+"""CoFiringResonance with cached keys, as in decoding, and with padding in front; which neurons can be cached as bits."""
 
 import pytest
 import torch
@@ -14,14 +14,18 @@ pytestmark = pytest.mark.quick
 
 
 class Cache:
-    """Minimal cache: concatenates keys and values."""
+    """Cache that concatenates keys and values."""
 
     def __init__(self):
-        self.held = ()
+        self.keys_and_values = ()
 
     def __call__(self, *new):
-        self.held = tuple(torch.cat(pair, 2) for pair in zip(self.held, new, strict=True)) if self.held else new
-        return self.held
+        self.keys_and_values = (
+            tuple(torch.cat(pair, 2) for pair in zip(self.keys_and_values, new, strict=True))
+            if self.keys_and_values
+            else new
+        )
+        return self.keys_and_values
 
 
 @pytest.mark.parametrize("neuron", [None, lambda n: LIFNode()])
@@ -29,10 +33,10 @@ class Cache:
 def test_cached_calls_equal_one_call_on_the_whole_sequence(neuron):
     layer = CoFiringResonance(64, n_heads=4, top_k=3, recency=True, neuron=neuron)
     x = 4 * torch.randn(6, 2, 9, 64)
-    whole, memory = layer(x), Cache()
-    parts = [layer(part, cache=SequenceCache(update=memory)) for part in x.split((4, 1, 3, 1), dim=2)]
+    whole, key_cache = layer(x), Cache()
+    parts = [layer(part, cache=SequenceCache(update=key_cache)) for part in x.split((4, 1, 3, 1), dim=2)]
     assert torch.allclose(torch.cat(parts, 2), whole, atol=1e-5)
-    assert memory.held[0].dtype == torch.uint8
+    assert key_cache.keys_and_values[0].dtype == torch.uint8
 
 
 @torch.no_grad()
@@ -47,8 +51,8 @@ def test_padding_in_front_has_no_effect():
     assert torch.equal(layer(x, cache=SequenceCache(torch.tensor([9, 20], dtype=torch.uint8))), layer(x))
 
 
-class Graded(nn.Module):
-    """Neuron with real-valued outputs."""
+class RealValued(nn.Module):
+    """Neurons with real-valued outputs."""
 
     def forward(self, x):
         """Return half of the input."""
@@ -56,10 +60,10 @@ class Graded(nn.Module):
 
 
 @torch.no_grad()
-def test_values_that_cannot_be_cached_raise():
+def test_keys_other_than_spikes_and_invalid_caches_raise():
     x = torch.randn(2, 1, 3, 8)
     with pytest.raises(ValueError, match="zeros and ones"):
-        CoFiringResonance(8, n_heads=2, neuron=lambda n: Graded())(x, cache=SequenceCache(update=Cache()))
+        CoFiringResonance(8, n_heads=2, neuron=lambda n: RealValued())(x, cache=SequenceCache(update=Cache()))
     with pytest.raises(ValueError, match="window must be at least 1"):
         CoFiringResonance(64, n_heads=2)(torch.randn(2, 1, 3, 64), cache=SequenceCache(update=Cache(), window=0))
     with pytest.raises(ValueError, match="window needs update"):
@@ -97,7 +101,7 @@ class Halved(AssociativeLIFNode):
 
 
 class Declared(Halved):
-    """Subclass that declares its own forward as binary."""
+    """Subclass whose forward returns spikes and which says so by ``emits_binary_spikes``."""
 
     emits_binary_spikes = True
 
@@ -107,23 +111,23 @@ class Declared(Halved):
 
 
 class DeclaredByBase(Declared):
-    """Subclass that inherits both."""
+    """Subclass that inherits forward and declaration."""
 
 
-class Mixed(Graded, AssociativeLIFNode):
+class Mixed(RealValued, AssociativeLIFNode):
     """Subclass with the forward of its first base class."""
 
 
 def test_emits_binary_spikes_is_not_inherited_by_an_overridden_forward():
     small = {"n_clusters": None}
-    says = {
+    by_class = {
         kind: emits_binary_spikes(kind(8, **small))
         for kind in (AssociativeLIFNode, Unchanged, Halved, Declared, DeclaredByBase)
     }
-    assert says == {AssociativeLIFNode: True, Unchanged: True, Halved: False, Declared: True, DeclaredByBase: True}
+    assert by_class == {AssociativeLIFNode: True, Unchanged: True, Halved: False, Declared: True, DeclaredByBase: True}
     assert not emits_binary_spikes(Mixed(8, **small))
-    for stranger in (LIFNode(), Graded(), DenseActivation()):
-        assert not emits_binary_spikes(stranger)
+    for module in (LIFNode(), RealValued(), DenseActivation()):
+        assert not emits_binary_spikes(module)
     assert emits_binary_spikes(AssociativeLIFNode(8, None, surrogate=surrogate.ATan()))
     assert not emits_binary_spikes(AssociativeLIFNode(8, None, surrogate=surrogate.Sigmoid(spiking=False)))
     assert not emits_binary_spikes(AssociativeLIFNode(8, None, surrogate=torch.sigmoid))

@@ -1,4 +1,4 @@
-"""Tests of the documented properties of each layer."""
+"""Layers of the published block: each layer has its equation and documented properties."""
 
 from functools import partial
 
@@ -20,7 +20,7 @@ from nord_snn.neurons import AssociativeLIFNode
 
 pytestmark = pytest.mark.quick
 
-SMALL = partial(AssociativeLIFNode, n_clusters=4)
+node_with_four_clusters = partial(AssociativeLIFNode, n_clusters=4)
 
 
 # --- LeakyClamp
@@ -31,8 +31,8 @@ def test_the_clamp_has_a_gradient_where_relu_has_none():
     x = torch.tensor([[2.0, -0.5, -9.0]]).requires_grad_()
     clamp(x).sum().backward()
     assert x.grad[0].tolist() == pytest.approx([1.0, 0.1, 0.0], abs=1e-6)
-    assert clamp.leak_logit.grad[1] != 0  # the slope learns where it acts
-    assert clamp.floor.grad.tolist() == [0, 0, 1]  # and the floor where it does
+    assert clamp.leak_logit.grad[1] != 0  # the second channel is on the slope
+    assert clamp.floor.grad.tolist() == [0, 0, 1]  # the third channel is at the floor
     relu = x.detach().clone().requires_grad_()
     nn.functional.relu(relu).sum().backward()
     assert relu.grad[0, 1] == 0
@@ -55,7 +55,7 @@ def test_the_clamp_passes_gradcheck():
 # --- MultiScaleTemporalEncoder
 
 
-def test_fast_and_slow_paths_differ_and_the_fast_path_comes_first():
+def test_the_encoder_returns_time_steps_of_the_fast_path_and_then_of_the_slow_path():
     encoder = MultiScaleTemporalEncoder(6, t_fast=3, t_slow=2)
     with torch.no_grad():
         encoder.fast_basis.zero_()
@@ -70,12 +70,12 @@ def test_fast_and_slow_paths_differ_and_the_fast_path_comes_first():
         assert torch.allclose(steps[t], 0.5 * p * 5)
 
 
-def test_every_time_step_has_its_own_gate():
+def test_every_time_step_of_the_encoder_has_its_own_gate():
     encoder = MultiScaleTemporalEncoder(6, out_features=8)
     x = torch.randn(2, 3, 6)
     encoder(x)[4].sum().backward()
-    learned = encoder.fast_basis.grad.abs().sum(1) > 0
-    assert learned.nonzero().flatten().tolist() == [4]
+    has_gradient = encoder.fast_basis.grad.abs().sum(1) > 0
+    assert has_gradient.nonzero().flatten().tolist() == [4]
     assert encoder(x).shape == (10, 2, 3, 8)
 
 
@@ -85,7 +85,7 @@ def test_the_encoder_passes_gradcheck():
     assert torch.autograd.gradcheck(lambda x, *_: encoder(x), (x, *encoder.parameters()))
 
 
-def test_the_slow_path_is_optional_and_the_fast_path_is_not():
+def test_the_slow_path_of_the_encoder_is_optional_and_the_fast_path_is_not():
     assert MultiScaleTemporalEncoder(4, t_slow=0)(torch.zeros(1, 4)).shape == (8, 1, 4)
     with pytest.raises(ValueError, match="t_fast must be at least 1"):
         MultiScaleTemporalEncoder(4, t_fast=0)
@@ -94,8 +94,8 @@ def test_the_slow_path_is_optional_and_the_fast_path_is_not():
 # --- CoFiringResonance
 
 
-def test_resonance_is_causal_and_the_same_at_every_step():
-    layer = CoFiringResonance(8, n_heads=2, top_k=3, recency=True, neuron=SMALL)
+def test_resonance_is_causal_and_has_the_same_output_at_every_time_step():
+    layer = CoFiringResonance(8, n_heads=2, top_k=3, recency=True, neuron=node_with_four_clusters)
     x = torch.randn(5, 2, 6, 8)
     before = layer(x)
     assert torch.equal(before, before[:1].expand(5, -1, -1, -1))
@@ -106,7 +106,7 @@ def test_resonance_is_causal_and_the_same_at_every_step():
 
 
 def test_resonance_has_the_documented_initial_values_and_gradients():
-    layer = CoFiringResonance(8, n_heads=2, recency=True, neuron=SMALL)
+    layer = CoFiringResonance(8, n_heads=2, recency=True, neuron=node_with_four_clusters)
     assert layer.temperature.tolist() == pytest.approx([4**-0.5])
     assert layer.recency.tolist() == pytest.approx([2**-1, 2**-3])
     layer(3 * torch.randn(6, 2, 6, 8)).square().sum().backward()
@@ -114,11 +114,11 @@ def test_resonance_has_the_documented_initial_values_and_gradients():
         assert parameter.ndim >= 1
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
-    assert CoFiringResonance(8, n_heads=2, neuron=SMALL).recency is None
+    assert CoFiringResonance(8, n_heads=2, neuron=node_with_four_clusters).recency is None
 
 
 def test_positions_that_fire_together_attend_to_each_other():
-    """Positions 0 and 3 have the same features, 1 and 2 have others: 3 attends more to 0 than to 1 or 2."""
+    """Positions 0 and 3 have the same features: 3 attends more to 0 than to 1 or 2."""
     torch.manual_seed(3)
     layer = CoFiringResonance(16, n_heads=1, neuron=partial(AssociativeLIFNode, n_clusters=None))
     with torch.no_grad():
@@ -126,10 +126,12 @@ def test_positions_that_fire_together_attend_to_each_other():
         layer.temperature.fill_(1.0)
         layer.v_proj.weight.copy_(torch.eye(16))
         layer.o_proj.weight.copy_(torch.eye(16))
-    same, other, another = 4 * torch.randn(3, 1, 16)
-    x = torch.stack((same, other, another, same), dim=1).expand(8, 1, 4, 16)
+    features_0, features_1, features_2 = 4 * torch.randn(3, 1, 16)
+    x = torch.stack((features_0, features_1, features_2, features_0), dim=1).expand(8, 1, 4, 16)
     context = layer(x)[0, 0, 3]
-    similarity = [nn.functional.cosine_similarity(context, v[0], dim=0).item() for v in (same, other, another)]
+    similarity = [
+        nn.functional.cosine_similarity(context, v[0], dim=0).item() for v in (features_0, features_1, features_2)
+    ]
     assert similarity[0] > 0.9 > max(similarity[1:])
 
 
@@ -137,33 +139,33 @@ def test_positions_that_fire_together_attend_to_each_other():
 
 
 def test_the_feed_forward_equals_its_equation_and_starts_from_rest():
-    ffn = SpikingFeedForward(8, 12, neuron=SMALL)
+    ffn = SpikingFeedForward(8, 12, neuron=node_with_four_clusters)
     x = 3 * torch.randn(6, 2, 3, 8)
     expected = ffn.lif2(ffn.down(ffn.lif1(ffn.up(x), stateless=True)), stateless=True)
     assert torch.equal(ffn(x), expected)
     assert torch.equal(ffn(x), expected)
-    assert ffn(x[:, :1]).shape == (6, 1, 3, 8)  # no state is stored, so another batch shape works
+    assert ffn(x[:, :1]).shape == (6, 1, 3, 8)  # no state is stored, so the batch may have another size
 
 
 # --- MembraneReadout
 
 
 def test_the_readout_equals_its_recursion_plus_the_firing_rate():
-    readout = MembraneReadout(8, neuron=SMALL)
+    readout = MembraneReadout(8, neuron=node_with_four_clusters)
     x = torch.randn(7, 3, 8)
-    node = SMALL(8, step_mode="m", store_v_seq=True)
+    node = node_with_four_clusters(8, step_mode="m", store_v_seq=True)
     node.load_state_dict(readout.lif.state_dict())
     spikes = node(x)
     d, e = torch.tensor(1.4).sigmoid(), torch.zeros(3, 8)
     for v in node.v_seq:
         e = d * e + (1 - d) * v
     assert torch.allclose(readout(x), e + spikes.mean(0), atol=1e-6)
-    assert readout.lif.v_seq is None  # the graph of the last batch is freed
+    assert readout.lif.v_seq is None  # so that the graph of the last batch is freed
 
 
 def test_the_readout_distinguishes_inputs_below_threshold():
     """Below threshold there are no spikes; only the membrane potential differs."""
-    readout = MembraneReadout(4, neuron=SMALL)
+    readout = MembraneReadout(4, neuron=node_with_four_clusters)
     weak, weaker = torch.full((5, 1, 4), 0.2), torch.full((5, 1, 4), 0.1)
     assert (readout(weak) > readout(weaker)).all()
 
@@ -172,25 +174,25 @@ def test_the_readout_distinguishes_inputs_below_threshold():
 
 
 def test_the_block_equals_its_equation():
-    block = NordBlock(8, n_heads=2, hidden_features=12, residual_scale=0.05, neuron=SMALL)
+    block = NordBlock(8, n_heads=2, hidden_features=12, residual_scale=0.05, neuron=node_with_four_clusters)
     x = torch.randn(5, 2, 4, 8)
     y = x + 0.05 * block.resonance(block.norm1(x))
     y = y + 0.05 * block.ffn(block.norm2(y))
     assert torch.allclose(block(x), block.clamp(y), atol=1e-6)
 
 
-def test_without_resonance_positions_are_independent():
+def test_positions_of_a_block_are_independent_only_without_resonance():
     x = torch.randn(5, 1, 4, 8)
     changed = x.clone()
     changed[:, :, 0] += 5
-    for resonance, meet in ((True, True), (False, False)):
-        block = NordBlock(8, 2, 12, resonance=resonance, neuron=SMALL)
+    for resonance in (True, False):
+        block = NordBlock(8, 2, 12, resonance=resonance, neuron=node_with_four_clusters)
         with torch.no_grad():
             differs = not torch.equal(block(x)[:, :, 1:], block(changed)[:, :, 1:])
-        assert differs is meet
+        assert differs is resonance
 
 
-# --- all of them
+# --- all layers with neurons
 
 LAYERS = {
     "resonance": lambda neuron: CoFiringResonance(8, n_heads=2, neuron=neuron),
@@ -205,15 +207,15 @@ def test_every_layer_accepts_spikingjellys_neurons(name):
     layer = LAYERS[name](lambda n: LIFNode(tau=2.0, v_threshold=0.2))
     x = (3 * torch.randn(5, 2, 4, 8)).requires_grad_()
     out = layer(x)
-    assert torch.equal(layer(x), out)  # from rest each time
+    assert torch.equal(layer(x), out)  # each call starts from rest
     out.square().sum().backward()
     assert x.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_layers_run_under_autocast(name):
-    """Neurons and clamps compute in float32, so hardly any spike changes, and other values only by rounding."""
-    layer, x = LAYERS[name](SMALL), 4 * torch.randn(5, 2, 4, 8)
+def test_outputs_under_autocast_are_close_to_those_in_float32(name):
+    """Neurons and clamps compute in float32: at most 5 % of the outputs differ by more than rounding."""
+    layer, x = LAYERS[name](node_with_four_clusters), 4 * torch.randn(5, 2, 4, 8)
     fire_easily(layer)
     expected = layer(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -228,10 +230,22 @@ def test_layers_run_under_autocast(name):
     [
         (LeakyClamp(8), (3, 7), r"LeakyClamp expects shape \[\*, D\] with D = 8, got \[3, 7\]"),
         (MultiScaleTemporalEncoder(8), (3, 7), r"MultiScaleTemporalEncoder expects shape \[\*, D\] with D = 8"),
-        (LAYERS["resonance"](SMALL), (5, 2, 8), r"CoFiringResonance expects shape \[T, B, S, D\] with D = 8, got"),
-        (LAYERS["feed_forward"](SMALL), (5, 8), r"SpikingFeedForward expects shape \[T, N, \*, D\] with D = 8"),
-        (LAYERS["readout"](SMALL), (5, 2, 9), r"MembraneReadout expects shape \[T, N, \*, D\] with D = 8"),
-        (LAYERS["block"](SMALL), (5, 2, 4, 9), r"NordBlock expects shape \[T, B, S, D\] with D = 8"),
+        (
+            LAYERS["resonance"](node_with_four_clusters),
+            (5, 2, 8),
+            r"CoFiringResonance expects shape \[T, B, S, D\] with D = 8, got",
+        ),
+        (
+            LAYERS["feed_forward"](node_with_four_clusters),
+            (5, 8),
+            r"SpikingFeedForward expects shape \[T, N, \*, D\] with D = 8",
+        ),
+        (
+            LAYERS["readout"](node_with_four_clusters),
+            (5, 2, 9),
+            r"MembraneReadout expects shape \[T, N, \*, D\] with D = 8",
+        ),
+        (LAYERS["block"](node_with_four_clusters), (5, 2, 4, 9), r"NordBlock expects shape \[T, B, S, D\] with D = 8"),
     ],
 )
 def test_wrong_rank_or_width_raises(layer, shape, message):

@@ -1,4 +1,4 @@
-"""Neurons have attributes that say what they are; state dicts keep their earlier names."""
+"""Neurons of a layer have an attribute named after their role, and an earlier name ("lif...") in state dicts."""
 
 import pytest
 
@@ -28,8 +28,8 @@ LAYERS = {
 def test_every_neuron_has_both_names(layer):
     module = LAYERS[layer]()
     children = dict(module.named_children())
-    for attribute, stored in NAMES[layer].items():
-        assert getattr(module, attribute) is children[stored]
+    for attribute, lif_name in NAMES[layer].items():
+        assert getattr(module, attribute) is children[lif_name]
     neurons = {name for name in children if name.startswith("lif")}
     assert neurons == set(NAMES[layer].values())
 
@@ -40,8 +40,8 @@ def test_neurons_that_a_layer_does_not_have_are_none():
     assert SpikeFedResonance(64, 4).final_neuron is None
 
 
-def test_a_neuron_that_is_replaced_runs():
-    """The attributes follow the module that the state dict's name has."""
+def test_the_attribute_follows_a_replaced_neuron():
+    """The neuron is replaced under its name in the state dict."""
     ffn = SpikingFeedForward(64, 128)
     other = SpikingFeedForward(64, 128).lif1
     ffn.lif1 = other

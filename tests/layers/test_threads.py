@@ -1,4 +1,4 @@
-"""Layers are called from several threads: no result belongs to another call."""
+"""Layers give the same results if several threads call them at once."""
 
 import pytest
 import torch
@@ -24,13 +24,13 @@ LAYERS = {
 
 @pytest.mark.parametrize("neuron", NEURONS)
 @pytest.mark.parametrize("layer", LAYERS)
-def test_four_threads_get_the_results_of_one(layer, neuron):
+def test_four_threads_get_the_results_of_a_single_thread(layer, neuron):
     _call_in_four_threads(layer, neuron, 25)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", ["readout", "spike-fed"])
-def test_four_threads_get_the_results_of_one_3000_times(layer):
+def test_four_threads_get_the_results_of_a_single_thread_3000_times(layer):
     _call_in_four_threads(layer, "ours", 3000)
 
 

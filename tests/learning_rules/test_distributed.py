@@ -1,4 +1,4 @@
-"""Tests of a rule in several processes: all have the same change, reward and baseline."""
+"""Learning rules in several processes: all processes have the same weight change, reward and baseline."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from nord_snn.learning_rules import RewardModulatedSTDP
 from nord_snn.learning_rules.distributed import mean_over_ranks, raise_on_all_ranks
 from nord_snn.neurons import AssociativeLIFNode
 
-WORK = """
+SCRIPT = """
 import os, sys, torch
 from torch import distributed, nn
 from nord_snn.learning_rules import RewardModulatedSTDP
@@ -27,42 +27,42 @@ rule = RewardModulatedSTDP(step_mode="m", synapse=net[0], sn=net[1], reduction="
 x = (torch.rand(3, 10, 4, 8) < 0.5).float()
 deltas = []
 for step in range(3):
-    if not (step == 2 and rank == 1):  # in the last update one process has no calls
+    if not (step == 2 and rank == 1):  # before the last update the network of one process is not called
         net(x[step, :, rank::size])
         rule.sn.reset()
     losses = [9.0 - step - 0.1 * row for row in range(4) if row % size == rank]
     deltas.append(rule.step(loss=sum(losses) / len(losses), on_grad=False))
     rule.reset()
-assert rule.step(reward=1.0, on_grad=False) is None  # no process has a recording
-for outcome in ({"loss": float("nan")}, {"reward": float("nan")}):  # of one process: none of them waits for it
+assert rule.step(reward=1.0, on_grad=False) is None  # no process has recorded spikes
+for outcome in ({"loss": float("nan")}, {"reward": float("nan")}):  # in one process: both raise, none waits
     try:
         rule.step(**(outcome if rank == 0 else {name: 1.0 for name in outcome}))
     except (ValueError, RuntimeError) as error:
-        said = "must be finite" if rank == 0 else "failed in another process"
-        assert said in str(error), error
+        message = "must be finite" if rank == 0 else "failed in another process"
+        assert message in str(error), error
     else:
-        raise SystemExit("went on")
-def refused(message, on_rank_1="failed in another process", **outcome):
-    # A step of this process raises, and the next one has the same result in both.
+        raise SystemExit("no error")
+def assert_raises(message, on_rank_1="failed in another process", **outcome):
+    # A step raises in both processes, and the next one has the same result in both.
     try:
         rule.step(**outcome)
     except (ValueError, RuntimeError, TypeError) as error:
         assert (message if rank == 0 else on_rank_1) in str(error), error
     else:
-        raise SystemExit(f"went on after {message}")
+        raise SystemExit(f"no error after {message}")
     deltas.append(rule.step(loss=torch.tensor([8.0, 7.0]) if rank == 0 else 6.0, on_grad=False))  # of different types
 
 measured = {"baseline": rule.baseline, "reward": rule.last_reward}
 if size > 1:
     net(x[0, :, rank::size])
-    refused("pass either", **({} if rank == 0 else {"loss": 1.0}))
+    assert_raises("pass either", **({} if rank == 0 else {"loss": 1.0}))
     net(x[1, :, rank::size])
-    refused("pass either", **({"loss": 1.0, "reward": 1.0} if rank == 0 else {"loss": 1.0}))
+    assert_raises("pass either", **({"loss": 1.0, "reward": 1.0} if rank == 0 else {"loss": 1.0}))
     net(x[0, :, rank::size])
-    refused("must be a number", **({"loss": "high"} if rank == 0 else {"reward": 1.0}))
+    assert_raises("must be a number", **({"loss": "high"} if rank == 0 else {"reward": 1.0}))
     net(x[1, :, rank::size])
     message = "all processes must pass a loss, or all a reward"
-    refused(message, message, **({"loss": 1.0} if rank == 0 else {"reward": 1.0}))
+    assert_raises(message, message, **({"loss": 1.0} if rank == 0 else {"reward": 1.0}))
     net(x[2, :, rank::size])
     reward_of = rule.source.reward
     rule.source.reward = lambda outcome: 1 / 0 if rank == 0 and outcome == 1.0 else reward_of(outcome)
@@ -71,22 +71,22 @@ if size > 1:
     except (ZeroDivisionError, RuntimeError) as error:
         assert rank == 0 or "failed in another process" in str(error), error
     else:
-        raise SystemExit("went on after an error of the source")
+        raise SystemExit("no error after an error of the source")
     rule.source.reward = reward_of
     deltas.append(rule.step(loss=1.0, on_grad=False))
 torch.save(measured | {"deltas": deltas, "last_baseline": rule.baseline}, f"{folder}/{size}-{rank}.pt")
 if size > 1:
     distributed.barrier()
-os._exit(0)  # taking the group apart may abort a process that has done its work
+os._exit(0)  # destroying the process group may abort a process that has finished
 """
 
 
 def test_all_ranks_apply_the_same_change_as_one_process(tmp_path):
-    started = [
-        subprocess.Popen([sys.executable, "-c", WORK, str(rank), str(size), str(tmp_path)], stderr=subprocess.PIPE)
+    processes = [
+        subprocess.Popen([sys.executable, "-c", SCRIPT, str(rank), str(size), str(tmp_path)], stderr=subprocess.PIPE)
         for size, rank in ((2, 0), (2, 1), (1, 0))
     ]
-    for process in started:
+    for process in processes:
         _, error = process.communicate(timeout=120)
         assert process.returncode == 0, error.decode()
     first, second, alone = (torch.load(tmp_path / f"{name}.pt") for name in ("2-0", "2-1", "1-0"))
@@ -94,8 +94,8 @@ def test_all_ranks_apply_the_same_change_as_one_process(tmp_path):
     assert first["last_baseline"] == second["last_baseline"]
     assert abs(first["baseline"] - alone["baseline"]) < 1e-6
     assert first["reward"] == second["reward"]
-    assert abs(first["reward"] - alone["reward"]) < 1e-6  # an update without a recording did not change it
-    assert len(first["deltas"]) == 8  # after every error of one process the next update is that of both
+    assert abs(first["reward"] - alone["reward"]) < 1e-6  # an update without recorded spikes does not change it
+    assert len(first["deltas"]) == 8  # three updates, and one after each of five errors
     for step in range(8):
         assert torch.equal(first["deltas"][step], second["deltas"][step])
         assert first["deltas"][step].abs().sum() > 0

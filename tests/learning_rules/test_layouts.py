@@ -1,5 +1,6 @@
-"""Tests of learners with every layout, both step modes, SpikingJelly's layers and snnTorch's neurons."""
+"""Learning rules with inputs of every shape, in both step modes, and compared with SpikingJelly's learners; bad input."""
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -46,10 +47,10 @@ CONVOLUTIONS = {
 @pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
 @pytest.mark.parametrize("n_spatial", [1, 2])
 @pytest.mark.parametrize(("rule", "op"), RULES)
-def test_images_step_by_step_and_as_sequences(rule, op, n_spatial, options):
-    kind = (layer.Conv1d, layer.Conv2d)[n_spatial - 1]
+def test_changes_of_convolutions_equal_those_of_the_op_in_both_step_modes(rule, op, n_spatial, options):
+    conv_class = (layer.Conv1d, layer.Conv2d)[n_spatial - 1]
     net = with_positive_weights(
-        nn.Sequential(kind(2, 4, bias=False, step_mode="m", **options), neuron.IFNode(step_mode="m"))
+        nn.Sequential(conv_class(2, 4, bias=False, step_mode="m", **options), neuron.IFNode(step_mode="m"))
     )
     x = spikes(5, 3, 2, *(7, 6)[:n_spatial])
     learner = rule(step_mode="m", synapse=net[0], sn=net[1])
@@ -71,7 +72,7 @@ def test_images_step_by_step_and_as_sequences(rule, op, n_spatial, options):
 
 
 @pytest.mark.parametrize("shape", [(6, 3, 8), (6, 2, 5, 8), (6, 2, 5, 4, 8)])
-def test_any_layout_of_rows(shape):
+def test_the_change_of_a_linear_map_does_not_depend_on_the_layout_of_rows(shape):
     net = with_positive_weights(nn.Sequential(nn.Linear(8, 4), neuron.LIFNode(step_mode="m")))
     learner = STDP(step_mode="m", synapse=net[0], sn=net[1])
     x = spikes(*shape)
@@ -80,8 +81,8 @@ def test_any_layout_of_rows(shape):
     assert torch.equal(learner.step(on_grad=False), expected)
 
 
-def test_time_and_batch_can_be_flattened_for_the_synapse():
-    """nn.Conv2d takes no sequences, so SpikingJelly's container folds time into the batch."""
+def test_a_synapse_may_receive_time_steps_flattened_into_the_batch():
+    """SpikingJelly's SeqToANNContainer does so, since nn.Conv2d takes no sequences."""
     conv, lif = with_positive_weights(nn.Conv2d(2, 3, 3, bias=False)), neuron.IFNode(step_mode="m")
     learner = STDP(step_mode="m", synapse=conv, sn=lif)
     x = spikes(4, 2, 2, 6, 6)
@@ -90,13 +91,13 @@ def test_time_and_batch_can_be_flattened_for_the_synapse():
     assert torch.equal(learner.step(on_grad=False), expected)
 
 
-def test_snntorch_neurons_return_more_than_spikes():
+def test_neurons_of_snntorch_which_return_spikes_and_states_are_supported():
     snntorch = pytest.importorskip("snntorch")
     fc, lif = with_positive_weights(nn.Linear(8, 4, bias=False)), snntorch.Leaky(beta=0.9)
     learner = STDP(step_mode="s", synapse=fc, sn=lif)
-    x, memory, out = spikes(6, 3, 8), lif.init_leaky(), []
+    x, mem, out = spikes(6, 3, 8), lif.init_leaky(), []
     for x_t in x:
-        spk, memory = lif(fc(x_t), memory)
+        spk, mem = lif(fc(x_t), mem)
         out.append(spk)
     expected, _ = stdp(x, torch.stack(out).detach())
     assert torch.allclose(learner.step(on_grad=False), expected, atol=1e-6)
@@ -104,47 +105,47 @@ def test_snntorch_neurons_return_more_than_spikes():
 
 
 @pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}], ids=str)
-@pytest.mark.parametrize("kind", [layer.Conv1d, layer.Conv2d])
-def test_against_spikingjellys_learner_on_images(kind, options):
-    conv = with_positive_weights(kind(2, 3, 3, bias=False, step_mode="m", **options))
+@pytest.mark.parametrize("conv_class", [layer.Conv1d, layer.Conv2d])
+def test_changes_of_convolutions_equal_those_of_spikingjellys_learner(conv_class, options):
+    conv = with_positive_weights(conv_class(2, 3, 3, bias=False, step_mode="m", **options))
     lif = neuron.IFNode(step_mode="m")
     tau_sj = 1 / (1 - torch.tensor(-1 / 20.0, dtype=torch.float64).exp().item())
-    theirs = STDPLearner("m", conv, lif, tau_sj, tau_sj, lambda w: 0.005, lambda w: 0.005)
-    ours = STDP("m", conv, lif)
+    spikingjelly_learner = STDPLearner("m", conv, lif, tau_sj, tau_sj, lambda w: 0.005, lambda w: 0.005)
+    our_learner = STDP("m", conv, lif)
     x = spikes(5, 2, 2, *(6, 5)[: conv.weight.ndim - 2])
     assert lif(conv(x)).sum() > 0
-    expected = theirs.step(on_grad=False)
-    assert torch.allclose(ours.step(on_grad=False), expected, atol=1e-6 * max(1, expected.abs().max().item()))
+    expected = spikingjelly_learner.step(on_grad=False)
+    assert torch.allclose(our_learner.step(on_grad=False), expected, atol=1e-6 * max(1, expected.abs().max().item()))
 
 
-def test_multiplicative_dependence_equals_spikingjellys():
+def test_changes_that_depend_on_the_weights_equal_those_of_spikingjellys_learner():
     """SpikingJelly's f_pre and f_post are our (w - lower) and (upper - w) for bounds 0 and 1."""
     fc, lif = nn.Linear(6, 4, bias=False), neuron.IFNode(step_mode="m", v_threshold=0.5)
     nn.init.uniform_(fc.weight, 0.05, 0.95)
     tau_sj = 1 / (1 - torch.tensor(-1 / 20.0, dtype=torch.float64).exp().item())
-    theirs = STDPLearner("m", fc, lif, tau_sj, tau_sj, lambda w: 0.005 * w, lambda w: 0.005 * (1 - w))
-    ours = STDP("m", fc, lif, bounds=(0.0, 1.0), mu=1.0)
+    spikingjelly_learner = STDPLearner("m", fc, lif, tau_sj, tau_sj, lambda w: 0.005 * w, lambda w: 0.005 * (1 - w))
+    our_learner = STDP("m", fc, lif, bounds=(0.0, 1.0), mu=1.0)
     assert lif(fc(spikes(7, 3, 6))).sum() > 0
-    assert torch.allclose(ours.step(on_grad=False), theirs.step(on_grad=False), atol=1e-6)
+    assert torch.allclose(our_learner.step(on_grad=False), spikingjelly_learner.step(on_grad=False), atol=1e-6)
 
 
-def run_both(theirs, ours, rewards, shape):
-    """Return the changes of SpikingJelly's reward learner and of ours for each time step of the same calls."""
+def run_both(make_spikingjelly_learner, make_our_learner, rewards, shape):
+    """Return the changes in each time step of SpikingJelly's reward-modulated learner and of ours, for the same spikes."""
     fc, lif = with_positive_weights(nn.Linear(6, 4, bias=False)), neuron.IFNode()
     changes = ([], [])
-    learners = theirs(fc, lif), ours(fc, lif)
+    learners = make_spikingjelly_learner(fc, lif), make_our_learner(fc, lif)
     for reward, x in zip(rewards, spikes(len(rewards), *shape), strict=True):
         lif(fc(x))
-        for kept, learner in zip(changes, learners, strict=True):
-            kept.append(learner.step(reward, on_grad=False))
+        for changes_of_learner, learner in zip(changes, learners, strict=True):
+            changes_of_learner.append(learner.step(reward, on_grad=False))
     return changes
 
 
 @needs_spikingjelly_2
-def test_against_spikingjellys_reward_learner():
-    """SpikingJelly multiplies a reward by the pairs of the previous time step, so ours gets each reward one time step earlier."""
+def test_reward_modulated_changes_equal_those_of_spikingjellys_learner():
+    """SpikingJelly multiplies a reward by the spike pairs of the previous time step: our rule gets it one time step earlier."""
     rewards = torch.randn(9).tolist()
-    theirs, _ = run_both(
+    expected, _ = run_both(
         lambda fc, lif: MSTDPLearner("s", fc, lif, 20.0, 20.0, lambda w: 0.005, lambda w: 0.005),
         lambda fc, lif: RewardModulatedSTDP("s", fc, lif),
         rewards,
@@ -152,33 +153,33 @@ def test_against_spikingjellys_reward_learner():
     )
     torch.manual_seed(0)
     torch.randn(9)
-    _, ours = run_both(
+    _, changes = run_both(
         lambda fc, lif: MSTDPLearner("s", fc, lif, 20.0, 20.0, lambda w: 0.005, lambda w: 0.005),
         lambda fc, lif: RewardModulatedSTDP("s", fc, lif),
         [*rewards[1:], 0.0],
         (3, 6),
     )
-    assert not theirs[0].any()
+    assert not expected[0].any()
     for step in range(1, 9):
-        assert torch.allclose(theirs[step], ours[step - 1], atol=1e-6)
+        assert torch.allclose(changes[step - 1], expected[step], atol=1e-6)
 
 
 @needs_spikingjelly_2
-def test_against_spikingjellys_learner_with_an_eligibility():
-    """SpikingJelly delays the pairs by one time step, divides by the time constant, and takes one sample without a batch."""
+def test_changes_with_an_eligibility_equal_those_of_spikingjellys_learner():
+    """SpikingJelly delays spike pairs by one time step, divides by the time constant, and has no batch dimension."""
     rewards = [1.0] * 9
-    theirs, ours = run_both(
+    expected, changes = run_both(
         lambda fc, lif: MSTDPETLearner("s", fc, lif, 20.0, 20.0, 5.0, lambda w: 0.005, lambda w: 0.005),
         lambda fc, lif: RewardModulatedSTDP("s", fc, lif, tau_eligibility=5.0),
         rewards,
         (6,),
     )
-    assert ours[-1].any()
+    assert changes[-1].any()
     for step in range(1, 9):
-        assert torch.allclose(5.0 * theirs[step], ours[step - 1], atol=1e-6)
+        assert torch.allclose(changes[step - 1], 5.0 * expected[step], atol=1e-6)
 
 
-def test_a_batch_is_the_sum_of_single_samples():
+def test_the_change_of_a_batch_is_the_sum_or_mean_of_those_of_its_samples():
     net = with_positive_weights(nn.Sequential(nn.Linear(8, 4, bias=False), neuron.LIFNode(step_mode="m")))
     x = spikes(6, 5, 8)
     for options, divided in (({}, 1), ({"reduction": "mean"}, 5)):
@@ -200,6 +201,7 @@ def test_a_batch_is_the_sum_of_single_samples():
 
 
 def rewarded(**more):
+    """Return a network of one layer whose neurons fire, and a reward-modulated rule."""
     net = with_positive_weights(nn.Sequential(nn.Linear(8, 4, bias=False), neuron.LIFNode(step_mode="m")))
     return net, RewardModulatedSTDP("m", net[0], net[1], **more)
 
@@ -210,8 +212,8 @@ def test_rewards_per_sample_token_and_neuron():
         net, rule = rewarded()
         y = net(x)
         reward = torch.randn(shape)
-        each = reward.reshape(*shape, *[1] * (3 - len(shape))).expand(2, 5, 4).flatten(0, 1)
-        expected, _ = reward_modulated_stdp(x.flatten(1, 2), y.flatten(1, 2), each)
+        expanded = reward.reshape(*shape, *[1] * (3 - len(shape))).expand(2, 5, 4).flatten(0, 1)
+        expected, _ = reward_modulated_stdp(x.flatten(1, 2), y.flatten(1, 2), expanded)
         assert torch.allclose(rule.step(reward=reward, on_grad=False), expected, atol=1e-6)
         assert rule.last_reward.shape == shape
     net, rule = rewarded()
@@ -228,8 +230,8 @@ def test_every_sample_has_its_own_eligibility(shape):
     net, rule = rewarded(tau_eligibility=5.0, per_sample=True)
     x, rewards = spikes(2, *shape), torch.randn(2, 3)
     changes = []
-    for window, reward in zip(x, rewards, strict=True):
-        net(window)
+    for sequence, reward in zip(x, rewards, strict=True):
+        net(sequence)
         changes.append(rule.step(reward=reward, on_grad=False))
     assert rule.eligibility.shape == (3, 4, 8)
     rule.disable()
@@ -237,8 +239,8 @@ def test_every_sample_has_its_own_eligibility(shape):
     for n in range(3):
         single = RewardModulatedSTDP("m", net[0], net[1], tau_eligibility=5.0)
         functional.reset_net(net)
-        for i, window in enumerate(x):
-            net(window[:, n : n + 1])
+        for i, sequence in enumerate(x):
+            net(sequence[:, n : n + 1])
             alone[i] = alone[i] + single.step(reward=rewards[i, n], on_grad=False)
         single.close()
     for change, expected in zip(changes, alone, strict=True):
@@ -267,36 +269,33 @@ def test_every_sample_has_its_own_eligibility(shape):
 
 
 def test_a_late_reward_acts_through_the_eligibility():
-    """Nothing fires in the second window, which is rewarded: with an eligibility the spikes of the first window count."""
-    for options, remembered in (({}, False), ({"tau_eligibility": 10.0}, True)):
+    """The first sequence has spikes and no reward, the second a reward and no spikes: only an eligibility gives a change."""
+    for options, has_eligibility in (({}, False), ({"tau_eligibility": 10.0}, True)):
         net, rule = rewarded(**options)
         net(spikes(6, 3, 8))
         rule.step(reward=0.0)
         functional.reset_net(net)
         rule.trace_pre, rule.trace_post = torch.zeros(3, 8), torch.zeros(3, 4)
         net(torch.zeros(6, 3, 8))
-        with pytest.warns(UserWarning, match="did not fire") if not remembered else no_warning():
+        with pytest.warns(UserWarning, match="did not fire") if not has_eligibility else contextlib.nullcontext():
             change = rule.step(reward=1.0, on_grad=False)
-        assert bool(change.any()) is remembered
-
-
-class no_warning:  # noqa: N801  # reads as pytest.warns does
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return False
+        assert bool(change.any()) is has_eligibility
 
 
 # --- bad input
 
 
-def everything(rule, net):
+def state_of(rule, net):
+    """Return copies of the weight and the traces."""
     return [net[0].weight.clone(), *(None if t is None else t.clone() for t in (rule.trace_pre, rule.trace_post))]
 
 
 def same(one, other):
+    """Return whether two lists of tensors or None are equal."""
     return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+# Each of the following functions makes one error in the use of a rule.
 
 
 def bad_spike(net, rule):
@@ -399,7 +398,7 @@ def no_reward_at_all(net, rule):
 
 
 @pytest.mark.parametrize(
-    ("do", "kind", "message"),
+    ("call_wrongly", "error", "message"),
     [
         (infinite_scale, ValueError, "scale must be finite"),
         (another_layout, ValueError, r"got \[2, 4\] and then \[4, 2\]"),
@@ -435,32 +434,32 @@ def no_reward_at_all(net, rule):
         ),
     ],
 )
-def test_bad_input_raises_and_changes_nothing(do, kind, message):
+def test_bad_input_raises_and_changes_neither_weights_nor_traces(call_wrongly, error, message):
     net, rule = rewarded()
     net(spikes(6, 3, 8))
     rule.step(reward=1.0)
     net[0].weight.grad = None
     functional.reset_net(net)
-    before = everything(rule, net)
-    if do is another_layout:
+    before = state_of(rule, net)
+    if call_wrongly is another_layout:
         before = None
-    with pytest.raises(kind, match=message):
-        do(net, rule)
-    after = everything(rule, net)
+    with pytest.raises(error, match=message):
+        call_wrongly(net, rule)
+    after = state_of(rule, net)
     if before is None:
         before = after
-    if do is bad_weight:
+    if call_wrongly is bad_weight:
         before[0][1, 2] = after[0][1, 2] = 0.0
     assert same(before, after)
     assert net[0].weight.grad is None
     rule.tau_eligibility = None
-    rule.reset()  # and the rule works again
+    rule.reset()  # after a reset the rule works
     functional.reset_net(net)
     net(spikes(6, 3, 8))
     assert rule.step(reward=1.0, on_grad=False).any()
 
 
-def test_weights_can_change_in_inference_mode():
+def test_rules_work_in_inference_mode():
     net, rule = rewarded()
     x = spikes(6, 3, 8)
     for mode in (torch.inference_mode, torch.enable_grad):
@@ -477,15 +476,15 @@ def test_weights_can_change_in_inference_mode():
     assert net[0].weight.grad.any()
 
 
-def test_an_unreferenced_learner_is_freed_and_copies_have_none():
+def test_an_unreferenced_learner_is_freed_and_copies_of_the_network_have_none():
     net, rule = rewarded()
-    kept = weakref.ref(rule)
+    reference = weakref.ref(rule)
     copied = pickle.loads(pickle.dumps(copy.deepcopy(net)))
     copied(spikes(6, 3, 8))
     assert not rule._pre
     del rule
     gc.collect()
-    assert kept() is None
+    assert reference() is None
     net(spikes(6, 3, 8))
 
 
@@ -502,7 +501,7 @@ def test_large_changes_in_half_precision_can_be_limited():
     assert rule.step(on_grad=False).float().norm() == pytest.approx(1.0, rel=1e-2)
 
 
-def test_modules_outside_the_network_raise():
+def test_modules_that_are_not_called_raise():
     net, _ = rewarded()
     for synapse, sn, message in (
         (nn.Linear(8, 4), net[1], "equally often, got 0 and 1 calls"),
@@ -531,12 +530,12 @@ def test_silent_neurons_warn_once():
         if expected:
             with pytest.warns(UserWarning, match=r"the input and the neurons of Linear\[4, 8\] did not fire") as record:
                 assert not rule.step(reward=1.0, on_grad=False).any()
-            assert record[0].filename == __file__  # it points at the step, not into the library
+            assert record[0].filename == __file__  # the line of the step, not one of the library
         else:
             assert not rule.step(reward=1.0, on_grad=False).any()
 
 
-def test_single_time_steps_without_spikes_do_not_warn_at_once():
+def test_single_time_steps_without_spikes_warn_only_at_the_twentieth():
     net = with_positive_weights(nn.Sequential(nn.Linear(8, 4, bias=False), neuron.LIFNode()))
     rule = STDP("s", net[0], net[1])
     for _ in range(19):
@@ -557,13 +556,13 @@ def test_a_non_binary_input_warns_once():
 
 
 def test_the_norm_of_a_change_can_be_limited():
-    net, free = rewarded()
+    net, unlimited = rewarded()
     limited = RewardModulatedSTDP("m", net[0], net[1], max_norm=0.01)
     net(spikes(6, 3, 8))
-    whole, small = (rule.step(reward=1.0, on_grad=False) for rule in (free, limited))
-    assert whole.norm() > 0.02
-    assert small.norm() == pytest.approx(0.01)
-    assert torch.allclose(small / small.norm(), whole / whole.norm(), atol=1e-6)
+    unlimited_change, limited_change = (rule.step(reward=1.0, on_grad=False) for rule in (unlimited, limited))
+    assert unlimited_change.norm() > 0.02
+    assert limited_change.norm() == pytest.approx(0.01)
+    assert torch.allclose(limited_change / limited_change.norm(), unlimited_change / unlimited_change.norm(), atol=1e-6)
     net(spikes(6, 3, 8))
-    tiny = limited.step(reward=1e-4, on_grad=False)
-    assert 0 < tiny.norm() < 0.01
+    small_change = limited.step(reward=1e-4, on_grad=False)
+    assert 0 < small_change.norm() < 0.01

@@ -1,4 +1,4 @@
-"""Tests of STDP learners: direction in time, reward, life cycle, and no side effects."""
+"""STDP learners: sign of the change, reward, bounds, revert, life cycle, and bad input."""
 
 import copy
 import warnings
@@ -16,8 +16,8 @@ from nord_snn.ops import stdp
 pytestmark = pytest.mark.quick
 
 
-class Scripted(nn.Module):
-    """Neuron with a given spike train."""
+class FixedSpikes(nn.Module):
+    """Neurons with fixed spikes."""
 
     def __init__(self, spikes):
         super().__init__()
@@ -28,9 +28,9 @@ class Scripted(nn.Module):
         return self.spikes
 
 
-def wire(pre, post, rule=STDP, **more):
-    """Build a synapse with given spike trains ``[T]`` on both sides; return (run once, synapse, learner)."""
-    synapse, sn = nn.Linear(1, 1, bias=False), Scripted(post.reshape(-1, 1, 1))
+def synapse_with_spikes(pre, post, rule=STDP, **more):
+    """Return a function that runs a synapse with spikes ``pre`` and ``post`` ``[T]``, the synapse, and its learner."""
+    synapse, sn = nn.Linear(1, 1, bias=False), FixedSpikes(post.reshape(-1, 1, 1))
     learner = rule(step_mode="m", synapse=synapse, sn=sn, **more)
     return lambda: sn(synapse(pre.reshape(-1, 1, 1))), synapse, learner
 
@@ -39,11 +39,11 @@ EARLY, LATE = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 1.0])
 
 
 @pytest.mark.parametrize(("pre", "post", "sign"), [(EARLY, LATE, 1), (LATE, EARLY, -1)])
-def test_the_order_of_spikes_sets_the_sign_and_the_reward_can_reverse_it(pre, post, sign):
-    run, _, learner = wire(pre, post)
+def test_the_order_of_spikes_sets_the_sign_of_the_change_and_a_negative_reward_reverses_it(pre, post, sign):
+    run, _, learner = synapse_with_spikes(pre, post)
     run()
     assert learner.step(on_grad=False).sign().item() == sign
-    run, _, learner = wire(pre, post, RewardModulatedSTDP)
+    run, _, learner = synapse_with_spikes(pre, post, RewardModulatedSTDP)
     for reward in (1.0, -1.0, 0.0):
         run()
         assert learner.step(reward=reward, on_grad=False).sign().item() == sign * reward
@@ -70,27 +70,27 @@ def test_the_learner_equals_the_op_over_all_rows():
     assert torch.allclose(mean.step(on_grad=False), expected / 6, atol=1e-7)
 
 
-def test_single_time_steps_equal_the_sequence_and_traces_continue():
+def test_changes_of_single_time_steps_sum_to_that_of_the_sequence():
     x = (torch.rand(7, 2, 6) < 0.4).float()
     net, rule = network()
     net(x)
     whole = rule.step(on_grad=False)
-    other, single = network(step_mode="s")
-    other.load_state_dict(net.state_dict())
+    single_net, single = network(step_mode="s")
+    single_net.load_state_dict(net.state_dict())
     parts = []
     for x_t in x:
-        other(x_t)
+        single_net(x_t)
         parts.append(single.step(on_grad=False))
     assert torch.allclose(sum(parts), whole, atol=1e-7)
 
 
-def test_the_learner_equals_spikingjellys():
-    """Traces are equal for tau_sj = 1 / (1 - exp(-1 / tau)); ours are scaled by a_plus = a_minus = 0.005."""
+def test_the_change_equals_that_of_spikingjellys_learner():
+    """SpikingJelly's traces decay by 1 - 1 / tau, ours by exp(-1 / tau): they are equal for tau_sj = 1 / (1 - exp(-1 / tau))."""
     synapse, sn = nn.Linear(5, 3, bias=False), LIFNode(step_mode="m")
     with torch.no_grad():
         synapse.weight.abs_().add_(0.5)
     tau_sj = 1 / (1 - torch.tensor(-1 / 20.0, dtype=torch.float64).exp().item())
-    theirs = STDPLearner(
+    spikingjelly_learner = STDPLearner(
         step_mode="m",
         synapse=synapse,
         sn=sn,
@@ -99,13 +99,13 @@ def test_the_learner_equals_spikingjellys():
         f_pre=lambda w: 0.005,
         f_post=lambda w: 0.005,
     )
-    ours = STDP(step_mode="m", synapse=synapse, sn=sn)
+    our_learner = STDP(step_mode="m", synapse=synapse, sn=sn)
     spikes = sn(synapse((torch.rand(9, 1, 5) < 0.6).float()))
     assert spikes.sum() > 0
-    assert torch.allclose(ours.step(on_grad=False), theirs.step(on_grad=False), atol=1e-6)
+    assert torch.allclose(our_learner.step(on_grad=False), spikingjelly_learner.step(on_grad=False), atol=1e-6)
 
 
-def test_on_grad_makes_a_gradient_step_add_the_change():
+def test_with_on_grad_the_optimizer_adds_the_change():
     net, rule = network()
     x = (torch.rand(7, 2, 6) < 0.6).float()
     net(x)
@@ -120,7 +120,7 @@ def test_on_grad_makes_a_gradient_step_add_the_change():
     assert torch.allclose(net[0].weight, before - 1 + delta, atol=1e-6)
 
 
-def test_reward_from_the_loss_follows_a_baseline_that_outlives_reset():
+def test_the_reward_is_relative_to_a_running_mean_of_the_loss_which_reset_does_not_change():
     net, rule = network(rule=RewardModulatedSTDP, baseline=3.0, baseline_decay=0.9)
     x = (torch.rand(7, 2, 6) < 0.6).float()
     net(x)
@@ -141,7 +141,7 @@ def test_reward_from_the_loss_follows_a_baseline_that_outlives_reset():
 def test_apply_stays_within_bounds_and_revert_restores_the_weights():
     net, rule = network(bounds=(-0.3, 1.0))
     with torch.no_grad():
-        net[0].weight[0] = torch.tensor([0.99, -0.29, 0.5, 1.5, -2.0, 0.0])  # two trained weights already outside
+        net[0].weight[0] = torch.tensor([0.99, -0.29, 0.5, 1.5, -2.0, 0.0])  # 1.5 and -2.0 are outside of the bounds
     before = net[0].weight.detach().clone()
     rule.apply(torch.full((4, 6), 0.1))
     assert torch.allclose(net[0].weight[0], torch.tensor([1.0, -0.19, 0.6, 1.5, -1.9, 0.1]))
@@ -206,8 +206,8 @@ def test_spikes_of_a_copy_are_not_recorded():
 
 
 def test_the_loss_of_a_training_step_can_have_a_graph():
-    x, learned = (torch.rand(4, 2, 6) < 0.5).float(), []
-    for given in (lambda loss: loss, lambda loss: loss.item()):
+    x, gradient_changes = (torch.rand(4, 2, 6) < 0.5).float(), []
+    for convert in (lambda loss: loss, lambda loss: loss.item()):
         torch.manual_seed(0)
         net, rule = network(rule=RewardModulatedSTDP)
         loss = net(x).mean()
@@ -215,13 +215,13 @@ def test_the_loss_of_a_training_step_can_have_a_graph():
         before = net[0].weight.grad.clone()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            rule.step(loss=given(loss))
-        learned.append(net[0].weight.grad - before)
-    assert learned[0].any()
-    assert torch.equal(*learned)
+            rule.step(loss=convert(loss))
+        gradient_changes.append(net[0].weight.grad - before)
+    assert gradient_changes[0].any()
+    assert torch.equal(*gradient_changes)
 
 
-def test_life_cycle():
+def test_disabled_reset_and_closed_learners_record_no_spikes():
     net, rule = network()
     x = (torch.rand(4, 2, 6) < 0.5).float()
     with pytest.raises(RuntimeError, match="neither Linear\\[4, 6\\] nor its neurons were ever called"):
@@ -232,7 +232,7 @@ def test_life_cycle():
     rule.enable()
     net(x)
     assert rule.step(on_grad=False) is not None
-    assert rule.step(on_grad=False) is None  # nothing new
+    assert rule.step(on_grad=False) is None  # no new spikes
     assert rule.trace_pre is not None
     rule.reset()
     assert rule.trace_pre is None
@@ -261,7 +261,7 @@ def test_misuse_raises():
         rule.step(loss=1.0, reward=1.0)
     with pytest.raises(ValueError, match="loss must be finite"):
         rule.step(loss=float("nan"))
-    assert rule.step(reward=1.0, on_grad=False) is not None  # the record was not lost over the mistakes
+    assert rule.step(reward=1.0, on_grad=False) is not None  # the errors did not delete the recorded spikes
     net[0](x)
     with pytest.raises(RuntimeError, match="equally often, got 1 and 0 calls"):
         rule.step(reward=1.0)
@@ -294,7 +294,7 @@ def test_two_batch_shapes_in_one_recording_raise():
 
 
 @pytest.mark.parametrize(
-    ("change", "kind", "message"),
+    ("change", "error", "message"),
     [
         (
             {"synapse": nn.ConvTranspose2d(1, 1, 1)},
@@ -317,7 +317,7 @@ def test_two_batch_shapes_in_one_recording_raise():
         ({"baseline_decay": 1.0}, ValueError, "decay must lie in"),
     ],
 )
-def test_bad_constructor_arguments_raise(change, kind, message):
+def test_bad_constructor_arguments_raise(change, error, message):
     arguments = {"step_mode": "m", "synapse": nn.Linear(2, 2), "sn": nn.ReLU()} | change
-    with pytest.raises(kind, match=message):
+    with pytest.raises(error, match=message):
         RewardModulatedSTDP(**arguments)

@@ -1,4 +1,4 @@
-"""Tests of the plastic part: separate from the trained weights, its file, and reward sources."""
+"""The plastic part, which stores what a rule has changed apart from the trained weights; its file; reward sources."""
 
 import json
 import signal
@@ -26,6 +26,7 @@ pytestmark = pytest.mark.quick
 
 
 def network(**more):
+    """Return a network of one layer and a reward-modulated rule."""
     net = nn.Sequential(nn.Linear(6, 4, bias=False), AssociativeLIFNode(4, n_clusters=2, step_mode="m"))
     with torch.no_grad():
         net[0].weight.abs_()
@@ -39,14 +40,14 @@ def synapse_with(weight):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_file_restores_the_same_weights_on_the_same_trained_weights(tmp_path, dtype):
+def test_a_loaded_file_gives_the_saved_weights_on_the_same_trained_weights(tmp_path, dtype):
     trained = torch.randn(5, 7).to(dtype)
     part = PlasticPart(synapse_with(trained))
     for scale in (1e-3, 1e-8, 3.0):
         part.apply((scale * torch.randn(5, 7)).to(dtype))
     save_plastic(tmp_path / "mine.safetensors", {"fc": part})
     other = PlasticPart(synapse_with(trained))
-    other.apply(torch.ones(5, 7, dtype=dtype))  # is replaced
+    other.apply(torch.ones(5, 7, dtype=dtype))  # loading replaces this change
     load_plastic(tmp_path / "mine.safetensors", {"fc": other})
     assert torch.equal(other.weight, part.weight) or (dtype == torch.float64 and other.weight.allclose(part.weight))
     other.revert()
@@ -54,7 +55,7 @@ def test_a_file_restores_the_same_weights_on_the_same_trained_weights(tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["mine.safetensors"]
 
 
-def test_a_replaced_weight_is_the_one_that_changes():
+def test_apply_changes_a_parameter_that_replaced_the_weight():
     net, rule = network(bounds=None)
     net[0].weight = nn.Parameter(torch.zeros(4, 6))
     rule.apply(torch.ones(4, 6))
@@ -64,14 +65,14 @@ def test_a_replaced_weight_is_the_one_that_changes():
 
 
 def test_changes_of_few_rows_make_a_small_file(tmp_path):
-    """The head of a language model changes this way: a text has only a few tokens of the vocabulary."""
+    """In the head of a language model only the rows of the tokens of a text change."""
     head = nn.Linear(16, 5000, bias=False)
     trained = head.weight.detach().clone()
     part = PlasticPart(head)
     rows = torch.tensor([7, 4999, 3])
     part.apply(torch.ones(3, 16), rows)
     with torch.no_grad():
-        head.weight[5] += 1.0  # an optimizer's
+        head.weight[5] += 1.0  # as by an optimizer
         head.weight[7] += 1.0
     part.apply(torch.ones(1, 16), torch.tensor([7]))
     expected = trained.clone()
@@ -87,7 +88,7 @@ def test_changes_of_few_rows_make_a_small_file(tmp_path):
     assert torch.allclose(head.weight, expected, atol=1e-6)
     untouched = torch.ones(5000, dtype=torch.bool)
     untouched[[5, 7]] = False
-    assert torch.equal(head.weight[untouched], trained[untouched])  # bit for bit where no optimizer was
+    assert torch.equal(head.weight[untouched], trained[untouched])  # bit for bit
     with pytest.raises(ValueError, match=r"\[n_out, n_in\] = \[1, 16\], got \[2, 16\]"):
         part.apply(torch.ones(2, 16), torch.tensor([7]))
 
@@ -104,7 +105,7 @@ def test_the_file_has_the_plastic_part_and_no_optimizer_changes(tmp_path):
     assert (tmp_path / "a.safetensors").stat().st_size < 1000
 
 
-def test_unchanged_synapses_are_omitted_and_restored(tmp_path):
+def test_loading_reverts_synapses_that_were_unchanged_when_saved(tmp_path):
     (_, first), (_, second) = network(), network()
     first.apply(torch.full((4, 6), 0.1))
     save_plastic(tmp_path / "a.safetensors", {"first": first, "second": second})
@@ -114,8 +115,8 @@ def test_unchanged_synapses_are_omitted_and_restored(tmp_path):
     assert torch.equal(second.synapse.weight, trained)
 
 
-def test_files_that_do_not_match_change_nothing(tmp_path):
-    (_, rule), (_, stranger) = network(), network()
+def test_files_that_do_not_match_raise_and_change_no_weight(tmp_path):
+    (_, rule), (_, other_rule) = network(), network()
     good = tmp_path / "good.safetensors"
     with pytest.raises(ValueError, match="nothing to save"):
         save_plastic(good, {"fc": rule})
@@ -124,29 +125,29 @@ def test_files_that_do_not_match_change_nothing(tmp_path):
     before = good.read_bytes()
     with pytest.raises(OSError, match="nowhere"):
         save_plastic(tmp_path / "nowhere" / "a.safetensors", {"fc": rule})
-    weight = stranger.synapse.weight.detach().clone()
+    weight = other_rule.synapse.weight.detach().clone()
 
-    def refused(path, message, learned=stranger, name="fc"):
+    def assert_raises(path, message, learned=other_rule, name="fc"):
         with pytest.raises(ValueError, match=message):
             load_plastic(path, {name: learned})
-        assert torch.equal(stranger.synapse.weight, weight)
+        assert torch.equal(other_rule.synapse.weight, weight)
 
-    refused(good, "fc was learned on top of other trained weights")
-    refused(good, "expected changes of head only, got changes of fc", name="head")
+    assert_raises(good, "fc was learned on top of other trained weights")
+    assert_raises(good, "expected changes of head only, got changes of fc", name="head")
     foreign = tmp_path / "foreign.safetensors"
     save_file({"fc": torch.zeros(4, 6)}, foreign)
-    refused(foreign, "not a file of plastic weights")
+    assert_raises(foreign, "not a file of plastic weights")
     (tmp_path / "text").write_text("no tensors")
-    refused(tmp_path / "text", "not a file of plastic weights")
+    assert_raises(tmp_path / "text", "not a file of plastic weights")
     (tmp_path / "short").write_bytes(before[: len(before) // 2])
-    refused(tmp_path / "short", "not a file of plastic weights")
+    assert_raises(tmp_path / "short", "not a file of plastic weights")
     with safe_open(good, "pt") as file:
         metadata = file.metadata()
     broken = tmp_path / "nan.safetensors"
     rows = {"fc/rows": torch.arange(4)}
     save_file({"fc/delta": torch.full((4, 6), float("nan"), dtype=torch.float64), **rows}, broken, metadata)
     rule.revert()
-    refused(broken, "must be finite", learned=rule)
+    assert_raises(broken, "must be finite", learned=rule)
     for change, tensors in (
         ({"trained": json.dumps(["?"])}, {"fc/delta": torch.zeros(4, 6), **rows}),
         ({"trained": "null"}, {"fc/delta": torch.zeros(4, 6), **rows}),
@@ -156,7 +157,7 @@ def test_files_that_do_not_match_change_nothing(tmp_path):
         ({}, {"fc/delta": torch.zeros(1, 6, dtype=torch.float64), "fc/rows": torch.tensor([4])}),
     ):
         save_file(tensors, foreign, {**metadata, **change})
-        refused(foreign, "not a file of plastic weights", learned=rule)
+        assert_raises(foreign, "not a file of plastic weights", learned=rule)
     with pytest.raises(FileNotFoundError):
         load_plastic(tmp_path / "none", {"fc": rule})
 
@@ -178,9 +179,9 @@ def test_another_file_is_not_overwritten(tmp_path):
         save_plastic(tmp_path, {"fc": rule})
 
 
-def test_ctrl_c_is_deferred_until_weight_and_backup_agree(request):
-    """After a signal during a change the trained weights must still be known."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+def test_ctrl_c_during_a_change_never_prevents_revert(request):
+    """The signal is delayed until weight and plastic part agree."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     fc = nn.Linear(400, 400, bias=False)
     trained = fc.weight.detach().clone()
@@ -199,10 +200,10 @@ def test_ctrl_c_is_deferred_until_weight_and_backup_agree(request):
             signal.setitimer(signal.ITIMER_REAL, 0)
         part.revert()
         assert torch.equal(fc.weight, trained)
-    assert stopped > 30
+    assert stopped > 30  # of 60
 
 
-def test_weights_that_would_overflow_do_not_change():
+def test_a_change_that_would_overflow_raises_and_changes_no_weight():
     net, rule = network(bounds=None)
     before = net[0].weight.detach().clone()
     for delta in (torch.full((4, 6), 1e300, dtype=torch.float64), torch.zeros(4, 6, dtype=torch.complex64)):
@@ -216,7 +217,7 @@ def test_weights_that_would_overflow_do_not_change():
     assert torch.equal(net[0].weight, before)
 
 
-def test_reloaded_weights_are_not_reverted():
+def test_revert_does_not_change_reloaded_weights():
     net, rule = network(bounds=None)
     state = {name: value.clone() for name, value in net.state_dict().items()}
     rule.apply(torch.full((4, 6), 0.5))
@@ -225,7 +226,7 @@ def test_reloaded_weights_are_not_reverted():
     assert torch.equal(net[0].weight, state["0.weight"])
 
 
-def test_an_invalid_state_raises():
+def test_an_invalid_state_of_a_reward_source_raises():
     for source, state in (
         (LossBelowBaseline(), {}),
         (LossBelowBaseline(), {"baseline": float("nan")}),
@@ -272,7 +273,7 @@ def test_an_error_of_the_file_format_is_an_os_error_with_the_path(tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_change_that_does_not_fit_replaces_nothing():
+def test_replace_raises_for_an_invalid_change_and_changes_no_weight():
     net, rule = network(bounds=None)
     rule.apply(torch.full((4, 6), 0.1))
     before = net[0].weight.detach().clone()
@@ -296,7 +297,7 @@ def test_the_trained_weights_move_with_the_network():
 # --- reward sources
 
 
-def test_a_loss_is_compared_with_its_running_mean():
+def test_the_reward_of_a_loss_is_relative_to_its_running_mean():
     source = LossBelowBaseline(scale=2.0, baseline=3.0, decay=0.9)
     assert source(2.5) == pytest.approx(reward_from_loss(2.5, 3.0, 2.0))
     assert source.baseline == pytest.approx(0.9 * 3.0 + 0.1 * 2.5)
@@ -304,9 +305,9 @@ def test_a_loss_is_compared_with_its_running_mean():
     expected = [reward_from_loss(loss, source.baseline, 2.0) for loss in losses.tolist()]
     assert torch.allclose(source(losses), torch.tensor(expected))
     assert source.baseline == pytest.approx(0.9 * 2.95 + 0.1 * 3.0)
-    again = LossBelowBaseline()
-    again.load_state_dict(json.loads(json.dumps(source.state_dict())))
-    assert again.baseline == source.baseline
+    loaded = LossBelowBaseline()
+    loaded.load_state_dict(json.loads(json.dumps(source.state_dict())))
+    assert loaded.baseline == source.baseline
 
 
 def test_the_first_loss_can_set_the_baseline():
@@ -317,14 +318,14 @@ def test_the_first_loss_can_set_the_baseline():
     assert source(3.0) > 0
 
 
-def test_a_given_reward_can_be_compared_with_its_running_mean():
+def test_a_given_reward_can_be_relative_to_its_running_mean():
     source = GivenReward()
     assert source(0.5) == 0.5
     assert torch.equal(source(torch.tensor([1.0, -1.0])), torch.tensor([1.0, -1.0]))
-    usual = GivenReward(decay=0.5)
-    assert [usual(1.0), usual(1.0), usual(1.0)] == [1.0, 0.5, 0.25]
+    with_baseline = GivenReward(decay=0.5)
+    assert [with_baseline(1.0), with_baseline(1.0), with_baseline(1.0)] == [1.0, 0.5, 0.25]
     other = GivenReward(decay=0.5)
-    other.load_state_dict(usual.state_dict())
+    other.load_state_dict(with_baseline.state_dict())
     assert other(1.0) == 0.125
 
 
@@ -363,15 +364,15 @@ def test_a_user_reward_source_is_used():
     assert rule.state_dict()["_extra_state"] == {}
 
 
-def test_without_a_recording_the_baseline_does_not_change():
+def test_without_recorded_spikes_the_baseline_does_not_change():
     net, rule = network(baseline=3.0)
     net((torch.rand(6, 3, 6) < 0.6).float())
     rule.step(loss=2.0)
-    known = rule.baseline, rule.last_reward
+    before = rule.baseline, rule.last_reward
     assert rule.step(loss=100.0) is None
     rule.disable()
     assert rule.step(loss=100.0) is None
-    assert (rule.baseline, rule.last_reward) == known
+    assert (rule.baseline, rule.last_reward) == before
 
 
 def test_losses_per_sample_give_rewards_per_sample():
@@ -388,7 +389,7 @@ def test_losses_per_sample_give_rewards_per_sample():
     assert torch.allclose(rule.step(reward=rewards, on_grad=False), change, atol=1e-7)
 
 
-def test_a_failing_step_does_not_move_the_baseline():
+def test_a_step_that_raises_does_not_change_the_baseline():
     net, rule = network(baseline=3.0)
     net(torch.full((6, 2, 6), float("nan")))
     with pytest.raises(ValueError, match="NaN"):

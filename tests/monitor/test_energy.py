@@ -1,4 +1,4 @@
-"""Tests of profile_energy against counts by hand and SpikingJelly's counters, for many kinds of networks."""
+"""profile_energy equals counts by hand and those of SpikingJelly, and raises for operations that it cannot count."""
 
 import copy
 from math import ceil
@@ -19,12 +19,14 @@ pytestmark = pytest.mark.quick
 
 
 def spikes(*shape, rate=0.3):
+    """Return random spikes with a firing rate."""
     return (torch.rand(shape) < rate).float()
 
 
-def only(profile, kind="linear"):
-    (found,) = [product for product in profile.products if product.kind == kind]
-    return found
+def only_product(profile, kind="linear"):
+    """Return the only product of a kind."""
+    (product,) = [product for product in profile.products if product.kind == kind]
+    return product
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -32,30 +34,30 @@ def test_additions_are_active_inputs_times_fan_out_if_all_inputs_are_spikes(bias
     net, x = nn.Linear(20, 7, bias=bias), spikes(6, 3, 20)
     profile = profile_energy(net, x)
     assert (profile.macs, profile.acs, profile.dense) == (0, int(x.sum()) * 7, 6 * 3 * 20 * 7)
-    x[0, 0, 0] = 0.5  # one value that is no spike, and nothing is credited
+    x[0, 0, 0] = 0.5  # a value other than 0 and 1: all counts are of multiplications
     profile = profile_energy(net, x)
     assert (profile.macs, profile.acs) == (6 * 3 * 20 * 7, 0)
     assert profile_energy(net, 2 * spikes(6, 3, 20)).acs == 0
 
 
-def test_a_convolution_by_hand():
-    """Every active input counts the windows that contain it, fewer at the edges."""
+def test_the_counts_of_a_convolution_equal_those_by_hand():
+    """An active input causes one addition for each window that contains it; at the edges there are fewer."""
     net, x = nn.Conv2d(2, 5, 3, stride=2, padding=1, bias=False), spikes(1, 2, 6, 6)
-    reached = 0
+    n_windows = 0
     for channel, row, column in x[0].nonzero().tolist():
         assert channel < 2
         for top in range(-1, 5, 2):
             for left in range(-1, 5, 2):
-                reached += top <= row < top + 3 and left <= column < left + 3
+                n_windows += top <= row < top + 3 and left <= column < left + 3
     profile = profile_energy(net, x)
-    assert profile.acs == reached * 5
+    assert profile.acs == n_windows * 5
     assert profile.dense == 3 * 3 * 5 * 2 * 9
 
 
 @needs_spikingjelly_2
 @pytest.mark.parametrize("binary", [True, False])
 @pytest.mark.parametrize("name", ["linear", "convolution", "groups", "network"])
-def test_counts_equal_spikingjellys(name, binary):
+def test_counts_equal_those_of_spikingjellys_counters(name, binary):
     from spikingjelly.activation_based import op_counter
 
     nets = {
@@ -74,7 +76,7 @@ def test_counts_equal_spikingjellys(name, binary):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_resonance_by_hand(causal):
+def test_the_counts_of_a_resonance_equal_those_by_hand(causal):
     layer = CoFiringResonance(16, 2, top_k=3, causal=causal, neuron=lambda n: AssociativeLIFNode(n, n_clusters=4))
     fired = {}
     for name in ("lif_q", "lif_k"):
@@ -83,19 +85,19 @@ def test_resonance_by_hand(causal):
     profile = profile_energy(layer, x)
     q = fired["lif_q"]
     assert q.any()
-    seen = [position + 1 if causal else 5 for position in range(5)]
-    coincidences, values = only(profile, "coincidences"), only(profile, "values")
-    assert coincidences.acs == sum(int(q[:, :, position].sum()) * seen[position] for position in range(5))
-    assert coincidences.dense == 2 * sum(seen) * 6 * 16
-    assert (values.macs, values.acs) == (2 * sum(min(3, n) for n in seen) * 16, 0)
+    n_keys = [position + 1 if causal else 5 for position in range(5)]
+    coincidences, values = only_product(profile, "coincidences"), only_product(profile, "values")
+    assert coincidences.acs == sum(int(q[:, :, position].sum()) * n_keys[position] for position in range(5))
+    assert coincidences.dense == 2 * sum(n_keys) * 6 * 16
+    assert (values.macs, values.acs) == (2 * sum(min(3, n) for n in n_keys) * 16, 0)
     names = {product.name: product for product in profile.products if product.kind == "linear"}
     assert names["q_proj"].macs == 6 * 2 * 5 * 16 * 16
-    assert names["v_proj"].macs == 2 * 5 * 16 * 16  # once, and not at each step
-    twin = 4 * 2 * 5 * 16 * 16 + 2 * sum(seen) * 16 + values.macs
+    assert names["v_proj"].macs == 2 * 5 * 16 * 16  # once for all time steps
+    twin = 4 * 2 * 5 * 16 * 16 + 2 * sum(n_keys) * 16 + values.macs
     assert profile.twin_macs() == twin
 
 
-def test_neurons_and_cascade_by_hand():
+def test_the_counts_of_neurons_and_cascade_equal_those_by_hand():
     plain, x = AssociativeLIFNode(8, None, step_mode="m"), 5 * torch.rand(6, 3, 8)
     profile = profile_energy(plain, x)
     updates = 6 * 3 * 8
@@ -114,7 +116,7 @@ def test_neurons_and_cascade_by_hand():
         assert profile.products == []
 
 
-def test_single_time_steps_cost_the_same_except_for_reading_weights():
+def test_single_time_steps_cost_the_same_as_a_sequence_but_read_weights_more_often():
     net = nn.Sequential(
         AssociativeLIFNode(8, n_clusters=4, step_mode="m"), nn.Linear(8, 5, bias=False), neuron.LIFNode(step_mode="m")
     )
@@ -130,13 +132,13 @@ def test_single_time_steps_cost_the_same_except_for_reading_weights():
         assert getattr(single, name) == getattr(whole, name), name
     assert single.twin_macs() == whole.twin_macs() == 3 * 8 * 5
     assert single.twin_joules_under("45nm-fp32-sram") == pytest.approx(whole.twin_joules_under("45nm-fp32-sram"))
-    assert only(single).weight_bytes >= only(whole).weight_bytes
+    assert only_product(single).weight_bytes >= only_product(whole).weight_bytes
 
 
 def test_weights_without_input_spikes_are_not_read():
     net, x = nn.Linear(20, 7, bias=False), torch.zeros(6, 3, 20)
     x[2, 1, 4] = x[5, 0, 4] = x[0, 0, 9] = 1.0
-    product = only(profile_energy(net, x))
+    product = only_product(profile_energy(net, x))
     assert product.weight_bytes == 2 * 7 * 4
     assert product.activation_bytes == 6 * 3 * 20 // 8 + 6 * 3 * 7 * 4  # spikes are bits
 
@@ -161,23 +163,23 @@ def test_the_twin_reads_weights_and_inputs_once_and_activates_each_neuron_once()
 def test_time_steps_flattened_into_the_batch_are_inferred():
     twin = 3 * 8 * 5
     nodes = neuron.LIFNode(step_mode="m")
-    for made in (
+    for net in (
         nn.Sequential(nodes, layer.SeqToANNContainer(nn.Linear(8, 5))),
         nn.Sequential(nodes, layer.Linear(8, 5, step_mode="m")),
         nn.Sequential(nodes, nn.Flatten(0, 1), nn.Linear(8, 5)),
     ):
-        functional.reset_net(made)
-        profile = profile_energy(made, 2 * torch.rand(6, 3, 8))
+        functional.reset_net(net)
+        profile = profile_energy(net, 2 * torch.rand(6, 3, 8))
         assert (profile.dense, profile.twin_macs()) == (6 * twin, twin)
 
 
-def test_a_transposed_convolution_by_hand():
+def test_the_counts_of_a_transposed_convolution_equal_those_by_hand():
     net = nn.ConvTranspose2d(4, 2, 2, stride=2, bias=False)
     profile = profile_energy(net, torch.ones(1, 4, 8, 8))
     assert profile.dense == profile.acs == 64 * 4 * 2 * 4
 
 
-def test_inference_mode_hides_products_and_raises():
+def test_in_inference_mode_profile_energy_works_and_the_profiler_raises():
     net = nn.Linear(4, 3)
     with torch.inference_mode():
         assert profile_energy(net, torch.rand(2, 4)).dense == 24
@@ -198,7 +200,7 @@ def test_copies_are_not_counted_and_a_profiler_counts_once_at_a_time():
     assert profiler.profile.multiplications == before == 3 * 6 * 3 * 8
 
 
-def test_products_of_vectors_count_too():
+def test_products_with_vectors_are_counted():
     class Vectors(nn.Module):
         def __init__(self):
             super().__init__()
@@ -241,9 +243,8 @@ def test_joules_are_energies_times_counts():
         assert profile.joules_under(name) == pytest.approx(expected)
         assert name in str(profile)
     assert profile.twin_macs() == 3 * (8 * 5 + 5 * 2)
-    assert profile.quantised_twin_joules == pytest.approx(
-        profile.twin_macs() * (0.2e-12 * 3 / 8 + 0.1e-12)
-    )  # 6 steps, 3 bits
+    n_bits = 3  # for the numbers 0 to 6 of spikes in 6 time steps
+    assert profile.quantised_twin_joules == pytest.approx(profile.twin_macs() * (0.2e-12 * n_bits / 8 + 0.1e-12))
     with pytest.raises(ValueError, match=r"unknown convention 'joule'.*45nm-fp32"):
         profile.joules_under("joule")
 
@@ -270,7 +271,7 @@ def test_hooks_are_removed_after_an_error():
 
 
 class Pointwise(nn.Module):
-    """Module with counted pointwise operations, and views, copies and integers, which cost nothing."""
+    """Module with pointwise operations, which are counted, and views, copies and integers, which are not."""
 
     def forward(self, x):
         y = nn.functional.leaky_relu((x.sin() + x).clamp(-1, 1).lerp(x, 0.5).log1p())
@@ -282,7 +283,7 @@ def test_pointwise_operations_count_by_their_outputs():
 
 
 class Attention(nn.Module):
-    """Module with two products in one call."""
+    """Module whose products are in one call of torch."""
 
     def forward(self, x):
         return nn.functional.scaled_dot_product_attention(x, x, x)
@@ -297,43 +298,45 @@ def test_operations_that_cannot_be_counted_raise():
 
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("backend", ["torch", "auto"])
-def test_cached_positions_cost_the_same_as_the_whole_sequence(window, backend):
-    """With a cache of key spikes the total products are the same, and each position is counted once."""
+def test_positions_with_a_cache_cost_the_same_as_the_whole_sequence(window, backend):
+    """With a cache of key spikes each position is counted once."""
     layer = CoFiringResonance(
         16, 2, top_k=3, recency=True, neuron=lambda n: AssociativeLIFNode(n, n_clusters=4), backend=backend
     )
     x = 5 * torch.randn(6, 2, 7, 16)
     whole = profile_energy(layer, x)
-    held = []
+    parts_so_far = []
 
-    def remember(keys, values):
-        held.append((keys, values))
-        return tuple(torch.cat(parts, 2) for parts in zip(*held, strict=True))
+    def append(keys, values):
+        parts_so_far.append((keys, values))
+        return tuple(torch.cat(parts, 2) for parts in zip(*parts_so_far, strict=True))
 
     with torch.no_grad(), EnergyProfiler(layer) as profiler:
         for begin, end in ((0, 3), (3, 4), (4, 5), (5, 7)):
-            layer(x[:, :, begin:end], cache=SequenceCache(update=remember, window=window))
-    one_by_one = profiler.profile
-    assert only(one_by_one, "values").macs == only(whole, "values").macs == 2 * (1 + 2 + 5 * 3) * 16
+            layer(x[:, :, begin:end], cache=SequenceCache(update=append, window=window))
+    in_four_calls = profiler.profile
+    assert only_product(in_four_calls, "values").macs == only_product(whole, "values").macs == 2 * (1 + 2 + 5 * 3) * 16
     for a, b in zip(
-        only(one_by_one, "coincidences").__dict__.items(), only(whole, "coincidences").__dict__.items(), strict=True
+        only_product(in_four_calls, "coincidences").__dict__.items(),
+        only_product(whole, "coincidences").__dict__.items(),
+        strict=True,
     ):
         if a[0] in ("dense", "acs", "macs") and window is None:
             assert a == b
     if window is not None:
-        assert only(one_by_one, "coincidences").dense == 2 * (1 + 2 + 3 + 4 * 4) * 6 * 16
-    assert one_by_one.neuron_ops == whole.neuron_ops
+        assert only_product(in_four_calls, "coincidences").dense == 2 * (1 + 2 + 3 + 4 * 4) * 6 * 16
+    assert in_four_calls.neuron_ops == whole.neuron_ops
     pairs = 2 * 2 * sum(min(position, window or 7) for position in range(1, 8))
-    scores, kept, mean, slopes = 2 * pairs, 2 * 2 * (1 + 2 + 5 * 3), 2 * 7 * 16, 2
-    assert one_by_one.elementwise == scores + kept + mean + 4 * slopes  # each call has the exponentials of the slopes
+    scores, weights, mean, slopes = 2 * pairs, 2 * 2 * (1 + 2 + 5 * 3), 2 * 7 * 16, 2
+    assert in_four_calls.elementwise == scores + weights + mean + 4 * slopes  # each call computes the slopes
     if window is None:
-        assert whole.elementwise == scores + kept + mean + slopes
-        assert whole.twin_elementwise == scores + kept + (mean + slopes) // 6 + 2 * 2 * 7 * 16
-        assert one_by_one.twin_elementwise == scores + kept + (mean + 4 * slopes) // 6 + 2 * 2 * 7 * 16
+        assert whole.elementwise == scores + weights + mean + slopes
+        assert whole.twin_elementwise == scores + weights + (mean + slopes) // 6 + 2 * 2 * 7 * 16
+        assert in_four_calls.twin_elementwise == scores + weights + (mean + 4 * slopes) // 6 + 2 * 2 * 7 * 16
 
 
-class Store:
-    """Cache of the keys and values of all calls."""
+class Cache:
+    """Cache that concatenates the keys and values of all calls."""
 
     def __init__(self):
         self.parts = []
@@ -343,12 +346,12 @@ class Store:
         return tuple(torch.cat(part, 2) for part in zip(*self.parts, strict=True))
 
 
-def in_parts(layer, x, **more):
-    """Profile positions 0 to 2, 3, and 4 to 6; ``more`` returns the keywords of a call that ends at a position."""
-    store = Store()
+def in_three_calls(layer, x, keywords):
+    """Return the profile of three calls; ``keywords(cache, end)`` returns the keywords of the call that ends before ``end``."""
+    cache = Cache()
     with torch.no_grad(), EnergyProfiler(layer) as profiler:
         for begin, end in ((0, 3), (3, 4), (4, 7)):
-            layer(x[:, :, begin:end], **more["keywords"](store, end))
+            layer(x[:, :, begin:end], **keywords(cache, end))
     return profiler.profile
 
 
@@ -360,35 +363,35 @@ def small_node(n):
 @pytest.mark.parametrize("window", [None, 4])
 def test_the_deprecated_cache_keywords_cost_the_same_as_the_cache(window):
     layer, x = CoFiringResonance(16, 2, top_k=3, neuron=small_node), 5 * torch.randn(6, 2, 7, 16)
-    cached = in_parts(layer, x, keywords=lambda store, end: {"cache": SequenceCache(None, store, window)})
-    deprecated = in_parts(layer, x, keywords=lambda store, end: {"remember": store, "window": window})
-    assert only(cached, "coincidences").acs > 0
+    cached = in_three_calls(layer, x, keywords=lambda cache, end: {"cache": SequenceCache(None, cache, window)})
+    deprecated = in_three_calls(layer, x, keywords=lambda cache, end: {"remember": cache, "window": window})
+    assert only_product(cached, "coincidences").acs > 0
     assert deprecated == cached
 
 
 def test_padding_is_not_counted_with_a_cache():
-    """Row 0 has 7 positions, row 1 the last 5 of them, 2 of these in the first call, whose op has no padding argument."""
+    """Sequence 1 has padding at its first two positions. In the first call, whose op has no argument for padding, it counts."""
     layer, x = CoFiringResonance(16, 2, top_k=3, neuron=small_node), 5 * torch.randn(6, 2, 7, 16)
 
-    def lengths(store, end):
-        return {"cache": SequenceCache(torch.tensor([end, end - 2]), store)}
+    def lengths(cache, end):
+        return {"cache": SequenceCache(torch.tensor([end, end - 2]), cache)}
 
-    padded = in_parts(layer, x, keywords=lengths)
+    padded = in_three_calls(layer, x, keywords=lengths)
     first_call = 2 * (1 + 2 + 3)
-    assert only(padded, "coincidences").dense == (first_call + (4 + 5 + 6 + 7) + (2 + 3 + 4 + 5)) * 6 * 16
-    kept = first_call + 4 * 3 + (2 + 3 + 3 + 3)
-    assert only(padded, "values").macs == kept * 16
+    assert only_product(padded, "coincidences").dense == (first_call + (4 + 5 + 6 + 7) + (2 + 3 + 4 + 5)) * 6 * 16
+    selected = first_call + 4 * 3 + (2 + 3 + 3 + 3)
+    assert only_product(padded, "values").macs == selected * 16
 
 
 def test_a_window_smaller_than_the_first_call_is_counted():
     layer, x = CoFiringResonance(16, 2, top_k=3, neuron=small_node), 5 * torch.randn(6, 2, 7, 16)
     with torch.no_grad():
-        profile = profile_energy(layer, x, cache=SequenceCache(update=Store(), window=2))
-    assert only(profile, "coincidences").dense == 2 * (1 + 6 * 2) * 6 * 16
+        profile = profile_energy(layer, x, cache=SequenceCache(update=Cache(), window=2))
+    assert only_product(profile, "coincidences").dense == 2 * (1 + 6 * 2) * 6 * 16
 
 
 def test_autocast_does_not_round_the_scores():
-    """With more than 256 coincidences, bfloat16 scores would select other keys."""
+    """Scores of more than 256 coincidences in bfloat16 would select other keys."""
     q = (torch.arange(40 * 6 * 64).reshape(40, 1, 6, 64) % 7 > 0).float()
     values = torch.rand(1, 6, 64)
     values[0, ::2] = (values[0, ::2] > 0.5).float()
@@ -398,21 +401,21 @@ def test_autocast_does_not_round_the_scores():
 
 
 class Resonance(nn.Module):
-    """Module that calls the op without a layer."""
+    """Module that calls the op directly."""
 
     def forward(self, q, v):
         return resonance(q, q, v, n_heads=1, top_k=2, temperature=0.1, recency=torch.ones(1))
 
 
 class Tripled(neuron.LIFNode):
-    """Neuron with an update_cost of its own."""
+    """Neurons that define update_cost."""
 
     def update_cost(self, spikes):
         return OpCost(multiplications=3 * spikes.numel(), state_bytes=spikes.numel(), neuron_outputs=spikes.numel())
 
 
 class Inherited(AssociativeLIFNode):
-    """Neuron that inherits update_cost."""
+    """Neurons that inherit update_cost."""
 
 
 def test_update_cost_is_used_and_other_neurons_count_as_lif():
@@ -429,7 +432,7 @@ def test_update_cost_is_used_and_other_neurons_count_as_lif():
         assert profile.twin_elementwise == n // 6
 
 
-def test_associative_synaptic_costs_the_same_as_our_node():
+def test_associative_synaptic_costs_the_same_as_the_node():
     snntorch = pytest.importorskip("nord_snn.integrations.snntorch")
     lif, x = snntorch.AssociativeSynaptic(8, 4), torch.zeros(3, 8)
     profile = profile_energy(lif, x)
@@ -449,7 +452,7 @@ def test_the_op_alone_costs_the_same_as_the_neurons():
         assert getattr(alone, figure) == getattr(node, figure), figure
 
 
-def test_the_package_exports_the_names_of_the_former_module():
+def test_nord_snn_monitor_exports_the_names_of_its_energy_package():
     import nord_snn.monitor
     import nord_snn.monitor.energy as energy
 

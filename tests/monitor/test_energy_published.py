@@ -1,4 +1,4 @@
-"""The published convention of synaptic operations, NeuroBench's metrics, ScriptModules and padding."""
+"""Synaptic operations (SOPs = firing rate x T x FLOPs), metrics of NeuroBench (Yik et al., 2025), ScriptModules and padding."""
 
 import pytest
 import torch
@@ -15,12 +15,12 @@ from nord_snn.neurons import AssociativeLIFNode
 pytestmark = pytest.mark.quick
 
 
-def whole(*shape, high=5):
+def random_integers(*shape, high=5):
     return torch.randint(0, high, shape).float()
 
 
-def test_integers_count_as_additions_in_the_published_convention_and_as_products_in_the_strict_one():
-    net, x = nn.Linear(20, 7, bias=False), whole(6, 3, 20)
+def test_integer_inputs_count_as_sops_and_as_macs_but_not_as_acs():
+    net, x = nn.Linear(20, 7, bias=False), random_integers(6, 3, 20)
     profile = profile_energy(net, x)
     assert (profile.macs, profile.acs) == (6 * 3 * 20 * 7, 0)
     assert (profile.sop_macs, profile.sops) == (0, int(x.sum()) * 7)
@@ -32,17 +32,17 @@ def test_integers_count_as_additions_in_the_published_convention_and_as_products
 
 
 def test_negative_integers_count_as_subtractions():
-    x = whole(6, 3, 20) - 2
+    x = random_integers(6, 3, 20) - 2
     assert profile_energy(nn.Linear(20, 7), x).sops == int(x.abs().sum()) * 7
 
 
 def test_a_sum_of_spikes_over_time_costs_the_additions_of_all_time_steps():
-    """A linear map of the sum costs what the map of each time step costs: the reason for the convention."""
+    """For the input ``spikes.sum(0)`` SOPs equal the additions for the spikes of all time steps."""
     net, spikes = nn.Linear(20, 7, bias=False), (torch.rand(6, 3, 20) < 0.3).float()
     steps, summed = profile_energy(net, spikes), profile_energy(net, spikes.sum(0))
     assert summed.sops == steps.acs == steps.sops
     rate, flops = spikes.mean().item(), 3 * 20 * 7
-    assert steps.sops == pytest.approx(rate * 6 * flops)  # firing rate, T, FLOPs
+    assert steps.sops == pytest.approx(rate * 6 * flops)  # firing rate x T x FLOPs
 
 
 @settings(max_examples=25, deadline=None)
@@ -54,21 +54,21 @@ def test_a_sum_of_spikes_over_time_costs_the_additions_of_all_time_steps():
     seed=st.integers(0, 10**6),
 )
 def test_convolutions_count_the_windows_of_each_input(groups, stride, padding, transposed, seed):
-    """Integers, NeuroBench's inputs and weights that are not zero, and the dense product without padding."""
+    """Checks SOPs, NeuroBench's effective MACs (input and weight are not zero), and dense MACs without padding."""
     torch.manual_seed(seed)
-    kind = nn.ConvTranspose2d if transposed else nn.Conv2d
-    net = kind(4, 6, 3, stride=stride, padding=padding, groups=groups, bias=False)
+    conv_class = nn.ConvTranspose2d if transposed else nn.Conv2d
+    net = conv_class(4, 6, 3, stride=stride, padding=padding, groups=groups, bias=False)
     with torch.no_grad():
         net.weight[torch.rand(net.weight.shape) < 0.3] = 0.0
-    x = whole(2, 4, 7, 6, high=4)
+    x = random_integers(2, 4, 7, 6, high=4)
     profile = profile_energy(net, x)
     (product,) = profile.products
 
     def summed(values, weights):
-        plain = kind(4, 6, 3, stride=stride, padding=padding, groups=groups, bias=False).double()
+        conv = conv_class(4, 6, 3, stride=stride, padding=padding, groups=groups, bias=False).double()
         with torch.no_grad():
-            plain.weight.copy_(weights)
-            return int(plain(values.double()).sum().round())
+            conv.weight.copy_(weights)
+            return int(conv(values.double()).sum().round())
 
     ones = torch.ones_like(net.weight)
     assert profile.sops == summed(x, ones)
@@ -78,7 +78,7 @@ def test_convolutions_count_the_windows_of_each_input(groups, stride, padding, t
     assert profile_energy(net, (x > 0).float()).acs == summed((x > 0), ones)
 
 
-def test_spikes_cost_the_same_in_both_conventions_and_so_do_real_numbers():
+def test_for_spikes_sops_equal_acs_and_for_real_numbers_sop_macs_equal_macs():
     net = NordBlock(16, 2, 32, neuron=lambda n: AssociativeLIFNode(n, n_clusters=4))
     profile = profile_energy(net, 5 * torch.randn(6, 2, 7, 16))
     assert profile.acs > 0
@@ -87,7 +87,7 @@ def test_spikes_cost_the_same_in_both_conventions_and_so_do_real_numbers():
 
 
 class AddedShortcut(nn.Module):
-    """The ADD shortcut of SEW-ResNet: sums of spikes, which are integers."""
+    """The ADD shortcut of SEW-ResNet (Fang et al., 2021): sums of spikes, which are integers."""
 
     def __init__(self):
         super().__init__()
@@ -99,7 +99,7 @@ class AddedShortcut(nn.Module):
         return self.head(spikes + self.second(4 * self.linear(spikes)))
 
 
-def test_added_shortcuts_and_the_table():
+def test_added_shortcuts_count_as_sops_and_the_table_has_both_counts():
     profile = profile_energy(AddedShortcut(), 3 * torch.rand(6, 2, 8))
     products = {product.name: product for product in profile.products}
     assert products["linear"].macs == products["linear"].sop_macs == 0
@@ -120,8 +120,8 @@ def test_added_shortcuts_and_the_table():
         profile.sop_joules_under("joule")
 
 
-def test_neurobench_of_a_linear_map_by_hand():
-    """The example of NeuroBench's page on synaptic operations: 4 of 9."""
+def test_neurobench_metrics_of_a_linear_map_equal_those_by_hand():
+    """The example is from NeuroBench's documentation of synaptic operations: 4 of 9 are effective."""
     net = nn.Sequential(nn.Linear(3, 3, bias=False), nn.ReLU())
     with torch.no_grad():
         net[0].weight.copy_(torch.tensor([[1.3, 0, -3.2], [0, 1.2, -5.1], [-1.1, 2.7, 0]]))
@@ -129,14 +129,14 @@ def test_neurobench_of_a_linear_map_by_hand():
     assert metrics == {
         "Footprint": 9 * 4,
         "ConnectionSparsity": round(3 / 9, 4),
-        "ActivationSparsity": 0.0,  # 3.2, 6.66 and 3.51
+        "ActivationSparsity": 0.0,  # outputs of the ReLU: 3.2, 6.66 and 3.51
         "SynapticOperations": {"Effective_MACs": 4.0, "Effective_ACs": 0.0, "Dense": 9.0},
     }
     ternary = profile_energy(net, torch.tensor([[0.0, 1.0, -1.0]])).to_neurobench(samples=1)
     assert ternary["SynapticOperations"] == {"Effective_MACs": 0.0, "Effective_ACs": 4.0, "Dense": 9.0}
 
 
-def test_neurobench_of_a_spiking_network():
+def test_neurobench_metrics_of_a_spiking_network_equal_those_by_hand():
     net = nn.Sequential(nn.Linear(8, 6), neuron.IFNode(step_mode="m"), nn.Linear(6, 3))
     recorded = []
     net[1].register_forward_hook(lambda module, inputs, output: recorded.append(output))
@@ -152,7 +152,7 @@ def test_neurobench_of_a_spiking_network():
 
 
 @pytest.mark.parametrize("permanent", [False, True])
-def test_neurobench_of_pruned_weights(permanent):
+def test_neurobench_metrics_of_pruned_weights_equal_those_by_hand(permanent):
     net = nn.Sequential(nn.Linear(8, 6, bias=False))
     prune.l1_unstructured(net[0], "weight", amount=12)
     if permanent:
@@ -174,7 +174,7 @@ def test_the_footprint_is_measured_before_the_run_unless_parameters_are_lazy():
     snntorch = pytest.importorskip("snntorch")
     net = nn.Sequential(nn.Linear(4, 3), snntorch.Leaky(beta=0.9, init_hidden=True))
     before = sum(x.numel() * x.element_size() for x in (*net.parameters(), *net.buffers()))
-    assert profile_energy(net, torch.rand(5, 4)).footprint == before  # without the membranes of five rows
+    assert profile_energy(net, torch.rand(5, 4)).footprint == before  # the run creates membrane potentials
     lazy = nn.Sequential(nn.LazyLinear(3), AssociativeLIFNode(None, None, step_mode="m"))
     profile = profile_energy(lazy, torch.rand(5, 2, 4))
     assert [(product.kind, product.dense) for product in profile.products] == [("linear", 5 * 2 * 4 * 3)]
@@ -215,7 +215,7 @@ def test_the_notes_name_script_modules_whose_products_are_counted(make):
 
 
 class Masked(nn.Module):
-    """A network with the keyword of Hugging Face's models."""
+    """Network with the keyword ``attention_mask``, as Hugging Face's models have."""
 
     def __init__(self):
         super().__init__()
@@ -225,7 +225,7 @@ class Masked(nn.Module):
         return self.linear(self.embedding(input_ids))
 
 
-def test_padding_counts_and_the_notes_say_how_much():
+def test_padding_is_counted_and_a_note_has_its_number_of_positions():
     net, ids, mask = Masked(), torch.arange(10).reshape(2, 5) % 9, torch.ones(2, 5, dtype=torch.long)
     full = profile_energy(net, ids, attention_mask=mask)
     assert full.notes == []
@@ -233,4 +233,4 @@ def test_padding_counts_and_the_notes_say_how_much():
     padded = profile_energy(net, ids, attention_mask=mask)
     assert padded.dense == full.dense == 2 * 5 * 8 * 4
     assert padded.notes[0].startswith("Padding: 3 of 10 positions of attention_mask.")
-    assert profile_energy(net, ids[:, 4:], attention_mask=mask).notes == []  # the padding is in the cache
+    assert profile_energy(net, ids[:, 4:], attention_mask=mask).notes == []  # padded positions are in the cache

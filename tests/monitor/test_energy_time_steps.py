@@ -1,4 +1,4 @@
-"""``time_steps=``: batches of T rows, loops of single time steps over several sequences, neurons in step mode s."""
+"""``profile_energy(..., time_steps=T)``: batches of T rows, several sequences, neurons in step mode "s"."""
 
 from itertools import pairwise
 
@@ -17,28 +17,28 @@ from nord_snn.neurons import AssociativeLIFNode
 def test_inferred_and_stated_time_steps_give_the_same_profile(name):
     make, shape = PARTS[name]
     part, x = make(), 2 * torch.rand(shape)
-    found = profile_energy(part, x)
+    inferred = profile_energy(part, x)
     functional.reset_net(part)
-    assert profile_energy(part, x, time_steps=6) == found
-    assert found.time_steps == 6
+    assert profile_energy(part, x, time_steps=6) == inferred
+    assert inferred.time_steps == 6
 
 
 class TimeMean(nn.Module):
-    """Neurons, and a linear map of their mean over time."""
+    """Neurons, a linear map at each time step, and a linear map of the mean over time."""
 
     def __init__(self):
         super().__init__()
-        self.neurons, self.each, self.once = neuron.LIFNode(step_mode="m"), nn.Linear(8, 5), nn.Linear(5, 3)
+        self.neurons, self.per_step, self.of_mean = neuron.LIFNode(step_mode="m"), nn.Linear(8, 5), nn.Linear(5, 3)
 
     def forward(self, x):
-        return self.once(self.each(self.neurons(x)).mean(0))
+        return self.of_mean(self.per_step(self.neurons(x)).mean(0))
 
 
 class Transposed(TimeMean):
-    """A linear map over positions, of the mean over time."""
+    """The second linear map is over positions."""
 
     def forward(self, x):
-        return self.once(self.each(self.neurons(x)).mean(0).mT[..., :5])
+        return self.of_mean(self.per_step(self.neurons(x)).mean(0).mT[..., :5])
 
 
 class Flattened(nn.Module):
@@ -46,10 +46,10 @@ class Flattened(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.neurons, self.each = neuron.LIFNode(step_mode="m"), layer.Linear(8, 5, step_mode="m")
+        self.neurons, self.per_step = neuron.LIFNode(step_mode="m"), layer.Linear(8, 5, step_mode="m")
 
     def forward(self, x):
-        return self.each(self.neurons(x))
+        return self.per_step(self.neurons(x))
 
 
 NETS = {
@@ -74,24 +74,24 @@ def test_the_twin_costs_the_same_per_row_in_a_batch_of_t_rows(name):
     for figure in ("dense", "elementwise", "twin_elementwise"):
         values = [getattr(profile, figure) for profile in profiles]
         rises = [b - a for a, b in pairwise(values)]
-        assert max(rises) - min(rises) <= 1, (figure, values)  # the twin's are rounded down
+        assert max(rises) - min(rises) <= 1, (figure, values)  # twin_elementwise is rounded down
     macs = [profile.twin_macs() for profile in profiles]
     assert [value * 4 for value in macs] == [macs[0] * batch for batch in (4, 5, 6, 7)]
     x = torch.rand(6, 6, *more)
     functional.reset_net(net)
-    found = profile_energy(net, x)
+    inferred = profile_energy(net, x)
     functional.reset_net(net)
-    assert found == profile_energy(net, x, time_steps=6)  # found out, T is the same in a batch of T rows
+    assert inferred == profile_energy(net, x, time_steps=6)  # T is also inferred in a batch of T rows
 
 
-def test_sequences_without_a_row_dimension():
+def test_time_steps_of_sequences_without_a_row_dimension_are_counted():
     net = nn.Sequential(neuron.LIFNode(step_mode="m"), nn.Linear(8, 5))
     profile = profile_energy(net, torch.rand(6, 8), time_steps=6)
     assert (profile.dense, profile.twin_macs()) == (6 * 8 * 5, 8 * 5)
 
 
-def test_two_sequences_in_single_time_steps():
-    """Without time_steps, T would be the number of calls."""
+def test_time_steps_separate_two_sequences_that_run_in_single_time_steps():
+    """Without the argument T would be 12, the number of calls."""
     net = nn.Sequential(neuron.LIFNode(), nn.Linear(8, 5, bias=False), neuron.LIFNode())
     head = nn.Linear(5, 2, bias=False)
     both = nn.ModuleList([net, head])
@@ -106,7 +106,7 @@ def test_two_sequences_in_single_time_steps():
     assert profile.time_steps == 6
 
 
-def test_neurons_of_snntorch_run_whole_sequences():
+def test_a_layer_with_neurons_of_snntorch_has_the_twin_of_one_with_our_neurons():
     pytest.importorskip("snntorch")
     import snntorch
 
@@ -115,26 +115,27 @@ def test_neurons_of_snntorch_run_whole_sequences():
     def layer_with(make):
         return CoFiringResonance(16, 2, neuron=make)
 
-    theirs, ours = layer_with(lambda n: MultiStep(snntorch.Leaky(beta=0.9))), layer_with(node)
+    with_leaky, with_our_node = layer_with(lambda n: MultiStep(snntorch.Leaky(beta=0.9))), layer_with(node)
     x = torch.randn(6, 6, 5, 16)
-    profile = profile_energy(theirs, x, time_steps=6)
-    assert profile.twin_macs() == profile_energy(ours, x, time_steps=6).twin_macs()
+    profile = profile_energy(with_leaky, x, time_steps=6)
+    assert profile.twin_macs() == profile_energy(with_our_node, x, time_steps=6).twin_macs()
     assert {product.steps for product in profile.products if product.name in ("q_proj", "k_proj")} == {6}
 
 
-def test_a_network_without_known_neurons():
+def test_the_twin_of_a_network_without_known_neurons_has_the_given_time_steps():
     net = nn.Sequential(nn.Linear(8, 5), nn.ReLU())
     profile = profile_energy(net, torch.rand(6, 3, 8), time_steps=6)
     assert (profile.time_steps, profile.twin_macs(), profile.twin_elementwise) == (6, 3 * 8 * 5, 3 * 5)
 
 
-@pytest.mark.parametrize("wrong", [0, -3, 2.0, "6", True])
-def test_an_invalid_number_of_time_steps_raises_before_the_run(wrong):
+@pytest.mark.parametrize("time_steps", [0, -3, 2.0, "6", True])
+def test_an_invalid_number_of_time_steps_raises_before_the_run(time_steps):
     with pytest.raises(ValueError, match=r"time_steps must be a positive integer, or None to infer it, got"):
-        profile_energy(nn.Linear(4, 3), torch.rand(2, 4), time_steps=wrong)
+        profile_energy(nn.Linear(4, 3), torch.rand(2, 4), time_steps=time_steps)
 
 
 def in_single_steps(node, time_steps):
+    """Run a node in six single time steps under a profiler with ``time_steps``."""
     with EnergyProfiler(node, time_steps):
         for x in torch.rand(6, 3, 8):
             node(x)
@@ -142,9 +143,9 @@ def in_single_steps(node, time_steps):
 
 def test_time_steps_that_contradict_the_neurons_raise():
     sequence = AssociativeLIFNode(8, None, step_mode="m")
-    for wrong in (3, 12):
-        with pytest.raises(ValueError, match=f"time_steps is {wrong}, but .* sequences of 6 time steps"):
-            profile_energy(sequence, torch.rand(6, 3, 8), time_steps=wrong)
+    for time_steps in (3, 12):
+        with pytest.raises(ValueError, match=f"time_steps is {time_steps}, but .* sequences of 6 time steps"):
+            profile_energy(sequence, torch.rand(6, 3, 8), time_steps=time_steps)
     single = AssociativeLIFNode(8, None)
     with pytest.raises(ValueError, match=r"time_steps is 4, but .* called for 6 single time steps"):
         in_single_steps(single, 4)
@@ -152,15 +153,15 @@ def test_time_steps_that_contradict_the_neurons_raise():
     assert not single._forward_hooks
 
 
-class Own(nn.Module):
-    """Network with a keyword time_steps."""
+class WithKeyword(nn.Module):
+    """Network whose forward has the keyword ``time_steps``."""
 
     def forward(self, x, time_steps=2):
         return x.expand(time_steps, *x.shape) * 1
 
 
 def test_a_keyword_time_steps_of_the_network_is_passed_by_position_or_inside_a_profiler():
-    net, x = Own(), torch.rand(3, 4)
+    net, x = WithKeyword(), torch.rand(3, 4)
     assert profile_energy(net, x, time_steps=5).elementwise == 2 * 12
     assert profile_energy(net, x, 5).elementwise == 5 * 12
     with EnergyProfiler(net, time_steps=5) as profiler:

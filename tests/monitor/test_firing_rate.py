@@ -1,4 +1,4 @@
-"""SpikeMonitor counts the spikes of neurons."""
+"""SpikeMonitor: firing rates of neurons by layer, time step, neuron and zone, in one and several processes."""
 
 import copy
 
@@ -27,7 +27,7 @@ def test_rates_are_the_means_of_the_outputs_over_all_calls():
     assert rates["0"] == pytest.approx(expected.item())
     assert set(rates) == {"0", "2"}
     net[0](x, stateless=True)
-    assert monitor.rates() == rates  # closed: counts no more
+    assert monitor.rates() == rates  # a closed monitor does not count
     monitor.clear()
     assert monitor.rates() == {}
 
@@ -58,8 +58,8 @@ def test_neurons_of_snntorch_are_counted_once(init_hidden):
 
     net = nn.ModuleDict(
         {
-            "theirs": snntorch.Leaky(beta=0.9, threshold=4.0, init_hidden=init_hidden, output=True),
-            "ours": AssociativeSynaptic(8, n_clusters=4, init_hidden=init_hidden),
+            "leaky": snntorch.Leaky(beta=0.9, threshold=4.0, init_hidden=init_hidden, output=True),
+            "synaptic": AssociativeSynaptic(8, n_clusters=4, init_hidden=init_hidden),
         }
     )
     x = 8 * torch.rand(6, 8)
@@ -67,16 +67,19 @@ def test_neurons_of_snntorch_are_counted_once(init_hidden):
         spikes = {name: neuron(x) for name, neuron in net.items()}
     spikes = {name: out[0] if isinstance(out, tuple) else out for name, out in spikes.items()}
     rates = monitor.rates()
-    assert rates == pytest.approx({"theirs": spikes["theirs"].mean().item(), "ours.node": spikes["ours"].mean().item()})
+    assert rates == pytest.approx(
+        {"leaky": spikes["leaky"].mean().item(), "synaptic.node": spikes["synaptic"].mean().item()}
+    )
     assert all(0 < rate < 1 for rate in rates.values())
 
 
 def firing(n=8, **more):
+    """Return a node that fires for inputs of about 1."""
     return AssociativeLIFNode(n, n_clusters=4, step_mode="m", **more)
 
 
 def test_activity_equals_the_means_of_recorded_spikes():
-    """Per time step and per neuron, over calls of different length and batch size."""
+    """The means are per time step and per neuron; calls have different lengths and batch sizes."""
     node, recorded = firing(), []
     node.register_forward_hook(lambda module, inputs, output: recorded.append(output))
     with SpikeMonitor(node) as monitor:
@@ -85,32 +88,32 @@ def test_activity_equals_the_means_of_recorded_spikes():
     activity = monitor.activity()[""]
     assert torch.allclose(activity.per_neuron, torch.cat([s.flatten(0, 1) for s in recorded]).mean(0).double())
     for step in range(9):
-        here = torch.cat([s[step] for s in recorded if len(s) > step])
-        assert activity.per_step[step] == pytest.approx(here.mean().item())
+        spikes_of_step = torch.cat([s[step] for s in recorded if len(s) > step])
+        assert activity.per_step[step] == pytest.approx(spikes_of_step.mean().item())
     assert activity.rows == 7 * 3 + 5 + 9 * 4
     assert activity.rate == pytest.approx(monitor.rates()[""]) == pytest.approx(activity.per_neuron.mean().item())
 
 
 @pytest.mark.quick
 def test_single_time_steps_count_as_one_sequence():
-    """A node at rest starts a sequence, so a reset starts the next one."""
+    """A call of a node at rest starts a sequence."""
     x = 3 * torch.rand(6, 3, 8)
     node = firing()
-    with SpikeMonitor(node) as whole:
+    with SpikeMonitor(node) as monitor_of_sequence:
         node(x, stateless=True)
     node.step_mode = "s"
-    with SpikeMonitor(node) as single:
+    with SpikeMonitor(node) as monitor_of_steps:
         for _ in range(2):
             for step in x:
                 node(step)
             functional.reset_net(node)
-    a, b = whole.activity()[""], single.activity()[""]
+    a, b = monitor_of_sequence.activity()[""], monitor_of_steps.activity()[""]
     assert torch.allclose(a.per_step, b.per_step)
     assert torch.allclose(a.per_neuron, b.per_neuron)
     assert b.rows == 2 * a.rows
 
 
-def test_the_memory_of_a_node_that_is_never_reset_is_limited():
+def test_max_steps_limits_the_stored_time_steps_of_a_node_that_is_never_reset():
     node = firing()
     node.step_mode = "s"
     with SpikeMonitor(node, max_steps=5) as monitor:
@@ -121,7 +124,7 @@ def test_the_memory_of_a_node_that_is_never_reset_is_limited():
     assert activity.rows == 24
 
 
-def test_dead_and_saturated_neurons_and_their_histogram():
+def test_activity_has_dead_and_saturated_neurons_and_a_histogram_of_rates():
     """Neuron 0 never fires; neuron 1 fires in every third time step, when its refractory period is over."""
     node = AssociativeLIFNode(3, None, step_mode="m")
     x = torch.zeros(9, 2, 3)
@@ -153,20 +156,22 @@ def test_without_a_refractory_period_a_saturated_neuron_fires_in_every_time_step
 @pytest.mark.quick
 def test_the_rate_of_a_zone_is_the_mean_over_neurons_and_not_over_layers():
     block = NordBlock(16, 2, 64, neuron=lambda n: AssociativeLIFNode(n, n_clusters=4))
-    zones = {"binding": ["resonance"], "both": ["resonance.lif_q", "ffn"], "all": [""]}
+    zones = {"attention": ["resonance"], "both": ["resonance.lif_q", "ffn"], "all": [""]}
     with SpikeMonitor(block, zones) as monitor:
         block(5 * torch.randn(9, 2, 3, 16))
-    rates, found = monitor.rates(), monitor.zone_rates()
-    assert found["binding"] == pytest.approx((rates["resonance.lif_q"] + rates["resonance.lif_k"]) / 2)
-    # ffn.lif1 has four times the neurons of the others
-    assert found["both"] == pytest.approx((rates["resonance.lif_q"] + 4 * rates["ffn.lif1"] + rates["ffn.lif2"]) / 6)
-    assert found["all"] > 0
+    rates, zone_rates = monitor.rates(), monitor.zone_rates()
+    assert zone_rates["attention"] == pytest.approx((rates["resonance.lif_q"] + rates["resonance.lif_k"]) / 2)
+    # ffn.lif1 has four times as many neurons as the other layers
+    assert zone_rates["both"] == pytest.approx(
+        (rates["resonance.lif_q"] + 4 * rates["ffn.lif1"] + rates["ffn.lif2"]) / 6
+    )
+    assert zone_rates["all"] > 0
     with pytest.raises(ValueError, match=r"zone 'eleven' has no layer.*resonance.lif_q"):
         SpikeMonitor(block, {"eleven": ["ffn.lif"]})
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
 
 
-def test_places_of_images_are_separate_neurons_unless_feature_dims_is_given():
+def test_pixels_are_separate_neurons_unless_feature_dims_is_smaller():
     net = nn.Sequential(LIFNode(v_threshold=0.5, step_mode="m"))
     x = torch.rand(4, 2, 3, 5, 7)
     for dims, shape in ((None, (3, 5, 7)), (1, (7,)), (2, (5, 7))):
@@ -199,7 +204,7 @@ def test_all_half_precision_spikes_are_counted():
 
 @pytest.mark.parametrize("inside", [False, True], ids=["torch.compile", "compile()"])
 def test_compiled_networks_are_counted_by_monitors_started_before_and_after_compilation(inside):
-    """Without a graph break; a paused or closed monitor does not count."""
+    """Compilation has no graph break; a paused or closed monitor does not count."""
     net = NordBlock(16, 2, 32, neuron=lambda n: AssociativeLIFNode(n, n_clusters=4))
     x = 5 * torch.randn(6, 5, 2, 3, 16)
     run = net if inside else torch.compile(net, fullgraph=True, backend="eager")
@@ -220,7 +225,7 @@ def test_compiled_networks_are_counted_by_monitors_started_before_and_after_comp
                 run(3 * x[0])
                 monitor.resume()
             run(3 * x[0])
-            monitor.resume()  # a closed one stays closed
+            monitor.resume()  # has no effect on a closed monitor
             run(3 * x[0])
             assert monitor.rates() == pytest.approx(plain.rates())
 
@@ -233,12 +238,12 @@ def test_a_closed_monitor_leaves_no_hook():
     assert not any("forward" in module.__dict__ or "nord_snn" in str(list(module.__dict__)) for module in net.modules())
 
 
-def test_multistep_and_its_neuron_are_one_layer():
+def test_multi_step_and_its_neuron_are_counted_as_one_layer():
     snntorch = pytest.importorskip("snntorch")
     from nord_snn.integrations.snntorch import AssociativeSynaptic, MultiStep
 
     net = nn.ModuleDict(
-        {"theirs": MultiStep(snntorch.Leaky(beta=0.9)), "ours": MultiStep(AssociativeSynaptic(8, n_clusters=4))}
+        {"leaky": MultiStep(snntorch.Leaky(beta=0.9)), "synaptic": MultiStep(AssociativeSynaptic(8, n_clusters=4))}
     )
     x = 3 * torch.rand(6, 3, 8)
     with SpikeMonitor(net) as monitor:
@@ -248,7 +253,7 @@ def test_multistep_and_its_neuron_are_one_layer():
         assert torch.allclose(activity.per_step, spikes[name].flatten(1).mean(1).double(), atol=1e-6)
 
 
-WORK = """
+SCRIPT = """
 import sys, torch
 from torch import distributed
 from nord_snn.monitor import SpikeMonitor
@@ -275,14 +280,14 @@ try:
 except ValueError as error:
     assert "has run in some only" in str(error)
 else:
-    raise SystemExit("one of two processes ran nothing and nobody said so")
+    raise SystemExit("no error although one of two processes ran nothing")
 distributed.barrier()
 import os; os._exit(0)
 """
 
 
 def test_gather_sums_the_counts_of_two_processes(tmp_path):
-    two_processes(WORK, tmp_path)
+    two_processes(SCRIPT, tmp_path)
     (a, a_steps, a_rows), (b, b_steps, b_rows) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     torch.manual_seed(0)
     node = firing()
@@ -290,26 +295,26 @@ def test_gather_sums_the_counts_of_two_processes(tmp_path):
     with SpikeMonitor(node) as monitor:
         node(x[:, 0::2], stateless=True)
         node(x[:5, 1::2], stateless=True)
-    whole = monitor.activity()[""]
-    assert a_rows == b_rows == whole.rows
-    for got, expected in (
-        (a, whole.per_neuron),
-        (b, whole.per_neuron),
-        (a_steps, whole.per_step),
-        (b_steps, whole.per_step),
+    expected = monitor.activity()[""]
+    assert a_rows == b_rows == expected.rows
+    for got, value in (
+        (a, expected.per_neuron),
+        (b, expected.per_neuron),
+        (a_steps, expected.per_step),
+        (b_steps, expected.per_step),
     ):
-        assert torch.allclose(got, expected)
+        assert torch.allclose(got, value)
 
 
 def test_gather_sums_two_ranks_that_ran_different_numbers_of_time_steps(monkeypatch):
     nodes, x = [firing(), firing()], 3 * torch.rand(7, 4, 8)
     monitors = [SpikeMonitor(node) for node in nodes]
-    whole = SpikeMonitor(together := firing())
+    monitor_of_both = SpikeMonitor(together := firing())
     for rank, steps in ((0, 7), (1, 5)):
         nodes[rank](x[:steps, rank::2], stateless=True)
         together(x[:steps, rank::2], stateless=True)
     assert Ranks(monkeypatch).run(lambda rank: monitors[rank].gather()) == [None, None]
-    expected = whole.activity()[""]
+    expected = monitor_of_both.activity()[""]
     for monitor in monitors:
         activity = monitor.activity()[""]
         assert activity.rows == expected.rows == 7 * 2 + 5 * 2
@@ -350,7 +355,7 @@ def test_a_time_step_that_raises_is_not_counted():
 
 
 def test_counting_can_start_in_inference_mode_and_continue_outside():
-    """As with evaluation before training."""
+    """An example is evaluation before training."""
     node = AssociativeLIFNode(8, n_clusters=4, step_mode="m")
     x = 3 * torch.rand(5, 2, 8)
     with SpikeMonitor(node) as monitor:

@@ -1,4 +1,4 @@
-"""SpikeMonitor(kinds=...): neurons of any class, of other libraries, and modules that are found by their outputs."""
+"""``SpikeMonitor(kinds=...)``: neurons of any class or library, and of unknown classes, which are found by their outputs."""
 
 import copy
 import warnings
@@ -15,8 +15,8 @@ from nord_snn.neurons.detection import is_neuron
 pytestmark = pytest.mark.quick
 
 
-class Own(nn.Module):
-    """Integrate-and-fire neurons with soft reset over a sequence [T, N, *], of no library."""
+class IntegrateAndFire(nn.Module):
+    """Integrate-and-fire neurons with soft reset over a sequence [T, N, *], a class of no library."""
 
     def forward(self, x_seq):
         v, spikes = 0.0, []
@@ -27,14 +27,14 @@ class Own(nn.Module):
         return torch.stack(spikes)
 
 
-class WithStates(Own):
+class WithStates(IntegrateAndFire):
     """Neurons that return spikes and a state, as snnTorch's and Norse's do."""
 
     def forward(self, x_seq):
         return super().forward(x_seq), x_seq[-1]
 
 
-class WithSurrogate(Own):
+class WithSurrogate(IntegrateAndFire):
     """Neurons with a surrogate function as a child, as in research code that builds on SpikingJelly."""
 
     def __init__(self):
@@ -45,7 +45,7 @@ class WithSurrogate(Own):
         return self.surrogate_function(x_seq - 0.5)
 
 
-class OwnBits(nn.Module):
+class BooleanSpikes(nn.Module):
     def forward(self, x):
         return x > 0.5
 
@@ -55,37 +55,39 @@ class Doubled(nn.Module):
         return 2 * x
 
 
-class OwnDropout(nn.Module):
+class ColumnDropout(nn.Module):
     """Dropout of every second column."""
 
     def forward(self, x):
         return x * (torch.arange(x.shape[-1]) % 2)
 
 
-class OwnPool(nn.Module):
+class MaxPool(nn.Module):
     def forward(self, x):
         return x.unflatten(-1, (-1, 2)).amax(-1)
 
 
-class OwnReLU(nn.ReLU):
+class ReLUSubclass(nn.ReLU):
     """A ReLU of a class that torch does not have."""
 
 
-def own_network():
-    return nn.Sequential(Own(), OwnDropout(), OwnPool(), nn.Linear(4, 6), WithSurrogate(), nn.Identity())
+def network():
+    return nn.Sequential(
+        IntegrateAndFire(), ColumnDropout(), MaxPool(), nn.Linear(4, 6), WithSurrogate(), nn.Identity()
+    )
 
 
 KINDS = {
-    "class": Own,
-    "tuple": (WithSurrogate, Own),
-    "function": lambda module: isinstance(module, Own),
-    "looks": "spiking",
+    "class": IntegrateAndFire,
+    "tuple": (WithSurrogate, IntegrateAndFire),
+    "function": lambda module: isinstance(module, IntegrateAndFire),
+    "outputs": "spiking",
 }
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_the_rate_of_neurons_of_any_class_is_the_mean_of_their_outputs(name):
-    net, recorded = own_network(), {"0": [], "4": []}
+    net, recorded = network(), {"0": [], "4": []}
     for key, calls in recorded.items():
         net[int(key)].register_forward_hook(lambda module, inputs, output, calls=calls: calls.append(output))
     with SpikeMonitor(net, {"first": ["0"]}, kinds=KINDS[name], step_mode="m") as monitor:
@@ -103,8 +105,11 @@ def test_the_rate_of_neurons_of_any_class_is_the_mean_of_their_outputs(name):
 
 
 def test_without_a_step_mode_a_call_is_one_time_step():
-    net, x = nn.Sequential(Own()), torch.rand(6, 3, 8)
-    with SpikeMonitor(net, kinds=Own) as steps, SpikeMonitor(net, kinds=Own, step_mode="m") as sequences:
+    net, x = nn.Sequential(IntegrateAndFire()), torch.rand(6, 3, 8)
+    with (
+        SpikeMonitor(net, kinds=IntegrateAndFire) as steps,
+        SpikeMonitor(net, kinds=IntegrateAndFire, step_mode="m") as sequences,
+    ):
         net(x)
     assert steps.activity()["0"].per_neuron.shape == (3, 8)
     assert sequences.activity()["0"].per_neuron.shape == (8,)
@@ -113,33 +118,43 @@ def test_without_a_step_mode_a_call_is_one_time_step():
 
 def test_a_layer_that_returns_spikes_and_states_is_counted():
     net = nn.Sequential(WithStates())
-    with SpikeMonitor(net, kinds=WithStates, step_mode="m") as monitor, RowRates(net, kinds=Own, step_mode="m") as rows:
+    with (
+        SpikeMonitor(net, kinds=WithStates, step_mode="m") as monitor,
+        RowRates(net, kinds=IntegrateAndFire, step_mode="m") as rows,
+    ):
         spikes, _ = net(torch.rand(6, 3, 8))
     assert monitor.rates()["0"] == pytest.approx(spikes.mean().item())
     assert torch.allclose(rows.take()["0"], spikes.mean((0, 2)))
 
 
-def test_modules_that_pass_spikes_on_are_not_neurons_and_the_report_names_them():
-    net = own_network()
+def test_modules_that_copy_spikes_are_not_neurons_and_the_report_names_them():
+    net = network()
     with SpikeMonitor(net, kinds="spiking", step_mode="m") as monitor:
         net(torch.rand(6, 3, 8))
     text = str(monitor)
     assert "| 0 | 0." in text
-    assert "Taken for neurons, because their outputs are exactly 0 and 1 and their inputs are not: '0' (Own), " in text
+    assert (
+        "Taken for neurons, because their outputs are exactly 0 and 1 and their inputs are not: '0' (IntegrateAndFire), "
+        in text
+    )
     assert "'4' (WithSurrogate)." in text
-    assert "from inputs of 0 and 1 only, or copied from them: '1' (OwnDropout), '2' (OwnPool)." in text
+    assert "from inputs of 0 and 1 only, or copied from them: '1' (ColumnDropout), '2' (MaxPool)." in text
 
 
 @pytest.mark.parametrize(
     ("module", "x", "verdict"),
     [
-        (OwnReLU(), torch.tensor([[-1.0, 0.0, 1.0, -1.0]]), "copied from them: '0' (OwnReLU)"),
-        (OwnPool(), torch.tensor([[-1.0, 0.0, 1.0, -1.0]]), "copied from them: '0' (OwnPool)"),
-        (Own(), torch.full((4, 1, 2), 0.1), "Outputs of 0 only: '0' (Own)."),
-        (Own(), torch.full((4, 1, 2), 1.0), "Outputs of 1 only: '0' (Own)."),
-        (Own(), (torch.arange(8).reshape(4, 1, 2) % 2).float(), "copied from them: '0' (Own)."),
+        (ReLUSubclass(), torch.tensor([[-1.0, 0.0, 1.0, -1.0]]), "copied from them: '0' (ReLUSubclass)"),
+        (MaxPool(), torch.tensor([[-1.0, 0.0, 1.0, -1.0]]), "copied from them: '0' (MaxPool)"),
+        (IntegrateAndFire(), torch.full((4, 1, 2), 0.1), "Outputs of 0 only: '0' (IntegrateAndFire)."),
+        (IntegrateAndFire(), torch.full((4, 1, 2), 1.0), "Outputs of 1 only: '0' (IntegrateAndFire)."),
+        (
+            IntegrateAndFire(),
+            (torch.arange(8).reshape(4, 1, 2) % 2).float(),
+            "copied from them: '0' (IntegrateAndFire).",
+        ),
         (Doubled(), torch.rand(4, 1, 2), "No module was taken for neurons"),
-        (OwnBits(), torch.rand(4, 1, 2), "No module was taken for neurons"),
+        (BooleanSpikes(), torch.rand(4, 1, 2), "No module was taken for neurons"),
     ],
 )
 def test_modules_that_are_not_neurons_by_their_outputs(module, x, verdict):
@@ -151,76 +166,80 @@ def test_modules_that_are_not_neurons_by_their_outputs(module, x, verdict):
 
 
 def test_a_module_with_a_later_output_other_than_0_and_1_is_not_a_neuron():
-    net = nn.Sequential(OwnReLU())
+    net = nn.Sequential(ReLUSubclass())
     with SpikeMonitor(net, kinds="spiking") as monitor:
         net(torch.tensor([[-1.0, 1.0]]))
         net(torch.tensor([[-1.0, 0.3]]))
     assert monitor.rates() == {}
-    assert "OwnReLU" not in str(monitor)
+    assert "ReLUSubclass" not in str(monitor)
 
 
 def test_without_known_neurons_the_monitor_searches_by_outputs_and_warns_once():
-    net = own_network()
+    net = network()
     with SpikeMonitor(net, step_mode="m") as monitor:
         net(torch.rand(6, 3, 8))
-    with pytest.warns(UserWarning, match=r"no neurons of known classes. Taken for neurons.*'0' \(Own\)") as found:
+    with pytest.warns(
+        UserWarning, match=r"no neurons of known classes. Taken for neurons.*'0' \(IntegrateAndFire\)"
+    ) as warned:
         monitor.rates()
-    assert [warning.filename for warning in found] == [__file__]
+    assert [warning.filename for warning in warned] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert set(monitor.rates()) == {"0", "4"}
 
 
-def test_the_search_by_outputs_adds_neurons_to_the_known_ones():
-    net = nn.Sequential(neuron.LIFNode(step_mode="m"), nn.Linear(8, 8), Own())
+def test_the_search_by_outputs_finds_neurons_in_addition_to_those_of_known_classes():
+    net = nn.Sequential(neuron.LIFNode(step_mode="m"), nn.Linear(8, 8), IntegrateAndFire())
     with SpikeMonitor(net, kinds="spiking", step_mode="m") as monitor:
         net(3 * torch.rand(6, 3, 8))
     assert set(monitor.rates()) == {"0", "2"}
-    with SpikeMonitor(net) as monitor:  # by class alone
+    with SpikeMonitor(net) as monitor:  # known classes only
         functional.reset_net(net)
         net(3 * torch.rand(6, 3, 8))
     assert set(monitor.rates()) == {"0"}
 
 
 def test_the_search_by_outputs_ignores_copies_and_calls_while_paused():
-    net = own_network()
+    net = network()
     with SpikeMonitor(net, kinds="spiking", step_mode="m") as monitor:
         copy.deepcopy(net)(torch.rand(6, 3, 8))
         monitor.pause()
         net(torch.rand(6, 3, 8))
         assert monitor.rates() == {}
-        assert "Not called: '0' (Own)" in str(monitor)
+        assert "Not called: '0' (IntegrateAndFire)" in str(monitor)
         monitor.resume()
         net(torch.rand(6, 3, 8))
         assert set(monitor.rates()) == {"0", "4"}
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
 
-@pytest.mark.parametrize("wrong", [3, "neurons", (), (Own, 3), int, [Own]])
-def test_an_invalid_kind_raises(wrong):
+@pytest.mark.parametrize("kinds", [3, "neurons", (), (IntegrateAndFire, 3), int, [IntegrateAndFire]])
+def test_an_invalid_kind_raises(kinds):
     with pytest.raises(TypeError, match=r"kinds must be a class of modules.*got"):
-        SpikeMonitor(own_network(), kinds=wrong)
+        SpikeMonitor(network(), kinds=kinds)
 
 
-def test_networks_without_the_kind_and_layers_that_cannot_be_observed_raise():
-    with pytest.raises(ValueError, match="expected modules of class Own or WithSurrogate, Linear has none"):
-        SpikeMonitor(nn.Linear(2, 2), kinds=(Own, WithSurrogate))
+def test_networks_without_modules_of_the_kind_and_modules_that_cannot_be_observed_raise():
+    with pytest.raises(
+        ValueError, match="expected modules of class IntegrateAndFire or WithSurrogate, Linear has none"
+    ):
+        SpikeMonitor(nn.Linear(2, 2), kinds=(IntegrateAndFire, WithSurrogate))
     with pytest.raises(ValueError, match=r"expected modules for which kinds\(module\) is true, Linear has none"):
         SpikeMonitor(nn.Linear(2, 2), kinds=lambda module: False)
     scripted = nn.Sequential(torch.jit.script(nn.ReLU()))
     with pytest.raises(TypeError, match="'0' is a ScriptModule"):
         SpikeMonitor(scripted, kinds=lambda module: isinstance(module, torch.jit.ScriptModule))
     with pytest.raises(ValueError, match='step_mode must be "s" or "m", got 3'):
-        SpikeMonitor(own_network(), kinds=Own, step_mode=3)
-    watched = nn.Sequential(Listed())
+        SpikeMonitor(network(), kinds=IntegrateAndFire, step_mode=3)
+    returns_list = nn.Sequential(ReturnsList())
     with (
-        SpikeMonitor(watched, kinds=Listed),
-        pytest.raises(TypeError, match=r"must return spikes.*Listed returned list"),
+        SpikeMonitor(returns_list, kinds=ReturnsList),
+        pytest.raises(TypeError, match=r"must return spikes.*ReturnsList returned list"),
     ):
-        watched(torch.rand(2))
+        returns_list(torch.rand(2))
 
 
-class Listed(nn.Module):
+class ReturnsList(nn.Module):
     def forward(self, x):
         return [x]
 
@@ -293,7 +312,7 @@ def test_recurrent_weights_of_snntorch_are_counted():
     assert profile.elementwise == 0
 
 
-def test_products_of_neurons_with_an_update_cost_are_not_counted_again():
+def test_products_inside_neurons_with_an_update_cost_are_not_counted_in_addition():
     node = AssociativeLIFNode(8, n_clusters=4, step_mode="m", backend="torch")
     assert profile_energy(node, 5 * torch.rand(6, 3, 8)).products == []
 

@@ -1,4 +1,4 @@
-"""Tests of the cost of each op against counts by hand."""
+"""The cost of each op (operations and bytes of one call) equals counts by hand."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def test_the_cost_of_updates_of_neurons():
     assert lif_update_cost(spikes) == OpCost(multiplications=80, additions=120, state_bytes=320, neuron_outputs=40)
     plain = OpCost(multiplications=120, additions=200, state_bytes=960, neuron_outputs=40)
     assert associative_update_cost(spikes, None) == plain
-    # Ten rows of a cascade of 2 clusters: matrix product and gain; two spikes, the matrix product, and 4 neurons.
+    # Cascade of 2 clusters in 10 rows. Multiplications: matrix, gain; additions: 2 spikes, matrix, current to 4 neurons.
     cascade = plain._replace(multiplications=120 + 10 * (4 + 2), additions=200 + 2 + 10 * (4 + 4))
     assert associative_update_cost(spikes, 2) == cascade
     decay, rest = torch.full((1,), 0.5), (None, None, None)
@@ -32,7 +32,7 @@ def test_the_cost_of_the_clamp():
 
 
 def resonance_call(**changes):
-    """Return two positions of one head with 2 neurons and 3 time steps; position 0 has one spike, position 1 has two."""
+    """Return the arguments of a call with 2 positions, 1 head, 2 neurons and 3 time steps; the positions have 1 and 2 spikes."""
     q = torch.zeros(3, 1, 2, 2)
     q[0, 0, 0, 0] = q[1, 0, 1, 1] = q[2, 0, 1, 0] = 1.0
     call = {"q": q, "k": q, "v": torch.full((1, 2, 2), 0.5), "temperature": 1.0, "recency": None}
@@ -53,15 +53,15 @@ def test_the_cost_of_a_resonance():
 
 
 def test_the_cost_of_a_resonance_with_spiking_values():
-    wide = torch.zeros(1, 2, 6)  # of 3 time steps; position 0 has two spikes, position 1 has three
-    wide[0, 0, :2] = wide[0, 1, 3:] = 1.0
-    values = resonance_cost(**resonance_call(v=wide)).products[1]
+    values_of_3_steps = torch.zeros(1, 2, 6)  # position 0 has two spikes, position 1 has three
+    values_of_3_steps[0, 0, :2] = values_of_3_steps[0, 1, 3:] = 1.0
+    values = resonance_cost(**resonance_call(v=values_of_3_steps)).products[1]
     assert values[:4] == ("values", 3 * 6, 0, 2 * 2 + 1 * 3)
     assert values.activation_bytes == 3 + 2 * 6 * 4
     assert values.time_steps == 3
 
 
-def test_the_cost_of_a_resonance_without_spikes():
+def test_the_cost_of_a_resonance_of_real_numbers():
     real = torch.full((3, 1, 2, 2), 0.3)
     coincidences = resonance_cost(**resonance_call(q=real, k=real)).products[0]
     assert coincidences[:4] == ("coincidences", 18, 18, 0)
@@ -76,7 +76,7 @@ def test_the_cost_of_a_resonance_is_the_same_in_other_dtypes(dtype):
 
 
 def cached_call(**changes):
-    """Return a call for the last of four positions, in one head with 2 neurons and 3 time steps; queries have two spikes."""
+    """Return the arguments of a call for the last of 4 positions: 1 head, 2 neurons, 3 time steps; the query has 2 spikes."""
     q = torch.zeros(3, 1, 4, 2)
     q[0, 0, :, 0] = q[2, 0, :, 1] = 1.0
     call = {"q": q[:, :, 3:], "keys": pack_spikes(q, 1), "values": torch.full((1, 1, 4, 2), 0.5), "top_k": 2}
@@ -119,7 +119,7 @@ def test_the_cost_of_a_weight_change_of_stdp():
     assert stdp_cost(pre / 2, post).products[1][:4] == ("depression", 144, 144, 0)
 
 
-def test_a_weight_change_of_a_convolution_by_hand():
+def test_the_cost_of_a_weight_change_of_a_convolution():
     """At the edge an output connects to two inputs instead of three."""
     geometry = ConvGeometry((3,), (1,), ((1, 1),), (1,))
     pre, post = torch.zeros(1, 1, 1, 5), torch.zeros(1, 1, 2, 5)

@@ -1,4 +1,4 @@
-"""RowRates measures the firing rate of each row, over its time steps and neurons."""
+"""RowRates: the firing rate of each row, the mean over its time steps and neurons."""
 
 import copy
 
@@ -32,19 +32,19 @@ def test_the_rate_of_a_row_is_the_mean_of_its_spikes():
 
 @pytest.mark.quick
 def test_the_rate_of_a_row_does_not_depend_on_the_batch():
-    """The rate of a token does not depend on later tokens."""
+    """A row is a position of a sequence; it does not depend on later positions."""
     torch.manual_seed(0)
     block = NordBlock(16, 2, 32, neuron=node)
     x = 4 * torch.randn(9, 2, 6, 16)
     with RowRates(block) as rows:
         block(x)
-        whole = rows.take()
+        all_rows = rows.take()
         block(x[:, 1:, :4])
-        part = rows.take()
-    assert set(whole) == set(SpikeMonitor(block)._counters)
-    for name, rates in whole.items():
+        some_rows = rows.take()
+    assert set(all_rows) == set(SpikeMonitor(block)._counters)
+    for name, rates in all_rows.items():
         assert rates.shape == (2, 6)
-        assert torch.equal(rates[1:, :4], part[name])
+        assert torch.equal(rates[1:, :4], some_rows[name])
 
 
 @pytest.mark.quick
@@ -58,15 +58,15 @@ def test_the_mean_over_rows_is_the_rate_of_the_layer():
 
 
 def test_single_time_steps_give_the_rates_of_the_sequence():
-    single, whole = LIFNode(v_threshold=0.5), LIFNode(v_threshold=0.5, step_mode="m")
+    single, all_rows = LIFNode(v_threshold=0.5), LIFNode(v_threshold=0.5, step_mode="m")
     x = torch.rand(6, 3, 2, 4)
-    with RowRates(single) as steps, RowRates(whole) as sequence:
-        for now in x:
-            single(now)
-        whole(x)
+    with RowRates(single) as steps, RowRates(all_rows) as sequence:
+        for x_t in x:
+            single(x_t)
+        all_rows(x)
         rates = steps.take()[""]
         assert torch.equal(rates, sequence.take()[""])
-        assert rates.shape == (3,)  # others' neurons have every dimension behind the batch to themselves
+        assert rates.shape == (3,)  # for SpikingJelly's nodes all dimensions after the batch are neurons
     functional.reset_net(single)
     with RowRates(single, feature_dims=1) as steps:
         single(x[0])
@@ -82,21 +82,21 @@ def test_another_number_of_rows_raises_and_copies_are_not_counted():
         with pytest.raises(ValueError, match=r"rows of '0' must not change, got \[3\] and then \[2\]: take\(\)"):
             net(torch.rand(4, 2, 8))
     functional.reset_net(net)
-    for watch in (RowRates, SpikeMonitor):
+    for monitor in (RowRates, SpikeMonitor):
         with pytest.raises(ValueError, match="feature_dims must be at least 1, got 0"):
-            watch(net, feature_dims=0)
+            monitor(net, feature_dims=0)
         with (
             pytest.raises(
                 ValueError, match=r"feature_dims must be less than the 3 dimensions of the spikes \[4, 3, 8\], got 3"
             ),
-            watch(net, feature_dims=3),
+            monitor(net, feature_dims=3),
         ):
             net(torch.rand(4, 3, 8))
     with pytest.raises(ValueError, match="Linear has none"):
         RowRates(nn.Linear(2, 2))
 
 
-def test_without_rows_there_is_no_rate_and_copies_can_be_saved(tmp_path):
+def test_an_empty_batch_has_no_rate_and_a_copy_of_an_observed_network_can_be_saved(tmp_path):
     net = nn.Sequential(AssociativeLIFNode(8, None, step_mode="m"))
     with RowRates(net), SpikeMonitor(net) as monitor:
         net(torch.rand(4, 0, 8))
@@ -120,6 +120,6 @@ def test_compiled_code_counts_many_calls_without_recompilation():
     compiled = torch.compile(lambda x: net[0](x, stateless=True), backend="eager", fullgraph=True)
     x = 2 * torch.rand(5, 3, 8)
     with RowRates(net) as rows:
-        for _ in range(20):  # more than torch compiles one piece of code
+        for _ in range(20):  # more than torch's limit of recompilations
             spikes = compiled(x)
         assert torch.allclose(rows.take()["0"], spikes.mean((0, 2)))

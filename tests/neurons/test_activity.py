@@ -1,4 +1,4 @@
-"""A layer that is silent or saturated in the first training batches warns once."""
+"""A layer that is silent or saturated in the first three training batches warns once."""
 
 import warnings
 
@@ -9,19 +9,21 @@ from nord_snn.neurons import AssociativeLIFNode, NeuronActivityWarning
 
 
 def train(node, x, batches):
+    """Call and reset a node for each of several batches."""
     for _ in range(batches):
         node(x)
         node.reset()
 
 
-def make(threshold, **more):
+def make_node(threshold, **more):
+    """Return eight neurons with a threshold."""
     return AssociativeLIFNode(8, preset="lif", threshold=threshold, step_mode="m", **more)
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize(("threshold", "state"), [(1e6, "silent"), (-1e6, "saturated: they fired in 100 %")])
-def test_it_warns_after_three_batches_and_says_what_helps(threshold, state):
-    node = make(threshold)
+def test_silent_and_saturated_neurons_warn_once_after_three_batches_and_name_a_remedy(threshold, state):
+    node = make_node(threshold)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(node, torch.rand(4, 2, 8), 2)
@@ -33,8 +35,8 @@ def test_it_warns_after_three_batches_and_says_what_helps(threshold, state):
 
 
 @pytest.mark.quick
-def test_single_time_steps_count_until_the_reset():
-    node = make(1e6)
+def test_single_time_steps_until_a_reset_are_one_batch():
+    node = make_node(1e6)
     node.step_mode = "s"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -51,15 +53,15 @@ def test_single_time_steps_count_until_the_reset():
 def test_neurons_that_fire_and_networks_that_do_not_train_do_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        train(make(0.4), torch.rand(4, 2, 8), 5)
-        train(make(1e6).eval(), torch.rand(4, 2, 8), 5)
+        train(make_node(0.4), torch.rand(4, 2, 8), 5)
+        train(make_node(1e6).eval(), torch.rand(4, 2, 8), 5)
         with torch.no_grad():
-            train(make(1e6), torch.rand(4, 2, 8), 5)
+            train(make_node(1e6), torch.rand(4, 2, 8), 5)
 
 
 @pytest.mark.quick
-def test_calls_without_state_are_batches():
-    node = make(1e6)
+def test_each_stateless_call_is_one_batch():
+    node = make_node(1e6)
     for _ in range(2):
         node(torch.rand(4, 2, 8), stateless=True)
     with pytest.warns(NeuronActivityWarning, match="silent"):

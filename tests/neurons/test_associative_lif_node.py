@@ -1,4 +1,4 @@
-"""Tests of AssociativeLIFNode, the SpikingJelly node of the op."""
+"""AssociativeLIFNode, the SpikingJelly node of the op ``associative_lif``: values, state, arguments, SpikingJelly's tools."""
 
 import copy
 import pickle
@@ -58,9 +58,9 @@ def test_dimensions_between_rows_and_features_are_rows():
 
 def test_state_is_carried_until_reset_and_stateless_calls_do_not_change_it():
     n = node()
-    first, held = n(X), n.v.clone()
+    first, v = n(X), n.v.clone()
     assert torch.equal(n(X, stateless=True), first)
-    assert torch.equal(n.v, held)
+    assert torch.equal(n.v, v)
     assert not torch.equal(n(X), first)
     for reset in (functional.reset_net, nord_snn.reset):
         reset(n)
@@ -104,12 +104,12 @@ def test_bad_constructor_arguments_raise():
         AssociativeLIFNode(8, n_clusters=None, backend="cuda")
     with pytest.raises(ValueError, match="cascade_radius must be at least 0"):
         AssociativeLIFNode(8, n_clusters=4, cascade_radius=-1)
-    for v_reset in (None, float("nan"), torch.zeros(())):  # None is SpikingJelly's word for subtracting
+    for v_reset in (None, float("nan"), torch.zeros(())):  # in SpikingJelly None selects the soft reset
         with pytest.raises(TypeError, match=r"v_reset must be a number.*None only with refractory_steps=0"):
             AssociativeLIFNode(8, n_clusters=None, v_reset=v_reset)
 
 
-def test_spikingjellys_tools_work_on_it():
+def test_spikingjellys_tools_work_on_the_node():
     net = nn.Sequential(nn.Linear(8, 8), node(step_mode="s"))
     functional.set_step_mode(net, "m")
     spikes = monitor.OutputMonitor(net, neuron.BaseNode)
@@ -133,12 +133,12 @@ def test_functional_forward_takes_and_returns_states():
     assert n.v == 0.0
 
 
-def test_copies_and_pickles():
+def test_copies_and_pickles_continue_from_the_same_state():
     n = node()
     n(X.requires_grad_(False))
     functional.detach_net(n)
-    for other in (copy.deepcopy(n), pickle.loads(pickle.dumps(n))):
-        assert torch.equal(other(X), copy.deepcopy(n)(X))
+    for duplicate in (copy.deepcopy(n), pickle.loads(pickle.dumps(n))):
+        assert torch.equal(duplicate(X), copy.deepcopy(n)(X))
 
 
 def test_parameters_for_the_optimizer_have_a_dimension():
@@ -171,7 +171,7 @@ def test_a_spikingjelly_surrogate_can_be_passed_or_assigned():
     assert not torch.allclose(n.v_threshold.grad, atan)
 
 
-def test_which_backend_returns_the_backend():
+def test_which_backend_returns_the_backend_and_unknown_names_raise():
     n = node(backend="torch")
     assert n.which_backend(X).name == "torch"
     n.backend = "cupy"
@@ -183,7 +183,7 @@ def test_which_backend_returns_the_backend():
     assert n.backend == "cupy"
 
 
-def test_the_backend_can_be_set_as_by_spikingjelly():
+def test_the_backend_attribute_can_be_set_on_every_module():
     """``functional.set_backend`` of SpikingJelly 0.0.0.0.14 sets the backend of every module this way."""
     net = nn.Sequential(nn.Linear(8, 8), node())
     for module in net.modules():
@@ -196,10 +196,10 @@ def test_half_precision_modules_keep_their_state_in_float32():
     n = node().to(torch.bfloat16)
     assert n(X.bfloat16()).dtype == torch.bfloat16
     assert n.v.dtype == torch.float32
-    kept = torch.tensor(0.9).logit().bfloat16().float().sigmoid()  # only the parameter is rounded, not its sigmoid
+    beta_mem = torch.tensor(0.9).logit().bfloat16().float().sigmoid()  # the logit is rounded, its sigmoid is not
     silent = node(n_clusters=None, threshold=99.0).to(torch.bfloat16)
     silent(torch.ones(1, 1, 8, dtype=torch.bfloat16))
-    assert torch.allclose(silent.v, 1 - kept, atol=1e-6)
+    assert torch.allclose(silent.v, 1 - beta_mem, atol=1e-6)
 
 
 def test_reset_parameters_restores_initial_values():
@@ -222,27 +222,27 @@ def test_cascade_module_starts_as_a_ring():
     current = cascade(spikes)[0]
     assert torch.allclose(current[1], 0.8 * torch.tensor(2 / 3).sigmoid())
     assert torch.equal(current[:6], current[6:])
-    assert current[1] > current[2] > current[3]  # nearest clusters strongest
+    assert current[1] > current[2] > current[3]  # decreases with the distance of the clusters
     with pytest.raises(ValueError, match=r"\[\*, D\] with D = 12"):
         cascade(torch.zeros(2, 10))
 
 
-def test_other_neurons_run_from_rest_and_their_state_is_restored():
+def test_fire_from_rest_runs_spikingjellys_neurons_and_restores_their_state():
     lif = neuron.LIFNode(step_mode="m")
     first = lif(X)
-    held = lif.v.clone()
+    v = lif.v.clone()
     assert torch.equal(fire_from_rest(lif, X), first)
-    assert torch.equal(lif.v, held)
-    chain = make_neuron(lambda n: nn.Sequential(nn.Linear(8, 8), neuron.LIFNode(v_threshold=0.2)), 8)
+    assert torch.equal(lif.v, v)
+    container = make_neuron(lambda n: nn.Sequential(nn.Linear(8, 8), neuron.LIFNode(v_threshold=0.2)), 8)
     for rows in (3, 2):  # a container of neurons also starts from rest, with any batch size
-        out = fire_from_rest(chain, X[:, :rows])
-        assert torch.equal(fire_from_rest(chain, X[:, :rows]), out)
-    assert chain[1].v == 0.0
+        out = fire_from_rest(container, X[:, :rows])
+        assert torch.equal(fire_from_rest(container, X[:, :rows]), out)
+    assert container[1].v == 0.0
     stateless = nn.ReLU()
     assert torch.equal(fire_from_rest(stateless, X), X)
 
 
-def test_a_former_name_works_and_warns():
+def test_the_deprecated_name_of_dense_activation_works_and_warns():
     with pytest.warns(FutureWarning, match="SmoothActivation is now called DenseActivation"):
         from nord_snn.neurons import SmoothActivation
     assert SmoothActivation is nord_snn.neurons.DenseActivation
@@ -251,7 +251,7 @@ def test_a_former_name_works_and_warns():
         _ = nord_snn.neurons.Missing
 
 
-def test_factories_are_checked():
+def test_make_neuron_checks_the_factory():
     assert make_neuron(lambda n: neuron.LIFNode(), 8).step_mode == "m"
     with pytest.raises(TypeError, match=r"neuron=lambda n: LIFNode\(\)"):
         make_neuron(neuron.LIFNode, 8)

@@ -1,4 +1,4 @@
-"""AssociativeLIFNode in networks of others: a width found at the first call, channels, SpikingJelly's arguments, like()."""
+"""AssociativeLIFNode in place of other neurons: lazy number of neurons, channels, SpikingJelly's arguments, ``like()``."""
 
 import copy
 import io
@@ -19,16 +19,17 @@ IMAGES = 2 * torch.rand(4, 2, 6, 3, 5, generator=torch.Generator().manual_seed(0
 
 
 def lazy(**more):
+    """Return a node whose number of neurons is inferred in the first call."""
     return AssociativeLIFNode(step_mode="m", **more)
 
 
-# ---- the width
+# ---- the number of neurons
 
 
 @pytest.mark.parametrize(
     ("shape", "width", "channel_dim"), [((4, 2, 7), 7, None), ((4, 2, 3, 7), 7, None), ((4, 2, 6, 3, 5), 6, 1)]
 )
-def test_the_width_is_found_at_the_first_call(shape, width, channel_dim):
+def test_the_number_of_neurons_is_inferred_in_the_first_call(shape, width, channel_dim):
     node = lazy()
     assert node.n_features is None
     node(torch.rand(shape))
@@ -47,8 +48,8 @@ def test_an_optimizer_made_before_the_first_call_trains_the_thresholds():
 
 @pytest.mark.parametrize("clusters", [None, "auto", 3])
 @pytest.mark.parametrize(("saved_called", "loaded_called"), [(True, True), (True, False), (False, False)])
-def test_state_dicts_before_and_after_the_first_call(clusters, saved_called, loaded_called):
-    """As with nn.LazyLinear: parameters found at the first call load into a node that has not been called."""
+def test_state_dicts_load_before_and_after_the_first_call(clusters, saved_called, loaded_called):
+    """The parameters of a node that was called load into one that was not, as with nn.LazyLinear."""
     nodes = lazy(n_clusters=clusters), lazy(n_clusters=clusters)
     for node, called in zip(nodes, (saved_called, loaded_called), strict=True):
         if called:
@@ -66,7 +67,7 @@ def test_state_dicts_before_and_after_the_first_call(clusters, saved_called, loa
     assert [len(p) for p in nodes[1].parameters()] == [len(p) for p in nodes[0].parameters()]
 
 
-def test_parameters_of_another_width_do_not_load():
+def test_loaded_parameters_of_another_number_of_neurons_raise_in_the_first_call():
     trained, other = lazy(), lazy()
     trained(IMAGES)
     other.load_state_dict(trained.state_dict())
@@ -75,7 +76,7 @@ def test_parameters_of_another_width_do_not_load():
 
 
 @pytest.mark.parametrize("called", [False, True])
-def test_copies(called):
+def test_copies_before_and_after_the_first_call_give_the_same_spikes(called):
     node = lazy(n_clusters="auto")
     if called:
         node(IMAGES)
@@ -95,7 +96,7 @@ def test_before_the_first_call_parameters_are_uninitialized():
     assert "n_features=None" in repr(node)
 
 
-def test_a_given_threshold_must_have_the_width_of_the_input():
+def test_a_threshold_of_another_number_of_neurons_raises_in_the_first_call():
     with pytest.raises(ValueError, match="has values for 5 neurons, the first input has 6"):
         lazy(threshold=torch.rand(5))(IMAGES)
     node = lazy(threshold=torch.arange(1.0, 7.0))
@@ -103,7 +104,7 @@ def test_a_given_threshold_must_have_the_width_of_the_input():
     assert node.v_threshold.tolist() == [1, 2, 3, 4, 5, 6]
 
 
-def test_clusters_must_divide_the_width_that_is_found():
+def test_clusters_that_do_not_divide_the_number_of_neurons_raise_in_the_first_call():
     with pytest.raises(ValueError, match="D = 6 and C = 4"):
         lazy(n_clusters=4)(IMAGES)
     node = lazy(n_clusters="auto")
@@ -117,17 +118,17 @@ def test_clusters_must_divide_the_width_that_is_found():
 
 @pytest.mark.parametrize("clusters", [None, 3])
 @pytest.mark.parametrize("step_mode", ["m", "s"])
-def test_channels_are_the_last_dimension_of_the_transposed_input(clusters, step_mode):
+def test_channel_dim_1_equals_the_last_dimension_of_the_transposed_input(clusters, step_mode):
     constants = {"n_clusters": clusters, "step_mode": step_mode, "threshold": torch.rand(6) + 0.1, "preset": "nord"}
-    first = AssociativeLIFNode(6, channel_dim=1, store_v_seq=True, **constants)
-    last = AssociativeLIFNode(6, store_v_seq=True, **constants)
+    channels_first = AssociativeLIFNode(6, channel_dim=1, store_v_seq=True, **constants)
+    channels_last = AssociativeLIFNode(6, store_v_seq=True, **constants)
     for x in [IMAGES] if step_mode == "m" else IMAGES:
         dim = x.ndim - 3
-        spikes = first(x)
+        spikes = channels_first(x)
         assert spikes.stride() == x.stride()
-        assert torch.equal(spikes, last(x.movedim(dim, -1)).movedim(-1, dim))
-    assert torch.equal(first.v_seq, last.v_seq.movedim(-1, 2))
-    assert torch.equal(first.v, last.v.movedim(-1, 1))
+        assert torch.equal(spikes, channels_last(x.movedim(dim, -1)).movedim(-1, dim))
+    assert torch.equal(channels_first.v_seq, channels_last.v_seq.movedim(-1, 2))
+    assert torch.equal(channels_first.v, channels_last.v.movedim(-1, 1))
 
 
 def test_outputs_keep_the_memory_format_of_the_input():
@@ -139,7 +140,7 @@ def test_outputs_keep_the_memory_format_of_the_input():
     assert torch.equal(spikes, node(IMAGES))
 
 
-def test_columns_of_an_image_are_not_taken_for_neurons():
+def test_an_image_whose_width_equals_the_number_of_neurons_raises_without_channel_dim():
     with pytest.raises(ValueError, match="12 channels: pass channel_dim=1"):
         AssociativeLIFNode(12, None, step_mode="m")(torch.rand(3, 2, 12, 12, 12))
     with pytest.raises(ValueError, match="12 channels: pass channel_dim=1"):
@@ -154,17 +155,21 @@ def test_columns_of_an_image_are_not_taken_for_neurons():
 # ---- constants
 
 
-def test_the_preset_follows_from_how_the_neuron_is_made():
-    published, swapped = AssociativeLIFNode(64), AssociativeLIFNode()
+def test_the_default_preset_depends_on_the_arguments():
+    published, without_arguments = AssociativeLIFNode(64), AssociativeLIFNode()
     assert (published.refractory_steps, published.cascade.n_clusters) == (2, 64)
-    assert (swapped.refractory_steps, swapped.cascade, swapped.beta_syn_logit) == (0, None, None)
+    assert (without_arguments.refractory_steps, without_arguments.cascade, without_arguments.beta_syn_logit) == (
+        0,
+        None,
+        None,
+    )
     assert AssociativeLIFNode(64, tau=2.0).refractory_steps == 0
     assert AssociativeLIFNode(64, preset="lif").v_threshold[0] == PRESETS["lif"]["threshold"]
     with pytest.raises(ValueError, match="unknown preset 'none'"):
         AssociativeLIFNode(64, preset="none")
 
 
-def test_the_arguments_of_spikingjelly():
+def test_the_arguments_of_spikingjellys_nodes_are_accepted():
     node = AssociativeLIFNode(
         6,
         tau=4.0,
@@ -214,12 +219,12 @@ def test_the_arguments_of_spikingjelly():
         ({"n_features": 4, "n_clusters": 2, "beta_syn": 0.0}, ValueError, "a cascade adds to the synaptic current"),
     ],
 )
-def test_arguments_that_contradict_each_other_are_named(arguments, error, message):
+def test_arguments_that_contradict_each_other_raise(arguments, error, message):
     with pytest.raises(error, match=message):
         AssociativeLIFNode(**arguments)
 
 
-def test_a_vector_has_no_rows_to_find_the_width_in():
+def test_a_first_input_without_a_row_dimension_raises():
     with pytest.raises(ValueError, match=r"expects \[N, \*, D\], got \[5\]"):
         AssociativeLIFNode()(torch.rand(5))
     with pytest.raises(ValueError, match=r"expects \[T, N, \*, D\], got \[3, 5\]"):
@@ -227,7 +232,7 @@ def test_a_vector_has_no_rows_to_find_the_width_in():
 
 
 @pytest.mark.parametrize("clusters", [None, 2])
-def test_explicit_states_give_the_spikes_of_stored_ones_and_store_nothing(clusters):
+def test_passed_states_give_the_spikes_of_stored_states(clusters):
     node = AssociativeLIFNode(4, clusters, threshold=0.1)
     states = node.get_memories("v", "i_syn", "refractory")
     x_seq = torch.rand(6, 3, 4)
@@ -241,14 +246,14 @@ def test_explicit_states_give_the_spikes_of_stored_ones_and_store_nothing(cluste
     assert node.get_memories("v", "i_syn", "refractory") == (0.0, 0.0, 0)
 
 
-def test_the_description_names_what_differs_from_the_published_neuron():
+def test_repr_names_arguments_that_differ_from_the_published_neuron():
     node = AssociativeLIFNode(4, None, channel_dim=1, hard_reset=True, v_reset=0.0)
     assert "channel_dim=1" in repr(node)
     assert "hard_reset=True" in repr(node)
     assert "hard_reset" not in repr(AssociativeLIFNode(4, None))
 
 
-def test_decays_of_every_neuron():
+def test_each_neuron_may_have_its_own_decay():
     betas = torch.tensor([0.2, 0.5, 0.8])
     node = AssociativeLIFNode(3, None, beta_mem=betas, step_mode="m")
     assert torch.allclose(node.beta_mem, betas)
@@ -263,7 +268,7 @@ def test_decays_of_every_neuron():
     assert AssociativeLIFNode(3, None, own_decays=True).beta_mem.shape == (3,)
 
 
-def test_what_is_not_learnable_has_no_gradient():
+def test_only_learnable_parameters_require_a_gradient():
     node = AssociativeLIFNode(3, None, learnable=("beta_mem",))
     assert [name for name, p in node.named_parameters() if p.requires_grad] == ["beta_mem_logit"]
 
@@ -286,55 +291,55 @@ def test_like_gives_the_spikes_and_gradients_of_spikingjelly(kind, options, deta
     if backend == "numba":
         pytest.importorskip("numba")
     torch.manual_seed(0)
-    theirs = kind(
+    original = kind(
         v_reset=v_reset, detach_reset=detach_reset, step_mode="m", surrogate_function=surrogate.ATan(), **options
     )
-    theirs.store_v_seq = True
-    ours = AssociativeLIFNode.like(theirs, backend=backend)
+    original.store_v_seq = True
+    node = AssociativeLIFNode.like(original, backend=backend)
     inputs = [(1.5 * torch.randn(20, 4, 64) + 0.3).requires_grad_()]
     inputs.append(inputs[0].detach().clone().requires_grad_())
-    expected, spikes = theirs(inputs[0]), ours(inputs[1])
+    expected, spikes = original(inputs[0]), node(inputs[1])
     assert torch.equal(spikes, expected)
     assert 0.02 < expected.mean() < 0.9
     same_formula = kind is neuron.IFNode or (kind is neuron.LIFNode and (is_release_2 or options["decay_input"]))
     if v_reset is None and same_formula:
-        assert torch.equal(ours.v_seq, theirs.v_seq)
-    assert torch.allclose(ours.v_seq, theirs.v_seq, atol=1e-6)
+        assert torch.equal(node.v_seq, original.v_seq)
+    assert torch.allclose(node.v_seq, original.v_seq, atol=1e-6)
     weight = torch.rand_like(expected)
     for y in (expected, spikes):
         (y * weight).sum().backward()
     assert relative_error(inputs[1].grad, inputs[0].grad) < 1e-5
-    assert [p.requires_grad for p in ours.parameters()] == [False] + [True] * (kind is neuron.ParametricLIFNode)
+    assert [p.requires_grad for p in node.parameters()] == [False] + [True] * (kind is neuron.ParametricLIFNode)
     if kind is neuron.ParametricLIFNode:  # the logit of 1 - 1 / tau is -w
-        assert relative_error(-ours.beta_mem_logit.grad, theirs.w.grad.reshape(1)) < 1e-4
+        assert relative_error(-node.beta_mem_logit.grad, original.w.grad.reshape(1)) < 1e-4
 
 
-def test_like_in_a_network_of_images_gives_its_output_to_the_bit():
+def test_like_gives_the_output_of_a_convolutional_network_bit_for_bit():
     torch.manual_seed(0)
-    theirs = nn.Sequential(
+    original = nn.Sequential(
         layer.Conv2d(3, 8, 3, padding=1), layer.BatchNorm2d(8), neuron.LIFNode(tau=2.0, v_reset=None),
         layer.MaxPool2d(2, 2), layer.Flatten(), layer.Linear(128, 10), neuron.IFNode(v_reset=None),
     )  # fmt: skip
-    ours = copy.deepcopy(theirs)
+    replaced = copy.deepcopy(original)
     for i in (2, 6):
-        ours[i] = AssociativeLIFNode.like(theirs[i])
+        replaced[i] = AssociativeLIFNode.like(original[i])
     x = torch.rand(4, 2, 3, 8, 8)
-    for net in (theirs, ours):
+    for net in (original, replaced):
         functional.set_step_mode(net, "m")
-    assert torch.equal(ours(x), theirs(x))
-    assert ours[2].channel_dim == 1
+    assert torch.equal(replaced(x), original(x))
+    assert replaced[2].channel_dim == 1
 
 
-def test_like_names_what_it_cannot_match():
-    class Own(neuron.LIFNode):
+def test_like_raises_for_neurons_that_it_does_not_know():
+    class LIFSubclass(neuron.LIFNode):
         pass
 
-    for node in (Own(), nn.ReLU(), neuron.GatedLIFNode(T=4) if hasattr(neuron, "GatedLIFNode") else nn.ReLU()):
+    for node in (LIFSubclass(), nn.ReLU(), neuron.GatedLIFNode(T=4) if hasattr(neuron, "GatedLIFNode") else nn.ReLU()):
         with pytest.raises(TypeError, match=r"like\(\) supports spikingjelly's IFNode, .*got "):
             AssociativeLIFNode.like(node)
 
 
-def test_like_needs_a_threshold_that_is_a_number():
+def test_like_raises_for_a_threshold_that_is_a_tensor():
     node = neuron.LIFNode()
     node.v_threshold = torch.ones(3)
     with pytest.raises(TypeError, match=r"like\(\) needs a threshold that is a number, got a tensor"):
@@ -351,14 +356,14 @@ def test_like_needs_a_threshold_that_is_a_number():
         ({"beta": torch.tensor([0.5, 0.9])}, "reset_mechanism='subtract' unless beta is one number above 0"),
     ],
 )
-def test_like_names_the_option_of_snntorch_that_it_cannot_match(options, sentence):
+def test_like_raises_for_options_of_snntorch_that_it_cannot_match(options, sentence):
     snntorch = pytest.importorskip("snntorch")
     with pytest.raises(TypeError, match=re.escape(f"like() cannot match {sentence}")):
         AssociativeLIFNode.like(snntorch.Leaky(**{"beta": 0.9, **options}))
 
 
-def snntorch_runs(node, x):
-    """Spikes of a snnTorch neuron over time."""
+def run_snntorch(node, x):
+    """Return the spikes of a neuron of snnTorch for a sequence."""
     states = node.reset_mem()
     states, spikes = states if isinstance(states, tuple) else (states,), []
     for step in x:
@@ -376,20 +381,20 @@ def test_like_gives_the_spikes_of_snntorch(kind, reset, delay):
     options = {"reset_mechanism": reset, "beta": 0.9}
     options |= {"alpha": 0.7} if kind == "Synaptic" else {}
     options |= {"R": 1.0, "time_step": 0.02} if kind == "Lapicque" else {"reset_delay": delay}
-    theirs = getattr(snntorch, kind)(**options)
+    original = getattr(snntorch, kind)(**options)
     x = (0.8 * torch.randn(40, 4, 16) + 0.2) * (20 if kind == "Lapicque" else 1)
     if reset == "subtract" and not delay and kind != "Lapicque":
         with pytest.raises(TypeError, match="cannot match reset_delay=False with reset_mechanism='subtract'"):
-            AssociativeLIFNode.like(theirs)
+            AssociativeLIFNode.like(original)
         return
-    ours = AssociativeLIFNode.like(theirs)
-    expected = snntorch_runs(theirs, x)
-    spikes = torch.stack([ours(step) for step in x])
+    node = AssociativeLIFNode.like(original)
+    expected = run_snntorch(original, x)
+    spikes = torch.stack([node(step) for step in x])
     assert torch.equal(spikes, expected)
     assert 0.02 < expected.mean() < 0.9
 
 
-def test_a_node_whose_membrane_is_its_whole_state_stores_nothing_else():
+def test_the_preset_lif_stores_only_the_membrane_potential():
     node, whole = AssociativeLIFNode(6, preset="lif"), AssociativeLIFNode(6, preset="lif", step_mode="m")
     x = torch.randn(5, 2, 6)
     with torch.no_grad():
@@ -418,15 +423,17 @@ def test_spikes_and_gradients_have_the_strides_of_the_input(shape):
 @pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
 @pytest.mark.parametrize("beta", [0.0, 1.0, 1.2])  # snnTorch clips a decay to [0, 1]
 @pytest.mark.parametrize("kind", ["Leaky", "Synaptic"])
-def test_like_gives_the_spikes_of_snntorch_without_leak_and_without_memory(kind, beta, reset):
+def test_like_gives_the_spikes_of_snntorch_at_decays_of_0_and_1(kind, beta, reset):
     snntorch = pytest.importorskip("snntorch")
     if (beta, reset) == (0.0, "subtract"):
         return
     torch.manual_seed(0)
-    theirs = getattr(snntorch, kind)(beta=beta, reset_mechanism=reset, **({"alpha": 0.7} if kind == "Synaptic" else {}))
-    ours, x = AssociativeLIFNode.like(theirs), 0.8 * torch.randn(40, 4, 16)
-    expected = snntorch_runs(theirs, x)
-    assert torch.equal(torch.stack([ours(step) for step in x]), expected)
+    original = getattr(snntorch, kind)(
+        beta=beta, reset_mechanism=reset, **({"alpha": 0.7} if kind == "Synaptic" else {})
+    )
+    node, x = AssociativeLIFNode.like(original), 0.8 * torch.randn(40, 4, 16)
+    expected = run_snntorch(original, x)
+    assert torch.equal(torch.stack([node(step) for step in x]), expected)
     assert 0.02 < expected.mean() < 0.9
 
 
@@ -441,19 +448,19 @@ def test_like_gives_the_spikes_of_snntorch_without_leak_and_without_memory(kind,
         ("Lapicque", {"R": 1.0, "C": 1.0, "time_step": 3.0}, "a membrane decay 1 - time_step / (R * C) in [0, 1], got -2"),
     ],
 )  # fmt: skip
-def test_like_names_the_constant_of_snntorch_that_it_cannot_match(kind, options, sentence):
+def test_like_raises_for_constants_of_snntorch_that_it_cannot_match(kind, options, sentence):
     snntorch = pytest.importorskip("snntorch")
     with pytest.raises(TypeError, match=re.escape(sentence)):
         AssociativeLIFNode.like(getattr(snntorch, kind)(**options))
 
 
-def test_like_names_a_decay_of_plif_that_is_rounded_to_one():
-    theirs = neuron.ParametricLIFNode()
-    theirs.w.data.fill_(-60.0)
+def test_like_raises_for_a_decay_of_parametric_lif_that_is_rounded_to_1():
+    original = neuron.ParametricLIFNode()
+    original.w.data.fill_(-60.0)
     with pytest.raises(TypeError, match=r"1 - sigmoid\(w\) in \(0, 1\), got 1"):
-        AssociativeLIFNode.like(theirs)
+        AssociativeLIFNode.like(original)
 
 
-def test_learnable_of_like_is_true_or_false():
+def test_learnable_of_like_must_be_true_or_false():
     with pytest.raises(TypeError, match=r"learnable of like\(\) must be True or False, got 'threshold'"):
         AssociativeLIFNode.like(neuron.LIFNode(), learnable="threshold")

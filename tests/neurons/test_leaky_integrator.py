@@ -1,4 +1,4 @@
-"""LeakyIntegrator: its equation, in both step modes, with the state of a SpikingJelly module."""
+"""LeakyIntegrator: its equation in both step modes, its state, and bad input."""
 
 import copy
 
@@ -17,20 +17,22 @@ from nord_snn.neurons import LeakyIntegrator
 @given(
     beta_mem=st.floats(0.01, 1.0), beta_syn=st.floats(0.0, 0.99), gain=st.none() | st.floats(-2, 2), v_rest=st.floats(-1, 1)
 )  # fmt: skip
-def test_the_equation(beta_mem: float, beta_syn: float, gain: float | None, v_rest: float) -> None:
+def test_the_integrator_equals_its_equation(
+    beta_mem: float, beta_syn: float, gain: float | None, v_rest: float
+) -> None:
     x_seq = torch.randn(7, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     options = {name: torch.tensor(value, dtype=torch.float64) for name, value in
                {"beta_mem": beta_mem, "beta_syn": beta_syn, "v_rest": v_rest}.items()}  # fmt: skip
     module = LeakyIntegrator(3, **options, gain=None if gain is None else torch.tensor(gain).double(), step_mode="m")
     v, i = torch.full((2, 3), v_rest, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
     factor = 1 - beta_mem if gain is None else torch.tensor(gain).double()
-    for x, ours in zip(x_seq, module(x_seq), strict=True):
+    for x, output in zip(x_seq, module(x_seq), strict=True):
         i = beta_syn * i + x
         v = beta_mem * v + (1 - beta_mem) * v_rest + factor * i
-        torch.testing.assert_close(ours, v)
+        torch.testing.assert_close(output, v)
 
 
-def test_single_steps_are_the_sequence_and_a_sequence_goes_on_until_reset() -> None:
+def test_single_time_steps_equal_the_sequence_which_continues_until_a_reset() -> None:
     x_seq = torch.randn(8, 2, 4, 5)
     whole = LeakyIntegrator((4, 5), beta_mem=torch.rand(4, 1) * 0.9 + 0.05, beta_syn=0.5, step_mode="m")
     single = copy.deepcopy(whole)

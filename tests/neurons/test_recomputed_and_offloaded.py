@@ -1,4 +1,4 @@
-"""Gradient checkpointing around nodes that hold state, and parameters that are elsewhere between calls."""
+"""Nodes under gradient checkpointing, and with parameters that accelerate has offloaded to CPU memory or disk."""
 
 import pytest
 import torch
@@ -11,12 +11,12 @@ X = 2 * torch.randn(8, 2, 8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("held", [True, False], ids=["state", "rest"])
+@pytest.mark.parametrize("has_state", [True, False], ids=["state", "rest"])
 @pytest.mark.parametrize("make", [lambda: AssociativeLIFNode(8, n_clusters=4, step_mode="m"),
                                   lambda: LeakyIntegrator(8, step_mode="m")], ids=["neurons", "integrator"])  # fmt: skip
-def test_a_state_that_is_gone_is_one_error(make, held, reentrant):
+def test_recomputation_from_a_state_that_has_changed_raises(make, has_state, reentrant):
     node, x = make(), X.clone().requires_grad_()
-    if held:
+    if has_state:
         node(x[:4])
     out = checkpoint(node, x[4:], use_reentrant=reentrant)
     with pytest.raises(RuntimeError, match="checkpoint a function that begins with reset"):
@@ -24,7 +24,7 @@ def test_a_state_that_is_gone_is_one_error(make, held, reentrant):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_a_function_that_resets_and_a_call_without_state_are_recomputed_right(reentrant):
+def test_a_checkpointed_function_that_resets_and_a_stateless_call_have_the_right_gradient(reentrant):
     node = AssociativeLIFNode(8, n_clusters=4, step_mode="m")
     grads = []
 
@@ -44,13 +44,13 @@ def test_a_function_that_resets_and_a_call_without_state_are_recomputed_right(re
     torch.testing.assert_close(grads[2], grads[0])
 
 
-@pytest.mark.parametrize("how", ["cpu_offload", "disk_offload"])
-def test_parameters_may_be_offloaded(how, tmp_path):
+@pytest.mark.parametrize("method", ["cpu_offload", "disk_offload"])
+def test_a_block_with_offloaded_parameters_gives_the_same_output(method, tmp_path):
     accelerate = pytest.importorskip("accelerate")
     block = NordBlock(8, 2, 16, neuron=lambda n: AssociativeLIFNode(n, n_clusters=4)).requires_grad_(False)
     x, device = torch.randn(4, 2, 3, 8), torch.device("cpu")
     expected, names = block(x), list(block.state_dict())
-    if how == "cpu_offload":
+    if method == "cpu_offload":
         accelerate.cpu_offload(block, device)
     else:
         accelerate.disk_offload(block, tmp_path, device)

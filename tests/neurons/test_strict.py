@@ -1,4 +1,4 @@
-"""Neurons that fire above the threshold only: the next number of the dtype of the membrane fires."""
+"""Neurons with ``strict``, which fire only above their threshold: they fire at the next larger number of their dtype."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ class Strict(AssociativeLIFNode):
     strict = True
 
 
-# The membrane is half of the input, in AssociativeLeaky the input.
+# The membrane potential is half of the input, in AssociativeLeaky equal to the input.
 NEURONS = {
     "a subclass": lambda: Strict(3, None, threshold=0.0625, beta_mem=0.5),
     "snnTorch, two states": lambda: AssociativeSynaptic(3, None, threshold=0.0625, beta=0.5),
@@ -27,8 +27,8 @@ NEURONS = {
 @pytest.mark.parametrize("parameters", [torch.float32, torch.float64])
 @pytest.mark.parametrize("membrane", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", NEURONS)
-def test_the_threshold_is_silent_and_the_next_number_fires(name, membrane, parameters):
-    threshold = torch.full((1, 3), 0.125, dtype=membrane)  # of the input
+def test_neurons_are_silent_at_the_threshold_and_fire_at_the_next_number(name, membrane, parameters):
+    threshold = torch.full((1, 3), 0.125, dtype=membrane)  # input at which the membrane potential is the threshold
     for x, expected in ((threshold, 0.0), (torch.nextafter(threshold, torch.ones_like(threshold)), 1.0)):
         out = NEURONS[name]().to(parameters)(x)
         assert (out[0] if isinstance(out, tuple) else out).tolist() == [[expected] * 3]
@@ -36,7 +36,7 @@ def test_the_threshold_is_silent_and_the_next_number_fires(name, membrane, param
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("value", [0.1, -0.1, 0.0, 1e30])
-def test_no_number_is_between_the_threshold_and_where_it_fires_and_the_gradient_is_one(dtype, value):
+def test_firing_above_returns_the_next_number_with_a_gradient_of_1(dtype, value):
     threshold = torch.full((2,), value, dtype=torch.float32, requires_grad=True)
     above = firing_above(threshold, dtype)
     assert above.dtype == dtype

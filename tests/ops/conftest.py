@@ -1,4 +1,4 @@
-"""Fixtures that run kernels on the CPU, in Triton's interpreter, as C++ instead of CUDA, and on a GPU."""
+"""Fixtures that run GPU kernels on the CPU, in Triton's interpreter or compiled as C++, and that detect unwritten memory."""
 
 import ctypes
 import importlib
@@ -46,7 +46,7 @@ def memory_full_of_nan(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def interpreted() -> ModuleType:
-    """Load the Triton kernels again for the interpreter; other imports still get the compiled kernels."""
+    """Load the Triton kernels for the interpreter into a separate module; ``nord_snn`` keeps the compiled kernels."""
     pytest.importorskip("triton", reason="Triton is not installed")
     spec = importlib.util.spec_from_file_location("interpreted_triton", importlib.util.find_spec(TRITON).origin)
     module = importlib.util.module_from_spec(spec)
@@ -58,23 +58,24 @@ def interpreted() -> ModuleType:
 
 @pytest.fixture
 def interpreter(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Return the interpreted kernels, with interpretation of kernels that are called from kernels."""
-    triton, machinery = importlib.import_module("triton"), importlib.import_module("triton.runtime.interpreter")
+    """Return the interpreted kernels; functions that they call are interpreted as well."""
+    triton = importlib.import_module("triton")
+    interpreter_module = importlib.import_module("triton.runtime.interpreter")
 
-    def call_and_tidy_up(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call a kernel from a kernel, as the interpreter does, and restore ``triton.language``."""
-        scope = machinery._patch_lang(self.fn)
+    def call_and_restore(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Interpret a function that a kernel calls, and restore ``triton.language`` afterwards."""
+        scope = interpreter_module._patch_lang(self.fn)
         try:
             return self.rewrite()(*args, **kwargs)
         finally:
             scope.restore()
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(machinery.InterpretedFunction, "__call__", call_and_tidy_up)
+    monkeypatch.setattr(interpreter_module.InterpretedFunction, "__call__", call_and_restore)
     for name in ("sum", "zeros"):  # Triton's own kernels, decorated when Triton was imported
         function = getattr(triton.language, name)
         if isinstance(function, triton.JITFunction):
-            monkeypatch.setattr(triton.language, name, machinery.InterpretedFunction(function.fn))
+            monkeypatch.setattr(triton.language, name, interpreter_module.InterpretedFunction(function.fn))
     return interpreted
 
 
@@ -92,13 +93,13 @@ def emulate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
         path = folder / f"{len(built)}.cpp"
         path.write_text(f'#include "cuda_on_cpu.h"\n{source}\nLAUNCHABLE({kernel})\n')
         flags = ["-O0", "-std=c++17", "-ffp-contract=off", "-w", "-shared", "-fPIC", f"-I{Path(__file__).parent}"]
-        done = subprocess.run(
+        process = subprocess.run(
             [compiler, *flags, *options, str(path), "-o", str(path.with_suffix(".so"))],
             capture_output=True,
             text=True,
             check=False,
         )
-        assert done.returncode == 0, done.stderr
+        assert process.returncode == 0, process.stderr
         return getattr(ctypes.CDLL(str(path.with_suffix(".so"))), f"launch_{kernel}")
 
     def launch(

@@ -1,9 +1,9 @@
-// Just enough of CUDA to compile a kernel as ordinary C++ and run it on the CPU, one thread block after the other.
+// The part of CUDA that our kernels use, to compile them as C++ and run them on the CPU, one thread block after the other.
 //
-// Every thread of a block is a fiber that runs until the next barrier. Fibers take turns in ascending order up to one
-// barrier and in descending order up to the next, so that a missing barrier shows in one of the two. LAUNCHABLE(kernel)
-// makes launch_<kernel>(grid, block, args), where args points to the 64 bits of each argument; it returns 1 if threads
-// of a block disagreed about how many barriers there are.
+// Every thread of a block is a fiber that runs until the next barrier. Fibers run in ascending order up to one
+// barrier and in descending order up to the next, so that a missing barrier changes a result. LAUNCHABLE(kernel)
+// defines launch_<kernel>(grid, block, args), where args points to the 64 bits of each argument; it returns 1 if threads
+// of a block reach different numbers of barriers.
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -86,7 +86,7 @@ static int run_block(unsigned threads, char *stacks) {
             finished += done[thread.x];
         }
         if (finished == threads) return 0;
-        if (finished) return 1; // some wait at a barrier that the others never reach
+        if (finished) return 1; // some threads wait at a barrier that other threads do not reach
     }
 }
 

@@ -1,4 +1,4 @@
-"""Tests of the associative LIF op: independent values, equations, bad input."""
+"""The associative LIF op equals independently computed values and its equations, on PyTorch and Numba; bad input raises."""
 
 import pytest
 import torch
@@ -12,19 +12,19 @@ from nord_snn.ops.__main__ import table as backend_table
 pytestmark = pytest.mark.quick
 
 CASES = load_reference("neuron")
-EPSILON = 1e-5  # spikes must agree wherever |u - threshold| is larger
+EPSILON = 1e-5  # spikes must be equal wherever |u - threshold| is larger
 
 
 @pytest.fixture(params=["torch", "numba"])
 def backend(request):
-    """Select the reference and, if Numba is installed, the CPU kernel."""
+    """Run a test with the PyTorch reference and with the Numba kernel."""
     if request.param == "numba":
         pytest.importorskip("numba", reason="the CPU kernels need Numba")
     return request.param
 
 
 def run_case(case, backend, dtype=torch.float32):
-    """Run the op on a reference case; return the leaves and the outputs."""
+    """Run the op on a case of ``tests/data/neuron.pt``; return the inputs that have gradients, and the outputs."""
     leaves = {name: value.to(dtype, copy=True).requires_grad_() for name, value in case["params"].items()}
     leaves["x"] = case["x"].to(dtype, copy=True).requires_grad_()
     state = None
@@ -73,12 +73,12 @@ def test_gradients_equal_the_expected_values(case, backend):
     if "initial_v" in case:
         expected |= {"initial_v": case["grad_initial_v"], "initial_i_syn": case["grad_initial_i_syn"]}
     for name, gradient in expected.items():
-        got = leaves[name].grad  # None where nothing depends on it, as on the cascade of a single step
+        got = leaves[name].grad  # None if the output does not depend on it, as on the cascade with one time step
         assert relative_error(torch.zeros_like(gradient) if got is None else got, gradient) < 1e-4, name
 
 
 def test_the_smooth_part_passes_gradcheck():
-    """Below threshold nothing fires and the function is smooth, so its gradient is exact."""
+    """Below the threshold the function is smooth."""
     threshold = torch.full((4,), 50.0, dtype=torch.float64)
     state = AssociativeLIFState(*(torch.randn(3, 4, dtype=torch.float64) for _ in range(2)), torch.zeros(3, 4).int())
 
@@ -101,7 +101,7 @@ def test_the_smooth_part_passes_gradcheck():
 
 @pytest.mark.parametrize("name", SURROGATES)
 def test_the_spiking_part_passes_gradcheck_with_the_surrogates_primitive(name):
-    """With the smooth primitive instead of the step function, the backward pass must be the exact gradient."""
+    """With the primitive of the surrogate derivative as spike function, the backward pass is the exact gradient."""
     primitive = SURROGATES[name].primitive
     weight = torch.rand(2, 2, dtype=torch.float64).requires_grad_()
     gain = torch.rand(2, dtype=torch.float64).requires_grad_()
@@ -123,7 +123,7 @@ def test_the_spiking_part_passes_gradcheck_with_the_surrogates_primitive(name):
 
     smooth = lambda u: primitive(u, 4.0)  # noqa: E731
     assert torch.autograd.gradcheck(lambda *leaves: run(*leaves, smooth, 4.0), (x, weight, gain), atol=1e-4)
-    if name == "nord_atan":  # and the named surrogate has the derivative of that primitive at the same membranes
+    if name == "nord_atan":  # with the step function the derivative of spikes is that of the primitive
         spikes, _ = run(x, weight, gain, name, 4.0)
         (grad,) = torch.autograd.grad(spikes[0].sum(), x)
         u = 0.3 * x[0].detach()
@@ -147,7 +147,7 @@ def test_the_threshold_gradient_is_the_negative_membrane_gradient():
     cut=st.integers(0, 6),
 )
 def test_a_sequence_can_be_split_at_any_time_step(T, N, clusters, refractory_steps, seed, cut):
-    """Continuing from the returned state equals one call on the whole sequence, and rows are independent."""
+    """A call that continues from the returned state equals one call for the whole sequence; rows are independent."""
     generator = torch.Generator().manual_seed(seed)
     x = 3 * torch.randn(T, N, 6, generator=generator)
     arguments = {
@@ -190,17 +190,17 @@ def test_a_threshold_below_v_reset_fires_while_refractory():
     assert spikes.flatten().tolist() == [1, 1, 1, 1]
 
 
-def test_the_cascade_acts_on_neighbours_one_time_step_later():
-    """Only cluster 0 is driven and only cluster 1 receives its current: cluster 1 fires one time step later, cluster 2 never."""
+def test_the_cascade_acts_one_time_step_later_on_clusters_with_a_weight():
+    """Only cluster 0 has input, and only cluster 1 receives its current: it fires one time step later, cluster 2 never."""
     x = torch.zeros(3, 1, 6)
     x[0, 0, [0, 3]] = 50.0
-    listens = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
-    arguments = {"threshold": torch.full((6,), 0.25), "beta_mem": 0.9, "beta_syn": 0.5, "cascade_weight": listens}
+    weight = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    arguments = {"threshold": torch.full((6,), 0.25), "beta_mem": 0.9, "beta_syn": 0.5, "cascade_weight": weight}
     spikes, _, _ = associative_lif(x, cascade_gain=torch.full((3,), 9.0), **arguments)
     assert spikes[0, 0].tolist() == [1, 0, 0, 1, 0, 0]
     assert spikes[1, 0].tolist() == [0, 1, 0, 0, 1, 0]
-    off, _, _ = associative_lif(x, cascade_gain=torch.zeros(3), **arguments)
-    assert off[1:].sum() == 0
+    without_cascade, _, _ = associative_lif(x, cascade_gain=torch.zeros(3), **arguments)
+    assert without_cascade[1:].sum() == 0
 
 
 def test_the_cascade_has_a_gradient_without_spikes():
@@ -211,7 +211,7 @@ def test_the_cascade_has_a_gradient_without_spikes():
     )
     assert spikes.sum() == 0
     state.i_syn.sum().backward()
-    assert (x.grad[0] > 1.0 * 0.5).all()  # the direct path, and through the spike that might have been
+    assert (x.grad[0] > 1.0 * 0.5).all()  # through the current, and through the surrogate derivative of the spike
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -275,14 +275,14 @@ def test_a_backend_that_cannot_run_raises_with_the_remedy(monkeypatch):
 
 def test_the_environment_variable_replaces_auto(monkeypatch):
     x = torch.zeros(1, 1, 1)
-    monkeypatch.setenv("NORD_SNN_BACKEND", "torch")  # after the import: it is read when a backend is chosen
+    monkeypatch.setenv("NORD_SNN_BACKEND", "torch")  # after the import: it is read when a backend is selected
     assert which_backend(x).name == "torch"
     monkeypatch.setenv("NORD_SNN_BACKEND", "fast")
     with pytest.raises(ValueError, match="unknown NORD_SNN_BACKEND=fast"):
         which_backend(x)
 
 
-def test_the_table_has_every_op_and_names_each_backend_with_its_reason():
+def test_the_table_of_python_m_nord_snn_ops_has_every_op_and_backend():
     ops, _, backends = backend_table().partition("\n\n")
     lines = {line.split()[0]: line.split()[1:] for line in ops.splitlines()}
     assert lines["op"] == ["torch", "numba", "cupy", "triton"]
@@ -304,7 +304,7 @@ def test_which_backend_works_for_every_op():
         which_backend(x, op="lif")
 
 
-GOOD = {"threshold": torch.ones(6), "beta_mem": 0.9, "beta_syn": 0.5}
+VALID = {"threshold": torch.ones(6), "beta_mem": 0.9, "beta_syn": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -339,18 +339,18 @@ GOOD = {"threshold": torch.ones(6), "beta_mem": 0.9, "beta_syn": 0.5}
 )
 def test_bad_input_raises(x, change, message):
     with pytest.raises(ValueError, match=message):
-        associative_lif(x, **{**GOOD, **change})
+        associative_lif(x, **{**VALID, **change})
 
 
 def test_integers_raise():
     with pytest.raises(TypeError, match="floating-point"):
-        associative_lif(torch.zeros(2, 3, 6, dtype=torch.int64), **GOOD)
+        associative_lif(torch.zeros(2, 3, 6, dtype=torch.int64), **VALID)
     with pytest.raises(TypeError, match=r"expects x_seq, a floating-point tensor of shape"):
-        associative_lif([[1.0]], **GOOD)
+        associative_lif([[1.0]], **VALID)
 
 
-def test_a_backend_that_cannot_run_raises():
-    """With a CUDA GPU the reason is the device of the tensor, otherwise the missing GPU."""
+def test_triton_on_a_cpu_tensor_raises_with_the_reason():
+    """The reason is the device of the tensor, or the missing GPU."""
     reason = "these are on cpu" if torch.cuda.is_available() else "PyTorch finds none|without CUDA|is not installed"
     with pytest.raises(RuntimeError, match=f"backend 'triton' cannot run associative_lif.*({reason})"):
-        associative_lif(torch.zeros(2, 3, 6), backend="triton", **GOOD)
+        associative_lif(torch.zeros(2, 3, 6), backend="triton", **VALID)

@@ -1,7 +1,7 @@
-"""Tests of the CUDA kernels of the associative LIF op: compiled for GPUs, and run on the CPU if there is no GPU.
+"""The CUDA kernels of the associative LIF op compile for GPUs and equal the reference, on a GPU or as C++ on the CPU.
 
-Compiled as ordinary C++ with the few lines of ``cuda_on_cpu.h`` before it, the very source that a GPU runs computes the
-same numbers thread by thread; what a GPU adds, its memory and its compiler, is left to the tests marked ``gpu``.
+Without a GPU, ``cuda_on_cpu.h`` and a C++ compiler run the source of the kernels thread by thread. The memory and the
+compiler of a GPU are tested only by the tests marked ``gpu``.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ from nord_snn.ops.surrogate import SURROGATES, resolve_surrogate
 kernels = importlib.import_module("nord_snn.ops.lif.cupy")
 
 FORWARD, BACKWARD = "associative_lif_forward", "associative_lif_backward"
-EPSILON = 1e-5  # spikes must agree wherever |u - threshold| is larger
+EPSILON = 1e-5  # spikes must be equal wherever |u - threshold| is larger
 CPU = torch.device("cpu")
 
 
@@ -32,10 +32,10 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="session")
 def nvrtc():
-    """Load NVIDIA's run-time compiler, which CuPy uses and which needs no GPU."""
+    """Load NVRTC, NVIDIA's run-time compiler, which CuPy uses and which needs no GPU."""
     spec = importlib.util.find_spec("nvidia")
-    places = [] if spec is None or spec.submodule_search_locations is None else list(spec.submodule_search_locations)
-    for library in sorted(path for place in places for path in Path(place).rglob("libnvrtc.so.*")):
+    folders = [] if spec is None or spec.submodule_search_locations is None else list(spec.submodule_search_locations)
+    for library in sorted(path for folder in folders for path in Path(folder).rglob("libnvrtc.so.*")):
         builtins = sorted(path for path in library.parent.glob("libnvrtc-builtins.so.*") if ".alt." not in path.name)
         if builtins:
             ctypes.CDLL(str(builtins[0]), mode=ctypes.RTLD_GLOBAL)  # NVRTC searches the loaded libraries for it
@@ -44,7 +44,7 @@ def nvrtc():
 
 
 def compile_ptx(nvrtc: ctypes.CDLL, source: str, options: tuple[str, ...]) -> tuple[str | None, str]:
-    """Return PTX, or None if the source is wrong, and the log of the compiler."""
+    """Return PTX, or None if the compilation fails, and the log of the compiler."""
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None) == 0
     encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
@@ -69,7 +69,7 @@ def compile_ptx(nvrtc: ctypes.CDLL, source: str, options: tuple[str, ...]) -> tu
         (torch.float32, 512, 0),
         (torch.float16, 512, 64),
         (torch.bfloat16, 1024, 64),  # two threads share a cluster
-        (torch.bfloat16, 130, 130),  # the coupling does not fit into shared memory
+        (torch.bfloat16, 130, 130),  # the matrix of the cascade does not fit into shared memory
         (torch.float32, 15, 5),
         (torch.float32, 20000, 0),  # more neurons a thread than registers
     ],
@@ -81,7 +81,7 @@ def test_the_source_compiles_for_gpus(nvrtc, architecture, dtype, D, C):
         assert ptx is not None, log
         assert log.strip() == ""
         assert f".entry {kernel}" in ptx
-        if kernel == FORWARD and C == 0:  # elsewhere sums over clusters and an exponential have some
+        if kernel == FORWARD and C == 0:  # sums over clusters and the surrogate derivative may use fused multiply-adds
             assert "fma" not in ptx
 
 
@@ -113,12 +113,13 @@ def device(request, monkeypatch, memory_full_of_nan):
         pytest.importorskip("cupy", reason="CuPy is not installed")
     else:
         monkeypatch.setattr(kernels, "_launch", request.getfixturevalue("emulate"))
-    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 1)  # blocks have several groups of rows to do
+    # With one multiprocessor a thread block processes several groups of rows.
+    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 1)
     return torch.device("cuda" if request.param == "gpu" else "cpu")
 
 
 class Case(NamedTuple):
-    """Sizes of a call of the kernels; C = 0 for no cascade."""
+    """Sizes and options of a call of the kernels; C = 0 for no cascade."""
 
     T: int
     N: int
@@ -133,7 +134,7 @@ class Case(NamedTuple):
 
 
 class Call:
-    """A case with random numbers on one device, with outputs of the kernels and of the reference."""
+    """Random inputs of a case on a device; runs the kernels and the reference."""
 
     def __init__(self, case: Case, device: torch.device, v_reset: float = -0.1) -> None:
         self.case, self.v_reset = case, v_reset
@@ -149,6 +150,7 @@ class Call:
         self.grad_v_last, self.grad_i_last = random(N, D), random(N, D)
 
     def arguments(self) -> Arguments:
+        """Return the arguments of the kernels; the matrix of the cascade is divided by the neurons of a cluster."""
         coupling = None if self.weight is None else self.weight * self.case.C / self.case.D
         return Arguments(
             *(self.x, self.v, self.i_syn, self.refractory, self.threshold, self.beta_mem, self.beta_syn),
@@ -165,7 +167,7 @@ class Call:
         return kernels.backward(grads, self.arguments(), self.case.surrogate, 3.0)
 
     def expected(self) -> tuple[tuple[Any, ...], dict[str, torch.Tensor], torch.Tensor]:
-        """Return outputs and gradients of the reference, and the distance of every membrane potential to its threshold."""
+        """Return outputs and gradients of the reference, and the distance of each membrane potential from its threshold."""
         case = self.case
         x = self.x.detach().float().requires_grad_()
         rest = torch.zeros_like(x[0]).detach()
@@ -192,12 +194,12 @@ class Call:
             loss = loss + (v_seq * self.grad_v_seq.float()).sum()
         if case.grad_last:
             loss = loss + (last.v * self.grad_v_last).sum() + (last.i_syn * self.grad_i_last).sum()
-        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         gradients = {
             name: torch.zeros_like(leaf) if gradient is None else gradient
-            for (name, leaf), gradient in zip(leaves.items(), found, strict=True)
+            for (name, leaf), gradient in zip(leaves.items(), grads, strict=True)
         }
-        if self.weight is not None:  # the weight divided by the number of members is the coupling
+        if self.weight is not None:  # the kernel's matrix is the weight divided by the neurons of a cluster
             gradients["coupling"] = gradients["coupling"] * (case.D / case.C)
         margin = (v_seq + spikes * self.threshold - self.threshold).abs()
         return (spikes, v_seq, *last), gradients, margin.detach()
@@ -242,10 +244,10 @@ CASES = [
     Case(7, 3, 7, 7, refractory_steps=3),
     Case(5, 9, 15, 5, refractory_steps=1),
     Case(5, 9, 15, 0, refractory_steps=1),
-    Case(4, 3, 12, 1),  # everybody in one cluster
+    Case(4, 3, 12, 1),  # one cluster
     Case(1, 1, 6, 3),
     Case(1, 3, 6, 0, state=False),
-    Case(3, 4, 130, 130),  # the coupling stays in device memory
+    Case(3, 4, 130, 130),  # the matrix of the cascade is in device memory
     Case(4, 9, 512, 64),  # a thread for each cluster
     Case(3, 7, 512, 16),  # two blocks of rows, several threads a cluster
     Case(3, 9, 512, 1),
@@ -270,7 +272,7 @@ def test_outputs_and_gradients_equal_the_reference(device, case):
 
 @pytest.mark.parametrize("C", [0, 1, 3, 15, 30])
 def test_thread_blocks_process_several_groups_of_rows_and_threads_several_neurons(device, monkeypatch, C):
-    """With thread blocks of a few threads every loop has several iterations, and the last group of rows is not full."""
+    """Thread blocks of few threads, so that every loop has several iterations and the last group of rows is not full."""
     monkeypatch.setattr(kernels, "_BLOCK_THREADS", 8)
     monkeypatch.setattr(kernels, "_MAX_ROW_THREADS", 4)
     monkeypatch.setattr(kernels, "_NEURONS_PER_THREAD", 2)
@@ -284,7 +286,7 @@ def test_thread_blocks_process_several_groups_of_rows_and_threads_several_neuron
 
 
 def test_a_missing_barrier_is_detected(emulate, monkeypatch):
-    """The emulation must detect races."""
+    """Without a barrier the threads of a block would race; the emulation gives a wrong result or an error."""
     monkeypatch.setattr(kernels, "_launch", emulate)
     monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 1)
     for kernel in (FORWARD, BACKWARD):
@@ -297,7 +299,7 @@ def test_a_missing_barrier_is_detected(emulate, monkeypatch):
 
 
 @pytest.mark.parametrize("C", [0, 3])
-def test_no_rows_give_empty_results_and_no_gradient(device, monkeypatch, C):
+def test_no_rows_give_empty_outputs_and_zero_gradients_without_a_launch(device, monkeypatch, C):
     monkeypatch.setattr(kernels, "_launch", lambda *call: pytest.fail("nothing to launch"))
     call = Call(Case(4, 0, 6, C), device)
     spikes, v_seq, *last = call.forward()
@@ -312,7 +314,7 @@ def test_no_rows_give_empty_results_and_no_gradient(device, monkeypatch, C):
 
 def test_inputs_can_be_non_contiguous_and_betas_scalars(device):
     call = Call(Case(6, 5, 6, 3), device)
-    straight = (*call.forward(), *call.backward())
+    contiguous_results = (*call.forward(), *call.backward())
     for name in ("x", "grad_spikes", "grad_v_seq"):
         tensor = getattr(call, name).permute(2, 0, 1).contiguous().permute(1, 2, 0)
         assert not tensor.is_contiguous()
@@ -320,9 +322,9 @@ def test_inputs_can_be_non_contiguous_and_betas_scalars(device):
     call.v, call.grad_v_last = call.v.t().contiguous().t(), call.grad_v_last.t().contiguous().t()
     call.weight = call.weight.t().contiguous().t()
     call.beta_mem, call.beta_syn = call.beta_mem[0], call.beta_syn[0]
-    crooked = (*call.forward(), *call.backward())
-    assert all(torch.equal(a, b.view_as(a)) for a, b in zip(straight, crooked, strict=True))
-    assert crooked[-3].shape == crooked[-2].shape == ()
+    strided_results = (*call.forward(), *call.backward())
+    assert all(torch.equal(a, b.view_as(a)) for a, b in zip(contiguous_results, strided_results, strict=True))
+    assert strided_results[-3].shape == strided_results[-2].shape == ()
 
 
 def test_the_same_call_is_bitwise_reproducible(device):
@@ -354,16 +356,16 @@ def test_far_from_the_threshold_the_surrogates_do_not_overflow(device, surrogate
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_types_round_as_torch_does(device, dtype):
-    """Without leak and spikes the membrane potential equals the input, rounded once, also if it is tiny or not finite."""
+    """Without leak and spikes the output is the membrane potential v, rounded once, also if v is tiny or not finite."""
     v = torch.cat(
         (torch.randn(500) * 10.0 ** torch.randint(-9, 6, (500,)), torch.tensor([65519.0, 65520.0, 1e-8, 0.0]))
     )
     v = torch.cat((v, torch.tensor([float("nan"), float("inf"), 1 + 2**-9, 1 + 3 * 2**-9, 1 + 2**-12]))).to(device)
     N, D = 1, v.numel()
     one, zero = torch.ones(1, device=device), torch.zeros(1, device=device)
-    nothing = torch.zeros(N, D, device=device)
+    zeros = torch.zeros(N, D, device=device)
     threshold = torch.full((D,), 1e38, device=device)
-    arguments = Arguments(nothing.to(dtype)[None], v[None], nothing, nothing.int(), threshold, one, zero, None, 0.0, 0)
+    arguments = Arguments(zeros.to(dtype)[None], v[None], zeros, zeros.int(), threshold, one, zero, None, 0.0, 0)
     v_seq = kernels.forward(arguments, True)[1].flatten()
     number = ~v.isnan()
     assert torch.equal(v_seq[number], v.to(dtype)[number])
@@ -374,25 +376,25 @@ def test_16_bit_types_round_as_torch_does(device, dtype):
 
 
 def test_the_launch_uses_torchs_device_and_stream(monkeypatch):
-    """Use a stand-in for CuPy, which uses its own device and stream by default."""
-    said: list[Any] = []
+    """CuPy, here a replacement, uses its own device and stream by default."""
+    calls: list[Any] = []
 
     class Guard:
-        def __init__(self, *what):
-            self.what = what
+        def __init__(self, *arguments):
+            self.arguments = arguments
 
         def __enter__(self):
-            said.append(self.what)
+            calls.append(self.arguments)
 
         def __exit__(self, *error):
-            said.append("end")
+            calls.append("end")
 
     class RawModule:
         def __init__(self, code, options):
-            said.append(options)
+            calls.append(options)
 
         def get_function(self, name):
-            return lambda grid, block, args: said.append((name, grid, block, args))
+            return lambda grid, block, args: calls.append((name, grid, block, args))
 
     cuda = types.SimpleNamespace(
         Device=lambda index: Guard("device", index), ExternalStream=lambda *stream: Guard("stream", *stream)
@@ -410,16 +412,16 @@ def test_the_launch_uses_torchs_device_and_stream(monkeypatch):
     kernels._compile.cache_clear()
     launch = (FORWARD, (5,), (64,), (tensor.data_ptr(), 0, 1.5, 7))
     for index in (0, 1):
-        assert said[:6] == [
+        assert calls[:6] == [
             *(("device", index), ("stream", 77, index), (*kernels._FLAGS, "-DA=1"), launch),
             *("end", "end"),
         ]
-        del said[:6]
+        del calls[:6]
     assert "-fmad=false" in kernels._FLAGS
     assert kernels._multiprocessors(torch.device("cuda", 0)) == 132
 
 
-def test_every_plan_fits_the_device_and_covers_every_neuron():
+def test_every_plan_of_threads_fits_the_device_and_covers_every_neuron():
     for D in (1, 2, 6, 7, 31, 64, 96, 130, 512, 768, 1000, 4096, 20000):
         for C in (C for C in (0, 1, 2, 3, 7, 16, 64, 130, 512, 1000, 4096) if C == 0 or D % C == 0):
             plan = kernels._plan(D, C)

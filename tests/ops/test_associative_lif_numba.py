@@ -1,4 +1,4 @@
-"""Tests of the Numba kernels against the reference: outputs, last state and every gradient."""
+"""The Numba kernels of the associative LIF op equal the reference: outputs, last state and every gradient."""
 
 import contextlib
 import logging
@@ -16,11 +16,11 @@ from nord_snn.ops import SURROGATES, AssociativeLIFState, associative_lif, dispa
 
 pytest.importorskip("numba", reason="the CPU kernels need Numba: pip install 'nord-snn[cpu]'")
 
-EPSILON = 1e-5  # spikes must agree wherever |u - threshold| is larger
+EPSILON = 1e-5  # spikes must be equal wherever |u - threshold| is larger
 
 
 def leaves_for(T, N, D, clusters, with_state, dtype=torch.float32, seed=0):
-    """Return the inputs of a call as leaves with gradients, and the initial refractory counter."""
+    """Return the inputs of a call that have gradients, and the initial refractory counter."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -44,23 +44,23 @@ def leaves_for(T, N, D, clusters, with_state, dtype=torch.float32, seed=0):
 
 
 def run(leaves, refractory, backend, **more):
-    """Run the op on these leaves."""
+    """Run the op on these inputs."""
     leaves = dict(leaves)
     state = AssociativeLIFState(leaves.pop("v"), leaves.pop("i_syn"), refractory) if "v" in leaves else None
     return associative_lif(leaves.pop("x"), state, **leaves, backend=backend, **{"return_v_seq": True, **more})
 
 
 def rows_away_from_threshold(leaves, refractory, **more):
-    """Return the rows whose membrane potentials are never near the threshold, where rounding decides about a spike."""
+    """Return the inputs of rows whose membrane potentials are never within EPSILON of the threshold, where rounding matters."""
     with torch.no_grad():
         spikes, v_seq, _ = run(leaves, refractory, "torch", **more)
-        u = v_seq + spikes * leaves["threshold"]  # the membrane, with the threshold put back where it fired
+        u = v_seq + spikes * leaves["threshold"]  # membrane potential before the reset
         far = ((u - leaves["threshold"]).abs() > EPSILON).all(-1).all(0)
     rows = {"x": lambda x: x[:, far], "v": lambda x: x[far], "i_syn": lambda x: x[far]}
-    kept = {name: rows.get(name, lambda x: x)(leaf.detach()).requires_grad_() for name, leaf in leaves.items()}
-    assume(len(far) > 4 or far.any())  # of a few rows all may come near it, of many not most
+    inputs = {name: rows.get(name, lambda x: x)(leaf.detach()).requires_grad_() for name, leaf in leaves.items()}
+    assume(len(far) > 4 or far.any())  # of few rows all may be near the threshold, of many at most 60 %
     assert len(far) <= 4 or far.sum() >= 0.4 * len(far)
-    return kept, refractory[far]
+    return inputs, refractory[far]
 
 
 def assert_equal(leaves, refractory, **more):
@@ -87,8 +87,8 @@ def assert_equal(leaves, refractory, **more):
     for name, got, expected in zip(leaves, grads["numba"], grads["torch"], strict=True):
         expected = torch.zeros_like(got) if expected is None else expected
         assert got.dtype == expected.dtype, name
-        # The gradient of a decay is one sum over everything, and may nearly cancel: it is as exact as its terms, which are
-        # of the size of the gradient of x.
+        # The gradient of a decay is a sum over all rows and time steps whose terms can cancel: its error is relative to
+        # the gradient of x.
         scale = grads["torch"][0].norm() if name.startswith("beta") else torch.zeros(())
         assert (got - expected).norm() <= 1e-4 * torch.maximum(expected.norm(), scale), name
 
@@ -112,7 +112,7 @@ def test_outputs_state_and_gradients_equal_the_reference(T, N, width, with_state
 @pytest.mark.quick
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_every_surrogate_of_the_table(surrogate, dtype):
+def test_every_surrogate_equals_the_reference(surrogate, dtype):
     leaves, refractory = leaves_for(5, 3, 12, 4, True, dtype)
     leaves = {name: leaf.detach().to(dtype).requires_grad_() for name, leaf in leaves.items()}
     assert_equal(leaves, refractory, surrogate=surrogate, alpha=2.5)
@@ -121,7 +121,7 @@ def test_every_surrogate_of_the_table(surrogate, dtype):
 @pytest.mark.quick
 @pytest.mark.parametrize("surrogate", SURROGATES)
 def test_padding_of_the_last_vector_has_no_effect(surrogate):
-    """Use six neurons in a vector of sixteen; at a distance of exactly -1 an error in the padding would divide by zero."""
+    """Six neurons in a vector of sixteen; at u - threshold = -1 a surrogate derivative of the padding would divide by zero."""
     leaves, refractory = leaves_for(5, 1, 6, 0, False)
     leaves["threshold"] = torch.ones(6).requires_grad_()
     assert_equal(leaves, refractory, surrogate=surrogate, v_reset=-1.0)
@@ -138,7 +138,7 @@ def test_half_precision_inputs_are_computed_in_float32(dtype):
     assert spikes.dtype == v_seq.dtype == dtype
     assert state.v.dtype == torch.float32
     expected, v_expected, _ = run(wide, refractory, "numba")
-    assert torch.equal(spikes.float(), expected)  # the very spikes of the same values in float32
+    assert torch.equal(spikes.float(), expected)  # the spikes of the same values in float32
     assert torch.equal(v_seq, v_expected.to(dtype))
     spikes.float().sum().backward()
     expected.sum().backward()
@@ -154,7 +154,7 @@ def test_a_threshold_below_v_reset_fires_while_refractory():
 
 @pytest.mark.quick
 @pytest.mark.parametrize("part", ["spikes", "v_seq", "v", "i_syn"])
-def test_gradients_through_a_single_output(part):
+def test_gradients_of_each_single_output_equal_the_reference(part):
     leaves, refractory = leaves_for(5, 4, 12, 3, True)
     index = ["spikes", "v_seq", "v", "i_syn"].index(part)
     grads = []
@@ -167,9 +167,9 @@ def test_gradients_through_a_single_output(part):
         assert relative_error(got, expected) < 1e-4, name
 
 
-def test_non_contiguous_input_and_gradient():
+def test_non_contiguous_input_and_gradient_equal_the_reference():
     leaves, refractory = leaves_for(4, 5, 12, 3, True)
-    leaves["x"] = torch.randn(12, 5, 4).permute(2, 1, 0).requires_grad_()  # [4, 5, 12], strides the other way round
+    leaves["x"] = torch.randn(12, 5, 4).permute(2, 1, 0).requires_grad_()  # [4, 5, 12] with ascending strides
     assert_equal(leaves, refractory)
     spikes, _, _ = run(leaves, refractory, "numba")
     weight = torch.randn(12, 5, 4).permute(2, 1, 0)
@@ -179,10 +179,10 @@ def test_non_contiguous_input_and_gradient():
     assert relative_error(got, expected) < 1e-4
 
 
-def test_dispatch_modes_see_the_op_and_results_do_not_change():
-    """Normally the kernel is called without the dispatcher, but a counter of operations must still see the op."""
+def test_under_a_dispatch_mode_the_op_is_called_through_the_dispatcher_with_equal_results():
+    """Otherwise the kernel is called directly, which is faster; counters of operations need the dispatcher."""
 
-    class Names(TorchDispatchMode):
+    class NameRecorder(TorchDispatchMode):
         def __init__(self):
             super().__init__()
             self.seen = []
@@ -193,17 +193,17 @@ def test_dispatch_modes_see_the_op_and_results_do_not_change():
 
     leaves, refractory = leaves_for(4, 5, 12, 3, True)
     results = []
-    for watch in (Names(), contextlib.nullcontext()):
-        with watch:
+    for mode in (NameRecorder(), contextlib.nullcontext()):
+        with mode:
             spikes, v_seq, _ = run(leaves, refractory, "numba")
             results.append(torch.autograd.grad((spikes + v_seq).sum(), list(leaves.values())))
-        if isinstance(watch, Names):
-            assert "nord_snn.associative_lif.default" in watch.seen
-            assert "nord_snn.associative_lif_backward.default" in watch.seen
+        if isinstance(mode, NameRecorder):
+            assert "nord_snn.associative_lif.default" in mode.seen
+            assert "nord_snn.associative_lif_backward.default" in mode.seen
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
-def test_fewer_threads_change_only_the_order_of_sums():
+def test_one_and_two_threads_give_equal_spikes_states_and_gradients_of_the_input():
     leaves, refractory = leaves_for(5, 200, 24, 4, False)
     x = leaves["x"]
     results = []
@@ -238,13 +238,15 @@ def test_a_user_surrogate_runs_on_the_reference_and_the_reason_is_logged(caplog,
     monkeypatch.setattr(dispatch, "_logged", set())
     monkeypatch.setattr(dispatch, "_choice_cache", {})
     x = torch.randn(3, 2, 6)
-    own = SURROGATES["atan"].primitive
+    primitive = SURROGATES["atan"].primitive
     with caplog.at_level(logging.INFO, logger="nord_snn"):
         for _ in range(2):
-            associative_lif(x, threshold=torch.ones(6), beta_mem=0.9, beta_syn=0.5, surrogate=lambda u: own(u, 2.0))
-    (record,) = caplog.records  # once, not at every call
+            associative_lif(
+                x, threshold=torch.ones(6), beta_mem=0.9, beta_syn=0.5, surrogate=lambda u: primitive(u, 2.0)
+            )
+    (record,) = caplog.records  # the message is logged once
     assert "runs on 'torch'" in record.message
     assert "numba: it supports the surrogates" in record.message
     assert "got 'callable'" in record.message
     with pytest.raises(RuntimeError, match=r"backend 'numba' cannot run .* supports the surrogates .* got 'callable'"):
-        associative_lif(x, threshold=torch.ones(6), beta_mem=0.9, beta_syn=0.5, surrogate=own, backend="numba")
+        associative_lif(x, threshold=torch.ones(6), beta_mem=0.9, beta_syn=0.5, surrogate=primitive, backend="numba")

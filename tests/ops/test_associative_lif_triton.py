@@ -1,4 +1,4 @@
-"""Tests of the Triton kernels of the associative LIF op against the reference, interpreted on the CPU and compiled on a GPU."""
+"""The Triton kernels of the associative LIF op equal the reference, interpreted on the CPU and compiled on a GPU."""
 
 import importlib
 from types import ModuleType
@@ -15,12 +15,14 @@ from nord_snn.ops.surrogate import SURROGATES, resolve_surrogate
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 NAME = "nord_snn.ops.lif.triton"
-EPSILON = 1e-5  # spikes must agree wherever |u - threshold| is larger
-# By how much writing changes a value; the interpreter cuts a bfloat16 off where a GPU rounds it.
+EPSILON = 1e-5  # spikes must be equal wherever |u - threshold| is larger
+# Relative error of a stored value; the interpreter truncates to bfloat16, a GPU rounds to nearest.
 ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
 
 
 class Kernels(NamedTuple):
+    """The module of the kernels, interpreted or compiled, and the device on which they run."""
+
     module: ModuleType
     device: str
 
@@ -37,13 +39,13 @@ def kernels(request, memory_full_of_nan):
 
 @pytest.fixture
 def small_tiles(kernels, monkeypatch):
-    """Limit the kernels to two programs that share many tiles, so that all loops iterate at small sizes."""
+    """Limit the kernels to two Triton programs and small tiles, so that all loops have several iterations."""
     monkeypatch.setattr(kernels.module, "_TILE", 8)
     monkeypatch.setattr(kernels.module, "_programs", lambda plan, device, warps: min(2, plan.blocks))
 
 
 def make_call(T, N, D, C, state=True, dtype=torch.float32, device="cpu", seed=0):
-    """Return arguments of ``forward`` from x to coupling, with some thresholds below v_reset, and gradients of its outputs."""
+    """Return arguments of ``forward`` (some thresholds are below v_reset) and gradients of its outputs, by name."""
     generator = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     uniform = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
@@ -68,7 +70,7 @@ def make_call(T, N, D, C, state=True, dtype=torch.float32, device="cpu", seed=0)
 
 
 def run_reference(call, grads, v_reset, refractory_steps, surrogate, alpha):
-    """Run the call through ``reference`` and autograd in float32: outputs, gradients, least distance to the threshold."""
+    """Return outputs, gradients and the least |u - threshold| of the reference in float32."""
     leaves = {name: None if x is None else x.float() for name, x in call.items() if name != "refractory"}
     rest = torch.zeros_like(leaves["x"][0])
     for name in ("v", "i_syn"):
@@ -102,8 +104,9 @@ def run_reference(call, grads, v_reset, refractory_steps, surrogate, alpha):
 def compare(
     kernels, call, grads, keep_v=True, v_reset=-0.1, refractory_steps=2, surrogate="nord_atan", alpha=4.0
 ):  # fmt: skip
+    """Assert that outputs and gradients of the kernels equal those of the reference."""
     outputs, gradients, distance = run_reference(call, grads, v_reset, refractory_steps, surrogate, alpha)
-    assert distance > EPSILON  # then every spike must agree
+    assert distance > EPSILON  # so every spike must be equal
     x, state = call["x"], call["v"] is not None
     precision = ROUNDING[x.dtype]
 
@@ -158,24 +161,24 @@ def test_every_size_equals_the_reference(kernels, T, N, D, C, state):
     [(3, 7, 6, 3), (3, 5, 19, 0), (13, 3, 6, 3), (24, 2, 4, 2), (13, 2, 9, 0), (2, 3, 80, 80)],
 )
 def test_programs_share_tiles_and_long_sequences_are_split(kernels, T, N, D, C):
-    """Use several tiles per program, two segments per sequence of equal or different length, and a wide matrix."""
+    """Programs have several tiles; sequences have two segments of equal or different length; the last case has a wide matrix."""
     compare(kernels, *make_call(T, N, D, C, device=kernels.device))
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_a_wide_matrix_in_a_long_sequence(kernels, monkeypatch):
+def test_a_wide_cascade_matrix_in_a_long_sequence_equals_the_reference(kernels, monkeypatch):
     monkeypatch.setattr(kernels.module, "_WIDEST_MATRIX", 2)
     compare(kernels, *make_call(13, 3, 10, 5, device=kernels.device))
 
 
 @pytest.mark.parametrize("refractory_steps", [0, 1, 2, 3])
 @pytest.mark.parametrize("C", [0, 3])
-def test_every_refractory_period(kernels, refractory_steps, C):
+def test_every_refractory_period_equals_the_reference(kernels, refractory_steps, C):
     compare(kernels, *make_call(7, 3, 6, C, device=kernels.device), refractory_steps=refractory_steps, v_reset=0.05)
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)
-def test_every_surrogate(kernels, surrogate):
+def test_every_surrogate_equals_the_reference(kernels, surrogate):
     assert set(kernels.module.SURROGATE_IDS) == set(SURROGATES)
     call, grads = make_call(5, 3, 6, 2, device=kernels.device)
     compare(kernels, call, grads, surrogate=surrogate, alpha=2.5)
@@ -183,32 +186,32 @@ def test_every_surrogate(kernels, surrogate):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("C", [0, 4])
-def test_half_precision_rounds_only_what_it_writes(kernels, dtype, C):
+def test_in_half_precision_only_stored_values_are_rounded(kernels, dtype, C):
     compare(kernels, *make_call(5, 3, 8, C, dtype=dtype, device=kernels.device))
 
 
 @pytest.mark.parametrize(
-    "given",
+    "with_gradient",
     [["grad_spikes"], ["grad_spikes", "grad_v_seq"], ["grad_spikes", "grad_v_last"], ["grad_spikes", "grad_i_last"]],
 )
-def test_gradients_of_some_outputs(kernels, given):
+def test_some_outputs_may_have_no_gradient(kernels, with_gradient):
     call, grads = make_call(4, 3, 6, 3, device=kernels.device)
-    grads = {name: grad if name in given else None for name, grad in grads.items()}
+    grads = {name: grad if name in with_gradient else None for name, grad in grads.items()}
     compare(kernels, call, grads, keep_v=False)
 
 
 def test_inputs_can_be_non_contiguous(kernels):
     call, grads = make_call(5, 3, 6, 3, device=kernels.device)
-    spread = lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)  # noqa: E731
-    call = {name: spread(x) if x is not None and x.ndim > 1 else x for name, x in call.items()}
-    grads = {name: spread(x) for name, x in grads.items()}
+    strided = lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)  # noqa: E731
+    call = {name: strided(x) if x is not None and x.ndim > 1 else x for name, x in call.items()}
+    grads = {name: strided(x) for name, x in grads.items()}
     grads["grad_spikes"] = torch.ones((), device=kernels.device).expand(5, 3, 6)
     assert not call["x"].is_contiguous()
     compare(kernels, call, grads)
 
 
 @pytest.mark.parametrize("C", [0, 3])
-def test_no_rows(kernels, C):
+def test_no_rows_give_empty_outputs_and_zero_gradients(kernels, C):
     call, grads = make_call(3, 0, 6, C, device=kernels.device)
     spikes, v_seq, v, i_syn, refractory = kernels.module.forward(Arguments(*call.values(), -0.1, 2), True)
     assert spikes.shape == v_seq.shape == (3, 0, 6)
@@ -248,7 +251,7 @@ def test_the_same_call_is_bitwise_reproducible(kernels):
 
 def test_unsupported_sizes_are_rejected_with_a_reason(interpreted):
     assert interpreted.fits(512, 64)[0]
-    assert interpreted.fits(100_000, 0)[0]  # without a cascade rows are cut
+    assert interpreted.fits(100_000, 0)[0]  # without a cascade a row is split into tiles
     assert interpreted.fits(130, 130)[0]
     accepted, reason = interpreted.fits(65536, 64)
     assert not accepted
@@ -256,7 +259,7 @@ def test_unsupported_sizes_are_rejected_with_a_reason(interpreted):
 
 
 class Compiler:
-    """Replacement of a kernel that compiles it for a GPU instead of launching it."""
+    """Replacement of a kernel whose launch compiles it for a GPU of compute capability 9.0."""
 
     TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32"}  # noqa: RUF012
 
@@ -287,7 +290,7 @@ class Compiler:
 
 @pytest.mark.parametrize(("T", "C", "dtype"), [(2, 64, torch.bfloat16), (13, 0, torch.float32)])
 def test_kernels_compile_for_a_gpu_without_fused_multiply_adds(monkeypatch, T, C, dtype):
-    """A fused beta * v + i has other last bits, which can change a spike at the threshold."""
+    """A fused multiply-add rounds differently, which can change a spike at the threshold."""
     module = importlib.import_module(NAME)
     if not isinstance(module._forward, triton.JITFunction):
         pytest.skip("TRITON_INTERPRET is set")

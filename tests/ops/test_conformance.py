@@ -1,8 +1,8 @@
-"""Tests of every op on every backend through its public function, in every mode in which PyTorch can call it.
+"""Every op on every backend equals its reference in every mode in which PyTorch can call its public function.
 
-The eager call goes around torch's dispatcher, so an op that is right there may still be wrong under torch.compile, for a
-dispatch mode or a tensor subclass. A lane is a place where kernels run: the CPU, Triton's interpreter, CUDA source compiled
-as C++, and a GPU. What was run, and which lane ran nothing, stands in the summary at the end of the test run.
+An eager call does not use torch's dispatcher, so an op that is correct there can be wrong under torch.compile, a dispatch
+mode or with a tensor subclass. A platform is where kernels run: the CPU, Triton's interpreter, CUDA source compiled as C++,
+or a GPU. The test run ends with a summary of what ran on each platform.
 """
 
 import importlib
@@ -50,9 +50,9 @@ class Case(NamedTuple):
     """One call of an op.
 
     Attributes:
-        inputs: tensors by name; those that are floating are differentiated.
+        inputs: function that returns tensors by name; those that are floating are differentiated.
         call: the public op on ``(inputs, backend)``.
-        reference: the same from ``reference.py``.
+        reference: the op of ``reference.py`` on ``inputs``.
     """
 
     inputs: Callable[[], Tensors]
@@ -60,13 +60,13 @@ class Case(NamedTuple):
     reference: Callable[[Tensors], Outputs]
 
 
-# --- the cases: odd sizes, with and without state, strides of every kind
+# --- the cases: odd sizes, with and without state, several memory layouts
 
 
 def lif(
     T: int, N: int, D: int, C: int | None, *, state: bool, membranes: bool = True, layout: str = "contiguous"
 ) -> Case:
-    """Return a case of the neuron; ``layout`` is that of x."""
+    """Return a case of the neuron; ``membranes`` is ``return_v_seq``, ``layout`` is the memory layout of x."""
 
     def inputs() -> Tensors:
         x = {
@@ -74,47 +74,47 @@ def lif(
             "transposed": lambda: 2 * torch.randn(D, N, T).permute(2, 1, 0),
             "strided": lambda: 2 * torch.randn(T, N, 2 * D)[..., ::2],
         }[layout]()
-        made = {
+        tensors = {
             "x": x,
             "threshold": torch.rand(D) + 0.1,
             "beta_mem": torch.tensor([0.8]),
             "beta_syn": torch.tensor([0.5]),
         }
         if C is not None:
-            made |= {"weight": torch.rand(C, C), "gain": torch.rand(C) + 0.5}
+            tensors |= {"weight": torch.rand(C, C), "gain": torch.rand(C) + 0.5}
         if state:
             refractory = torch.randint(0, 3, (N, D), dtype=torch.int32)
-            made |= {"v": torch.randn(N, D) / 2, "i_syn": torch.randn(N, D), "refractory": refractory}
-        return made
+            tensors |= {"v": torch.randn(N, D) / 2, "i_syn": torch.randn(N, D), "refractory": refractory}
+        return tensors
 
-    def before(given: Tensors) -> AssociativeLIFState | None:
-        return AssociativeLIFState(given["v"], given["i_syn"], given["refractory"]) if state else None
+    def initial_state(tensors: Tensors) -> AssociativeLIFState | None:
+        return AssociativeLIFState(tensors["v"], tensors["i_syn"], tensors["refractory"]) if state else None
 
-    def call(given: Tensors, backend: str) -> Outputs:
+    def call(tensors: Tensors, backend: str) -> Outputs:
         spikes, v_seq, last = associative_lif(
-            given["x"],
-            before(given),
-            threshold=given["threshold"],
-            beta_mem=given["beta_mem"],
-            beta_syn=given["beta_syn"],
-            cascade_weight=given.get("weight"),
-            cascade_gain=given.get("gain"),
+            tensors["x"],
+            initial_state(tensors),
+            threshold=tensors["threshold"],
+            beta_mem=tensors["beta_mem"],
+            beta_syn=tensors["beta_syn"],
+            cascade_weight=tensors.get("weight"),
+            cascade_gain=tensors.get("gain"),
             return_v_seq=membranes,
             backend=backend,
         )
         assert (v_seq is not None) == membranes
         return (spikes, *([] if v_seq is None else [v_seq]), last.v, last.i_syn, last.refractory)
 
-    def reference(given: Tensors) -> Outputs:
-        zero = torch.zeros_like(given["x"][0])
+    def reference(tensors: Tensors) -> Outputs:
+        zero = torch.zeros_like(tensors["x"][0])
         spikes, v_seq, last = lif_reference(
-            given["x"],
-            before(given) or AssociativeLIFState(zero, zero, zero.int()),
-            given["threshold"],
-            given["beta_mem"],
-            given["beta_syn"],
-            given.get("weight"),
-            given.get("gain"),
+            tensors["x"],
+            initial_state(tensors) or AssociativeLIFState(zero, zero, zero.int()),
+            tensors["threshold"],
+            tensors["beta_mem"],
+            tensors["beta_syn"],
+            tensors.get("weight"),
+            tensors.get("gain"),
             -0.1,
             2,
             resolve_surrogate("nord_atan", 4.0),
@@ -125,21 +125,21 @@ def lif(
 
 
 def clamp(*shape: int, adds: bool, layout: str = "contiguous") -> Case:
-    """Return a case of the leaky clamp, alone or with the residual sum."""
+    """Return a case of the leaky clamp, with ``adds`` of x + gain * branch."""
     D = shape[-1]
 
     def inputs() -> Tensors:
         x = torch.randn(shape) if layout == "contiguous" else torch.randn(*shape[:-1], 2 * D)[..., ::2]
-        made = {"x": x, "leak": torch.rand(D), "floor": -torch.rand(D)}
-        return made | ({"branch": torch.randn(shape), "gain": torch.rand(D)} if adds else {})
+        tensors = {"x": x, "leak": torch.rand(D), "floor": -torch.rand(D)}
+        return tensors | ({"branch": torch.randn(shape), "gain": torch.rand(D)} if adds else {})
 
-    def call(given: Tensors, backend: str) -> Outputs:
-        added = (given.get("branch"), given.get("gain"))
-        return (leaky_clamp(given["x"], *added, leak=given["leak"], floor=given["floor"], backend=backend),)
+    def call(tensors: Tensors, backend: str) -> Outputs:
+        added = (tensors.get("branch"), tensors.get("gain"))
+        return (leaky_clamp(tensors["x"], *added, leak=tensors["leak"], floor=tensors["floor"], backend=backend),)
 
-    def reference(given: Tensors) -> Outputs:
-        added = (given.get("branch"), given.get("gain"))
-        return (clamp_reference(given["x"], *added, given["leak"], given["floor"]),)
+    def reference(tensors: Tensors) -> Outputs:
+        added = (tensors.get("branch"), tensors.get("gain"))
+        return (clamp_reference(tensors["x"], *added, tensors["leak"], tensors["floor"]),)
 
     return Case(inputs, call, reference)
 
@@ -163,19 +163,21 @@ def resonance_case(
         q, k = ((torch.rand(T, B, S, D) < 0.4).float() for _ in range(2))
         if layout == "transposed":
             q, k = (x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0) for x in (q, k))
-        made = {"q": q, "k": k, "v": torch.randn(B, S, V), "temperature": torch.tensor([0.7])}
-        return made | ({"recency": torch.rand(H) / 4} if recency else {})
+        tensors = {"q": q, "k": k, "v": torch.randn(B, S, V), "temperature": torch.tensor([0.7])}
+        return tensors | ({"recency": torch.rand(H) / 4} if recency else {})
 
-    def call(given: Tensors, backend: str) -> Outputs:
-        slope = given.get("recency")
+    def call(tensors: Tensors, backend: str) -> Outputs:
+        slope = tensors.get("recency")
         sizes = {"n_heads": H, "top_k": top_k, "causal": causal, "backend": backend}
         return (
-            resonance(given["q"], given["k"], given["v"], temperature=given["temperature"], recency=slope, **sizes),
+            resonance(
+                tensors["q"], tensors["k"], tensors["v"], temperature=tensors["temperature"], recency=slope, **sizes
+            ),
         )
 
-    def reference(given: Tensors) -> Outputs:
-        q, k, v, temperature = (given[name] for name in ("q", "k", "v", "temperature"))
-        return (resonance_reference(q, k, v, H, top_k, temperature, given.get("recency"), causal),)
+    def reference(tensors: Tensors) -> Outputs:
+        q, k, v, temperature = (tensors[name] for name in ("q", "k", "v", "temperature"))
+        return (resonance_reference(q, k, v, H, top_k, temperature, tensors.get("recency"), causal),)
 
     return Case(inputs, call, reference)
 
@@ -187,15 +189,15 @@ def cached(T: int, B: int, S: int, D: int, V: int, H: int, *, new: int, top_k: i
         q, k = ((torch.rand(T, B, S, D) < 0.4).float() for _ in range(2))
         return {"q": q, "k": k, "v": torch.randn(B, S, V), "recency": torch.rand(H) / 4}
 
-    def call(given: Tensors, backend: str) -> Outputs:
+    def call(tensors: Tensors, backend: str) -> Outputs:
         with torch.no_grad():
-            keys = pack_spikes(given["k"], H, trusted=True)
-            values = given["v"].unflatten(-1, (H, -1)).transpose(1, 2)
-            sizes = {"top_k": top_k, "temperature": 0.7, "recency": given["recency"], "trusted": True}
-            return (resonance_cached(given["q"][:, :, S - new :], keys, values, **sizes, backend=backend),)
+            keys = pack_spikes(tensors["k"], H, trusted=True)
+            values = tensors["v"].unflatten(-1, (H, -1)).transpose(1, 2)
+            sizes = {"top_k": top_k, "temperature": 0.7, "recency": tensors["recency"], "trusted": True}
+            return (resonance_cached(tensors["q"][:, :, S - new :], keys, values, **sizes, backend=backend),)
 
-    def reference(given: Tensors) -> Outputs:
-        whole = resonance_reference(given["q"], given["k"], given["v"], H, top_k, 0.7, given["recency"], True)
+    def reference(tensors: Tensors) -> Outputs:
+        whole = resonance_reference(tensors["q"], tensors["k"], tensors["v"], H, top_k, 0.7, tensors["recency"], True)
         return (whole[:, S - new :].detach(),)
 
     return Case(inputs, call, reference)
@@ -207,13 +209,13 @@ def plasticity(T: int, N: int, n_in: int, n_out: int) -> Case:
     def inputs() -> Tensors:
         return {"pre": (torch.rand(T, N, n_in) < 0.4).float(), "post": (torch.rand(T, N, n_out) < 0.4).float()}
 
-    def call(given: Tensors, backend: str) -> Outputs:
+    def call(tensors: Tensors, backend: str) -> Outputs:
         with torch.no_grad():
-            delta, last = stdp(given["pre"], given["post"], tau_plus=10.0, tau_minus=5.0)
+            delta, last = stdp(tensors["pre"], tensors["post"], tau_plus=10.0, tau_minus=5.0)
         return (delta, last.pre, last.post)
 
-    def reference(given: Tensors) -> Outputs:
-        pre, post = given["pre"].detach(), given["post"].detach()
+    def reference(tensors: Tensors) -> Outputs:
+        pre, post = tensors["pre"].detach(), tensors["post"].detach()
         decays = [float(torch.tensor(-1 / tau, dtype=torch.float64).exp()) for tau in (10.0, 5.0)]
         pairing = Pairing(*decays, 0.005, 0.005)
         plus, minus, last = stdp_reference(pre, post, rest(pre, post, pre.dtype, False), pairing, dense)
@@ -250,8 +252,8 @@ CASES: dict[str, dict[str, Case]] = {
 }
 FIRST = {op: next(iter(cases)) for op, cases in CASES.items()}
 
-#: Lane -> the kernels that run there. The GPU is to run all of them.
-LANES = {
+#: Platform -> (op, backend) of the kernels that run there.
+PLATFORMS = {
     "cpu": [(op, "torch") for op in CASES]
     + [(op, "numba") for op in ("associative_lif", "leaky_clamp", "resonance", "resonance_cached")],
     "interpreter": [("associative_lif", "triton")],
@@ -259,38 +261,38 @@ LANES = {
     "gpu": [(op, "torch") for op in CASES] + [("associative_lif", "triton"), ("associative_lif", "cupy")],
 }
 WITHOUT_GRADIENT = ("resonance_cached", "stdp")
-#: Those that are plain PyTorch, and so need no registration and have a second derivative.
+#: (op, backend) in plain PyTorch: they are not registered with torch.library and have a second derivative.
 PLAIN = [("associative_lif", "torch"), ("leaky_clamp", "torch"), ("stdp", "torch")]
 MODES = ("eager", "opcheck", "compiled", "autocast", "subclass", "second-derivative", "nan-memory", "default-device")
 
 
-# --- the lanes
+# --- the platforms
 
 
 @pytest.fixture
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, lane: str, backend: str) -> str:
-    """Prepare a lane and return the device of its tensors."""
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, platform: str, backend: str) -> str:
+    """Prepare a platform and return the device of its tensors."""
     if backend == "numba":
         pytest.importorskip("numba", reason="Numba is not installed")
-    if lane == "gpu":
+    if platform == "gpu":
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
         if backend == "cupy":
             pytest.importorskip("cupy", reason="CuPy is not installed")
         return "cuda"
-    if lane == "interpreter":
-        _stand_in(monkeypatch, "triton", request.getfixturevalue("interpreter"))
-    if lane == "cuda-as-c++":
+    if platform == "interpreter":
+        _run_on_cpu(monkeypatch, "triton", request.getfixturevalue("interpreter"))
+    if platform == "cuda-as-c++":
         kernels = importlib.import_module("nord_snn.ops.lif.cupy")
         monkeypatch.setattr(kernels, "_launch", request.getfixturevalue("emulate"))
         monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 1)
-        _stand_in(monkeypatch, "cupy", kernels)
+        _run_on_cpu(monkeypatch, "cupy", kernels)
     return "cpu"
 
 
-def _stand_in(monkeypatch: pytest.MonkeyPatch, backend: str, module: Any) -> None:
-    """Make a GPU backend accept tensors on the CPU."""
-    runs = Support(True, "stands in for a GPU")
+def _run_on_cpu(monkeypatch: pytest.MonkeyPatch, backend: str, module: Any) -> None:
+    """Make a GPU backend run the functions of a module on CPU tensors."""
+    runs = Support(True, "runs on the CPU in this test")
     monkeypatch.setitem(
         OPS["associative_lif"], backend, Backend("cpu", lambda: runs, lambda call: runs, lambda: module)
     )
@@ -301,17 +303,17 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch, backend: str, module: Any) -> Non
 
 
 def on(device: str, case: Case, *, gradient: bool) -> Tensors:
-    """Return the same inputs in every call."""
+    """Return the inputs of a case on a device, the same in every call."""
     torch.manual_seed(1)
     return {name: x.to(device).requires_grad_(gradient and x.is_floating_point()) for name, x in case.inputs().items()}
 
 
-def run(function: Callable[[Tensors], Outputs], given: Tensors) -> tuple[Outputs, Tensors]:
-    """Return the outputs, and the gradients of a weighted sum of them."""
-    outputs = function(given)
+def run(function: Callable[[Tensors], Outputs], tensors: Tensors) -> tuple[Outputs, Tensors]:
+    """Return the outputs, and the gradients of a weighted sum of the outputs."""
+    outputs = function(tensors)
     generator = torch.Generator().manual_seed(2)
     smooth = [x for x in outputs if x.requires_grad]
-    leaves = {name: x for name, x in given.items() if x.requires_grad}
+    leaves = {name: x for name, x in tensors.items() if x.requires_grad}
     if not smooth or not leaves:
         return outputs, {}
     weights = [torch.randn(x.shape, generator=generator, device="cpu").to(x.device) for x in smooth]
@@ -322,13 +324,13 @@ def run(function: Callable[[Tensors], Outputs], given: Tensors) -> tuple[Outputs
 
 def check(got: tuple[Outputs, Tensors], expected: tuple[Outputs, Tensors]) -> None:
     """Check that outputs and gradients agree, spikes exactly."""
-    for mine, theirs in zip(got[0], expected[0], strict=True):
-        assert mine.shape == theirs.shape
-        assert mine.dtype == theirs.dtype
-        if theirs.is_floating_point() and not _is_spikes(theirs):
-            assert torch.allclose(mine, theirs, atol=1e-5)
+    for output, expected_output in zip(got[0], expected[0], strict=True):
+        assert output.shape == expected_output.shape
+        assert output.dtype == expected_output.dtype
+        if expected_output.is_floating_point() and not _is_spikes(expected_output):
+            assert torch.allclose(output, expected_output, atol=1e-5)
         else:
-            assert torch.equal(mine, theirs)
+            assert torch.equal(output, expected_output)
     assert got[1].keys() == expected[1].keys()
     for name, gradient in expected[1].items():
         assert got[1][name].shape == gradient.shape
@@ -344,7 +346,9 @@ def eager(op: str, backend: str, device: str) -> None:
     for case in CASES[op].values():
         gradient = op not in WITHOUT_GRADIENT
         expected = run(case.reference, on(device, case, gradient=gradient))
-        check(run(lambda given, case=case: case.call(given, backend), on(device, case, gradient=gradient)), expected)
+        check(
+            run(lambda tensors, case=case: case.call(tensors, backend), on(device, case, gradient=gradient)), expected
+        )
 
 
 class Calls(TorchDispatchMode):
@@ -366,7 +370,7 @@ def opcheck(op: str, backend: str, device: str) -> None:
     for case in CASES[op].values():
         with Calls() as calls:
             run(
-                lambda given, case=case: case.call(given, backend),
+                lambda tensors, case=case: case.call(tensors, backend),
                 on(device, case, gradient=op not in WITHOUT_GRADIENT),
             )
         expected = [f"nord_snn.{op}.default"] + ([] if op in WITHOUT_GRADIENT else [f"nord_snn.{op}_backward.default"])
@@ -385,44 +389,47 @@ def opcheck(op: str, backend: str, device: str) -> None:
 
 
 def compiled(op: str, backend: str, device: str) -> None:
-    """Compile forward and backward to one graph; Inductor's code is tested with whole blocks."""
+    """Compile forward and backward pass to one graph; other tests compile whole blocks with Inductor."""
     for case in CASES[op].values():
         torch._dynamo.reset()
         gradient = op not in WITHOUT_GRADIENT
         expected = run(case.reference, on(device, case, gradient=gradient))
-        call = torch.compile(lambda given, case=case: case.call(given, backend), fullgraph=True, backend="aot_eager")
+        call = torch.compile(
+            lambda tensors, case=case: case.call(tensors, backend), fullgraph=True, backend="aot_eager"
+        )
         check(run(call, on(device, case, gradient=gradient)), expected)
 
 
 def autocast(op: str, backend: str, device: str) -> None:
-    """Check that states and sums are float32 under autocast."""
+    """Check that results under autocast equal those of the reference in float32."""
     case = CASES[op][FIRST[op]]
     expected = run(case.reference, on(device, case, gradient=op not in WITHOUT_GRADIENT))
 
-    def call(given: Tensors) -> Outputs:
+    def call(tensors: Tensors) -> Outputs:
         with torch.autocast(device, dtype=torch.bfloat16):
-            return case.call(given, backend)
+            return case.call(tensors, backend)
 
     check(run(call, on(device, case, gradient=op not in WITHOUT_GRADIENT)), expected)
 
 
 def default_device(op: str, backend: str, device: str) -> None:
-    """Check that tensors are made on the device of the input, whatever the default device is."""
+    """Check that tensors are created on the device of the input also under another default device."""
     for case in CASES[op].values():
         gradient = op not in WITHOUT_GRADIENT
-        given, expected = on(device, case, gradient=gradient), run(case.reference, on(device, case, gradient=gradient))
+        tensors = on(device, case, gradient=gradient)
+        expected = run(case.reference, on(device, case, gradient=gradient))
         with torch.device("meta"):
-            got = run(lambda given, case=case: case.call(given, backend), given)
+            got = run(lambda tensors, case=case: case.call(tensors, backend), tensors)
         check(got, expected)
 
 
-class Wrapped(Tensor):
-    """Tensor subclass that wraps a tensor, as in quantisation and distributed training."""
+class WrappedTensor(Tensor):
+    """Tensor subclass that wraps a tensor, as those of quantisation and distributed training do."""
 
     seen: list[str] = []  # noqa: RUF012
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> "Wrapped":
+    def __new__(cls, inner: Tensor) -> "WrappedTensor":
         """Create a subclass with the properties of the inner tensor."""
         strides = {"strides": inner.stride(), "storage_offset": inner.storage_offset()}
         return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device, **strides)
@@ -434,25 +441,27 @@ class Wrapped(Tensor):
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         """Run the function on the inner tensors."""
         cls.seen.append(str(function))
-        unwrap = lambda x: x.inner if isinstance(x, Wrapped) else x  # noqa: E731
+        unwrap = lambda x: x.inner if isinstance(x, WrappedTensor) else x  # noqa: E731
         out = function(*tree_map(unwrap, args), **tree_map(unwrap, kwargs or {}))
-        return tree_map(lambda x: Wrapped(x) if isinstance(x, Tensor) else x, out)
+        return tree_map(lambda x: WrappedTensor(x) if isinstance(x, Tensor) else x, out)
 
 
 def subclass(op: str, backend: str, device: str) -> None:
-    """Check that a subclass in any input receives the op and gives the same results."""
+    """Check that a subclass in any input receives the call of the op, and that results are equal."""
     case = CASES[op][FIRST[op]]
     plain = on(device, case, gradient=False)
     expected = case.reference(plain)
     smooth = [name for name, x in plain.items() if x.is_floating_point()]
-    for some in (plain.keys(), smooth[-1:]):
-        Wrapped.seen.clear()
-        outputs = case.call({name: Wrapped(x) if name in some else x for name, x in plain.items()}, backend)
+    for wrapped_names in (plain.keys(), smooth[-1:]):
+        WrappedTensor.seen.clear()
+        outputs = case.call(
+            {name: WrappedTensor(x) if name in wrapped_names else x for name, x in plain.items()}, backend
+        )
         if (op, backend) not in PLAIN:
-            assert f"nord_snn.{op}.default" in Wrapped.seen
-        for mine, theirs in zip(outputs, expected, strict=True):
-            inner = mine.inner if isinstance(mine, Wrapped) else mine
-            assert torch.allclose(inner, theirs, atol=1e-5)
+            assert f"nord_snn.{op}.default" in WrappedTensor.seen
+        for output, expected_output in zip(outputs, expected, strict=True):
+            inner = output.inner if isinstance(output, WrappedTensor) else output
+            assert torch.allclose(inner, expected_output, atol=1e-5)
 
 
 def second_derivative(op: str, backend: str, device: str) -> None:
@@ -460,20 +469,22 @@ def second_derivative(op: str, backend: str, device: str) -> None:
     case = CASES[op][FIRST[op]]
 
     def twice(function: Callable[[Tensors], Outputs]) -> Outputs:
-        given = on(device, case, gradient=True)
-        leaves = [x for x in given.values() if x.requires_grad]
-        outputs = [x for x in function(given) if x.requires_grad]
+        tensors = on(device, case, gradient=True)
+        leaves = [x for x in tensors.values() if x.requires_grad]
+        outputs = [x for x in function(tensors) if x.requires_grad]
         loss = sum(x.square().sum() for x in outputs)
         first = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True, allow_unused=True)
         penalty = sum(x.square().sum() for x in first if x.requires_grad)
         return torch.autograd.grad(penalty, leaves, materialize_grads=True, allow_unused=True)
 
     if (op, backend) in PLAIN or op in ("resonance", "leaky_clamp"):
-        for mine, theirs in zip(twice(lambda given: case.call(given, backend)), twice(case.reference), strict=True):
-            assert relative_error(mine, theirs) < 1e-4
+        for got, expected in zip(
+            twice(lambda tensors: case.call(tensors, backend)), twice(case.reference), strict=True
+        ):
+            assert relative_error(got, expected) < 1e-4
         return
     with pytest.raises(RuntimeError, match=f"the kernels of {op} have no second derivative: .* has one"):
-        twice(lambda given: case.call(given, backend))
+        twice(lambda tensors: case.call(tensors, backend))
 
 
 def applies(op: str, backend: str, mode: str) -> bool:
@@ -483,24 +494,26 @@ def applies(op: str, backend: str, mode: str) -> bool:
     return mode != "second-derivative" or op not in WITHOUT_GRADIENT
 
 
-def marks(lane: str, mode: str) -> list[pytest.MarkDecorator]:
-    """A GPU is needed, or it is quick: everything on a CPU that does not have to be traced or compiled first."""
-    if lane == "gpu":
+def marks(platform: str, mode: str) -> list[pytest.MarkDecorator]:
+    """Return the mark ``gpu`` for a GPU, ``quick`` for modes on the CPU that need no tracing or compilation."""
+    if platform == "gpu":
         return [pytest.mark.gpu]
-    return [pytest.mark.quick] if lane == "cpu" and mode not in ("opcheck", "compiled") else []
+    return [pytest.mark.quick] if platform == "cpu" and mode not in ("opcheck", "compiled") else []
 
 
-EVERYTHING = [
-    pytest.param(lane, op, backend, mode, id=f"{lane}/{op}/{backend}/{mode}", marks=marks(lane, mode))
-    for lane, pairs in LANES.items()
+ALL_CASES = [
+    pytest.param(platform, op, backend, mode, id=f"{platform}/{op}/{backend}/{mode}", marks=marks(platform, mode))
+    for platform, pairs in PLATFORMS.items()
     for op, backend in pairs
     for mode in MODES
     if applies(op, backend, mode)
 ]
 
 
-@pytest.mark.parametrize(("lane", "op", "backend", "mode"), EVERYTHING)
-def test_it_conforms(request: pytest.FixtureRequest, device: str, lane: str, op: str, backend: str, mode: str) -> None:
+@pytest.mark.parametrize(("platform", "op", "backend", "mode"), ALL_CASES)
+def test_it_conforms(
+    request: pytest.FixtureRequest, device: str, platform: str, op: str, backend: str, mode: str
+) -> None:
     if mode == "nan-memory":
         request.getfixturevalue("memory_full_of_nan")
     modes = {"opcheck": opcheck, "compiled": compiled, "autocast": autocast, "subclass": subclass}
@@ -513,8 +526,8 @@ def _geometry() -> ConvGeometry:
     return ConvGeometry(kernel_size=(3,), stride=(1,), padding=((1, 1),), dilation=(1,))
 
 
-#: Functions that no op of the table calls.
-OTHERS: dict[str, Callable[[Tensor], Any]] = {
+#: Functions that are not called by the ops above.
+OTHER_FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
     "associative_cascade": lambda x: associative_cascade(x, x[0, 0, :2, None].expand(2, 2), x[0, 0, :2]),
     "pack_spikes": lambda x: pack_spikes(x, 2),
     "unpack_spikes": lambda x: unpack_spikes((x * 255).byte(), 1, 4),
@@ -529,45 +542,45 @@ OTHERS: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", OTHER_FUNCTIONS)
 def test_other_functions_make_tensors_on_the_device_of_the_input(name: str) -> None:
     x = (torch.rand(3, 2, 4, 8, generator=torch.Generator().manual_seed(0)) < 0.5).float()
     x = x if "conv" in name or "pack" in name else x.flatten(2)
-    expected = OTHERS[name](x)
+    expected = OTHER_FUNCTIONS[name](x)
     with torch.device("meta"):
-        got = OTHERS[name](x)
-    for mine, theirs in zip(tree_flatten(got)[0], tree_flatten(expected)[0], strict=True):
-        assert mine is theirs is None or torch.equal(mine, theirs)
+        got = OTHER_FUNCTIONS[name](x)
+    for output, expected_output in zip(tree_flatten(got)[0], tree_flatten(expected)[0], strict=True):
+        assert output is expected_output is None or torch.equal(output, expected_output)
 
 
 def test_every_op_and_backend_is_in_the_table() -> None:
-    """A new op or kernel has to be added to the table above."""
-    known = {(op, backend) for pairs in LANES.values() for op, backend in pairs}
-    for op, made in OPS.items():
-        assert {(op, backend) for backend in made} <= known
+    """Otherwise a new op or kernel would not be tested."""
+    known = {(op, backend) for pairs in PLATFORMS.values() for op, backend in pairs}
+    for op, backends in OPS.items():
+        assert {(op, backend) for backend in backends} <= known
     for name in dir(torch.ops.nord_snn):  # at least the ops called so far
         assert name.removesuffix("_backward") in {*CASES, "name"} or name.startswith("_")
 
 
 @pytest.mark.parametrize("mode", ["opcheck", "compiled"])
 def test_outputs_that_share_memory_are_detected(interpreter: Any, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
-    """Two views of one tensor, as from unpacking ``grads.sum(0)``, work in an eager call but not in the other modes."""
+    """Outputs that are views of one tensor work in an eager call but not under opcheck and torch.compile."""
     backward = interpreter.backward
 
     def aliased(*arguments: Any) -> tuple[Tensor, ...]:
         *others, mem, syn, coupling = backward(*arguments)
-        both = torch.cat((mem, syn))
-        return (*others, both[:1], both[1:], coupling)
+        shared = torch.cat((mem, syn))
+        return (*others, shared[:1], shared[1:], coupling)
 
     monkeypatch.setattr(interpreter, "backward", aliased)
-    _stand_in(monkeypatch, "triton", interpreter)
+    _run_on_cpu(monkeypatch, "triton", interpreter)
     eager("associative_lif", "triton", "cpu")
     with pytest.raises(Exception, match="may not alias"):
         {"opcheck": opcheck, "compiled": compiled}[mode]("associative_lif", "triton", "cpu")
 
 
 def test_first_derivatives_with_a_graph_pass_through_activation_checkpointing() -> None:
-    """Activation checkpointing returns saved tensors only once."""
+    """Activation checkpointing returns saved tensors once; with ``create_graph=True`` they must not be read twice."""
     x, leak, floor = torch.randn(4, 8, requires_grad=True), torch.rand(8), -torch.rand(8)
 
     def loss(checkpointed: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tests of the leaky clamp op: the kernel against the reference, odd shapes, ties, and bad input."""
+"""The leaky clamp op: the Numba kernel equals the reference, also with NaN and at equal arguments; bad input raises."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.quick
     seed=st.integers(0, 99),
 )
 def test_the_kernel_equals_the_reference(shape, dtype, coarse, adds, branch_dtype, seed):
-    """If leak * z equals the floor, torch divides the gradient between the two."""
+    """Coarse inputs make leak * x equal to the floor, where torch divides the gradient between both."""
     pytest.importorskip("numba", reason="the CPU kernels need Numba")
     generator = torch.Generator().manual_seed(seed)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -56,7 +56,7 @@ def test_the_kernel_equals_the_reference(shape, dtype, coarse, adds, branch_dtyp
             assert relative_error(got, expected) < 1e-5, name
 
 
-def test_non_contiguous_input_and_uninitialised_memory(memory_full_of_nan):
+def test_non_contiguous_input_equals_the_reference_and_all_memory_is_written(memory_full_of_nan):
     pytest.importorskip("numba", reason="the CPU kernels need Numba")
     x, branch = (torch.randn(6, 5, 4).transpose(0, 2).requires_grad_() for _ in range(2))
     arguments = {"leak": torch.full((6,), 0.1), "floor": torch.full((6,), -0.1), "gain": torch.full((12,), 0.3)[::2]}
@@ -67,7 +67,7 @@ def test_non_contiguous_input_and_uninitialised_memory(memory_full_of_nan):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_non_finite_values_give_the_same_as_the_reference(value):
+def test_non_finite_values_equal_the_reference(value):
     pytest.importorskip("numba", reason="the CPU kernels need Numba")
     x = torch.full((3, 20), value)
     for arguments in ({}, {"branch": torch.full((3, 20), -value), "gain": torch.ones(20)}):

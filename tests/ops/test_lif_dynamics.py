@@ -1,4 +1,4 @@
-"""The neuron op with other charges and resets, decays of every neuron, and channels first."""
+"""``associative_lif`` with other ``Dynamics`` than the published neuron, a decay for each neuron, and channels first."""
 
 import pytest
 import torch
@@ -23,11 +23,12 @@ DYNAMICS = st.builds(
 
 
 def random(*shape, low=0.0, high=1.0):
+    """Return uniform random numbers in float64."""
     return torch.rand(shape, dtype=torch.float64) * (high - low) + low
 
 
 def make(shape, n_clusters, own_decays):
-    """Return leaves for all inputs of the op, and a random state; float64, so that no membrane is near its threshold."""
+    """Return the inputs that have gradients, and refractory counters; in float64 no membrane potential is near its threshold."""
     D, size = shape[2], shape[2] if own_decays else 1
     leaves = {
         "x": torch.randn(shape, dtype=torch.float64),
@@ -43,9 +44,9 @@ def make(shape, n_clusters, own_decays):
 
 
 def run(leaves, refractory, dynamics, backend, **options):
-    """Return outputs and gradients of a fixed random sum of them."""
-    given = {name: x.clone().requires_grad_() for name, x in leaves.items()}
-    arguments = dict(given)
+    """Return outputs, and gradients of a sum of the outputs with fixed random weights."""
+    inputs = {name: x.clone().requires_grad_() for name, x in leaves.items()}
+    arguments = dict(inputs)
     x, v, i_syn = (arguments.pop(name) for name in ("x", "v", "i_syn"))
     if dynamics.charge in ("relax", "leak"):
         del arguments["beta_mem"]
@@ -63,8 +64,8 @@ def run(leaves, refractory, dynamics, backend, **options):
     outputs = (spikes, v_seq, last.v, last.i_syn)
     generator = torch.Generator().manual_seed(1)
     loss = sum((y * torch.rand(y.shape, dtype=y.dtype, generator=generator)).sum() for y in outputs)
-    gradients = torch.autograd.grad(loss, list(given.values()), allow_unused=True, materialize_grads=True)
-    return [y.detach() for y in (*outputs, last.refractory)], dict(zip(given, gradients, strict=True))
+    gradients = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True, materialize_grads=True)
+    return [y.detach() for y in (*outputs, last.refractory)], dict(zip(inputs, gradients, strict=True))
 
 
 @settings(deadline=None, max_examples=60)
@@ -95,20 +96,20 @@ def test_the_kernels_equal_the_reference(shape, dynamics, own_decays, with_casca
 
 @pytest.mark.parametrize("backend", ["torch", "numba"])
 @pytest.mark.parametrize("n_clusters", [None, 2])
-def test_channels_first_is_features_last_of_the_transposed_input(backend, n_clusters):
+def test_channels_first_equals_channels_last_of_the_transposed_input(backend, n_clusters):
     torch.manual_seed(0)
     leaves, _ = make((5, 2, 4, 3), n_clusters, own_decays=True)
     x, parameters = leaves["x"], {name: y for name, y in leaves.items() if name not in ("x", "v", "i_syn")}
-    first, _, state = associative_lif(x, **parameters, channels_first=True, backend=backend)
-    last, _, expected = associative_lif(x.movedim(2, 3).flatten(1, 2), **parameters, backend=backend)
-    assert torch.equal(first, last.unflatten(1, (2, 3)).movedim(3, 2))
-    assert first.is_contiguous()
+    channels_first, _, state = associative_lif(x, **parameters, channels_first=True, backend=backend)
+    channels_last, _, expected = associative_lif(x.movedim(2, 3).flatten(1, 2), **parameters, backend=backend)
+    assert torch.equal(channels_first, channels_last.unflatten(1, (2, 3)).movedim(3, 2))
+    assert channels_first.is_contiguous()
     for got, part in zip(state, expected, strict=True):
         assert torch.equal(got, part.unflatten(0, (2, 3)).movedim(2, 1))
 
 
 @pytest.mark.parametrize("charge", ["average", "sum"])
-def test_charges_with_tau_are_those_with_the_decay_to_rounding(charge):
+def test_charges_with_tau_equal_those_with_a_decay_up_to_rounding(charge):
     torch.manual_seed(0)
     x, threshold = torch.randn(20, 3, 5, dtype=torch.float64), random(5, low=0.2, high=0.6)
     common = {"threshold": threshold, "beta_syn": 0.4, "return_v_seq": True}
@@ -137,7 +138,7 @@ def test_without_synaptic_decay_the_current_is_the_input():
         ({"channels_first": True}, r"expects x_seq of shape \[T, N, D, M\] with T >= 1 and D = 4, got \[2, 3, 4\]"),
     ],
 )
-def test_bad_input_is_named(options, message):
+def test_bad_input_raises(options, message):
     arguments = {"threshold": torch.ones(4), "beta_mem": 0.5, "beta_syn": 0.5} | options
     with pytest.raises(ValueError, match=message):
         associative_lif(torch.randn(2, 3, 4), **arguments)
@@ -145,7 +146,7 @@ def test_bad_input_is_named(options, message):
 
 @pytest.mark.parametrize("backend", ["torch", "numba"])
 @pytest.mark.parametrize("shape", [(5, 3, 20), (4, 2, 6, 9)], ids=["features last", "channels first"])
-def test_neurons_without_other_state_give_the_same_with_the_membrane_alone(backend, shape):
+def test_membrane_only_gives_equal_results_for_neurons_without_other_state(backend, shape):
     torch.manual_seed(0)
     D = shape[2]
     x = torch.randn(shape, requires_grad=True)
@@ -154,9 +155,9 @@ def test_neurons_without_other_state_give_the_same_with_the_membrane_alone(backe
 
     def run(membrane_only):
         zeros = torch.zeros(shape[1:])
-        others = (None, None) if membrane_only else (zeros, zeros.to(torch.int32))
+        other_states = (None, None) if membrane_only else (zeros, zeros.to(torch.int32))
         spikes, v_seq, last = associative_lif(
-            x, AssociativeLIFState(v, *others), threshold=threshold, beta_mem=beta_mem, beta_syn=0.0, v_reset=0.0,
+            x, AssociativeLIFState(v, *other_states), threshold=threshold, beta_mem=beta_mem, beta_syn=0.0, v_reset=0.0,
             refractory_steps=0, channels_first=len(shape) == 4, membrane_only=membrane_only, return_v_seq=True,
             backend=backend,
         )  # fmt: skip
@@ -164,15 +165,15 @@ def test_neurons_without_other_state_give_the_same_with_the_membrane_alone(backe
         gradients = torch.autograd.grad(loss + last.v.cos().sum(), [x, v, threshold, beta_mem])
         return [spikes, v_seq, last.v, *gradients], last
 
-    (expected, full), (result, alone) = run(False), run(True)
+    (expected, full_state), (result, membrane_state) = run(False), run(True)
     assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
-    assert alone.i_syn is None
-    assert alone.refractory is None
-    assert full.i_syn is not None
+    assert membrane_state.i_syn is None
+    assert membrane_state.refractory is None
+    assert full_state.i_syn is not None
 
 
 @pytest.mark.parametrize("more", [{"beta_syn": 0.5}, {"refractory_steps": 1}])
-def test_neurons_with_more_state_cannot_have_the_membrane_alone(more):
+def test_membrane_only_raises_for_neurons_with_other_state(more):
     constants = {"beta_syn": 0.0, "refractory_steps": 0} | more
     with pytest.raises(ValueError, match="membrane_only is for neurons whose state is the membrane potential"):
         associative_lif(torch.rand(2, 3, 4), threshold=torch.ones(4), beta_mem=0.5, membrane_only=True, **constants)
@@ -196,7 +197,7 @@ def test_without_rows_gradients_are_empty_or_zero(membrane_only, shape):
     assert torch.equal(threshold.grad, torch.zeros(5))
 
 
-def test_kernels_run_on_the_cpu_whatever_the_default_device_is():
+def test_kernels_run_on_the_cpu_also_under_another_default_device():
     x, threshold = torch.rand(2, 3, 4, requires_grad=True), torch.ones(4)
     with torch.device("meta"):
         spikes, _, _ = associative_lif(x, threshold=threshold, beta_mem=0.5, beta_syn=0.5, backend="numba")
@@ -205,7 +206,7 @@ def test_kernels_run_on_the_cpu_whatever_the_default_device_is():
     assert x.grad.device.type == "cpu"
 
 
-def test_a_state_of_more_than_the_membrane_is_not_dropped():
+def test_membrane_only_raises_for_a_state_with_other_parts():
     zeros = torch.zeros(3, 4)
     state = AssociativeLIFState(zeros, zeros, torch.full((3, 4), 3, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"with membrane_only state\.i_syn must be None, got"):

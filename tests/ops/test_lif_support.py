@@ -1,4 +1,4 @@
-"""Which calls of the neuron a kernel with the published dynamics and one decay supports."""
+"""A GPU kernel supports only the dynamics of the published neuron and one decay; other calls get a reason."""
 
 import pytest
 import torch
@@ -21,5 +21,5 @@ pytestmark = pytest.mark.quick
         ((("n_decays", 8),), (False, "it supports one decay shared by all neurons, got one decay per neuron")),
     ],
 )
-def test_the_reason_names_what_the_kernel_does_not_have(options, expected):
+def test_the_reason_names_what_the_kernel_does_not_support(options, expected):
     assert tuple(has_published_dynamics(CallSignature("cuda", torch.float32, 8, options))) == expected

@@ -1,4 +1,4 @@
-"""Kernels run in forked processes, in several Python threads, and beside other libraries' Numba loops."""
+"""Numba kernels give correct results in forked processes, in several Python threads, and beside parallel loops of Numba."""
 
 import os
 import subprocess
@@ -61,16 +61,16 @@ def loop(a):
 torch.set_num_threads(2)
 node = AssociativeLIFNode(512, step_mode="m", backend="numba").requires_grad_(False)
 x = torch.randn(10, 64, 512)
-expected, done, wrong = node(x, stateless=True), threading.Event(), []
-def ours():
-    while not done.is_set():
+expected, finished, wrong = node(x, stateless=True), threading.Event(), []
+def run_kernels():
+    while not finished.is_set():
         if not torch.equal(node(x, stateless=True), expected):
             wrong.append(1)
-threads = [threading.Thread(target=ours) for _ in range(3)]
+threads = [threading.Thread(target=run_kernels) for _ in range(3)]
 [thread.start() for thread in threads]
 for _ in range(50):
     loop(numpy.zeros(10_000))
-done.set()
+finished.set()
 [thread.join() for thread in threads]
 assert not wrong
 """
@@ -83,29 +83,29 @@ def _run(code: str, **environment: str) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_forked_workers_run_kernels_after_a_call_in_the_parent(threads: int) -> None:
-    """A DataLoader's workers and a forked pool run the node that the parent has run."""
+    """Workers of a DataLoader and of a forked pool run a node that the parent process has run."""
     _run(_FORKS.format(threads=threads), NUMBA_NUM_THREADS="2")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
 def test_a_forked_process_runs_kernels_on_several_threads() -> None:
-    """A forked process has no OpenMP team, so worker threads of its own run the kernel."""
+    """A forked process cannot use torch's OpenMP threads and starts its own."""
     _run(_TWO_THREADS + _IN_A_FORKED_PROCESS, NUMBA_NUM_THREADS="2")
 
 
-def test_a_team_may_be_smaller_than_asked_for() -> None:
-    """Under a limit of the process OpenMP gives fewer threads than torch has: all shares are computed."""
+def test_with_fewer_openmp_threads_than_torch_requests_all_results_are_computed() -> None:
+    """OMP_THREAD_LIMIT limits the threads of the process."""
     _run(_TWO_THREADS, OMP_THREAD_LIMIT="1", NUMBA_NUM_THREADS="2")
 
 
 @pytest.mark.parametrize("layer", ["workqueue"])
 def test_kernels_run_beside_parallel_loops_of_numba(layer: str) -> None:
-    """Three threads run kernels while another one runs Numba's loops on a layer for one thread at a time."""
+    """Three threads run kernels while another one runs loops on Numba's "workqueue", which only one thread may use at a time."""
     _run(_BESIDE_NUMBA, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2")
 
 
 def test_kernels_need_no_threading_layer() -> None:
-    """Kernels run where Numba finds no threading layer, and the choice falls on plain PyTorch without its compiler."""
+    """Kernels run if Numba has no threading layer; without Numba's compiler the backend is plain PyTorch."""
     code = (
         "import torch; from nord_snn.neurons import AssociativeLIFNode as N;"
         "n = N(64, step_mode='m'); x = torch.ones(2, 3, 64); print(n.which_backend(x).name); n(x)"
@@ -115,14 +115,14 @@ def test_kernels_need_no_threading_layer() -> None:
 
 
 @pytest.mark.parametrize("calls", [100, pytest.param(3000, marks=pytest.mark.slow)])
-def test_four_threads_get_the_results_of_one(calls: int) -> None:
-    """Four threads run one node, each on its own input: no result is another's."""
+def test_four_threads_get_the_results_of_a_single_thread(calls: int) -> None:
+    """Each thread calls the node with another input."""
     node = AssociativeLIFNode(64, n_clusters=8, step_mode="m").requires_grad_(False)
     assert not wrong_in_threads(lambda x: node(x, stateless=True), [torch.randn(6, 4, 64) for _ in range(4)], calls)
 
 
-def test_small_work_stays_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel has the threads of torch, at most those of Numba, and one for every 65,536 elements."""
+def test_the_number_of_threads_grows_with_the_number_of_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is at most that of torch, that of Numba, and 1 plus one for each 65,536 elements."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", 4)
     assert [n_threads(n) for n in (0, 65_535, 65_536, 10**9, None)] == [1, 1, 2, 4, 4]

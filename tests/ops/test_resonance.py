@@ -1,4 +1,4 @@
-"""Tests of the resonance op: independent values, ties, causality, recency, gradients, tiles, memory."""
+"""The resonance op equals independently computed values and its reference; ties, causality, recency, gradients, memory."""
 
 import weakref
 
@@ -41,6 +41,7 @@ def test_counts_selected_keys_and_context_equal_the_expected_values(case):
 
 
 def spikes(*shape, rate=0.3):
+    """Return random spikes with a firing rate."""
     return (torch.rand(*shape) < rate).float()
 
 
@@ -48,14 +49,14 @@ def spikes(*shape, rate=0.3):
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(n=st.integers(1, 9), top_k=st.integers(1, 9), values=st.integers(1, 4), seed=st.integers(0, 999))
 def test_of_equal_scores_the_most_recent_positions_are_selected(n, top_k, values, seed):
-    """Compare with sorting by (score, position), for rows with many ties."""
+    """They are those of sorting by (score, position); many scores are equal."""
     scores = torch.randint(values, (n,), generator=torch.Generator().manual_seed(seed)).float()
     best = sorted(range(n), key=lambda b: (scores[b].item(), b), reverse=True)[:top_k]
     assert keep_best(scores, top_k).nonzero().flatten().tolist() == sorted(best)
 
 
 def test_without_spikes_the_most_recent_positions_are_selected():
-    """Without spikes every score is 0: the last top_k keys are selected, each with the same weight."""
+    """Every score is 0, so the last top_k keys have the same weight."""
     v = torch.arange(5.0).reshape(1, 5, 1)
     context = resonance(torch.zeros(2, 1, 5, 1), torch.zeros(2, 1, 5, 1), v, n_heads=1, top_k=2, temperature=1.0)
     assert context.flatten().tolist() == [0.0, 0.5, 1.5, 2.5, 3.5]
@@ -72,14 +73,14 @@ def test_a_later_position_never_changes_an_earlier_one():
     after = resonance(q, k, v, **arguments)
     assert torch.equal(before[:, :5], after[:, :5])
     assert not torch.equal(before[:, 5:], after[:, 5:])
-    open_before = resonance(q, k, v, causal=False, **arguments)
+    not_causal = resonance(q, k, v, causal=False, **arguments)
     v[:, 5:] += 9
-    assert not torch.equal(open_before[:, :5], resonance(q, k, v, causal=False, **arguments)[:, :5])
+    assert not torch.equal(not_causal[:, :5], resonance(q, k, v, causal=False, **arguments)[:, :5])
 
 
 def test_a_negative_temperature_prefers_the_least_coincident():
     q = torch.ones(1, 1, 3, 2)
-    k = torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 0.0]]).reshape(1, 1, 3, 2)  # position 1 coincides with nothing
+    k = torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 0.0]]).reshape(1, 1, 3, 2)  # position 1 has no coincidences
     v = torch.eye(3)[None, :, :2]
     for temperature, best in ((1.0, 0), (-1.0, 1)):
         context = resonance(q, k, v, n_heads=1, top_k=1, temperature=temperature)
@@ -93,11 +94,11 @@ def test_recency_prefers_near_positions():
     flat = resonance(q, k, v, n_heads=2, top_k=4, temperature=1.0)
     sloped = resonance(q, k, v, n_heads=2, top_k=4, temperature=1.0, recency=torch.tensor([0.0, 2.0]))
     assert torch.allclose(flat[..., 0], sloped[..., 0])  # head 0 has no slope
-    assert (sloped[0, 2:, 1] < flat[0, 2:, 1]).all()  # head 1 hears less of position 1, the farther the less
+    assert (sloped[0, 2:, 1] < flat[0, 2:, 1]).all()  # in head 1 the weight of position 1 falls with distance
 
 
 @pytest.mark.quick
-def test_heads_do_not_mix():
+def test_two_heads_equal_two_calls_with_one_head():
     q, k, v = spikes(3, 1, 5, 6), spikes(3, 1, 5, 6), torch.randn(1, 5, 6)
     together = resonance(q, k, v, n_heads=2, top_k=3, temperature=0.5)
     alone = [
@@ -107,7 +108,7 @@ def test_heads_do_not_mix():
 
 
 @pytest.mark.quick
-def test_gradients_with_all_keys_selected():
+def test_gradients_are_exact_if_all_keys_are_selected():
     """With all keys selected (top_k = S), the op is smooth in q, k, v, temperature and recency."""
     q, k = spikes(3, 1, 4, 4).double().requires_grad_(), spikes(3, 1, 4, 4).double().requires_grad_()
     v = torch.randn(1, 4, 4, dtype=torch.float64).requires_grad_()
@@ -120,8 +121,8 @@ def test_gradients_with_all_keys_selected():
     assert torch.autograd.gradcheck(run, (q, k, v, temperature, recency))
 
 
-def test_gradients_with_few_keys_selected(monkeypatch):
-    """With real numbers instead of spikes no two scores are equal, and small changes select the same keys."""
+def test_gradients_are_exact_if_few_keys_are_selected(monkeypatch):
+    """With real numbers in place of spikes no scores are equal, so that a small change does not change the selection."""
     monkeypatch.setattr(blockwise, "BLOCK", 2)
     shapes = ((2, 1, 5, 2), (2, 1, 5, 2), (1, 5, 2), (1,), (2,))
     inputs = [torch.rand(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
@@ -134,6 +135,7 @@ def test_gradients_with_few_keys_selected(monkeypatch):
 
 
 def output_and_gradients(run, inputs, grad):
+    """Return the output of ``run(*inputs)`` and the gradients of all inputs for the output gradient ``grad``."""
     inputs = [None if x is None else x.detach().clone().requires_grad_() for x in inputs]
     context = run(*inputs)
     context.backward(grad)
@@ -141,9 +143,9 @@ def output_and_gradients(run, inputs, grad):
 
 
 def assert_close(results, expected, tolerance, largest_count=1):
-    """Compare contexts by element and gradients by norm; gradients are sums of terms of about 1, which can cancel.
+    """Assert that contexts are close by element and gradients by norm; gradients are sums of terms of about 1, which can cancel.
 
-    The gradient of the temperature, the fourth, is a sum of counts times gradients and can cancel at their size.
+    Terms of the gradient of the temperature, the fourth, have the size of the coincidence counts.
     """
     assert (results[0] - expected[0]).abs().max() <= tolerance
     for index, (result, reference_result) in enumerate(zip(results[1:], expected[1:], strict=True)):
@@ -173,10 +175,9 @@ def assert_close(results, expected, tolerance, largest_count=1):
 def test_every_backend_equals_the_reference(
     T, B, S, n_heads, width, of_v, top_k, temperature, recency, causal, most, block, scores, dtype, seed
 ):
-    """Few distinct counts, and slopes of 1/4 with temperatures of 1/4 or 1/2, make ties frequent.
+    """Slopes of 1/4 and temperatures of 1/4 or 1/2 make many scores equal.
 
-    Values have the width of the spikes, or another width.
-    Spikes are 0 and 1, or integers up to 3, which need sums of products instead of bit counts.
+    With ``most=3`` queries and keys are integers up to 3, for which kernels sum products instead of counting bits.
     """
     generator = torch.Generator().manual_seed(seed)
     q, k = (torch.randint(most + 1, (T, B, S, n_heads * width), generator=generator).to(dtype) for _ in range(2))
@@ -185,26 +186,25 @@ def test_every_backend_equals_the_reference(
     inputs = (q, k, v, torch.tensor([temperature], dtype=dtype), slopes)
     before = [None if x is None else x.clone() for x in inputs]
 
-    def whole(q, k, v, temperature, recency):
+    def run_reference(q, k, v, temperature, recency):
         return reference(q, k, v, n_heads, top_k, temperature, recency, causal)
 
-    def ours(q, k, v, temperature, recency):
+    def run_op(q, k, v, temperature, recency):
         return resonance(q, k, v, n_heads=n_heads, top_k=top_k, temperature=temperature, recency=recency, causal=causal)
 
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blockwise, "BLOCK", block)
         patch.setattr(blockwise, "SCORES", {"cpu": scores})
-        results, expected = (output_and_gradients(run, inputs, grad) for run in (ours, whole))
+        results, expected = (output_and_gradients(run, inputs, grad) for run in (run_op, run_reference))
         assert_close(results, expected, tolerance, max(1, T * width * most**2 / 10))
-        without_gradients = ours(*inputs)
-    assert (without_gradients - whole(*inputs)).abs().max() <= tolerance
-    assert all(x is None or torch.equal(x, y) for x, y in zip(inputs, before, strict=True))  # nothing was written into
+        without_gradients = run_op(*inputs)
+    assert (without_gradients - run_reference(*inputs)).abs().max() <= tolerance
+    assert all(x is None or torch.equal(x, y) for x, y in zip(inputs, before, strict=True))  # inputs are unchanged
 
 
-@pytest.mark.parametrize(
-    ("T", "recency"), [(10, True), (10, False), (1, True), (1, False)]
-)  # with and without saved weights
+# With ten time steps the weights are saved for the backward pass, with one they are computed again.
+@pytest.mark.parametrize(("T", "recency"), [(10, True), (10, False), (1, True), (1, False)])
 def test_full_size_results_equal_the_reference(T, recency):
     q, k = spikes(T, 2, 200, 64, rate=0.1), spikes(T, 2, 200, 64, rate=0.1)
     slopes = torch.tensor([0.5, 0.125]) if recency else None
@@ -217,7 +217,7 @@ def test_full_size_results_equal_the_reference(T, recency):
     assert_close(results, expected, 1e-5)
 
 
-def test_a_python_float_as_temperature_is_not_rounded():
+def test_a_python_float_as_temperature_is_not_rounded_to_float32():
     q, k, v = spikes(3, 1, 6, 4).double(), spikes(3, 1, 6, 4).double(), torch.randn(1, 6, 4, dtype=torch.float64)
     expected = reference(q, k, v, 2, 3, 0.1, None, True)
     assert torch.allclose(resonance(q, k, v, n_heads=2, top_k=3, temperature=0.1), expected, rtol=0, atol=1e-14)
@@ -247,7 +247,7 @@ def test_empty_input_gives_empty_output(shape):
     assert k.grad.shape == shape
 
 
-class PeakBytes(TorchDispatchMode):
+class PeakMemory(TorchDispatchMode):
     """Mode that measures the peak memory of the tensors created under it."""
 
     def __init__(self):
@@ -273,10 +273,10 @@ class PeakBytes(TorchDispatchMode):
 def test_memory_grows_linearly_with_the_length(top_k, backend):
     kernel = IMPLEMENTATIONS[backend].kernel()
 
-    def whole(q, k, v, temperature, recency):
+    def run_reference(q, k, v, temperature, recency):
         reference(q, k, v, 2, top_k, temperature, recency, True).sum().backward()
 
-    def ours(q, k, v, temperature, recency):
+    def run_op(q, k, v, temperature, recency):
         with torch.no_grad():  # call both passes as autograd does; a mode does not see the calls inside the op
             arguments = Arguments(q, k, v, temperature, recency, 2, top_k, True)
             context, *saved = kernel.forward(arguments, True)
@@ -285,16 +285,16 @@ def test_memory_grows_linearly_with_the_length(top_k, backend):
     def peak(run, S):
         shapes = ((3, 1, S, 8), (3, 1, S, 8), (1, S, 8), (), (2,))
         inputs = [torch.rand(shape).requires_grad_() for shape in shapes]
-        with PeakBytes() as mode:
+        with PeakMemory() as mode:
             run(*inputs)
         return mode.peak
 
-    assert peak(ours, 1024) <= 2.1 * peak(ours, 512)
-    assert peak(whole, 1024) >= 3.5 * peak(whole, 512)
+    assert peak(run_op, 1024) <= 2.1 * peak(run_op, 512)
+    assert peak(run_reference, 1024) >= 3.5 * peak(run_reference, 512)
 
 
 def test_saved_tensors_are_no_larger_than_the_queries(backend):
-    """All weights of [12, 12], or two lists of five keys and one more, fit into T * D / H = 12; 13 weights or six keys do not."""
+    """Per query and head at most T * D / H = 12 numbers are saved: 12 weights or 2 * 5 + 1 for five keys fit, 13 do not."""
     for fits, S, top_k in ((True, 12, 5), (False, 13, 6)):
         q = torch.zeros(3, 5, S, 8)
         keys, _, weights = (torch.Size(shape).numel() for shape in saved_shapes(backend, q, top_k))
@@ -303,11 +303,12 @@ def test_saved_tensors_are_no_larger_than_the_queries(backend):
 
 
 def saved_shapes(backend, q, top_k):
+    """Return the shapes of the tensors that a backend saves for its backward pass."""
     return IMPLEMENTATIONS[backend].kernel().saved_shapes(q, 2, top_k, True)
 
 
-def test_selected_keys_over_several_tiles_with_and_without_saved_weights():
-    """Use odd sizes below and above a tile of 64 queries, with words of 64 bits and groups of four that are not full."""
+def test_odd_sizes_over_several_tiles_equal_the_reference():
+    """A tile has 64 queries, a word 64 bits, a group four words; sizes are just below and above multiples."""
     for T, S, width, top_k in ((1, 67, 5, 66), (7, 131, 17, 9), (5, 66, 33, 64)):
         q, k = spikes(T, 2, S, 3 * width), spikes(T, 2, S, 3 * width)
         inputs = (q, k, torch.randn(2, S, 3 * width), torch.tensor([0.3]), torch.tensor([0.25, 0.0, 0.5]))
@@ -315,13 +316,13 @@ def test_selected_keys_over_several_tiles_with_and_without_saved_weights():
         for causal in (True, False):
             sizes = {"n_heads": 3, "top_k": top_k, "causal": causal}
 
-            def whole(q, k, v, temperature, recency, sizes=sizes):
+            def run_reference(q, k, v, temperature, recency, sizes=sizes):
                 return reference(q, k, v, temperature=temperature, recency=recency, **sizes)
 
-            def ours(q, k, v, temperature, recency, sizes=sizes):
+            def run_op(q, k, v, temperature, recency, sizes=sizes):
                 return resonance(q, k, v, temperature=temperature, recency=recency, **sizes)
 
-            expected, results = (output_and_gradients(run, inputs, grad) for run in (whole, ours))
+            expected, results = (output_and_gradients(run, inputs, grad) for run in (run_reference, run_op))
             assert_close(results, expected, 1e-5)
 
 
@@ -342,10 +343,10 @@ def test_the_op_is_registered_and_compiles_without_a_graph_break(monkeypatch, ba
 
     layer = Layer()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    remembered = []
-    for S in (9, 5, 11):  # a length that changes
+    saves_weights = []
+    for S in (9, 5, 11):  # sequences of several lengths
         inputs, grad = (spikes(3, 2, S, 6), spikes(3, 2, S, 6), torch.randn(2, S, 6)), torch.randn(2, S, 6)
-        remembered += [saved_shapes(backend, inputs[0], top_k)[2][0] > 0 for top_k in (3, 9)]
+        saves_weights += [saved_shapes(backend, inputs[0], top_k)[2][0] > 0 for top_k in (3, 9)]
         results = []
         for run in (layer, compiled):
             layer.zero_grad()
@@ -355,26 +356,29 @@ def test_the_op_is_registered_and_compiles_without_a_graph_break(monkeypatch, ba
         arguments = (*(x.requires_grad_() for x in inputs), layer.temperature.reshape(()).detach(), layer.recency)
         options = {"n_heads": 2, "top_k": 3, "causal": True, "save_weights": True, "backend": backend}
         torch.library.opcheck(torch.ops.nord_snn.resonance.default, arguments, options)
-    assert len(set(remembered)) == 2
+    assert len(set(saves_weights)) == 2
 
 
 def test_every_element_of_every_buffer_is_written(memory_full_of_nan):
-    for T, top_k, causal in ((5, 4, True), (5, 4, False), (1, 9, True), (1, 9, False)):  # saved weights, and none
+    with_saved_weights, without = ((5, 4, True), (5, 4, False)), ((1, 9, True), (1, 9, False))
+    for T, top_k, causal in (*with_saved_weights, *without):
         inputs = (spikes(T, 2, 70, 6), spikes(T, 2, 70, 6), torch.randn(2, 70, 6), torch.tensor([0.5]), torch.rand(2))
         sizes = {"n_heads": 2, "top_k": top_k, "causal": causal}
 
-        def whole(q, k, v, temperature, recency, sizes=sizes):
+        def run_reference(q, k, v, temperature, recency, sizes=sizes):
             return reference(q, k, v, temperature=temperature, recency=recency, **sizes)
 
-        def ours(q, k, v, temperature, recency, sizes=sizes):
+        def run_op(q, k, v, temperature, recency, sizes=sizes):
             return resonance(q, k, v, temperature=temperature, recency=recency, **sizes)
 
         grad = torch.randn(2, 70, 6)
-        assert_close(output_and_gradients(ours, inputs, grad), output_and_gradients(whole, inputs, grad), 1e-5)
+        assert_close(
+            output_and_gradients(run_op, inputs, grad), output_and_gradients(run_reference, inputs, grad), 1e-5
+        )
 
 
 def test_nan_is_propagated():
-    """0 * inf is NaN, on x86 with the sign bit set; a query with such a score gives NaN, as in the reference."""
+    """0 * inf is NaN, on x86 with the sign bit set; the context of a query with such a score is NaN."""
     q, k, v = torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2), torch.ones(1, 3, 2)
     k[0, 0, 0, 0] = torch.inf
     context = resonance(q, k, v, n_heads=1, top_k=1, temperature=1.0)
@@ -384,10 +388,10 @@ def test_nan_is_propagated():
 
 
 def test_counts_are_exact_under_autocast():
-    """bfloat16 cannot represent counts above 256."""
+    """bfloat16 cannot represent all integers above 256."""
     q = k = torch.ones(40, 1, 2, 16)
     k = k.clone()
-    k[0, 0, 0, 0] = 0  # 639 against 640
+    k[0, 0, 0, 0] = 0  # scores of 639 and 640
     v = torch.tensor([[[1.0] * 16, [2.0] * 16]])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         context = resonance(q, k, v, n_heads=1, top_k=1, temperature=-1.0)

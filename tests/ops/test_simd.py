@@ -1,4 +1,4 @@
-"""Tests of vectors in Numba kernels: every function in both precisions, and no access beyond the end."""
+"""Vectors in Numba kernels: every function in float32 and float64, and no access beyond the given elements."""
 
 import numpy as np
 import pytest
@@ -37,19 +37,19 @@ def _arithmetic(a, b, result):
     simd.store(out, 2 * WIDTH, p * q)
     simd.store(out, 3 * WIDTH, p / q)
     simd.store(out, 4 * WIDTH, simd.maximum(p, q))
-    reaches = simd.ge_mask(p, q)
-    simd.store(out, 5 * WIDTH, simd.where(reaches, p, simd.broadcast(x, 7)))
+    greater_or_equal = simd.ge_mask(p, q)
+    simd.store(out, 5 * WIDTH, simd.where(greater_or_equal, p, simd.broadcast(x, 7)))
     simd.store(out, 6 * WIDTH, simd.fused(p, q, simd.iota(x)))
     differing = simd.ne_mask(p, q)
-    return simd.reduce_sum(p), reaches, differing, simd.count_bits(differing), simd.as_integers(x)[0]
+    return simd.reduce_sum(p), greater_or_equal, differing, simd.count_bits(differing), simd.as_integers(x)[0]
 
 
 def test_every_vector_element_is_computed_independently(dtype):
     generator = np.random.default_rng(0)
     a, b = (generator.standard_normal(WIDTH).astype(dtype) for _ in range(2))
-    a[3], a[5] = b[3], np.nan  # one equal pair, one without an order
+    a[3], a[5] = b[3], np.nan  # one pair of equal elements, one with NaN
     result = np.empty(7 * WIDTH, dtype)
-    total, reaches, differing, count, bits = _arithmetic(a, b, result)
+    total, greater_or_equal, differing, count, bits = _arithmetic(a, b, result)
     rows = result.reshape(7, WIDTH)
     for row, expected in zip(rows, (a + b, a - b, a * b, a / b), strict=False):
         assert np.array_equal(row, expected, equal_nan=True)
@@ -57,7 +57,7 @@ def test_every_vector_element_is_computed_independently(dtype):
     assert np.array_equal(rows[5], np.where(a >= b, a, dtype(7)), equal_nan=True)
     assert np.allclose(rows[6], a * b + np.arange(WIDTH), rtol=1e-6, equal_nan=True)
     assert np.isnan(total)
-    assert reaches == sum(1 << lane for lane in range(WIDTH) if a[lane] >= b[lane])
+    assert greater_or_equal == sum(1 << lane for lane in range(WIDTH) if a[lane] >= b[lane])
     assert differing == sum(1 << lane for lane in range(WIDTH) if a[lane] != b[lane])
     assert count == WIDTH - 1
     assert bits == a.view(np.int32 if dtype == np.float32 else np.int64)[0]
@@ -66,11 +66,11 @@ def test_every_vector_element_is_computed_independently(dtype):
 
 
 @njit
-def _through_an_address(address, like, n):
+def _write_by_address(address, like, n):
     simd.masked_store(simd.as_pointer(address, like), 1, n - 1, simd.broadcast(simd.as_pointer(address, like), 7))
 
 
-def test_a_pointer_gives_the_same_as_an_array(dtype):
+def test_memory_can_be_written_by_its_address(dtype):
     x = np.zeros(5, dtype)
-    _through_an_address(x.ctypes.data, dtype(0), 5)
+    _write_by_address(x.ctypes.data, dtype(0), 5)
     assert x.tolist() == [0, 7, 7, 7, 7]

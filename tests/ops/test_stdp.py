@@ -1,4 +1,4 @@
-"""Tests of pair-based STDP: independent values, brute force over all pairs, direction in time."""
+"""Pair-based STDP equals independently computed values and sums over all spike pairs; sign of the change; rewards."""
 
 import math
 
@@ -27,7 +27,7 @@ def test_weight_change_and_rewards_equal_the_expected_values(case):
 
 
 def brute_force(pre, post, tau_plus, tau_minus, a_plus, a_minus):
-    """Sum over every pair of spikes."""
+    """Return the weight change summed over every pair of spikes."""
     delta = torch.zeros(post.shape[-1], pre.shape[-1], dtype=torch.float64)
     for row in range(pre.shape[1]):
         for t_pre, j in pre[:, row].nonzero().tolist():
@@ -49,7 +49,7 @@ def brute_force(pre, post, tau_plus, tau_minus, a_plus, a_minus):
     cut=st.integers(1, 8),
     seed=st.integers(0, 999),
 )
-def test_all_pairs_by_brute_force_also_for_split_sequences(T, N, tau_plus, tau_minus, cut, seed):
+def test_the_change_is_the_sum_over_all_spike_pairs_also_for_split_sequences(T, N, tau_plus, tau_minus, cut, seed):
     generator = torch.Generator().manual_seed(seed)
     pre, post = ((torch.rand(T, N, n, generator=generator) < 0.4).double() for n in (5, 3))
     constants = {"tau_plus": tau_plus, "tau_minus": tau_minus, "a_plus": 0.005, "a_minus": 0.007}
@@ -63,16 +63,18 @@ def test_all_pairs_by_brute_force_also_for_split_sequences(T, N, tau_plus, tau_m
 
 
 def step_by_step(pre, post, state, tau_plus, tau_minus, a_plus, a_minus):
+    """Return the weight change and the traces of the reference, which computes one time step after the other."""
     pairing = Pairing(math.exp(-1 / tau_plus), math.exp(-1 / tau_minus), a_plus, a_minus)
-    stronger, weaker, last = reference(pre, post, Traces(*state), pairing, dense)
-    return stronger - weaker, last
+    potentiation, depression, last = reference(pre, post, Traces(*state), pairing, dense)
+    return potentiation - depression, last
 
 
-TINY = 1e-37  # below it float32 has fewer digits, or none
+TINY = 1e-37  # smaller numbers of float32 are subnormal, with less precision
 
 
-def close(one, other, tolerance):
-    return (one - other).norm() <= tolerance * other.norm() + TINY
+def close(actual, expected, tolerance):
+    """Return whether the norm of the difference is within a tolerance relative to the expected value."""
+    return (actual - expected).norm() <= tolerance * expected.norm() + TINY
 
 
 @settings(deadline=None, max_examples=60)
@@ -88,7 +90,7 @@ def close(one, other, tolerance):
     dtype=st.sampled_from([torch.float32, torch.float64]),
     seed=st.integers(0, 999),
 )
-def test_chunks_of_time_and_rows_equal_the_step_by_step_rule(
+def test_computation_in_chunks_of_time_steps_and_rows_equals_the_reference(
     T, N, n_in, n_out, chunk, summands, tau_plus, tau_minus, dtype, seed
 ):
     generator = torch.Generator().manual_seed(seed)
@@ -100,16 +102,16 @@ def test_chunks_of_time_and_rows_equal_the_step_by_step_rule(
         patch.setattr(chunked, "CHUNK", chunk)
         patch.setattr(chunked, "SUMMANDS", summands)
         delta, last = stdp(pre, post, state, **constants)
-    wide = pre.double(), post.double(), STDPState(*(x.double() for x in state))
-    exact = step_by_step(*wide, **constants)
+    in_float64 = pre.double(), post.double(), STDPState(*(x.double() for x in state))
+    exact = step_by_step(*in_float64, **constants)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-13
     assert delta.dtype == last.pre.dtype == last.post.dtype == dtype
-    # Potentiation and depression can nearly cancel; only each of them is exact.
-    parts = [step_by_step(*wide, **{**constants, name: 0.0})[0].norm() for name in ("a_plus", "a_minus")]
+    # Potentiation and depression can nearly cancel: the error is relative to each of them.
+    parts = [step_by_step(*in_float64, **{**constants, name: 0.0})[0].norm() for name in ("a_plus", "a_minus")]
     assert (delta - exact[0]).norm() <= tolerance * sum(parts) + TINY
     assert close(last.pre, exact[1].pre, tolerance)
     assert close(last.post, exact[1].post, tolerance)
-    assert all(torch.equal(x, y) for x, y in zip(before, (pre, post, *state), strict=True))  # nothing was written into
+    assert all(torch.equal(x, y) for x, y in zip(before, (pre, post, *state), strict=True))  # inputs are unchanged
 
 
 @pytest.mark.parametrize("tau", [0.001, 20.0, 5000.0])

@@ -1,4 +1,4 @@
-"""What looks into operations: torch.func, forward mode, TorchScript's tracer; and tensors whose storage was freed."""
+"""Ops under torch.func, forward-mode differentiation and torch.jit.trace; tensors whose storage was freed raise."""
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ X = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0)).double() * 
 
 
 def run(x, backend="auto"):
+    """Return the membrane potentials of the neuron op."""
     threshold = torch.full((x.shape[-1],), 0.25, dtype=x.dtype)
     return associative_lif(x, threshold=threshold, beta_mem=0.9, beta_syn=0.5, return_v_seq=True, backend=backend)[1]
 
@@ -34,7 +35,7 @@ def test_torch_func_gives_the_derivatives_of_autograd(backend):
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_layers_are_traced(backend):
+def test_a_traced_layer_gives_the_same_output(backend):
     layer = SpikingFeedForward(8, 16, neuron=lambda n: AssociativeLIFNode(n, n_clusters=4, backend=backend)).eval()
     x = X.float()
     with torch.no_grad():
@@ -42,7 +43,7 @@ def test_layers_are_traced(backend):
         assert torch.equal(traced(x + 1), layer(x + 1))
 
 
-def test_a_kernel_by_name_says_that_it_cannot_be_looked_into():
+def test_transforms_of_an_explicit_numba_backend_raise_and_name_torch():
     pytest.importorskip("numba")
     with pytest.raises(RuntimeError, match="pass backend='torch'"):
         grad(lambda x: run(x, "numba").sum())(X)
@@ -52,7 +53,7 @@ def test_a_kernel_by_name_says_that_it_cannot_be_looked_into():
 
 
 @pytest.mark.parametrize("view", [lambda x: x, lambda x: x[1:], lambda x: x.mT.contiguous().mT])
-def test_freed_storage_is_one_sentence(view):
+def test_freed_storage_raises(view):
     pytest.importorskip("numba")
 
     def freed(*shape):
@@ -85,11 +86,11 @@ def test_freed_storage_is_one_sentence(view):
     ],
     ids=str,
 )
-def test_the_registered_op_checks_what_its_kernel_takes(changes, monkeypatch):
+def test_the_registered_op_raises_for_invalid_arguments_of_its_kernel(changes, monkeypatch):
     pytest.importorskip("numba")
     calls = []
     monkeypatch.setattr("nord_snn.ops.lif.op._run", lambda *tensors, **options: calls.append((tensors, options)))
-    with pytest.raises(TypeError):  # nothing is returned
+    with pytest.raises(TypeError):  # the patched function returns None
         run(X.float(), "numba")
     (tensors, options), *_ = calls
     names = ("x", "v", "i_syn", "refractory", "threshold", "beta_mem", "beta_syn", "weight", "gain")

@@ -1,4 +1,4 @@
-"""Scratch memory of the kernels on the CPU."""
+"""Scratch memory of the Numba kernels: one buffer per thread, reused by later calls."""
 
 import contextlib
 import threading
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.quick
 MEGABYTE = 1 << 20
 
 
-def test_parts_start_at_cache_lines_and_do_not_overlap() -> None:
+def test_parts_are_aligned_to_64_bytes_and_do_not_overlap() -> None:
     sizes = (1, 64, 0, 65, 300)
     addresses = workspace(*sizes).parts
     assert all(address % 64 == 0 for address in addresses)
@@ -23,7 +23,7 @@ def test_parts_start_at_cache_lines_and_do_not_overlap() -> None:
         assert address + size <= following
 
 
-def test_a_thread_uses_its_memory_again_unless_it_is_large() -> None:
+def test_a_thread_reuses_its_memory_unless_it_is_large() -> None:
     (first,), owner = workspace(1000)
     (second,), other = workspace(900)
     assert first == second
@@ -42,7 +42,7 @@ def test_threads_have_different_memory() -> None:
     assert owners[0] is not owners[1]
 
 
-def test_a_call_that_fails_in_a_transform_of_torch_leaves_later_calls_as_they_were() -> None:
+def test_after_an_error_under_torch_func_later_calls_give_the_same_result() -> None:
     q = (torch.rand(4, 1, 3000, 64) > 0.5).float()
     keys, values = pack_spikes(q, 2), torch.rand(1, 2, 3000, 32)
     node = AssociativeLIFNode(4, preset="lif", step_mode="m")
