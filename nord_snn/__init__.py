@@ -1,8 +1,8 @@
 """nord-snn: the five mechanisms of the Nord spiking language model as parts for any spiking network.
 
-Import neurons and layers from here. Everything else is one level down: :mod:`nord_snn.learning_rules`,
-:mod:`nord_snn.monitor`, :mod:`nord_snn.convert`, :mod:`nord_snn.integrations`, :mod:`nord_snn.models`, and the pure functions
-in :mod:`nord_snn.ops`. :func:`replace_neurons` and :func:`calibrate_thresholds` are here, too.
+Import neurons, layers, :func:`replace_neurons`, :func:`calibrate_thresholds` and :func:`reset` from here, and all other names
+from the subpackages: :mod:`nord_snn.learning_rules`, :mod:`nord_snn.monitor`, :mod:`nord_snn.convert`,
+:mod:`nord_snn.integrations`, :mod:`nord_snn.models`, and :mod:`nord_snn.ops` for pure functions.
 """
 
 from nord_snn._version import __version__

@@ -1,3 +1,3 @@
-"""The version number: the package, its wheel and the files that it writes read it from here."""
+"""The version of the package, which its wheel and the files that it writes contain."""
 
 __version__ = "0.1.0"
