@@ -18,7 +18,7 @@ def _single_process() -> bool:
 def raise_on_all_ranks(compute: Callable[[], Result], device: torch.device) -> Result:
     """Return ``compute()``; if it raises in one process of ``torch.distributed``, raise in all of them.
 
-    All processes must call this. Without it the others would wait for the failed process in the next collective.
+    All processes must call this. Otherwise the next collective would wait for the failed process.
 
     Args:
         compute: function without arguments.
