@@ -70,7 +70,7 @@ MODULES = {
     ),
     "flattened rows": (
         lambda: nn.Sequential(nn.Flatten(0, 1), nn.Linear(D, D)),
-        "start_dim must be 1 or more, as NIR knows no batch, got 0",
+        "start_dim must be 1 or more, as NIR has no batch dimension, got 0",
     ),
 }
 
