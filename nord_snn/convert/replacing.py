@@ -62,13 +62,13 @@ def replace_neurons(
 
     The code of ``net`` need not change. Where it passes states in and out (``spk, mem = lif(x, mem)`` in snnTorch,
     ``spikes, state = cell(x, state)`` in Norse) or uses snnTorch's ``init_hidden``, the replacement is a module with the same
-    call, whose attribute ``node`` is the AssociativeLIFNode. In Norse the state is an
+    signature, whose attribute ``node`` is the AssociativeLIFNode. In Norse the state is an
     :class:`~nord_snn.ops.AssociativeLIFState`, and None at first. ``snntorch.utils.reset`` works on the new neurons.
 
     ``net(*example)`` runs once, without gradient and from rest, to find the width of every neuron module and the dimension of
     its channels in a time step: dimension 1 if its input is the output of a convolution, batch norm or pooling, the last one
     if it is that of a linear map or layer norm. After other layers it is dimension 1 if a time step has four dimensions or
-    more, else the last one; the report has a note where the last one may be wrong. The new neurons have new parameters: make
+    more, else the last one; the report has a note if the last one may be wrong. The new neurons have new parameters: make
     optimizers after this call. All other parameters stay, with their names.
 
     A module with several names in ``net`` is replaced under all of them, by one module, if one of them is selected. If an error
@@ -113,7 +113,8 @@ def replace_neurons(
     _check_types(only, overrides)
     if like and (excess := sorted(set(constants).union(*overrides.values()) - _WITH_LIKE)):
         raise ValueError(
-            f"like=True takes {', '.join(sorted(_WITH_LIKE))}, the rest is that of the neuron: leave {excess} out"
+            f"like=True takes {', '.join(sorted(_WITH_LIKE))}, all other arguments are those of the replaced neuron: leave "
+            f"{excess} out"
         )
     for options in (constants, *overrides.values()):
         if like and not isinstance(options.get("learnable", False), bool):

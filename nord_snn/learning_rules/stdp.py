@@ -30,8 +30,8 @@ class STDP(Learner):
         sn: the neurons that the synapse drives; if they return several tensors, as snnTorch's do, the first is the spikes.
         tau_plus: time constant of the presynaptic trace, in time steps.
         tau_minus: time constant of the postsynaptic trace, in time steps.
-        a_plus: potentiation per pair of spikes, before its decay with their distance in time.
-        a_minus: depression per pair of spikes, before its decay with their distance in time.
+        a_plus: potentiation by a pair of simultaneous spikes; it decays with their distance in time.
+        a_minus: depression by a pair of simultaneous spikes; it decays with their distance in time.
         reduction: ``"sum"`` or ``"mean"`` over the rows of a batch and the tokens of a sequence.
         bounds: range to which :meth:`apply` limits weights (hard bounds), or None. It limits changes by the rule only: a
             weight that is already outside stays unchanged. Updates through a gradient are not limited.

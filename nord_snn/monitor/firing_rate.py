@@ -195,7 +195,7 @@ class SpikeMonitor:
 def _select(
     net: nn.Module, kinds: Kinds | Literal["spiking"] | None
 ) -> tuple[dict[str, nn.Module], dict[str, nn.Module], bool]:
-    """Return layers of known classes, modules that may be neurons, and whether to warn that there are only the latter."""
+    """Return layers of known classes, modules that may be neurons, and whether to warn that there are only such."""
     if isinstance(kinds, str) and kinds != "spiking":
         raise TypeError(
             f'kinds must be a class of modules, several, a function of a module, "spiking" or None, got {kinds!r}'

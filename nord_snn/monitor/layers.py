@@ -32,7 +32,9 @@ def neuron_layers(net: nn.Module, kinds: Kinds | None = None) -> dict[str, nn.Mo
     selects = _predicate(kinds)
     layers = {name: module for name, module in net.named_modules() if selects(module)}
     if not layers:
-        expected = "neuron layers of nord-snn, SpikingJelly, snnTorch or Norse" if kinds is None else _described(kinds)
+        expected = (
+            "layers of neurons of nord-snn, SpikingJelly, snnTorch or Norse" if kinds is None else _described(kinds)
+        )
         raise ValueError(f"expected {expected}, {type(net).__name__} has none")
     for name, module in layers.items():
         if isinstance(module, torch.jit.ScriptModule):

@@ -19,10 +19,10 @@ class ProductCost:
             queries and keys of a resonance) or ``"values"`` (weighted sum of the values of a resonance).
         dense: multiply-accumulates of the dense product, without skipping zeros.
         macs: multiply-accumulates of calls whose input was not exactly zeros and ones.
-        acs: accumulates of calls whose input was exactly zeros and ones: active inputs times their fan-out.
+        acs: accumulates of calls whose input was exactly zeros and ones: ones times their fan-out.
         weight_bytes: bytes of weights with a nonzero input, each weight read once per call.
         activation_bytes: bytes of inputs and outputs, with one bit per spike.
-        dense_weight_bytes: bytes of all weights, each read once per call; once in T calls if each call is one time step.
+        dense_weight_bytes: bytes of all weights, each read once per call, or once per T calls if each call is one time step.
         dense_activation_bytes: bytes of inputs and outputs in their dtype.
         calls: number of calls.
         steps: T of the network if the product is computed in each time step, else 1.
