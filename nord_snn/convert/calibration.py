@@ -124,7 +124,9 @@ def calibrate_thresholds(
     run = net if forward is None else forward
     calls = _count_calls(net, nodes, lambda: run(*example))
     if not calls:
-        raise ValueError(f"the example input reached none of the neurons {list(nodes)}")
+        raise ValueError(
+            f"the example input reached none of the neurons {list(nodes)}: pass an example, or forward=, that runs them"
+        )
     single = {id(module.node) for module in net.modules() if getattr(module, "runs_single_steps", False)}
     for name, n_calls in calls.items():
         if n_calls == 1 and (id(nodes[name]) in single or nodes[name].step_mode == "s"):

@@ -37,7 +37,7 @@ def raise_on_all_ranks(compute: Callable[[], Result], device: torch.device) -> R
     finally:
         distributed.all_reduce(failed)
     if failed.item():
-        raise RuntimeError("a learning rule failed in another process")
+        raise RuntimeError("a learning rule failed in another process, whose error says why")
     return result
 
 

@@ -255,7 +255,7 @@ def load_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart
         OSError: the file cannot be read.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{os.fspath(path)}: no such file")
+        raise FileNotFoundError(f"{os.fspath(path)}: expected a file of save_plastic(), got no such file")
     try:
         with safe_open(os.fspath(path), "pt") as file:
             metadata = file.metadata() or {}

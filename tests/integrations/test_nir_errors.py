@@ -84,7 +84,7 @@ def test_modules_that_nir_does_not_have(name: str) -> None:
 
 def test_a_cascade_between_channels() -> None:
     node = neurons(2, channel_dim=1)
-    with pytest.raises(ValueError, match="a cascade with a synaptic current, of neurons in the last dimension"):
+    with pytest.raises(ValueError, match="must have a synaptic current, and its neurons in the last dimension"):
         export_to_nir(nn.Sequential(layer.Conv2d(2, D, 1), node), torch.rand(3, 2, 2, 5, 5))
 
 

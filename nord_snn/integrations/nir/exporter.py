@@ -146,7 +146,10 @@ class Exporter:
         if node.cascade is None:
             return lif
         if node.beta_syn_logit is None or len(shape) > 1:
-            raise ValueError("export_to_nir writes a cascade with a synaptic current, of neurons in the last dimension")
+            raise ValueError(
+                "cannot export AssociativeLIFNode with a cascade: it must have a synaptic current, and its neurons in the last "
+                "dimension"
+            )
         width = np.array([node.n_features])
         return nir.NIRGraph(
             nodes={
@@ -204,7 +207,9 @@ class Exporter:
         potentials = {"v_threshold": threshold, "v_reset": np.array([v_reset])}
         if not leak.any():
             if node.beta_syn_logit is not None or averages:
-                raise ValueError("NIR has no neurons that integrate a synaptic current without a leak")
+                raise ValueError(
+                    "NIR has no neurons that integrate a synaptic current without a leak: tau of its dynamics must be finite"
+                )
             return {"r": np.array([1 / self.dt]), **potentials}
         tau_mem = self.dt / leak
         potentials["v_leak"] = v_leak

@@ -171,7 +171,9 @@ class EnergyProfiler(TorchDispatchMode):
                 return out
             self._elementwise[self._input_shape()] += (out[0] if isinstance(out, tuple) else out).numel()
         elif is_uncountable(func):
-            raise ValueError(f"cannot count {func.overloadpacket}: it contains products of unknown number")
+            raise ValueError(
+                f"cannot count {func.overloadpacket}, whose products run in one call: use an implementation of separate products"
+            )
         return out
 
     def _add(self, cost: OpCost) -> None:
