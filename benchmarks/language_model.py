@@ -23,7 +23,7 @@ NeuronFactory = Callable[[int], nn.Module]
 
 
 def make_model() -> NordForCausalLM:
-    """Construct the model, with initial weights from a fixed seed."""
+    """Return the model, with initial weights from a fixed seed."""
     torch.manual_seed(0)
     config = NordConfig(
         vocab_size=2048, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256,
@@ -41,7 +41,7 @@ def with_torch_backends(net: NordForCausalLM) -> NordForCausalLM:
 
 
 def with_neurons(net: NordForCausalLM, factory: NeuronFactory) -> NordForCausalLM:
-    """Replace the neurons of the model by those of ``factory``."""
+    """Replace the neurons of the model by ``factory(n_features)``."""
     for parent in list(net.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, AssociativeLIFNode):
@@ -89,7 +89,13 @@ def plain_resonance() -> Iterator[None]:
 
 
 def training_step(net: NordForCausalLM, fused: bool = True, precision: str = "medium") -> Callable[[], object]:
-    """Return a training step with the optimizer and the precision of matrix products of ``train.py``, or others."""
+    """Return a training step.
+
+    Args:
+        net: the model.
+        fused: use the fused AdamW. Default: True, as ``examples/nord_lm/train.py``.
+        precision: of float32 matrix products, for torch. Default: "medium", as ``examples/nord_lm/train.py``.
+    """
     ids = torch.randint(0, 2048, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=fused)
     torch.set_float32_matmul_precision(precision)
@@ -104,7 +110,7 @@ def training_step(net: NordForCausalLM, fused: bool = True, precision: str = "me
 
 
 def with_plain_resonance(step: Callable[[], object]) -> Callable[[], object]:
-    """Return the step with the reference of the resonance."""
+    """Return the training step with the reference of the resonance op."""
 
     def run() -> None:
         with plain_resonance():
@@ -117,12 +123,12 @@ def with_plain_resonance(step: Callable[[], object]) -> Callable[[], object]:
 
 
 def plain_loop() -> Callable[[], object]:
-    """Return a step in plain PyTorch with its defaults."""
+    """Return a training step in plain PyTorch with PyTorch's default settings."""
     return with_plain_resonance(training_step(with_torch_backends(make_model()), fused=False, precision="highest"))
 
 
 def compiled_loop() -> Callable[[], object]:
-    """Return the plain step with every block compiled by torch.compile."""
+    """Return the training step of :func:`plain_loop` with every block compiled by torch.compile."""
     net = with_torch_backends(make_model())
     for block in net.blocks:
         block.compile()
@@ -130,24 +136,24 @@ def compiled_loop() -> Callable[[], object]:
 
 
 def plain_loop_tuned() -> Callable[[], object]:
-    """Return the plain step with all settings of ``train.py`` except the kernels."""
+    """Return the training step of :func:`plain_loop` with all settings of ``train.py``, but without kernels."""
     keep_freed_memory()
     return with_plain_resonance(training_step(with_torch_backends(make_model())))
 
 
 def kernels_alone() -> Callable[[], object]:
-    """Return a step with nord-snn's kernels and PyTorch's defaults."""
+    """Return a training step with nord-snn's kernels and PyTorch's default settings."""
     return training_step(make_model(), fused=False, precision="highest")
 
 
 def ours() -> Callable[[], object]:
-    """Return the step of ``train.py``."""
+    """Return the training step of ``train.py``."""
     keep_freed_memory()
     return training_step(make_model())
 
 
 def with_lif_nodes() -> Callable[[], object]:
-    """Return the step of ``train.py`` with SpikingJelly's neurons."""
+    """Return the training step of ``train.py`` with SpikingJelly's neurons."""
     keep_freed_memory()
     return training_step(
         with_neurons(make_model(), lambda n: neuron.LIFNode(surrogate_function=surrogate.ATan(), step_mode="m"))
@@ -155,19 +161,20 @@ def with_lif_nodes() -> Callable[[], object]:
 
 
 def with_synaptic() -> Callable[[], object]:
-    """Return the step of ``train.py`` with snnTorch's neurons."""
+    """Return the training step of ``train.py`` with snnTorch's neurons."""
     keep_freed_memory()
     return training_step(with_neurons(make_model(), lambda n: Synaptic()))
 
 
 def products_alone() -> Callable[[], object]:
-    """Return only the matrix products of one step, forward and backward: a lower bound for every implementation."""
+    """Return the matrix products of one training step, forward and backward: a lower bound for every implementation."""
     keep_freed_memory()
     torch.set_float32_matmul_precision("medium")
-    rows, width, hidden, vocabulary, steps = BATCH * LENGTH, 128, 256, 2048, 10
-    shapes = [(rows * steps, width, width)] * 2 + [(rows, width, width)] * 2
-    shapes += [(rows * steps, width, hidden), (rows * steps, hidden, width)]
-    shapes = shapes * 4 + [(rows, width, width), (rows, width, vocabulary)]
+    rows, width, hidden, vocabulary, time_steps = BATCH * LENGTH, 128, 256, 2048, 10
+    shapes = [(rows * time_steps, width, width)] * 2  # queries, keys
+    shapes += [(rows, width, width)] * 2  # values, output of the resonance
+    shapes += [(rows * time_steps, width, hidden), (rows * time_steps, hidden, width)]  # feed-forward
+    shapes = shapes * 4 + [(rows, width, width), (rows, width, vocabulary)]  # 4 blocks; encoder, head
     operands = [(torch.randn(n, i), torch.randn(o, i), torch.randn(n, o)) for n, i, o in shapes]
 
     def run() -> None:
@@ -180,7 +187,7 @@ def products_alone() -> Callable[[], object]:
 
 
 def implementations() -> dict[str, Callable[[], Callable[[], object]]]:
-    """Return a builder of each training step, by name; the plain loop is first, the lower bound last."""
+    """Return a function for each name that builds a training step; the plain loop is first, the lower bound last."""
     builders = {
         "plain PyTorch loop": plain_loop,
         "torch.compile of the blocks of the plain loop": compiled_loop,

@@ -25,12 +25,12 @@ def monitored() -> Callable[[], object]:
 
 
 def implementations() -> dict[str, Callable[[], Callable[[], object]]]:
-    """Return a builder of each training step, by name."""
+    """Return a function for each name that builds a training step."""
     return {"without": ours, "with `SpikeMonitor`": monitored}
 
 
 def check() -> str:
-    """Compare the rates of one pass with the means of the recorded spikes; exit if they differ."""
+    """Compare the firing rates of one forward pass with the means of the recorded spikes; exit if they differ."""
     net, recorded = make_model(), {}
     for name, module in net.named_modules():
         if hasattr(module, "refractory_steps"):

@@ -1,4 +1,4 @@
-"""Compare our neuron with a plain loop, torch.compile of the loop, and similar neurons of SpikingJelly and snnTorch."""
+"""Compare our neuron's op with a plain PyTorch loop, torch.compile of the loop, and neurons of SpikingJelly and snnTorch."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,14 @@ __all__ = ["bytes_moved", "check", "implementations", "make_inputs"]
 
 
 def make_inputs(shape: tuple[int, int, int], n_clusters: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """Return inputs with gradients. The scale of the currents gives firing rates of about 5 to 20 %."""
+    """Return the arguments of the op, all with gradients. The scale of ``x`` gives firing rates of about 5 to 20 %.
+
+    Args:
+        shape: ``[T, N, D]`` of the input current ``x``.
+        n_clusters: number of clusters of the cascade.
+        dtype: dtype of ``x``; the other arguments are float32.
+        device: device of all arguments.
+    """
     generator = torch.Generator().manual_seed(0)
     inputs = {
         "x": 0.6 * torch.randn(shape, generator=generator),
@@ -28,12 +35,12 @@ def make_inputs(shape: tuple[int, int, int], n_clusters: int, dtype: torch.dtype
 
 
 def ours(inputs: dict[str, Tensor], backend: str) -> Tensor:
-    """Return the spikes of our op."""
+    """Return the spikes of nord-snn's op."""
     return associative_lif(inputs["x"], **{k: v for k, v in inputs.items() if k != "x"}, backend=backend)[0]
 
 
 def implementations(inputs: dict[str, Tensor], backward: bool) -> dict[str, Callable[[], object]]:
-    """Return the function of each implementation, by name; the plain loop is first."""
+    """Return a call of each implementation, by name; the plain loop is first."""
     x = inputs["x"]
     grad = torch.randn(x.shape, device=x.device).to(x.dtype)
 
@@ -92,7 +99,7 @@ def snntorch_synaptic(x: Tensor) -> Callable[[], Tensor] | None:
 
 
 def bytes_moved(x: Tensor, backward: bool) -> int:
-    """Return the minimum number of bytes read and written.
+    """Return the minimum number of bytes that any implementation reads and writes.
 
     Forward reads x and writes spikes. Backward reads x and the gradient of the spikes, and writes the gradient of x.
     """

@@ -1,6 +1,6 @@
 """Compare the cost of each part with a linear map of the same width: ``python benchmarks/parts.py`` writes ``docs/costs.md``.
 
-First the output of every part is compared with its output in plain PyTorch.
+A part is a neuron, layer or block of nord-snn. First its output is compared with its output in plain PyTorch.
 """
 
 import argparse
@@ -30,7 +30,7 @@ LINEAR_MAP = "a linear map, `nn.Linear(256, 256)`"
 
 
 def parts() -> dict[str, nn.Module]:
-    """Construct one module of each kind, all of one width; the linear map is first."""
+    """Return one module of each kind, all of width 256; the linear map is first."""
     torch.manual_seed(0)
     return {
         LINEAR_MAP: nn.Linear(WIDTH, WIDTH, bias=False),
@@ -59,7 +59,7 @@ def call(part: nn.Module, x: Tensor) -> Tensor:
 
 
 def training_step(part: nn.Module, x: Tensor) -> Callable[[], object]:
-    """Return forward and backward of a part, with the gradient of the input."""
+    """Return a function that runs forward and backward of a part, with the gradient of the input."""
     x = x.clone().requires_grad_()
     grad = torch.randn_like(call(part, x))
     return lambda: call(part, x).backward(grad)
@@ -88,7 +88,7 @@ def check(all_parts: dict[str, nn.Module]) -> str:
 
 
 def table(seconds: float) -> str:
-    """Return the check and the table of all parts."""
+    """Return the sentence on the correctness check and the table of all parts, each column measured for ``seconds``."""
     all_parts = parts()
     lines = [f"Correctness check: {check(all_parts)}.\n"]
     data = {name: inputs(part) for name, part in all_parts.items()}
@@ -103,12 +103,12 @@ def table(seconds: float) -> str:
         "| peak, MB |"
     )
     lines.append("|---|---|---|---|---|---|---|")
-    for (name, part), a, b in zip(all_parts.items(), forward, training, strict=True):
+    for (name, part), one_way, both_ways in zip(all_parts.items(), forward, training, strict=True):
         weights = sum(p.numel() for p in part.parameters())
         megabytes = peak_bytes(steps[name]) / 1e6
         lines.append(
-            f"| {name} | {weights:,} | {a.milliseconds:.1f} | {1 / a.speedup:.2f} | {b.milliseconds:.1f} | "
-            f"{1 / b.speedup:.2f} | {megabytes:.0f} |"
+            f"| {name} | {weights:,} | {one_way.milliseconds:.1f} | {1 / one_way.speedup:.2f} | "
+            f"{both_ways.milliseconds:.1f} | {1 / both_ways.speedup:.2f} | {megabytes:.0f} |"
         )
     return "\n".join(lines) + "\n"
 

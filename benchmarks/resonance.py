@@ -1,4 +1,4 @@
-"""Compare time and memory of the resonance: kernel, blockwise PyTorch and reference."""
+"""Compare time and memory of the resonance op: kernel, PyTorch in tiles (backend ``torch``) and reference."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ HEADS, TOP_K = 4, 64
 
 
 def make_inputs(T: int, B: int, S: int, D: int) -> dict[str, Tensor]:
-    """Return spikes with a firing rate of 15 %, values, temperature and slopes, all with gradients."""
+    """Return the arguments of the op, all with gradients; q and k ``[T, B, S, D]`` are spikes with a firing rate of 15 %."""
     generator = torch.Generator().manual_seed(0)
     inputs = {
         "q": (torch.rand(T, B, S, D, generator=generator) < 0.15).float(),
@@ -27,19 +27,19 @@ def make_inputs(T: int, B: int, S: int, D: int) -> dict[str, Tensor]:
 
 
 def ours(inputs: dict[str, Tensor], backend: str = "auto") -> Tensor:
-    """Return the context of our op."""
+    """Return the output of nord-snn's op."""
     return resonance(**inputs, n_heads=HEADS, top_k=TOP_K, backend=backend)
 
 
 def plain(inputs: dict[str, Tensor]) -> Tensor:
-    """Return the context of the reference."""
+    """Return the output of the reference."""
     return reference(
         inputs["q"], inputs["k"], inputs["v"], HEADS, TOP_K, inputs["temperature"], inputs["recency"], True
     )
 
 
 def implementations(inputs: dict[str, Tensor], compiled: bool = True) -> dict[str, Callable[[], object]]:
-    """Return forward and backward of each implementation, by name; the reference is first."""
+    """Return a call of forward and backward of each implementation, by name; the reference is first."""
 
     def timed(forward: Callable[[dict[str, Tensor]], Tensor]) -> Callable[[], object]:
         def run() -> None:
@@ -60,9 +60,9 @@ def implementations(inputs: dict[str, Tensor], compiled: bool = True) -> dict[st
 
 
 def bytes_moved(inputs: dict[str, Tensor]) -> int:
-    """Return the minimum number of bytes read and written.
+    """Return the minimum number of bytes that any implementation reads and writes.
 
-    Forward reads q, k, v and writes the context. Backward reads q, k, v and the gradient of the context, and writes the
+    Forward reads q, k, v and writes the output. Backward reads q, k, v and the gradient of the output, and writes the
     gradients of q, k, v.
     """
     spikes, values = inputs["q"].numel() * 4, inputs["v"].numel() * 4
@@ -70,7 +70,7 @@ def bytes_moved(inputs: dict[str, Tensor]) -> int:
 
 
 def check(inputs: dict[str, Tensor]) -> str:
-    """Compare context and gradients with the reference; return the largest differences, or exit if they are too large."""
+    """Compare output and gradients with the reference; return the largest differences, or exit if they are too large."""
     leaves = list(inputs.values())
     contexts = plain(inputs), ours(inputs)
     weight = torch.randn(contexts[0].shape)

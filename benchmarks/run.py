@@ -29,7 +29,7 @@ GPU_NEURONS = ((10, 65536, 512), 64)
 
 
 class Page:
-    """Text that is printed at once and written to the file at the end."""
+    """Text of the page: each line is printed when it is added; the caller writes ``text`` to a file at the end."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -40,7 +40,14 @@ class Page:
         self.text += text + "\n"
 
     def table(self, rows: list[Row], baseline: str, bound_ms: float, bound: str) -> None:
-        """Add the rows, fastest last, and the lower bound."""
+        """Add a table of the rows, fastest last, and of the lower bound.
+
+        Args:
+            rows: times of the implementations, the baseline first.
+            baseline: name of the baseline in the header.
+            bound_ms: lower bound of the time in milliseconds.
+            bound: what the lower bound is.
+        """
         self.add(f"| | ms | times as fast as the {baseline} |\n|---|---|---|")
         for row in sorted(rows, key=lambda row: -row.milliseconds):
             self.add(f"| {row.name} | {row.milliseconds:.2f} | {row.speedup:.1f} |")
@@ -57,9 +64,9 @@ def machine() -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     processor = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         processor = lines[0].split(":")[1].strip() if lines else processor
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
     capability = torch.backends.cpu.get_cpu_capability()
@@ -175,7 +182,7 @@ def decoding_table(page: Page) -> None:
     page.add("### Decoding\n")
     page.add(
         f"{(decoding.__doc__ or '').strip()} The weights are random; the embedding is scaled until the firing rate of "
-        "the input neurons is 10 %."
+        "the input neurons is at least 10 %."
     )
     page.add(f"Correctness check: {decoding.check(net)}.\n")
     page.add("| prompt, tokens | cache | ms to the first token | ms a token | tokens/s |\n|---|---|---|---|---|")
@@ -183,13 +190,13 @@ def decoding_table(page: Page) -> None:
     for (length, use_cache), speed in speeds.items():
         name = "**yes**" if use_cache else "no"
         page.add(f"| {length} | {name} | {speed.first:.0f} | {speed.later:.1f} | {1e3 / speed.later:.2f} |")
-    short, long = (speeds[context, True].later for context in decoding.CONTEXTS)
+    short, long = (speeds[length, True].later for length in decoding.PROMPT_LENGTHS)
     config = net.config
-    dense = config.num_hidden_layers * config.hidden_size * 4 * (config.t_fast + config.t_slow + 1)
+    float_bytes = config.num_hidden_layers * config.hidden_size * 4 * (config.t_fast + config.t_slow + 1)
     page.add(
         f"\nWith the cache a token takes {long / short:.2f} times as long after the longer prompt as after the shorter. "
-        f"A position takes {decoding.cache_bytes(net):,} bytes of cache over all layers; with key spikes as floats it would "
-        f"take {dense:,}.\n"
+        f"A position takes {decoding.cache_bytes(net):,} bytes of cache over all blocks; with key spikes as floats it would "
+        f"take {float_bytes:,}.\n"
     )
 
 

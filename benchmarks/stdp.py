@@ -11,15 +11,15 @@ from nord_snn.learning_rules import STDP, RewardModulatedSTDP, TripletSTDP
 
 __all__ = ["LOWER_BOUND", "ROWS", "SHAPE", "check", "implementations", "make_inputs", "ours"]
 
-SHAPE, N_OUT = (10, 32, 128, 512), 512
-RATE = 0.1
+SHAPE, N_OUT = (10, 32, 128, 512), 512  # of the input spikes; number of output neurons
+RATE = 0.1  # firing rate
 ROWS = 64  # rows for SpikingJelly's learner, whose time is proportional to their number
 LOWER_BOUND = "the two matrix products alone"
-TAU = 1 / (1 - math.exp(-1 / 20))  # same decay as a time constant of 20 time steps in our rules
+TAU = 1 / (1 - math.exp(-1 / 20))  # SpikingJelly's traces decay by 1 - 1 / TAU, ours by exp(-1 / 20)
 
 
 def make_inputs() -> tuple[Tensor, Tensor]:
-    """Return pre and post spikes."""
+    """Return input spikes ``[T, batch, tokens, D]`` and output spikes ``[T, batch, tokens, N_OUT]``."""
     generator = torch.Generator().manual_seed(0)
     pre = torch.rand(SHAPE, generator=generator) < RATE
     post = torch.rand(*SHAPE[:-1], N_OUT, generator=generator) < RATE
@@ -27,7 +27,10 @@ def make_inputs() -> tuple[Tensor, Tensor]:
 
 
 def spikingjelly(pre: Tensor, post: Tensor, rows_at_once: int) -> Callable[[], Tensor]:
-    """Return an update of SpikingJelly's learner, which has no token dimension, on batches of ``rows_at_once`` rows."""
+    """Return a function that computes an update with SpikingJelly's learner.
+
+    The learner supports no dimension of tokens: the first :data:`ROWS` tokens are a batch, split into ``rows_at_once`` rows.
+    """
     synapse = nn.Linear(pre.shape[-1], post.shape[-1], bias=False)
     learner = STDPLearner("m", synapse, nn.Identity(), TAU, TAU, lambda w: 0.005, lambda w: 0.005)
     rows = [x.flatten(1, 2)[:, :ROWS].split(rows_at_once, dim=1) for x in (pre, post)]
@@ -45,7 +48,7 @@ def spikingjelly(pre: Tensor, post: Tensor, rows_at_once: int) -> Callable[[], T
 
 
 def ours(kind: type[STDP | TripletSTDP], pre: Tensor, post: Tensor, **outcome: Tensor) -> Callable[[], Tensor]:
-    """Return an update of one of our rules, with all rows at once."""
+    """Return a function that computes an update with one of our rules, with all rows at once."""
     learner = kind("m", nn.Linear(pre.shape[-1], post.shape[-1], bias=False), nn.Identity())
 
     def run() -> Tensor:
@@ -60,7 +63,7 @@ def ours(kind: type[STDP | TripletSTDP], pre: Tensor, post: Tensor, **outcome: T
 
 
 def implementations(pre: Tensor, post: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """Return updates of SpikingJelly on :data:`ROWS` rows, of nord-snn on all rows, and the lower bound, by name."""
+    """Return functions that compute an update: SpikingJelly on :data:`ROWS` rows, nord-snn on all, and the lower bound."""
     x, y = pre.flatten(0, 2), post.flatten(0, 2)
     return {
         "SpikingJelly `STDPLearner`, row by row": spikingjelly(pre, post, 1),

@@ -18,7 +18,7 @@ __all__ = ["Row", "copy_bandwidth", "peak_bytes", "time_in_processes", "time_in_
 
 @dataclass
 class Row:
-    """Line of a table: median time of a call, and the median speed-up over the first function in the same round."""
+    """Row of a table: median time of a call, and the median speed-up over the first function of the same round."""
 
     name: str
     milliseconds: float
@@ -35,7 +35,11 @@ def time_in_turns(functions: dict[str, Callable[[], object]], seconds: float) ->
 def time_in_processes(builders: dict[str, Callable[[], Callable[[], object]]], seconds: float) -> list[Row]:
     """Build and time each function in a process of its own; see :func:`time_in_turns`.
 
-    So the memory of one function and its global settings of torch have no effect on the others.
+    Therefore the memory of a function and its global settings of torch do not affect the other functions.
+
+    Args:
+        builders: name -> function that builds the function to time, in the process.
+        seconds: time of the measurement.
     """
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
@@ -49,7 +53,7 @@ def time_in_processes(builders: dict[str, Callable[[], Callable[[], object]]], s
             pipes[name], end = context.Pipe()
             processes.append(context.Process(target=_serve, args=(end, build, torch.get_num_threads()), daemon=True))
             processes[-1].start()
-            end.close()  # only the child has this end open now, so recv raises EOFError if the child dies
+            end.close()  # only the new process has this end open now, so recv raises EOFError if the process ends
             _receive(pipes[name], name)  # wait, so that no other process runs during the warm-up
         return _time_rounds({name: lambda name=name: turn(name) for name in builders}, seconds)
     finally:

@@ -1,8 +1,8 @@
 """nord-snn: neurons, layers and learning rules of the Nord spiking language model, for any spiking network.
 
-Import neurons, layers, :func:`replace_neurons`, :func:`calibrate_thresholds` and :func:`reset` from here. Submodules have the
-rest: :mod:`nord_snn.learning_rules`, :mod:`nord_snn.monitor`, :mod:`nord_snn.convert`, :mod:`nord_snn.integrations`,
-:mod:`nord_snn.models`, and pure functions on tensors in :mod:`nord_snn.ops`.
+Import neurons, layers, :func:`replace_neurons`, :func:`calibrate_thresholds` and :func:`reset` from here, and all other names
+from the subpackages: :mod:`nord_snn.learning_rules`, :mod:`nord_snn.monitor`, :mod:`nord_snn.convert`,
+:mod:`nord_snn.integrations`, :mod:`nord_snn.models`, and :mod:`nord_snn.ops` for pure functions.
 """
 
 from nord_snn._version import __version__

@@ -1,9 +1,9 @@
 """Train six small spiking networks with SpikingJelly's ``LIFNode`` and with ``AssociativeLIFNode``; print accuracies.
 
 The data are scikit-learn's digits (1,797 images of 8 x 8 pixels) and its breast cancer table (569 rows of 30 numbers). For each
-seed another random 30 % are held out. All neurons of a network are constructed by a function without arguments, as in
+seed another random 30 % are held out. The neuron modules of a network are constructed by a function without arguments, as in
 SpikingJelly's models. Seeds, batches, optimizer (Adam, learning rate 0.002 with cosine schedule) and number of epochs are the
-same for every kind of neurons.
+same for all neurons.
 
     python studies/drop_in.py                        # all networks: about ten minutes on one core
     python studies/drop_in.py --networks conv --seeds 2
@@ -23,22 +23,26 @@ from torch import Tensor, nn
 
 from nord_snn import AssociativeLIFNode
 
+#: Returns a new neuron module.
 Make = Callable[[], nn.Module]
 
 
-def conv(features: int, channels: int, make: Make, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+def conv(in_channels: int, out_channels: int, make: Make, kernel: int = 3, stride: int = 1) -> nn.Sequential:
     """Return a convolution, a batch norm and neurons."""
-    maps = layer.Conv2d(features, channels, kernel, stride, padding=kernel // 2 if stride == 1 else 0, bias=False)
-    return nn.Sequential(maps, layer.BatchNorm2d(channels), make())
+    padding = kernel // 2 if stride == 1 else 0
+    convolution = layer.Conv2d(in_channels, out_channels, kernel, stride, padding=padding, bias=False)
+    return nn.Sequential(convolution, layer.BatchNorm2d(out_channels), make())
 
 
-def tokens(features: int, channels: int, make: Make) -> nn.Sequential:
-    """Return a linear map over tokens ``[T, N, C, L]``, a batch norm and neurons."""
-    return nn.Sequential(layer.Conv1d(features, channels, 1, bias=False), layer.BatchNorm1d(channels), make())
+def linear(in_channels: int, out_channels: int, make: Make) -> nn.Sequential:
+    """Return a linear map of each of L tokens ``[T, N, C, L]``, a batch norm and neurons."""
+    return nn.Sequential(
+        layer.Conv1d(in_channels, out_channels, 1, bias=False), layer.BatchNorm1d(out_channels), make()
+    )
 
 
 class Conv(nn.Module):
-    """Two convolutions with pooling and two linear maps; the firing rates of the last neurons give the logits."""
+    """Two convolutions with pooling and two linear maps over four time steps; logits are 5 times the last firing rates."""
 
     def __init__(self, make: Make) -> None:
         super().__init__()
@@ -53,7 +57,7 @@ class Conv(nn.Module):
 
 
 class Perceptron(nn.Module):
-    """Two linear maps over eight time steps."""
+    """Two linear maps over eight time steps; logits are 5 times the last firing rates."""
 
     def __init__(self, make: Make) -> None:
         super().__init__()
@@ -79,7 +83,7 @@ class Rows(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two residual blocks that add spikes, as in SEW-ResNet."""
+    """Two residual blocks that add spikes, as in SEW-ResNet (Fang et al. 2021), over four time steps."""
 
     def __init__(self, make: Make) -> None:
         super().__init__()
@@ -96,14 +100,17 @@ class Residual(nn.Module):
 
 
 class Former(nn.Module):
-    """One block of spiking self-attention without softmax over 16 patches, as in Spikformer."""
+    """One block of spiking self-attention without softmax over 16 patches and four time steps, as in Spikformer.
+
+    Source: Zhou et al. 2023, including the factor 0.125 of the attention.
+    """
 
     def __init__(self, make: Make) -> None:
         super().__init__()
         self.embed = conv(1, 32, make, kernel=2, stride=2)
-        self.q, self.k, self.v, self.project = (tokens(32, 32, make) for _ in range(4))
+        self.q, self.k, self.v, self.project = (linear(32, 32, make) for _ in range(4))
         self.attention = make()
-        self.mlp = nn.Sequential(tokens(32, 64, make), tokens(64, 32, make))
+        self.mlp = nn.Sequential(linear(32, 64, make), linear(64, 32, make))
         self.head = nn.Linear(32, 10)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -116,7 +123,7 @@ class Former(nn.Module):
 
 
 class Table(nn.Module):
-    """Three linear maps over a row of numbers, for six time steps."""
+    """Three linear maps of a row of numbers, over six time steps."""
 
     def __init__(self, make: Make) -> None:
         super().__init__()
@@ -163,7 +170,7 @@ NEURONS: dict[str, Make] = {
 
 
 def accuracy(task: Task, make: Make, seed: int) -> float:
-    """Train a network and return its accuracy on the held-out part, in percent."""
+    """Train a network and return its accuracy on the held-out data, in percent."""
     x, y = task.data()
     x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=0.3, random_state=seed, stratify=y)
     torch.manual_seed(seed)
@@ -182,8 +189,8 @@ def accuracy(task: Task, make: Make, seed: int) -> float:
         schedule.step()
     net.eval()
     with torch.no_grad():
-        right = net(x_test).argmax(1) == y_test
-    return 100 * right.float().mean().item()
+        is_correct = net(x_test).argmax(1) == y_test
+    return 100 * is_correct.float().mean().item()
 
 
 def main() -> None:

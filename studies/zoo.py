@@ -1,9 +1,9 @@
 """Compare the time of training steps of SpikingJelly's models with different neurons: ``python studies/zoo.py``.
 
 Each model runs with SpikingJelly's ``LIFNode``, with ``AssociativeLIFNode`` constructed with the same arguments ("ours"), and
-with ``AssociativeLIFNode.like`` of the ``LIFNode`` ("like"). Before a row is timed, the outputs with ``LIFNode`` and with "like"
-must be equal up to rounding. Then the training steps of the three networks are interleaved. With ``--steps`` the networks run one
-time step per call instead of a whole sequence.
+with ``AssociativeLIFNode.like`` of the ``LIFNode`` ("like"). First the outputs with ``LIFNode`` and with "like" are compared;
+they must be equal up to rounding. Then the training steps of the three networks are interleaved. With ``--steps`` the networks
+run one time step per call instead of a whole sequence.
 """
 
 import argparse
@@ -26,11 +26,13 @@ except ImportError:
 
 __all__ = ["MODELS", "MeanOverTime", "difference", "networks", "training_step"]
 
+#: Arguments of the neurons.
 NODE = {"surrogate_function": surrogate.ATan(), "detach_reset": True}
-IMAGES = {"in_channels": 3, "num_classes": 10, "num_heads": 4, "embed_dims": 64}
+#: Arguments of the transformers.
+TRANSFORMER = {"in_channels": 3, "num_classes": 10, "num_heads": 4, "embed_dims": 64}
 
-#: Name -> function of ``spiking_neuron`` that makes the model, and the shape of its input: ``[T, N, C, H, W]``, or
-#: ``[N, C, H, W]`` where the model repeats an image itself.
+#: Name -> function that returns the model for a class of neurons, and the shape of the model's input: ``[T, N, C, H, W]``, or
+#: ``[N, C, H, W]`` if the model itself repeats images over time steps.
 MODELS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
     "sew_resnet18": (
         lambda kind: sew_resnet.sew_resnet18(num_classes=10, cnf="ADD", spiking_neuron=kind, **NODE),
@@ -57,29 +59,31 @@ if spikformer is not None:
         ),
         "Spikformer": (
             lambda kind: spikformer.Spikformer(
-                T=4, img_size_h=32, img_size_w=32, patch_size=4, depths=2, spiking_neuron=kind, **IMAGES
+                T=4, img_size_h=32, img_size_w=32, patch_size=4, depths=2, spiking_neuron=kind, **TRANSFORMER
             ),
             (4, 3, 32, 32),
         ),
         "QKFormer": (
             lambda kind: qkformer.QKFormer(
-                T=4, depths=(1, 1, 1), spiking_neuron=kind, **IMAGES | {"num_heads": (1, 2, 4)}
+                T=4, depths=(1, 1, 1), spiking_neuron=kind, **TRANSFORMER | {"num_heads": (1, 2, 4)}
             ),
             (4, 3, 64, 64),
         ),
         "SpikeDrivenTransformer": (
-            lambda kind: spike_driven_transformer.SpikeDrivenTransformer(T=4, depths=2, spiking_neuron=kind, **IMAGES),
+            lambda kind: spike_driven_transformer.SpikeDrivenTransformer(
+                T=4, depths=2, spiking_neuron=kind, **TRANSFORMER
+            ),
             (4, 3, 64, 64),
         ),
     }
 
 
-#: Models that run single time steps; the others need whole sequences.
+#: Models that can run single time steps; the others need whole sequences.
 SINGLE_STEPS = ("sew_resnet18", "spiking_resnet18", "spiking_vgg11_bn", "NMNISTNet")
 
 
 class MeanOverTime(nn.Module):
-    """Return the mean output of a model over time, in its step mode: for a sequence, or a loop over its time steps."""
+    """Return the mean output of a model over time: of one call with the sequence, or of a call for each time step."""
 
     def __init__(self, model: nn.Module, single_steps: bool = False) -> None:
         super().__init__()
@@ -93,7 +97,7 @@ class MeanOverTime(nn.Module):
 
 
 def training_step(net: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> float:
-    """Run forward, backward, an optimizer step and a reset; return the loss."""
+    """Run one training step and reset the neurons; return the loss."""
     optimizer.zero_grad()
     loss = nn.functional.cross_entropy(net(x), torch.arange(x.shape[-4]) % 10)
     loss.backward()
@@ -103,12 +107,12 @@ def training_step(net: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -
 
 
 def networks(name: str, single_steps: bool = False) -> tuple[dict[str, nn.Module], Tensor]:
-    """Return the model with each neuron, with the same weights, and an input."""
+    """Return the model with each kind of neurons, with equal weights, and an input."""
     make, shape = MODELS[name]
     torch.manual_seed(0)
     original, ours = make(neuron.LIFNode), make(AssociativeLIFNode)
     x = torch.rand(shape)
-    for module in original.modules():  # without it deep layers are silent before training
+    for module in original.modules():  # larger weights: with the initial ones deep layers are silent
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             nn.init.constant_(module.weight, 2.0)
         elif isinstance(module, nn.Linear):
@@ -120,28 +124,28 @@ def networks(name: str, single_steps: bool = False) -> tuple[dict[str, nn.Module
         ours.eval()(example)  # finds the widths
     functional.reset_net(ours)
     ours.train().load_state_dict(original.state_dict(), strict=False)
-    alike = copy.deepcopy(original)
-    replace_neurons(alike, example, like=True)
-    nets = {"LIFNode": original, "ours": ours, "like": alike}
+    like = copy.deepcopy(original)
+    replace_neurons(like, example, like=True)
+    nets = {"LIFNode": original, "ours": ours, "like": like}
     return {key: MeanOverTime(model, single_steps) for key, model in nets.items()}, x
 
 
 @torch.no_grad()
 def difference(nets: dict[str, nn.Module], x: Tensor) -> float:
-    """Return the largest difference of outputs, relative to the largest output, between ``LIFNode`` and neurons like it.
+    """Return the largest difference of outputs with ``LIFNode`` and with "like", relative to the largest output.
 
-    The networks run in training mode, in which batch norms keep neurons firing that are not trained yet.
+    The networks run in training mode, in which batch norms scale currents so that the neurons of an untrained network fire.
     """
     outputs = []
     for name in ("LIFNode", "like"):
-        torch.manual_seed(0)  # of dropout
+        torch.manual_seed(0)  # for dropout
         outputs.append(nets[name](x))
         functional.reset_net(nets[name])
     return float((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max())
 
 
 def measure(name: str, single_steps: bool, rounds: int) -> str:
-    """Return one row of the table."""
+    """Return one row of the table, medians over ``rounds`` training steps."""
     nets, x = networks(name, single_steps)
     deviation = difference(nets, x)
     assert deviation < 1e-4, f"{name}: the outputs with neurons like LIFNode differ by {deviation:.1e} of the largest"
@@ -156,7 +160,7 @@ def measure(name: str, single_steps: bool, rounds: int) -> str:
             seconds[key].append(time.perf_counter() - start)
     times = {key: statistics.median(values) for key, values in seconds.items()}
     ratios = [
-        statistics.median(mine / theirs for mine, theirs in zip(seconds[key], seconds["LIFNode"], strict=True))
+        statistics.median(value / base for value, base in zip(seconds[key], seconds["LIFNode"], strict=True))
         for key in ("ours", "like")
     ]
     return (

@@ -42,7 +42,7 @@ def test_every_python_block_runs(page: Path) -> None:
 @pytest.mark.quick
 def test_the_readme_has_one_command_to_train_and_one_to_test() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for marker, ending in (("train", "examples/nord_lm/train.py"), ("test", "pytest --cov")):
+    for marker, ending in (("train", "examples/nord_lm/train.py"), ("test", "pytest -n 2 --dist worksteal --cov")):
         commands = re.findall(rf"<!-- command: {marker} -->\n```bash\n(.*?)\n```", readme)
         assert len(commands) == 1
         assert commands[0].endswith(ending)

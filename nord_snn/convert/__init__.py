@@ -1,4 +1,4 @@
-"""Bring a network of others over: replace its neurons, and set their thresholds for a firing rate."""
+"""Replace the neurons of a network of another library, and set thresholds for a firing rate."""
 
 from nord_snn.convert.calibration import Calibration, CalibrationReport, calibrate_thresholds
 from nord_snn.convert.replacing import replace_neurons

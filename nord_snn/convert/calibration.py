@@ -10,25 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nord_snn.convert.replacing import unchanged
 from nord_snn.convert.report import aligned, wrapped
+from nord_snn.convert.restoring import unchanged
 from nord_snn.neurons import AssociativeLIFNode
 from nord_snn.ops import AssociativeLIFState
 
 __all__ = ["Calibration", "CalibrationReport", "calibrate_thresholds"]
 
-_STEPS = 20  # bisections: the threshold is found to a millionth of its range
+_ITERATIONS = 20  # doublings or halvings of the thresholds, a factor of a million, and then bisections
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What calibration did to one layer.
+    """Calibration of one node.
 
     Attributes:
         name: name of the node.
-        before: mean firing rate before, with all layers before it calibrated.
-        after: mean firing rate after.
-        scale: factor of its thresholds; 1 where they are kept.
+        before: mean firing rate with the old thresholds, on the spikes of calibrated layers.
+        after: mean firing rate with the new thresholds.
+        scale: factor between old and new thresholds; 1 if they are kept.
         note: why the rate cannot be reached, or empty.
     """
 
@@ -40,12 +40,15 @@ class Calibration:
 
 
 class CalibrationReport(list[Calibration]):
-    """What :func:`calibrate_thresholds` did, a list; ``str`` gives a table."""
+    """Report of :func:`calibrate_thresholds`, a list with an entry for each node; ``str`` gives a table."""
 
     def __str__(self) -> str:
-        """Return the table, with rates in percent of the time steps, and notes below it in at most 80 columns."""
-        rows = [(one.name, f"{100 * one.before:.2f} %", f"{100 * one.after:.2f} %", f"{one.scale:.4g}") for one in self]
-        notes = [f"note on {one.name or 'the node'}: {one.note}" for one in self if one.note]
+        """Return a table, with rates in percent of the time steps, and notes below it in at most 80 columns."""
+        rows = [
+            (entry.name, f"{100 * entry.before:.2f} %", f"{100 * entry.after:.2f} %", f"{entry.scale:.4g}")
+            for entry in self
+        ]
+        notes = [f"note on {entry.name or 'the node'}: {entry.note}" for entry in self if entry.note]
         return "\n".join(
             [aligned(("name", "rate before", "rate after", "thresholds times"), rows), *map(wrapped, notes)]
         )
@@ -61,40 +64,40 @@ def calibrate_thresholds(
 ) -> CalibrationReport:
     """Scale the thresholds of every :class:`AssociativeLIFNode` so that its mean firing rate is ``rate`` on the example.
 
-    ``net(*example)`` runs without gradient, from rest, and in the mode that it has: before training this is training mode, in
-    which batch norms take the statistics of the example; their running statistics do not change.
+    ``net(*example)`` runs without gradient, from rest, in training or evaluation mode as ``net`` is. In training mode batch
+    norms use the statistics of the example; their running statistics do not change.
 
-    A layer is calibrated on the spikes of the layers before it as these are calibrated. A first run finds the order of the
-    layers. If each node is called once, with its whole sequence, a second run calibrates all of them, each when its input
-    arrives. In a network that loops over time, or uses a node in several places, a node is called many times: each further run
-    records the sequences of one layer and calibrates it at the end, so there are as many runs as layers. Each call that starts
-    from rest starts a sequence, and the rate is that of all sequences together.
+    A node is calibrated on the spikes of the calibrated nodes before it. A first run finds their order. If each node is called
+    once, with its whole sequence, a second run calibrates all of them, each when its input arrives. If a node is called several
+    times (the network loops over time, or uses it in several places), each further run records the inputs of one node and
+    calibrates it at the end, so there are as many further runs as nodes. Each call that starts from rest starts a sequence; the
+    rate is the mean over all sequences.
 
-    A layer that cannot reach the rate at thresholds a millionth to a million times as high keeps its thresholds: one without
-    input, or one that fires at its highest rate already. A warning names these layers and their highest rates, and the report
-    has notes. A layer whose rate jumps over ``rate`` as its thresholds change gets the nearer one of the two rates that is
-    above 0. If an error is raised, all thresholds are as before.
+    The thresholds of a node are multiplied by a factor between 1e-6 and 1e6. A node that cannot reach the rate keeps its
+    thresholds, for example without input, or if it fires at its highest rate already; a warning and a note in the report name
+    the node and its nearest rate. If the rate jumps from one side of ``rate`` to the other at some factor, the node gets the
+    nearer of these two rates that is above 0. If an error is raised, all thresholds are as before.
 
     Args:
-        net: a network with our nodes.
+        net: a network with AssociativeLIFNodes.
         example: positional arguments of the network: a batch of real data.
-        rate: firing rate to reach, in (0, 1).
-        tolerance: relative deviation from ``rate`` at which thresholds are left as they are. A layer whose highest rate is lower
-            than ``rate`` by less gets the highest thresholds at which it fires within it. Default: 0.1.
-        forward: what to call with the example: a function that runs ``net`` over one whole sequence, where the loop over time
-            is outside of the network. Default: None, the network.
+        rate: firing rate to reach, spikes per neuron and time step, in (0, 1). Default: 0.1.
+        tolerance: relative deviation from ``rate``. A node within it keeps its thresholds. If the highest rate of a node is
+            below ``rate``, but within the tolerance, its thresholds are set for ``(1 - tolerance) * rate``. Default: 0.1.
+        forward: the function that is called with the example: if the loop over time is outside of the network, it runs ``net``
+            over one whole sequence. Default: None, ``net``.
 
     Returns:
         A list with one entry per node, in the order in which they run; ``print`` it for a table.
 
     Raises:
         TypeError: ``rate`` or ``tolerance`` is not a number.
-        ValueError: ``rate`` is not in (0, 1), ``tolerance`` is negative, the network has none of our nodes, the example reaches
-            none of them, a node gets an input or has thresholds with NaN or infinity, a node that runs single time steps
-            received one only, or an ``AssociativeLeaky`` resets its membrane outside of the node.
+        ValueError: ``rate`` is not in (0, 1), ``tolerance`` is negative, the network has no AssociativeLIFNode, the example
+            reaches none of them, an input or a threshold of a node is NaN or infinite, a node that runs single time steps
+            is called once only, or an ``AssociativeLeaky`` resets its membrane outside of the node.
 
     Warns:
-        UserWarning: a layer cannot reach the rate.
+        UserWarning: a node cannot reach the rate.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(8, 64), AssociativeLIFNode(64, preset="lif", step_mode="m"))
@@ -112,18 +115,18 @@ def calibrate_thresholds(
     _check_numbers(rate, tolerance)
     nodes = {name: module for name, module in net.named_modules() if isinstance(module, AssociativeLIFNode)}
     if not nodes:
-        raise ValueError(
-            "calibrate_thresholds needs a network with AssociativeLIFNode: replace_neurons brings one there"
-        )
+        raise ValueError("calibrate_thresholds needs a network with AssociativeLIFNodes: call replace_neurons before")
     if outside := [name for name, node in nodes.items() if getattr(node, "resets_outside", False)]:
         raise ValueError(
             f"calibrate_thresholds cannot run {outside[0]} over a sequence: AssociativeLeaky resets its membrane between the "
-            "time steps; replace_neurons(net, x) puts neurons in its place that can be calibrated"
+            "time steps; replace_neurons(net, x) replaces it by neurons that can be calibrated"
         )
     run = net if forward is None else forward
     calls = _count_calls(net, nodes, lambda: run(*example))
     if not calls:
-        raise ValueError(f"the example input reached none of the neurons {list(nodes)}")
+        raise ValueError(
+            f"the example input reached none of the neurons {list(nodes)}: pass an example, or forward=, that runs them"
+        )
     single = {id(module.node) for module in net.modules() if getattr(module, "runs_single_steps", False)}
     for name, n_calls in calls.items():
         if n_calls == 1 and (id(nodes[name]) in single or nodes[name].step_mode == "s"):
@@ -141,7 +144,7 @@ def calibrate_thresholds(
             report = CalibrationReport(
                 _calibrate_recorded(net, nodes, name, lambda: run(*example), rate, tolerance) for name in calls
             )
-    if notes := [f"{one.name or 'the node'}: {one.note}" for one in report if one.note]:
+    if notes := [f"{entry.name or 'the node'}: {entry.note}" for entry in report if entry.note]:
         warnings.warn(f"rate={rate} cannot be reached by {'; '.join(notes)}", stacklevel=3)
     return report
 
@@ -204,7 +207,7 @@ def _calibrator(rate: float, tolerance: float, done: dict[str, Calibration]) -> 
 
     def calibrate(name: str, node: AssociativeLIFNode, x: Tensor, _: Mapping[str, Any]) -> None:
         nonlocal busy
-        if busy or name in done:  # a call from here, or the call that is calibrated now
+        if busy or name in done:  # a call by _calibrate, or a node that is calibrated already
             return
         busy = True
         try:
@@ -217,39 +220,39 @@ def _calibrator(rate: float, tolerance: float, done: dict[str, Calibration]) -> 
 
 @dataclass
 class _Sequence:
-    """What a node receives in the calls of one sequence.
+    """Calls of a node that run one sequence.
 
     Attributes:
-        inputs: ``[T, N, *]``, one of each call.
-        last: where the caller passes states, the list that holds the state after the last call.
-        is_open: whether further calls may continue it.
+        inputs: input ``[T, N, *]`` of each call.
+        new_states: list with the state after the last call if the caller passes states, else None.
+        is_open: whether further calls may continue the sequence.
     """
 
     inputs: list[Tensor] = field(default_factory=list)
-    last: list[AssociativeLIFState] | None = None
+    new_states: list[AssociativeLIFState] | None = None
     is_open: bool = True
 
     def ends_in(self, state: AssociativeLIFState | None) -> bool:
-        """Return whether ``state`` is the one after the last call, also detached or changed in place."""
-        if state is None or not self.last:
+        """Return whether ``state`` shares the storage of the state after the last call: it may be detached or changed."""
+        if state is None or not self.new_states:
             return False
-        return self.last[-1].v.untyped_storage().data_ptr() == state.v.untyped_storage().data_ptr()
+        return self.new_states[-1].v.untyped_storage().data_ptr() == state.v.untyped_storage().data_ptr()
 
 
-def _continued(sequences: list[_Sequence], node: AssociativeLIFNode, more: Mapping[str, Any]) -> _Sequence | None:
-    """Return the sequence that a call continues, or None if it starts from rest."""
-    state, rest = more.get("state"), node.dynamics.v_rest
-    if more.get("stateless"):
+def _continued(sequences: list[_Sequence], node: AssociativeLIFNode, kwargs: Mapping[str, Any]) -> _Sequence | None:
+    """Return the sequence that a call with ``kwargs`` continues, or None if the call starts from rest."""
+    state, rest = kwargs.get("state"), node.dynamics.v_rest
+    if kwargs.get("stateless"):
         return None
-    if more.get("new_states") is None:
+    if kwargs.get("new_states") is None:
         starts = not isinstance(node.v, Tensor)
     else:
         starts = state is None or not (
             (state.v != rest).any() or any(part is not None and part.any() for part in state[1:])
         )
-    still_open = [] if starts else [sequence for sequence in sequences if sequence.is_open]
-    known = [sequence for sequence in still_open if sequence.ends_in(state)] or still_open
-    return known[-1] if known else None
+    open_sequences = [] if starts else [sequence for sequence in sequences if sequence.is_open]
+    matches = [sequence for sequence in open_sequences if sequence.ends_in(state)] or open_sequences
+    return matches[-1] if matches else None
 
 
 def _calibrate_recorded(
@@ -260,16 +263,16 @@ def _calibrate_recorded(
     rate: float,
     tolerance: float,
 ) -> Calibration:
-    """Run the network, record what a node receives over all calls, and calibrate it on these sequences."""
+    """Run the network, record the inputs of a node in all its calls, and calibrate it on these sequences."""
     node, sequences = nodes[name], list[_Sequence]()
 
-    def record(_: str, node: AssociativeLIFNode, x: Tensor, more: Mapping[str, Any]) -> None:
-        sequence = _continued(sequences, node, more)
+    def record(_: str, node: AssociativeLIFNode, x: Tensor, kwargs: Mapping[str, Any]) -> None:
+        sequence = _continued(sequences, node, kwargs)
         if sequence is None:
-            sequence = _Sequence(is_open=not more.get("stateless"))
+            sequence = _Sequence(is_open=not kwargs.get("stateless"))
             sequences.append(sequence)
         sequence.inputs.append(x.clone() if node.step_mode == "m" else x.clone().unsqueeze(0))
-        sequence.last = more.get("new_states")
+        sequence.new_states = kwargs.get("new_states")
 
     with _hooked(net, {name: node}, record):
         run()
@@ -296,12 +299,13 @@ def _calibrate(
     before = rate_at(1.0)
     if not size or abs(before - rate) <= tolerance * rate:
         return Calibration(name, before, before, 1.0)
-    scale, limit = _search(rate_at, rate)
-    if scale is None and (1 - tolerance) * rate <= limit < rate:
-        scale, limit = _search(rate_at, (1 - tolerance) * rate)
+    scale, nearest = _search(rate_at, rate)
+    if scale is None and (1 - tolerance) * rate <= nearest < rate:
+        scale, nearest = _search(rate_at, (1 - tolerance) * rate)
     if scale is None:
         node.v_threshold.copy_(original)
-        note = f"its rate is at {'most' if limit < rate else 'least'} {100 * limit:.2f} %, so its thresholds are kept"
+        bound = "most" if nearest < rate else "least"
+        note = f"its rate is at {bound} {100 * nearest:.2f} %, so its thresholds are kept"
         return Calibration(name, before, before, 1.0, note)
     after = rate_at(scale)
     if abs(after - rate) >= abs(before - rate):
@@ -319,29 +323,29 @@ def _check_finite(name: str, node: AssociativeLIFNode, sequences: list[Tensor]) 
 
 
 def _search(rate_at: Callable[[float], float], rate: float) -> tuple[float | None, float]:
-    """Return the scale at which the rate, which falls with the thresholds, is nearest, and the rate there.
+    """Return the scale of the thresholds at which ``rate_at(scale)`` is nearest to ``rate``, and this firing rate.
 
-    If all rates are lower, or all are higher, the scale is None and the rate the one that comes nearest.
+    The scale is None if the firing rates at all scales are lower than ``rate``, or all are higher.
     """
     low = high = 1.0
     below = above = rate_at(1.0)
-    for _ in range(_STEPS):
+    for _ in range(_ITERATIONS):
         if below <= rate:
             break
         high *= 2
         below = rate_at(high)
-    for _ in range(_STEPS):
+    for _ in range(_ITERATIONS):
         if above >= rate:
             break
         low /= 2
         above = rate_at(low)
     if below > rate or above < rate:
         return None, below if below > rate else above
-    for _ in range(_STEPS):
+    for _ in range(_ITERATIONS):
         middle = (low + high) / 2
-        found = rate_at(middle)
-        if found >= rate:
-            low, above = middle, found
+        rate_there = rate_at(middle)
+        if rate_there >= rate:
+            low, above = middle, rate_there
         else:
-            high, below = middle, found
+            high, below = middle, rate_there
     return (high, below) if below and rate - below < above - rate else (low, above)

@@ -1,4 +1,4 @@
-"""Norse: neurons that are called as ``spikes, state = cell(x, state)``, with state None at first."""
+"""The protocol of Norse's neurons: ``spikes, state = cell(x, state)``, with state None at first."""
 
 import functools
 from typing import Any
@@ -14,11 +14,11 @@ from nord_snn.ops import AssociativeLIFState, Dynamics
 __all__ = ["PROTOCOL", "CalledAsCell", "CalledAsSequence"]
 
 _REPLACED = ("LIF", "LIFCell", "LIFBoxCell", "IAF", "IAFCell")
-_READOUTS = ("LI", "LICell", "LIBoxCell")  # leaky integrators, which do not fire
+_INTEGRATORS = ("LI", "LICell", "LIBoxCell")  # leaky integrators, which do not fire
 _BASES = ("SNN", "SNNCell", "SNNRecurrent", "SNNRecurrentCell")
 
 
-class _Called(nn.Module):
+class _CalledWithState(nn.Module):
     runs_single_steps = False
 
     def __init__(self, node: AssociativeLIFNode) -> None:
@@ -43,8 +43,8 @@ class _Called(nn.Module):
         return self.node(input_tensor, state=state, new_states=new_states), new_states[0]
 
 
-class CalledAsCell(_Called):
-    """Our neurons where a network calls a cell of Norse, one time step ``[N, *]`` per call.
+class CalledAsCell(_CalledWithState):
+    """Call a node as networks call a cell of Norse, ``spikes, state = cell(x, state)``, with one time step ``[N, *]``.
 
     Args:
         node: the neurons.
@@ -53,8 +53,8 @@ class CalledAsCell(_Called):
     runs_single_steps = True
 
 
-class CalledAsSequence(_Called):
-    """Our neurons where a network calls a module of Norse that runs sequences ``[T, N, *]``.
+class CalledAsSequence(_CalledWithState):
+    """Call a node as networks call a sequence module of Norse, ``spikes, state = module(x_seq, state)``, with ``[T, N, *]``.
 
     Args:
         node: the neurons.
@@ -63,7 +63,7 @@ class CalledAsSequence(_Called):
 
 def _is_neuron(module: nn.Module) -> bool:
     bases = {kind.__name__ for kind in type(module).__mro__ if kind.__module__ == "norse.torch.module.snn"}
-    return bool(bases & set(_BASES)) and type(module).__name__ not in _READOUTS
+    return bool(bases & set(_BASES)) and type(module).__name__ not in _INTEGRATORS
 
 
 def _runs_sequences(module: nn.Module) -> bool:
@@ -75,17 +75,17 @@ def _why_not(module: Any) -> str:
     if name not in _REPLACED:
         return f"Norse's {', '.join(_REPLACED)} can be replaced, {name} has other states or recurrent weights"
     if getattr(module, "record_states", False):
-        return "record_states=True returns the states of all time steps, the neuron returns the last one"
+        return "record_states=True returns the states of all time steps, AssociativeLIFNode only that of the last one"
     return ""
 
 
-def _like(module: Any, width: int, **more: Any) -> AssociativeLIFNode:
-    """Return neurons that give the same spikes.
+def _like(module: Any, width: int, **options: Any) -> AssociativeLIFNode:
+    """Return a node that gives the same spikes.
 
-    Norse adds the input to the current before the membrane takes it, and lets the current decay afterwards. Just before the
-    membrane takes it, this is ``i = (1 - dt / tau_syn) * i + x``, our synaptic current. It fires above the threshold only.
+    Norse adds the input to the synaptic current, integrates the current, and lets it decay. The current that is integrated is
+    ``i = (1 - dt / tau_syn) * i + x``, as in ours. Norse fires only above the threshold, hence its ``threshold`` function.
     """
-    p, kind = module.p, type(module).__name__.removesuffix("Cell")
+    p, kind = module.p, type(module).__name__.removesuffix("Cell")  # p: Norse's parameters
     reset = getattr(p, "reset_method", reset_value)
     if reset not in (reset_value, reset_subtract):
         raise TypeError("like() cannot match a reset_method other than Norse's reset_value and reset_subtract")
@@ -93,12 +93,12 @@ def _like(module: Any, width: int, **more: Any) -> AssociativeLIFNode:
     hard = reset is reset_value
     if hard and _number(p, "v_reset") != v_rest:
         raise TypeError(
-            f"like() cannot match v_reset = {_number(p, 'v_reset')} with v_leak = {v_rest}: a spike sets the membrane to its "
-            "resting potential here"
+            f"like() cannot match v_reset = {_number(p, 'v_reset')} with v_leak = {v_rest}: both must be equal, because a spike "
+            "sets the membrane to its resting potential"
         )
     tau = float("inf") if kind == "IAF" else 1 / _fraction(module.dt * _number(p, "tau_mem_inv"), "dt * tau_mem_inv")
     fraction = _fraction(module.dt * _number(p, "tau_syn_inv"), "dt * tau_syn_inv") if kind == "LIF" else 1.0
-    learnable = ("threshold", "beta_mem", "beta_syn") if more.pop("learnable", False) else ()
+    learnable = ("threshold", "beta_mem", "beta_syn") if options.pop("learnable", False) else ()
     return AssociativeLIFNode(
         width,
         preset="lif",
@@ -110,7 +110,7 @@ def _like(module: Any, width: int, **more: Any) -> AssociativeLIFNode:
         surrogate=functools.partial(threshold, method=p.method, alpha=float(p.alpha)),
         learnable=learnable,
         step_mode="m",
-        **more,
+        **options,
     )
 
 
@@ -122,14 +122,14 @@ def _number(p: Any, name: str) -> float:
 
 
 def _fraction(value: float, name: str) -> float:
-    """Return ``value`` if it is the part of a membrane or current that decays in a time step."""
+    """Return ``value``, the fraction that decays in a time step, if it is in (0, 1]."""
     if not 0 < value <= 1:
         raise TypeError(f"like() needs {name} in (0, 1], got {value:.3g}")
     return value
 
 
-def _put(module: nn.Module, ours: nn.Module) -> nn.Module:
-    return (CalledAsSequence if _runs_sequences(module) else CalledAsCell)(require_our_node(ours, "Norse"))
+def _put(module: nn.Module, new_neuron: nn.Module) -> nn.Module:
+    return (CalledAsSequence if _runs_sequences(module) else CalledAsCell)(require_our_node(new_neuron, "Norse"))
 
 
 PROTOCOL = Protocol(_is_neuron, _runs_sequences, _why_not, _like, _put)

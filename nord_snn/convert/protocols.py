@@ -1,4 +1,4 @@
-"""How a library's networks call their neurons, and what takes their place. One file a library registers a :class:`Protocol`."""
+"""How networks of a library call their neurons, and which modules replace these: one :class:`Protocol` for each library."""
 
 import sys
 from collections.abc import Callable
@@ -11,21 +11,21 @@ from nord_snn.neurons import AssociativeLIFNode
 
 __all__ = ["LIBRARIES", "Protocol", "protocol_of", "require_our_node"]
 
-#: Module of the library -> its name. Each has a file of this name beside this one, which alone imports the library.
+#: Import name of a library -> its written name. ``nord_snn/convert/<import name>.py`` has its protocol and imports the library.
 LIBRARIES = {"spikingjelly": "SpikingJelly", "snntorch": "snnTorch", "norse": "Norse"}
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What the conversion knows of a library.
+    """Functions that ``replace_neurons`` needs for the neuron modules of a library.
 
     Attributes:
-        is_neuron: whether a module is a neuron of the library.
-        runs_sequences: whether a neuron is called with ``[T, N, *]``, else with ``[N, *]``.
-        why_not: why a neuron cannot be replaced, or an empty string.
-        like: ``like(neuron, width, channel_dim=..., **more)`` returns neurons that give the same spikes; a TypeError says what
-            cannot be matched.
-        put: ``put(neuron, ours)`` returns the module that takes the place of ``neuron`` and runs ``ours``.
+        is_neuron: returns whether a module is a neuron module of the library.
+        runs_sequences: returns whether a neuron module is called with ``[T, N, *]``, else with ``[N, *]``.
+        why_not: returns why a neuron module cannot be replaced, or an empty string.
+        like: ``like(module, width, channel_dim=..., **options)`` returns a node that gives the same spikes; a TypeError or
+            ValueError says what cannot be matched.
+        put: ``put(module, node)`` returns the replacement of ``module``, which runs ``node``.
     """
 
     is_neuron: Callable[[nn.Module], bool]
@@ -36,7 +36,7 @@ class Protocol:
 
 
 def protocol_of(module: nn.Module) -> Protocol | None:
-    """Return the protocol of a neuron, or None for any other module. A library that is not imported has no neurons here."""
+    """Return the protocol of a neuron module, or None for any other module. Only imported libraries are considered."""
     for library in LIBRARIES:
         if library in sys.modules:
             protocol: Protocol = import_module(f"nord_snn.convert.{library}").PROTOCOL
@@ -46,14 +46,14 @@ def protocol_of(module: nn.Module) -> Protocol | None:
 
 
 def require_our_node(node: nn.Module, library: str) -> AssociativeLIFNode:
-    """Return ``node`` if its state can be passed in and out, as networks of ``library`` do; else raise.
+    """Return ``node`` if it is an ``AssociativeLIFNode``, whose state can be passed in and out.
 
     Raises:
-        TypeError: it is not an ``AssociativeLIFNode``.
+        TypeError: it is another module.
     """
     if not isinstance(node, AssociativeLIFNode):
         raise TypeError(
-            f"in a network of {library}, neuron= must make an AssociativeLIFNode, whose state the network passes on, got "
+            f"in a network of {library}, neuron= must make an AssociativeLIFNode, whose state can be passed in and out, got "
             f"{type(node).__name__}"
         )
     return node

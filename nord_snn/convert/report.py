@@ -1,4 +1,4 @@
-"""What replacing did, neuron by neuron."""
+"""The report of ``replace_neurons``, and the layout of tables."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -6,21 +6,21 @@ from textwrap import wrap
 
 __all__ = ["Replacement", "ReplacementReport", "aligned", "wrapped"]
 
-_WIDTH = 80  # of a terminal, and of a file
+_WIDTH = 80  # columns of a line
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """One neuron of the network.
+    """One neuron module of the network under one of its names.
 
     Attributes:
-        name: its name in the network.
-        was: what it was.
-        now: what it is now; empty if it was skipped.
-        width: number of its neurons, D.
-        channel_dim: their dimension in a time step.
-        skipped: why it was left as it is, or empty.
-        note: what to check, or empty.
+        name: its name in the network; empty for the network itself.
+        was: its class before.
+        now: its class after; empty if it was skipped.
+        width: D, the number of its neurons; None if unknown.
+        channel_dim: dimension of the neurons in a time step ``[N, *]``; None if it was skipped.
+        skipped: why it was not replaced; empty if it was.
+        note: what to check; empty if there is nothing to check.
     """
 
     name: str
@@ -34,18 +34,18 @@ class Replacement:
 
 @dataclass
 class ReplacementReport:
-    """What :func:`replace_neurons` did; ``str`` gives a table."""
+    """Report of :func:`replace_neurons`; ``str`` gives a table."""
 
     rows: list[Replacement] = field(default_factory=list)
 
     @property
     def replaced(self) -> list[Replacement]:
-        """Return the neurons that were replaced."""
+        """Return the neuron modules that were replaced."""
         return [row for row in self.rows if not row.skipped]
 
     @property
     def skipped(self) -> list[Replacement]:
-        """Return the neurons that were left as they are."""
+        """Return the neuron modules that were not replaced."""
         return [row for row in self.rows if row.skipped]
 
     def __iter__(self) -> Iterator[Replacement]:
@@ -55,7 +55,7 @@ class ReplacementReport:
         return len(self.rows)
 
     def __str__(self) -> str:
-        """Return the table of what was replaced, and below it notes, and what was skipped and why, in at most 80 columns."""
+        """Return a table of the replaced modules and, below it in at most 80 columns, notes and skipped modules."""
         rows = [(row.name, row.was, row.now, str(row.width), str(row.channel_dim)) for row in self.replaced]
         parts = [aligned(("name", "was", "is", "width", "channel_dim"), rows)] if rows else []
         lines = [f"note on {row.name} ({row.was}): {row.note}" for row in self.replaced if row.note]
@@ -65,7 +65,7 @@ class ReplacementReport:
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table with aligned columns; from the second one on, columns of numbers are aligned at the right."""
+    """Return a table with aligned columns. Columns of numbers are right-aligned, except the first column."""
     lines = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     numbers = [all(cell[-1:].isdigit() or cell.endswith("%") for cell in column) for column in zip(*rows, strict=True)]
@@ -80,5 +80,5 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def wrapped(line: str) -> str:
-    """Return the line in at most 80 columns, all but the first one indented."""
+    """Return the text in lines of at most 80 columns, indented from the second line on."""
     return "\n".join(wrap(line, _WIDTH, subsequent_indent="  "))

@@ -1,4 +1,4 @@
-"""snnTorch: ``spk, mem = lif(x, mem)``, ``spk, syn, mem = lif(x, syn, mem)``, or ``spk = lif(x)`` with ``init_hidden``."""
+"""The protocol of snnTorch's neurons: ``spk, mem = lif(x, mem)``, ``spk, syn, mem = lif(x, syn, mem)``, or ``spk = lif(x)``."""
 
 from typing import Any
 
@@ -28,8 +28,8 @@ def _why_not(module: nn.Module) -> str:
     return f"snnTorch's Leaky, Lapicque and Synaptic can be replaced, {type(module).__name__} has other states"
 
 
-def _put(module: Any, ours: nn.Module) -> nn.Module:
-    node = require_our_node(ours, "snnTorch")
+def _put(module: Any, new_neuron: nn.Module) -> nn.Module:
+    node = require_our_node(new_neuron, "snnTorch")
     if node.dynamics.v_rest:
         raise ValueError(
             f"snnTorch resets membranes to 0, so the resting potential must be 0, got {node.dynamics.v_rest}"

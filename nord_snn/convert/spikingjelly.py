@@ -1,4 +1,4 @@
-"""SpikingJelly: both packages, ``activation_based`` and the earlier ``clock_driven``."""
+"""The protocol of SpikingJelly's neurons, of ``activation_based`` and of the earlier ``clock_driven``."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from nord_snn.neurons import AssociativeLIFNode
 
 __all__ = ["PROTOCOL"]
 
-_CLOCK_DRIVEN = "spikingjelly.clock_driven.neuron"
+_CLOCK_DRIVEN = "spikingjelly.clock_driven.neuron"  # also the name of the module of nord_snn.integrations.clock_driven
 
 
 def _is_neuron(module: nn.Module) -> bool:
@@ -18,7 +18,7 @@ def _is_neuron(module: nn.Module) -> bool:
 
 
 def _is_clock_driven(module: nn.Module) -> bool:
-    """Return whether it is a neuron of the earlier package, which need not be imported here."""
+    """Return whether it is a neuron of ``clock_driven``, which is not imported here: it may not be installed."""
     return any((kind.__module__, kind.__name__) == (_CLOCK_DRIVEN, "BaseNode") for kind in type(module).__mro__)
 
 
@@ -32,12 +32,12 @@ def _why_not(module: nn.Module) -> str:
     return ""
 
 
-def _like(module: nn.Module, width: int, **more: Any) -> AssociativeLIFNode:
-    return AssociativeLIFNode.like(_current(module), width, **more)
+def _like(module: nn.Module, width: int, **options: Any) -> AssociativeLIFNode:
+    return AssociativeLIFNode.like(_as_activation_based(module), width, **options)
 
 
-def _current(module: Any) -> nn.Module:
-    """Return the same neuron in the current package, where its class is one of the earlier package or of its shim."""
+def _as_activation_based(module: Any) -> nn.Module:
+    """Return a neuron of ``activation_based`` with the constants of one of ``clock_driven``; others as they are."""
     name = type(module).__name__.removeprefix("MultiStep")
     if type(module).__module__ != _CLOCK_DRIVEN or name not in ("IFNode", "LIFNode", "ParametricLIFNode"):
         return module
@@ -46,14 +46,14 @@ def _current(module: Any) -> nn.Module:
         arguments |= {"tau": float(module.tau), "decay_input": module.decay_input}
     elif name == "ParametricLIFNode":
         arguments |= {"decay_input": module.decay_input}
-    made: Any = getattr(neuron, name)(step_mode="m" if _runs_sequences(module) else "s", **arguments)
+    node: Any = getattr(neuron, name)(step_mode="m" if _runs_sequences(module) else "s", **arguments)
     if name == "ParametricLIFNode":
-        made.w = module.w
-    return made
+        node.w = module.w
+    return node
 
 
-def _put(module: nn.Module, ours: nn.Module) -> nn.Module:
-    return ours
+def _put(module: nn.Module, node: nn.Module) -> nn.Module:
+    return node
 
 
 PROTOCOL = Protocol(_is_neuron, _runs_sequences, _why_not, _like, _put)

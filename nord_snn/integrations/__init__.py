@@ -1,1 +1,1 @@
-"""Bridges to other libraries: each module imports the library of its name; no other module of the package imports it."""
+"""Adapters to other libraries, one module or package for each library."""

@@ -1,19 +1,19 @@
 """Run repositories that were written for ``spikingjelly.clock_driven``, the package of SpikingJelly 0.0.0.0.12 and older.
 
-Releases after 0.0.0.0.14 have ``activation_based`` only. :func:`install` provides the old names in terms of the new package, so
-that the files of such a repository run unedited::
+Releases after 0.0.0.0.14 have ``activation_based`` only. :func:`install` defines the old names by classes of the new package,
+so that the files of such a repository run unedited::
 
     from nord_snn.integrations.clock_driven import install
 
     install()      # before the repository is imported
     import model   # from spikingjelly.clock_driven.neuron import MultiStepLIFNode
 
-Covered are ``neuron``, ``layer``, ``functional``, ``surrogate``, ``base`` and ``encoding``: all names that ``activation_based``
-has kept, and ``MultiStepIFNode``, ``MultiStepLIFNode``, ``MultiStepParametricLIFNode``, ``MultiStepEIFNode``,
-``MultiStepDropout``, ``MultiStepDropout2d``, ``MultiStepThresholdDependentBatchNorm1d`` to ``3d`` and
-``MultiStepTemporalWiseAttention``. Not covered are ``model``, ``ann2snn``, ``monitor``, ``examples``, names that the new package
-has dropped, the attribute ``spike_seq``, ``v_seq`` unless ``store_v_seq`` is set, ``backend="lava"``, and the arguments
-``cupy_fp32_inference`` and ``lava_s_cale``.
+The modules ``neuron``, ``layer``, ``functional``, ``surrogate``, ``base`` and ``encoding`` have all names that
+``activation_based`` has kept, and ``MultiStepIFNode``, ``MultiStepLIFNode``, ``MultiStepParametricLIFNode``,
+``MultiStepEIFNode``, ``MultiStepDropout``, ``MultiStepDropout2d``, ``MultiStepThresholdDependentBatchNorm1d`` to ``3d`` and
+``MultiStepTemporalWiseAttention``. The modules ``model``, ``ann2snn``, ``monitor`` and ``examples``, names that the new package
+has dropped, the attribute ``spike_seq``, ``backend="lava"``, and the arguments ``cupy_fp32_inference`` and ``lava_s_cale`` are
+missing; ``v_seq`` exists only if ``store_v_seq`` is set.
 """
 
 import importlib.util
@@ -30,10 +30,9 @@ _PACKAGE = "spikingjelly.clock_driven"
 
 
 def install() -> None:
-    """Register ``spikingjelly.clock_driven`` for this process. A second call changes nothing.
+    """Make ``spikingjelly.clock_driven`` importable in this process. A second call changes nothing.
 
-    ``backend`` of its neurons may be ``"torch"`` or ``"cupy"``: both give the same spikes, and SpikingJelly 2 chooses its
-    kernels by itself.
+    ``backend`` of its neurons may be ``"torch"`` or ``"cupy"`` and has no effect: SpikingJelly 2 selects its kernels itself.
 
     Raises:
         RuntimeError: the installed SpikingJelly has this package itself.
@@ -52,7 +51,7 @@ def install() -> None:
         return
     if loaded is not None or importlib.util.find_spec(_PACKAGE) is not None:
         raise RuntimeError(
-            "the installed SpikingJelly has the package clock_driven: repositories that need it run as they are"
+            "install() is for SpikingJelly without the package clock_driven, the installed one has it: do not call install()"
         )
     package = _OldModule(_PACKAGE, None, {})
     package.__path__ = []
@@ -73,7 +72,7 @@ def install() -> None:
 
 
 class _OldModule(ModuleType):
-    """A module under its old name: own names first, then those of the current module."""
+    """A module of ``clock_driven`` with the names in ``own`` and all other names of ``current``, if it is a module."""
 
     def __init__(self, name: str, current: ModuleType | None, own: dict[str, Any]) -> None:
         super().__init__(
@@ -86,7 +85,7 @@ class _OldModule(ModuleType):
         current = self.__dict__.get("_current")
         if name.startswith("__") or not hasattr(current, name):
             raise AttributeError(
-                f"{self.__name__} has no {name} here: nord_snn.integrations.clock_driven says which names are covered"
+                f"{self.__name__} has no {name} here: the docstring of nord_snn.integrations.clock_driven lists its names"
             )
         return getattr(current, name)
 
@@ -97,11 +96,11 @@ def _check_backend(backend: str) -> None:
 
 
 class _MultiStep:
-    """Step mode "m", and the argument ``backend`` of ``clock_driven``."""
+    """Mixin: set step mode "m", and accept the argument ``backend`` of ``clock_driven``."""
 
-    def __init__(self, *args: Any, backend: str = "torch", **more: Any) -> None:
+    def __init__(self, *args: Any, backend: str = "torch", **kwargs: Any) -> None:
         _check_backend(backend)
-        super().__init__(*args, step_mode="m", **more)  # type: ignore[call-arg]  # of the node
+        super().__init__(*args, step_mode="m", **kwargs)  # type: ignore[call-arg]  # of the node
 
 
 class MultiStepIFNode(_MultiStep, neuron.IFNode):

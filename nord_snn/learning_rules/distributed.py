@@ -18,7 +18,7 @@ def _single_process() -> bool:
 def raise_on_all_ranks(compute: Callable[[], Result], device: torch.device) -> Result:
     """Return ``compute()``; if it raises in one process of ``torch.distributed``, raise in all of them.
 
-    All processes must call this. Without it the others would wait for the failed process in the next collective.
+    All processes must call this. Otherwise the next collective would wait for the failed process.
 
     Args:
         compute: function without arguments.
@@ -37,7 +37,7 @@ def raise_on_all_ranks(compute: Callable[[], Result], device: torch.device) -> R
     finally:
         distributed.all_reduce(failed)
     if failed.item():
-        raise RuntimeError("a learning rule failed in another process")
+        raise RuntimeError("a learning rule failed in another process, whose error says why")
     return result
 
 

@@ -1,4 +1,4 @@
-"""Base class of the rules: spike recording, the interface of SpikingJelly's learners, and the weight update."""
+"""Base class of the learning rules: spike recording, the interface of SpikingJelly's learners, and the weight update."""
 
 import warnings
 import weakref
@@ -17,7 +17,7 @@ from nord_snn.ops.checks import as_number, check_dependence, check_flags, descri
 
 __all__ = ["Learner", "SpikeRecord"]
 
-#: A learner that updates after every single time step warns about silence after this many without a weight change.
+#: A learner with one update per time step warns about silence after this many time steps without a weight change.
 SILENT_STEPS = 20
 
 
@@ -25,9 +25,9 @@ class SpikeRecord(NamedTuple):
     """Spikes that were recorded since the last update.
 
     Attributes:
-        pre: input of the synapse, ``[T, N, *]``, all rows flattened into N.
+        pre: input of the synapse, ``[T, N, *]``, batch and positions flattened into N.
         post: output of the neurons, ``[T, N, *]``.
-        rows: shape of N before flattening: ``[B, S]`` for sequences ``[T, B, S, D]``.
+        rows: shape of the dimensions that are flattened into N: ``[B, S]`` for sequences ``[T, B, S, D]``.
     """
 
     pre: Tensor
@@ -35,7 +35,7 @@ class SpikeRecord(NamedTuple):
     rows: torch.Size
 
 
-#: Function from a record to its weight update, summed over rows, and a function that stores the new traces after all checks.
+#: Returns the weight update of a record, summed over rows, and a function that stores the new traces, called after all checks.
 ComputeChange = Callable[[SpikeRecord], tuple[Tensor, Callable[[], None]]]
 
 
@@ -48,9 +48,9 @@ class Learner(base.MemoryModule):
         sn: the neurons that the synapse drives.
         reduction: how the updates of the rows are combined, ``"sum"`` or ``"mean"``.
         bounds: range to which :meth:`apply` limits weights, or None.
-        mu: exponent of the soft bounds: the nearer a weight is to a bound, the smaller its update; 0 for none.
-        max_norm: upper limit of the norm of one update, or None.
-        name: name of the synapse in messages.
+        mu: exponent of the soft bounds: the nearer a weight is to a bound, the smaller its update; 0: no soft bounds.
+        max_norm: upper limit of the Euclidean norm of one update, or None.
+        name: name of the synapse in messages; None: its class and shape.
     """
 
     def __init__(
@@ -97,7 +97,9 @@ class Learner(base.MemoryModule):
         self.register_memory("trace_post", None)
         self._pre: list[Tensor] = []
         self._post: list[Tensor] = []
-        self._versions: list[tuple[Tensor, int]] = []  # version counters: recorded tensors are not copied
+        self._versions: list[
+            tuple[Tensor, int]
+        ] = []  # recorded tensors, which are not copied, and their version counters
         self._layout: tuple[torch.Size, slice | None] | None = None  # rows and positions of the traces
         self._enabled = True
         self._was_called = False  # whether synapse or neurons were ever called
@@ -154,7 +156,7 @@ class Learner(base.MemoryModule):
         self.reset()
 
     def extra_repr(self) -> str:
-        """Return the arguments that all rules share."""
+        """Return the arguments that all rules have, for ``repr``."""
         return (
             f"step_mode={self.step_mode!r}, reduction={self.reduction!r}, bounds={self.bounds}, mu={self.mu}, "
             f"max_norm={self.max_norm}, name={self.name!r}"
@@ -163,7 +165,7 @@ class Learner(base.MemoryModule):
     # --- for subclasses
 
     def _synapse_arguments(self) -> dict[str, Any]:
-        """Return those arguments of the ops that follow from the synapse."""
+        """Return the arguments of the STDP ops that depend on the synapse."""
         bounds = {} if self.bounds is None else {"bounds": self.bounds}
         weight = self.synapse.weight if self.mu else None
         return {"weight": weight, "mu": self.mu, "geometry": self.geometry, **bounds}
@@ -236,17 +238,17 @@ class Learner(base.MemoryModule):
         if record is None:
             return None
         if self._layout is not None and self._layout != (record.rows, positions):
-            (rows_before, at), rows_now = self._layout, record.rows
-            before, now = (
-                (f"{list(rows_before)}", f"{list(rows_now)}") if rows_before != rows_now else (f"{at}", f"{positions}")
+            (old_rows, old_positions), rows = self._layout, record.rows
+            old, new = (
+                (f"{list(old_rows)}", f"{list(rows)}") if old_rows != rows else (f"{old_positions}", f"{positions}")
             )
             raise ValueError(
-                f"rows and positions of the traces must not change between updates, got {before} and then {now}: "
+                f"rows and positions of the traces must not change between updates, got {old} and then {new}: "
                 "reset() the learner when the batch shape changes"
             )
         delta, commit = compute(record)
-        rows = max(record.pre.shape[1], 1) if self.reduction == "mean" else 1
-        delta = (delta * (scale / rows)).to(self.synapse.weight.dtype)
+        divisor = max(record.pre.shape[1], 1) if self.reduction == "mean" else 1
+        delta = (delta * (scale / divisor)).to(self.synapse.weight.dtype)
         self._check_finite(delta, record)
         commit()
         self._layout = (record.rows, positions)
@@ -315,10 +317,10 @@ class Learner(base.MemoryModule):
         layout = f"[{time}N, *, D]" if self.geometry is None else f"[{time}N, C{', *' * n_spatial}]"
         right_rank = pre.ndim >= 3 if self.geometry is None else pre.ndim == 3 + n_spatial
         if not right_rank or pre.ndim != post.ndim:
-            skip = 0 if self.step_mode == "m" else 1
+            first = 0 if self.step_mode == "m" else 1
             raise ValueError(
                 f"with step_mode {self.step_mode!r} the rule expects {layout} before and after {self.name}, "
-                f"got {list(pre.shape[skip:])} and {list(post.shape[skip:])}"
+                f"got {list(pre.shape[first:])} and {list(post.shape[first:])}"
             )
         channel = -1 if self.geometry is None else 2
         n_out, n_in = weight.shape[0], weight.shape[1] * (1 if self.geometry is None else self.geometry.groups)

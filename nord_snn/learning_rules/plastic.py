@@ -1,4 +1,4 @@
-"""Weight changes by a rule, stored apart from the trained weight, and their file format."""
+"""The plastic part of a weight, which learning rules have added, and its file format."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ EARLIER_FORMAT = "nord_snn plastic 1"
 
 
 class PlasticPart:
-    """Add changes to a synapse's weight with :meth:`apply` and remove them with :meth:`revert`.
+    """Add changes to the weight of a synapse with :meth:`apply` and remove them with :meth:`revert`.
 
     Args:
         synapse: the module whose ``weight`` is changed.
@@ -63,8 +63,8 @@ class PlasticPart:
 
     @property
     def delta(self) -> Tensor | None:
-        """Return the total change in float64, so that trained + delta reproduces the weight exactly; None if there is none."""
-        _ = self.weight  # moves both copies to its device
+        """Return the total change in float64, so that ``trained + delta`` is exactly the weight; None if there is none."""
+        _ = self.weight  # moves _trained and _written to its device
         if self._trained is None or self._written is None:
             return None
         return self._written.double() - self._trained.double()
@@ -80,8 +80,9 @@ class PlasticPart:
         """Add ``delta``, in the shape of the weight, within the bounds; :meth:`revert` removes it.
 
         Args:
-            delta: the change.
-            rows: indices of the rows to change, without duplicates; ``delta`` then has only these rows. None: all rows.
+            delta: the change, of a floating dtype.
+            rows: indices of the rows of the weight to change, without duplicates; ``delta`` then has only these rows. None: all
+                rows.
 
         Raises:
             TypeError: ``rows`` are not integers.
@@ -108,7 +109,9 @@ class PlasticPart:
             self._written = weight.detach().clone()
             self._trained = self._written.clone()
         _run_uninterrupted(
-            partial(operator.setitem, self._trained, index, self._without_delta(index)),  # plus the optimizer's changes
+            partial(
+                operator.setitem, self._trained, index, self._without_delta(index)
+            ),  # includes an optimizer's changes
             partial(operator.setitem, self._written, index, new),
             partial(operator.setitem, weight, index, new),
         )
@@ -150,12 +153,13 @@ class PlasticPart:
         )
 
     def _without_delta(self, index: slice | Tensor) -> Tensor:
+        """Return rows of the weight without the added changes."""
         weight = self.weight
         if self._trained is None or self._written is None:
             return weight[index]
-        now, trained, written = weight[index], self._trained[index], self._written[index]
-        # now == trained: the trained weights were loaded again.
-        return torch.where((now == written) | (now == trained), trained, now - (written - trained))
+        current, trained, written = weight[index], self._trained[index], self._written[index]
+        # current == trained: the trained weights were loaded again.
+        return torch.where((current == written) | (current == trained), trained, current - (written - trained))
 
     def _within_bounds(self, old: Tensor, new: Tensor) -> Tensor:
         if self.bounds is None:
@@ -165,7 +169,7 @@ class PlasticPart:
 
 
 def _different_rows(rows: Tensor, weight: Tensor) -> Tensor:
-    """Return the indices of different rows of ``weight``, counted from 0."""
+    """Return ``rows`` as indices from 0 on, after checking that they are different rows of ``weight``."""
     n = len(weight)
     if isinstance(rows, (list, tuple)) and all(isinstance(row, int) and abs(row) < 2**31 for row in rows):
         rows = torch.tensor(rows, dtype=torch.long)
@@ -179,15 +183,15 @@ def _different_rows(rows: Tensor, weight: Tensor) -> Tensor:
         )
     rows = rows.long() % n
     if len(rows.unique()) != len(rows):
-        raise ValueError("rows must be different: of two changes of one row, only one would remain")
+        raise ValueError("rows must be different indices: of two changes of one row, only one would remain")
     return rows
 
 
 def _run_uninterrupted(*writes: Callable[[], object]) -> None:
     """Run functions implemented in C one after the other, without handling Ctrl-C between them.
 
-    Python handles signals between bytecodes, and ``deque``, ``map`` and ``partial`` execute none. So weight and backup always
-    agree without a signal handler, which only the application should install.
+    Python handles signals between bytecodes, and ``deque``, ``map`` and ``partial`` execute none. So ``_trained``, ``_written``
+    and the weight always agree, without a signal handler, which only the application should install.
     """
     with without_torch_function():
         deque(map(operator.call, writes), maxlen=0)
@@ -200,20 +204,20 @@ class HasPlasticPart(Protocol):
 
 
 def save_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart | HasPlasticPart]) -> None:
-    """Write the learned weight changes into a small safetensors file, atomically.
+    """Write the learned weight changes into a safetensors file, atomically: only rows that changed.
 
     Args:
         path: the file.
-        learned: plastic parts, or learners that have one, by the name of their synapse.
+        learned: name of a synapse -> its plastic part, or the learner that has one.
 
     Raises:
-        ValueError: no change was applied, or ``path`` is a file of another kind.
+        ValueError: no change was applied, or ``path`` is an existing file of another kind.
         OSError: the file cannot be written; an existing file is unchanged.
 
     Example::
 
-        save_plastic("mine.safetensors", {"fc": rule})
-        load_plastic("mine.safetensors", {"fc": rule})      # on the same trained weights, in this process or another
+        save_plastic("learned.safetensors", {"fc": rule})
+        load_plastic("learned.safetensors", {"fc": rule})      # on the same trained weights, in this process or another
     """
     parts = {name: _plastic_part(source) for name, source in learned.items()}
     deltas = {name: delta.cpu() for name, part in parts.items() if (delta := part.delta) is not None}
@@ -226,7 +230,10 @@ def save_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart
         raise ValueError(f"{path}: expected a new file or a file of plastic weights; the existing file is unchanged")
     digests = {name: _digest(parts[name].trained) for name in deltas}
     tensors = {}
-    for name, delta in deltas.items():  # store changed rows only: an output layer changes the rows of few tokens
+    for (
+        name,
+        delta,
+    ) in deltas.items():  # changed rows only: a language model's output layer changes in rows of few tokens
         changed = delta.flatten(1).any(1).nonzero().flatten()
         tensors[f"{name}/rows"], tensors[f"{name}/delta"] = changed, delta[changed]
     unfinished = path.with_name(f".{path.name}.unfinished")
@@ -241,20 +248,22 @@ def save_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart
 
 
 def load_plastic(path: str | os.PathLike[str], learned: Mapping[str, PlasticPart | HasPlasticPart]) -> None:
-    """Load the changes that :func:`save_plastic` has written, and replace all present changes by them.
+    """Load the changes that :func:`save_plastic` has written; they replace all changes added before.
 
-    The weights are the same bit for bit; with float64 weights, or if an optimizer ran after the rule, up to rounding.
+    The loaded weights equal the saved ones bit for bit; with float64 weights, or if an optimizer ran after the rule, up to
+    rounding.
 
     Args:
         path: the file.
-        learned: plastic parts, or learners that have one, by the name of their synapse.
+        learned: name of a synapse -> its plastic part, or the learner that has one.
 
     Raises:
-        ValueError: the file is of another kind, or was learned on other synapses or other trained weights; nothing is changed.
+        ValueError: the file is of another kind or damaged, or was learned on other synapses or other trained weights; nothing is
+            changed.
         OSError: the file cannot be read.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{os.fspath(path)}: no such file")
+        raise FileNotFoundError(f"{os.fspath(path)}: expected a file of save_plastic(), got no such file")
     try:
         with safe_open(os.fspath(path), "pt") as file:
             metadata = file.metadata() or {}

@@ -31,21 +31,21 @@ class RewardModulatedSTDP(STDP):
         sn: see :class:`STDP`.
         tau_plus: time constant of the presynaptic trace, in time steps.
         tau_minus: time constant of the postsynaptic trace, in time steps.
-        a_plus: potentiation per pair.
-        a_minus: depression per pair.
+        a_plus: see :class:`STDP`.
+        a_minus: see :class:`STDP`.
         reduction: see :class:`STDP`.
         bounds: see :class:`STDP`.
-        reward_scale: slope of the reward over the loss.
-        baseline: initial baseline; None: the first loss.
-        baseline_decay: decay of the running mean, in [0, 1).
+        reward_scale: factor of ``baseline - loss``.
+        baseline: initial baseline, in units of the loss; None: the first loss.
+        baseline_decay: decay of the running mean of the loss per update, in [0, 1).
         mu: see :class:`STDP`.
         max_norm: see :class:`STDP`.
         name: see :class:`STDP`.
         tau_eligibility: time constant of the eligibility trace, in time steps; None: no trace, a reward applies only to the
             spikes since the last update.
         per_sample: with ``tau_eligibility``, store an eligibility trace for every sample of the batch, so that rewards may
-            differ between samples. It needs the memory of one weight per sample; without eligibility traces, rewards may
-            differ between samples at no cost.
+            differ between samples. Each trace has the size of the weight. Without eligibility traces, rewards may differ
+            between samples without this argument.
         source: the reward source; default: ``LossBelowBaseline(reward_scale, baseline, baseline_decay)``. With another source
             these three arguments must not be passed.
 
@@ -58,9 +58,10 @@ class RewardModulatedSTDP(STDP):
         TypeError: ``synapse`` is neither linear nor a convolution.
         ValueError: an argument is out of its range.
 
-    Source: Izhikevich 2007 and Florian 2007 for reward-modulated STDP; the loss-driven reward is Nord's. SpikingJelly's
-    ``MSTDPLearner`` multiplies the reward of a time step with the pairs of the step before, its ``MSTDPETLearner`` also divides
-    by the eligibility's time constant; here the reward applies to all pairs up to and including the present time step.
+    Source: Izhikevich 2007 and Florian 2007 for reward-modulated STDP; the Nord language model for the reward from a loss.
+    SpikingJelly's ``MSTDPLearner`` multiplies the reward of a time step with the pairs of the time step before, its
+    ``MSTDPETLearner`` also divides by the time constant of the eligibility trace; here the reward applies to all pairs up to and
+    including the present time step.
 
     Example:
         >>> from nord_snn.neurons import AssociativeLIFNode
@@ -156,12 +157,12 @@ class RewardModulatedSTDP(STDP):
 
         Args:
             reward: a number, or a tensor with one number for each sample ``[B]``, for each token ``[B, S]`` (of the
-                ``positions``), or for each of these and each neuron (channel) ``[B, *, n_out]``. It is used unchanged, unless
-                the rule's source takes rewards.
+                ``positions``), or for each sample or token and each neuron (channel) ``[B, *, n_out]``. It is used unchanged,
+                unless the rule's source takes rewards.
             on_grad: see :meth:`STDP.step`.
-            scale: factor on the update.
-            loss: the loss from which the source computes the reward and updates its state; replaces ``reward``. A number, or
-                one for each sample.
+            scale: factor of the update.
+            loss: the loss from which the source computes the reward and updates its state; pass it instead of ``reward``. A
+                number, or a tensor with the shapes of ``reward``.
             positions: see :meth:`STDP.step`.
 
         Returns:
@@ -171,7 +172,7 @@ class RewardModulatedSTDP(STDP):
         Raises:
             TypeError: the reward or loss is neither a number nor a tensor.
             ValueError: both or none of ``loss`` and ``reward`` were passed, the source does not take a loss, the reward or
-                loss is not finite or has the wrong length; see also :meth:`STDP.step`.
+                loss is not finite or has the wrong shape; see also :meth:`STDP.step`.
         """
         device = self.synapse.weight.device
         outcome, kind = raise_on_all_ranks(lambda: self._check_outcome(loss, reward), device)
@@ -179,8 +180,8 @@ class RewardModulatedSTDP(STDP):
         mean = None
         factor = outcome
         if self.source.takes == kind:
-            own = outcome.mean() if isinstance(outcome, Tensor) else torch.tensor(outcome, dtype=torch.float64)
-            mean = float(mean_over_ranks(own.double(), self.synapse.weight))  # type: ignore[arg-type]  # not None
+            own_mean = outcome.mean() if isinstance(outcome, Tensor) else torch.tensor(outcome, dtype=torch.float64)
+            mean = float(mean_over_ranks(own_mean.double(), self.synapse.weight))  # type: ignore[arg-type]  # not None
             source_input = mean if kind == "loss" and not isinstance(outcome, Tensor) else outcome
             factor = raise_on_all_ranks(lambda: self.source.reward(source_input), device)
         delta = self._weight_update(partial(self._rewarded_change, reward=factor), scale, positions, on_grad)
@@ -194,7 +195,7 @@ class RewardModulatedSTDP(STDP):
     def _check_outcome(
         self, loss: float | Tensor | None, reward: float | Tensor | None
     ) -> tuple[float | Tensor, Literal["loss", "reward"]]:
-        """Return the loss or the reward, and which of both it is."""
+        """Return the loss or the reward, and its kind."""
         if (loss is None) == (reward is None):
             raise ValueError("pass either a loss or a reward to step()")
         if loss is None:

@@ -1,4 +1,4 @@
-"""Reward sources: objects that turn an outcome into a reward and track its running mean."""
+"""Reward sources: objects that compute a reward from an outcome (a loss, or a reward of the caller) and its running mean."""
 
 import math
 from numbers import Real
@@ -13,10 +13,10 @@ __all__ = ["GivenReward", "LossBelowBaseline", "RewardSource"]
 
 
 class RewardSource:
-    """Turn an outcome into a reward. ``state_dict()`` and ``load_state_dict()`` save and restore its state.
+    """Compute a reward from an outcome: a loss, or a reward of the caller.
 
     Call a source directly, ``reward = source(outcome)``, if several rules share it; or pass it to
-    :class:`RewardModulatedSTDP`, which calls it in every update with an outcome of its kind. A subclass overrides
+    :class:`RewardModulatedSTDP`, which calls it in every update whose outcome is of the kind ``takes``. A subclass overrides
     :meth:`reward`, and the other methods if it has state.
 
     Attributes:
@@ -37,7 +37,7 @@ class RewardSource:
         raise NotImplementedError
 
     def update(self, outcome: float) -> None:
-        """Update the state with the mean outcome of an update."""
+        """Update the state with an outcome, a number: the mean if the outcome was a tensor."""
 
     def __call__(self, outcome: float | Tensor) -> float | Tensor:
         """Return the reward, then update the state."""
@@ -61,15 +61,15 @@ class LossBelowBaseline(RewardSource):
     gives a vector of rewards, and its mean updates the baseline.
 
     Args:
-        scale: slope of the reward over the loss.
-        baseline: initial baseline; None: the first loss, whose reward is then 0.
-        decay: decay of the running mean, in [0, 1).
+        scale: factor of ``baseline - loss``.
+        baseline: initial baseline, in units of the loss; None: the first loss, whose reward is then 0.
+        decay: decay of the running mean per update, in [0, 1).
 
     Raises:
         TypeError: an argument is not a number.
         ValueError: ``decay`` is out of its range, or an argument is not finite.
 
-    Source: Nord's; a reward relative to an expected one goes back to Sutton 1984.
+    Source: the Nord language model; rewards relative to an expected reward go back to Sutton 1984.
 
     Example:
         >>> source = LossBelowBaseline(baseline=4.0)
@@ -114,7 +114,7 @@ class GivenReward(RewardSource):
     """Return the caller's rewards, a number or a tensor with one for each sample, optionally minus their running mean.
 
     Args:
-        decay: decay of the running mean that is subtracted from the rewards, in [0, 1); None: rewards are used unchanged.
+        decay: decay per update of the running mean that is subtracted from the rewards, in [0, 1); None: nothing is subtracted.
 
     Raises:
         TypeError: ``decay`` is not a number.

@@ -17,9 +17,9 @@ class STDP(Learner):
 
     The equations are those of :func:`nord_snn.ops.stdp`. While enabled, the learner records the input spikes of ``synapse``
     and the output spikes of ``sn``; :meth:`step` turns the record into a weight update and clears it. Traces continue from
-    one update to the next until :meth:`reset`, so reset between independent sequences; several passes before an update count
-    as one longer sequence. A copy of the network needs its own learner. Keep a reference to the learner: the network's hooks
-    have only a weak reference, and a garbage-collected learner records nothing.
+    one update to the next until :meth:`reset`, so reset between independent sequences; several calls of the network before an
+    update count as one longer sequence. A copy of the network needs its own learner. Keep a reference to the learner: the
+    network's hooks have only a weak reference, and a garbage-collected learner records nothing.
 
     Args:
         step_mode: ``"m"`` if the network is called with sequences ``[T, N, *, D]`` or images ``[T, N, C, H, W]``, ``"s"`` if
@@ -30,22 +30,22 @@ class STDP(Learner):
         sn: the neurons that the synapse drives; if they return several tensors, as snnTorch's do, the first is the spikes.
         tau_plus: time constant of the presynaptic trace, in time steps.
         tau_minus: time constant of the postsynaptic trace, in time steps.
-        a_plus: potentiation per pair.
-        a_minus: depression per pair.
+        a_plus: potentiation by a pair of simultaneous spikes; it decays with their distance in time.
+        a_minus: depression by a pair of simultaneous spikes; it decays with their distance in time.
         reduction: ``"sum"`` or ``"mean"`` over the rows of a batch and the tokens of a sequence.
         bounds: range to which :meth:`apply` limits weights (hard bounds), or None. It limits changes by the rule only: a
             weight that is already outside stays unchanged. Updates through a gradient are not limited.
         mu: exponent of the dependence on the weight: 0 is additive; with 1 (multiplicative) changes vanish towards
             ``bounds`` (soft bounds).
-        max_norm: upper limit of the norm of one update; a larger update is scaled down to it. None: no limit.
+        max_norm: upper limit of the Euclidean norm of one update; a larger update is scaled down to it. None: no limit.
         name: name of the synapse in messages; default: its class and shape.
 
     Raises:
         TypeError: ``synapse`` is of another class.
         ValueError: an argument is out of its range.
 
-    Source: Bi and Poo 1998; ``mu`` after Guetig et al. 2003; the interface is that of SpikingJelly's ``STDPLearner``, whose
-    traces decay by ``1 - 1 / tau``.
+    Source: Bi and Poo 1998; ``mu`` after Guetig et al. 2003. The interface is that of SpikingJelly's ``STDPLearner``; its traces
+    decay by the factor ``1 - 1 / tau``, those of this class by ``exp(-1 / tau)``.
 
     Example:
         >>> import torch
@@ -83,9 +83,9 @@ class STDP(Learner):
         With ``torch.distributed`` all processes must call this; the update is the mean over them.
 
         Args:
-            on_grad: True subtracts the update from ``synapse.weight.grad``, so that a step of gradient descent adds it;
-                False returns it.
-            scale: factor on the update.
+            on_grad: True subtracts the update from ``synapse.weight.grad``, so that gradient descent adds it to the weight,
+                times the learning rate; False returns it.
+            scale: factor of the update.
             positions: the positions in S of sequences ``[T, B, S, D]`` to learn from; None for all.
 
         Returns:

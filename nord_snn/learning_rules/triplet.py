@@ -15,8 +15,8 @@ class TripletSTDP(Learner):
     """Apply STDP whose change per pair grows with the recent firing of the neuron that fires last.
 
     The equations are those of :func:`nord_snn.ops.triplet_stdp`. Unlike pair-based STDP they explain why the same pairs
-    cause potentiation at high rates and depression at low rates. The defaults are the paper's fit to visual cortex
-    (all-to-all interaction), with time steps of 1 ms. Everything else is as in :class:`STDP`.
+    cause potentiation at high rates and depression at low rates. The defaults are the fit of Pfister and Gerstner 2006 to
+    visual cortex (all-to-all interaction), with time steps of 1 ms. Everything else is as in :class:`STDP`.
 
     Args:
         step_mode: see :class:`STDP`.
@@ -40,7 +40,7 @@ class TripletSTDP(Learner):
         TypeError: ``synapse`` is neither linear nor a convolution.
         ValueError: an argument is out of its range.
 
-    Source: Pfister and Gerstner 2006.
+    Source: Pfister and Gerstner 2006, "Triplets of spikes in a model of spike timing-dependent plasticity".
 
     Example:
         >>> import torch

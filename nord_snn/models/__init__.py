@@ -1,1 +1,1 @@
-"""Whole models, as classes of transformers (extra ``lm``)."""
+"""Whole models as classes of transformers; they need ``pip install "nord-snn[lm]"``."""

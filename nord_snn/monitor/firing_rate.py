@@ -7,8 +7,8 @@ from typing import Literal, Self
 
 from torch import distributed, nn
 
+from nord_snn.monitor.candidates import Candidate, candidates_in, described
 from nord_snn.monitor.layers import Kinds, check_feature_dims, check_step_mode, neuron_layers
-from nord_snn.monitor.looks import Candidate, candidates_in, described
 from nord_snn.monitor.spike_counter import LayerActivity, SpikeCounter
 
 __all__ = ["LayerActivity", "SpikeMonitor"]
@@ -17,38 +17,39 @@ __all__ = ["LayerActivity", "SpikeMonitor"]
 class SpikeMonitor:
     """Count the spikes of every neuron in a network while it runs.
 
-    ``rate = spikes / (steps * neurons * rows)`` over all calls since the start or the last :meth:`clear`. It stores counts for
-    each time step and neuron of a layer, on the layer's device: memory does not grow, and the GPU is synchronised only when
-    a figure is read. Without a monitor a network has no hooks and no overhead.
+    The firing rate is ``spikes / (time_steps * neurons * rows)`` over all calls since the start or the last :meth:`clear`. The
+    monitor stores counts for each time step and neuron of a layer, on the layer's device: memory does not grow, and the GPU is
+    synchronised only when a figure is read. Without a monitor a network has no hooks and no overhead.
 
     It works under ``torch.compile``, also with ``fullgraph=True``, started before or after compilation. The first monitor causes
-    one recompilation of the code that contains a monitored neuron, and of no other code. Later monitors use that code again;
-    without a monitor the earlier code runs. Nodes in step mode ``"s"`` are compiled for each time step, up to torch's limit.
-    Under DDP every process counts its own calls; :meth:`gather` sums them.
+    one recompilation of the code that contains a monitored neuron, and of no other code. Later monitors reuse that code;
+    without a monitor the earlier code runs. Nodes in step mode ``"s"`` are compiled for each time step, up to torch's
+    recompilation limit. Under DDP every process counts its own calls; :meth:`gather` sums them.
 
     Args:
-        net: any module; its neurons are listed under their names in ``net``, or under ``""`` if ``net`` itself is a neuron.
+        net: any module; layers of neurons are listed under their names in ``net``, ``net`` itself under ``""``.
         zones: groups of layers: zone -> names of layers or of modules that contain them. None: no zones.
-        kinds: what counts as neurons. A class, a tuple of classes, or a function of a module that returns whether it is a
-            layer of neurons. None: neurons of nord-snn, SpikingJelly (also ``PSN``, ``MaskedPSN``, ``SlidingPSN``,
-            ``GatedLIFNode``, ``SimpleLIFNode`` and ``SimpleIFNode``), snnTorch and Norse; if ``net`` has none of these,
-            ``"spiking"`` with a warning. ``"spiking"``: these, and modules whose outputs are exactly 0 and 1.
-        step_mode: ``"m"`` if modules without a ``step_mode`` of their own run sequences ``[T, N, *]``; ``"s"`` if they run
-            one time step ``[N, *]`` in each call.
-        feature_dims: number of last dimensions that are neurons; all before them are time and rows. None: one for our neurons,
-            ``[T, N, *, D]``, and for others all that follow ``[T, N]``, so that in images ``[T, N, C, H, W]`` every pixel of
-            every channel is a neuron.
-        max_steps: in step mode ``"s"``, later time steps are counted as the last one; limits memory if a node is never reset.
+        kinds: which modules are layers of neurons: a class, a tuple of classes, or a function that returns whether a module is
+            one. None: those of nord-snn, SpikingJelly (also ``PSN``, ``MaskedPSN``, ``SlidingPSN``, ``GatedLIFNode``,
+            ``SimpleLIFNode`` and ``SimpleIFNode``), snnTorch and Norse; if ``net`` has none of them, as ``"spiking"``, with a
+            warning. ``"spiking"``: these, and modules whose outputs are exactly 0 and 1.
+        step_mode: ``"m"`` if modules without an attribute ``step_mode`` run sequences ``[T, N, *]``; ``"s"`` if they run one
+            time step ``[N, *]`` per call.
+        feature_dims: number of last dimensions that are neurons; the dimensions before them are time and rows. None: one for
+            neurons of nord-snn, ``[T, N, *, D]``; for others all after ``[T, N]``, so that in images ``[T, N, C, H, W]`` every
+            pixel of every channel is a neuron.
+        max_steps: number of time steps with counts of their own in step mode ``"s"``; later ones are added to the last count,
+            which limits memory if a node is never reset.
 
-    **By looks.** With ``kinds="spiking"`` a module is taken for a layer of neurons if each of its outputs is 0 or 1, with both
-    values seen, if some input was neither, and if some 1 was not copied from the input. Dropout, pooling and reshaping
-    of spikes fail this, and so does a ReLU. Modules of torch and modules with children (other than SpikingJelly's
-    surrogate functions) are not considered. ``str(monitor)`` says in a sentence what was found. This uses forward hooks, which
-    code that was compiled before does not call.
+    With ``kinds="spiking"`` a module is taken for a layer of neurons if all its outputs are 0 or 1, both values occur, some
+    input is neither, and some output of 1 is not copied from the input. Dropout, pooling and reshaping of spikes fail this, and
+    so does a ReLU. Modules of torch and modules with children (other than SpikingJelly's surrogate functions) are not
+    considered. ``str(monitor)`` lists the modules that were found. This uses forward hooks, which code that was compiled before
+    does not call.
 
     Raises:
-        TypeError: ``kinds`` is none of these; or, while the network runs, a layer returns no spikes.
-        ValueError: ``net`` or a zone has no neuron layers; or, while the network runs, the number of neurons of a layer
+        TypeError: ``kinds`` has another type; or, while the network runs, a layer returns no spikes.
+        ValueError: ``net`` or a zone has no layers of neurons; or, while the network runs, the number of neurons of a layer
             changes.
 
     Example:
@@ -86,7 +87,7 @@ class SpikeMonitor:
     ) -> None:
         check_feature_dims(feature_dims)
         check_step_mode(step_mode)
-        known, possible, self._unannounced = _select(net, kinds)
+        known, possible, self._warn_of_candidates = _select(net, kinds)
         self._counters = {
             name: SpikeCounter(name, module, feature_dims, step_mode, max_steps)
             for name, module in (known | possible).items()
@@ -117,48 +118,52 @@ class SpikeMonitor:
 
     def rates(self) -> dict[str, float]:
         """Return the mean firing rate of each layer that has run."""
-        return {name: activity.rate for name, activity in _activity_of(self._found()).items()}
+        return {name: activity.rate for name, activity in _activity_of(self._neuron_counters()).items()}
 
     def activity(self) -> dict[str, LayerActivity]:
         """Return the activity of each layer that has run on at least one row."""
-        return _activity_of(self._found())
+        return _activity_of(self._neuron_counters())
 
     def zone_rates(self) -> dict[str, float]:
-        """Return the mean firing rate of each zone: spikes divided by neuron steps."""
-        rates, found = {}, self._found()
+        """Return the mean firing rate of each zone, over all neurons of its layers."""
+        rates, counters = {}, self._neuron_counters()
         for zone, members in self._zones.items():
-            ran = [found[name] for name in members if name in found and found[name].counts is not None]
+            ran = [counters[name] for name in members if name in counters and counters[name].counts is not None]
             spikes = sum(counter.spikes() for counter in ran)
             rates[zone] = spikes / max(sum(counter.neuron_steps() for counter in ran), 1)
         return rates
 
     def gather(self) -> None:
-        """Sum the counts over all processes of ``torch.distributed``; all must call this. Without it this is a no-op.
+        """Sum the counts over all processes of ``torch.distributed``, which must all call this. In a single process do nothing.
 
         Afterwards each process has the sum: call :meth:`clear` before counting further.
 
         Raises:
-            ValueError: neurons are found by looks, in which processes may differ; or a layer has run in some only.
+            ValueError: neurons are found by their outputs, which may differ between processes; or a layer has run in some
+                processes only.
         """
         if not (distributed.is_available() and distributed.is_initialized()):
             return
         if self._candidates:
-            raise ValueError("gather() needs neurons of known classes, which all processes share: pass kinds=")
+            raise ValueError("gather() needs neurons of known classes: pass kinds= as a class, several, or a function")
         for counter in self._counters.values():
             counter.gather()
 
     def close(self) -> None:
-        """Remove the observers; the counts stay readable."""
+        """Stop counting and remove all hooks; the counts stay readable."""
         for candidate in self._candidates.values():
             candidate.close()
         for counter in self._counters.values():
             counter.close()
 
     def __str__(self) -> str:
-        """Return a Markdown table of the rates, and what was found by looks."""
-        rows = [f"| {name or 'network'} | {layer.rate:.4f} |" for name, layer in _activity_of(self._found()).items()]
-        found = ["", described(self._candidates)] if self._candidates else []
-        return "\n".join(["| neurons | firing rate |", "|---|---|", *rows, *found])
+        """Return a Markdown table of the rates, and which modules were taken for neurons by their outputs."""
+        rows = [
+            f"| {name or 'network'} | {layer.rate:.4f} |"
+            for name, layer in _activity_of(self._neuron_counters()).items()
+        ]
+        notes = ["", described(self._candidates)] if self._candidates else []
+        return "\n".join(["| neurons | firing rate |", "|---|---|", *rows, *notes])
 
     def __enter__(self) -> Self:
         """Return the monitor, which counts until the block ends."""
@@ -170,10 +175,10 @@ class SpikeMonitor:
         """Stop counting."""
         self.close()
 
-    def _found(self) -> dict[str, SpikeCounter]:
-        """Return the counters of layers that are neurons; warn once about neurons that nobody asked to find by looks."""
-        if self._unannounced and any(candidate.calls for candidate in self._candidates.values()):
-            self._unannounced = False
+    def _neuron_counters(self) -> dict[str, SpikeCounter]:
+        """Return the counters of layers of neurons; warn once if these were found by their outputs with ``kinds=None``."""
+        if self._warn_of_candidates and any(candidate.calls for candidate in self._candidates.values()):
+            self._warn_of_candidates = False
             warnings.warn(f"the network has no neurons of known classes. {described(self._candidates)}", stacklevel=3)
         verdicts = {name: candidate.verdict() for name, candidate in self._candidates.items()}
         return {name: c for name, c in self._counters.items() if verdicts.get(name, "neurons") == "neurons"}
@@ -190,7 +195,7 @@ class SpikeMonitor:
 def _select(
     net: nn.Module, kinds: Kinds | Literal["spiking"] | None
 ) -> tuple[dict[str, nn.Module], dict[str, nn.Module], bool]:
-    """Return neurons by class, modules that may be neurons, and whether the latter replace neurons that were not found."""
+    """Return layers of known classes, modules that may be neurons, and whether to warn that there are only such."""
     if isinstance(kinds, str) and kinds != "spiking":
         raise TypeError(
             f'kinds must be a class of modules, several, a function of a module, "spiking" or None, got {kinds!r}'

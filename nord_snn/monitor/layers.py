@@ -18,22 +18,24 @@ __all__ = [
     "spikes_of",
 ]
 
-#: What counts as neurons: a class, several, or a function of a module.
+#: Which modules are layers of neurons: a class, a tuple of classes, or a function of a module.
 Kinds = type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[nn.Module], bool]
 
 
 def neuron_layers(net: nn.Module, kinds: Kinds | None = None) -> dict[str, nn.Module]:
-    """Return the neuron layers of ``net`` by name; ``net`` itself under ``""``.
+    """Return the layers of neurons of ``net`` by name; ``net`` itself under ``""``.
 
     Raises:
-        TypeError: ``kinds`` is none of these, or a layer is a ScriptModule.
+        TypeError: ``kinds`` has another type, or a layer is a ScriptModule.
         ValueError: ``net`` has no such layers.
     """
     selects = _predicate(kinds)
     layers = {name: module for name, module in net.named_modules() if selects(module)}
     if not layers:
-        wanted = "neuron layers of nord-snn, SpikingJelly, snnTorch or Norse" if kinds is None else _described(kinds)
-        raise ValueError(f"expected {wanted}, {type(net).__name__} has none")
+        expected = (
+            "layers of neurons of nord-snn, SpikingJelly, snnTorch or Norse" if kinds is None else _described(kinds)
+        )
+        raise ValueError(f"expected {expected}, {type(net).__name__} has none")
     for name, module in layers.items():
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(f"'{name}' is a ScriptModule, whose calls cannot be observed: pass the original module")
@@ -70,12 +72,14 @@ def first_tensor(output: Any) -> Any:
 
 
 def spikes_of(module: nn.Module, output: Any, step_mode: str = "s") -> tuple[Tensor, bool]:
-    """Return the spikes ``[T, N, *, D]`` in the output of a layer of neurons, and whether it ran a sequence (not a time step).
+    """Return the spikes ``[T, N, *, D]`` in the output of a layer of neurons, and whether the layer ran a sequence.
+
+    If it ran one time step, T is 1.
 
     Args:
         module: the layer.
         output: its output.
-        step_mode: ``"m"`` if modules without a ``step_mode`` run sequences.
+        step_mode: ``"m"`` if modules without an attribute ``step_mode`` run sequences, else ``"s"``.
 
     Raises:
         TypeError: the output is neither a tensor nor a tuple that begins with one.
@@ -91,7 +95,10 @@ def spikes_of(module: nn.Module, output: Any, step_mode: str = "s") -> tuple[Ten
 
 
 def features_of(module: nn.Module, spikes: Tensor, feature_dims: int | None) -> torch.Size:
-    """Return the last dimensions of ``spikes``, which are neurons: with channels before places all but T and N."""
+    """Return the sizes of the last ``feature_dims`` dimensions of ``spikes``, which are neurons.
+
+    None: one dimension for our neurons with features last, for others all dimensions but T and N.
+    """
     if feature_dims is None:
         features_last = hasattr(module, "n_features") and getattr(module, "channel_dim", None) in (None, -1)
         feature_dims = 1 if features_last else max(spikes.ndim - 2, 0)

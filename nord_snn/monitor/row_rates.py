@@ -16,22 +16,22 @@ __all__ = ["RowRates"]
 class RowRates:
     """Measure the firing rate of each row, such as an image of a batch or a token of a text, in each layer of neurons.
 
-    ``rate[n, *] = spikes / (steps * neurons)`` over all calls since the last :meth:`take`.
+    ``rate[n, *] = spikes / (time_steps * neurons)`` over all calls since the last :meth:`take`.
     :class:`~nord_snn.monitor.SpikeMonitor` sums over rows and has a rate for each neuron; this class sums over neurons and has
     a rate for each row. It stores one number for each row and layer, on the layer's device.
 
     Args:
         net: any module with neurons.
-        kinds: what counts as neurons, as in :class:`~nord_snn.monitor.SpikeMonitor`: a class, a tuple of classes, a function
-            of a module, or None for those of nord-snn, SpikingJelly, snnTorch and Norse.
-        step_mode: ``"m"`` if modules without a ``step_mode`` of their own run sequences ``[T, N, *]``, else ``"s"``.
-        feature_dims: number of last dimensions that are neurons; None: one for our neurons, ``[T, N, *, D]``, and for others
-            all that follow ``[T, N]``.
+        kinds: which modules are layers of neurons, as in :class:`~nord_snn.monitor.SpikeMonitor`: a class, a tuple of classes,
+            a function of a module, or None for those of nord-snn, SpikingJelly, snnTorch and Norse.
+        step_mode: ``"m"`` if modules without an attribute ``step_mode`` run sequences ``[T, N, *]``, else ``"s"``.
+        feature_dims: number of last dimensions that are neurons; None: one for neurons of nord-snn, ``[T, N, *, D]``, and for
+            others all after ``[T, N]``.
 
     Raises:
-        TypeError: ``kinds`` is none of these; or, while the network runs, a layer returns no spikes.
-        ValueError: ``net`` has no such neurons; or, while the network runs, the rows of a layer change between two calls without
-            :meth:`take`.
+        TypeError: ``kinds`` has another type; or, while the network runs, a layer returns no spikes.
+        ValueError: ``net`` has no such neurons; or, while the network runs, the shape of the rows of a layer changes between two
+            calls without :meth:`take`.
 
     Example:
         >>> from nord_snn.layers import SpikingFeedForward
@@ -67,11 +67,11 @@ class RowRates:
         return {name: spikes / neuron_steps[name] for name, spikes in counted.items()}
 
     def neurons(self) -> dict[str, int]:
-        """Return the number of neurons per row in each layer that has run: the weights of a mean over layers."""
+        """Return the number of neurons per row in each layer that has run, for a weighted mean over layers."""
         return dict(self._neurons)
 
     def close(self) -> None:
-        """Stop counting; counts can still be taken."""
+        """Stop counting; :meth:`take` still returns the rates."""
         for observer in self._observers:
             stop_observing_forward(observer.module, observer)
 
@@ -99,8 +99,8 @@ class RowRates:
         previous = self._spikes.get(name)
         if previous is not None and previous.shape != new.shape:
             raise ValueError(
-                f"the rows of '{name}' must not change, got {list(previous.shape)} and then {list(new.shape)}: take() the rates "
-                "in between"
+                f"the shape of the rows of '{name}' must not change, got {list(previous.shape)} and then {list(new.shape)}: call "
+                "take() in between"
             )
         self._spikes[name] = new if previous is None else previous + new
         steps = new.new_full((), neuron_steps)

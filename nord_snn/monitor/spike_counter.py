@@ -1,4 +1,4 @@
-"""SpikeCounter: count the spikes of one layer by time step and neuron; LayerActivity: what was counted."""
+"""SpikeCounter: count the spikes of one layer by time step and neuron; LayerActivity: firing rates from the counts."""
 
 from dataclasses import dataclass
 from math import ceil
@@ -22,9 +22,9 @@ class LayerActivity:
     Attributes:
         per_neuron: firing rate of each neuron, ``[*, D]`` as in the layer's output.
         per_step: firing rate in each time step, ``[T]``; one entry if the time steps are not known.
-        rows: number of time steps that each neuron ran, summed over rows.
-        ceiling: the highest possible rate of a neuron of this layer: with a refractory period of R it fires at most in every
-            ``R + 1``-th time step.
+        rows: number of time steps that each neuron ran, summed over rows and calls.
+        ceiling: the highest possible rate of a neuron of this layer: with a refractory period of R time steps it fires at most
+            in every ``R + 1``-th time step.
     """
 
     per_neuron: Tensor
@@ -34,7 +34,7 @@ class LayerActivity:
 
     @property
     def rate(self) -> float:
-        """Return the mean firing rate, ``spikes / (steps * neurons * rows)``."""
+        """Return the mean firing rate of all neurons, rows and time steps."""
         return self.per_neuron.mean().item()
 
     @property
@@ -54,12 +54,14 @@ class LayerActivity:
 
 
 class SpikeCounter:
-    """Count the spikes of one layer by time step and neuron, and the rows by time step."""
+    """Count the spikes of one layer by time step and neuron, and rows by time step. See :class:`SpikeMonitor` for arguments."""
 
     def __init__(self, name: str, module: nn.Module, feature_dims: int | None, step_mode: str, max_steps: int) -> None:
         self.name, self.module, self.max_steps = name, module, max_steps
         self.feature_dims, self.step_mode = feature_dims, step_mode
-        self.step = self.current_step = 0  # index of the last completed single step, and of the running one
+        self.step = self.current_step = (
+            0  # step mode "s": index of the last completed time step, and of the running one
+        )
         self.on = self.is_open = True
         self.clear()
 
@@ -84,7 +86,7 @@ class SpikeCounter:
     @torch.no_grad()
     def after(self, module: nn.Module, output: Any) -> None:
         """Count the spikes of the module."""
-        self.step = self.current_step  # not in before(): a step that raises must not count
+        self.step = self.current_step  # not in before(): a call that raises is not counted
         if not self.on:
             return
         spikes, is_sequence = spikes_of(module, output, self.step_mode)
@@ -97,13 +99,14 @@ class SpikeCounter:
             self.add(first, counts, rows)
 
     def add(self, first: int, spikes: Tensor, rows: int) -> None:
+        """Add counts ``[T, *, D]`` of spikes over ``rows`` rows, from time step ``first`` on."""
         steps = first + len(spikes)
         if self.counts is None or self.rows is None:
             self.counts = spikes.new_zeros(steps, *spikes.shape[1:], dtype=torch.float64)
             self.rows = self.counts.new_zeros(steps)
         elif self.counts.shape[1:] != spikes.shape[1:]:
             raise ValueError(
-                f"the neurons of '{self.name}' must not change, got {list(self.counts.shape[1:])} and then "
+                f"the shape of the neurons of '{self.name}' must not change, got {list(self.counts.shape[1:])} and then "
                 f"{list(spikes.shape[1:])}: set feature_dims to the number of last dimensions that are neurons"
             )
         elif len(self.counts) < steps:
@@ -135,6 +138,7 @@ class SpikeCounter:
         return self.counts.sum().item()
 
     def neuron_steps(self) -> int:
+        """Return time steps times neurons times rows: the number of spikes at a rate of 1."""
         assert self.counts is not None
         assert self.rows is not None
         return int(self.rows.sum()) * self.counts[0].numel()

@@ -1,6 +1,6 @@
 """Ablation study: change one mechanism at a time in the published block, the spike-fed block and the dense twin, over seeds.
 
-    python studies/language_model/ablation.py                                 # tiny, three seeds, all blocks
+    python studies/language_model/ablation.py                    # config "tiny", three seeds, all blocks
     python studies/language_model/ablation.py --blocks spike-fed --only cascade clamp
 
 ``recency`` is the published block with recency (scores fall with distance), so that every model depends on the order of the
@@ -59,10 +59,10 @@ class Ablation(NamedTuple):
 
     Attributes:
         mechanism: the mechanism that is changed.
-        description: the change, in words; part of the name of the run.
+        description: the change, in words; part of the name of the run and of its file.
         changes: fields of the model's config that are replaced.
-        edit: a function that changes the model in place after its construction.
-        learner: context manager for learning beside the optimizer.
+        edit: function that changes the model in place after its construction.
+        learner: context manager for a learning rule besides the optimizer.
     """
 
     mechanism: str
@@ -88,7 +88,7 @@ class ConstantCurrent(nn.Module):
 
 
 class Unclamped(nn.Module):
-    """Replacement of LeakyClamp: the sum without a clamp."""
+    """Replacement of LeakyClamp that adds a branch to the residual stream without a clamp."""
 
     def forward(self, x: Tensor, branch: Tensor, gain: Tensor) -> Tensor:
         """Return ``x + gain * branch``."""
@@ -96,7 +96,7 @@ class Unclamped(nn.Module):
 
 
 class ClampedBranch(nn.Module):
-    """Replacement of LeakyClamp: clamp the branch instead of the residual stream."""
+    """Replacement of LeakyClamp that clamps the branch instead of the residual stream."""
 
     def __init__(self, n_features: int) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ def clamped_branches(model: PreTrainedModel) -> None:
 
 
 def clamped_currents(model: PreTrainedModel) -> None:
-    """Clamp the input of every neuron layer in the blocks instead of the residual stream."""
+    """Clamp the input of every layer of neurons in the blocks instead of the residual stream."""
     if model.config.block == "published":
         without_clamps(model)
     for block in model.blocks:
@@ -156,7 +156,13 @@ def distance_alone(model: PreTrainedModel) -> None:
 
 @contextmanager
 def stdp(model: PreTrainedModel, rate: float, sign: float = 1.0) -> Iterator[AfterStep]:
-    """Apply STDP between the neuron layers of each feed-forward, with reward for a loss below its running mean."""
+    """Apply STDP between the layers of neurons of each feed-forward, with a reward for a loss below its running mean.
+
+    Args:
+        model: the model.
+        rate: potentiation and depression per pair of spikes.
+        sign: factor of the reward.
+    """
 
     def rule(index: int, block: Any) -> RewardModulatedSTDP:
         is_spike_fed = isinstance(block, SpikeFedBlock)
@@ -214,7 +220,7 @@ def _rest(steps: int) -> Ablation:
     return Ablation("refractory", f"{rest} after a spike", {"refractory_steps": steps})
 
 
-#: Fields for the neurons and their time steps.
+#: Fields of the config for neurons and time steps.
 NEURONS = ("t_fast", "t_slow", "threshold", "beta_mem", "beta_syn", "refractory_steps", "surrogate", "alpha")
 _PUBLISHED_NEURONS = {name: getattr(NordConfig(), name) for name in NEURONS}
 
@@ -230,7 +236,7 @@ _NORMS = [
 ]
 
 
-#: For each block: the maker of its model, and the changes.
+#: Name of a model, called a block on the command line -> its maker, and the changes to it.
 ABLATIONS: dict[str, tuple[Callable[..., Maker], list[Ablation]]] = {
     "recency": (
         partial(published, recency=True),
@@ -289,8 +295,8 @@ class Row(NamedTuple):
     Attributes:
         block: key of :data:`ABLATIONS`.
         ablation: the change.
-        runs: runs with the change, by seed.
-        whole: runs of the unchanged model, by seed.
+        runs: seed -> run with the change.
+        whole: seed -> run of the unchanged model.
     """
 
     block: str

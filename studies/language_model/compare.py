@@ -1,15 +1,15 @@
 """Compare published Nord, spike-fed Nord, its dense twin and a GPT-2 under one protocol.
 
-    python studies/language_model/compare.py                                  # tiny, three seeds
+    python studies/language_model/compare.py                     # config "tiny", three seeds
     python studies/language_model/compare.py --config small --data books.txt --lrs 1e-3 3e-3
     python studies/language_model/compare.py --models spike-fed dense-twin
 
 All models have the same width, number of blocks, heads, vocabulary and context, the same tokens in the same order, the same
 schedule and the same search for a peak learning rate. With several ``--lrs``, each model is trained with each of these learning
 rates at the first seed. While the best learning rate on the held-out text is the lowest or the highest, half or twice this
-learning rate is also tried. All runs of the model use the best one.
+learning rate is also tried. The other seeds use the best learning rate.
 
-``published`` is the published model with these sizes; ``recency`` is ``published`` with scores that fall with distance.
+``published`` is the published Nord model with these sizes; ``recency`` is ``published`` with scores that fall with distance.
 ``spike-fed`` is the model of the config, whose blocks have spikes as input of every linear map; ``spiking-values`` is
 ``spike-fed`` with spikes as values of the resonance. ``dense-twin`` is ``spike-fed`` with GELU instead of neurons and with one
 time step; ``dense-plain`` is the twin without the norms that only the neurons need. ``gpt2`` has feed-forwards of the width that
@@ -54,7 +54,7 @@ class Comparison:
     """Results of a comparison: for each model its best learning rate, and its runs over the seeds.
 
     Args:
-        trials: runs on file.
+        trials: the runs of the study.
         seeds: seeds of the runs; the learning-rate search uses the first one.
     """
 
@@ -172,16 +172,16 @@ def rate_tables(comparison: Comparison) -> list[list[list[str]]]:
 
 
 def gaps(comparison: Comparison) -> list[str]:
-    """Return sentences with the paired differences of the spike-fed models to the others, over seeds."""
+    """Return sentences on the differences of the spike-fed models to the other models with the same seeds."""
     sentences = []
     for first in ("spike-fed", "spiking-values"):
         for second in ("dense-twin", "dense-plain", "gpt2", "published", "recency"):
             if first in comparison.runs and second in comparison.runs:
-                one, two = comparison.done(first), comparison.done(second)
-                both = [seed for seed in comparison.seeds if seed in one and seed in two]
-                nats = [one[seed]["loss"] - two[seed]["loss"] for seed in both]
-                ratio = [one[seed]["bits_per_byte"] / two[seed]["bits_per_byte"] - 1 for seed in both]
-                if both:
+                runs, others = comparison.done(first), comparison.done(second)
+                seeds = [seed for seed in comparison.seeds if seed in runs and seed in others]
+                nats = [runs[seed]["loss"] - others[seed]["loss"] for seed in seeds]
+                ratio = [runs[seed]["bits_per_byte"] / others[seed]["bits_per_byte"] - 1 for seed in seeds]
+                if seeds:
                     sentences.append(
                         f"{first} against {second}: {spread(ratio, '{:+.1%}'.format)} bits per byte, "
                         f"{spread(nats, '{:+.3f}'.format)} nats per token"

@@ -1,4 +1,4 @@
-"""Measure repetition and topic coherence of generated text, over all generated samples (none is selected by hand)."""
+"""Measure repetition and topic coherence of generated text, over all generated samples."""
 
 from typing import NamedTuple
 
@@ -11,17 +11,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 __all__ = ["Prompts", "coherence", "cut_prompts", "generate_samples", "repetition"]
 
 MAX_PROMPTS = 64
-NGRAM = 4
-TOP_P = 0.9
+NGRAM = 4  # tokens
+TOP_P = 0.9  # for nucleus sampling
 
 
 class Prompts(NamedTuple):
     """Prompts from the beginnings of documents.
 
     Attributes:
-        ids: token ids of the prompts, ``[n, P]``.
-        written: token ids of the documents after the prompts, ``[n, C]``.
-        remainders: text of the documents after ``written``.
+        ids: token ids of n prompts of P tokens, ``[n, P]``.
+        written: token ids of the documents that follow the prompts, C tokens each, ``[n, C]``.
+        remainders: text of the documents that follows ``written``.
     """
 
     ids: Tensor
@@ -30,7 +30,9 @@ class Prompts(NamedTuple):
 
 
 def cut_prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase, window: int) -> Prompts:
-    """Cut a prompt of ``window / 4`` and a continuation of ``window / 2`` tokens from documents with ``window`` more tokens.
+    """Cut prompts of ``window / 4`` tokens and their continuations of ``window / 2`` tokens from the starts of documents.
+
+    Documents with fewer than ``window`` tokens after these are left out.
 
     Raises:
         DataError: fewer than two documents are long enough.
@@ -55,7 +57,7 @@ def cut_prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase, window: in
 
 @torch.no_grad()
 def generate_samples(model: PreTrainedModel, prompts: Prompts, eos_token_id: int, seed: int) -> Tensor:
-    """Sample a continuation of each prompt, ``[n, C]``, as long as ``prompts.written``, with top-p of 0.9."""
+    """Sample a continuation of each prompt, ``[n, C]``, as long as ``prompts.written``."""
     set_seed(seed)
     length = prompts.written.shape[1]
     ids = model.generate(
@@ -66,12 +68,13 @@ def generate_samples(model: PreTrainedModel, prompts: Prompts, eos_token_id: int
 
 
 def repetition(written: Tensor, n: int = NGRAM) -> float:
-    """Return the share of n-grams in ``written [m, C]`` that occur earlier in the same row: seq-rep-n of Welleck et al. 2020.
+    """Return the share of n-grams in ``written [m, C]`` that occur earlier in the same row, mean over rows.
 
-    ``1 - different n-grams / n-grams``, mean over rows.
+    It is ``1 - different n-grams / n-grams``, seq-rep-n of Welleck et al. 2020, "Neural text generation with unlikelihood
+    training".
     """
-    grams = written.unfold(1, n, 1)
-    return sum(1 - len(row.unique(dim=0)) / len(row) for row in grams) / len(grams)
+    ngrams = written.unfold(1, n, 1)
+    return sum(1 - len(row.unique(dim=0)) / len(row) for row in ngrams) / len(ngrams)
 
 
 def coherence(written: list[str], remainders: list[str]) -> float:
@@ -81,9 +84,9 @@ def coherence(written: list[str], remainders: list[str]) -> float:
     0.5.
 
     Args:
-        written: continuation of the prompt of each document.
-        remainders: rest of each document after prompt and continuation. It excludes the prompt, so that repeating the prompt
-            does not raise the score by itself.
+        written: one continuation of the prompt of each document.
+        remainders: each document after prompt and continuation. It excludes the prompt, so that a text that repeats its prompt
+            does not get a higher score for that.
 
     Raises:
         DataError: ``remainders`` have no words.

@@ -12,9 +12,9 @@ function of the learning rate can have two minima (it has for the small GPT-2).
 
 The curve of a model is ``L(N, D) = E + A / N^a + B / D^b`` (Hoffmann et al. 2022), where L is the held-out loss in
 nats per token, N the number of parameters without embedding and head, and D the number of training tokens (with repetitions if
-the text is shorter). It is fitted by least squares
-with Huber's loss. Intervals are from a bootstrap of the residuals around the fitted curve. The curve describes these runs and
-is not reliable outside their range. Runs are saved as in ``compare.py``; ``runs.jsonl`` includes those of the searches.
+the text is shorter). It is fitted by least squares with Huber's loss. Intervals are from a bootstrap of the residuals around the
+fitted curve. The curve describes these runs and is not reliable outside their range. Runs are saved as in ``compare.py``;
+``runs.jsonl`` includes those of the searches.
 """
 
 import argparse
@@ -100,7 +100,7 @@ class Point(NamedTuple):
     Attributes:
         size: size of the model.
         tokens: number of training tokens.
-        run: results, as in the file of the run.
+        run: results, see :meth:`trials.Trials.run`.
     """
 
     size: Size
@@ -124,7 +124,7 @@ class Point(NamedTuple):
 
     @property
     def rates(self) -> list[float]:
-        """Return the firing rates of all neuron layers."""
+        """Return the firing rates of all layers of neurons."""
         return list(self.run["firing_rates"].values())
 
 
@@ -147,7 +147,7 @@ class Curve(NamedTuple):
 
 
 def fit(points: list[Point]) -> Curve | None:
-    """Fit a curve to the points of one model, from several starts; return None if there are too few points."""
+    """Fit a curve to the points of one model, from several initial values; return None if there are too few points."""
     sizes, budgets = {point.parameters for point in points}, {point.tokens for point in points}
     if min(len(sizes), len(budgets)) < MIN_DISTINCT:
         return None
@@ -157,7 +157,13 @@ def fit(points: list[Point]) -> Curve | None:
 
 
 def _fit_losses(points: list[Point], losses: Any, starts: Iterable[tuple[float, ...]]) -> Curve:
-    """Fit log-parameters, so that all are positive, with N in units of 100,000 parameters and D of a million tokens."""
+    """Fit the logarithms of the curve's constants, so that all are positive.
+
+    Args:
+        points: the runs.
+        losses: their losses.
+        starts: initial values, with N in units of 100,000 parameters and D in units of a million tokens.
+    """
     n, d = _coordinates(points)
 
     def residuals(x: Any) -> Any:
@@ -191,11 +197,11 @@ def intervals(points: list[Point], curve: Curve) -> dict[str, tuple[float, float
 def plot_scaling(points: list[Point], curves: dict[str, Curve | None]) -> Figure:
     """Plot loss against parameters for each number of tokens (top) and against tokens for each size (bottom)."""
     figure = Figure(figsize=(10, 6.5), layout="constrained")
-    above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
+    top, bottom = figure.subfigures(2, 1, squeeze=False)[:, 0]
     by_tokens = {f"{n:,} tokens": [p for p in points if p.tokens == n] for n in unique(p.tokens for p in points)}
     by_size = {str(size): [p for p in points if p.size == size] for size in unique(p.size for p in points)}
     losses = [point.loss for point in points]
-    for row, field, groups in ((above, "parameters", by_tokens), (below, "tokens", by_size)):
+    for row, field, groups in ((top, "parameters", by_tokens), (bottom, "tokens", by_size)):
         panels = row.subplots(1, len(groups), sharey=True, squeeze=False)[0]
         for axis, (title, group) in zip(panels, groups.items(), strict=True):
             _panel(axis, group, curves, field)
@@ -206,7 +212,7 @@ def plot_scaling(points: list[Point], curves: dict[str, Curve | None]) -> Figure
             {"parameters": "parameters without embedding and head", "tokens": "training tokens"}[field],
             fontsize="medium",
         )
-    above.axes[-1].legend(fontsize="small")
+    top.axes[-1].legend(fontsize="small")
     return figure
 
 
@@ -243,8 +249,8 @@ def train_points(
     for size in sizes:
         check_makers((MODEL_MAKERS[kind] for kind in kinds), size.apply_to(settings, steps[0]), text)
     points = []
-    lr_of_size: dict[tuple[str, int], float] = {}  # best rate at the previous size, by model and steps
-    lr_of_steps: dict[str, float] = {}  # best rate with the previous number of steps, by model
+    lr_of_size: dict[tuple[str, int], float] = {}  # model, training steps -> best learning rate at the previous size
+    lr_of_steps: dict[str, float] = {}  # model -> best learning rate with the previous number of training steps
     with progress_bars() as bars:
         for size, budget in itertools.product(sizes, sorted(steps)):
             sized = size.apply_to(settings, budget)
@@ -256,9 +262,8 @@ def train_points(
                 tried = [run for start in starts for run in search_lr(trials, kind, make, start, seeds[0], bars)]
                 lr = lr_of_size[kind, budget] = lr_of_steps[kind] = best_lr(kind, tried)
                 other_seeds = [trials.run(kind, make, lr, seed, bars) for seed in seeds[1:]]
-                runs = {
-                    (run["lr"], run["seed"]): run for run in [*tried, *other_seeds]
-                }  # both searches can try the same rate
+                # Both searches can try the same learning rate.
+                runs = {(run["lr"], run["seed"]): run for run in [*tried, *other_seeds]}
                 points += [Point(size, _tokens(sized), run) for run in runs.values()]
     return points
 
@@ -268,11 +273,11 @@ def best_lr_runs(points: list[Point], seed: int) -> list[Point]:
     groups: dict[tuple[Size, int, str], list[Point]] = {}
     for point in points:
         groups.setdefault((point.size, point.tokens, point.kind), []).append(point)
-    kept = []
+    best = []
     for (_, _, kind), group in groups.items():
         lr = best_lr(kind, [point.run for point in group if point.run["seed"] == seed])
-        kept += [point for point in group if point.run["lr"] == lr]
-    return kept
+        best += [point for point in group if point.run["lr"] == lr]
+    return best
 
 
 def _tokens(settings: Settings) -> int:
@@ -321,9 +326,9 @@ def describe_fits(points: list[Point], curves: dict[str, Curve | None]) -> list[
             for size in unique(size for size, _ in trained)
         )
         ends = intervals(own, curve) if curve else {}
-        within = ", ".join(f"{name} {low:.2f} to {high:.2f}" for name, (low, high) in ends.items())
-        shown = f"L(N, D) = {curve} (95 %: {within})" if curve else "too few sizes and numbers of tokens for a curve"
-        sentences.append(f"- {kind}: {shown}; peak learning rates: {learning_rates}")
+        ranges = ", ".join(f"{name} {low:.2f} to {high:.2f}" for name, (low, high) in ends.items())
+        fitted = f"L(N, D) = {curve} (95 %: {ranges})" if curve else "too few sizes and numbers of tokens for a curve"
+        sentences.append(f"- {kind}: {fitted}; peak learning rates: {learning_rates}")
     return sentences
 
 

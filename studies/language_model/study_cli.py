@@ -31,7 +31,7 @@ __all__ = [
 
 
 def run_trials(work: Callable[[], None]) -> int:
-    """Run a command; return its exit status. Errors are printed as one sentence on standard error."""
+    """Run the function ``work`` of a command; return the exit status. Errors are printed in one sentence on standard error."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     keep_freed_memory()
@@ -52,7 +52,7 @@ def command_line(arguments: list[str] | None, script: str) -> str:
 
 
 def common_arguments(parser: argparse.ArgumentParser, out: str) -> None:
-    """Add the options that all studies share."""
+    """Add the options of all studies."""
     parser.add_argument("--config", default="tiny", help="a name from configs/, or a YAML file (default: tiny)")
     parser.add_argument("--data", help="text file, folder or dataset name (default: the config's)")
     parser.add_argument("--validation-data", help="separate text to validate on (default: part of the data)")
@@ -63,12 +63,12 @@ def common_arguments(parser: argparse.ArgumentParser, out: str) -> None:
 
 
 def steps_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the option for the number of training steps, for studies with one number."""
+    """Add the option for the number of training steps, for studies whose runs all have the same number."""
     parser.add_argument("--steps", type=number(1, kind=int), help="training steps (default: the config's)")
 
 
 def settings_for(options: argparse.Namespace, fields: tuple[str, ...] = ("data", "validation_data")) -> Settings:
-    """Return the config, with the training fields from the command line."""
+    """Return the settings of the config, with ``fields`` of the training from the command line."""
     settings = read_config(options.config)
     changes = {name: getattr(options, name) for name in fields if getattr(options, name) is not None}
     return replace(settings, training=replace(settings.training, **changes | absolute_paths(changes)))
@@ -79,16 +79,16 @@ def unique(values: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
-def spread(values: list[float], show: Callable[[float], str]) -> str:
-    """Format the mean and the range; a single number if both ends of the range have the same text."""
+def spread(values: list[float], to_text: Callable[[float], str]) -> str:
+    """Return mean and range as text, or a single number if both ends of the range have the same text."""
     if not values:
         return ""
-    low, high = show(min(values)), show(max(values))
-    return low if low == high else f"{show(statistics.mean(values))} ({low} to {high})"
+    low, high = to_text(min(values)), to_text(max(values))
+    return low if low == high else f"{to_text(statistics.mean(values))} ({low} to {high})"
 
 
 def markdown_table(lines: list[list[str]]) -> str:
-    """Format lines of cells as a Markdown table; the first line is the header."""
+    """Return lines of cells as a Markdown table; the first line is the header."""
     head, *rows = lines
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
 

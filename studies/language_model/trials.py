@@ -1,4 +1,4 @@
-"""Run the training runs of a study, with the same steps on the same text and one result file per run."""
+"""Run the training runs of a study, all with the same code on the same text, and write one result file per run."""
 
 import hashlib
 import math
@@ -50,7 +50,7 @@ __all__ = [
 
 #: Called after every training step, with its loss.
 AfterStep = Callable[[float], None]
-#: Context manager around the training of a model, for learning beside the optimizer.
+#: Context manager around the training of a model, for a learning rule besides the optimizer.
 LearnerContext = Callable[[PreTrainedModel], AbstractContextManager[AfterStep]]
 
 MAX_PROMPT_SOURCE_TOKENS = 400_000  # maximum tokens of held-out text from which prompts are taken
@@ -60,7 +60,7 @@ METADATA_KEYS = {"settings", "text", "bytes_per_token", "baselines"}
 
 @contextmanager
 def no_learner(model: PreTrainedModel) -> Iterator[AfterStep]:
-    """Do nothing beside the optimizer."""
+    """Use no learning rule besides the optimizer."""
     yield lambda loss: None
 
 
@@ -80,10 +80,10 @@ class Trials:
     ``metadata`` (``about.json``) has the name of the text and the losses of uniform, unigram and bigram predictions.
 
     Args:
-        settings: settings that all runs share.
+        settings: settings of all runs; each run replaces learning rate and seed.
         out: folder of the runs.
-        text: result of :func:`prepare_study_data` for these settings. Default: call it.
-        samples: whether to generate and measure samples; ignored with ``text``, which has prompts or not. Default: True.
+        text: result of :func:`prepare_study_data` for these settings. Default: None, it is called here.
+        samples: generate and measure samples. Default: True. Ignored with ``text``: then they are generated if it has prompts.
 
     Raises:
         SettingsError: a setting is not supported in studies, or ``out`` has runs of other settings.
@@ -126,7 +126,7 @@ class Trials:
         check_makers(makers, self.settings, self.text)
 
     def on_file(self) -> list[dict[str, Any]]:
-        """Return all finished runs in the folder."""
+        """Return the results of all finished runs in the folder."""
         return [_read_run(path) for path in sorted((self.out / "runs").glob("*.json"))]
 
     def run(
@@ -138,7 +138,7 @@ class Trials:
         bars: Progress,
         learner: LearnerContext = no_learner,
     ) -> dict[str, Any]:
-        """Train and evaluate a model, or read the run if it is on file.
+        """Train and evaluate a model, or read its results if the run is finished.
 
         Args:
             kind: name of the model.
@@ -146,10 +146,10 @@ class Trials:
             lr: peak learning rate.
             seed: seed of initial weights and data order.
             bars: progress display.
-            learner: learning beside the optimizer. Default: none.
+            learner: learning rule besides the optimizer. Default: none.
 
         Returns:
-            The results, as in the file.
+            The results: those of :func:`train_one`, with ``kind``, ``lr`` and ``seed``.
         """
         name = re.sub(r"[^\w.+-]+", "-", kind)
         path = self.out / "runs" / f"{name}_lr{lr:g}_seed{seed}.json"
@@ -199,7 +199,7 @@ def prepare_study_data(settings: Settings, out: Path, samples: bool = True) -> S
 
 
 def describe_text(text: StudyData) -> dict[str, Any]:
-    """Return the metadata of a text: baseline losses, and the sample measures of the held-out text itself."""
+    """Return the metadata of a text: baseline losses, and, with prompts, repetition and coherence of the held-out text."""
     corpus, size = text.corpus, len(text.tokenizer)
     metadata = {
         "text": corpus.name,
@@ -231,7 +231,11 @@ def train_one(
     advance: Callable[[], None],
     learner: LearnerContext = no_learner,
 ) -> dict[str, Any]:
-    """Train and evaluate one model, with the training steps of ``train.py`` in the same order."""
+    """Train one model with the training steps of ``examples/nord_lm/train.py``, and return its results.
+
+    The results are held-out loss, bits per byte, tokens per second, seconds, and those of :func:`evaluate_model`; only
+    ``diverged`` if a loss is not finite.
+    """
     options = settings.training
     accelerator = make_accelerator(settings, out)
     if accelerator.num_processes > 1:
@@ -264,7 +268,7 @@ def train_one(
 
 
 def evaluate_model(model: PreTrainedModel, text: StudyData, seed: int) -> dict[str, Any]:
-    """Return parameters, energy, firing rates and, with prompts, sample measures of a trained model."""
+    """Return parameters, energy, firing rates and, with prompts, repetition and coherence of a trained model."""
     total, without = parameter_counts(model)
     quality = {}
     if text.prompts is not None:
@@ -288,7 +292,7 @@ def evaluate_model(model: PreTrainedModel, text: StudyData, seed: int) -> dict[s
 
 @torch.no_grad()
 def _firing_rates(model: PreTrainedModel, text: StudyData) -> dict[str, float]:
-    """Return the firing rate of each neuron layer on held-out sequences; empty for models without neurons."""
+    """Return the firing rate of each layer of neurons on held-out sequences; empty for models without neurons."""
     if isinstance(model, GPT2LMHeadModel) or model.config.dense:
         return {}
     with SpikeMonitor(model) as monitor:

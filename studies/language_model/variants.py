@@ -27,8 +27,8 @@ __all__ = [
 
 Maker = Callable[[Settings, PreTrainedTokenizerBase], PreTrainedModel]
 
-#: Fields for the size of a model. A config with only these fields is the published model of that size. They include n_clusters,
-#: because the cascade's total gain grows with it: with the published 64 clusters a narrow model saturates.
+#: Fields for the size of a model. A config with only these fields is the published Nord model of that size. They include
+#: n_clusters, because the total current of a cascade grows with it: with 64 clusters the neurons of a narrow model saturate.
 SIZES = {
     "hidden_size",
     "num_hidden_layers",
@@ -42,7 +42,7 @@ SIZES = {
 }
 
 
-#: Fields that turn a model into its dense twin.
+#: Fields that change a model to its dense twin.
 DENSE = {"dense": True, "t_fast": 1, "t_slow": 0}
 
 
@@ -64,8 +64,8 @@ def published(keep: Collection[str] = (), **changes: Any) -> Maker:
     """Return a maker for the published model with the sizes of the config, the fields in ``keep``, and ``changes``."""
 
     def make(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        kept = {name: value for name, value in settings.model.items() if name in SIZES or name in keep}
-        return nord(replace(settings, model=kept | changes), tokenizer)
+        fields = {name: value for name, value in settings.model.items() if name in SIZES or name in keep}
+        return nord(replace(settings, model=fields | changes), tokenizer)
 
     return make
 
@@ -86,12 +86,12 @@ def spike_fed(**changes: Any) -> Maker:
 
 
 def gpt2(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Construct a GPT-2 with the same number of parameters without embedding and head.
+    """Construct a GPT-2 with as many parameters (without embedding and head) as the config's model.
 
-    The width of the feed-forwards is chosen to the nearest unit. The position embedding counts as a parameter.
+    The width of its feed-forwards is the integer that gives the nearest number. The position embedding is counted.
 
     Raises:
-        SettingsError: the attention of a GPT-2 alone has more parameters.
+        SettingsError: a GPT-2 with feed-forwards of width 1 has more parameters.
     """
     config = model_config(settings, tokenizer)
     with torch.device("meta"):
@@ -114,11 +114,11 @@ def gpt2(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMo
         )
 
     with torch.device("meta"):
-        one, two = (parameter_counts(GPT2LMHeadModel(gpt2_config(n)))[1] for n in (1, 2))
-    n_inner = 1 + round((target - one) / (two - one))
+        fewest, second = (parameter_counts(GPT2LMHeadModel(gpt2_config(n)))[1] for n in (1, 2))
+    n_inner = 1 + round((target - fewest) / (second - fewest))
     if n_inner < 1:
         raise SettingsError(
-            f"a GPT-2 of this width has at least {one:,} parameters, expected at most the {target:,} of Nord"
+            f"a GPT-2 of this width has at least {fewest:,} parameters, expected at most the {target:,} of Nord"
         )
     return GPT2LMHeadModel(gpt2_config(n_inner))
 
@@ -142,7 +142,10 @@ def without_stream_norm(model: PreTrainedModel) -> None:
 
 
 def without_these_norms(model: PreTrainedModel) -> None:
-    """Remove the norms of both functions above; norms before the first neurons of each half of a block are not removed."""
+    """Remove the norms of :func:`without_norms` and :func:`without_stream_norm`.
+
+    The norms before the first neurons of each half of a block remain.
+    """
     without_norms(model)
     without_stream_norm(model)
 

@@ -62,8 +62,12 @@ def test_modes_and_values_of_modules_that_are_not_replaced_stay():
     net = network()
     net[1].eval()
     modes, before = {name: m.training for name, m in net.named_modules()}, copy.deepcopy(net.state_dict())
-    with pytest.raises(ValueError, match="no neuron of SpikingJelly, snnTorch, Norse is selected"):
+    with pytest.raises(
+        ValueError, match=r"only must select .* neurons '2' \(LIFNode\), '6' \(LIFNode\), got <class .*IFNode'>"
+    ):
         replace_neurons(net, X, only=neuron.IFNode)
+    with pytest.raises(ValueError, match=r"net must have neurons of SpikingJelly, .*, it has modules \['Conv2d'\]"):
+        replace_neurons(nn.Conv2d(1, 1, 1), X)
     replace_neurons(net, X, only="6")
     assert all(modes.get(name, True) == m.training for name, m in net.named_modules())
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items() if name in before)

@@ -41,6 +41,7 @@ def only_first(width, **options):
         ({"only": ["1"]}, TypeError, "only must be a class or a tuple of classes, the name of a neuron or"),
         ({"only": ("1", "3")}, TypeError, "function of name and module, got ('1', '3')"),
         ({"only": nn.ReLU()}, TypeError, "function of name and module, got ReLU()"),
+        ({"only": "7"}, ValueError, "only must select at least one of the neurons '1' (LIFNode), '3' (LIFNode), got '7'"),
         ({"overrides": {"3": 5}}, TypeError, "overrides must be a dict of names and arguments, such as {'lif1': {'threshold'"),
         ({"overrides": ["3"]}, TypeError, "{'lif1': {'threshold': 0.7}}, got ['3']"),
         ({"n_clusters": True}, TypeError, "n_clusters must be a number, 'auto' or None, got True"),
@@ -55,6 +56,14 @@ def test_after_an_error_the_network_is_unchanged(options, error, message):
         replace_neurons(net, X_SEQ, **options)
     assert list(net.modules()) == modules
     assert all(parameter is parameters[name] for name, parameter in net.named_parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"only": neuron.LIFNode}])
+def test_the_second_call_says_that_all_neurons_are_replaced_already(options):
+    net = two_layers()
+    replace_neurons(net, X_SEQ)
+    with pytest.raises(ValueError, match=r"^all neurons of net are AssociativeLIFNodes already: \['1', '3'\]$"):
+        replace_neurons(net, X_SEQ, **options)
 
 
 class SharedNeurons(nn.Module):
@@ -90,7 +99,8 @@ def test_overrides_of_one_neuron_under_two_names_must_agree():
     )
     net = SharedNeurons()
     with pytest.raises(
-        ValueError, match=r"'a' and 'b' are one neuron: overrides must have one threshold for it, got 0\.2 and 0\.9"
+        ValueError,
+        match=r"'a' and 'b' are the same module: overrides must have one threshold for it, got 0\.2 and 0\.9",
     ):
         replace_neurons(net, X_SEQ, overrides={"a": {"threshold": 0.2}, "b": {"threshold": 0.9}})
     assert isinstance(net.a, neuron.LIFNode)

@@ -227,7 +227,7 @@ def test_any_text_is_read_as_yaml_like_pyyaml_or_gives_one_short_sentence(tmp_pa
         ("num_hidden_layers", 100_000, "num_hidden_layers must be at most"),
         ("v_reset", float("nan"), "v_reset must be finite"),
         ("alpha", float("inf"), "alpha must be finite"),
-        ("cascade_gain", 1e300, "cascade_gain must be finite, in float32"),
+        ("cascade_gain", 1e300, "cascade_gain must be finite in float32"),
         ("threshold", "0.5", "threshold"),
         ("eos_token_id", 500, "eos_token_id must be less than vocab_size"),
         ("backend", "nonsense", "backend must be 'auto' or one of"),

@@ -122,6 +122,7 @@ def test_the_model_card_describes_the_model(trained):
         f"| held-out loss, nats per token | {results['validation_loss']:.4f} |",
         f"| held-out bits per byte | {results['bits_per_byte']:.4f} |",
         f"| tokens in training, with repetitions | {results['tokens']:,} |",
+        f"| held-out loss of a bigram model, nats per token | {results['bigram_loss']:.4f} |",
         f"| parameters | {results['parameters']:,} |",
         f"| input_lif | {results['firing_rates']['input_lif']:.2%} |",
         '"hidden_size": 16',

@@ -354,7 +354,7 @@ BAD_NEURONS = {
     "places": (
         nir.IF(np.ones((3, 2, 2)), np.arange(1.0, 13.0).reshape(3, 2, 2)),
         None,
-        "threshold of 'if' must be the same at all places of a channel",
+        "threshold of 'if' must be the same at all positions of a channel",
     ),
 }
 

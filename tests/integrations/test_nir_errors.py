@@ -71,7 +71,7 @@ MODULES = {
     ),
     "flattened rows": (
         lambda: nn.Sequential(nn.Flatten(0, 1), nn.Linear(D, D)),
-        "start_dim must be 1 or more, as NIR knows no batch, got 0",
+        "start_dim must be 1 or more, as NIR has no batch dimension, got 0",
     ),
 }
 
@@ -85,7 +85,7 @@ def test_modules_that_nir_cannot_express_raise(name: str) -> None:
 
 def test_a_cascade_between_channels_raises() -> None:
     node = neurons(2, channel_dim=1)
-    with pytest.raises(ValueError, match="a cascade with a synaptic current, of neurons in the last dimension"):
+    with pytest.raises(ValueError, match="must have a synaptic current, and its neurons in the last dimension"):
         export_to_nir(nn.Sequential(layer.Conv2d(2, D, 1), node), torch.rand(3, 2, 2, 5, 5))
 
 

@@ -79,7 +79,7 @@ def test_another_number_of_rows_raises_and_copies_are_not_counted():
         net(torch.rand(4, 3, 8))
         functional.reset_net(net)
         copy.deepcopy(net)(torch.rand(4, 2, 8))
-        with pytest.raises(ValueError, match=r"rows of '0' must not change, got \[3\] and then \[2\]: take\(\)"):
+        with pytest.raises(ValueError, match=r"rows of '0' must not change, got \[3\] and then \[2\]: call take\(\)"):
             net(torch.rand(4, 2, 8))
     functional.reset_net(net)
     for monitor in (RowRates, SpikeMonitor):

@@ -1,6 +1,6 @@
-"""A digest of what a NIR file has no checksum for: names, numbers, texts, and shapes and types of arrays.
+"""A digest of names, numbers, texts, and shapes and types of arrays in a NIR file, for which HDF5 has no checksum.
 
-The entries of arrays are compressed with gzip, which has a checksum of its own, and may be changed after an export.
+Entries of arrays are not in the digest: gzip, which compresses them, has a checksum, and users may change them after an export.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import numpy as np
 
 __all__ = ["DIGEST", "digest_of"]
 
-#: Its name in the metadata of the whole graph.
+#: Name of the digest in the metadata of the graph.
 DIGEST = "digest"
 
 
@@ -32,7 +32,7 @@ def _lines(description: Mapping[str, Any], path: str) -> Iterator[str]:
 
 def _line(value: Any) -> str:
     array = np.asarray(value)
-    if array.dtype.kind in "OSU":  # a file has bytes where a graph has text
+    if array.dtype.kind in "OSU":  # text of a graph is bytes in a file
         texts = [text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text) for text in array.flat]
         return f"{array.shape} {texts}"
     return f"{array.shape} {array.dtype}" if array.ndim else repr(float(array))

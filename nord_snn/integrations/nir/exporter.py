@@ -1,4 +1,4 @@
-"""Turn modules into NIR nodes."""
+"""Convert modules to NIR nodes."""
 
 import sys
 from collections.abc import Callable
@@ -27,14 +27,14 @@ ToNIR = Callable[[Any], nir.NIRNode]
 
 
 class Exporter:
-    """Turn modules into nodes.
+    """Convert modules to NIR nodes.
 
     Args:
         dt: length of a time step in seconds.
-        n_steps: number of time steps of a readout.
-        approximate: omit the refractory period; ``omitted_refractory_period`` is then True if a node is an approximation.
-        extension: write the refractory period as a node of our extension.
-        inputs: module -> its input in the network.
+        n_steps: number of time steps over which a readout takes its mean firing rate.
+        approximate: omit refractory periods; ``omitted_refractory_period`` is then True if a node has lost one.
+        extension: write neurons with a refractory period as nodes of nord-snn's extension of NIR.
+        inputs: module -> its input in the network. None: inputs are set later.
     """
 
     def __init__(
@@ -60,10 +60,8 @@ class Exporter:
             layer.Linear: self.linear,
             **dict.fromkeys(MODULE_NODES, self.stateless),
         }
-        snntorch = sys.modules.get(
-            "nord_snn.integrations.snntorch"
-        )  # a network has such a layer only if it is imported
-        if snntorch is not None:
+        snntorch = sys.modules.get("nord_snn.integrations.snntorch")
+        if snntorch is not None:  # a network has a MultiStep only if this module is imported
             self.table[snntorch.MultiStep] = self.multi_step
 
     def stateless(self, module: nn.Module) -> nir.NIRNode:
@@ -71,7 +69,7 @@ class Exporter:
         return MODULE_NODES[type(module)](module, self.inputs[module])
 
     def over_steps(self, container: Any) -> nir.NIRNode:
-        """Return the node of the one module that runs on all time steps at once."""
+        """Return the node of the one module in a SeqToANNContainer."""
         if len(container) != 1 or type(container[0]) not in self.table:
             raise ValueError(
                 "cannot export SeqToANNContainer: it must contain one module that NIR has a node for, got "
@@ -89,10 +87,10 @@ class Exporter:
         return self.neurons(module.neuron.node, strict=True)
 
     def recurrent(self, container: Any) -> nir.NIRNode:
-        """Return neurons and a map of their last spikes, in a subgraph, as snnTorch writes them."""
+        """Return a subgraph of neurons and a map of their spikes of the last time step, as snnTorch's exporter does."""
         neurons, add = container.sub_module, container.element_wise_function
-        known = type(neurons) in (AssociativeLIFNode, NIRNeurons) and type(add) is AddFeedback
-        if not known or type(add.feedback) not in (nn.Identity, *self.table):
+        is_supported = type(neurons) in (AssociativeLIFNode, NIRNeurons) and type(add) is AddFeedback
+        if not is_supported or type(add.feedback) not in (nn.Identity, *self.table):
             raise ValueError(
                 "cannot export ElementWiseRecurrentContainer: it must contain AssociativeLIFNode and AddFeedback, got "
                 f"{type(neurons).__name__} and {type(add).__name__}"
@@ -139,7 +137,7 @@ class Exporter:
 
         Args:
             node: the neurons.
-            strict: whether they fire above their thresholds only. Default: None, what they say.
+            strict: whether they fire above their thresholds only, for the metadata. Default: None, as ``node`` does.
         """
         shape = self.row_shape(node)
         lif = self.single(node, shape)
@@ -148,7 +146,10 @@ class Exporter:
         if node.cascade is None:
             return lif
         if node.beta_syn_logit is None or len(shape) > 1:
-            raise ValueError("export_to_nir writes a cascade with a synaptic current, of neurons in the last dimension")
+            raise ValueError(
+                "cannot export AssociativeLIFNode with a cascade: it must have a synaptic current, and its neurons in the last "
+                "dimension"
+            )
         width = np.array([node.n_features])
         return nir.NIRGraph(
             nodes={
@@ -162,7 +163,7 @@ class Exporter:
         )
 
     def row_shape(self, node: AssociativeLIFNode) -> tuple[int, ...]:
-        """Return the shape of the neurons and of their places: ``[D]``, or ``[D, *places]`` with a channel dimension."""
+        """Return the shape of one row: ``[D]``, or ``[D, *spatial]`` with a channel dimension."""
         if node.channel_dim in (None, -1):
             return (node.n_features,)
         x = self.inputs[node]
@@ -183,37 +184,39 @@ class Exporter:
         return lif
 
     def constants(self, node: AssociativeLIFNode) -> dict[str, np.ndarray]:
-        """Return the fields of the node, ``[D]`` or ``[1]``, in float64: rounding a time constant would change the decay."""
+        """Return the fields of the NIR node, ``[D]`` or ``[1]``, in float64: rounding a time constant changes the decay."""
         charge, tau, v_rest, hard_reset, reset_scale, _ = node.dynamics
         if reset_scale != 1:
             raise ValueError(
-                f"NIR cannot express a reset by another value than the threshold (reset_scale={reset_scale})"
+                f"NIR cannot express a reset that subtracts another value than the threshold (reset_scale={reset_scale})"
             )
         if node.refractory_steps and not (self.approximate or self.extension):
             raise ValueError(
                 f"NIR cannot express the refractory period (refractory_steps={node.refractory_steps}): train with "
-                "refractory_steps=0, export with extension=True for readers that know our node for it, or with "
+                "refractory_steps=0, export with extension=True for readers that know the nodes of our extension, or with "
                 "approximate=True, which omits the period and measures the deviation"
             )
         leak = np.array([1 / tau]) if tau else 1 - _decay(node, "beta_mem")
-        mean = charge in ("average", "relax")
-        threshold = node.v_threshold.detach().double().cpu().numpy()  # NIR's neurons fire above it
+        averages = charge in ("average", "relax")
+        threshold = node.v_threshold.detach().double().cpu().numpy()
         v_reset = float(node.v_reset or 0.0) if node.refractory_steps or hard_reset else v_rest
         v_leak = np.array([v_rest])
         bias = node.bias if isinstance(node, NIRNeurons) else None
         if bias is not None:
-            v_leak = v_leak + bias.detach().double().cpu().numpy() / (1 if mean else leak)
+            v_leak = v_leak + bias.detach().double().cpu().numpy() / (1 if averages else leak)
         potentials = {"v_threshold": threshold, "v_reset": np.array([v_reset])}
         if not leak.any():
-            if node.beta_syn_logit is not None or mean:
-                raise ValueError("NIR has no neurons that integrate a synaptic current without a leak")
+            if node.beta_syn_logit is not None or averages:
+                raise ValueError(
+                    "NIR has no neurons that integrate a synaptic current without a leak: tau of its dynamics must be finite"
+                )
             return {"r": np.array([1 / self.dt]), **potentials}
         tau_mem = self.dt / leak
         potentials["v_leak"] = v_leak
         if node.beta_syn_logit is None:
-            return {"tau": tau_mem, "r": np.ones(1) if mean else 1 / leak, **potentials}
+            return {"tau": tau_mem, "r": np.ones(1) if averages else 1 / leak, **potentials}
         leak_syn = 1 - _decay(node, "beta_syn")
-        if mean:  # r = tau_mem / dt is the only value that SpikingJelly and snnTorch read
+        if averages:  # r = tau_mem / dt is the only value that SpikingJelly and snnTorch read
             potentials = {name: value / leak for name, value in potentials.items()}
         tau_syn = self.dt / leak_syn
         return {"tau_mem": tau_mem, "tau_syn": tau_syn, "r": tau_mem / self.dt, "w_in": tau_syn / self.dt, **potentials}
@@ -231,7 +234,7 @@ class Exporter:
         return nir.Linear(weight=weight.to(compute_dtype(cascade.weight)).numpy())
 
     def feed_forward(self, ffn: SpikingFeedForward) -> nir.NIRGraph:
-        """Return two linear maps and two layers of neurons, in a subgraph whose names are in execution order for nirtorch."""
+        """Return a subgraph of two linear maps and two layers of neurons; nirtorch needs names that sort in execution order."""
         for name, lif in (("lif1", ffn.lif1), ("lif2", ffn.lif2)):
             _check_neurons(ffn, name, lif)
         parts = (self.linear(ffn.up), self.neurons(ffn.lif1), self.linear(ffn.down), self.neurons(ffn.lif2))
@@ -247,7 +250,7 @@ class Exporter:
     def readout(self, readout: MembraneReadout) -> nir.NIRGraph:
         """Return a subgraph in which leaky integrators compute the membrane potentials, which are linear in current and spikes.
 
-        The neurons are a LIF after an integrator as synapse, because a CubaLIF does not output its current.
+        The neurons are an LI, which outputs the synaptic current, and a LIF, because a CubaLIF does not output its current.
         """
         _check_neurons(readout, "lif", readout.lif)
         node, dt = readout.lif, self.dt
@@ -308,12 +311,12 @@ def _check_neurons(owner: nn.Module, name: str, neurons: nn.Module) -> None:
 
 
 def _decay(node: AssociativeLIFNode, name: str) -> np.ndarray:
-    """Return a decay, ``[1]`` or ``[D]``, that a reader can compute from its time constant."""
+    """Return a decay, ``[1]`` or ``[D]``, after checking that readers can compute it from its time constant."""
     beta = getattr(node, f"{name}_logit").detach().double().sigmoid().cpu().numpy()
-    read = 1 - (1 - beta)
-    if not ((read > 0) & (read < 1)).all():
+    rounded = 1 - (1 - beta)
+    if not ((rounded > 0) & (rounded < 1)).all():
         raise ValueError(
-            f"1 - {name} must not round to 0 or 1, to have a time constant, got {name} = {_described(beta)}"
+            f"1 - {name} must not round to 0 or 1: the time constant is dt / (1 - {name}), got {name} = {_described(beta)}"
         )
     return beta
 

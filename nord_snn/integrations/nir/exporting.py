@@ -30,11 +30,11 @@ __all__ = ["deviation", "export_to_nir"]
 
 log = logging.getLogger("nord_snn")
 
-#: Largest deviations that rounding explains: for one spike in a hundred, the membrane potential may differ from the threshold
-#: by rounding only; in half precision for one in five.
+#: Upper limits of the deviation, in float32 and in half precision. Rounding changes a spike if the membrane potential is almost
+#: equal to the threshold: we allow one spike in a hundred, in half precision one in five.
 MAX_DEVIATION, MAX_DEVIATION_HALF = 0.01, 0.2
 
-#: Modules that are the identity: dropout in eval mode, a clamp after spikes.
+#: Modules that are the identity: dropout in evaluation mode, a clamp after spikes.
 _IDENTITY_MODULES = (nn.Identity, nn.Dropout, layer.Dropout, LeakyClamp)
 
 _UNSUPPORTED: dict[type[nn.Module], str] = {
@@ -44,7 +44,7 @@ _UNSUPPORTED: dict[type[nn.Module], str] = {
     NordBlock: "the block needs products of spike trains, top-K selection and layer normalisation, which NIR does not have",
     MultiScaleTemporalEncoder: "NIR has no gates that change with the time step: export the part after the encoder, whose "
     "input is the encoder's output",
-    AssociativeCascade: "the cascade is part of a neuron's loop: export the AssociativeLIFNode that contains it",
+    AssociativeCascade: "the cascade is part of a layer of neurons: export the AssociativeLIFNode that contains it",
     nn.LayerNorm: "NIR has no layer normalisation",
 }
 
@@ -58,7 +58,7 @@ def export_to_nir(
     extension: bool = False,
     more: Mapping[type[nn.Module], ToNIR] | None = None,
 ) -> nir.NIRGraph:
-    r"""Export a network as a graph of NIR nodes, for any simulator or chip that reads NIR.
+    r"""Return a network as a graph of NIR nodes, for any simulator or chip that reads NIR.
 
     A layer of :class:`~nord_snn.neurons.AssociativeLIFNode` becomes a ``CubaLIF`` with ``tau = dt / (1 - beta)``, without a
     synaptic current a ``LIF``, and without a leak an ``IF``. With a cascade it becomes a subgraph of a ``CubaLIF`` and a
@@ -71,29 +71,29 @@ def export_to_nir(
 
     NIR cannot express:
 
-    * The refractory period. A layer with ``refractory_steps > 0`` raises. With ``extension=True`` it becomes a node that NIR
-      does not have, such as :class:`RefractoryCubaLIF`, which other readers refuse; with
-      ``approximate=True`` it is exported without the period, but with the reset to ``v_reset``.
-    * Reset by subtraction, as in a layer without a hard reset. NIR describes continuous time, where potentials do not
-      overshoot, so that subtracting the threshold and resetting to 0 are equal. In discrete time they differ, and the reader
+    * The refractory period. A layer with ``refractory_steps > 0`` raises an error. With ``extension=True`` it becomes a node that
+      NIR does not have, such as :class:`RefractoryCubaLIF`, which other readers refuse; with ``approximate=True`` it is
+      exported without the period, but with the reset to ``v_reset``.
+    * Reset by subtraction, as in a layer without a hard reset. NIR describes continuous time, in which a potential never exceeds
+      the threshold, so that subtracting the threshold and resetting to 0 are equal. In discrete time they differ, and the reader
       must subtract (Norse: ``reset_method=reset_subtract``). The metadata has ``reset: subtract``.
-    * LeakyClamp below zero. After spikes it is the identity and needs no node; elsewhere it raises.
-    * Resonance, blocks, layer normalisation and the encoder, which raise.
+    * LeakyClamp below zero. After spikes it is the identity and needs no node; elsewhere it raises an error.
+    * Resonance, blocks, layer normalisation and the encoder, which raise errors.
 
     Args:
-        net: a part of nord-snn, or any module composed of these parts, layers of torch and SpikingJelly, the classes in
-            ``more``, and additions, as :func:`torch.fx.symbolic_trace` traces them. Its state is unchanged; it is
-            exported in eval mode.
+        net: a layer of nord-snn, or any module composed of these, layers of torch and SpikingJelly, the classes in ``more``,
+            and additions, as :func:`torch.fx.symbolic_trace` traces them. It is exported in evaluation mode; its state is
+            unchanged.
         x_seq: example input, ``[T, N, *]``: T is the number of time steps of the readout; the deviation is computed on it.
         dt: length of a time step in seconds.
-        approximate: export layers with a refractory period without it.
-        extension: export them as nodes of our extension.
-        more: further modules: class -> function that turns an instance into a ``nir.NIRNode``.
+        approximate: export layers with a refractory period without the period.
+        extension: export layers with a refractory period as nodes of our extension, such as :class:`RefractoryCubaLIF`.
+        more: class of a further module -> function that returns the ``nir.NIRNode`` of an instance.
 
     Returns:
-        The graph; ``nir.write`` writes it to a file. Its metadata have ``digest``, by which :func:`import_from_nir` finds a
-        damaged file, ``dt`` and ``deviation``, which is :func:`deviation` on
-        ``x_seq`` with the resets in the metadata of the neurons.
+        The graph; ``nir.write`` writes it to a file. Its metadata have ``dt``, ``deviation`` (:func:`deviation` on ``x_seq``,
+        with the resets in the metadata of the neurons), and ``digest``, from which :func:`import_from_nir` recognises a damaged
+        file.
 
     Raises:
         ValueError: NIR cannot express a part (the message names it), the outputs of graph and network differ, ``dt`` is not
@@ -126,10 +126,10 @@ def export_to_nir(
     graph.metadata["deviation"] = measured = deviation(net, graph, x_seq)
     if exporter.omitted_refractory_period:
         log.warning("export_to_nir omitted the refractory period: on x_seq, sum |a - b| / sum |a| is %.2f", measured)
-    elif not measured <= (MAX_DEVIATION if _full_precision(net) else MAX_DEVIATION_HALF):  # raises for NaN too
+    elif not measured <= (MAX_DEVIATION if _full_precision(net) else MAX_DEVIATION_HALF):  # also if it is NaN
         raise ValueError(
             f"the graph must give the outputs of the network, but differs by {measured:.2f} (sum |a - b| / sum |a| on x_seq): "
-            "the forward does more than its modules, such as a hook or two calls that share state"
+            "the forward does more than its modules, for example in a hook, or calls a module twice with one state"
         )
     graph.metadata[DIGEST] = digest_of(graph.to_dict())
     return graph
@@ -140,9 +140,10 @@ def deviation(
 ) -> float:
     """Return the deviation of a graph from its network: ``sum |a - b| / sum |a|`` over their outputs.
 
-    For spikes this is the number of differing spikes divided by the number of spikes of ``net``: 0 means equal, and values
-    above 1 are possible. It is 0 if both outputs are zero, and infinity if only that of ``net`` is. ``net`` runs from rest and
-    its state is restored; if it does not return a sequence, the graph's last time step is compared.
+    a is the output of ``net``, b that of ``graph``. For spikes this is the number of differing spikes divided by the number of
+    spikes of ``net``: 0 means equal, and values above 1 are possible. It is 0 if both outputs are zero, and infinity if only that
+    of ``net`` is. ``net`` runs from rest and its state is restored; if it does not return a sequence, its output is compared with
+    the graph's last time step.
 
     Args:
         net: the network, in any step mode.
@@ -166,7 +167,7 @@ def deviation(
 
 @contextmanager
 def _eval_mode(net: nn.Module) -> Iterator[None]:
-    """Set eval mode in a ``with`` block and restore the modes afterwards."""
+    """Set evaluation mode in a ``with`` block and restore the modes afterwards."""
     modes = [(module, module.training) for module in net.modules()]
     net.eval()
     try:
@@ -200,17 +201,17 @@ def _full_precision(net: nn.Module) -> bool:
 
 def _check_modules(net: nn.Module, table: Mapping[type[nn.Module], ToNIR]) -> None:
     """Raise a ValueError for the first module that computes something and has no node."""
-    known: list[str] = []
+    checked: list[str] = []  # prefixes of the names of modules inside supported ones
     for name, module in net.named_modules():
-        if any(name.startswith(prefix) for prefix in known):
+        if any(name.startswith(prefix) for prefix in checked):
             continue
         if type(module) in table or type(module) in _IDENTITY_MODULES:
-            known.append(f"{name}." if name else "")
+            checked.append(f"{name}." if name else "")
         elif type(module) in _UNSUPPORTED or _computes(module, table):
             why = _UNSUPPORTED.get(type(module), "there is no NIR node for it: pass a function for it in `more`")
             raise ValueError(f"cannot export {type(module).__name__}{f' at {name!r}' if name else ''}: {why}")
 
 
 def _computes(module: nn.Module, table: Mapping[type[nn.Module], ToNIR]) -> bool:
-    """Return whether the module itself computes something: it is a leaf, has state, or is (a subclass of) a known part."""
+    """Return whether a module itself computes something: it has no children, has state, or is of a class with a node."""
     return not next(module.children(), None) or isinstance(module, (base.MemoryModule, *table, *_UNSUPPORTED))

@@ -19,7 +19,7 @@ __all__ = ["EXTENSION", "RefractoryCubaLIF", "RefractoryIF", "RefractoryLIF", "r
 
 
 class _Refractory:
-    """Check the refractory period, and give it the shape of the thresholds."""
+    """Mixin: check the refractory period, and expand it to the shape of the thresholds."""
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]
@@ -32,8 +32,8 @@ class _Refractory:
 class RefractoryCubaLIF(_Refractory, nir.CubaLIF):
     """A ``CubaLIF`` whose membrane stays at ``v_reset`` for ``refractory_time`` seconds after a spike.
 
-    The synaptic current is integrated meanwhile. NIR has no refractory period; this is the parameter that its developers
-    propose for neurons, optional and 0 by default. Readers that do not know the node refuse the graph.
+    The synaptic current is integrated meanwhile. NIR has no refractory period; its developers propose this parameter, with the
+    default 0. Readers that do not know the node refuse the graph.
 
     Source: https://github.com/neuromorphs/NIR/issues/138.
     """
@@ -64,24 +64,25 @@ def with_refractory_time(node: Any, refractory_time: Any) -> Any:
     return EXTENSION[type(node).__name__](**fields, refractory_time=refractory_time)
 
 
-#: Data of an HDF5 file that is compressed by gzip is at most this many times larger than the file.
-MOST_COMPRESSED = 1100
-MIN_CHUNK = 16  # bytes of a file for a chunk and its entry in the index, at least
-MAX_DEPTH = 32
-SECONDS, BYTES_PER_SECOND = 15, 5_000_000  # for reading a file, at least
+#: gzip compresses data to no less than 1 / 1100 of their size.
+MAX_COMPRESSION = 1100
+MIN_CHUNK = 16  # least bytes of a file for a chunk and its entry in the index
+MAX_DEPTH = 32  # levels of groups
+SECONDS, BYTES_PER_SECOND = 15, 5_000_000  # reading a file may take SECONDS + its size / BYTES_PER_SECOND
+#: Script that reads everything in a file.
 READ_ALL = """
 import sys, h5py
 def read(item):
     [read(item[name]) for name in item] if isinstance(item, h5py.Group) else item[()]
 read(h5py.File(sys.argv[1], "r"))
 """
-MAX_OBJECTS = 200_000
+MAX_ARRAYS = 200_000
 
 
 def read(path: str | Path) -> nir.NIRNode:
-    """Return the graph in a file, as ``nir.read`` does, which refuses the nodes of the extension.
+    """Return the graph in a file, as ``nir.read`` does, also with nodes of the extension.
 
-    Nothing outside the file is read: links to other files and data in other files are refused.
+    Links to other files and data in other files are refused.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -93,23 +94,23 @@ def read(path: str | Path) -> nir.NIRNode:
     try:
         with h5py.File(path, "r") as file:
             for count, _ in enumerate(_sizes(file["node"], os.path.getsize(path), MAX_DEPTH)):
-                if count == MAX_OBJECTS:
-                    raise ValueError(f"it has more than {MAX_OBJECTS:,} arrays")
-            found = nir.serialization.hdf2dict(file["node"])
-        expected = found.get("metadata", {}).get(DIGEST)
-        if expected is not None and expected != digest_of(found):
+                if count == MAX_ARRAYS:
+                    raise ValueError(f"it has more than {MAX_ARRAYS:,} arrays")
+            description = nir.serialization.hdf2dict(file["node"])
+        expected = description.get("metadata", {}).get(DIGEST)
+        if expected is not None and expected != digest_of(description):
             raise ValueError(
                 f"it is damaged, or was changed after the export: if that was on purpose, delete graph.metadata[{DIGEST!r}]"
             )
-        _to_standard(found)
-        return _to_extension(nir.dict2NIRNode(found))
+        _to_standard(description)
+        return _to_extension(nir.dict2NIRNode(description))
     except Exception as error:  # h5py, numpy and nir raise many types for a damaged file
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"{os.fspath(path)}: not a readable file with a NIR graph ({reason})") from error
 
 
 def _try_to_read(path: str | Path) -> None:
-    """Read a file in another process first: in a damaged one, HDF5 can follow its lists of strings in a circle for ever.
+    """Read a file in another process, because reading a damaged file can crash HDF5 or never end.
 
     Raises:
         ValueError: the process did not end in time, or HDF5 crashed.
@@ -133,12 +134,12 @@ def _try_to_read(path: str | Path) -> None:
 
 
 def _sizes(group: h5py.Group, size: int, depth: int) -> Iterator[int]:
-    """Yield the bytes of each array in a group, after a check that it is in the file; reading it could take for ever.
+    """Yield the bytes of each array in a group, after checking that the array is in the file and not larger than it can be.
 
     Args:
         group: the group.
         size: bytes of the file.
-        depth: levels of groups that may follow.
+        depth: number of levels of groups that are allowed below.
     """
     if depth == 0:
         raise ValueError(f"its groups nest deeper than {MAX_DEPTH} levels")
@@ -151,7 +152,7 @@ def _sizes(group: h5py.Group, size: int, depth: int) -> Iterator[int]:
         elif not isinstance(item, h5py.Dataset) or item.external or item.is_virtual:
             raise ValueError(f"the data of {name} is not in the file")
         elif item.size is not None and (
-            MIN_CHUNK * _n_chunks(item) > size or item.nbytes > (MOST_COMPRESSED if item.chunks else 1) * size
+            MIN_CHUNK * _n_chunks(item) > size or item.nbytes > (MAX_COMPRESSION if item.chunks else 1) * size
         ):
             raise ValueError(f"{name} has {item.size:,} entries, more than a file of this length can have")
         else:
@@ -159,13 +160,13 @@ def _sizes(group: h5py.Group, size: int, depth: int) -> Iterator[int]:
 
 
 def _n_chunks(item: h5py.Dataset) -> int:
-    """Return the number of chunks of an array; those that are missing are filled one by one."""
+    """Return the number of chunks of an array, including missing ones, which h5py fills one by one."""
     chunks = item.chunks or item.shape
     return math.prod(-(-length // max(1, chunk)) for length, chunk in zip(item.shape, chunks, strict=True))
 
 
 def _to_standard(node: dict[str, Any]) -> None:
-    """Turn the description of a node of the extension into that of a NIR node with an entry in its metadata."""
+    """Convert the description of a node of the extension to that of a NIR node with ``refractory_time`` in its metadata."""
     kind = str(node["type"]).removeprefix("Refractory")
     if kind != node["type"] and kind in EXTENSION:
         node["metadata"] = {**node.get("metadata", {}), "refractory_time": node.pop("refractory_time")}

@@ -20,7 +20,14 @@ __all__ = [
 
 
 class ScheduledNode(NamedTuple):
-    """A node and the nodes whose outputs are summed as its input; ``delayed`` ones contribute their previous time step."""
+    """A node and the names of the nodes whose outputs are summed as its input.
+
+    Attributes:
+        name: name of the node; ``subgraph/name`` in a subgraph.
+        node: the node.
+        sources: nodes whose output of the same time step is added.
+        delayed: nodes whose output of the time step before is added.
+    """
 
     name: str
     node: nir.NIRNode
@@ -46,8 +53,8 @@ def schedule(graph: nir.NIRGraph) -> tuple[list[ScheduledNode], ScheduledNode]:
     scheduled = []
     for name in order:
         sources = [source for source, target in edges if target == name]
-        if apart := [source for source in sources if source not in order]:
-            raise ValueError(f"all nodes of the graph must have a path from its input, '{apart[0]}' has none")
+        if unreachable := [source for source in sources if source not in order]:
+            raise ValueError(f"all nodes of the graph must have a path from its input, '{unreachable[0]}' has none")
         delayed = tuple(source for source in sources if (source, name) in back_edges)
         scheduled.append(ScheduledNode(name, nodes[name], tuple(s for s in sources if s not in delayed), delayed))
     if end not in order:
@@ -119,10 +126,10 @@ def _check_edges(graph: nir.NIRGraph) -> None:
 
 
 def topologically_named(nodes: dict[str, nir.NIRNode], edges: list[tuple[str, str]]) -> nir.NIRGraph:
-    """Return a graph whose nodes are renamed so that alphabetical order is execution order.
+    """Return a graph whose nodes are renamed so that their names sort in execution order.
 
-    Files list nodes alphabetically, and nirtorch, on which other readers are built, cannot connect a subgraph that is listed
-    before its sources.
+    Files list nodes alphabetically, and nirtorch, which other readers use, cannot connect a subgraph that is listed before its
+    sources.
     """
     inner = [name for name, node in nodes.items() if not isinstance(node, nir.Input | nir.Output)]
     names: dict[str, str] = {}
@@ -147,26 +154,26 @@ def fires(node: nir.NIRNode) -> bool:
     return isinstance(node, nir.CubaLIF | nir.LIF | nir.IF | nir.Threshold)
 
 
-def difference(one: nir.NIRNode, other: nir.NIRNode) -> str | None:
-    """Describe how two nodes or graphs differ beyond rounding; None if they are equal. Metadata are not compared."""
-    if type(one) is not type(other):
-        return f"a {type(one).__name__} where a {type(other).__name__} was expected"
-    if isinstance(one, nir.NIRGraph):
-        if one.nodes.keys() != other.nodes.keys() or set(map(tuple, one.edges)) != set(map(tuple, other.edges)):
+def difference(node: nir.NIRNode, expected: nir.NIRNode) -> str | None:
+    """Return the first difference of two nodes or graphs beyond rounding, or None. Metadata are not compared."""
+    if type(node) is not type(expected):
+        return f"a {type(node).__name__} where a {type(expected).__name__} was expected"
+    if isinstance(node, nir.NIRGraph):
+        if node.nodes.keys() != expected.nodes.keys() or {*map(tuple, node.edges)} != {*map(tuple, expected.edges)}:
             return "its nodes and edges"
         return _first(
-            f"{name}: {change}" for name in one.nodes if (change := difference(one.nodes[name], other.nodes[name]))
+            f"{name}: {change}" for name in node.nodes if (change := difference(node.nodes[name], expected.nodes[name]))
         )
     names = [
-        field.name for field in dataclasses.fields(one) if field.name not in ("metadata", "input_type", "output_type")
+        field.name for field in dataclasses.fields(node) if field.name not in ("metadata", "input_type", "output_type")
     ]
-    return _first(name for name in names if not _close(getattr(one, name), getattr(other, name)))
+    return _first(name for name in names if not _close(getattr(node, name), getattr(expected, name)))
 
 
-def _close(one: Any, other: Any) -> bool:
-    one, other = np.asarray(one), np.asarray(other)
-    size = np.abs(other).max(initial=0.0)  # relative to the largest value: time constants have any order of magnitude
-    return one.shape == other.shape and np.allclose(one, other, rtol=1e-4, atol=1e-6 * size)
+def _close(value: Any, expected: Any) -> bool:
+    value, expected = np.asarray(value), np.asarray(expected)
+    size = np.abs(expected).max(initial=0.0)  # values of a field, such as time constants, have any order of magnitude
+    return value.shape == expected.shape and np.allclose(value, expected, rtol=1e-4, atol=1e-6 * size)
 
 
 def _first(items: Iterable[str]) -> str | None:
@@ -180,7 +187,7 @@ def metadata_of(node: nir.NIRNode) -> dict[str, Any]:
 
 
 def _export_dt(graph: nir.NIRGraph) -> float | None:
-    """Return the ``dt`` for which a graph or one of its subgraphs was exported."""
+    """Return the time step ``dt`` in seconds for which a graph or one of its subgraphs was exported; None if unknown."""
     own = metadata_of(graph).get("dt")
     if own is not None:
         return float(own)

@@ -1,4 +1,4 @@
-"""Import NIR graphs as networks of nord-snn parts."""
+"""Import NIR graphs as networks of nord-snn's layers."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ from nord_snn.integrations.nir.exporter import Exporter
 from nord_snn.integrations.nir.extension import read
 from nord_snn.integrations.nir.graphs import SubgraphPort, difference, metadata_of, resolve_dt, schedule
 from nord_snn.integrations.nir.neurons import RESETS, integrator, neurons
-from nord_snn.integrations.nir.parameters import computed, restored
+from nord_snn.integrations.nir.parameters import neurons_from_constants, neurons_from_metadata
 from nord_snn.integrations.nir.recurrent import Loop, fold_loops, recurrent_layer
 from nord_snn.integrations.nir.stateless import known_shape, output_shape, stateless_module
 from nord_snn.layers import MembraneReadout, SpikingFeedForward
@@ -38,42 +38,44 @@ def import_from_nir(
     approximate: bool = False,
     more: Mapping[type[nir.NIRNode], _FromNIR] | None = None,
 ) -> "NIRNetwork":
-    """Return a network of nord-snn parts from a NIR graph, exported by :func:`export_to_nir` or by other libraries.
+    """Return a network of nord-snn's layers from a NIR graph of :func:`export_to_nir` or of other libraries.
 
-    Graphs from :func:`export_to_nir` are restored as the original parts, with the refractory period, the cascade and its
-    weights; a part that was changed after the export raises. In other graphs ``IF``, ``LIF`` and ``CubaLIF``, also with a linear
-    map of their last spikes, become neurons; ``I``, ``LI`` and ``CubaLI`` a :class:`~nord_snn.neurons.LeakyIntegrator`;
-    ``Linear``, ``Affine``, ``Scale``, ``Threshold``, convolutions, pooling and ``Flatten`` layers. NIR's equations are
-    discretised by forward Euler, ``v += dt / tau * (v_leak - v + r * i)``, as the exporters of SpikingJelly, snnTorch and Norse
-    assume. Potentials start at ``v_reset`` of neurons that are reset to it, and at ``v_leak`` of others.
+    Graphs of :func:`export_to_nir` are restored as the original layers, with the refractory period, the cascade and its weights;
+    a layer whose node was changed after the export raises an error. In other graphs ``IF``, ``LIF`` and ``CubaLIF``, also with a
+    linear map of their spikes of the last time step, become neurons; ``I``, ``LI`` and ``CubaLI`` become a
+    :class:`~nord_snn.neurons.LeakyIntegrator`; ``Linear``, ``Affine``, ``Scale``, ``Threshold``, convolutions, pooling and
+    ``Flatten`` become layers. NIR's equations are discretised by forward Euler, ``v += dt / tau * (v_leak - v + r * i)``, as the
+    exporters of SpikingJelly, snnTorch and Norse assume. Potentials start at ``v_reset`` of neurons with a reset to ``v_reset``,
+    and at ``v_leak`` of others.
 
     Args:
-        graph: the graph, or a file with one.
-        dt: length of a time step in seconds; None: that of the graph's metadata, as our exports have it, else 1e-4.
+        graph: the graph, or the path of a file with a graph.
+        dt: length of a time step in seconds; None: that in the graph's metadata, which our exports have, else 1e-4.
         dtype: dtype of the network's parameters.
-        reset: what a spike does to the membrane of neurons of others, which NIR does not say for discrete time. ``"value"`` sets
-            it to ``v_reset``; ``"subtract"`` subtracts the threshold; ``"delayed_value"`` and ``"delayed_subtract"`` do so in
-            the next time step, as snnTorch's neurons do by default. None: that in the node's metadata, else ``"value"``.
-        strict: neurons of others fire above their thresholds only, as in NIR's equations and in snnTorch and Norse. False: at
-            them, too, as in SpikingJelly.
+        reset: reset by a spike in neurons of other libraries' graphs, which NIR does not define for discrete time. ``"value"``
+            sets the membrane to ``v_reset``; ``"subtract"`` subtracts the threshold; ``"delayed_value"`` and
+            ``"delayed_subtract"`` do so in the next time step, as snnTorch's neurons do by default. None: that in the node's
+            metadata, else ``"value"``.
+        strict: neurons of other libraries' graphs fire above their thresholds only, as in NIR's equations, snnTorch and Norse.
+            False: they also fire at them, as in SpikingJelly.
         approximate: former name of ``reset="subtract"``.
-        more: further nodes: class -> function that turns an instance into a module on sequences ``[T, N, *]``.
+        more: class of a further node -> function that returns a module on sequences ``[T, N, *]`` for an instance.
 
     Returns:
-        A module on sequences, ``[T, N, *]``. Its neurons keep state between calls, as in every SpikingJelly network. A custom
-        surrogate cannot be stored in a graph: it is replaced by the default, and a warning is logged.
+        A module on sequences, ``[T, N, *]``. Its neurons store their state between calls, as in every SpikingJelly network. A
+        custom surrogate cannot be stored in a graph: it is replaced by the default, and a warning is logged.
 
     Raises:
-        TypeError: ``graph`` is neither a graph nor a file name, or a function in ``more`` did not return a module.
-        ValueError: the graph has a node, a value or a loop that our parts cannot express, ``dt`` is not that of the graph, or
+        TypeError: ``graph`` is neither a graph nor a path, or a function in ``more`` did not return a module.
+        ValueError: the graph has a node, a value or a loop that our layers cannot express, ``dt`` is not that of the graph, or
             ``reset`` is unknown.
 
     Example:
         >>> from nord_snn.integrations.nir import export_to_nir
         >>> net = nn.Sequential(nn.Linear(20, 64), AssociativeLIFNode(64, n_clusters=8, refractory_steps=0, step_mode="m"))
-        >>> back = import_from_nir(export_to_nir(net, torch.rand(10, 4, 20)))
+        >>> imported = import_from_nir(export_to_nir(net, torch.rand(10, 4, 20)))
         >>> x_seq = torch.rand(10, 4, 20)
-        >>> torch.equal(net(x_seq), back(x_seq))
+        >>> torch.equal(net(x_seq), imported(x_seq))
         True
     """
     if isinstance(graph, str | Path):
@@ -85,13 +87,13 @@ def import_from_nir(
         reset = reset or "subtract"
     if reset not in (None, *RESETS):
         raise ValueError(f"reset must be one of {list(RESETS)} or None, got {reset!r}")
-    # Build half-precision modules in float32 first: a rounded parameter would no longer match the graph.
+    # Build half-precision modules in float32 first: checked_part compares their parameters with the graph.
     precision = torch.float64 if dtype == torch.float64 else torch.float32
     importer = _Importer(resolve_dt(graph, dt), precision, reset, strict, more or {})
-    whole = importer.convert_node("the graph", graph)
-    if isinstance(whole, _ModuleNode):
-        return NIRNetwork([whole.module.to(dtype)], [(), (0,)])
-    scheduled, output = schedule(whole)
+    converted = importer.convert_node("the graph", graph)
+    if isinstance(converted, _ModuleNode):
+        return NIRNetwork([converted.module.to(dtype)], [(), (0,)])
+    scheduled, output = schedule(converted)
     scheduled, loops = fold_loops(scheduled, output)
     positions = {item.name: position for position, item in enumerate(scheduled)}
     shapes: dict[str, tuple[int, ...] | None] = {}
@@ -104,11 +106,12 @@ def import_from_nir(
 
 
 class NIRNetwork(nn.Module):
-    """Run the parts of a graph, each on the sum of its sources.
+    """Run the modules of a graph, each on the sum of its sources.
 
     Args:
         parts: modules on sequences, in execution order.
-        sources: for each part, and last for the output, the indices of the parts that are its sources; none for the input.
+        sources: for each module, and at the end for the output, the indices of the modules whose outputs are added; empty for
+            modules that receive the input.
 
     Shapes: ``[T, N, *]`` -> ``[T, N, *]``; ``[N, *]`` after a readout.
     """
@@ -126,7 +129,7 @@ class NIRNetwork(nn.Module):
 
 
 class _ModuleNode(nir.NIRNode):
-    """A node that contains a module."""
+    """A node that contains a module, with the input and output types of the node ``like``."""
 
     def __init__(self, module: nn.Module, like: nir.NIRNode) -> None:
         self.module = module
@@ -135,7 +138,7 @@ class _ModuleNode(nir.NIRNode):
 
 
 class _Importer:
-    """Turn nodes into modules."""
+    """Convert nodes to modules. See :func:`import_from_nir` for the arguments."""
 
     def __init__(
         self, dt: float, dtype: torch.dtype, reset: str | None, strict: bool, more: Mapping[type[nir.NIRNode], _FromNIR]
@@ -143,7 +146,7 @@ class _Importer:
         self.dt, self.dtype, self.reset, self.strict, self.more = dt, dtype, reset, strict, more
 
     def convert_graph(self, graph: nir.NIRGraph) -> nir.NIRGraph:
-        """Return the graph with modules in place of the nodes and subgraphs that are parts of nord-snn."""
+        """Return the graph with modules in place of the nodes and subgraphs that were layers of nord-snn."""
         nodes = {name: self.convert_node(name, node) for name, node in graph.nodes.items()}
         return nir.NIRGraph(nodes=nodes, edges=graph.edges, type_check=False)
 
@@ -166,7 +169,7 @@ class _Importer:
         return self.convert_graph(node) if isinstance(node, nir.NIRGraph) else node
 
     def checked_part(self, name: str, node: Any, kind: str, build: Callable[[str, Any], nn.Module]) -> nn.Module:
-        """Return a part of nord-snn, checked by exporting it again."""
+        """Return a layer of nord-snn, after comparing its export with the node."""
         try:
             module = build(name, node)
             exporter = Exporter(self.dt, int(metadata_of(node).get("n_steps", 1)), True, extension=_is_extended(node))
@@ -189,10 +192,10 @@ class _Importer:
         """Return the module for a node, on sequences, and the shape of one row of its output.
 
         Args:
-            name: of the node.
+            name: name of the node.
             node: the node.
-            shape: shape of one row of its input, if it is known.
-            loop: the map of its spikes that leads back to it.
+            shape: shape of one row of its input; None if unknown.
+            loop: map from its spikes to its input; None if there is no such map.
         """
         if isinstance(node, _ModuleNode):
             row = known_shape(node.output_type)
@@ -215,26 +218,26 @@ class _Importer:
     def foreign_neurons(
         self, name: str, node: Any, shape: tuple[int, ...] | None, loop: Loop | None
     ) -> tuple[nn.Module, tuple[int, ...]]:
-        """Return the neurons of other libraries, with the map of their spikes that leads back to them."""
+        """Return neurons for a node of another library, with the map from their spikes to their input."""
         reset = self.reset or str(metadata_of(node).get("reset", "value"))
-        made = neurons(name, node, self.dt, shape, reset=reset, strict=self.strict, step_mode="m").to(self.dtype)
-        made.reset_parameters()  # in this precision
-        row = np.shape(node.v_threshold) if np.size(node.v_threshold) > 1 else shape or (made.n_features,)
-        return (made, row) if loop is None else (self.with_feedback(made, loop), row)
+        module = neurons(name, node, self.dt, shape, reset=reset, strict=self.strict, step_mode="m").to(self.dtype)
+        module.reset_parameters()  # in this precision
+        row = np.shape(node.v_threshold) if np.size(node.v_threshold) > 1 else shape or (module.n_features,)
+        return (module, row) if loop is None else (self.with_feedback(module, loop), row)
 
-    def with_feedback(self, made: Any, loop: Loop) -> nn.Module:
-        """Return neurons with the map of their spikes that leads back to them."""
-        made.step_mode = "s"
+    def with_feedback(self, module: Any, loop: Loop) -> nn.Module:
+        """Return neurons with the map from their spikes to their input."""
+        module.step_mode = "s"
         feedback = nn.Identity() if loop.node is None else stateless_module(loop.node)
         assert feedback is not None
-        return recurrent_layer(made, feedback)
+        return recurrent_layer(module, feedback)
 
     def neurons(self, name: str, node: Any) -> AssociativeLIFNode:
         """Return the neurons of a CubaLIF, or of a subgraph with its recurrent cascade."""
         lif = node.nodes["lif"] if isinstance(node, nir.NIRGraph) else node
         if "threshold" in metadata_of(lif):
-            return restored(name, metadata_of(lif), self.dtype)
-        return computed(name, lif, (lif.tau_mem, lif.tau_syn, lif.w_in), self.dt, self.dtype)
+            return neurons_from_metadata(name, metadata_of(lif), self.dtype)
+        return neurons_from_constants(name, lif, (lif.tau_mem, lif.tau_syn, lif.w_in), self.dt, self.dtype)
 
     def feed_forward(self, name: str, graph: Any) -> SpikingFeedForward:
         up, down = (stateless_module(graph.nodes[key]) for key in ("n1_up", "n3_down"))
@@ -248,9 +251,9 @@ class _Importer:
     def readout(self, name: str, graph: Any) -> MembraneReadout:
         lif, synapse = graph.nodes["lif"], graph.nodes["synapse"]
         if "threshold" in metadata_of(lif):
-            node = restored(f"{name}/lif", metadata_of(lif), self.dtype)
+            node = neurons_from_metadata(f"{name}/lif", metadata_of(lif), self.dtype)
         else:
-            node = computed(f"{name}/lif", lif, (lif.tau, synapse.tau, synapse.r), self.dt, self.dtype)
+            node = neurons_from_constants(f"{name}/lif", lif, (lif.tau, synapse.tau, synapse.r), self.dt, self.dtype)
         readout = MembraneReadout(node.n_features, neuron=lambda n: node).to(self.dtype)
         with torch.no_grad():
             readout.decay_logit.copy_(torch.from_numpy(metadata_of(graph)["decay_logit"]))

@@ -1,4 +1,4 @@
-"""Neurons and integrators for NIR nodes: the constants of a forward Euler step."""
+"""Our neurons and integrators for NIR nodes, with the constants of NIR's equations by forward Euler."""
 
 import math
 from typing import Any, NamedTuple
@@ -16,17 +16,17 @@ __all__ = ["RESETS", "NIRNeurons", "integrator", "neurons"]
 #: How a spike resets the membrane of an imported neuron, see :func:`nord_snn.integrations.nir.import_from_nir`.
 RESETS = ("value", "subtract", "delayed_value", "delayed_subtract")
 
-#: Factors this close to 1 are 1: exporters compute them in float32.
-_CLOSE = 1e-6
+#: Relative deviation at which numbers count as equal: exporters compute them in float32.
+_TOLERANCE = 1e-6
 
 
 class NIRNeurons(AssociativeLIFNode):
-    """Neurons that differ from :class:`~nord_snn.neurons.AssociativeLIFNode` where NIR's equations do.
+    """An :class:`~nord_snn.neurons.AssociativeLIFNode` with a strict threshold and a constant current, for NIR's equations.
 
     Attributes:
         strict: fire above the threshold only, not at it.
-        bias: constant current of every neuron, ``[D]``, or None. With a hard reset the membrane leaks towards ``v_rest``, to
-            which it is reset; the current ``(v_leak - v_rest) / r`` makes it leak towards another potential.
+        bias: constant current of every neuron, ``[D]``, or None. With a hard reset our membranes leak towards ``v_rest``, to
+            which they are reset; the current ``(v_leak - v_rest) / r`` makes them leak towards ``v_leak``.
     """
 
     def __init__(self, n_features: int, *, strict: bool, bias: Tensor | None, **arguments: Any) -> None:
@@ -39,8 +39,8 @@ class NIRNeurons(AssociativeLIFNode):
         return x if self.bias is None else x + self.bias.to(x.dtype).reshape(-1, *[1] * (-1 - dim))
 
 
-class _Step(NamedTuple):
-    """A forward Euler step: ``v += leak * (v_leak - v) + gain * i`` and ``i = beta_syn * i + x``."""
+class _Euler(NamedTuple):
+    """Constants of a time step by forward Euler: ``v += leak * (v_leak - v) + gain * i`` and ``i = beta_syn * i + x``."""
 
     leak: np.ndarray
     gain: np.ndarray
@@ -54,26 +54,26 @@ def neurons(
     """Return the neurons of an ``IF``, ``LIF`` or ``CubaLIF`` for time steps of ``dt``.
 
     Args:
-        name: of the node, for messages.
+        name: name of the node, for messages.
         node: the node.
         dt: length of a time step in seconds.
-        shape: shape of one row of the input, if it is known.
+        shape: shape of one row of the input; None if unknown.
         reset: one of :data:`RESETS`.
         strict: see :class:`NIRNeurons`.
         step_mode: step mode of the result.
 
     Raises:
-        ValueError: a field has a value that our neurons do not express; the message names it.
+        ValueError: a field has a value that our neurons do not support; the message names the field.
     """
     shape = _shape(name, node, "v_threshold", shape)
-    step, hard_reset, no_leak = _step(name, node, dt), reset == "value", isinstance(node, nir.IF)
-    if not (np.all(step.gain > 0) and np.isfinite(step.gain).all() and np.isfinite(node.v_threshold).all()):
+    euler, hard_reset, no_leak = _euler(name, node, dt), reset == "value", isinstance(node, nir.IF)
+    if not (np.all(euler.gain > 0) and np.isfinite(euler.gain).all() and np.isfinite(node.v_threshold).all()):
         raise ValueError(f"'{name}' must have positive r and w_in, and a finite v_threshold")
-    charge, unit = _charge(step)
-    v_rest, threshold, bias = _potentials(name, node, step, (charge, unit), hard_reset)
-    fields = {"threshold": threshold, "bias": bias, "beta_mem": 1 - step.leak, "beta_syn": step.beta_syn}
+    charge, unit = _charge(euler)
+    v_rest, threshold, bias = _potentials(name, node, euler, (charge, unit), hard_reset)
+    fields = {"threshold": threshold, "bias": bias, "beta_mem": 1 - euler.leak, "beta_syn": euler.beta_syn}
     per_neuron, channel_dim = _per_neuron(name, fields, shape)
-    scale = _reset_scale(name, reset, 1 - step.leak)
+    scale = _reset_scale(name, reset, 1 - euler.leak)
     refractory_steps = _refractory_steps(name, node, dt, reset)
     return NIRNeurons(
         shape[0] if channel_dim is not None else shape[-1],
@@ -98,73 +98,74 @@ def neurons(
 def integrator(name: str, node: Any, dt: float, shape: tuple[int, ...] | None) -> LeakyIntegrator:
     """Return the integrators of an ``I``, ``LI`` or ``CubaLI`` for time steps of ``dt``."""
     shape = _shape(name, node, "r", shape)
-    step = _step(name, node, dt)
-    tensors = [torch.from_numpy(np.array(_broadcast(name, field, shape))) for field in step]
+    euler = _euler(name, node, dt)
+    tensors = [torch.from_numpy(np.array(_broadcast(name, field, shape))) for field in euler]
     leak, gain, v_leak, beta_syn = (
         tensor.flatten()[:1] if tensor.unique().numel() == 1 else tensor for tensor in tensors
     )
     return LeakyIntegrator(shape, beta_mem=1 - leak, gain=gain, v_rest=v_leak, beta_syn=beta_syn, step_mode="m")
 
 
-def _step(name: str, node: Any, dt: float) -> _Step:
+def _euler(name: str, node: Any, dt: float) -> _Euler:
     r = np.asarray(node.r, dtype=np.float64)
     if isinstance(node, nir.IF | nir.I):
-        return _Step(np.zeros(()), r * dt, np.zeros(()), np.zeros(()))
+        return _Euler(np.zeros(()), r * dt, np.zeros(()), np.zeros(()))
     cuba = isinstance(node, nir.CubaLIF | nir.CubaLI)
     leak = _leak(name, "tau_mem" if cuba else "tau", node.tau_mem if cuba else node.tau, dt)
     gain, beta_syn = r * leak, np.zeros(())
     if cuba:
-        leak_syn = _leak(name, "tau_syn", node.tau_syn, dt, least=1.0)
+        leak_syn = _leak(name, "tau_syn", node.tau_syn, dt, allow_1=True)
         gain, beta_syn = gain * leak_syn * node.w_in, 1 - leak_syn
-    return _Step(leak, gain, np.asarray(node.v_leak, dtype=np.float64), beta_syn)
+    return _Euler(leak, gain, np.asarray(node.v_leak, dtype=np.float64), beta_syn)
 
 
-def _leak(name: str, field: str, tau: Any, dt: float, least: float = 0.0) -> np.ndarray:
-    """Return ``dt / tau``; a synapse may decay within one time step (``least=1``), a membrane may not."""
+def _leak(name: str, field: str, tau: Any, dt: float, allow_1: bool = False) -> np.ndarray:
+    """Return ``dt / tau``, in (0, 1), or 1 if ``allow_1``."""
     tau = np.asarray(tau, dtype=np.float64)
     leak = np.divide(dt, tau, out=np.full_like(tau, np.nan), where=tau != 0)
-    if least and np.allclose(leak, 1):
+    if allow_1 and np.allclose(leak, 1):
         return np.ones(())
     if not (np.all(leak > 0) and np.all(leak < 1)):
         raise ValueError(f"{field} of '{name}' must be finite and longer than a time step of {dt} s")
     return leak
 
 
-def _charge(step: _Step) -> tuple[str, np.ndarray]:
-    """Return how the membrane takes the current, and the unit in which it is measured: the current enters with factor 1."""
-    if np.allclose(step.gain, 1, rtol=_CLOSE, atol=0):
+def _charge(euler: _Euler) -> tuple[str, np.ndarray]:
+    """Return ``charge`` of :class:`nord_snn.ops.Dynamics`, and the unit of membrane potentials that it needs.
+
+    In this unit the factor of the current is 1 with "sum", and the leak with "average".
+    """
+    if np.allclose(euler.gain, 1, rtol=_TOLERANCE, atol=0):
         return "sum", np.ones(())
-    if np.all(step.leak > 0) and np.allclose(step.gain, step.leak, rtol=_CLOSE, atol=0):
+    if np.all(euler.leak > 0) and np.allclose(euler.gain, euler.leak, rtol=_TOLERANCE, atol=0):
         return "average", np.ones(())
-    return "sum", step.gain
+    return "sum", euler.gain
 
 
 def _potentials(
-    name: str, node: Any, step: _Step, charge: tuple[str, np.ndarray], hard_reset: bool
+    name: str, node: Any, euler: _Euler, charge: tuple[str, np.ndarray], hard_reset: bool
 ) -> tuple[float, np.ndarray, np.ndarray | None]:
-    """Return resting potential, thresholds and constant current, in the unit of the membrane.
+    """Return resting potential, thresholds and constant current, in the unit of :func:`_charge`.
 
-    Our neurons share one resting potential, which is also that of a hard reset. Where it differs, all potentials are measured
-    from it.
+    Our neurons have one resting potential, to which a hard reset also sets them. If it differs between the neurons of the node,
+    the potentials of each neuron are measured from its own.
     """
     kind, unit = charge
-    rest = np.asarray(node.v_reset if hard_reset else step.v_leak, dtype=np.float64) / unit
+    rest = np.asarray(node.v_reset if hard_reset else euler.v_leak, dtype=np.float64) / unit
     threshold = np.asarray(node.v_threshold, dtype=np.float64) / unit
-    same = np.unique(rest).size == 1
-    if not same and not hard_reset:
-        raise ValueError(
-            f"v_leak of '{name}' must be the same for all neurons, because they are reset otherwise than to v_reset"
-        )
-    bias = _bias(name, kind, step, step.v_leak / unit - rest) if hard_reset else None
-    return (float(np.ravel(rest)[0]), threshold, bias) if same else (0.0, threshold - rest, bias)
+    is_common = np.unique(rest).size == 1
+    if not is_common and not hard_reset:
+        raise ValueError(f"v_leak of '{name}' must be the same for all neurons, unless their reset is 'value'")
+    bias = _bias(name, kind, euler, euler.v_leak / unit - rest) if hard_reset else None
+    return (float(np.ravel(rest)[0]), threshold, bias) if is_common else (0.0, threshold - rest, bias)
 
 
-def _bias(name: str, charge: str, step: _Step, difference: np.ndarray) -> np.ndarray | None:
-    """Return the constant current that moves the potential towards which the membrane leaks by ``difference``."""
-    bias = difference * (step.leak if charge == "sum" else 1.0)
+def _bias(name: str, charge: str, euler: _Euler, difference: np.ndarray) -> np.ndarray | None:
+    """Return the constant current that shifts the potential towards which the membrane leaks by ``difference``."""
+    bias = difference * (euler.leak if charge == "sum" else 1.0)
     if not np.any(bias):
         return None
-    if np.any(step.beta_syn):
+    if np.any(euler.beta_syn):
         raise ValueError(
             f"v_leak of '{name}' must be its v_reset, because our neurons with a synaptic current leak towards the potential "
             "to which they are reset"
@@ -173,10 +174,10 @@ def _bias(name: str, charge: str, step: _Step, difference: np.ndarray) -> np.nda
 
 
 def _refractory_steps(name: str, node: Any, dt: float, reset: str) -> int:
-    """Return the refractory period in time steps; a reset to a value in the next time step is one of one time step."""
+    """Return the refractory period in time steps. A delayed reset to a value is a refractory period of one time step."""
     times = np.unique(getattr(node, "refractory_time", 0.0))
     steps = round(float(times[0]) / dt)
-    if times.size != 1 or not np.isclose(steps * dt, times[0], rtol=_CLOSE, atol=0):
+    if times.size != 1 or not np.isclose(steps * dt, times[0], rtol=_TOLERANCE, atol=0):
         raise ValueError(f"refractory_time of '{name}' must be the same for all neurons, and a multiple of {dt} s")
     if steps and reset.startswith("delayed"):
         raise ValueError(f"'{name}' has a refractory period: reset must be 'value' or 'subtract', got {reset!r}")
@@ -185,12 +186,12 @@ def _refractory_steps(name: str, node: Any, dt: float, reset: str) -> int:
 
 def _reset_potential(name: str, hard_reset: bool, refractory_steps: int, v_reset: np.ndarray) -> float | None:
     """Return the potential to which a membrane is set after a spike, and while it is refractory."""
-    same = np.unique(v_reset).size == 1
+    is_common = np.unique(v_reset).size == 1
     if not hard_reset and not refractory_steps:
         return None
-    if not hard_reset and not same:
+    if not hard_reset and not is_common:
         raise ValueError(f"v_reset of '{name}' must be the same for all neurons, because they have a refractory period")
-    return float(np.ravel(v_reset)[0]) if same else 0.0
+    return float(np.ravel(v_reset)[0]) if is_common else 0.0
 
 
 def _reset_scale(name: str, reset: str, beta_mem: np.ndarray) -> float:
@@ -204,7 +205,7 @@ def _reset_scale(name: str, reset: str, beta_mem: np.ndarray) -> float:
 
 
 def _shape(name: str, node: Any, field: str, shape: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Return the shape of one row: that of the node or, for a node with one constant for all, that of its input."""
+    """Return the shape of one row: that of the field or, if the field has one entry, that of the input."""
     own = np.shape(getattr(node, field))
     if math.prod(own) > 1 or (own and shape is None):
         return own
@@ -228,26 +229,26 @@ def _per_neuron(
     """Return every field as a tensor ``[D]``, and the dimension of the neurons: None for the last one.
 
     Raises:
-        ValueError: the neurons of a channel differ.
+        ValueError: a field differs within a channel.
     """
-    found: dict[str, Tensor | None] = {}
+    tensors: dict[str, Tensor | None] = {}
     for field, value in fields.items():
         if value is None:
-            found[field] = None
+            tensors[field] = None
             continue
-        rows = (
+        channels = (
             _broadcast(name, value, shape).reshape(shape[0], -1)
             if len(shape) > 1
             else _broadcast(name, value, shape)[:, None]
         )
-        if not (rows == rows[:, :1]).all():
+        if not (channels == channels[:, :1]).all():
             raise ValueError(
-                f"{field} of '{name}' must be the same at all places of a channel, one for each of {shape[0]}"
+                f"{field} of '{name}' must be the same at all positions of a channel, one for each of {shape[0]} channels"
             )
-        found[field] = torch.from_numpy(rows[:, 0].copy())
-    return found, -len(shape) if len(shape) > 1 else None
+        tensors[field] = torch.from_numpy(channels[:, 0].copy())
+    return tensors, -len(shape) if len(shape) > 1 else None
 
 
 def _decay(beta: Any) -> float | Tensor:
-    """Return one decay for all neurons where they share it."""
+    """Return the decays, as one number if they are equal."""
     return float(beta[0]) if beta.unique().numel() == 1 else beta

@@ -1,4 +1,4 @@
-"""The parameters of our neurons in the metadata of a node, from which they are restored to the bit."""
+"""The parameters of our neurons in the metadata of a node, from which the neurons are restored bit for bit."""
 
 import logging
 from typing import Any
@@ -15,17 +15,17 @@ from nord_snn.ops import SURROGATES, Dynamics
 from nord_snn.ops.checks import compute_dtype
 from nord_snn.ops.lif.reference import PUBLISHED
 
-__all__ = ["array_of", "computed", "parameters_of", "restored"]
+__all__ = ["array_of", "neurons_from_constants", "neurons_from_metadata", "parameters_of"]
 
 log = logging.getLogger("nord_snn")
 
 
 def parameters_of(node: AssociativeLIFNode) -> dict[str, Any]:
-    """Return what NIR nodes cannot express, and the parameters; the importer needs them to restore the layer."""
-    holds = node.refractory_steps > 0 or node.dynamics.hard_reset
+    """Return the metadata from which the importer restores the node: its parameters and what NIR nodes cannot express."""
+    resets_to_value = node.refractory_steps > 0 or node.dynamics.hard_reset
     metadata: dict[str, Any] = {
         "part": "AssociativeLIFNode",
-        "reset": "value" if holds else "subtract",
+        "reset": "value" if resets_to_value else "subtract",
         "refractory_steps": node.refractory_steps,
         "alpha": node.alpha,
         "threshold": array_of(node.v_threshold),
@@ -51,8 +51,8 @@ def parameters_of(node: AssociativeLIFNode) -> dict[str, Any]:
     return metadata
 
 
-def restored(name: str, metadata: dict[str, Any], dtype: torch.dtype) -> AssociativeLIFNode:
-    """Return the neurons with these parameters."""
+def neurons_from_metadata(name: str, metadata: dict[str, Any], dtype: torch.dtype) -> AssociativeLIFNode:
+    """Return the neurons whose parameters are in ``metadata``."""
     dynamics = Dynamics(**{field: _plain(metadata[field]) for field in Dynamics._fields if field in metadata})
     mem, syn = (metadata.get(f"{beta}_logit") for beta in ("beta_mem", "beta_syn"))
     weight = metadata.get("cascade_weight")
@@ -89,11 +89,13 @@ def restored(name: str, metadata: dict[str, Any], dtype: torch.dtype) -> Associa
     return node
 
 
-def computed(name: str, lif: Any, constants: tuple[Any, Any, Any], dt: float, dtype: torch.dtype) -> AssociativeLIFNode:
-    """Return the published neurons of a graph of an earlier release, which has no parameters in its metadata.
+def neurons_from_constants(
+    name: str, lif: Any, constants: tuple[Any, Any, Any], dt: float, dtype: torch.dtype
+) -> AssociativeLIFNode:
+    """Return the neurons of a graph that an earlier release of nord-snn exported, without parameters in its metadata.
 
     Args:
-        name: of the node, for messages.
+        name: name of the node, for messages.
         lif: the node.
         constants: ``tau_mem``, ``tau_syn`` and ``w_in``.
         dt: length of a time step in seconds.
@@ -102,7 +104,7 @@ def computed(name: str, lif: Any, constants: tuple[Any, Any, Any], dt: float, dt
     tau_mem, tau_syn, w_in = constants
     metadata = metadata_of(lif)
     beta_mem, beta_syn = (_decay(name, tau, kind, dt) for tau, kind in ((tau_mem, "tau_mem"), (tau_syn, "tau_syn")))
-    # Increase of the membrane potential per unit of input; in our neurons it is scaled by 1 - beta_mem.
+    # Increase of NIR's membrane potential per unit of input and per 1 - beta_mem; ours has 1.
     gain = np.asarray(w_in) * (1 - beta_syn) * lif.r
     if not (gain > 0).all() or not np.isfinite(lif.v_threshold).all() or np.ndim(lif.v_threshold) != 1:
         raise ValueError(f"'{name}' must have positive r and w_in, and a finite v_threshold with one dimension")
@@ -149,7 +151,7 @@ def _surrogate(name: str, metadata: dict[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return a number or text of the metadata as Python has it."""
+    """Return a number or text of the metadata as a Python object."""
     return value.item() if isinstance(value, np.generic) else value
 
 

@@ -1,4 +1,4 @@
-"""Recurrent layers of a NIR graph: neurons, and one map of their spikes of the last time step."""
+"""Recurrent layers of a NIR graph: neurons, and one map from their spikes of the last time step to their input."""
 
 from typing import Any, NamedTuple
 
@@ -15,10 +15,10 @@ NEURONS = (nir.IF, nir.LIF, nir.CubaLIF)
 
 
 class AddFeedback(nn.Module):
-    """Add a map of the last spikes to the input current: ``x[t] + feedback(s[t-1])``, with ``s = 0`` before the first step.
+    """Add a map of the last spikes to the input current: ``x[t] + feedback(s[t-1])``, with no spikes before t = 0.
 
     Args:
-        feedback: the map, on one time step.
+        feedback: the map, from spikes ``[N, *]`` of one time step to current ``[N, *]``.
     """
 
     def __init__(self, feedback: nn.Module) -> None:
@@ -31,19 +31,24 @@ class AddFeedback(nn.Module):
 
 
 def recurrent_layer(neurons: nn.Module, feedback: nn.Module) -> layer.ElementWiseRecurrentContainer:
-    """Return SpikingJelly's container of neurons in step mode ``"s"``, whose input is the current and the feedback."""
+    """Return SpikingJelly's container that runs neurons in step mode ``"s"`` on the sum of current and feedback."""
     return layer.ElementWiseRecurrentContainer(neurons, AddFeedback(feedback), step_mode="m")
 
 
 class Loop(NamedTuple):
-    """The map from the spikes of a node back to its input; ``node`` is None for the spikes themselves."""
+    """The map from the spikes of neurons to their input.
+
+    Attributes:
+        name: name of the node of the map, or of the neurons.
+        node: the node of the map; None for the identity.
+    """
 
     name: str
     node: Any
 
 
-def fold_loops(scheduled: list[ScheduledNode], last: ScheduledNode) -> tuple[list[ScheduledNode], dict[str, Loop]]:
-    """Return the schedule without the maps that lead from neurons back to them, and these maps by the name of the neurons.
+def fold_loops(scheduled: list[ScheduledNode], output: ScheduledNode) -> tuple[list[ScheduledNode], dict[str, Loop]]:
+    """Return the schedule without maps from neurons' spikes to their input, and these maps by the name of the neurons.
 
     Raises:
         ValueError: the graph has another loop.
@@ -53,19 +58,20 @@ def fold_loops(scheduled: list[ScheduledNode], last: ScheduledNode) -> tuple[lis
     for item in scheduled:
         if not item.delayed:
             continue
-        back = nodes[item.delayed[0]]
-        readers = [other.name for other in (*scheduled, last) if back.name in (*other.sources, *other.delayed)]
-        is_own = back.name == item.name
-        is_map = back.sources == (item.name,) and not back.delayed and readers == [item.name] and _is_linear(back.node)
-        if len(item.delayed) > 1 or not _are_neurons(item.node) or not (is_own or is_map):
+        source = nodes[item.delayed[0]]
+        targets = [other.name for other in (*scheduled, output) if source.name in (*other.sources, *other.delayed)]
+        is_identity = source.name == item.name
+        is_map = (
+            source.sources == (item.name,) and not source.delayed and targets == [item.name] and _is_linear(source.node)
+        )
+        if len(item.delayed) > 1 or not _are_neurons(item.node) or not (is_identity or is_map):
             raise ValueError(
                 "a loop of the graph must be a cascade, or neurons and one linear map of their spikes, but "
-                f"'{back.name}' leads back to '{item.name}'"
+                f"'{source.name}' leads back to '{item.name}'"
             )
-        loops[item.name] = Loop(back.name, None if is_own else back.node)
+        loops[item.name] = Loop(source.name, None if is_identity else source.node)
     maps = {loop.name for loop in loops.values() if loop.node is not None}
-    kept = [item._replace(delayed=()) for item in scheduled if item.name not in maps]
-    return kept, loops
+    return [item._replace(delayed=()) for item in scheduled if item.name not in maps], loops
 
 
 def _are_neurons(node: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Simulate NIR graphs: the nodes' equations by forward Euler."""
+"""Simulate NIR graphs by forward Euler."""
 
 from functools import reduce
 from operator import add
@@ -20,16 +20,16 @@ __all__ = ["simulate"]
 def simulate(graph: nir.NIRGraph, x_seq: Tensor, dt: float | None = None, *, reset: str | None = None) -> Tensor:
     r"""Run a NIR graph by NIR's equations, as any other reader of the graph does.
 
-    Every node follows NIR's equations by forward Euler, ``v += dt / tau * (v_leak - v + r * I)``, and fires above its
-    threshold; back edges are delayed by one time step. Neurons that are reset to a value start there, others and integrators at
-    ``v_leak``. The simulator is meant for checking exports; it is slow.
+    NIR's equations are discretised by forward Euler, ``v += dt / tau * (v_leak - v + r * I)``, and neurons fire above their
+    threshold. Edges that close a loop are delayed by one time step. Neurons with a reset to ``v_reset`` start at ``v_reset``,
+    others and integrators at ``v_leak``. The simulator is meant for checking exports; it is slow.
 
     Args:
-        graph: the graph, of ``Linear``, ``Affine``, ``Scale``, ``CubaLIF``, ``CubaLI``, ``LIF``, ``LI``, ``IF``, ``I``, those
-            with a refractory period of our extension, ``Threshold``, ``Conv1d``, ``Conv2d``, ``AvgPool2d``, ``SumPool2d``,
+        graph: a graph of ``Linear``, ``Affine``, ``Scale``, ``CubaLIF``, ``CubaLI``, ``LIF``, ``LI``, ``IF``, ``I``, the nodes of
+            our extension (with a refractory period), ``Threshold``, ``Conv1d``, ``Conv2d``, ``AvgPool2d``, ``SumPool2d``,
             ``Flatten`` and graphs of these.
         x_seq: input, ``[T, N, *]``.
-        dt: length of a time step in seconds; None: that of the graph's metadata, as our exports have it, else 1e-4.
+        dt: length of a time step in seconds; None: that in the graph's metadata, which our exports have, else 1e-4.
         reset: ``"value"`` sets the potential to ``v_reset``, as in NIR's equations; ``"subtract"`` subtracts the threshold;
             None uses the reset in each node's metadata, or ``"value"`` if there is none.
 
@@ -37,8 +37,8 @@ def simulate(graph: nir.NIRGraph, x_seq: Tensor, dt: float | None = None, *, res
         Output of every time step, ``[T, N, *]``, on the CPU in float32, or float64 for float64 input.
 
     Raises:
-        ValueError: a node is of another class, the graph cannot run, ``dt`` is not that of the graph, or ``reset`` is not one
-            of the three.
+        ValueError: a node is of another class, the graph has no path from one input to one output, ``dt`` is not that of the
+            graph, or ``reset`` is another value.
 
     Source: NIR (Pedersen et al. 2024).
 
@@ -54,7 +54,7 @@ def simulate(graph: nir.NIRGraph, x_seq: Tensor, dt: float | None = None, *, res
     scheduled, output = schedule(graph)
     x_seq = x_seq.to("cpu", compute_dtype(x_seq))
     modules = {item.name: _build_module(item.name, item.node, dt, reset).to(x_seq.dtype) for item in scheduled}
-    # Before the first time step there are no spikes, but a recurrent map still adds its bias.
+    # In the first time step recurrent maps receive no spikes, but add their bias.
     no_spikes = {
         item.name: x_seq.new_zeros(item.node.weight.shape[1]) for item in scheduled if isinstance(item.node, nir.Affine)
     }
@@ -63,11 +63,11 @@ def simulate(graph: nir.NIRGraph, x_seq: Tensor, dt: float | None = None, *, res
     for x in x_seq:
         current: dict[str, Tensor] = {}
         for item in scheduled:
-            parts = [current[name] for name in item.sources]
-            parts += [previous[name] for name in item.delayed if name in previous]
+            inputs = [current[name] for name in item.sources]
+            inputs += [previous[name] for name in item.delayed if name in previous]
             if not previous:
-                parts += [modules[name](no_spikes[name]) for name in item.delayed if name in no_spikes]
-            current[item.name] = modules[item.name](reduce(add, parts) if parts else x)
+                inputs += [modules[name](no_spikes[name]) for name in item.delayed if name in no_spikes]
+            current[item.name] = modules[item.name](reduce(add, inputs) if inputs else x)
         outputs.append(reduce(add, (current[name] for name in output.sources)))
         previous = current
     return torch.stack(outputs)
@@ -80,12 +80,14 @@ def _build_module(name: str, node: nir.NIRNode, dt: float, reset: str | None) ->
         return nn.Identity()
     module = stateless_module(node)
     if module is None:
-        raise ValueError(f"cannot simulate '{name}', a {type(node).__name__}")
+        raise ValueError(
+            f"cannot simulate '{name}', a {type(node).__name__}: simulate() lists the nodes that it supports"
+        )
     return module
 
 
 class _Integrator(nn.Module):
-    """Integrate with or without a synapse, leak and threshold. An instance starts from rest and serves one run."""
+    """Run one sequence of neurons or integrators from rest, with or without synaptic current, leak and threshold."""
 
     leak: Tensor
     gain: Tensor
@@ -97,11 +99,11 @@ class _Integrator(nn.Module):
 
     def __init__(self, node: Any, dt: float, reset: str | None) -> None:
         super().__init__()
-        self.cuba, self.fires = hasattr(node, "tau_syn"), hasattr(node, "v_threshold")
-        tau = getattr(node, "tau_mem" if self.cuba else "tau", None)
+        self.has_synapse, self.fires = hasattr(node, "tau_syn"), hasattr(node, "v_threshold")
+        tau = getattr(node, "tau_mem" if self.has_synapse else "tau", None)
         leak = 0.0 if tau is None else dt / tau
         self._register(leak=leak, gain=(dt if tau is None else leak) * node.r, v_leak=getattr(node, "v_leak", 0.0))
-        if self.cuba:
+        if self.has_synapse:
             self._register(leak_syn=dt / node.tau_syn, gain_syn=dt / node.tau_syn * node.w_in)
         if self.fires:
             self._register(v_threshold=node.v_threshold, v_reset=node.v_reset)
@@ -123,7 +125,7 @@ class _Integrator(nn.Module):
             self.register_buffer(name, torch.from_numpy(np.array(value, dtype=np.float64)))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.cuba:
+        if self.has_synapse:
             self.i = x = self.i - self.leak_syn * self.i + self.gain_syn * x
         v = self.v + self.leak * (self.v_leak - self.v) + self.gain * x
         if not self.fires:

@@ -41,7 +41,7 @@ class Threshold(nn.Module):
 
 
 class SumPool(nn.Module):
-    """Sum over windows."""
+    """Sum over windows: the mean of ``mean`` times ``size``, the number of entries of a window."""
 
     def __init__(self, mean: nn.AvgPool2d, size: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def stateless_module(node: nir.NIRNode) -> nn.Module | None:
 
 
 def known_shape(types: dict[str, Any] | None) -> tuple[int, ...] | None:
-    """Return the shape in the input or output type of a node, or None if it has none."""
+    """Return the shape in the input or output type of a node, or None if there is no shape."""
     shape = next(iter((types or {}).values()), None)
     return None if shape is None else tuple(int(size) for size in np.atleast_1d(shape))
 
@@ -70,7 +70,7 @@ def output_shape(node: Any, module: nn.Module, shape: tuple[int, ...] | None) ->
     Args:
         node: a node without state.
         module: its module.
-        shape: shape of one row of its input; dimensions before those that the node uses are no part of the result.
+        shape: shape of one row of its input. Leading dimensions that a convolution or pooling does not use are ignored.
     """
     if isinstance(node, nir.Linear | nir.Affine):
         return (int(node.weight.shape[0]),)
@@ -113,7 +113,7 @@ def _conv(kind: Callable[..., nn.Module]) -> Callable[[Any], nn.Module]:
 
 
 def _flatten(node: nir.Flatten) -> nn.Module:
-    """Return a Flatten; NIR counts dimensions without the batch."""
+    """Return a Flatten; NIR's dimensions do not include the batch."""
     start, end = (int(d) + 1 if d >= 0 else int(d) for d in (node.start_dim, node.end_dim))
     return nn.Flatten(start, end)
 
@@ -158,19 +158,19 @@ def _array(x: Tensor) -> np.ndarray:
     return x.detach().to("cpu", compute_dtype(x)).numpy().copy()
 
 
-def _from_conv(kind: Callable[..., nir.NIRNode], n_places: int) -> Callable[[Any, Tensor], nir.NIRNode]:
+def _from_conv(kind: Callable[..., nir.NIRNode], n_spatial: int) -> Callable[[Any, Tensor], nir.NIRNode]:
     def build(module: Any, x: Tensor) -> nir.NIRNode:
         if module.padding_mode != "zeros":
             raise ValueError(f"cannot export {type(module).__name__}: NIR pads with zeros, got {module.padding_mode!r}")
         bias = module.weight.new_zeros(len(module.weight)) if module.bias is None else module.bias
         options = {
-            name: value if isinstance(value, str) or n_places > 1 else value[0]
+            name: value if isinstance(value, str) or n_spatial > 1 else value[0]
             for name in ("stride", "padding", "dilation")
             for value in (getattr(module, name),)
         }
-        places = tuple(x.shape[-n_places:])
+        spatial = tuple(x.shape[-n_spatial:])
         return kind(
-            input_shape=places if n_places > 1 else places[0],
+            input_shape=spatial if n_spatial > 1 else spatial[0],
             weight=_array(module.weight),
             bias=_array(bias),
             groups=module.groups,
@@ -198,12 +198,12 @@ def _from_sum(module: SumPool, x: Tensor) -> nir.NIRNode:
 
 
 def _from_flatten(module: Any, x: Tensor) -> nir.NIRNode:
-    """Return a Flatten; NIR counts dimensions in one row, torch with the batch before it."""
-    rows = 2 if getattr(module, "step_mode", "s") == "m" else 1
+    """Return a Flatten; NIR's dimensions are those of one row, torch's include the batch."""
+    first = 2 if getattr(module, "step_mode", "s") == "m" else 1  # dimension of the input after time and batch
     start, end = (dim - 1 if dim >= 0 else dim for dim in (module.start_dim, module.end_dim))
     if start == -1 and module.start_dim == 0:
-        raise ValueError("cannot export Flatten: start_dim must be 1 or more, as NIR knows no batch, got 0")
-    return nir.Flatten(input_type={"input": np.array(x.shape[rows:])}, start_dim=start, end_dim=end)
+        raise ValueError("cannot export Flatten: start_dim must be 1 or more, as NIR has no batch dimension, got 0")
+    return nir.Flatten(input_type={"input": np.array(x.shape[first:])}, start_dim=start, end_dim=end)
 
 
 def _pair(value: Any) -> tuple[int, int]:

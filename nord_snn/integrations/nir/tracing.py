@@ -32,18 +32,18 @@ def trace(
         table: class of a module -> function that returns its node.
         identity_modules: classes of modules that are the identity.
         features: shape of one row of the input.
-        out_features: shape of one row of the output, for nodes that do not know theirs.
+        out_features: shape of one row of the output, for nodes without an output shape.
 
     Raises:
         ValueError: the forward contains another operation, which the message names.
     """
-    whole = nn.Sequential(net) if isinstance(net, (*table, *identity_modules)) else net
+    root = nn.Sequential(net) if isinstance(net, (*table, *identity_modules)) else net
     tracer = _Tracer((*table, *identity_modules))
     try:
-        calls = tracer.trace(whole)
+        calls = tracer.trace(root)
     except Exception as error:  # a forward may raise anything on a proxy
         raise ValueError(f"cannot trace the forward of {type(net).__name__}: {error}") from error
-    return _GraphBuilder(whole, table, identity_modules, features, out_features).graph(calls)
+    return _GraphBuilder(root, table, identity_modules, features, out_features).graph(calls)
 
 
 class _Tracer(fx.Tracer):
@@ -72,7 +72,7 @@ class _GraphBuilder:
         self.features, self.out_features = features, out_features
         self.nodes: dict[str, nir.NIRNode] = {}
         self.edges: list[tuple[str, str]] = []
-        self.sources: dict[fx.Node, list[str]] = {}  # the nodes whose outputs are summed in a value
+        self.sources: dict[fx.Node, list[str]] = {}  # a value of the forward -> the nodes whose outputs are added in it
         self.called: set[nn.Module] = set()
 
     def graph(self, calls: fx.Graph) -> nir.NIRGraph:
@@ -132,12 +132,12 @@ class _GraphBuilder:
     def connect(self, sources: list[str], target: str) -> None:
         if len(set(sources)) < len(sources):
             raise ValueError(
-                f"'{target}' must not receive the same value twice, as a graph has one edge only: scale a weight instead"
+                f"'{target}' must not receive the same value twice, as a graph has one edge between two nodes: scale a weight"
             )
         self.edges += [(source, target) for source in sources]
 
     def output(self, call: fx.Node) -> None:
-        """Add the output node, and a node that sums several sources: readers accept an output with one edge only."""
+        """Add the output node, and before it a node that adds several sources: readers accept one edge to an output."""
         if not isinstance(call.args[0], fx.Node):
             raise ValueError("the forward must return one value, as a graph has one output")  # noqa: TRY004
         sources = self.sources_of(call.args[0], "output")
@@ -156,8 +156,8 @@ class _GraphBuilder:
 
     def width(self, sources: list[str]) -> np.ndarray:
         """Return the output shape of these nodes."""
-        known = next(source for source in sources if source != self.entry)
-        (width,) = (self.nodes[known].output_type or {"output": None}).values()
+        name = next(source for source in sources if source != self.entry)
+        (width,) = (self.nodes[name].output_type or {"output": None}).values()
         return np.array(self.out_features if width is None else width)
 
     def check_clamp(self, name: str, sources: list[str]) -> None:
@@ -169,15 +169,15 @@ class _GraphBuilder:
             )
 
     def prune(self) -> None:
-        """Remove nodes and edges that do not reach the output."""
-        wanted = {name for name, node in self.nodes.items() if isinstance(node, nir.Output)}
+        """Remove nodes and edges from which no path leads to the output."""
+        used = {name for name, node in self.nodes.items() if isinstance(node, nir.Output)}
         for source, target in reversed(self.edges):
-            if target in wanted:
-                wanted.add(source)
-        self.nodes = {name: node for name, node in self.nodes.items() if name in wanted or name == self.entry}
-        self.edges = [edge for edge in self.edges if edge[1] in wanted]
-        # Dimensions between rows and features count as rows: take the input shape from the first consumer.
-        consumers = [self.nodes[target].input_type for source, target in self.edges if source == self.entry]
-        known = next((shape for shapes in consumers for shape in (shapes or {}).values() if shape is not None), None)
-        if known is not None:
-            self.nodes[self.entry] = nir.Input(input_type=np.array(known))
+            if target in used:
+                used.add(source)
+        self.nodes = {name: node for name, node in self.nodes.items() if name in used or name == self.entry}
+        self.edges = [edge for edge in self.edges if edge[1] in used]
+        # The input shape is that of the first node with a known one: leading dimensions that it does not use count as rows.
+        types = [self.nodes[target].input_type for source, target in self.edges if source == self.entry]
+        shape = next((shape for type_ in types for shape in (type_ or {}).values() if shape is not None), None)
+        if shape is not None:
+            self.nodes[self.entry] = nir.Input(input_type=np.array(shape))

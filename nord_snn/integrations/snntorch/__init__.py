@@ -1,4 +1,4 @@
-"""snnTorch: the associative LIF with snnTorch's signatures, and snnTorch's neurons in Nord layers."""
+"""snnTorch: our neurons with snnTorch's signatures, and snnTorch's neurons in our layers."""
 
 from nord_snn.integrations.snntorch.leaky import AssociativeLeaky
 from nord_snn.integrations.snntorch.multi_step import MultiStep

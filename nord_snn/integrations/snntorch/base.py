@@ -1,4 +1,4 @@
-"""What our neurons with snnTorch's signatures share: the node, the stored state, the rule for what callers do not pass."""
+"""OneStepNeuron: the stored states of a node that is called with snnTorch's signatures."""
 
 import itertools
 from typing import Any
@@ -17,10 +17,12 @@ from nord_snn.ops.checks import as_number, check_flags, check_tensor, describe
 __all__ = ["NO_PARTS", "STORED", "OneStepNeuron", "StrictNode", "check_initial", "strict_node"]
 
 #: Attributes of :class:`OneStepNeuron` that a call changes.
-STORED = ("_syn", "_mem", "_refractory", "_fresh", "_call")
+STORED = ("_syn", "_mem", "_refractory", "_assigned", "_call")
 
 _calls = itertools.count(1)
+#: Attribute of a returned ``mem``: the number of the call that computed it.
 _CALL = "_nord_snn_call"
+#: Synaptic current and refractory counter of a node that has neither.
 NO_PARTS: Any = (None, None)
 
 
@@ -28,7 +30,7 @@ class StrictNode(AssociativeLIFNode):
     """Fire only above the threshold, not at it, as snnTorch's neurons do.
 
     Attributes:
-        resets_outside: whether the membrane is reset between the calls of the node, and not by its dynamics.
+        resets_outside: whether ``AssociativeLeaky`` resets the membrane between the calls of the node, not the node itself.
     """
 
     strict = True
@@ -46,7 +48,7 @@ class LazyStrictNode(LazyAssociativeLIFNode, StrictNode):
 
 
 def strict_node(n_features: int | None, *arguments: Any, **more: Any) -> StrictNode:
-    """Make a :class:`StrictNode`, a lazy one where the width is not given."""
+    """Return a :class:`StrictNode`, or a lazy one if ``n_features`` is None."""
     if n_features is not None and not isinstance(n_features, int):
         raise TypeError(
             f"n_features must be a whole number or None, got {describe(n_features)}: pass beta by name, beta=0.9"
@@ -70,15 +72,16 @@ def check_initial(spike_grad: Any, flags: dict[str, Any], **constants: Any) -> N
 class OneStepNeuron(nn.Module):
     """Mixin: run ``self.node`` for one time step and store its state, as snnTorch's neurons do.
 
-    Callers pass ``mem``, and ``syn`` where the signature is that of ``Synaptic``. The other parts of the state are stored. They
-    belong to the last call, and stay for every ``mem`` that is passed next in the same shape, unless all that is passed is zero.
+    Callers pass ``mem``, and ``syn`` if the signature is that of ``Synaptic``. The other parts of the state (refractory counters,
+    and otherwise the synaptic current) are stored after each call and used in the next one with a ``mem`` of the same shape. If
+    all states that are passed are zero, these parts are 0, too.
     """
 
     node: AssociativeLIFNode
     init_hidden: bool
     output: bool
     runs_single_steps = True
-    #: Whether callers do not pass the synaptic current.
+    #: Whether the synaptic current is stored, because callers do not pass it.
     stores_current = False
 
     def _start_at_rest(self) -> None:
@@ -87,7 +90,7 @@ class OneStepNeuron(nn.Module):
         self._syn: Tensor
         self._mem: Tensor
         self._refractory: Tensor
-        self._fresh = True  # the states were reset or assigned, and not computed here
+        self._assigned = True  # whether the states were assigned, also by a reset, and not computed by a call
         self._call = 0
 
     @property
@@ -110,22 +113,22 @@ class OneStepNeuron(nn.Module):
         self._assign_mem(value)
 
     def _assign_mem(self, value: Tensor) -> None:
-        """Assign ``mem``. TorchDynamo does not run setters of properties, so our methods call this one."""
+        """Assign ``mem``; methods call this one, because TorchDynamo does not run setters of properties."""
         self._mem = value
         if self.stores_current or self._syn.shape != value.shape:
             self._syn = torch.zeros_like(value)
         self._refractory = torch.zeros_like(value, dtype=torch.int32)
-        self._fresh = True
+        self._assigned = True
 
     def rest_like(self, x: Tensor) -> None:
         """Set the states to rest in the shape of ``x``."""
         self._syn = torch.zeros_like(x, requires_grad=False)
         self._assign_mem(torch.zeros_like(x, requires_grad=False))
 
-    def _own_is_rest(self, x: Tensor) -> bool:
+    def _rests_in_another_shape(self, x: Tensor) -> bool:
         """Return whether the stored states are those of a reset before a batch of another shape."""
         mem, syn = self._mem, self._syn
-        if not self._fresh or mem.shape == x.shape:
+        if not self._assigned or mem.shape == x.shape:
             return False
         if mem.is_meta:
             return True
@@ -145,25 +148,25 @@ class OneStepNeuron(nn.Module):
         return (self.stores_current and not self.node.is_membrane_only) or self.node.refractory_steps > 0
 
     def _step(self, x: Tensor, mem: Tensor | None, syn: Tensor | None = None) -> Tensor:
-        """Run one time step from the states that are passed, else from the stored ones; store the new ones."""
+        """Run one time step from the states that are passed, else from the stored states; store the new states."""
         if isinstance(self.node, LazyModuleMixin):
             initialize_lazy_module(self.node, x.unsqueeze(0) if self.node.step_mode == "m" else x)
         self.node.check_input(x, "s")
         if self.init_hidden and not (mem is None and syn is None):
             raise TypeError("with init_hidden=True the module stores the states: do not pass mem or syn")
         state = self._state(x, mem, syn)
-        if self._starts(mem):
+        if self._starts_sequence(mem):
             self.node.start_sequence()
         new_states: list[AssociativeLIFState] = []
-        multi = self.node.step_mode == "m"  # layers set it on all their modules
-        spk = self.node(x.unsqueeze(0) if multi else x, state=state, new_states=new_states)
+        is_sequence = self.node.step_mode == "m"  # layers set the step mode of all their modules
+        spk = self.node(x.unsqueeze(0) if is_sequence else x, state=state, new_states=new_states)
         self._store(new_states[0])
-        return spk.squeeze(0) if multi else spk
+        return spk.squeeze(0) if is_sequence else spk
 
-    def _starts(self, mem: Tensor | None) -> bool:
+    def _starts_sequence(self, mem: Tensor | None) -> bool:
         """Return whether a sequence starts: after a reset, or from zeros that the caller passes."""
         if mem is None or mem is self._mem:
-            return self._fresh
+            return self._assigned
         node = self.node
         if not (node.store_v_seq or (node.training and node.first_batches.batches_left)):
             return False
@@ -171,15 +174,15 @@ class OneStepNeuron(nn.Module):
 
     def _state(self, x: Tensor, mem: Tensor | None, syn: Tensor | None) -> AssociativeLIFState | None:
         """Return the state before the time step; None for rest."""
-        own = mem is None or (mem is self._mem and (syn is None or syn is self._syn))
-        if own and self._own_is_rest(x):
+        uses_stored = mem is None or (mem is self._mem and (syn is None or syn is self._syn))
+        if uses_stored and self._rests_in_another_shape(x):
             return None
         mem = self._mem if mem is None else mem
         if mem.shape != x.shape:
             raise ValueError(self._wrong_shape(x, mem))
         if self._membrane_only:
             return AssociativeLIFState(mem, *NO_PARTS)
-        syn, counter = (self._syn, self._refractory) if own else self._other_parts(x, mem, syn)
+        syn, counter = (self._syn, self._refractory) if uses_stored else self._other_parts(x, mem, syn)
         if syn.shape != x.shape:
             raise ValueError(self._wrong_shape(x, syn))
         return AssociativeLIFState(mem, syn, counter)
@@ -188,7 +191,7 @@ class OneStepNeuron(nn.Module):
         """Return synaptic current and refractory counter for states that the caller passes.
 
         Raises:
-            ValueError: ``mem`` is that of an earlier call, for which the other parts are no longer stored.
+            ValueError: ``mem`` is that of an earlier call, whose other parts are no longer stored.
         """
         current, counter = self._syn if syn is None else syn, self._refractory
         if counter.shape != x.shape:
@@ -209,15 +212,15 @@ class OneStepNeuron(nn.Module):
     def _store(self, state: AssociativeLIFState) -> None:
         compiling = torch.compiler.is_compiling()
 
-        def kept(x: Tensor) -> Tensor:
-            # snnTorch detaches states in place, which raises for views; views do not outlive compiled code.
+        def without_view(x: Tensor) -> Tensor:
+            # snnTorch detaches states in place, which raises an error for views. Compiled code returns no views.
             return x.clone() if not compiling and is_view(x) else x
 
-        self._mem = kept(state.v)
+        self._mem = without_view(state.v)
         if not self._membrane_only:
-            self._syn, self._refractory = kept(state.i_syn), state.refractory
-        if self._fresh:
-            self._fresh = False
+            self._syn, self._refractory = without_view(state.i_syn), state.refractory
+        if self._assigned:
+            self._assigned = False
         if self._has_hidden_parts and not compiling:
             self._call = next(_calls)
             setattr(self._mem, _CALL, self._call)

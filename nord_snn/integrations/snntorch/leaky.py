@@ -15,16 +15,16 @@ from nord_snn.ops.surrogate import SurrogateLike
 __all__ = ["AssociativeLeaky", "CalledAsLeaky"]
 
 _RESETS = ("subtract", "zero", "none")
-#: Values of snnTorch's arguments that change nothing; others are not supported.
-_NEUTRAL: dict[str, Any] = {
+#: Arguments of snnTorch's ``Leaky`` that are supported with their default values only.
+_DEFAULTS_ONLY: dict[str, Any] = {
     "surrogate_disable": False, "inhibition": False, "state_quant": False, "graded_spikes_factor": 1.0,
     "learn_graded_spikes_factor": False, "reset_delay": True,
 }  # fmt: skip
-_OF_THE_NODE = {"channel_dim", "own_decays", "alpha", "backend"}
+_NODE_ARGUMENTS = {"channel_dim", "own_decays", "alpha", "backend"}
 
 
 class CalledAsLeaky(OneStepNeuron, LeakyWithOwnState):
-    """Neurons that are called and reset as ``snntorch.Leaky`` or ``Lapicque``. Their synaptic current, too, is stored.
+    """Neurons that are called and reset as ``snntorch.Leaky`` or ``Lapicque``. Their synaptic current is stored as well.
 
     Args:
         node: the neurons.
@@ -60,7 +60,7 @@ class CalledAsLeaky(OneStepNeuron, LeakyWithOwnState):
 
 
 class AssociativeLeaky(CalledAsLeaky):
-    """LIF neurons that take the place of ``snntorch.Leaky``: one time step per call, the same spikes to rounding.
+    """LIF neurons that are called as ``snntorch.Leaky``, one time step per call, and give the same spikes up to rounding.
 
     Per time step, with the reset by the membrane potential of the time step before, as in ``Leaky``::
 
@@ -70,17 +70,17 @@ class AssociativeLeaky(CalledAsLeaky):
                  beta * mem[t-1] + x[t]                        "none"
         spk[t] = 1 where mem[t] > threshold else 0
 
-    There is no refractory period, synaptic current or cascade: ``mem`` is the whole state, so sequences may take turns and
-    ``mem`` may be changed in any way between calls. :class:`AssociativeSynaptic` has the other parts. A call without ``mem``
-    goes on from the stored one.
+    There is no refractory period, synaptic current or cascade (:class:`AssociativeSynaptic` has them): ``mem`` is the whole
+    state, so calls of several sequences may alternate and ``mem`` may be changed in any way between calls. A call without
+    ``mem`` continues from the stored one.
 
     There are three differences from ``Leaky``. Every neuron has its own threshold. The decay is stored as a logit, so that a
-    learned one stays in (0, 1). A new batch shape needs :meth:`reset_mem`, :meth:`init_leaky` or ``snntorch.utils.reset`` first,
-    or raises an error.
+    learned decay stays in (0, 1). A new batch shape raises an error unless :meth:`reset_mem`, :meth:`init_leaky` or
+    ``snntorch.utils.reset`` is called before.
 
     Args:
         n_features: D, the number of neurons. Default: None, found at the first call.
-        beta: initial membrane decay, in (0, 1): a number, or a tensor ``[D]``.
+        beta: initial membrane decay per time step, in (0, 1): a number, or a tensor ``[D]``.
         threshold: initial threshold, a number or a tensor ``[D]``.
         spike_grad: a surrogate of snnTorch or SpikingJelly, or a name from :data:`nord_snn.ops.SURROGATES`. Default: None,
             ``snntorch.surrogate.atan(alpha=2.0)``.
@@ -88,9 +88,9 @@ class AssociativeLeaky(CalledAsLeaky):
         output: with ``init_hidden``, also return the state.
         learn_beta: make the decay learnable.
         learn_threshold: make the thresholds learnable.
-        reset_mechanism: "subtract", "zero" or "none".
+        reset_mechanism: "subtract", "zero" or "none", see the equations.
         more: ``channel_dim``, ``own_decays``, ``alpha`` (the sharpness of a named surrogate) and ``backend`` of
-            :class:`~nord_snn.neurons.AssociativeLIFNode`; other arguments of ``Leaky`` in their defaults.
+            :class:`~nord_snn.neurons.AssociativeLIFNode`; other arguments of ``Leaky`` with their default values only.
 
     Shapes: ``x [N, *, D]`` -> ``spk, mem``, each ``[N, *, D]``.
 
@@ -131,11 +131,11 @@ class AssociativeLeaky(CalledAsLeaky):
             "init_hidden": init_hidden, "output": output, "learn_beta": learn_beta, "learn_threshold": learn_threshold
         }  # fmt: skip
         check_initial(spike_grad, flags, beta=beta, threshold=threshold)
-        theirs = {name: more.pop(name) for name in sorted(_NEUTRAL.keys() & more.keys())}
-        changed = [f"{name}={value!r}" for name, value in theirs.items() if value != _NEUTRAL[name]]
-        changed += sorted(more.keys() - _OF_THE_NODE)
-        if changed:
-            raise TypeError(f"AssociativeLeaky does not support {', '.join(changed)}")
+        defaults = {name: more.pop(name) for name in sorted(_DEFAULTS_ONLY.keys() & more.keys())}
+        unsupported = [f"{name}={value!r}" for name, value in defaults.items() if value != _DEFAULTS_ONLY[name]]
+        unsupported += sorted(more.keys() - _NODE_ARGUMENTS)
+        if unsupported:
+            raise TypeError(f"AssociativeLeaky does not support {', '.join(unsupported)}")
         learned = {"beta_mem": learn_beta, "threshold": learn_threshold}
         node = strict_node(
             n_features,
@@ -167,11 +167,11 @@ class AssociativeLeaky(CalledAsLeaky):
         spiked = mem > self._of_channels(threshold, mem)
         if self._reset_mechanism == "zero":
             return mem.masked_fill(spiked, 0.0)
-        # The membrane decays between the reset and the input. The decay is that of the op, which casts before the sigmoid.
-        by = threshold.to(mem.dtype) / self.node.beta_mem_logit.to(mem.dtype).sigmoid()
-        return mem - spiked * self._of_channels(by, mem)
+        # The node multiplies mem by the decay afterwards. The decay is that of the op, which casts before the sigmoid.
+        decrement = threshold.to(mem.dtype) / self.node.beta_mem_logit.to(mem.dtype).sigmoid()
+        return mem - spiked * self._of_channels(decrement, mem)
 
     def _of_channels(self, parameter: Tensor, mem: Tensor) -> Tensor:
-        """Return ``[D]`` in a shape that broadcasts with ``mem``."""
-        after = -1 - self.node.neuron_dimension(mem.ndim)
-        return parameter.reshape(-1, *(1,) * after) if after else parameter
+        """Return a parameter ``[D]`` in a shape that broadcasts with ``mem``."""
+        n_dims_after = -1 - self.node.neuron_dimension(mem.ndim)
+        return parameter.reshape(-1, *(1,) * n_dims_after) if n_dims_after else parameter

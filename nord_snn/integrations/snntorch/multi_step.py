@@ -1,4 +1,4 @@
-"""Run snnTorch's neurons over whole sequences, as the neurons of a Nord layer."""
+"""Run snnTorch's neurons over whole sequences, as the neurons of a layer of nord-snn."""
 
 from typing import Any
 
@@ -13,17 +13,16 @@ __all__ = ["MultiStep"]
 
 
 class MultiStep(StatePrecisionMixin, nn.Module):
-    """Run a snnTorch neuron over a whole sequence from rest, as the ``neuron`` of a Nord layer.
+    """Run snnTorch's neurons over a whole sequence from rest, for the argument ``neuron`` of a layer of nord-snn.
 
     Args:
-        neuron: a snnTorch neuron that returns ``spk, ..., mem`` and starts from rest without states, or has
-            ``init_hidden=True``.
+        neuron: a neuron module of snnTorch.
 
     Attributes:
         store_v_seq: store the membrane potentials of the last call in ``v_seq``.
         v_seq: the stored membrane potentials, ``[T, N, *, D]``, or None.
 
-    Shapes: ``[T, N, *, D]`` -> spikes ``[T, N, *, D]``. The states of the neuron before the call are restored afterwards.
+    Shapes: ``[T, N, *, D]`` -> spikes ``[T, N, *, D]``. The states that ``neuron`` stores are restored after the call.
 
     Raises:
         TypeError: ``neuron`` is not a snnTorch neuron.
@@ -84,9 +83,8 @@ class MultiStep(StatePrecisionMixin, nn.Module):
                         f"{type(self.neuron).__name__} with init_hidden=True must have output=True if a layer reads v_seq"
                     )
                 membranes.append(parts[-1])
-            states = (
-                () if self.neuron.init_hidden else parts[-len(states) :]
-            )  # recurrent neurons also take their spikes
+            # Recurrent neurons also receive their last spikes.
+            states = () if self.neuron.init_hidden else parts[-len(states) :]
         self.v_seq = torch.stack(membranes) if self.store_v_seq else None
         return torch.stack(spikes)
 

@@ -46,7 +46,7 @@ class CalledAsSynaptic(OneStepNeuron, SynapticWithOwnState):
     @syn.setter
     def syn(self, value: Tensor) -> None:
         self._syn = value
-        self._fresh = True
+        self._assigned = True
 
     def reset_mem(self) -> tuple[Tensor, Tensor]:
         """Set the state to rest and return ``syn, mem``."""
@@ -61,9 +61,9 @@ class CalledAsSynaptic(OneStepNeuron, SynapticWithOwnState):
     def forward(
         self, input_: Tensor, syn: Tensor | None = None, mem: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Run one time step from ``syn`` and ``mem``, or from the stored states without them."""
+        """Run one time step from ``syn`` and ``mem``, or without them from the stored states."""
         if (syn is None) != (mem is None):
-            raise ValueError("pass both syn and mem, or neither to go on from the stored states")
+            raise ValueError("pass both syn and mem, or neither to continue from the stored states")
         spk = self._step(input_, mem, syn)
         return spk if self.init_hidden and not self.output else (spk, self._syn, self._mem)
 
@@ -73,23 +73,25 @@ class AssociativeSynaptic(CalledAsSynaptic):
 
     The equations are those of :func:`nord_snn.ops.associative_lif`, with two differences from
     :class:`~nord_snn.neurons.AssociativeLIFNode`. A neuron fires only above its threshold, not at it, as snnTorch's neurons do.
-    A call without states goes on from the stored ones.
+    A call without states continues from the stored ones.
 
-    Callers pass and receive ``mem`` and ``syn`` only: the refractory counters are stored in the module and belong to its last
-    call. They stay for every ``mem`` that is passed next in the same shape: the returned one, also changed in place, a copy, a
-    detached or a computed one. They are 0 after :meth:`reset_mem`, ``snntorch.utils.reset``, an assignment to ``mem``, and where
-    all states that are passed are zero. The ``mem`` of an earlier call raises an error; copies of it cannot be recognised, so
-    sequences that take turns need ``refractory_steps=0``, where there are no counters.
+    Callers pass and receive ``mem`` and ``syn`` only. The refractory counters are stored in the module after each call and used
+    in the next one for any ``mem`` of the same shape: the returned tensor, also changed in place, copied or detached, or a
+    computed tensor. They are 0 after :meth:`reset_mem`, ``snntorch.utils.reset`` and an assignment to ``mem``, and if all states
+    that are passed are zero. The ``mem`` of an earlier call raises an error. Copies of it cannot be recognised, so calls of
+    several sequences may alternate only with ``refractory_steps=0``.
 
     There are two differences from ``Synaptic``. The threshold is subtracted in the same time step (``mem`` is the membrane
-    potential after the reset). A new batch shape needs :meth:`reset_mem` or ``snntorch.utils.reset`` first, or raises an error.
+    potential after the reset). A new batch shape raises an error unless :meth:`reset_mem` or ``snntorch.utils.reset`` is called
+    before.
 
     Args:
         n_features: D, the number of neurons. None: found at the first call.
-        n_clusters: C of the cascade, a divisor of D; "auto" for the largest divisor up to 64; None switches it off. This and
-            the constants below are by default those of ``preset``: "nord" if ``n_features`` is given, else "lif".
-        alpha: initial synaptic decay, in (0, 1); ``beta_syn`` of the node.
-        beta: initial membrane decay, in (0, 1); ``beta_mem`` of the node.
+        n_clusters: C of the cascade, a divisor of D; "auto" for the largest divisor up to 64; None switches the cascade off.
+            This and ``alpha``, ``beta``, ``threshold`` and ``spike_grad`` are by default those of ``preset``: "nord" if
+            ``n_features`` is given, else "lif".
+        alpha: initial synaptic decay per time step, in (0, 1); ``beta_syn`` of the node.
+        beta: initial membrane decay per time step, in (0, 1); ``beta_mem`` of the node.
         threshold: initial threshold of every neuron.
         init_hidden: store the states in the module: ``spk = lif(x)``.
         output: with ``init_hidden``, also return the states.
@@ -134,7 +136,7 @@ class AssociativeSynaptic(CalledAsSynaptic):
     ) -> None:
         if unsupported := sorted(_UNSUPPORTED & more.keys()):
             raise TypeError(
-                f"AssociativeSynaptic does not support {', '.join(unsupported)}: it subtracts its threshold in the same time step"
+                f"AssociativeSynaptic does not support {', '.join(unsupported)} of snnTorch's neurons: leave them out"
             )
         flags = {
             "init_hidden": init_hidden, "output": output, "learn_alpha": learn_alpha, "learn_beta": learn_beta,

@@ -25,35 +25,36 @@ POSITIVE = (
     "t_fast",
     "top_k",
 )
-#: Building a block takes milliseconds, whatever its size, and a time step takes as long as another.
-MOST = {"num_hidden_layers": 1000, "t_fast": 65_536, "t_slow": 65_536}
-LARGEST = torch.finfo(torch.float32).max
+#: Upper limits, so that a damaged configuration raises an error instead of building blocks or running time steps for hours.
+UPPER_LIMITS = {"num_hidden_layers": 1000, "t_fast": 65_536, "t_slow": 65_536}
+FLOAT32_MAX = torch.finfo(torch.float32).max
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
 @strict
 class NordConfig(PreTrainedConfig):
-    """Configuration of :class:`NordForCausalLM`. The defaults are the published model of 144,334,525 parameters.
+    """Configuration of :class:`NordForCausalLM`. The defaults are the published Nord model of 144,334,525 parameters.
 
-    Fields that other configurations of transformers have too (``hidden_size`` and others) have the same names. Other fields:
+    Fields that most configurations of transformers have, such as ``hidden_size``, have the names and meanings of transformers.
+    Other fields:
 
     Args:
-        t_fast: fast time steps of the encoder.
-        t_slow: slow time steps of the encoder.
-        fast_scale: initial strength of the fast path.
-        slow_scale: initial strength of the slow path.
-        n_clusters: clusters of every neuron layer; must divide ``hidden_size`` and ``intermediate_size``; None for no cascade.
+        t_fast: number of fast time steps of the encoder.
+        t_slow: number of slow time steps of the encoder, which follow the fast ones.
+        fast_scale: initial factor of the input current in fast time steps.
+        slow_scale: initial factor of the input current in slow time steps.
+        n_clusters: clusters of every layer of neurons; must divide ``hidden_size`` and ``intermediate_size``; None: no cascade.
         cascade_radius: initial range of the cascades, in neighbouring clusters on each side.
         cascade_gain: initial gain of the cascades.
         threshold: initial threshold of every neuron.
-        beta_mem: initial membrane decay.
-        beta_syn: initial synaptic decay.
+        beta_mem: initial membrane decay per time step, in (0, 1).
+        beta_syn: initial synaptic decay per time step, in (0, 1).
         v_reset: membrane potential while refractory.
         refractory_steps: refractory period after a spike, in time steps.
-        surrogate: name of the surrogate derivative.
+        surrogate: name of the surrogate derivative, from :data:`nord_snn.ops.SURROGATES`.
         alpha: sharpness of the surrogate derivative.
-        resonance: False builds a control model without resonance, in which no position attends to another.
-        top_k: keys selected per query in the resonance.
+        resonance: False: a control model without resonance (attention), in which no position attends to another.
+        top_k: number of keys selected per query in the resonance.
         recency: whether scores decrease with distance; the published model has no position information.
         clamp_floor: initial floor of the leaky clamps of the published block; the spike-fed block has no clamps.
         block: ``"published"`` (or ``"nord"``, its earlier name), or ``"spike_fed"``, whose linear maps receive spikes only.
@@ -62,7 +63,7 @@ class NordConfig(PreTrainedConfig):
         backend: backend of the neurons, see ``nord_snn.ops.associative_lif``.
 
     Raises:
-        TypeError: a name is unknown.
+        TypeError: a keyword is not a field.
         ValueError: a value is out of its range, or widths, heads and clusters do not fit together.
     """
 
@@ -134,16 +135,16 @@ class NordConfig(PreTrainedConfig):
         for field in POSITIVE:
             if not 1 <= getattr(self, field) < 2**31:
                 raise ValueError(f"{field} must be at least 1 and less than 2^31, got {getattr(self, field)}")
-        for field, most in MOST.items():
-            if getattr(self, field) > most:
-                raise ValueError(f"{field} must be at most {most}, got {getattr(self, field)}")
+        for field, limit in UPPER_LIMITS.items():
+            if getattr(self, field) > limit:
+                raise ValueError(f"{field} must be at most {limit}, got {getattr(self, field)}")
         for field in ("t_slow", "cascade_radius", "refractory_steps"):
             if not 0 <= getattr(self, field) < 2**31:
                 raise ValueError(f"{field} must be at least 0 and less than 2^31, got {getattr(self, field)}")
         for field in NordConfig.__annotations__:
             value = getattr(self, field)
-            if isinstance(value, float) and not abs(value) <= LARGEST:
-                raise ValueError(f"{field} must be finite, in float32, got {value}")
+            if isinstance(value, float) and not abs(value) <= FLOAT32_MAX:
+                raise ValueError(f"{field} must be finite in float32, got {value}")
         if self.layer_norm_eps < 0:
             raise ValueError(f"layer_norm_eps must be at least 0, got {self.layer_norm_eps}")
         for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -166,10 +167,10 @@ class NordConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Return the configuration of a dictionary; keywords override its entries.
 
-        Other keywords are those of another loader, such as ``padding_side``, except a misspelt field.
+        Keywords that are not fields are ignored, because they may be those of a tokenizer (``padding_side``).
 
         Raises:
-            TypeError: an entry is unknown, or a keyword is almost the name of a field.
+            TypeError: an entry is not a field, or a keyword is almost the name of a field.
         """
         own = [field.name for field in fields(cls)]
         for name in kwargs.keys() - own:
@@ -179,11 +180,11 @@ class NordConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def _check_keywords(self, kwargs: dict[str, Any]) -> None:
-        """Check the keywords that are no fields; transformers would store any."""
-        own, of_generation = {field.name for field in fields(self)}, generation_defaults()
+        """Check the keywords that are not fields; transformers would store any keyword."""
+        own, generation = {field.name for field in fields(self)}, generation_defaults()
         for name, value in kwargs.items():
-            if name in of_generation:
-                if value is not None and value != of_generation[name]:
+            if name in generation:
+                if value is not None and value != generation[name]:
                     raise TypeError(
                         f"{name} is a parameter of generate(), got {value!r} in the configuration of the model"
                     )
@@ -191,7 +192,7 @@ class NordConfig(PreTrainedConfig):
                 raise TypeError(f"{type(self).__name__} has no field {name!r}{nearest(name, own)}")
 
     def _check_common_fields(self, kwargs: dict[str, Any]) -> None:
-        """Check what every configuration of transformers has, which this model mostly cannot use."""
+        """Check the fields of every configuration of transformers; this model supports few of their values."""
         expected: dict[str, tuple[Any, ...]] = {
             "is_encoder_decoder": (False,),
             "chunk_size_feed_forward": (0,),

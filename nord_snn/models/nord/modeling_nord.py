@@ -1,8 +1,8 @@
-"""NordForCausalLM: the Nord spiking language model, assembled from the parts of nord_snn.
+"""NordForCausalLM: the Nord spiking language model, assembled from the layers of nord_snn.
 
 ``embedding -> encoder -> input_lif -> blocks -> readout -> norm -> head``; with spike-fed blocks, whose residual stream is
-currents, ``embedding -> encoder -> blocks -> stream_norm -> readout -> norm -> head``. Each token position is a row of neurons
-that starts from rest in every forward pass. Only the resonance of the blocks combines positions.
+currents, ``embedding -> encoder -> blocks -> stream_norm -> readout -> norm -> head``. The neurons of each token position start
+from rest in every forward pass. Only the resonance of the blocks combines positions.
 """
 
 import os
@@ -36,7 +36,8 @@ from nord_snn.ops.checks import as_count
 __all__ = ["NordForCausalLM"]
 
 _NO_PACKING = "each row is one sequence, packing is not supported"
-#: Files saved with the weights, for ``trust_remote_code=True`` in a process that has not imported ``nord_snn.models.nord``.
+#: File saved with the weights -> the auto class and the class that it imports, for ``trust_remote_code=True`` in a process
+#: that has not imported ``nord_snn.models.nord``.
 REMOTE_CODE = {
     "configuration_nord": ("AutoConfig", "NordConfig"),
     "modeling_nord": ("AutoModelForCausalLM", "NordForCausalLM"),
@@ -57,7 +58,7 @@ NOT_OFFERED = {
 }
 
 
-#: Keywords of ``forward``, for a misspelt one.
+#: Keywords of ``forward``; the nearest is named in the error about a misspelt keyword.
 KEYWORDS = (
     "input_ids",
     "attention_mask",
@@ -95,7 +96,7 @@ class NordForCausalLM(CausalLM):
 
     def __init__(self, config: NordConfig) -> None:
         check_memory_of_device(config)
-        # transformers would take the top_k of the resonance as the default top_k of sampling in generate().
+        # transformers would use the top_k of the resonance as the default top_k of sampling in generate().
         top_k = config.__dict__.pop("top_k")
         try:
             super().__init__(config)
@@ -155,9 +156,9 @@ class NordForCausalLM(CausalLM):
         """Return the logits of every position, and the loss if labels are passed.
 
         Only the resonance combines positions, so with a cache of key spikes and values only the new tokens are computed. The
-        logits are the same as without a cache up to and including the token that follows a full window of
-        ``max_position_embeddings`` positions. After that the oldest positions are removed from the cache, and all blocks but
-        the first depend on earlier positions than without a cache.
+        logits equal those without a cache up to and including the token after a full window of ``max_position_embeddings``
+        positions. From then on the oldest positions are removed from the cache, and all blocks but the first depend on earlier
+        positions than without a cache.
 
         Args:
             input_ids: token ids ``[B, S]``, S at most ``max_position_embeddings``; with a cache, the new tokens only.
@@ -170,14 +171,15 @@ class NordForCausalLM(CausalLM):
                 a tensor of integers.
             cache: keys and values of earlier positions; those of the new positions are appended.
             inputs_embeds: embeddings ``[B, S, D]`` in place of ``input_ids``.
-            num_items_in_batch: divide the loss by this number instead of the number of labels, as ``Trainer`` does when it
-                accumulates gradients.
+            num_items_in_batch: the loss is the sum over labels divided by this number; transformers' ``Trainer`` passes it when
+                it accumulates gradients. None: the number of labels.
             others: keywords of other transformers models that this model does not support; they must be None or False.
 
         Raises:
             TypeError: a keyword is unknown, a cache is passed under both names, or both or none of ``input_ids`` and
                 ``inputs_embeds`` are passed.
-            ValueError: the rank is wrong, the input is too long, padding is between tokens, or a keyword is not supported.
+            ValueError: an input has the wrong shape or dtype or is too long, padding is between tokens, or a keyword is not
+                supported.
             RuntimeError: a gradient is required with a cache; call the model under ``torch.no_grad()``.
         """
         refuse_unknown_keywords(type(self).__name__, others, NOT_OFFERED, KEYWORDS)
@@ -210,9 +212,9 @@ class NordForCausalLM(CausalLM):
         return causal_lm_output(loss, logits, cache if use_cache else None)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Save configuration, weights, their checksums, and two short files that import this class.
+        """Save configuration, weights and their checksums, and two files of Python code for ``trust_remote_code=True``.
 
-        These are for ``trust_remote_code=True``.
+        These files import ``NordConfig`` and this class from nord-snn, which must be installed.
         """
         if kwargs.get("is_main_process", True):
             folder = Path(save_directory)
@@ -230,22 +232,24 @@ class NordForCausalLM(CausalLM):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a model as every model of transformers, and compare the files of a local folder with their checksums.
+        """Load a model as transformers does, and compare the files of a local folder with their checksums.
 
         Raises:
             ValueError: a file was damaged or changed after the model was saved.
         """
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
-        reported = isinstance(loaded, tuple) and any(
-            loaded[1].values()
-        )  # keys that are missing, with output_loading_info
-        if pretrained_model_name_or_path is not None and folder.is_dir() and not reported:
-            check_checksums(folder)  # at the end, because a file that does not fit has a better message
+        # With output_loading_info, missing and unexpected weights are reported instead of raised.
+        has_errors = isinstance(loaded, tuple) and any(loaded[1].values())
+        if pretrained_model_name_or_path is not None and folder.is_dir() and not has_errors:
+            check_checksums(folder)  # after loading, whose errors about weights that do not fit say more
         return loaded
 
     def check_assisted_length(self, length: int) -> None:
-        """Raise a ValueError if the window would slide: assisted decoding tries several tokens at once, then inexactly."""
+        """Raise a ValueError if a sequence would exceed the window.
+
+        Assisted decoding checks several tokens in one call, which is inexact once the cache loses its oldest positions.
+        """
         if length > self.config.max_position_embeddings:
             raise ValueError(
                 "decoding with an assistant or prompt lookup must end within max_position_embeddings = "
@@ -264,7 +268,7 @@ class NordForCausalLM(CausalLM):
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Return the next arguments of ``forward``. Without a cache these are the last tokens that fit into the window."""
+        """Return the next arguments of ``forward``. Without a cache the input is the last tokens that fit into the window."""
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             attention_mask=attention_mask,
@@ -285,7 +289,7 @@ class NordForCausalLM(CausalLM):
         return inputs
 
     def _block_cache(self, cache: Cache | None, index: int, lengths: Tensor | None) -> SequenceCache:
-        """Return the lengths and earlier positions for one block."""
+        """Return the cache of one block, with the sequence lengths."""
         if cache is None:
             return SequenceCache(lengths)
         return SequenceCache(lengths, partial(cache.update, layer_idx=index), self.config.max_position_embeddings)

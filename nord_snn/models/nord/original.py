@@ -1,7 +1,7 @@
-"""Convert published Nord checkpoints to our model and back.
+"""Convert checkpoints of the published Nord code to our model and back.
 
-Checkpoints are read with ``weights_only=True``: nothing in them is executed. Source of the published names and layout: the
-published code of Nord.
+Checkpoints are read with ``weights_only=True``: nothing in them is executed. "Published" names and files are those of the
+published code of the Nord language model.
 """
 
 import pickle
@@ -51,7 +51,7 @@ CONFIG_FIELDS = {
     "clamp_floor": "clamp_floor",
 }
 
-#: Published name and our name, each one or more whole segments of a parameter's path.
+#: Published name and our name, each one or more segments (between dots) of the name of a parameter.
 NAMES = (
     ("encoder.embed", "embed_tokens"),
     ("encoder.temporal_proj", "encoder.projection"),
@@ -70,10 +70,10 @@ NAMES = (
     ("neighbor_weights", "cascade.weight"),
     ("cluster_gain", "cascade.gain"),
 )
-#: Published parameters without dimensions; ours have shape [1].
+#: Last segments of published parameters without dimensions; ours have shape [1].
 SCALARS = {"drive_scale", "slow_scale", "readout_ema_raw", "resonance_temp", "beta_mem_raw", "beta_syn_raw"}
 PUBLISHED_TOKENIZER = "meta-llama/Llama-3.2-1B"
-#: Buffers of ``persistent_mem=True``: the state after the last batch, which is not converted.
+#: Buffers of the published ``persistent_mem=True``: the state after the last batch, which is not converted.
 STORED_STATE = re.compile(r"\._(v_mem|i_syn)_state$")
 
 
@@ -97,13 +97,13 @@ def load_original(path: str | Path) -> NordForCausalLM:
 
 
 def config_from_original(published: dict[str, Any]) -> NordConfig:
-    """Return our configuration for a published one, without the fields of its training run."""
+    """Return our configuration for a published one, without the fields that configure training."""
     missing = sorted(
         field for field in ("vocab_size", "d_model", "n_layers", "n_heads", "d_ff") if field not in published
     )
     if missing:
         raise ValueError(f"the configuration in the checkpoint must have {', '.join(missing)}")
-    fields = {ours: published[theirs] for theirs, ours in CONFIG_FIELDS.items() if theirs in published}
+    fields = {field: published[name] for name, field in CONFIG_FIELDS.items() if name in published}
     if wrong := [name for name, value in fields.items() if not isinstance(value, int | float | None)]:
         raise ValueError(f"{wrong[0]} must be a number, got {type(fields[wrong[0]]).__name__}")
     return NordConfig(**fields)
@@ -126,7 +126,7 @@ def _rename(name: str, pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def weights_from_original(published: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return our state dict for a published one: other names, scalars of shape [1], no buffers."""
+    """Return our state dict for a published one: with our names, scalars of shape [1], and no buffers."""
     weights: dict[str, Tensor] = {}
     names: dict[str, str] = {}
     for name, tensor in published.items():
@@ -147,6 +147,7 @@ def weights_from_original(published: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _describe(tensor: Tensor) -> str:
+    """Return why a tensor is not one of finite floating-point numbers."""
     if not tensor.is_floating_point():
         return f"numbers of type {tensor.dtype}"
     return f"{int((~tensor.isfinite()).sum())} of {tensor.numel()} that are NaN or infinite"
@@ -186,7 +187,7 @@ def to_original(model: NordForCausalLM, tokenizer_id: str = PUBLISHED_TOKENIZER)
         if published.endswith(".threshold"):
             ids = torch.arange(tensor.shape[0]) % (config.n_clusters or 1)
             weights[published.removesuffix("threshold") + "cluster_ids"] = ids
-    fields = {theirs: getattr(config, ours) for theirs, ours in CONFIG_FIELDS.items()}
+    fields = {name: getattr(config, field) for name, field in CONFIG_FIELDS.items()}
     fields |= {"tokenizer_id": tokenizer_id, "persistent_mem": False}
     return {"step": 0, "loss": 0.0, "config": fields, "model_state_dict": weights}
 

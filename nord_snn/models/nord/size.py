@@ -14,15 +14,15 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def check_memory(config: NordConfig, copies: int = 1, tokens: int = 1) -> None:
-    """Raise an error if a model, or its largest activation, needs more memory than the machine has.
+    """Raise an error if a model and its largest activation need more main memory than this process may use.
 
     Args:
         config: configuration of the model.
         copies: numbers stored for each weight: 4 while training with AdamW (weight, gradient, two moments). Default: 1.
-        tokens: token positions in one call. Default: 1.
+        tokens: token positions in one call, over all rows. Default: 1.
 
     Raises:
-        ValueError: it does not fit; the message has the size.
+        ValueError: they do not fit; the message has the sizes.
     """
     weights = BYTES * copies * _n_weights(config)
     activation = BYTES * tokens * (config.t_fast + config.t_slow) * max(config.hidden_size, config.intermediate_size)
@@ -37,18 +37,18 @@ def check_memory(config: NordConfig, copies: int = 1, tokens: int = 1) -> None:
 
 
 def check_memory_of_device(config: NordConfig) -> None:
-    """Run :func:`check_memory` if modules are being built in the main memory."""
+    """Run :func:`check_memory` if new modules are made on the CPU."""
     if torch.get_default_device().type == "cpu":
         check_memory(config)
 
 
 def _n_weights(config: NordConfig) -> int:
-    """Return the number of matrix entries, almost all weights."""
-    width, wide = config.hidden_size, config.intermediate_size
-    ends = config.vocab_size * width * (1 if config.tie_word_embeddings else 2)
+    """Return the number of weights in matrices, which are almost all weights."""
+    width, ffn_width = config.hidden_size, config.intermediate_size
+    vocabulary = config.vocab_size * width * (1 if config.tie_word_embeddings else 2)  # embedding and head
     encoder = width * (width + config.t_fast + config.t_slow)
-    block = 4 * width * width * config.resonance + 2 * width * wide + 4 * (config.n_clusters or 0) ** 2
-    return ends + encoder + config.num_hidden_layers * block
+    block = 4 * width * width * config.resonance + 2 * width * ffn_width + 4 * (config.n_clusters or 0) ** 2
+    return vocabulary + encoder + config.num_hidden_layers * block
 
 
 def _memory() -> int:

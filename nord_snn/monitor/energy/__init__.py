@@ -1,4 +1,4 @@
-"""Operations of a network, product by product, and their energy under published conventions."""
+"""Count the operations of a network, product by product, and compute their energy under published conventions."""
 
 from nord_snn.monitor.energy.conventions import CONVENTIONS, Convention
 from nord_snn.monitor.energy.counter import EnergyProfiler, profile_energy

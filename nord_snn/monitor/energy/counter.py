@@ -27,7 +27,7 @@ from nord_snn.ops.costs import COSTS, OpCost, ProductCount
 
 __all__ = ["EnergyProfiler", "profile_energy"]
 
-#: Counts that a call adds to its product.
+#: Fields that a call adds to the totals of its product.
 _COUNTS = tuple(name for name in ProductCount._fields if name not in ("kind", "time_steps"))
 
 #: Modules whose outputs NeuroBench counts besides those of neurons.
@@ -35,35 +35,42 @@ _ACTIVATIONS = (nn.ReLU, nn.Sigmoid)
 
 
 class _Running(NamedTuple):
-    """A running module: its name, the shape of its input, and whether it is a connection with tensors of its own."""
+    """A running module.
+
+    Attributes:
+        name: its name in the network.
+        shape: shape of its input.
+        own_weights: addresses of weights that are plain attributes, if it is one of CONNECTIONS.
+    """
 
     name: str
     shape: Shape
-    tensors: set[int]  # storages
+    own_weights: set[int]
 
 
 def profile_energy(net: nn.Module, *inputs: Any, time_steps: int | None = None, **more: Any) -> EnergyProfile:
     """Run ``net(*inputs, **more)`` once and count its operations.
 
     A product counts as accumulates only if its input is exactly zeros and ones: active inputs times their fan-out. All other
-    products count as multiply-accumulates, including those with zeros. Resonance compares each spike of a query with every
-    visible key, which are accumulates, and sums the weighted values of the selected keys, which are multiply-accumulates
-    unless the values are spikes. Neurons continue from their stored state, as in any call.
+    products count as multiply-accumulates, also where the input is 0. Resonance (attention whose scores count coincident spikes)
+    has accumulates for each spike of a query and every key that the query can attend to, and multiply-accumulates for the
+    weighted values of the selected keys, or accumulates if the values are spikes. Neurons continue from their stored state, as
+    in any call.
 
     Args:
         net: any module.
-        inputs: its positional arguments.
+        inputs: positional arguments of ``net``.
         time_steps: T. Default: None, inferred from the neurons' calls; the batch may have T rows. It is not passed to
-            ``net``: if its forward takes a keyword of this name, pass that positionally, or call ``net`` inside an
+            ``net``: if its forward has a keyword of this name, pass that positionally, or call ``net`` inside an
             :class:`EnergyProfiler`.
-        more: its keyword arguments.
+        more: keyword arguments of ``net``.
 
     Returns:
         The profile; ``print`` it for a table.
 
     Raises:
-        ValueError: an unsupported operation contains products (fused attention), so that the figures would be too low;
-            ``time_steps`` is not a positive integer or contradicts the neurons.
+        ValueError: an operator contains products that cannot be counted (fused attention), so that the figures would be too
+            low; ``time_steps`` is not a positive integer or contradicts the neurons' calls.
 
     Source: energies of single operations after Horowitz 2014; the quantised twin after Yan, Bai and Wong 2024,
     "Reconsidering the energy efficiency of spiking neural networks".
@@ -96,7 +103,7 @@ class EnergyProfiler(TorchDispatchMode):
 
     Raises:
         RuntimeError: the profiler is already counting, or runs under ``torch.inference_mode()``, which hides products.
-        ValueError: see :func:`profile_energy`; ``time_steps`` that contradict the neurons raise at the end of the block.
+        ValueError: see :func:`profile_energy`; ``time_steps`` is compared with the neurons' calls at the end of the block.
 
     Example:
         >>> net = nn.Linear(4, 3)
@@ -115,13 +122,13 @@ class EnergyProfiler(TorchDispatchMode):
         self._time = TimeSteps(time_steps)
         self._products: dict[tuple[str, str], ProductCost] = {}
         self._inputs: dict[tuple[str, str], tuple[Shape, int | None]] = {}  # of each product's last call
-        self._elementwise: Counter[Shape] = Counter()  # by the input of the module
+        self._elementwise: Counter[Shape] = Counter()  # input of the module -> elementwise outputs
         self._neuron_outputs = 0
         self._running: list[_Running] = []  # innermost last
         self._footprint: int | None = None
-        self._padding = [0, 0]  # padded positions, and all
+        self._padding = [0, 0]  # padded positions, all positions
         self._neurons: list[nn.Module] = []  # running layers of neurons, innermost last
-        self._weights: set[int] = set()  # storages
+        self._weights: set[int] = set()  # addresses of storages
         self._weights_are_known = True
         self._hooks: list[Any] = []
         self._thread = 0  # the thread that counts
@@ -158,18 +165,20 @@ class EnergyProfiler(TorchDispatchMode):
             raise RuntimeError("products cannot be counted under torch.inference_mode(): use torch.no_grad()")
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if any(map(states_its_cost, self._neurons)):  # counted as updates
+        if any(map(states_its_cost, self._neurons)):  # _add_neurons counts these neurons
             return out
         if func.name() in COSTS:
             self._add(COSTS[func.name()](*args, out=out, **kwargs))
         elif func.overloadpacket in PRODUCTS:
             self._add_product(PRODUCTS[func.overloadpacket](args, out, self._is_weight))
         elif is_elementwise(func, out):
-            if self._neurons:  # counted as updates
+            if self._neurons:  # _add_neurons counts the elementwise operations of neurons
                 return out
             self._elementwise[self._input_shape()] += (out[0] if isinstance(out, tuple) else out).numel()
         elif is_uncountable(func):
-            raise ValueError(f"cannot count {func.overloadpacket}: it contains products of unknown number")
+            raise ValueError(
+                f"cannot count {func.overloadpacket}, whose products run in one call: use an implementation of separate products"
+            )
         return out
 
     def _add(self, cost: OpCost) -> None:
@@ -224,8 +233,8 @@ class EnergyProfiler(TorchDispatchMode):
                 self._neurons.append(module)
             first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
             shape = () if first is None or first.ndim < 2 else tuple(first.shape)
-            tensors = {_storage(x) for x in own_tensors(module)} if isinstance(module, CONNECTIONS) else set()
-            self._running.append(_Running(name, shape, tensors))
+            own_weights = {_storage(x) for x in own_tensors(module)} if isinstance(module, CONNECTIONS) else set()
+            self._running.append(_Running(name, shape, own_weights))
             if module is self.net:
                 self._add_padding(kwargs.get("attention_mask"), shape)
 
@@ -249,7 +258,7 @@ class EnergyProfiler(TorchDispatchMode):
         return end
 
     def _add_neurons(self, name: str, module: nn.Module, output: Any) -> None:
-        """Count the updates of a layer of neurons, and record its time steps; do nothing for other modules."""
+        """Count the operations and time steps of a layer of neurons; do nothing for other modules."""
         in_loop = self._time.stated is not None and runs_snntorch(module)  # MultiStep runs a sequence step by step
         if not is_neuron(module) and not in_loop:
             return
@@ -259,7 +268,7 @@ class EnergyProfiler(TorchDispatchMode):
         else:
             self._time.add_single_step(name)
         if not in_loop:
-            with without_dispatch_modes():  # the network does not run these operations
+            with without_dispatch_modes():  # operations of the cost function are not those of the network
                 self._add(cost_of_updates(module, spikes))
 
     def _add_padding(self, mask: Any, shape: Shape) -> None:
@@ -279,8 +288,9 @@ class EnergyProfiler(TorchDispatchMode):
         if not self._weights_are_known:  # lazy modules set them in their first call
             self._find_weights()
         storage = _storage(x)
-        return storage in self._weights or bool(self._running and storage in self._running[-1].tensors)
+        return storage in self._weights or bool(self._running and storage in self._running[-1].own_weights)
 
 
 def _storage(x: Tensor) -> int:
+    """Return the address of the storage, the same for all views of a tensor."""
     return x.untyped_storage().data_ptr()

@@ -1,4 +1,4 @@
-"""What a network is before it runs: its weights and their bytes, and what a profile of it cannot show."""
+"""The weights of a network and their bytes, and notes on what an energy profile of it does not show."""
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +13,18 @@ CONNECTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase, nn.RNNCel
 
 
 def own_tensors(module: nn.Module) -> list[Tensor]:
-    """Return the tensors that are plain attributes of a module: the masked weight that ``torch.nn.utils.prune`` sets."""
+    """Return the tensors that are plain attributes of a module, as the masked weight that ``torch.nn.utils.prune`` sets."""
     return [value for value in vars(module).values() if isinstance(value, Tensor)]
 
 
 def footprint(net: nn.Module) -> int | None:
-    """Return the bytes of all parameters and buffers; None if some are lazy, so that their number is not known yet."""
+    """Return the bytes of all parameters and buffers; None if some are lazy, so that their shapes are not known yet."""
     tensors = (*net.parameters(), *net.buffers())
     return None if any(map(is_lazy, tensors)) else sum(map(tensor_bytes, tensors))
 
 
 def count_weights(net: nn.Module) -> tuple[int, int]:
-    """Return the numbers of all weights of :data:`CONNECTIONS`, and of those that are zero; for recurrent modules with biases."""
+    """Return the number of weights in :data:`CONNECTIONS` and the number of zeros in them; biases count in recurrent modules."""
     weights: list[Tensor] = []
     for module in net.modules():
         if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):

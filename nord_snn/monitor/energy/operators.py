@@ -1,4 +1,4 @@
-"""Operators of torch: the cost of products, the operators that count by their outputs, and those that cannot be counted."""
+"""Operators of torch: the cost of products, operators that are counted by their outputs, and those that cannot be counted."""
 
 from collections.abc import Callable
 from math import ceil
@@ -22,15 +22,15 @@ def _matrix(a: Tensor, b: Tensor, out: Tensor, is_weight: IsWeight) -> ProductCo
     """Count ``a [*, M, K] @ b [*, K, N]``."""
     batch, (m, k, n) = out.numel() // max(out.shape[-1] * out.shape[-2], 1), (*a.shape[-2:], b.shape[-1])
     weight = b if is_weight(b) else a if is_weight(a) else None
-    # Fan-out of an active element: n for a, m for b.
+    # The fan-out of an element is n for a, m for b.
     inputs = [(x, fan_out) for x, fan_out in ((a, n), (b, m)) if x is not weight]
-    choices = [(x, fan_out) for x, fan_out in inputs if is_binary(x)]
+    binary_inputs = [(x, fan_out) for x, fan_out in inputs if is_binary(x)]
     dense = batch * m * k * n
-    macs = 0 if choices else dense
-    acs = min((int(x.count_nonzero()) * fan_out for x, fan_out in choices), default=0)
-    counts = [_total(x) * fan_out for x, fan_out in inputs if macs and is_whole(x)]
+    macs = 0 if binary_inputs else dense
+    acs = min((int(x.count_nonzero()) * fan_out for x, fan_out in binary_inputs), default=0)
+    integer_sops = [_total(x) * fan_out for x, fan_out in inputs if macs and is_whole(x)]
     effective = 0 if weight is None else int(((a != 0).sum(-2) * (b != 0).sum(-1)).sum())
-    additions_only = bool(choices) or (weight is not None and is_ternary(inputs[0][0]))
+    additions_only = bool(binary_inputs) or (weight is not None and is_ternary(inputs[0][0]))
     activations = [x for x in (a, b, out) if x is not weight]
     return ProductCount(
         "activations" if weight is None else "linear",
@@ -41,8 +41,8 @@ def _matrix(a: Tensor, b: Tensor, out: Tensor, is_weight: IsWeight) -> ProductCo
         dense_activation_bytes=sum(map(tensor_bytes, activations)),
         weight_bytes=0 if weight is None else _active_inputs(a, b, weight) * tensor_bytes(weight) // k,
         dense_weight_bytes=0 if weight is None else tensor_bytes(weight),
-        sop_macs=0 if counts else macs,
-        sops=min(counts, default=acs),
+        sop_macs=0 if integer_sops else macs,
+        sops=min(integer_sops, default=acs),
         effective_macs=0 if additions_only else effective,
         effective_acs=effective if additions_only else 0,
         unpadded=0 if weight is None else dense,
@@ -50,7 +50,7 @@ def _matrix(a: Tensor, b: Tensor, out: Tensor, is_weight: IsWeight) -> ProductCo
 
 
 def _total(x: Tensor) -> int:
-    """Return the sum of the absolute values of integers: the number of additions of a weight for them."""
+    """Return the sum of the absolute values of integers: an integer n times a weight is n additions of the weight."""
     return int(x.abs().double().sum())
 
 
@@ -62,7 +62,7 @@ def _active_inputs(a: Tensor, b: Tensor, weight: Tensor) -> int:
 
 
 def _convolution(x: Tensor, weight: Tensor, out: Tensor, settings: tuple[Any, ...]) -> ProductCount:
-    """Count a convolution: the fan-out of an input is the number of windows that contain it, times its outputs."""
+    """Count a convolution. The fan-out of an input is the number of windows that contain it, times the output channels."""
     transposed, active, connected = settings[3], x != 0, weight != 0
     dense, binary = (x if transposed else out).numel() * weight[0].numel(), is_binary(x)
     whole = not binary and is_whole(x)
@@ -90,7 +90,7 @@ def _convolution(x: Tensor, weight: Tensor, out: Tensor, settings: tuple[Any, ..
 
 
 def _fan_out(x: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> int:
-    """Return the sum of the inputs times their fan-out, which is the same in all rows and channels."""
+    """Return the sum of the inputs times their fan-out, which depends on the place in the image only."""
     *others, transposed, output_padding, groups = settings
     windows = torch.ones_like(weight[:1, :1], dtype=torch.float64)
     summed = x.sum((0, 1), dtype=torch.float64)[None, None]
@@ -99,14 +99,15 @@ def _fan_out(x: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> int:
 
 
 def _effective(active: Tensor, connected: Tensor, settings: tuple[Any, ...]) -> int:
-    """Return the number of products of an input and a weight that are both not zero; a group's outputs are added up before."""
+    """Return the number of products of a nonzero input and a nonzero weight."""
     transposed, groups = settings[3], settings[-1]
     connections = connected.double()
+    # Sum over the output channels of a group: the products of an input with all of them are counted at once.
     summed = connections.sum(1, keepdim=True) if transposed else connections.unflatten(0, (groups, -1)).sum(1)
     return int(_aten.convolution(active.double(), summed, None, *settings).sum().round())
 
 
-#: Operator -> its count from its arguments, its output, and a function that recognises weights.
+#: Operator -> function that counts a product from its arguments, its output, and a function that recognises weights.
 PRODUCTS: dict[Any, Callable[[Any, Tensor, IsWeight], ProductCount]] = {
     _aten.mm: lambda args, out, is_weight: _matrix(args[0], args[1], out, is_weight),
     _aten.bmm: lambda args, out, is_weight: _matrix(args[0], args[1], out, is_weight),
@@ -118,7 +119,7 @@ PRODUCTS: dict[Any, Callable[[Any, Tensor, IsWeight], ProductCount]] = {
     _aten.convolution: lambda args, out, is_weight: _convolution(args[0], args[1], out, args[3:]),
 }
 
-#: Operations that are neither products nor tagged pointwise by torch: each output counts.
+#: Operators counted by their outputs that torch does not tag as pointwise.
 _ELEMENTWISE = {
     *(_aten.mean, _aten.sum, _aten.avg_pool2d, _aten.max_pool2d_with_indices, _aten.native_layer_norm),
     *(_aten.native_batch_norm, _aten.native_group_norm, _aten.leaky_relu, _aten.hardswish, _aten.log_sigmoid_forward),

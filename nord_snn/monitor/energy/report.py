@@ -1,4 +1,4 @@
-"""Results of an energy profile: counts of each product, totals, joules, and a Markdown table."""
+"""EnergyProfile: counts of each product, totals, energy, and a Markdown table."""
 
 from dataclasses import dataclass, field, fields, replace
 from math import ceil, log2
@@ -11,27 +11,27 @@ __all__ = ["EnergyProfile", "ProductCost"]
 
 @dataclass
 class ProductCost:
-    """Counts of one product of a network, summed over all its calls.
+    """Counts of one matrix product or convolution of a network, summed over all its calls.
 
     Attributes:
-        name: the module that computes it.
-        kind: ``"linear"``, ``"convolution"``, ``"activations"`` (product of two activations), ``"coincidences"`` or ``"values"``
-            (resonance).
+        name: name of the module that computes the product.
+        kind: ``"linear"``, ``"convolution"``, ``"activations"`` (product of two activations), ``"coincidences"`` (spikes of
+            queries and keys of a resonance) or ``"values"`` (weighted sum of the values of a resonance).
         dense: multiply-accumulates of the dense product, without skipping zeros.
         macs: multiply-accumulates of calls whose input was not exactly zeros and ones.
-        acs: accumulates of calls whose input was exactly zeros and ones: active inputs times their fan-out.
-        weight_bytes: weights with an active input, each read once per call.
-        activation_bytes: inputs and outputs; spikes are one bit each.
-        dense_weight_bytes: all weights, each read once per call; once for all calls if each call is one time step.
-        dense_activation_bytes: inputs and outputs, all of them as numbers.
+        acs: accumulates of calls whose input was exactly zeros and ones: ones times their fan-out.
+        weight_bytes: bytes of weights with a nonzero input, each weight read once per call.
+        activation_bytes: bytes of inputs and outputs, with one bit per spike.
+        dense_weight_bytes: bytes of all weights, each read once per call, or once per T calls if each call is one time step.
+        dense_activation_bytes: bytes of inputs and outputs in their dtype.
         calls: number of calls.
         steps: T of the network if the product is computed in each time step, else 1.
-        sop_macs: multiply-accumulates under the published convention of synaptic operations: of calls whose input was not
-            integers.
-        sops: synaptic operations under that convention: the sum of integer inputs times their fan-out.
-        effective_macs: multiply-accumulates as NeuroBench counts them.
-        effective_acs: accumulates as NeuroBench counts them.
-        unpadded: ``dense`` without the zeros around the inputs of convolutions, as NeuroBench counts.
+        sop_macs: multiply-accumulates of calls whose input was not integers, in the SOP convention, see
+            :meth:`EnergyProfile.sop_joules_under`.
+        sops: synaptic operations in the SOP convention: the sum of integer inputs times their fan-out.
+        effective_macs: multiply-accumulates with nonzero input and weight, as NeuroBench counts them.
+        effective_acs: accumulates with nonzero input and weight, as NeuroBench counts them.
+        unpadded: ``dense`` without the zero padding of convolutions, as NeuroBench counts them.
     """
 
     name: str
@@ -64,20 +64,20 @@ class EnergyProfile:
 
     Attributes:
         products: every matrix product and convolution, by name and kind.
-        multiplications: multiplications in neurons' updates, including those of the cascade.
-        additions: additions in neurons' updates, including those of the cascade.
-        state_bytes: state of neurons, read and written in each time step.
-        elementwise: outputs of pointwise float operations, means, sums, softmax, pooling and normalisation; in a resonance, each
-            scaled score, each score lowered by recency, and each weight of a selected key.
-        twin_elementwise: elementwise outputs of the dense twin: operations repeated in each time step count once, and each
+        multiplications: number of multiplications in the equations of neurons and cascades.
+        additions: number of additions and comparisons in the equations of neurons and cascades.
+        state_bytes: bytes of neurons' states, read and written in each time step.
+        elementwise: number of outputs of pointwise float operations, means, sums, softmax, pooling and normalisation; in a
+            resonance, of scaled scores, of scores lowered by recency, and of weights of selected keys.
+        twin_elementwise: ``elementwise`` of the dense twin: operations repeated in each time step count once, and each
             neuron counts as one activation.
         time_steps: T of the network.
-        outputs: outputs of neurons and of modules ``nn.ReLU`` and ``nn.Sigmoid``.
-        active_outputs: those that were not zero.
-        weights: weights of modules that are linear maps, convolutions or recurrent.
-        zero_weights: those that are zero.
-        footprint: bytes of all parameters and buffers before the first call; after the last if some were lazy.
-        notes: what the figures do not show: ScriptModules and padding.
+        outputs: number of outputs of neurons and of modules ``nn.ReLU`` and ``nn.Sigmoid``.
+        active_outputs: number of these outputs that were not zero.
+        weights: number of weights of linear maps, convolutions and recurrent modules.
+        zero_weights: number of these weights that are zero.
+        footprint: bytes of all parameters and buffers, before the first call; after the last call if some were lazy.
+        notes: sentences on what the figures do not show: ScriptModules and padding.
     """
 
     products: list[ProductCost] = field(default_factory=list)
@@ -106,12 +106,12 @@ class EnergyProfile:
 
     @property
     def sop_macs(self) -> int:
-        """Return the multiply-accumulates of all products under the published convention of synaptic operations."""
+        """Return the multiply-accumulates of all products in the SOP convention, see :meth:`sop_joules_under`."""
         return sum(product.sop_macs for product in self.products)
 
     @property
     def sops(self) -> int:
-        """Return the synaptic operations of all products under the published convention."""
+        """Return the synaptic operations of all products in the SOP convention, see :meth:`sop_joules_under`."""
         return sum(product.sops for product in self.products)
 
     @property
@@ -121,7 +121,7 @@ class EnergyProfile:
 
     @property
     def neuron_ops(self) -> int:
-        """Return the multiplications and additions of neurons and cascades."""
+        """Return the multiplications, additions and comparisons of neurons and cascades."""
         return self.multiplications + self.additions
 
     @property
@@ -132,33 +132,33 @@ class EnergyProfile:
 
     @property
     def joules(self) -> float:
-        """Return the energy under the convention "45nm-fp32": 45 nm, float32, without memory."""
+        """Return the energy in joules under the convention "45nm-fp32": 45 nm, float32, without memory."""
         return self.joules_under("45nm-fp32")
 
     @property
     def twin_joules(self) -> float:
-        """Return the energy of the dense twin under the convention "45nm-fp32", see :meth:`twin_joules_under`."""
+        """Return the energy of the dense twin in joules under the convention "45nm-fp32", see :meth:`twin_joules_under`."""
         return self.twin_joules_under("45nm-fp32")
 
     def joules_under(self, convention: str) -> float:
-        """Return the energy under one of :data:`CONVENTIONS`. An elementwise output costs one multiply-accumulate."""
-        price = find_convention(convention)
-        products = self.macs * price.mac + self.acs * price.ac
-        neurons = self.multiplications * price.mul + self.additions * price.add
-        return products + neurons + self.elementwise * price.mac + self.bytes * price.byte
+        """Return the energy in joules under one of :data:`CONVENTIONS`. An elementwise output costs one multiply-accumulate."""
+        energy = find_convention(convention)
+        products = self.macs * energy.mac + self.acs * energy.ac
+        neurons = self.multiplications * energy.mul + self.additions * energy.add
+        return products + neurons + self.elementwise * energy.mac + self.bytes * energy.byte
 
     def sop_joules_under(self, convention: str) -> float:
-        """Return the energy under the published convention of synaptic operations, with the prices of one of :data:`CONVENTIONS`.
+        """Return the energy in joules in the SOP convention, with the energies of operations from one of :data:`CONVENTIONS`.
 
-        ``mac * sop_macs + ac * sops``: products alone, without neurons, elementwise operations and memory. An integer input
-        n is n spikes. Where the input is neither spikes nor integers, all inputs cost a multiply-accumulate, as the first
-        layer does in the publications.
+        SOPs are synaptic operations. The energy is ``mac * sop_macs + ac * sops``: that of products alone, without neurons,
+        elementwise operations and memory. An integer input n counts as n spikes. If an input is not an integer, all inputs of
+        this product cost a multiply-accumulate, as in the first layer of Spikformer.
 
         Source: SOPs of a layer as firing rate times T times FLOPs, Zhou et al. 2023, "Spikformer: when spiking neural network
         meets transformer".
         """
-        price = find_convention(convention)
-        return self.sop_macs * price.mac + self.sops * price.ac
+        energy = find_convention(convention)
+        return self.sop_macs * energy.mac + self.sops * energy.ac
 
     def to_neurobench(self, samples: int) -> dict[str, Any]:
         """Return metrics under the names of NeuroBench 2: the dictionary that its ``Benchmark.run`` returns.
@@ -196,25 +196,26 @@ class EnergyProfile:
         }
 
     def twin_macs(self) -> int:
-        """Return the multiply-accumulates of the dense twin: its products run once instead of in T time steps."""
+        """Return the multiply-accumulates of the dense twin, whose products run once instead of in T time steps."""
         return sum(product.dense // self._time_repetitions(product) for product in self.products)
 
     def twin_joules_under(self, convention: str) -> float:
-        """Return the energy of the dense twin under one of :data:`CONVENTIONS`.
+        """Return the energy of the dense twin in joules under one of :data:`CONVENTIONS`.
 
-        It counts each product once, all weights read once, activations as numbers, and elementwise operations: norms,
-        softmax, and one activation function for each neuron.
+        Each product runs once and reads all weights once, activations have their dtype's bytes, and elementwise operations
+        are norms, softmax, and one activation function for each neuron.
         """
-        price = find_convention(convention)
+        energy = find_convention(convention)
         moved = sum(p.dense_weight_bytes + p.dense_activation_bytes // self._time_repetitions(p) for p in self.products)
-        return (self.twin_macs() + self.twin_elementwise) * price.mac + moved * price.byte
+        return (self.twin_macs() + self.twin_elementwise) * energy.mac + moved * energy.byte
 
     @property
     def quantised_twin_joules(self) -> float:
-        """Return the energy of the twin with activations of ``ceil(log2(T + 1))`` bits and weights of 8 bits, without memory.
+        """Return the energy in joules of the twin with activations of b = ``ceil(log2(T + 1))`` bits and weights of 8 bits.
 
-        Spike counts over T time steps range from 0 to T, so numbers of that many bits carry the same information (Yan, Bai
-        and Wong 2024). A product of b and 8 bits costs ``b / 8`` of an 8-bit one (0.2 pJ), the 32-bit accumulation 0.1 pJ.
+        Spike counts over T time steps range from 0 to T, so b bits have the same information (Yan, Bai and Wong 2024,
+        "Reconsidering the energy efficiency of spiking neural networks"). A product costs ``0.2 pJ * b / 8`` and its 32-bit
+        accumulation 0.1 pJ (Horowitz 2014); memory is not counted.
         """
         bits = ceil(log2(self.time_steps + 1))
         return self.twin_macs() * (0.2e-12 * bits / 8 + 0.1e-12)
@@ -258,5 +259,5 @@ class EnergyProfile:
         return "\n".join([*rows, *(f"\n{note}" for note in self.notes)])
 
     def _time_repetitions(self, product: ProductCost) -> int:
-        """Return how many times fewer the dense twin computes this product (T or 1)."""
+        """Return how often the network computes a product that the dense twin computes once: T or 1."""
         return self.time_steps if product.steps == self.time_steps else 1

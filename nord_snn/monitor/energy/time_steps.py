@@ -24,7 +24,7 @@ class TimeSteps:
     Neurons process whole sequences ``[T, N, *]``, or single time steps in a loop of T calls.
 
     Attributes:
-        stated: T as passed by the caller; None to infer it.
+        stated: T from the caller; None: T is inferred.
     """
 
     stated: int | None = None
@@ -87,17 +87,17 @@ class TimeSteps:
             return self.number > 1
         return self._sequence_length == self.number and self._has_time(shape)
 
-    def steps_of(self, product: ProductCost, shape: Shape, known: int | None) -> int:
+    def steps_of(self, product: ProductCost, shape: Shape, op_steps: int | None) -> int:
         """Return T if a product is computed in each time step, else 1.
 
         Args:
             product: all calls of one product.
-            shape: input of its module.
-            known: number of time steps that the op itself covers; None if its cost does not state it.
+            shape: shape of the input of its module.
+            op_steps: number of time steps in one call of the op; None if its cost has no such number.
         """
         if self.in_sequences:
             length = self._sequence_length
-            return length if (self._has_time(shape) if known is None else known == length) else 1
+            return length if (self._has_time(shape) if op_steps is None else op_steps == length) else 1
         return self.number if self.runs_in_loop(product) else 1
 
     def runs_in_loop(self, product: ProductCost) -> bool:

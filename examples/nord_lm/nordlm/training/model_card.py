@@ -17,7 +17,7 @@ __all__ = ["model_card", "parameter_counts"]
 USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)  # needs nord-snn
+model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)  # needs pip install nord-snn
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 ids = tokenizer("Once", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
@@ -26,10 +26,10 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
 
 def parameter_counts(model: PreTrainedModel) -> tuple[int, int]:
     """Return the number of all parameters, and of those that are neither embedding nor head."""
-    embeddings = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
-    sizes = {id(p): p.numel() for p in embeddings}  # tied embeddings count once
+    weights = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    vocabulary = {id(weight): weight.numel() for weight in weights}  # tied weights count once
     total = model.num_parameters()
-    return total, total - sum(sizes.values())
+    return total, total - sum(vocabulary.values())
 
 
 def model_card(
@@ -62,7 +62,7 @@ def model_card(
     if results is not None:
         rates = {name: f"{rate:.2%}" for name, rate in results["firing_rates"].items()}
         parts.append(
-            "## Firing rates\n\nSpikes per neuron and time step, mean over the held-out text.\n\n"
+            "## Firing rates\n\nSpikes per neuron and time step in each layer of neurons, mean over the held-out text.\n\n"
             + _markdown_table(("layer", "rate"), rates)
         )
     published = NordConfig().to_dict()
@@ -84,8 +84,8 @@ def _facts(results: dict[str, Any] | None) -> dict[str, str]:
         "tokens in training, with repetitions": f"{results['tokens']:,}",
         "held-out loss, nats per token": f"{results['validation_loss']:.4f}",
         "held-out bits per byte": f"{results['bits_per_byte']:.4f}",
-        "held-out loss of a unigram, nats per token": f"{results['unigram_loss']:.4f}",
-        "held-out loss of a bigram, nats per token": f"{results['bigram_loss']:.4f}",
+        "held-out loss of a unigram model, nats per token": f"{results['unigram_loss']:.4f}",
+        "held-out loss of a bigram model, nats per token": f"{results['bigram_loss']:.4f}",
         "seed": str(results["seed"]),
     }
 

@@ -1,4 +1,4 @@
-"""Find neurons by what they do: their outputs are exactly zeros and ones, and their inputs are not."""
+"""Find layers of neurons by their outputs, which are exactly zeros and ones while their inputs are not."""
 
 from typing import Any
 
@@ -12,14 +12,15 @@ from nord_snn.neurons.locking import one_at_a_time
 
 __all__ = ["Candidate", "candidates_in", "described"]
 
-#: SpikingJelly's surrogate functions, which its users make children of their neurons; 0.0.0.0.14 has both base classes.
+#: SpikingJelly's base classes of surrogate functions, which are children of neurons; only 0.0.0.0.14 has both.
 _SURROGATES = tuple(
     getattr(surrogate, name)
     for name in ("SurrogateFunctionBase", "MultiArgsSurrogateFunctionBase")
     if hasattr(surrogate, name)
 )
 
-#: Names of the flags of a candidate: each says whether there was such a value.
+#: Flags of a candidate, each true if there was: an output other than 0 and 1, an output of 1, an output of 0, an input other
+#: than 0 and 1, an output of 1 that was not copied from the input.
 _FLAGS = ("other", "fired", "silent", "number_in", "created")
 
 
@@ -28,24 +29,24 @@ def candidates_in(net: nn.Module, known: dict[str, nn.Module]) -> dict[str, nn.M
 
     Args:
         net: any module.
-        known: layers of neurons that are known by class; modules inside them are left out.
+        known: layers of neurons of known classes; these and modules inside them are left out.
     """
     inside = {id(inner) for layer in known.values() for inner in layer.modules()}
-    found = {}
+    candidates = {}
     for name, module in net.named_modules():
         is_leaf = all(isinstance(child, _SURROGATES) for child in module.children())
         is_torch = type(module).__module__.partition(".")[0] == "torch" or isinstance(module, torch.jit.ScriptModule)
         if is_leaf and not is_torch and id(module) not in inside:
-            found[name] = module
+            candidates[name] = module
             inside |= {id(child) for child in module.children()}
-    return found
+    return candidates
 
 
 class Candidate:
     """A module that may be a layer of neurons, and the counter of its spikes.
 
-    It is ruled out by its first call whose output has a value other than 0 and 1. Later calls set flags on the device, so that
-    the GPU is synchronised in the first call of each module, at powers of two until it is settled, and when figures are read.
+    It is ruled out if the output of its first call has a value other than 0 and 1. Later calls set flags on the device. The GPU
+    is synchronised in calls 1, 2, 4, 8, ... until all flags but the first are true (``settled``), and when figures are read.
     """
 
     def __init__(self, counter: SpikeCounter) -> None:
@@ -54,7 +55,8 @@ class Candidate:
         self.calls = 0
         self.ruled_out = self.settled = False
         self._hooks = [
-            self.module.register_forward_pre_hook(lambda *call: self._before(*call)),  # copies of functions are shallow
+            # Functions, not methods: a deep copy of the network would copy the object of a method.
+            self.module.register_forward_pre_hook(lambda *call: self._before(*call)),
             self.module.register_forward_hook(lambda *call: self._after(*call), with_kwargs=True),
         ]
 
@@ -71,17 +73,17 @@ class Candidate:
             return "numbers"
         if self.flags is None:
             return "did not run"
-        seen = dict(zip(_FLAGS, self.flags.tolist(), strict=True))
-        if seen["other"]:
+        flags = dict(zip(_FLAGS, self.flags.tolist(), strict=True))
+        if flags["other"]:
             return "numbers"
-        if not seen["fired"]:
+        if not flags["fired"]:
             return "never fired"
-        if not seen["silent"]:
+        if not flags["silent"]:
             return "always fired"
-        return "neurons" if seen["number_in"] and seen["created"] else "passes on"
+        return "neurons" if flags["number_in"] and flags["created"] else "passes on"
 
     def _before(self, module: nn.Module, args: Any) -> None:
-        if module is self.module:  # else the hook was copied with the network
+        if module is self.module:  # a copy of the network has the same hook
             self.counter.before(module)
 
     @torch.no_grad()
@@ -89,11 +91,11 @@ class Candidate:
         if module is not self.module or not self.counter.on:
             return
         out = first_tensor(output)
-        given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-        if given is None or not isinstance(out, Tensor) or not out.is_floating_point():
+        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if x is None or not isinstance(out, Tensor) or not out.is_floating_point():
             self._rule_out()
             return
-        flags = self._flags(given, out)
+        flags = self._flags(x, out)
         self.calls += 1
         if self.flags is None and flags[0]:
             self._rule_out()
@@ -108,28 +110,28 @@ class Candidate:
         self.ruled_out = True
         self.close()
 
-    def _flags(self, given: Tensor, out: Tensor) -> Tensor:
-        """Return the flags of one call; only the first is computed once the others are known."""
+    def _flags(self, x: Tensor, out: Tensor) -> Tensor:
+        """Return the flags of a call with input ``x``; only the first is computed once the others are true."""
         ones, zeros = out == 1, out == 0
         other = ~(ones | zeros).all()
         if self.settled:
             return torch.cat((other[None], torch.ones(4, dtype=torch.bool, device=out.device)))
-        given_ones = given == 1
-        number_in = ~(given_ones | (given == 0)).all()
-        # A 1 in the place of another input was made here. If shapes differ: no input was 1.
-        created = (ones & ~given_ones).any() if given.shape == out.shape else ones.any() & ~given_ones.any()
+        input_ones = x == 1
+        number_in = ~(input_ones | (x == 0)).all()
+        # An output of 1 is not copied if its input is not 1; if shapes differ, if no input is 1.
+        created = (ones & ~input_ones).any() if x.shape == out.shape else ones.any() & ~input_ones.any()
         return torch.stack((other, ones.any(), zeros.any(), number_in, created))
 
 
 def described(candidates: dict[str, Candidate]) -> str:
-    """Return sentences that name what was found."""
+    """Return sentences that name the candidates by verdict."""
     groups: dict[str, list[str]] = {}
     for name, candidate in candidates.items():
         groups.setdefault(candidate.verdict(), []).append(f"'{name}' ({type(candidate.module).__name__})")
-    found = groups.get("neurons", [])
+    neurons = groups.get("neurons", [])
     sentences = [
-        f"Taken for neurons, because their outputs are exactly 0 and 1 and their inputs are not: {', '.join(found)}."
-        if found
+        f"Taken for neurons, because their outputs are exactly 0 and 1 and their inputs are not: {', '.join(neurons)}."
+        if neurons
         else "No module was taken for neurons by outputs of exactly 0 and 1 from inputs of other values."
     ]
     endings = {
