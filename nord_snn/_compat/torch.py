@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode  # has no public name
+from torch.utils._pytree import tree_leaves  # torch.utils has no public one
 
 __all__ = [
     "ForwardObserver",
@@ -33,6 +34,7 @@ __all__ = [
     "padding_on_both_sides",
     "stop_observing_forward",
     "transform_is_active",
+    "tree_leaves",
     "version_counter",
     "without_dispatch_modes",
     "without_torch_function",

@@ -184,7 +184,7 @@ def check_heads(n_features: int, n_heads: int, name: str = "n_heads") -> None:
     as_count(n_heads, name)
     if n_features % n_heads:
         raise ValueError(
-            f"the width D must be a multiple of the number of heads H, which is {name}, got D = {n_features} and H = {n_heads}"
+            f"the width D must be a multiple of the number of heads H ({name}), got D = {n_features} and H = {n_heads}"
         )
 
 

@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from nord_snn._compat.torch import dispatch_mode_is_active, kernels_are_opaque
+from nord_snn._compat.torch import dispatch_mode_is_active, kernels_are_opaque, tree_leaves
 from nord_snn.ops.checks import check_storage, is_dense
 from nord_snn.ops.dispatch import check_kernel
 

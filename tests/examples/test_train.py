@@ -368,7 +368,7 @@ def test_bad_arguments_raise_one_sentence(tmp_path, text, capsys, arguments, mes
     [
         (
             "model: {hidden_size: 18}",
-            "model: the width D must be a multiple of the number of heads H, got D = 18 and H = 8",
+            "model: the width D must be a multiple of the number of heads H (num_attention_heads), got D = 18 and H = 8",
         ),
         ("model: {hidden_size: wide}", "hidden_size"),
         ("name: ../../evil", "name must be made of letters"),

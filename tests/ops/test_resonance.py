@@ -415,7 +415,11 @@ def test_counts_are_exact_under_autocast():
         (((0, 1, 3, 4), (0, 1, 3, 4), (1, 3, 4)), {}, "at least one time step"),
         (((2, 1, 3, 4), (2, 1, 3, 4), (1, 3, 4)), {"temperature": torch.ones(3)}, "temperature must have one element"),
         (((2, 1, 3, 4), (2, 1, 3, 4), (1, 3, 4)), {"top_k": 0}, "top_k must be at least 1"),
-        (((2, 1, 3, 4), (2, 1, 3, 4), (1, 3, 4)), {"recency": torch.ones(3)}, r"recency must have shape \[H\] = \[2\]"),
+        (
+            ((2, 1, 3, 4), (2, 1, 3, 4), (1, 3, 4)),
+            {"recency": torch.ones(3)},
+            r"recency must have the shape \[H\] = \[2\]",
+        ),
     ],
 )
 def test_bad_input_raises(shapes, change, message):

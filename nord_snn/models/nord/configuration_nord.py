@@ -158,7 +158,7 @@ class NordConfig(PreTrainedConfig):
         resolve_surrogate(self.surrogate, self.alpha)
         if self.backend != "auto" and self.backend not in BACKENDS:
             raise ValueError(f"backend must be 'auto' or one of {list(BACKENDS)}, got {self.backend!r}")
-        check_heads(self.hidden_size, self.num_attention_heads)
+        check_heads(self.hidden_size, self.num_attention_heads, "num_attention_heads")
         if self.n_clusters is not None:
             check_clusters(self.hidden_size, self.n_clusters)
             check_clusters(self.intermediate_size, self.n_clusters)

@@ -112,7 +112,7 @@ def check_options(options: Options, beta_mem: float | Tensor | None, without_cur
     """Raise a ValueError unless constants, decays and cascade fit each other."""
     if without_current and has_cascade:
         raise ValueError(
-            "a cascade adds to the synaptic current, which beta_syn=0 forgets: pass no cascade, or beta_syn > 0"
+            "a cascade adds to the synaptic current, which beta_syn=0 discards: pass no cascade, or beta_syn > 0"
         )
     if options.membrane_only and not (without_current and options.refractory_steps == 0 and not has_cascade):
         raise ValueError(
@@ -131,7 +131,7 @@ def _check_dynamics(dynamics: Dynamics, beta_mem: float | Tensor | None) -> None
         if not dynamics.tau >= 1:
             raise ValueError(f"the charge {dynamics.charge!r} needs tau >= 1 time steps, got {dynamics.tau}")
         if beta_mem is not None:
-            raise ValueError(f"the charge {dynamics.charge!r} has tau instead of beta_mem: leave beta_mem out")
+            raise ValueError(f"the charge {dynamics.charge!r} has tau instead of beta_mem: do not pass beta_mem")
         return
     if beta_mem is None:
         raise ValueError(f"the charge {dynamics.charge!r} needs beta_mem")
