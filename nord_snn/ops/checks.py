@@ -57,8 +57,15 @@ def _describe_tensor(x: Tensor) -> str:
     return f"{list(x.shape)} of {x.dtype}{kind}"
 
 
+#: Classes whose check is fast: ``isinstance`` of a parameter takes longer than a small kernel's other checks together.
+_PLAIN = {Tensor, torch.nn.Parameter}
+_FLOATING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+
 def is_dense(x: Tensor) -> bool:
     """Return whether the elements of a tensor are all stored, in rows of one length: neither sparse nor nested nor lazy."""
+    if type(x) in _PLAIN:
+        return x.layout is torch.strided and not x.is_nested
     return (
         not x.is_nested
         and x.layout == torch.strided
@@ -68,7 +75,7 @@ def is_dense(x: Tensor) -> bool:
 
 def _is_floating(x: Tensor) -> bool:
     """Return whether a dtype is floating and computes: 8 bits do not."""
-    return x.is_floating_point() and x.dtype.itemsize > 1
+    return x.dtype in _FLOATING
 
 
 _KINDS: dict[str, Callable[[Tensor], bool]] = {
@@ -97,7 +104,9 @@ def check_tensor(
     if not isinstance(x, Tensor) or not is_dense(x) or not _KINDS[kind](x):
         article = "an" if kind == "integer" else "a"
         raise TypeError(f"{name} must be {article} {kind} tensor {layout}, dense, got {describe(x)}")
-    if like is not None and x.device != like.device and not (x.ndim == 0 and x.device.type == "cpu"):
+    if like is None or (x.is_cpu and like.is_cpu):
+        return
+    if x.device != like.device and not (x.ndim == 0 and x.device.type == "cpu"):
         raise ValueError(f"{name} must be on {like.device}, the device of the input, got {x.device}")
 
 
@@ -210,6 +219,8 @@ def as_number(value: Any, name: str) -> float:
         TypeError: ``value`` is neither a whole number nor a float; True, False and fractions are not.
         ValueError: it is not finite.
     """
+    if type(value) is float and math.isfinite(value):
+        return value
     is_number = isinstance(value, Integral) or (isinstance(value, Real) and not isinstance(value, Rational))
     if not is_number or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {describe(value)}")
@@ -227,7 +238,7 @@ def as_count(value: Any, name: str, least: int = 1, most: int = _MOST) -> int:
         TypeError: ``value`` is not a whole number; True and False are not.
         ValueError: it is out of its range.
     """
-    if not isinstance(value, Integral) or isinstance(value, bool):
+    if type(value) is not int and (not isinstance(value, Integral) or isinstance(value, bool)):
         raise TypeError(f"{name} must be a whole number, got {describe(value)}")
     count = int(value)
     if count < least:
@@ -283,7 +294,8 @@ def check_numbers(**constants: float) -> None:
 
 def check_refractory_steps(steps: int) -> None:
     """Raise a ValueError unless ``steps`` is a whole number from 0 to 2^24, up to which float32 has all whole numbers."""
-    if not isinstance(steps, Integral) or isinstance(steps, bool) or not 0 <= steps <= 2**24:
+    is_whole = type(steps) is int or (isinstance(steps, Integral) and not isinstance(steps, bool))
+    if not is_whole or not 0 <= steps <= 2**24:
         raise ValueError(f"refractory_steps must be a whole number from 0 to 2^24, got {describe(steps)}")
 
 

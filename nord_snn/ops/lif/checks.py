@@ -98,7 +98,16 @@ def check_constants(options: Options) -> None:
     as_number(options.v_reset, "v_reset")
     as_number(options.alpha, "alpha")
     check_flags(membrane_only=options.membrane_only, return_v_seq=options.keep_v)
-    dynamics = options.dynamics
+    if options.dynamics is not _last_valid[0]:
+        _check_types(options.dynamics)
+        _last_valid[0] = options.dynamics
+
+
+#: The dynamics of the last call that were valid: a network passes the same object again and again.
+_last_valid = [Dynamics()]
+
+
+def _check_types(dynamics: Dynamics) -> None:
     if not isinstance(dynamics, Dynamics):
         raise TypeError(f"dynamics must be Dynamics, got {describe(dynamics)}")
     for name in ("tau", "v_rest", "reset_scale"):
