@@ -115,8 +115,8 @@ def lif(
             tensors["beta_syn"],
             tensors.get("weight"),
             tensors.get("gain"),
-            -0.1,
-            2,
+            -0.1,  # v_reset
+            2,  # refractory_steps
             resolve_surrogate("nord_atan", 4.0),
         )
         return (spikes, *([v_seq] if membranes else []), *last)
@@ -125,7 +125,7 @@ def lif(
 
 
 def clamp(*shape: int, adds: bool, layout: str = "contiguous") -> Case:
-    """Return a case of the leaky clamp, with ``adds`` of x + gain * branch."""
+    """Return a case of the leaky clamp: of ``x + gain * branch`` if ``adds``, otherwise of ``x``."""
     D = shape[-1]
 
     def inputs() -> Tensors:
@@ -261,7 +261,8 @@ PLATFORMS = {
     "gpu": [(op, "torch") for op in CASES] + [("associative_lif", "triton"), ("associative_lif", "cupy")],
 }
 WITHOUT_GRADIENT = ("resonance_cached", "stdp")
-#: (op, backend) in plain PyTorch: they are not registered with torch.library and have a second derivative.
+#: (op, backend) whose calls are differentiated by autograd: they are not registered with torch.library and have a second
+#: derivative. The resonances are registered on every backend, because blocks of queries write in place.
 PLAIN = [("associative_lif", "torch"), ("leaky_clamp", "torch"), ("stdp", "torch")]
 MODES = ("eager", "opcheck", "compiled", "autocast", "subclass", "second-derivative", "nan-memory", "default-device")
 
@@ -452,7 +453,7 @@ def subclass(op: str, backend: str, device: str) -> None:
     plain = on(device, case, gradient=False)
     expected = case.reference(plain)
     smooth = [name for name, x in plain.items() if x.is_floating_point()]
-    for wrapped_names in (plain.keys(), smooth[-1:]):
+    for wrapped_names in (plain.keys(), smooth[-1:]):  # all inputs, and a single one
         WrappedTensor.seen.clear()
         outputs = case.call(
             {name: WrappedTensor(x) if name in wrapped_names else x for name, x in plain.items()}, backend
@@ -558,7 +559,7 @@ def test_every_op_and_backend_is_in_the_table() -> None:
     known = {(op, backend) for pairs in PLATFORMS.values() for op, backend in pairs}
     for op, backends in OPS.items():
         assert {(op, backend) for backend in backends} <= known
-    for name in dir(torch.ops.nord_snn):  # at least the ops called so far
+    for name in dir(torch.ops.nord_snn):  # at least the ops called so far, and the namespace's attribute "name"
         assert name.removesuffix("_backward") in {*CASES, "name"} or name.startswith("_")
 
 
@@ -568,9 +569,9 @@ def test_outputs_that_share_memory_are_detected(interpreter: Any, monkeypatch: p
     backward = interpreter.backward
 
     def aliased(*arguments: Any) -> tuple[Tensor, ...]:
-        *others, mem, syn, coupling = backward(*arguments)
-        shared = torch.cat((mem, syn))
-        return (*others, shared[:1], shared[1:], coupling)
+        *others, of_beta_mem, of_beta_syn, of_cascade = backward(*arguments)  # gradients
+        shared = torch.cat((of_beta_mem, of_beta_syn))
+        return (*others, shared[:1], shared[1:], of_cascade)
 
     monkeypatch.setattr(interpreter, "backward", aliased)
     _run_on_cpu(monkeypatch, "triton", interpreter)

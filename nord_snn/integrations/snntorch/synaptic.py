@@ -77,9 +77,9 @@ class AssociativeSynaptic(CalledAsSynaptic):
 
     Callers pass and receive ``mem`` and ``syn`` only. The refractory counters are stored in the module after each call and used
     in the next one for any ``mem`` of the same shape: the returned tensor, also changed in place, copied or detached, or a
-    computed tensor. They are 0 after :meth:`reset_mem`, ``snntorch.utils.reset`` and an assignment to ``mem``, and if all states
-    that are passed are zero. The ``mem`` of an earlier call raises an error. Copies of it cannot be recognised, so calls of
-    several sequences may alternate only with ``refractory_steps=0``.
+    computed tensor. They are 0 after :meth:`reset_mem`, ``snntorch.utils.reset`` and an assignment to ``mem`` or ``syn``, and if
+    all states that are passed are zero. A tensor that was returned before the last call raises an error. A copy of it cannot be
+    recognised, so calls of several sequences may alternate only with ``refractory_steps=0``.
 
     There are two differences from ``Synaptic``. The threshold is subtracted in the same time step (``mem`` is the membrane
     potential after the reset). A new batch shape raises an error unless :meth:`reset_mem` or ``snntorch.utils.reset`` is called

@@ -79,7 +79,7 @@ class NordForCausalLM(CausalLM):
         config: a :class:`NordConfig`.
 
     Raises:
-        ValueError: the weights do not fit into the main memory.
+        ValueError: the weights do not fit into the memory of the device on which they are created.
 
     Example::
 
@@ -155,10 +155,11 @@ class NordForCausalLM(CausalLM):
     ) -> CausalLMOutputWithPast:
         """Return the logits of every position, and the loss if labels are passed.
 
-        Only the resonance combines positions, so with a cache of key spikes and values only the new tokens are computed. The
-        logits equal those without a cache up to and including the token after a full window of ``max_position_embeddings``
-        positions. From then on the oldest positions are removed from the cache, and all blocks but the first depend on earlier
-        positions than without a cache.
+        Only the resonance combines positions, so with a cache of key spikes and values only the new tokens are computed. For
+        the first ``max_position_embeddings`` tokens the logits equal those without a cache. After that, the oldest positions
+        are removed from the cache. The keys that stay were computed when these positions were still there, except those of the
+        first block, which depend on their own token alone; so the logits differ from those of a call with the last
+        ``max_position_embeddings`` tokens and no cache.
 
         Args:
             input_ids: token ids ``[B, S]``, S at most ``max_position_embeddings``; with a cache, the new tokens only.

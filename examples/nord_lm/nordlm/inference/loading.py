@@ -24,7 +24,7 @@ __all__ = [
 def newest_model(runs: Path = Path("runs")) -> Path:
     """Return the model folder of the run that finished last."""
     finished = [path for path in runs.glob("*/results.json") if path.is_file()]  # no broken link
-    finished = [path for path in finished if (path.parent / "model").is_dir()]  # studies have no model folder
+    finished = [path for path in finished if (path.parent / "model").is_dir()]  # those of studies/ have none
     finished.sort(key=lambda path: path.stat().st_mtime)
     if not finished:
         raise ModelError(
