@@ -55,6 +55,9 @@ def run_script(main: Callable[[], int | None], keep_running: bool = False) -> in
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = INTERRUPTED
+    except OSError as error:  # for example a full disk, or a folder in place of a file
+        print(f"error: {error}", file=sys.stderr)
+        status = 1
     finally:
         if sys.stdout is not None:
             sys.stdout.flush()  # while a write error can still change the exit status
@@ -71,8 +74,10 @@ class _Output:
             if stream is None:  # closed by the caller
                 continue
             buffer = io.BufferedWriter(_GuardedFile(stream.fileno(), on_error))
+            # An encoding such as ASCII has no table lines, and names of files can have bytes that are not UTF-8.
+            errors = "backslashreplace" if stream.errors == "strict" else stream.errors
             guarded = io.TextIOWrapper(
-                buffer, stream.encoding, stream.errors, "\n", stream.line_buffering, stream.write_through
+                buffer, stream.encoding, errors, "\n", stream.line_buffering, stream.write_through
             )
             setattr(sys, name, guarded)
 
