@@ -291,6 +291,19 @@ def test_a_saved_model_generates_with_return_dict_false_but_not_with_an_unavaila
         assert "needs a CUDA GPU" in sentence(generate.main, arguments, capsys)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("tokenizer_class", "RagTokenizer"), ("model_max_length", "x"), ("eos_token", ""), ("extra_special_tokens", 5)],
+)
+def test_a_tokenizer_that_loads_but_cannot_be_used_ends_in_one_sentence(field, value, trained, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(trained / "model", folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    (folder / "checksums.json").unlink()
+    assert sentence(generate.main, ["--model", folder, "x"], capsys)
+
+
 # --- pipes, devices and sockets where a file is expected
 
 
