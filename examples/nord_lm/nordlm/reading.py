@@ -9,7 +9,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 
@@ -124,9 +124,9 @@ class _Loader(yaml.SafeLoader):
     PyYAML keeps the last value of such a key, and loses values of a mapping into which another one was merged.
     """
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Compose a mapping and check its keys, before other mappings are merged into it."""
-        node = cast(yaml.MappingNode, super().compose_mapping_node(anchor))
+        node = super().compose_mapping_node(anchor)
         _check_unique([_name(key) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
         return node
 
