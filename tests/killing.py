@@ -162,6 +162,11 @@ def infinite_held_out_loss(rank: int) -> None:
     loop.held_out_loss = lambda *_: float("inf")
 
 
+def endless_input(rank: int) -> None:
+    """Make standard input endless."""
+    os.dup2(os.open("/dev/zero", os.O_RDONLY), 0)
+
+
 def stream(rank: int) -> None:
     """Stream the text instead of reading it into memory."""
     from nordlm.data import sources

@@ -17,6 +17,8 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
+from nordlm.cli import file_name, number
+from nordlm.script import run_script
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -167,12 +169,10 @@ def plot(results: dict[str, list[Result]], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for the plot")
+    parser.add_argument("--seeds", type=number(1, 1000, int), default=5)
+    parser.add_argument("--epochs", type=number(1, kind=int), default=EPOCHS)
+    parser.add_argument("--out", type=file_name, default=Path("runs"), help="folder for the plot")
     options = parser.parse_args(arguments)
-    if options.seeds < 1 or options.epochs < 1:
-        parser.error("expected at least one seed and one epoch")
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -194,4 +194,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -17,6 +17,8 @@ with exit_on_interrupt():
     from nordlm.inference.sampling import GENERATION_ERRORS, add_sampling_options, generate_arguments
     from transformers import TextStreamer
 
+MAX_PROMPT_BYTES = 1 << 20  # of standard input, which could be endless
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
@@ -29,11 +31,13 @@ def main(arguments: list[str] | None = None) -> int:
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    prompt = (
-        sys.stdin.buffer.read().decode("utf-8", "replace")
-        if options.prompt == "-"
-        else replace_invalid_utf8(options.prompt)
-    )
+    prompt = replace_invalid_utf8(options.prompt)
+    if prompt == "-":
+        content = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+        if len(content) > MAX_PROMPT_BYTES:
+            print(f"error: expected a prompt of at most {MAX_PROMPT_BYTES:,} bytes", file=sys.stderr)
+            return 1
+        prompt = content.decode("utf-8", "replace")
     ids = tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"] or [
         tokenizer.eos_token_id
     ]

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import torch
 from matplotlib import pyplot as plt
+from nordlm.cli import file_name, number
+from nordlm.script import run_script
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -121,8 +123,8 @@ def documentation() -> Data:
             p for p in sorted((library / name).rglob("*.py")) if not {"test", "tests", "idle_test"} & set(p.parts)
         ]
         with_text = [module_passages for module in modules if (module_passages := passages(module))]
-        for number, module_passages in enumerate(with_text):
-            parts[number % 4 == 3].extend((words, label) for words in module_passages)
+        for index, module_passages in enumerate(with_text):
+            parts[index % 4 == 3].extend((words, label) for words in module_passages)
     counts = Counter(word for words, _ in parts[0] for word in words)
     ids = {word: index + 1 for index, (word, _) in enumerate(counts.most_common(VOCABULARY - 1))}  # 0: unknown
     (train_x, train_y), (test_x, test_y) = (
@@ -173,12 +175,10 @@ def plot(results: dict[str, list[float]], chance: float, path: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for the plot")
+    parser.add_argument("--seeds", type=number(1, 1000, int), default=3)
+    parser.add_argument("--epochs", type=number(1, kind=int), default=EPOCHS)
+    parser.add_argument("--out", type=file_name, default=Path("runs"), help="folder for the plot")
     options = parser.parse_args(arguments)
-    if options.seeds < 1 or options.epochs < 1:
-        parser.error("expected at least one seed and one epoch")
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -206,4 +206,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

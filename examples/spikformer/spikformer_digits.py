@@ -18,6 +18,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from nordlm.cli import number
+from nordlm.script import run_script
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -179,12 +181,10 @@ def layer_rates(results: dict[str, list[Result]]) -> Table:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--seeds", type=number(1, 1000, int), default=3)
+    parser.add_argument("--epochs", type=number(1, kind=int), default=EPOCHS)
     parser.add_argument("--quick", action="store_true", help="one seed and three epochs")
     options = parser.parse_args(arguments)
-    if options.seeds < 1 or options.epochs < 1:
-        parser.error("expected at least one seed and one epoch")
     seeds, epochs = (1, 3) if options.quick else (options.seeds, options.epochs)
     data = digits()
     results: dict[str, list[Result]] = {name: [] for name in KINDS}
@@ -199,4 +199,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import snntorch
 import torch
+from nordlm.cli import number
+from nordlm.script import run_script
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -188,11 +190,9 @@ def accuracy(net: SpikingJellyNet | SnnTorchNet, train_data: Digits, test_data: 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--seeds", type=number(1, 1000, int), default=3)
+    parser.add_argument("--epochs", type=number(0, kind=int), default=EPOCHS)
     options = parser.parse_args(arguments)
-    if options.seeds < 1 or options.epochs < 0:
-        parser.error("expected at least one seed and at least 0 epochs")
     train_data, test_data = digits()
     table = Table("network", "learner", f"test accuracy, mean of {options.seeds} seeds", "lowest to highest")
     runs = [(name, rule, make) for name, rules in LEARNERS.items() for rule, make in rules.items()]
@@ -210,4 +210,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

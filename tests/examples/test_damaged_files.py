@@ -381,6 +381,17 @@ def test_a_pipe_in_place_of_a_file_raises_without_waiting(tmp_path):
 
 
 @pytest.mark.quick
+def test_a_checkpoint_that_a_pipe_replaces_after_the_check_raises_without_waiting(tmp_path, monkeypatch):
+    """Some files of /proc block as well, though they are regular."""
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(Path, "is_file", lambda _: True)
+    with pytest.raises(ValueError, match="the file is empty"), time_limit():
+        load_original(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_original(tmp_path)
+
+
+@pytest.mark.quick
 def test_a_nir_file_that_refers_to_other_files_raises(tmp_path):
     subject = nir_file(tmp_path, tmp_path / "whole")
     path = subject.folder / "net.nir"

@@ -97,6 +97,7 @@ def sentence(main, arguments, capsys) -> str:
         ("--warmup-steps", "9" * 23, "less than 2^32"),
         ("--block-size", "9" * 12, "longer than the model's max_position_embeddings"),
         ("--lr", "1e400", "lr must be positive, got inf"),
+        ("--validation-data", os.fsdecode(b"\xff.txt"), "validation_data must be valid UTF-8"),
         ("--beta1", "nan", "beta1 must be at least 0 and less than 1"),
     ],
 )
@@ -172,6 +173,12 @@ BAD_YAML = {
     "too long": ("x" * 3_000_000, "expected at most"),
     "nothing": ("", "expected the sections"),
     "a field of transformers": ("model: {is_encoder_decoder: true}", "model has no field is_encoder_decoder"),
+    "a field twice": ("model: {vocab_size: 300, vocab_size: 400}", "the field vocab_size occurs twice"),
+    "a section twice": ("training: {steps: 1}\ntraining: {lr: 0.1}", "the field training occurs twice"),
+    "two merged mappings": ("model: {<<: {recency: true}, <<: {alpha: 1.0}}", "the field << occurs twice"),
+    "a list as a section": ("model: []", "expected a mapping in the section model"),
+    "false as a section": ("training: false", "expected a mapping in the section training"),
+    "no text as a section": ("model: ''", "expected a mapping in the section model"),
     "a misspelt field": ("model: {refractory_step: 0}", "model has no field refractory_step"),
 }
 
@@ -190,6 +197,23 @@ def test_aliases_within_the_limits_are_read(tmp_path):
     read = Settings.read(path)
     assert read.model["intermediate_size"] == 64
     assert isinstance(read.training.lr, float)
+
+
+def test_a_merged_mapping_supplies_the_fields_that_a_mapping_does_not_have(tmp_path):
+    """PyYAML itself gives 1 for ``y`` in ``c`` and ``d``."""
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "a: &a {x: 1, y: 1}\nb: &b {<<: *a, y: 2}\nc: &c {<<: *b, x: 3}\nd: {<<: *b}\ne: {<<: [{z: 5}, *a, *c]}"
+    )
+    read = read_yaml(path, SettingsError)
+    assert read["e"] == {"z": 5, "x": 1, "y": 1}  # the first mapping of a list takes precedence
+    assert (read["b"], read["c"], read["d"]) == ({"x": 1, "y": 2}, {"x": 3, "y": 2}, {"x": 1, "y": 2})
+
+
+def test_sections_without_fields_have_the_defaults(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("model:\ntraining:\n")
+    assert Settings.read(path).model == {}
 
 
 PIECES = st.sampled_from(
@@ -267,6 +291,19 @@ def test_a_saved_model_generates_with_return_dict_false_but_not_with_an_unavaila
         assert "needs a CUDA GPU" in sentence(generate.main, arguments, capsys)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("tokenizer_class", "RagTokenizer"), ("model_max_length", "x"), ("eos_token", ""), ("extra_special_tokens", 5)],
+)
+def test_a_tokenizer_that_loads_but_cannot_be_used_ends_in_one_sentence(field, value, trained, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(trained / "model", folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    (folder / "checksums.json").unlink()
+    assert sentence(generate.main, ["--model", folder, "x"], capsys)
+
+
 # --- pipes, devices and sockets where a file is expected
 
 
@@ -319,7 +356,23 @@ def test_a_run_whose_results_are_a_link_to_nothing_is_not_the_newest_model(tmp_p
     assert newest_model(tmp_path) == tmp_path / "a-0001" / "model"
 
 
+def test_a_file_of_proc_that_has_no_content_yet_is_empty_text(tmp_path, monkeypatch):
+    """A pipe without a writer, opened without blocking, reads as such a file."""
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr("nordlm.reading.check_regular", lambda *_: None)
+    writer = os.open(tmp_path / "pipe", os.O_RDWR)
+    assert read_text(tmp_path / "pipe", CheckpointError) == ""
+    os.close(writer)
+
+
 # --- JSON
+
+
+def test_json_with_a_field_twice_raises(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text('{"a": {"b": 1, "b": 2}}')
+    with pytest.raises(CheckpointError, match="the field b occurs twice"):
+        read_json(path, CheckpointError)
 
 
 @pytest.mark.parametrize(

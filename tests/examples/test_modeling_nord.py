@@ -424,3 +424,30 @@ def test_unsupported_outputs_also_raise_from_the_configuration():
     for field in ("output_hidden_states", "output_attentions"):
         with pytest.raises(ValueError, match=f"{field} is not supported"):
             NordConfig(**SMALL, **{field: True})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 0.5, 2])
+def test_a_mask_with_other_values_than_0_and_1_raises(value):
+    """A mask that is added to scores has 0 for tokens: read as a mask of ones it would select the padding."""
+    model = NordForCausalLM(NordConfig(**SMALL)).eval()
+    mask = torch.ones(2, 6)
+    mask[0, :2] = value
+    with pytest.raises(ValueError, match="attention_mask must be 1 for tokens and 0 for padding"):
+        model(torch.ones(2, 6, dtype=torch.long), attention_mask=mask)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        torch.ones(6, 2).long(),
+        torch.ones(12).long(),
+        torch.ones(1, 6).long(),
+        torch.ones(2, 6),
+        torch.ones(2, 6).bool(),
+    ],
+)
+def test_labels_of_another_shape_or_dtype_raise(labels):
+    """Twelve labels in another shape would be compared with the logits of other positions."""
+    model = NordForCausalLM(NordConfig(**SMALL)).eval()
+    with pytest.raises(ValueError, match=r"labels must be integers \[B, S\] = \[2, 6\]"):
+        model(torch.ones(2, 6, dtype=torch.long), labels=labels)

@@ -1,5 +1,6 @@
 """Tests of scripts whose standard output is full or closed, and of interrupts before a first checkpoint."""
 
+import importlib
 import os
 import re
 import signal
@@ -169,3 +170,74 @@ def test_unsupported_environment_variables_of_accelerate_give_one_sentence(serve
     assert message in error
     assert len(re.findall("\n", error)) == 1
     assert not (folder / "none").exists()
+
+
+# --- standard streams, and errors that a script does not expect
+
+
+def run_python(code: str, **more) -> subprocess.CompletedProcess:
+    """Run a script of a few lines through ``run_script``, within 20 seconds."""
+    lines = f"import sys\nfrom nordlm.script import run_script\ndef main():\n    {code}\nsys.exit(run_script(main))"
+    environment = os.environ | {"PYTHONPATH": str(SCRIPTS)} | more.pop("env", {})
+    command = [sys.executable, "-c", lines]
+    return subprocess.run(command, env=environment, capture_output=True, timeout=20, check=False, **more)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_a_stream_that_the_caller_closed_is_the_null_device(closed, tmp_path):
+    """Without a stream ``input`` raises for ever, and a file could have the descriptor of standard error."""
+    code = (
+        f"file = open({str(tmp_path / 'file')!r}, 'w'); print('out'); print('err', file=sys.stderr)\n"
+        "    assert file.fileno() > 2\n    try: input()\n    except EOFError: return 3"
+    )
+    done = run_python(
+        code, stdin=subprocess.DEVNULL, preexec_fn=lambda: [os.close(descriptor) for descriptor in closed]
+    )
+    assert done.returncode == 3, done.stderr
+    assert (tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.quick
+def test_a_character_that_standard_output_cannot_encode_is_escaped():
+    done = run_python("print('\\u2501 \\udcff')", env={"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout) == (0, b"\\u2501 \\udcff\n")
+    done = run_python("print('\\u2501 \\udcff')", env={"PYTHONIOENCODING": "utf-8"})
+    assert (done.returncode, done.stdout) == (0, "\u2501 \\udcff\n".encode())
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("code", "message"), [("open('/')", b"error: [Errno 21]"), ("raise MemoryError", b"error: out of memory")]
+)
+def test_an_error_of_the_system_is_one_sentence(code, message):
+    done = run_python(code)
+    assert done.returncode == 1
+    assert done.stderr.startswith(message)
+    assert done.stderr.count(b"\n") == 1
+
+
+EXAMPLES = ("conv_digits/conv_digits", "gun_point/gun_point", "sequence_classifier/sequence_classifier",
+            "spikformer/spikformer_digits", "swap_stdp/swap_stdp")  # fmt: skip
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    ("option", "value"), [("--seeds", "0"), ("--seeds", "2147483647"), ("--epochs", "9" * 30), ("--out", "x\0")]
+)
+def test_wrong_values_of_the_other_examples_end_in_one_sentence(name, option, value, capsys):
+    module = importlib.import_module(name.rpartition("/")[2])
+    with pytest.raises(SystemExit) as stop:
+        module.main([option, value])
+    assert stop.value.code == 2
+    assert "error: " in capsys.readouterr().err.splitlines()[-1]
+    path = SCRIPTS.parent / f"{name}.py"
+    assert "sys.exit(run_script(main))" in path.read_text()  # which handles lost output
+
+
+def test_a_prompt_without_end_is_refused(server, trained, tmp_path):
+    arguments = ["--model", trained / "model", "--max-new-tokens", 1, "-"]
+    log = tmp_path / "log"
+    assert server.run("generate", *arguments, log=log, fault="endless_input")[0] == 1
+    assert "error: expected a prompt of at most 1,048,576 bytes" in log.read_text()

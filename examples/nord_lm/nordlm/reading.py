@@ -1,7 +1,8 @@
 """Read small untrusted text, JSON and YAML files: regular files only, within limits of size, nesting and number of values.
 
-Without these limits a pipe or device would block the program, anchors in a few lines of YAML could expand to more values than
-fit into memory, and deep nesting could overflow the stack of a parser.
+A field that occurs twice is an error: the parsers would drop its first value. Without the limits a pipe or device would block
+the program, anchors in a few lines of YAML could expand to more values than fit into memory, and deep nesting could overflow the
+stack of a parser.
 """
 
 import json
@@ -20,6 +21,7 @@ MAX_BYTES = 64 << 20  # of a text or JSON file: runs of a study have results of 
 MAX_YAML_BYTES = 1 << 17
 MAX_DEPTH = 50  # levels of nesting
 MAX_VALUES = 10_000  # of a YAML file; those of an anchor count at each of its aliases
+MERGE = "tag:yaml.org,2002:merge"
 
 
 def exists(name: str | Path) -> bool:
@@ -56,7 +58,7 @@ def read_text(path: Path, error: type[RecipeError], max_bytes: int = MAX_BYTES) 
         # O_NONBLOCK: opening a pipe would block, and a pipe may have replaced the file since the check.
         file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         with os.fdopen(file, "rb") as opened:
-            content = opened.read(max_bytes + 1)
+            content = opened.read(max_bytes + 1) or b""  # None: such a file of /proc has no content yet
     except OSError as reason:
         raise error(f"{path}: cannot be read ({_reason(reason)})") from reason
     if len(content) > max_bytes:
@@ -71,7 +73,7 @@ def read_json(path: Path, error: type[RecipeError]) -> Any:
     """Return the content of a JSON file; raise ``error`` if it is not valid or nests too deep."""
     text = read_text(path, error)
     try:
-        content = json.loads(text, parse_constant=_refuse_constant)
+        content = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as reason:
         raise error(f"{path}: expected JSON ({_reason(reason)})") from reason
     if _depth_exceeds(content, MAX_DEPTH):
@@ -84,7 +86,7 @@ def read_yaml(path: Path, error: type[RecipeError]) -> Any:
     text = read_text(path, error, MAX_YAML_BYTES)
     try:
         _check_yaml(text)
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except Exception as reason:  # invalid dates, numbers and tags raise many types of exceptions
         raise error(f"{path}: expected YAML ({_reason(reason)})") from reason
 
@@ -114,6 +116,50 @@ def _check_yaml(text: str) -> None:
             raise ValueError(f"more than {MAX_VALUES:,} values, including those of aliases")
         if len(opened) > MAX_DEPTH:
             raise ValueError(f"nests deeper than {MAX_DEPTH} levels")
+
+
+class _Loader(yaml.SafeLoader):
+    """Loader that raises at a key which occurs twice in a mapping, and merges mappings (``<<``) as YAML defines it.
+
+    PyYAML keeps the last value of such a key, and loses values of a mapping into which another one was merged.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Compose a mapping and check its keys, before other mappings are merged into it."""
+        node = super().compose_mapping_node(anchor)
+        _check_unique([_name(key) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+        return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Replace the key ``<<`` by the fields of its mapping, or mappings, that the node does not have; the first one wins."""
+        own = [(key, value) for key, value in node.value if key.tag != MERGE]
+        names = {_name(key) for key, _ in own}
+        merged = []
+        for source in (value for key, value in node.value if key.tag == MERGE):
+            for mapping in source.value if isinstance(source, yaml.SequenceNode) else [source]:
+                if not isinstance(mapping, yaml.MappingNode):
+                    raise TypeError("expected a mapping, or a list of mappings, after <<")
+                self.flatten_mapping(mapping)
+                new = [(key, value) for key, value in mapping.value if _name(key) not in names]
+                merged += new
+                names |= {_name(key) for key, _ in new}
+        node.value = merged + own
+
+
+def _name(key: yaml.Node) -> tuple[str, str]:
+    return key.tag, str(key.value)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    _check_unique([("", name) for name, _ in pairs])
+    return dict(pairs)
+
+
+def _check_unique(keys: list[tuple[str, str]]) -> None:
+    """Raise a ValueError if a key occurs twice."""
+    if len(set(keys)) < len(keys):
+        name = next(name for i, (tag, name) in enumerate(keys) if (tag, name) in keys[:i])
+        raise ValueError(f"the field {name[:100]} occurs twice")
 
 
 def _depth_exceeds(content: Any, limit: int) -> bool:

@@ -49,16 +49,36 @@ def run_script(main: Callable[[], int | None], keep_running: bool = False) -> in
         keep_running: whether the script continues if standard output can no longer be written. Default: it exits with status
             141 if the reader of a pipe has exited, else with 1.
     """
+    _open_closed_streams()
     output = _Output(keep_running)
     try:
         status = main() or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = INTERRUPTED
+    except OSError as error:  # for example a full disk, or a folder in place of a file
+        print(f"error: {error}", file=sys.stderr)
+        status = 1
+    except MemoryError:
+        print("error: out of memory", file=sys.stderr)
+        status = 1
     finally:
-        if sys.stdout is not None:
-            sys.stdout.flush()  # while a write error can still change the exit status
+        sys.stdout.flush()  # while a write error can still change the exit status
     return output.status or status
+
+
+def _open_closed_streams() -> None:
+    """Open the null device for each standard stream that the caller has closed.
+
+    Python sets such a stream to None, and the next file that is opened would have its descriptor. ``input`` cannot end then.
+    """
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # has the lowest free descriptor, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(descriptor, mode, closefd=False))
 
 
 class _Output:
@@ -68,11 +88,11 @@ class _Output:
         self.keep_running, self.status = keep_running, 0
         for name, on_error in (("stdout", self._handle_error), ("stderr", lambda error: None)):
             stream = getattr(sys, name)
-            if stream is None:  # closed by the caller
-                continue
             buffer = io.BufferedWriter(_GuardedFile(stream.fileno(), on_error))
+            # An encoding such as ASCII has no table lines, and names of files can have bytes that are not UTF-8.
+            errors = "backslashreplace" if stream.errors == "strict" else stream.errors
             guarded = io.TextIOWrapper(
-                buffer, stream.encoding, stream.errors, "\n", stream.line_buffering, stream.write_through
+                buffer, stream.encoding, errors, "\n", stream.line_buffering, stream.write_through
             )
             setattr(sys, name, guarded)
 

@@ -190,6 +190,7 @@ class NordForCausalLM(CausalLM):
             check_growing_cache(cache, self.config.max_position_embeddings)
         n_cached = cache.get_seq_length() if cache is not None else 0
         lengths = self._sequence_lengths(embedded, attention_mask, n_cached)
+        _check_labels(labels, embedded)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
         if self._uses_checkpointing() and (use_cache or cache is not None):
@@ -326,16 +327,21 @@ class NordForCausalLM(CausalLM):
             positions = "S" if not n_cached else f"{n_cached} cached + S"
             raise ValueError(f"attention_mask must be [B, {positions}] = {expected}, got {list(attention_mask.shape)}")
         tokens = attention_mask != 0
+        others = (tokens & (attention_mask != 1)).any()  # NaN is one as well
         starts = tokens[:, 1:] & ~tokens[:, :-1]
         has_gap = (starts.sum(1) + tokens[:, 0] > 1).any()
         message = (
             "padding must be before or after the tokens of a row, got padding between tokens "
             "(generate() needs it before the tokens: padding_side='left')"
         )
+        values = "attention_mask must be 1 for tokens and 0 for padding, got other values"
         first = tokens.int().argmax(1)
         if torch.compiler.is_compiling():  # no branch depends on the mask
+            assert_in_graph(~others, values)
             assert_in_graph(~has_gap, message)
             return tokens.shape[1] - first
+        if others:
+            raise ValueError(values)
         if has_gap:
             raise ValueError(message)
         return tokens.shape[1] - first if first.any() else None
@@ -346,6 +352,21 @@ class NordForCausalLM(CausalLM):
             nn.init.kaiming_uniform_(module.weight, a=5**0.5)
         elif hasattr(module, "reset_parameters"):
             module.reset_parameters()  # type: ignore[operator]
+
+
+def _check_labels(labels: Tensor | None, embedded: Tensor) -> None:
+    """Raise a ValueError if labels are not integers ``[B, S]``: another shape with as many values would be paired wrongly."""
+    if labels is None:
+        return
+    if (
+        labels.shape != embedded.shape[:2]
+        or labels.is_floating_point()
+        or labels.is_complex()
+        or labels.dtype == torch.bool
+    ):
+        raise ValueError(
+            f"labels must be integers [B, S] = {list(embedded.shape[:2])}, got {list(labels.shape)} of {labels.dtype}"
+        )
 
 
 def _positions_to_keep(logits_to_keep: int | Tensor, labels: Tensor | None) -> slice | Tensor:

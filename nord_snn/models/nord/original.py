@@ -4,6 +4,7 @@ Checkpoints are read with ``weights_only=True``: nothing in them is executed. "P
 published code of the Nord language model.
 """
 
+import os
 import pickle
 import re
 import zipfile
@@ -225,9 +226,16 @@ def _check_archive(path: Path) -> None:
 
     ``torch.save`` has written zip archives since PyTorch 1.6. Earlier files have no checksums.
     """
-    with path.open("rb") as file:
-        if file.read(4) != ZIP_START:
-            return
+    try:
+        # O_NONBLOCK: reading some files of /proc would block, for example kmsg.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+            start = file.read(4)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    if not start:
+        raise ValueError(f"{path}: the file is empty; expected a published checkpoint such as nord_final.pt")
+    if start != ZIP_START:
+        return
     try:
         with zipfile.ZipFile(path) as archive:
             packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]

@@ -60,6 +60,7 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
         check_files(Path(name), DataError)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        _try_out(tokenizer)
     except Exception as error:  # no network, no such name, no permission, a broken file
         if "trust_remote_code" in str(error):
             raise DataError(
@@ -76,6 +77,16 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
         except ValueError as error:
             raise DataError(str(error)) from error
     return tokenizer
+
+
+def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise an error if a tokenizer that could be loaded cannot be used, for example because a setting has the wrong type."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f"expected a tokenizer of one vocabulary, got {type(tokenizer).__name__}")
+    ids = tokenizer("a", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    tokenizer.decode(ids, skip_special_tokens=True)
+    if not all(isinstance(number, int | None) for number in (len(tokenizer), tokenizer.eos_token_id)):
+        raise TypeError(f"expected a number as eos_token_id, got {tokenizer.eos_token_id!r}")
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -89,6 +89,9 @@ class TrainingSettings:
                 raise SettingsError(f"{name} must be at least 1, got {getattr(self, name)}")
             if getattr(self, name) >= 2**31:
                 raise SettingsError(f"{name} must be less than 2^31, got {getattr(self, name)}")
+        for name in ("data", "validation_data", "tokenizer"):
+            if any("\ud800" <= character <= "\udfff" for character in getattr(self, name) or ""):
+                raise SettingsError(f"{name} must be valid UTF-8, got {shorten(ascii(getattr(self, name)))}")
         if self.block_size is not None and self.block_size < 2:
             raise SettingsError(f"block_size must be at least 2, got {self.block_size}")
         for name in ("lr", "max_grad_norm"):
@@ -131,7 +134,8 @@ class Settings:
         name = content.get("name", path.stem)
         if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name):
             raise SettingsError(f"{path}: name must be made of letters, digits, '-', '_' and '.', got {name!r}")
-        model, training = content.get("model") or {}, content.get("training") or {}
+        sections = (content.get(name, {}) for name in ("model", "training"))
+        model, training = ({} if section is None else section for section in sections)  # None: a header without fields
         _check_names(path, "training", training, {f.name for f in dataclasses.fields(TrainingSettings)})
         _check_names(path, "model", model, set(_config_class().__annotations__))
         for field_name, value in model.items():
