@@ -150,7 +150,7 @@ def test_bad_checkpoints_raise_one_sentence_and_execute_nothing(tmp_path):
         return str(caught.value)
 
     assert "nothing in it was executed" in sentence({"config": CodeWhenUnpickled(), "model_state_dict": {}})
-    assert "expected a checkpoint" in sentence(b"")
+    assert "the file is empty; expected a published checkpoint" in sentence(b"")
     assert "expected a checkpoint" in sentence(b"hello")
     assert "damaged" in sentence((DATA / "tiny_checkpoint.pt").read_bytes()[:5000])
     assert "expected a dictionary with 'config'" in sentence([1, 2])
