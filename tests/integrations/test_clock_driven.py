@@ -51,7 +51,7 @@ X = torch.rand(4, 2, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 4
 def has_clock_driven():
     """Return whether SpikingJelly has the package; if not, install the shim."""
     if not SPIKINGJELLY_2:
-        with pytest.raises(RuntimeError, match="has the package clock_driven"):
+        with pytest.raises(RuntimeError, match="is for SpikingJelly without the package clock_driven"):
             install()
         return True
     install()
