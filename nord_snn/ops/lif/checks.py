@@ -19,7 +19,7 @@ from nord_snn.ops.checks import (
     compute_dtype,
     describe,
 )
-from nord_snn.ops.lif.reference import CHARGES, AssociativeLIFState, Dynamics
+from nord_snn.ops.lif.reference import CHARGES, PUBLISHED, AssociativeLIFState, Dynamics
 from nord_snn.ops.lif.support import Options
 from nord_snn.ops.surrogate import resolve_surrogate
 
@@ -98,13 +98,8 @@ def check_constants(options: Options) -> None:
     as_number(options.v_reset, "v_reset")
     as_number(options.alpha, "alpha")
     check_flags(membrane_only=options.membrane_only, return_v_seq=options.keep_v)
-    if options.dynamics is not _last_valid[0]:
+    if options.dynamics is not PUBLISHED:  # the default is valid
         _check_types(options.dynamics)
-        _last_valid[0] = options.dynamics
-
-
-#: The dynamics of the last call that were valid: a network passes the same object again and again.
-_last_valid = [Dynamics()]
 
 
 def _check_types(dynamics: Dynamics) -> None:
